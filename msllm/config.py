@@ -1,0 +1,277 @@
+"""Every setting of msllm: frozen dataclasses for the program, an ml_collections ConfigDict for people.
+
+A file in `configs/` calls `default_config()`, changes values and returns the ConfigDict; the command line may
+override any of them (`--config.optim.lr=1e-3`); `from_config_dict` then turns it, once, into a `Config`. The
+dataclasses below are the only place where a setting, its default and its meaning are written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from typing import Any
+
+import ml_collections
+
+from msllm.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScalingConfig:
+    """Change of the rotary frequencies for contexts longer than the ones trained on."""
+
+    kind: str = "none"  # none | linear (positions / factor) | llama3 (Llama 3.1's wavelength-dependent form)
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the decoder (Qwen3's form; options turn it into Llama or Qwen2.5)."""
+
+    vocab_size: int = 0  # V; 0: the tokenizer's size
+    d_model: int = 256  # D
+    num_layers: int = 4
+    num_heads: int = 4  # N
+    num_kv_heads: int = 2  # K
+    head_dim: int = 64  # H
+    d_ff: int = 768  # F
+    tie_embeddings: bool = True
+    qk_norm: bool = True  # RMSNorm on every head of q and k (Qwen3)
+    attention_bias: bool = False  # bias on the q, k and v projections (Qwen2.5)
+    stream_embedding: bool = True  # a learned vector per stream, added to the token embedding
+    norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    rope_scaling: RopeScalingConfig = RopeScalingConfig()
+    compute_dtype: str = "float32"  # float32 | bfloat16; parameters are float32 always
+    attention: str = "chunked"  # chunked | reference (dense, O(L^2) memory: for tests)
+    remat: str = "none"  # none | dots (keep matrix products) | full (keep layer inputs only)
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamsConfig:
+    """Names, kinds and visibility of the S streams (design: contract 1)."""
+
+    names: tuple[str, ...] = ("user", "thought", "output")
+    kinds: tuple[str, ...] = ("input", "thought", "output")
+    loss_weights: tuple[float, ...] = ()  # per stream; empty: 0 for inputs, 1 for the others
+    visibility: str = "block_causal"  # block_causal | same_row | isolated
+    lags: tuple[tuple[str, str, str], ...] = ()  # (reader, source, "3" | "never"): edges that differ from the preset
+    skip_silence: bool = False  # silence cells are not seen as keys
+    delays: tuple[int, ...] = ()  # rows by which each stream is shifted down in the data; empty: none
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """The tokenizer that `prepare` trains or takes."""
+
+    path: str = ""  # a sentencepiece .model or a tokenizers .json; empty: train one on the corpus
+    model_type: str = "unigram"  # unigram | bpe | word | char
+    vocab_size: int = 4096
+    silence: str = "<silence>"  # the piece that means "this stream says nothing now"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where tables come from and how they are packed and batched."""
+
+    dir: str = ""  # the prepared data: what `prepare` writes and `train` reads
+    converter: str = ""  # see msllm/data/converters.py
+    path: str = ""  # input of the converter: a file or a glob
+    options: typing.Mapping[str, Any] = types.MappingProxyType({})  # arguments of the converter
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    rows: int = 512  # T: rows of a packed table
+    batch_size: int = 8  # B: tables per step, over all hosts
+    eval_percent: float = 5.0  # share of the examples held out, chosen by the hash of each
+    max_examples: int = 0  # 0: all
+    shards: int = 4
+    seed: int = 0  # order of the tables
+    prefetch: int = 4  # batches made ahead by the loader
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with decoupled weight decay and a schedule."""
+
+    lr: float = 1e-3
+    schedule: str = "cosine"  # cosine | wsd (warm-up, stable, linear decay) | constant
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2  # wsd: the share of all steps that decays
+    final_lr_ratio: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    no_decay: tuple[str, ...] = ("norm", "bias", "stream_embedding")  # parameters whose path contains one of these
+    stream_embedding_lr: float = 5.0  # learning rate of the stream embedding, as a multiple of lr
+    clip_norm: float = 1.0  # 0: no clipping
+    accumulate: int = 1  # micro-batches per step
+    max_skipped: int = 10  # updates skipped in a row, for non-finite loss or gradient, before the run stops
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Next-row cross-entropy and its options."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0  # weight of logsumexp(logits)^2
+    chunk_tokens: int = 2048  # cells whose logits exist at one time
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be -1: all that remain."""
+
+    data: int = -1
+    fsdp: int = 1
+    stream: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and which ones stay."""
+
+    every: int = 1000  # steps; 0: only the last step
+    keep_last: int = 3
+    keep_every: int = 0  # steps whose checkpoints stay for good; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on."""
+
+    steps: int = 1000
+    seed: int = 0  # initial parameters
+    log_every: int = 10
+    eval_every: int = 500  # 0: never
+    eval_batches: int = 0  # 0: the whole held-out split
+    model: ModelConfig = ModelConfig()
+    streams: StreamsConfig = StreamsConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    loss: LossConfig = LossConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def __post_init__(self):
+        _validate(self)
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """All settings at their defaults, as a locked ConfigDict: a misspelt key raises."""
+    return to_config_dict(Config())
+
+
+def to_config_dict(config: Config) -> ml_collections.ConfigDict:
+    """The ConfigDict of a Config: what people edit, what a checkpoint stores."""
+
+    def convert(value):
+        if dataclasses.is_dataclass(value):
+            return ml_collections.ConfigDict({f.name: convert(getattr(value, f.name)) for f in dataclasses.fields(value)})
+        if isinstance(value, typing.Mapping):
+            return ml_collections.ConfigDict(dict(value))
+        return value
+
+    return convert(config).lock()
+
+
+def from_config_dict(settings: typing.Mapping[str, Any]) -> Config:
+    """The frozen, validated Config of a ConfigDict or of nested dicts. Raises UserError naming what is wrong."""
+    if isinstance(settings, ml_collections.ConfigDict):
+        settings = settings.to_dict()
+    return _from_dict(Config, settings, "config")
+
+
+def to_json(config: Config) -> str:
+    """The config as JSON; `from_config_dict(json.loads(...))` gives an equal one."""
+    return json.dumps(to_config_dict(config).to_dict(), indent=2, sort_keys=True)
+
+
+def _from_dict(cls: type, values: typing.Mapping[str, Any], path: str):
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            hint = f"did you mean {path}.{close[0]}?" if close else f"known: {', '.join(hints)}"
+            raise UserError(f"unknown config key {path}.{key}: {hint}")
+    return cls(**{key: _convert(hints[key], value, f"{path}.{key}") for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, path: str):
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, typing.Mapping):
+            raise UserError(f"{path} is {value!r}: it is a section, set its keys instead")
+        return _from_dict(hint, value, path)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise UserError(f"{path} is {value!r}: expected a tuple")
+        inner = typing.get_args(hint)
+        if len(inner) == 2 and inner[1] is Ellipsis:
+            return tuple(_convert(inner[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+        if len(value) != len(inner):
+            raise UserError(f"{path} is {value!r}: expected {len(inner)} items")
+        return tuple(_convert(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(zip(inner, value)))
+    if typing.get_origin(hint) is not None:  # Mapping: free-form options, checked by who takes them
+        return types.MappingProxyType(dict(value))
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise UserError(f"{path} is {value!r}: expected {hint.__name__}, got {type(value).__name__}")
+    return value
+
+
+def _check(ok: bool, path: str, value: Any, rule: str) -> None:
+    if not ok:
+        raise UserError(f"config.{path} is {value!r}: {rule}")
+
+
+def _validate(config: Config) -> None:
+    """Rules that need no device, no data and no tokenizer."""
+    model, data, optim = config.model, config.data, config.optim
+
+    def one_of(path: str, value: str, choices: str) -> None:
+        _check(value in choices.split(), path, value, f"must be one of {', '.join(choices.split())}")
+
+    one_of("model.compute_dtype", model.compute_dtype, "float32 bfloat16")
+    one_of("model.attention", model.attention, "chunked reference")
+    one_of("model.remat", model.remat, "none dots full")
+    one_of("model.rope_scaling.kind", model.rope_scaling.kind, "none linear llama3")
+    one_of("optim.schedule", optim.schedule, "cosine wsd constant")
+    one_of("data.tokenizer.model_type", data.tokenizer.model_type, "unigram bpe word char")
+    for name in ("d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff"):
+        _check(getattr(model, name) > 0, f"model.{name}", getattr(model, name), "must be positive")
+    _check(model.vocab_size >= 0, "model.vocab_size", model.vocab_size, "must be positive, or 0 for the tokenizer's size")
+    _check(
+        model.num_heads % model.num_kv_heads == 0,
+        "model.num_kv_heads",
+        model.num_kv_heads,
+        f"must divide model.num_heads={model.num_heads}",
+    )
+    _check(model.head_dim % 2 == 0, "model.head_dim", model.head_dim, "must be even (rotary pairs)")
+    _check(config.steps > 0, "steps", config.steps, "must be positive")
+    _check(config.log_every > 0, "log_every", config.log_every, "must be positive")
+    _check(data.rows > 1, "data.rows", data.rows, "must be at least 2 (each row predicts the next)")
+    _check(data.batch_size > 0, "data.batch_size", data.batch_size, "must be positive")
+    _check(data.shards > 0, "data.shards", data.shards, "must be positive")
+    _check(0 <= data.eval_percent < 100, "data.eval_percent", data.eval_percent, "must be in [0, 100)")
+    _check(optim.lr > 0, "optim.lr", optim.lr, "must be positive")
+    _check(optim.accumulate > 0, "optim.accumulate", optim.accumulate, "must be positive")
+    _check(
+        data.batch_size % optim.accumulate == 0,
+        "optim.accumulate",
+        optim.accumulate,
+        f"must divide data.batch_size={data.batch_size}",
+    )
+    _check(0 < optim.decay_fraction <= 1, "optim.decay_fraction", optim.decay_fraction, "must be in (0, 1]")
+    _check(0 <= config.loss.label_smoothing < 1, "loss.label_smoothing", config.loss.label_smoothing, "must be in [0, 1)")
+    _check(config.loss.chunk_tokens > 0, "loss.chunk_tokens", config.loss.chunk_tokens, "must be positive")
+    sizes = dataclasses.astuple(config.mesh)
+    _check(all(n > 0 or n == -1 for n in sizes), "mesh", sizes, "axes must be positive, or -1 for all that remain")
+    _check(sizes.count(-1) <= 1, "mesh", sizes, "only one axis may be -1")
+    _check(config.checkpoint.keep_last > 0, "checkpoint.keep_last", config.checkpoint.keep_last, "must be positive")

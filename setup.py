@@ -1,0 +1,37 @@
+"""Installs msllm: `pip install -e .`, with the extras `tpu`, `cuda`, `test` and `notebooks`."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="msllm",
+    version="0.1.0",
+    description="Pretrain and run multi-stream language models in JAX",
+    packages=find_packages(include=["msllm", "msllm.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py",
+        "array_record",
+        "etils",
+        "flax>=0.12",
+        "grain>=0.2.15",
+        "jax>=0.10",
+        "ml-collections>=1.0",
+        "msgpack",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.30",
+        "protobuf",
+        "rich",
+        "safetensors",
+        "sentencepiece>=0.2.1",
+        "tensorboardX",
+        "tokenizers",
+        "tqdm",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda13]>=0.10"],
+        "test": ["hypothesis", "matplotlib", "psutil", "pytest", "pytest-xdist"],
+        "notebooks": ["ipykernel", "matplotlib", "nbclient", "nbformat"],
+    },
+)
