@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import types
 import typing
 from typing import Any
 
@@ -83,7 +82,7 @@ class DataConfig:
     dir: str = ""  # the prepared data: what `prepare` writes and `train` reads
     converter: str = ""  # see msllm/data/converters.py
     path: str = ""  # input of the converter: a file or a glob
-    options: typing.Mapping[str, Any] = types.MappingProxyType({})  # arguments of the converter
+    options: typing.Mapping[str, Any] = dataclasses.field(default_factory=dict)  # arguments of the converter
     tokenizer: TokenizerConfig = TokenizerConfig()
     rows: int = 512  # T: rows of a packed table
     batch_size: int = 8  # B: tables per step, over all hosts
@@ -218,7 +217,7 @@ def _convert(hint: Any, value: Any, path: str):
             raise UserError(f"{path} is {value!r}: expected {len(inner)} items")
         return tuple(_convert(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(zip(inner, value)))
     if typing.get_origin(hint) is not None:  # Mapping: free-form options, checked by who takes them
-        return types.MappingProxyType(dict(value))
+        return dict(value)
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:

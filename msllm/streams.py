@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from msllm.config import StreamsConfig
@@ -135,24 +137,23 @@ def make_cells(present, segment, silent=None) -> Cells:
 
 def positions(segment):
     """RoPE positions [B, T] int32: the row within its segment (a segment is a run of equal ids), numpy or jax."""
-    if isinstance(segment, np.ndarray):
-        xp, cummax = np, np.maximum.accumulate
-    else:
-        import jax
-        import jax.numpy as xp
-
-        cummax = jax.lax.cummax
+    xp = _array_module(segment)
     row = xp.arange(segment.shape[1], dtype=np.int32)[None, :]
     start = xp.concatenate([xp.ones_like(segment[:, :1], bool), segment[:, 1:] != segment[:, :-1]], axis=1)
+    cummax = np.maximum.accumulate if xp is np else jax.lax.cummax
     return row - cummax(xp.where(start, row, 0), axis=1)
 
 
 def target_mask(present, segment):
     """[B, T, S] bool: the cell predicts its stream's cell in the next row, because both are present in one segment."""
-    xp = np if isinstance(present, np.ndarray) else __import__("jax.numpy").numpy
+    xp = _array_module(present)
     present = present & (segment > 0)[:, :, None]
     both = present[:, :-1] & present[:, 1:] & (segment[:, :-1] == segment[:, 1:])[:, :, None]
     return xp.concatenate([both, xp.zeros_like(present[:, :1])], axis=1)
+
+
+def _array_module(array):
+    return np if isinstance(array, np.ndarray) else jnp
 
 
 def visibility_table(cells: Cells, lag: np.ndarray, batch: int = 0) -> np.ndarray:
