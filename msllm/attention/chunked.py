@@ -1,0 +1,204 @@
+"""Blockwise attention in plain XLA: O(L) memory, forward and backward, on any device.
+
+Online softmax over key blocks with the backward pass recomputed from the saved log-sum-exp (FlashAttention, Dao et al.
+2022, arXiv 2205.14135, algorithms 1 and 4). A block of queries or keys is a range of rows, all streams of it. From the
+lowest and highest row and segment of each block follows which key blocks a query block may reach: the others are never
+computed, so packing and row-causality save time, not only memory. Within a block the mask is `visible()`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from msllm.streams import Cells, visible
+
+BLOCK_CELLS = 384  # cells of a block: matrix products large enough for a CPU core, scores small enough for its cache
+MASKED = -1e30  # finite, so that a row that has seen no key yet gives exp(0) * 0 and never inf - inf
+
+
+def chunked_attention(q, k, v, q_cells: Cells, k_cells: Cells, lag, q_streams, block_cells: int = BLOCK_CELLS):
+    """As `reference_attention`, without ever holding [L, L]. Same arguments; `block_cells`: cells in a block."""
+    q_rows, k_rows = _block_rows(q.shape[1], q.shape[2], block_cells), _block_rows(k.shape[1], k.shape[2], block_cells)
+    # Rows that fill up the last block: absent, and of two different row numbers so that they do not see each other.
+    q_cells, k_cells = _pad_cells(q_cells, q_rows, row=-1), _pad_cells(k_cells, k_rows, row=-2)
+    out = _attention(q, k, v, q_cells, k_cells, lag, q_streams, q_rows, k_rows)
+    return out
+
+
+def _block_rows(rows: int, streams: int, block_cells: int) -> int:
+    """Rows of a block: the number of blocks that `block_cells` asks for, evenly filled."""
+    blocks = -(-rows * streams // block_cells)
+    return -(-rows // min(blocks, rows))
+
+
+def _pad_rows(x, block_rows: int, value=0):
+    missing = -x.shape[1] % block_rows
+    return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), constant_values=value) if missing else x
+
+
+def _pad_cells(cells: Cells, block_rows: int, row: int) -> Cells:
+    return Cells(_pad_rows(cells.row, block_rows, row), *(_pad_rows(x, block_rows) for x in cells[1:]))
+
+
+def _blocks(x, block_rows: int):
+    """[B, T, ...] -> [blocks, B, block_rows, ...]."""
+    return x.reshape(x.shape[0], -1, block_rows, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _head_blocks(x, block_rows: int, kv_heads: int):
+    """[B, T, S, N, H] -> [blocks, B, K, (N / K) * block_rows * S, H]: batched matrix products without transposes."""
+    x = _pad_rows(x, block_rows)
+    batch, rows, streams, heads, head_dim = x.shape
+    x = x.reshape(batch, rows // block_rows, block_rows * streams, kv_heads, heads // kv_heads, head_dim)
+    return x.transpose(1, 0, 3, 4, 2, 5).reshape(rows // block_rows, batch, kv_heads, -1, head_dim)
+
+
+def _unblock(x, shape):
+    """Inverse of `_head_blocks`, without the rows that filled up the last block."""
+    batch, rows, streams, heads, head_dim = shape
+    blocks, _, kv_heads, _, _ = x.shape
+    x = x.reshape(blocks, batch, kv_heads, heads // kv_heads, -1, head_dim).transpose(1, 0, 4, 2, 3, 5)
+    return x.reshape(batch, -1, streams, heads, head_dim)[:, :rows]
+
+
+def _reach(q_cells: Cells, k_cells: Cells, lag, q_streams, q_rows: int, k_rows: int):
+    """For each query block: the first and one past the last key block it may see, [nq] each, and per pair of blocks
+    whether every query sees every key, [nq, nk]: then the mask need not be computed."""
+    lags = lag[q_streams]
+    low = lambda x, rows: _blocks(x, rows).min(2)
+    high = lambda x, rows: _blocks(x, rows).max(2)
+    q_low, q_high = low(q_cells.row, q_rows)[:, None], high(q_cells.row, q_rows)[:, None]
+    k_low, k_high = low(k_cells.row, k_rows), high(k_cells.row, k_rows)
+    q_seg_low, q_seg_high = low(q_cells.segment, q_rows)[:, None], high(q_cells.segment, q_rows)[:, None]
+    k_seg_low, k_seg_high = low(k_cells.segment, k_rows), high(k_cells.segment, k_rows)
+
+    earlier = (k_low <= q_high - lags.min()) & (k_seg_low <= q_seg_high) & (q_seg_low <= k_seg_high)
+    itself = (k_low <= q_high) & (q_low <= k_high)
+    some = jnp.any(earlier | itself, axis=2)
+    first = jnp.argmax(some, axis=1)
+    end = some.shape[1] - jnp.argmax(some[:, ::-1], axis=1)
+
+    all_of = lambda x, rows: _blocks(x.all(2), rows).all(2)
+    full = (k_high <= q_low - lags.max()) & (q_seg_low == q_seg_high) & (q_seg_low == k_seg_low)
+    full &= (q_seg_low == k_seg_high) & all_of(q_cells.present, q_rows)[:, None] & all_of(k_cells.seen, k_rows)
+    return first, jnp.where(some.any(1), end, first), full.all(2)
+
+
+def _block_mask(q_cells: Cells, k_cells: Cells, lag, q_streams):
+    """`visible()` for one block of queries and one of keys: [B, 1, 1, q_rows * Sq, k_rows * S] bool."""
+    mask = visible(
+        q_cells.row[:, :, None, None, None],
+        q_streams[:, None, None],
+        q_cells.segment[:, :, None, None, None],
+        q_cells.present[:, :, :, None, None],
+        k_cells.row[:, None, None, :, None],
+        jnp.arange(lag.shape[1]),
+        k_cells.segment[:, None, None, :, None],
+        k_cells.seen[:, None, None],
+        lag[q_streams][:, None, :],
+    )
+    batch, q_rows, q_size, k_rows, k_size = mask.shape
+    return mask.reshape(batch, 1, 1, q_rows * q_size, k_rows * k_size)
+
+
+def _scores(q, k, mask):
+    """Masked, scaled float32 scores [B, K, G, q, k] of q [B, K, G*q, H] and k [B, K, k, H]."""
+    scores = jnp.einsum("bkqh,bkth->bkqt", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    batch, kv_heads, _, keys = scores.shape
+    return jnp.where(mask, scores.reshape(batch, kv_heads, -1, mask.shape[3], keys), MASKED)
+
+
+def _at(x, i):
+    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, i, 0, keepdims=False), x)
+
+
+def _mask_of(pair_is_full, q_cells, k_cells, lag, q_streams):
+    def all_visible():
+        (batch, q_rows, q_size), (_, k_rows, k_size) = q_cells.present.shape, k_cells.seen.shape
+        return jnp.ones((batch, 1, 1, q_rows * q_size, k_rows * k_size), bool)
+
+    return lax.cond(pair_is_full, all_visible, lambda: _block_mask(q_cells, k_cells, lag, q_streams))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _attention(q, k, v, q_cells, k_cells, lag, q_streams, q_rows: int, k_rows: int):
+    return _forward(q, k, v, q_cells, k_cells, lag, q_streams, q_rows, k_rows)[0]
+
+
+def _forward(q, k, v, q_cells, k_cells, lag, q_streams, q_rows, k_rows):
+    kv_heads, head_dim = k.shape[3:]
+    groups = q.shape[3] // kv_heads
+    first, end, full = _reach(q_cells, k_cells, lag, q_streams, q_rows, k_rows)
+    keys = (_head_blocks(k, k_rows, kv_heads), _head_blocks(v, k_rows, kv_heads), _cell_blocks(k_cells, k_rows))
+
+    def query_block(_, block):
+        q_block, cells, first, end, full = block
+
+        def key_block(j, carry):
+            top, total, out = carry
+            k_block, v_block, k_block_cells = _at(keys, j)
+            scores = _scores(q_block, k_block, _mask_of(full[j], cells, k_block_cells, lag, q_streams))
+            new_top = jnp.maximum(top, scores.max(-1))
+            weights = jnp.where(scores > MASKED, jnp.exp(scores - new_top[..., None]), 0.0)
+            keep = jnp.exp(top - new_top)
+            flat = weights.reshape(*q_block.shape[:3], -1).astype(v_block.dtype)
+            added = jnp.einsum("bkqt,bkth->bkqh", flat, v_block, preferred_element_type=jnp.float32)
+            return new_top, total * keep + weights.sum(-1), out * keep.reshape(*out.shape[:3], 1) + added
+
+        stat = (q_block.shape[0], kv_heads, groups, q_block.shape[2] // groups)
+        init = (jnp.full(stat, MASKED), jnp.zeros(stat), jnp.zeros(q_block.shape, jnp.float32))
+        top, total, out = lax.fori_loop(first, end, key_block, init)
+        total = jnp.where(total > 0, total, 1.0)  # rows that only fill up a block see nothing
+        return None, ((out / total.reshape(*out.shape[:3], 1)).astype(q.dtype), top + jnp.log(total))
+
+    blocks = (_head_blocks(q, q_rows, kv_heads), _cell_blocks(q_cells, q_rows), first, end, full)
+    _, (out, lse) = lax.scan(query_block, None, blocks)
+    return _unblock(out, q.shape), (q, k, v, q_cells, k_cells, lag, q_streams, out, lse)
+
+
+def _cell_blocks(cells: Cells, block_rows: int) -> Cells:
+    return Cells(*(_blocks(x, block_rows) for x in cells))
+
+
+def _backward(q_rows, k_rows, saved, d_out):
+    q, k, v, q_cells, k_cells, lag, q_streams, out, lse = saved
+    kv_heads, head_dim = k.shape[3:]
+    first, end, full = _reach(q_cells, k_cells, lag, q_streams, q_rows, k_rows)
+    keys = (_head_blocks(k, k_rows, kv_heads), _head_blocks(v, k_rows, kv_heads), _cell_blocks(k_cells, k_rows))
+    d_out = _head_blocks(d_out, q_rows, kv_heads)
+    # The part of the softmax's gradient that all keys of a query share.
+    shared = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1).reshape(lse.shape)
+
+    def query_block(d_keys, block):
+        q_block, cells, lse, shared, d_out, first, end, full = block
+
+        def key_block(j, carry):
+            d_q, d_keys, d_values = carry
+            k_block, v_block, k_block_cells = _at(keys, j)
+            scores = _scores(q_block, k_block, _mask_of(full[j], cells, k_block_cells, lag, q_streams))
+            weights = jnp.where(scores > MASKED, jnp.exp(scores - lse[..., None]), 0.0)
+            d_weights = jnp.einsum("bkqh,bkth->bkqt", d_out, v_block, preferred_element_type=jnp.float32)
+            d_scores = weights * (d_weights.reshape(weights.shape) - shared[..., None]) * head_dim**-0.5
+            d_scores = d_scores.reshape(d_weights.shape).astype(q.dtype)
+            weights = weights.reshape(d_weights.shape).astype(q.dtype)
+            d_v = jnp.einsum("bkqt,bkqh->bkth", weights, d_out, preferred_element_type=jnp.float32)
+            d_k = jnp.einsum("bkqt,bkqh->bkth", d_scores, q_block, preferred_element_type=jnp.float32)
+            d_q += jnp.einsum("bkqt,bkth->bkqh", d_scores, k_block, preferred_element_type=jnp.float32)
+            add = lambda total, x: lax.dynamic_update_index_in_dim(total, _at(total, j) + x, j, 0)
+            return d_q, add(d_keys, d_k), add(d_values, d_v)
+
+        d_q, *d_keys = lax.fori_loop(first, end, key_block, (jnp.zeros(q_block.shape, jnp.float32), *d_keys))
+        return tuple(d_keys), d_q.astype(q.dtype)
+
+    zeros = jnp.zeros(keys[0].shape, jnp.float32)
+    blocks = (_head_blocks(q, q_rows, kv_heads), _cell_blocks(q_cells, q_rows), lse, shared, d_out, first, end, full)
+    (d_k, d_v), d_q = lax.scan(query_block, (zeros, zeros), blocks)
+    gradients = (_unblock(d_q, q.shape), _unblock(d_k, k.shape).astype(k.dtype), _unblock(d_v, v.shape).astype(v.dtype))
+    return (*gradients, None, None, None, None)
+
+
+_attention.defvjp(_forward, _backward)

@@ -1,0 +1,39 @@
+"""Dense attention: the visibility rule, literally. O(L^2) memory; what every other backend is compared with."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from msllm.streams import Cells, visible
+
+
+def reference_attention(q, k, v, q_cells: Cells, k_cells: Cells, lag, q_streams):
+    """Softmax attention over the cells that `visible()` admits.
+
+    Args:
+      q: [B, Tq, Sq, N, H]. k, v: [B, Tk, S, K, H], N a multiple of K; query head n uses key head n // (N / K).
+      q_cells, k_cells: cells of the queries and of the keys.
+      lag: [S, S] int32. q_streams: [Sq] int32, the streams of the queries (the keys hold all S).
+
+    Returns: [B, Tq, Sq, N, H] in q's dtype; scores and softmax are float32.
+    """
+    batch, rows, streams, heads, head_dim = q.shape
+    kv_heads = k.shape[3]
+    grouped = q.reshape(batch, rows, streams, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("btskgh,bupkh->bkgtsup", grouped, k, preferred_element_type=jnp.float32) / head_dim**0.5
+    mask = visible(
+        q_cells.row[:, :, None, None, None],
+        q_streams[:, None, None],
+        q_cells.segment[:, :, None, None, None],
+        q_cells.present[:, :, :, None, None],
+        k_cells.row[:, None, None, :, None],
+        jnp.arange(k.shape[2]),
+        k_cells.segment[:, None, None, :, None],
+        k_cells.seen[:, None, None],
+        lag[q_streams][:, None, :],
+    )
+    scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=(-2, -1)).astype(v.dtype)
+    out = jnp.einsum("bkgtsup,bupkh->btskgh", weights, v, preferred_element_type=jnp.float32)
+    return out.reshape(q.shape).astype(q.dtype)

@@ -1,0 +1,129 @@
+"""Parts of the decoder: parameters, RMSNorm, rotary positions, attention projections, MLP.
+
+Every weight of a block has a leading axis `layers`: the model scans over it, and inside the scan a block sees its own
+layer's slice. Each parameter states its shape, its logical axes (see sharding.py) and its initial scale.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from msllm.config import ModelConfig, RopeScalingConfig
+
+
+def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: float) -> nnx.Param:
+    """A float32 parameter drawn from normal(0, scale), with its logical axes as metadata."""
+    assert len(shape) == len(axes), (shape, axes)
+    return nnx.Param(scale * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+def constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    """A float32 parameter that starts at `value`."""
+    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x * weight / rms(x) over the last axis (Zhang & Sennrich 2019, arXiv 1910.07467), computed in float32."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * scale * weight).astype(x.dtype)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScalingConfig) -> np.ndarray:
+    """Angle per row of each rotated pair, [H / 2] float32 (Su et al. 2021, arXiv 2104.09864)."""
+    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling.kind == "linear":
+        frequencies = frequencies / scaling.factor
+    elif scaling.kind == "llama3":
+        # Long wavelengths are slowed down by the factor, short ones kept, those between blended (Llama 3.1).
+        wavelength = 2 * math.pi / frequencies
+        low = scaling.original_max_position / scaling.low_freq_factor
+        high = scaling.original_max_position / scaling.high_freq_factor
+        blend = (scaling.original_max_position / wavelength - scaling.low_freq_factor) / (
+            scaling.high_freq_factor - scaling.low_freq_factor
+        )
+        between = (1 - blend) * frequencies / scaling.factor + blend * frequencies
+        slowed = np.where(wavelength > low, frequencies / scaling.factor, frequencies)
+        frequencies = np.where((wavelength <= low) & (wavelength >= high), between, slowed)
+    return frequencies.astype(np.float32)
+
+
+def rope_angles(position: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """cos and sin for positions [B, T] or [B, T, S]: each [B, T, 1 or S, 1, H / 2] float32."""
+    frequencies = jnp.asarray(rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
+    if position.ndim == 2:
+        position = position[:, :, None]
+    angle = position[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the pairs (m, m + H/2) of the last axis of x [B, T, S, heads, H]."""
+    cos, sin = angles
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Projections(nnx.Module):
+    """The q, k, v and output projections of attention, with optional biases and norms on the heads."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        layers, d_model, heads, kv_heads, head_dim = (
+            config.num_layers,
+            config.d_model,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+        )
+        self.config = config
+        scale = d_model**-0.5
+        self.q = parameter(rngs, (layers, d_model, heads, head_dim), ("layers", "embed", "heads", "head_dim"), scale)
+        kv_axes = ("layers", "embed", "kv_heads", "head_dim")
+        self.k = parameter(rngs, (layers, d_model, kv_heads, head_dim), kv_axes, scale)
+        self.v = parameter(rngs, (layers, d_model, kv_heads, head_dim), kv_axes, scale)
+        # Residual branches start small, so that depth does not change the size of activations (GPT-2).
+        out_scale = (heads * head_dim * 2 * layers) ** -0.5
+        self.o = parameter(rngs, (layers, heads, head_dim, d_model), ("layers", "heads", "head_dim", "embed"), out_scale)
+        if config.attention_bias:
+            self.q_bias = constant(0.0, (layers, heads, head_dim), ("layers", "heads", "head_dim"))
+            self.k_bias = constant(0.0, (layers, kv_heads, head_dim), ("layers", "kv_heads", "head_dim"))
+            self.v_bias = constant(0.0, (layers, kv_heads, head_dim), ("layers", "kv_heads", "head_dim"))
+        if config.qk_norm:
+            self.q_norm = constant(1.0, (layers, head_dim), ("layers", "head_dim"))
+            self.k_norm = constant(1.0, (layers, head_dim), ("layers", "head_dim"))
+
+    def qkv(self, x: jax.Array, angles) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [B, T, S, D] -> q [B, T, S, N, H], k and v [B, T, S, K, H], normalised and rotated."""
+        project = lambda weight: jnp.einsum("btsd,dnh->btsnh", x, weight[...].astype(x.dtype))
+        q, k, v = project(self.q), project(self.k), project(self.v)
+        if self.config.attention_bias:
+            q, k, v = (y + b[...].astype(y.dtype) for y, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
+        if self.config.qk_norm:
+            q = rms_norm(q, self.q_norm[...], self.config.norm_eps)
+            k = rms_norm(k, self.k_norm[...], self.config.norm_eps)
+        return rotate(q, angles), rotate(k, angles), v
+
+    def out(self, x: jax.Array) -> jax.Array:
+        """x [B, T, S, N, H] -> [B, T, S, D]."""
+        return jnp.einsum("btsnh,nhd->btsd", x, self.o[...].astype(x.dtype))
+
+
+class Mlp(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        layers, d_model, d_ff = config.num_layers, config.d_model, config.d_ff
+        axes = ("layers", "embed", "mlp")
+        self.gate = parameter(rngs, (layers, d_model, d_ff), axes, d_model**-0.5)
+        self.up = parameter(rngs, (layers, d_model, d_ff), axes, d_model**-0.5)
+        self.down = parameter(rngs, (layers, d_ff, d_model), ("layers", "mlp", "embed"), (d_ff * 2 * layers) ** -0.5)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate = jnp.einsum("btsd,df->btsf", x, self.gate[...].astype(x.dtype))
+        up = jnp.einsum("btsd,df->btsf", x, self.up[...].astype(x.dtype))
+        return jnp.einsum("btsf,fd->btsd", jax.nn.silu(gate) * up, self.down[...].astype(x.dtype))

@@ -1,0 +1,158 @@
+"""The multi-stream decoder: embeddings, a scan over blocks, the head. Activations are [B, T, S, D] throughout."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from msllm.attention import BACKENDS, attention
+from msllm.config import ModelConfig
+from msllm.layers import Mlp, Projections, constant, parameter, rms_norm, rope_angles
+from msllm.sharding import constrain, named
+from msllm.streams import Cells, StreamSpec
+
+ACTIVATION = ("batch", "row", "stream", "d_model")
+
+
+class Cache(NamedTuple):
+    """Keys and values of the rows fed so far, for decoding."""
+
+    k: jax.Array  # [layers, B, rows, S, K, H]
+    v: jax.Array  # [layers, B, rows, S, K, H]
+    cells: Cells  # of all rows; rows not fed yet are absent
+    length: jax.Array  # [] int32: rows fed
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP; weights of all layers, applied to one layer's slice of them."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.attention_norm = constant(1.0, (config.num_layers, config.d_model), ("layers", "embed"))
+        self.attention = Projections(config, rngs)
+        self.mlp_norm = constant(1.0, (config.num_layers, config.d_model), ("layers", "embed"))
+        self.mlp = Mlp(config, rngs)
+
+    def __call__(self, x: jax.Array, angles, attend):
+        """x [B, T, S, D] -> the same; `attend(q, k, v)` is the attention over whatever keys there are."""
+        normed = rms_norm(x, self.attention_norm[...], self.config.norm_eps)
+        x = x + self.attention.out(attend(*self.attention.qkv(normed, angles)))
+        x = x + self.mlp(rms_norm(x, self.mlp_norm[...], self.config.norm_eps))
+        return constrain(x, *ACTIVATION)
+
+
+class MultiStreamLM(nnx.Module):
+    """Decoder-only language model over S streams (Qwen3's form). With S = 1 it is an ordinary one."""
+
+    def __init__(self, config: ModelConfig, streams: StreamSpec, rngs: nnx.Rngs):
+        self.config, self.streams = config, streams
+        table = ("vocab", "embed")
+        self.embedding = parameter(rngs, (config.vocab_size, config.d_model), table, 0.02)
+        if config.stream_embedding:
+            self.stream_embedding = parameter(rngs, (streams.size, config.d_model), ("replicated", "embed"), 0.02)
+        self.blocks = Block(config, rngs)
+        self.final_norm = constant(1.0, (config.d_model,), ("embed",))
+        if not config.tie_embeddings:
+            self.head = parameter(rngs, (config.vocab_size, config.d_model), table, config.d_model**-0.5)
+
+    def __call__(self, tokens: jax.Array, cells: Cells, position: jax.Array, cache: Cache | None = None):
+        """The hidden states from which each cell's next row is predicted.
+
+        Args:
+          tokens: [B, T, S] int32. cells: of these rows. position: RoPE positions, [B, T] (or [B, T, S]) int32.
+          cache: keys and values of earlier rows; the rows in `tokens` are appended to it. Not sharded.
+
+        Returns: hidden [B, T, S, D] after the final norm, in the compute dtype; with a cache (hidden, cache).
+        """
+        config = self.config
+        x = self.embedding[...][tokens]
+        if config.stream_embedding:
+            x = x + self.stream_embedding[...]
+        x = constrain(x.astype(config.compute_dtype), *ACTIVATION)
+        angles = rope_angles(position, config)
+        graph, weights = nnx.split(self.blocks)
+
+        if cache is None:
+
+            def layer(x, weights):
+                attend = lambda q, k, v: attention(q, k, v, cells, self.streams.lag_array, config.attention)
+                return nnx.merge(graph, weights)(x, angles, attend), None
+
+            x, _ = jax.lax.scan(_remat(layer, config.remat), x, weights)
+            return rms_norm(x, self.final_norm[...], config.norm_eps)
+
+        start = cache.length
+        append = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
+        k_cells = Cells(*map(append, cache.cells, cells))
+        lag, streams = jnp.asarray(self.streams.lag_array), jnp.arange(self.streams.size)
+
+        def cached_layer(carry, layer):
+            x, k_all, v_all = carry
+            weights, index = layer
+
+            def attend(q, k, v):
+                nonlocal k_all, v_all
+                at = (index, 0, start, 0, 0, 0)
+                k_all = jax.lax.dynamic_update_slice(k_all, k.astype(k_all.dtype)[None], at)
+                v_all = jax.lax.dynamic_update_slice(v_all, v.astype(v_all.dtype)[None], at)
+                return BACKENDS[config.attention](q, k_all[index], v_all[index], cells, k_cells, lag, streams)
+
+            x = nnx.merge(graph, weights)(x, angles, attend)
+            return (x, k_all, v_all), None
+
+        layers = (weights, jnp.arange(config.num_layers))
+        (x, k_all, v_all), _ = jax.lax.scan(cached_layer, (x, cache.k, cache.v), layers)
+        cache = Cache(k_all, v_all, k_cells, start + tokens.shape[1])
+        return rms_norm(x, self.final_norm[...], config.norm_eps), cache
+
+    def head_table(self) -> jax.Array:
+        """[V, D] float32: logits are hidden @ head_table().T."""
+        return (self.embedding if self.config.tie_embeddings else self.head)[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] -> [..., V] float32. For scoring and decoding; training never holds all logits (loss.py)."""
+        table = self.head_table().astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+
+    def empty_cache(self, batch: int, rows: int) -> Cache:
+        """A cache for `rows` rows of `batch` tables."""
+        config, size = self.config, self.streams.size
+        shape = (config.num_layers, batch, rows, size, config.num_kv_heads, config.head_dim)
+        integers, flags = jnp.zeros((batch, rows), jnp.int32), jnp.zeros((batch, rows, size), bool)
+        zeros = jnp.zeros(shape, config.compute_dtype)
+        return Cache(zeros, zeros, Cells(integers, integers, flags, flags), jnp.zeros((), jnp.int32))
+
+
+def _remat(layer, policy: str):
+    """Which values of a layer the backward pass computes again: none, all but matrix products, or all."""
+    if policy == "none":
+        return layer
+    save = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    return jax.checkpoint(layer, policy=save, prevent_cse=False)
+
+
+def abstract_model(config: ModelConfig, streams: StreamSpec) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
+    """(graphdef, parameter shapes, logical axes): the last two are nested dicts of the same structure."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: MultiStreamLM(config, streams, nnx.Rngs(0))))
+    shapes = nnx.to_pure_dict(state)
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    axes = jax.tree.unflatten(jax.tree.structure(shapes), [leaf.axes for leaf in leaves])
+    return graph, shapes, axes
+
+
+def parameter_shardings(axes: dict[str, Any], mesh) -> dict[str, Any]:
+    """NamedShardings of the parameters, from their logical axes."""
+    return jax.tree.map(lambda a: named(mesh, *a), axes, is_leaf=lambda a: isinstance(a, tuple))
+
+
+def init_parameters(config: ModelConfig, streams: StreamSpec, seed: int) -> dict[str, Any]:
+    """Initial parameters as nested dicts. Call it under jit with `parameter_shardings`: each device makes its part."""
+    return nnx.to_pure_dict(nnx.split(MultiStreamLM(config, streams, nnx.Rngs(seed)))[1])
+
+
+def bind(graph: nnx.GraphDef, parameters: dict[str, Any]) -> MultiStreamLM:
+    """The model that holds these parameters."""
+    return nnx.merge(graph, nnx.State(parameters))
