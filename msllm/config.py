@@ -86,7 +86,8 @@ class DataConfig:
     tokenizer: TokenizerConfig = TokenizerConfig()
     rows: int = 512  # T: rows of a packed table
     batch_size: int = 8  # B: tables per step, over all hosts
-    eval_percent: float = 5.0  # share of the examples held out, chosen by the hash of each
+    eval_percent: float = 5.0  # share of the examples held out
+    split: str = "hash"  # hash (held out by the hash of each example) | tail (the last ones, in input order)
     max_examples: int = 0  # 0: all
     shards: int = 4
     seed: int = 0  # order of the tables
@@ -243,6 +244,7 @@ def _validate(config: Config) -> None:
     one_of("model.rope_scaling.kind", model.rope_scaling.kind, "none linear llama3")
     one_of("optim.schedule", optim.schedule, "cosine wsd constant")
     one_of("data.tokenizer.model_type", data.tokenizer.model_type, "unigram bpe word char")
+    one_of("data.split", data.split, "hash tail")
     for name in ("d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff"):
         _check(getattr(model, name) > 0, f"model.{name}", getattr(model, name), "must be positive")
     _check(model.vocab_size >= 0, "model.vocab_size", model.vocab_size, "must be positive, or 0 for the tokenizer's size")

@@ -1,0 +1,332 @@
+"""Converters: from files (or a generator) to tables. `config.data.converter` names one, `config.data.options` sets it.
+
+A converter is a function (layout, path) -> tables, before delays. It encodes text only through `layout.encode`, so the
+same function also yields the texts that a tokenizer is trained on.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from msllm.config import Config
+from msllm.data import dictation as dictation_lib
+from msllm.data.tables import Placement, Table, example_hash, make_table, shift
+from msllm.errors import UserError
+from msllm.streams import StreamSpec
+from msllm.tokenizer import Tokenizer
+
+BLOCK_CHARACTERS = 1 << 16  # of plain text encoded at a time
+_CALCULATOR = re.compile(r"<<[^>]*>>")
+
+
+class Layout:
+    """What converters share: streams, tokenizer, options, and where a record comes from (for messages)."""
+
+    def __init__(self, spec: StreamSpec, tokenizer: Tokenizer | _Recorder, rows: int, options: Mapping[str, Any]):
+        self.spec, self.tokenizer, self.rows, self.options = spec, tokenizer, rows, options
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)
+
+    def one_token(self, text: str, where: str) -> int:
+        """The id of a text that must be one known token."""
+        ids = self.encode(text)
+        if len(ids) != 1 or ids[0] == self.tokenizer.unknown_id:
+            raise UserError(
+                f"{where}: {text!r} is {len(ids)} tokens or unknown to the tokenizer: a cell takes exactly one token; split"
+                " it, give a plain string, or use another tokenizer (config.data.tokenizer.model_type='word' fits words)"
+            )
+        return ids[0]
+
+    def place(self, stream: str, start: int, tokens: Sequence[int]) -> Placement:
+        return Placement(self.spec.index(stream), start, tokens)
+
+    def table(self, placements: Sequence[Placement], key: str, closing_rows: int = 1) -> Table:
+        """The table of placements. A closing silent row teaches the model where to stop."""
+        rows = max((p.end for p in placements), default=0) + closing_rows
+        return make_table(placements, rows, self.spec.size, self.tokenizer.silence_id, example_hash(key))
+
+
+def gsm8k(layout: Layout, path: str) -> Iterator[Table]:
+    """GSM8K: jsonl {"question", "answer"}. The user asks, the thought works, the output gives the number.
+
+    The thought starts `think_after` rows after the question does (-1: when it has ended); the output starts when
+    question and thought have both ended.
+    """
+    think_after = layout.options["think_after"]
+    if think_after < -1:
+        raise UserError(f"config.data.options.think_after is {think_after}: must be a number of rows, or -1")
+    for where, record in read_jsonl(path):
+        question, answer = _text(record, "question", where), _text(record, "answer", where)
+        worked, mark, number = answer.rpartition("####")
+        if not mark:
+            raise UserError(f"{where}: the answer has no last line '#### number': correct the record")
+        asked = layout.place("user", 0, layout.encode(question))
+        start = asked.end if think_after < 0 else think_after
+        thought = layout.place("thought", start, layout.encode(_CALCULATOR.sub("", worked).rstrip("\n")))
+        output = layout.place("output", max(asked.end, thought.end), layout.encode(number.strip()))
+        yield layout.table([asked, thought, output], question)
+
+
+def tables(layout: Layout, path: str) -> Iterator[Table]:
+    """Ready tables: jsonl {"streams": {name: [one item a row], name: "text", ...}}.
+
+    An item is a token id, a string of exactly one token, "" (silence) or null (absent). A text is tokenized from row 0
+    and silent after its end. Streams left out are silent.
+    """
+    for where, record in read_jsonl(path):
+        streams = record.get("streams")
+        if not isinstance(streams, dict) or set(record) != {"streams"}:
+            raise UserError(f'{where}: keys are {sorted(record)}: must be {{"streams": {{name: list or text}}}}')
+        yield _ready_table(layout, streams, where)
+
+
+def _ready_table(layout: Layout, streams: Mapping[str, Any], where: str) -> Table:
+    placements, absent, lengths = [], [], {}
+    for name, content in streams.items():
+        if name not in layout.spec.names:
+            raise UserError(
+                f"{where}: unknown stream {name!r}: config.streams.names is {', '.join(layout.spec.names)}"
+            )
+        if isinstance(content, str):
+            placements.append(layout.place(name, 0, layout.encode(content)))
+        elif isinstance(content, list):
+            lengths[name] = len(content)
+            tokens = [_cell(layout, item, f"{where}, stream {name!r}, row {row}") for row, item in enumerate(content)]
+            absent += [(row, layout.spec.index(name)) for row, token in enumerate(tokens) if token is None]
+            placements.append(layout.place(name, 0, [token or 0 for token in tokens]))
+        else:
+            raise UserError(f"{where}: stream {name!r} is {content!r}: must be a list of cells or a text")
+    rows = max((p.end for p in placements), default=0)
+    if lengths and set(lengths.values()) != {rows}:
+        lengths = {layout.spec.names[p.stream]: p.end for p in placements}
+        raise UserError(f"{where}: lengths in rows are {lengths}: lists must be equally long; pad with \"\" or null")
+    table = layout.table(placements, json.dumps(streams, sort_keys=True), closing_rows=0)
+    for row, stream in absent:
+        table.present[row, stream] = False
+    return table
+
+
+def _cell(layout: Layout, item: Any, where: str) -> int | None:
+    if item is None:
+        return None
+    if item == "":
+        return layout.tokenizer.silence_id
+    if isinstance(item, str):
+        return layout.one_token(item, where)
+    if type(item) is not int or not 0 <= item < layout.tokenizer.vocab_size:
+        raise UserError(
+            f"{where}: {item!r} is no cell: must be a token id below {layout.tokenizer.vocab_size}, a string or null"
+        )
+    return item
+
+
+def chat(layout: Layout, path: str) -> Iterator[Table]:
+    """Chats: jsonl {"messages": [{"role", "content"}, ...]}, one turn after another, other streams silent meanwhile.
+
+    `roles` maps roles to streams (a role left out is a stream's name); a turn of a stream that is not an input starts
+    `overlap` rows before the turn before it ends.
+    """
+    roles, overlap = layout.options["roles"], layout.options["overlap"]
+    if overlap < 0:
+        raise UserError(f"config.data.options.overlap is {overlap}: must be a number of rows >= 0")
+    for where, record in read_jsonl(path):
+        messages = record.get("messages")
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            raise UserError(f'{where}: must be {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
+        placements, ends = [], [0] * layout.spec.size
+        for message in messages:
+            role, content = _text(message, "role", where), _text(message, "content", where)
+            name = roles.get(role, role)
+            if name not in layout.spec.names:
+                known = ", ".join(layout.spec.names)
+                raise UserError(f"{where}: role {role!r} is no stream ({known}): map it with config.data.options.roles")
+            stream, start = layout.spec.index(name), 0
+            if placements:
+                early = 0 if layout.spec.kinds[stream] == "input" else overlap
+                start = max(placements[-1].end - early, placements[-1].start, ends[stream])
+            placements.append(Placement(stream, start, layout.encode(content)))
+            ends[stream] = placements[-1].end
+        if placements:
+            yield layout.table(placements, json.dumps(messages, sort_keys=True))
+
+
+def text(layout: Layout, path: str) -> Iterator[Table]:
+    """Plain text in one stream, cut to pieces of `config.data.rows` rows.
+
+    A piece begins with the last token of the piece before it: so every token (but the first) is predicted once.
+    """
+    if layout.spec.size != 1:
+        raise UserError(f"config.streams.names is {layout.spec.names}: the text converter takes exactly one stream")
+    for file in input_files(path):
+        tokens, start = [], 0
+        for block in _blocks(file):
+            tokens += layout.encode(block)
+            while len(tokens) - start >= layout.rows:
+                yield _piece(layout, tokens[start : start + layout.rows])
+                start += layout.rows - 1
+            tokens, start = tokens[start:], 0
+        if len(tokens) > 1:
+            yield _piece(layout, tokens)
+
+
+def _piece(layout: Layout, tokens: Sequence[int]) -> Table:
+    return layout.table([Placement(0, 0, tokens)], json.dumps(list(tokens)), closing_rows=0)
+
+
+def _blocks(file: str) -> Iterator[str]:
+    lines, size = [], 0
+    for _, line in _lines(file):
+        lines.append(line)
+        size += len(line)
+        if size >= BLOCK_CHARACTERS:
+            yield "".join(lines)
+            lines, size = [], 0
+    if lines:
+        yield "".join(lines)
+
+
+def dictation(layout: Layout, path: str) -> Iterator[Table]:
+    """Dictated sums (msllm/data/dictation.py) in the streams user, thought and output."""
+    del path  # generated
+    for example in dictation_lib.generate(layout.options["examples"], layout.options["seed"]):
+        asked = layout.place("user", 0, _words(layout, example.question))
+        placements, free = [asked], 0
+        for word, thought in example.thoughts:
+            start = max(word + dictation_lib.REACTION, free)  # wait while the thought before it is still being said
+            placements.append(layout.place("thought", start, _words(layout, thought)))
+            free = placements[-1].end
+        # The number, third word of the answer, is said REACTION rows after its thought, which ends in row `free - 1`.
+        start = max(asked.end - 1 + dictation_lib.REACTION, free - 1)
+        placements.append(layout.place("output", start, _words(layout, example.answer)))
+        yield layout.table(placements, " ".join(example.question))
+
+
+def dictation_single(layout: Layout, path: str) -> Iterator[Table]:
+    """The same dictated sums in one stream: the whole question, then all thoughts, then the answer."""
+    del path  # generated
+    if layout.spec.size != 1:
+        raise UserError(f"config.streams.names is {layout.spec.names}: dictation_single takes exactly one stream")
+    for example in dictation_lib.generate(layout.options["examples"], layout.options["seed"]):
+        thoughts = [word for _, thought in example.thoughts for word in thought]
+        words = [*example.question, *thoughts, *example.answer]
+        yield layout.table([Placement(0, 0, _words(layout, words))], " ".join(example.question))
+
+
+def _words(layout: Layout, words: Sequence[str]) -> list[int]:
+    return [layout.one_token(word, "dictation") for word in words]
+
+
+class Converter(NamedTuple):
+    """A converter, its options with their defaults, and whether it reads files."""
+
+    function: Callable[[Layout, str], Iterator[Table]]
+    options: Mapping[str, Any]
+    reads_files: bool = True
+
+
+CONVERTERS = {
+    "gsm8k": Converter(gsm8k, {"think_after": -1}),
+    "tables": Converter(tables, {}),
+    "chat": Converter(chat, {"roles": {}, "overlap": 0}),
+    "text": Converter(text, {}),
+    "dictation": Converter(dictation, {"examples": 20_000, "seed": 0}, reads_files=False),
+    "dictation_single": Converter(dictation_single, {"examples": 20_000, "seed": 0}, reads_files=False),
+}
+
+
+def get_converter(name: str) -> Converter:
+    """The converter that `config.data.converter` names. Raises UserError."""
+    if name not in CONVERTERS:
+        raise UserError(f"config.data.converter is {name!r}: must be one of {', '.join(CONVERTERS)}")
+    return CONVERTERS[name]
+
+
+def convert(config: Config, spec: StreamSpec, tokenizer: Tokenizer | _Recorder) -> Iterator[Table]:
+    """The tables of `config.data`, in input order, delays applied. Raises UserError."""
+    converter, options = get_converter(config.data.converter), dict(config.data.options)
+    for name, value in options.items():
+        if name not in converter.options:
+            known = ", ".join(converter.options) or "none"
+            raise UserError(f"unknown option config.data.options.{name}: {config.data.converter} knows {known}")
+        if type(value) is not type(converter.options[name]):
+            expected = type(converter.options[name]).__name__
+            raise UserError(f"config.data.options.{name} is {value!r}: expected {expected}")
+    layout = Layout(spec, tokenizer, config.data.rows, {**converter.options, **options})
+    for number, table in enumerate(converter.function(layout, config.data.path), 1):
+        yield shift(table, spec.delays)
+        if number == config.data.max_examples:
+            return
+
+
+def texts(config: Config, spec: StreamSpec) -> Iterator[str]:
+    """The texts of `config.data`: what its tokenizer is trained on."""
+    recorder = _Recorder()
+    for _ in convert(config, spec, recorder):
+        yield from recorder.texts
+        recorder.texts = []
+    yield from recorder.texts
+
+
+class _Recorder:
+    """Stands in for the tokenizer that is still to be trained, and notes the texts it is given."""
+
+    silence_id, unknown_id, vocab_size = 0, None, 1 << 31
+
+    def __init__(self):
+        self.texts: list[str] = []
+
+    def encode(self, text: str) -> list[int]:
+        self.texts.append(text)
+        return [1]
+
+
+def input_files(path: str) -> list[str]:
+    """The files that a path or glob names, sorted. Raises UserError if there are none."""
+    files = sorted(glob.glob(path, recursive=True))
+    if not files:
+        raise UserError(
+            f"config.data.path is {path!r}: there is no such file; give one with --config.data.path=... (the configs of"
+            " this project read the folder named by MSLLM_SHARED, else the folder `shared` beside the repository)"
+        )
+    return files
+
+
+def read_jsonl(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", record) of every line of the jsonl files that `path` names. Raises UserError."""
+    for file in input_files(path):
+        for number, line in _lines(file):
+            where = f"{file}:{number}"
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where}: invalid JSON ({error}): each line must be one JSON object") from error
+            if not isinstance(record, dict):
+                raise UserError(f"{where}: {line.strip()[:40]!r} is no JSON object: each line must be one")
+            yield where, record
+
+
+def _lines(file: str) -> Iterator[tuple[int, str]]:
+    """(number from 1, line with its newline) of a UTF-8 file; nothing else about it is changed."""
+    number = 0
+    try:
+        with open(file, encoding="utf-8", newline="\n") as stream:
+            for number, line in enumerate(stream, 1):
+                yield number, line
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}, after line {number}: not UTF-8 ({error}): convert the file to UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}): correct config.data.path") from error
+
+
+def _text(record: Mapping[str, Any], key: str, where: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {key!r} is {value!r}: the record needs a text under {key!r} (keys: {sorted(record)})")
+    return value
