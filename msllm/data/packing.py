@@ -31,7 +31,7 @@ class Packer:
     """
 
     def __init__(self, rows: int):
-        self._rows = rows
+        self.table_rows = rows
         self._window: list[Table] = []
         self._free: list[tuple[int, int]] = []  # (free rows, bin number), sorted
         self._bins: dict[int, list[Table]] = {}
@@ -44,10 +44,10 @@ class Packer:
         if length < 2:
             self.dropped += 1
             return []
-        if length > self._rows:
+        if length > self.table_rows:
             self.cut += 1
-            self.cut_rows += length - self._rows
-            table = Table(table.tokens[: self._rows], table.present[: self._rows], table.example)
+            self.cut_rows += length - self.table_rows
+            table = Table(table.tokens[: self.table_rows], table.present[: self.table_rows], table.example)
         self.examples += 1
         self.rows += len(table.tokens)
         self._window.append(table)
@@ -65,7 +65,7 @@ class Packer:
             if place < len(self._free):
                 free, number = self._free.pop(place)
             else:
-                free, number = self._rows, self._made
+                free, number = self.table_rows, self._made
                 self._bins[number] = []
                 self._made += 1
             self._bins[number].append(table)
@@ -77,9 +77,9 @@ class Packer:
 
     def _join(self, tables: list[Table]) -> Packed:
         streams = tables[0].tokens.shape[1]
-        tokens = np.zeros((self._rows, streams), np.int32)
-        present = np.zeros((self._rows, streams), bool)
-        segment = np.zeros(self._rows, np.int32)
+        tokens = np.zeros((self.table_rows, streams), np.int32)
+        present = np.zeros((self.table_rows, streams), bool)
+        segment = np.zeros(self.table_rows, np.int32)
         start = 0
         for number, table in enumerate(tables, 1):
             rows = slice(start, start + len(table.tokens))

@@ -1,0 +1,21 @@
+"""The dictated sums of quickstart.py in one stream: whole question, then thoughts, then answer.
+
+    python -m msllm.prepare --config=configs/quickstart_single.py
+    python -m msllm.main --config=configs/quickstart_single.py --workdir=runs/quickstart_single
+
+An ordinary language model on the same examples, with the same ones held out: shows how many rows later its answer
+comes. Cost: less than quickstart.py's.
+"""
+
+import pathlib
+import runpy
+
+
+def get_config():
+    """All settings of the run."""
+    config = runpy.run_path(str(pathlib.Path(__file__).with_name("quickstart.py")))["get_config"]()
+    config.streams.names = ("text",)
+    config.streams.kinds = ("output",)
+    config.data.dir = "data/quickstart_single"
+    config.data.converter = "dictation_single"
+    return config

@@ -1,0 +1,48 @@
+"""Tiny Shakespeare, characters, one stream: with S = 1 the model is an ordinary decoder-only language model.
+
+    python -m msllm.prepare --config=configs/shakespeare.py
+    python -m msllm.main --config=configs/shakespeare.py --workdir=runs/shakespeare
+
+Data: data/tinyshakespeare/input.txt in the folder named by MSLLM_SHARED, else in the folder `shared` beside the
+repository, the last tenth held out. Shape and steps are those of nanoGPT's recipe for a CPU (4 layers, 4 heads, width
+128, context 64, batch 12, 2,000 steps), which reports a validation loss of 1.88: expect about that.
+Cost: 0.8 M parameters, about 2 CPU-minutes.
+"""
+
+import os
+import pathlib
+
+from msllm.config import default_config
+
+
+def get_config():
+    """All settings of the run."""
+    config = default_config()
+    config.steps = 2000
+    config.log_every = 50
+    config.eval_every = 500
+
+    config.streams.names = ("text",)
+    config.streams.kinds = ("output",)
+
+    shared = pathlib.Path(os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared")
+    config.data.dir = "data/shakespeare"
+    config.data.converter = "text"
+    config.data.path = str(shared / "data/tinyshakespeare/input.txt")
+    config.data.tokenizer.model_type = "char"
+    config.data.tokenizer.vocab_size = 256
+    config.data.split = "tail"
+    config.data.eval_percent = 10.0
+    config.data.rows = 65  # 64 predictions
+    config.data.batch_size = 12
+
+    config.model.d_model = 128
+    config.model.num_layers = 4
+    config.model.num_heads = 4
+    config.model.num_kv_heads = 4
+    config.model.head_dim = 32
+    config.model.d_ff = 384
+    config.model.rope_theta = 1e4
+
+    config.optim.lr = 1e-3
+    return config

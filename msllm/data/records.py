@@ -1,0 +1,154 @@
+"""Prepared data on disk: ArrayRecord shards of packed tables, the tokenizer, and a manifest that describes them.
+
+A record is a msgpack map of one packed table: `tokens` (bytes of [T, S], uint16 where V <= 65536, else int32),
+`present` (bits of [T, S], as numpy.packbits), `segment` (bytes of [T] int32) and `examples` (ids).
+The manifest is written last: a directory without one is unfinished.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import msgpack
+import numpy as np
+from array_record.python import array_record_module
+
+from msllm.data.packing import Packed
+from msllm.errors import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_WRITER_OPTIONS = "group_size:1,zstd:1"  # one record a chunk: any record is read alone
+_AGAIN = "run `python -m msllm.prepare` again into an empty directory"
+
+
+def token_dtype(vocab_size: int) -> type:
+    """How tokens are stored: two bytes where they suffice."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.int32
+
+
+def encode_record(table: Packed, vocab_size: int) -> bytes:
+    """One packed table as a record."""
+    return msgpack.packb(
+        {
+            "tokens": table.tokens.astype(token_dtype(vocab_size)).tobytes(),
+            "present": np.packbits(table.present).tobytes(),
+            "segment": table.segment.astype(np.int32).tobytes(),
+            "examples": table.examples,
+        }
+    )
+
+
+def decode_record(record: bytes, streams: int, vocab_size: int) -> Packed:
+    """The packed table of a record; its tokens keep the stored dtype."""
+    fields = msgpack.unpackb(record)
+    segment = np.frombuffer(fields["segment"], np.int32)
+    shape = (len(segment), streams)
+    tokens = np.frombuffer(fields["tokens"], token_dtype(vocab_size)).reshape(shape)
+    present = np.unpackbits(np.frombuffer(fields["present"], np.uint8), count=tokens.size).view(bool).reshape(shape)
+    return Packed(tokens, present, segment, fields["examples"])
+
+
+class SplitWriter:
+    """Writes the packed tables of one split to shards, in turns, and counts what it writes."""
+
+    def __init__(self, directory: pathlib.Path, split: str, shards: int, streams: int, vocab_size: int, silence_id: int):
+        self._names = [f"{split}-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
+        self._directory, self._vocab_size, self._silence_id = directory, vocab_size, silence_id
+        self._writers: list[Any] = []
+        self.tables = self.rows = self.examples = 0
+        self.tokens, self.silence = np.zeros(streams, np.int64), np.zeros(streams, np.int64)
+
+    def write(self, table: Packed) -> None:
+        """Appends one table."""
+        shard = self.tables % len(self._names)
+        if shard == len(self._writers):  # opened when needed: a small split has fewer shards
+            path = self._directory / f"{self._names[shard]}.tmp"
+            self._writers.append(array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS))
+        self._writers[shard].write(encode_record(table, self._vocab_size))
+        silent = table.present & (table.tokens == self._silence_id)
+        self.silence += silent.sum(axis=0)
+        self.tokens += (table.present & ~silent).sum(axis=0)
+        self.tables += 1
+        self.rows += int((table.segment > 0).sum())
+        self.examples += len(table.examples)
+
+    def close(self) -> list[dict[str, Any]]:
+        """Puts the shards in place; their manifest entries: file, records, bytes, sha256."""
+        shards = []
+        for i, writer in enumerate(self._writers):
+            writer.close()
+            path = self._directory / self._names[i]
+            os.replace(f"{path}.tmp", path)
+            records = len(range(i, self.tables, len(self._names)))
+            size = path.stat().st_size
+            shards.append({"file": path.name, "records": records, "bytes": size, "sha256": file_hash(path)})
+        return shards
+
+
+def file_hash(path: str | pathlib.Path) -> str:
+    """sha256 (hex) of a file."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_manifest(directory: pathlib.Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest, atomically."""
+    temporary = directory / f"{MANIFEST}.tmp"
+    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+    os.replace(temporary, directory / MANIFEST)
+
+
+def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
+    """The manifest of a prepared directory. Raises UserError."""
+    path = pathlib.Path(directory) / MANIFEST
+    if not path.is_file():
+        what = "is unfinished or no prepared data" if path.parent.is_dir() else "does not exist"
+        raise UserError(
+            f"{path.parent} {what} (no {MANIFEST}): run `python -m msllm.prepare --config=...`, or correct config.data.dir"
+        )
+    try:
+        manifest = json.loads(path.read_text())
+        version = manifest["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): {_AGAIN}") from error
+    if version != FORMAT:
+        raise UserError(f"{path} has format {version}, this version reads {FORMAT}: {_AGAIN}")
+    return manifest
+
+
+def open_prepared(directory: str | pathlib.Path, split: str) -> tuple[dict[str, Any], list[str]]:
+    """The manifest, and the paths of a split's shards after checking them and the tokenizer byte by byte.
+
+    Raises UserError naming the file where something is missing, damaged or of another run.
+    """
+    directory = pathlib.Path(directory)
+    manifest = read_manifest(directory)
+    if split not in manifest["splits"]:
+        raise UserError(f"{directory} has no split {split!r}: must be one of {', '.join(manifest['splits'])}")
+    tokenizer = manifest["tokenizer"]
+    path = directory / tokenizer["file"]
+    if not path.is_file():
+        raise UserError(f"{path} is missing: restore the tokenizer that {MANIFEST} names, or {_AGAIN}")
+    if file_hash(path) != tokenizer["sha256"]:
+        raise UserError(f"{path} is not the tokenizer that the data was made with (sha256 differs): restore it, or {_AGAIN}")
+    shards = manifest["splits"][split]["shards"]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # hashing runs outside the interpreter lock
+        list(pool.map(lambda shard: _check_shard(directory, shard), shards))
+    return manifest, [str(directory / shard["file"]) for shard in shards]
+
+
+def _check_shard(directory: pathlib.Path, shard: dict[str, Any]) -> None:
+    path = directory / shard["file"]
+    if not path.is_file():
+        raise UserError(f"{path} is missing ({MANIFEST} lists it): restore it, or {_AGAIN}")
+    size = path.stat().st_size
+    if size != shard["bytes"]:
+        raise UserError(f"{path} has {size} bytes, {MANIFEST} says {shard['bytes']}: restore it, or {_AGAIN}")
+    if file_hash(path) != shard["sha256"]:
+        raise UserError(f"{path} is corrupt (sha256 differs from {MANIFEST}): restore it, or {_AGAIN}")

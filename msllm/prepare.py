@@ -1,0 +1,190 @@
+"""Makes the data that training reads: `python -m msllm.prepare --config=configs/gsm8k.py [--out=DIR]`.
+
+Reads or generates examples, trains or takes a tokenizer, splits, packs, and writes shards and a manifest
+(docs/data.md). The same settings and inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import tqdm
+from absl import flags
+from ml_collections import config_flags
+
+from msllm import errors, tokenizer as tokenizer_lib
+from msllm.config import Config, from_config_dict
+from msllm.data import converters, records
+from msllm.data.packing import Packer
+from msllm.data.tables import Table, held_out
+from msllm.errors import UserError
+from msllm.streams import StreamSpec
+from msllm.tokenizer import Tokenizer
+
+SPLITS = ("train", "eval")
+REPORT_SECONDS = 10.0  # between progress lines where there is no terminal
+
+
+def prepare(config: Config, out: str | pathlib.Path) -> dict[str, Any]:
+    """Prepares the data of a config in the directory `out` and returns its manifest.
+
+    Nothing is done if `out` already holds the data of the same settings and inputs. Raises UserError for bad input, and
+    if `out` holds other data.
+    """
+    out = pathlib.Path(out)
+    spec = StreamSpec.from_config(config.streams)
+    settings = _settings(config, spec)
+    if (out / records.MANIFEST).exists():
+        manifest = records.read_manifest(out)
+        changed = [name for name in settings if manifest["settings"].get(name) != settings[name]]
+        if changed:
+            raise UserError(
+                f"{out} holds data prepared with other settings ({', '.join(changed)} differ): give another --out, or delete it"
+            )
+        for split in SPLITS:
+            records.open_prepared(out, split)
+        print(f"{out} already holds this data")
+        return manifest
+    out.mkdir(parents=True, exist_ok=True)
+
+    wanted = config.data.tokenizer
+    if wanted.path:
+        tokenizer = Tokenizer.load(wanted.path, wanted.silence)
+    else:
+        texts = _progress(converters.texts(config, spec), "tokenizer", "texts")
+        tokenizer = tokenizer_lib.train(texts, wanted)
+    tokenizer.save(out / tokenizer_lib.FILE_NAMES[tokenizer.kind])
+
+    packers = {split: Packer(config.data.rows) for split in SPLITS}
+    writers = {
+        split: records.SplitWriter(
+            out, split, config.data.shards, spec.size, tokenizer.vocab_size, tokenizer.silence_id
+        )
+        for split in SPLITS
+    }
+    for split, table in _split(config, spec, tokenizer):
+        for packed in packers[split].add(table):
+            writers[split].write(packed)
+    for split in SPLITS:
+        for packed in packers[split].finish():
+            writers[split].write(packed)
+
+    manifest = {
+        "format": records.FORMAT,
+        "settings": settings,
+        "streams": {"names": spec.names, "kinds": spec.kinds, "delays": spec.delays},
+        "rows": config.data.rows,
+        "tokenizer": {
+            "file": tokenizer_lib.FILE_NAMES[tokenizer.kind],
+            "kind": tokenizer.kind,
+            "sha256": tokenizer.hash,
+            "silence": tokenizer.silence,
+            "silence_id": tokenizer.silence_id,
+            "vocab_size": tokenizer.vocab_size,
+        },
+        "splits": {split: _split_report(packers[split], writers[split], spec) for split in SPLITS},
+    }
+    if not any(part["tables"] for part in manifest["splits"].values()):
+        raise UserError(f"config.data.path is {config.data.path!r}: it gave no example of at least 2 rows")
+    records.write_manifest(out, manifest)
+    return records.read_manifest(out)  # as any reader sees it: lists, not tuples
+
+
+def _settings(config: Config, spec: StreamSpec) -> dict[str, Any]:
+    """All that the prepared bytes depend on, in JSON's types; files by name and hash, not by where they lie."""
+    data, converter = config.data, converters.get_converter(config.data.converter)
+    fields = ("converter", "rows", "eval_percent", "split", "max_examples", "shards")
+    tokenizer = dataclasses.asdict(data.tokenizer)
+    if data.tokenizer.path:
+        tokenizer = {"sha256": Tokenizer.load(data.tokenizer.path, data.tokenizer.silence).hash}
+    files = converters.input_files(data.path) if converter.reads_files else []
+    return {
+        **{field: getattr(data, field) for field in fields},
+        "options": {**converter.options, **data.options},
+        "tokenizer": tokenizer | {"silence": data.tokenizer.silence},
+        "streams": [list(spec.names), list(spec.kinds), list(spec.delays)],
+        "inputs": [[pathlib.Path(file).name, records.file_hash(file)] for file in files],
+    }
+
+
+def _split(config: Config, spec: StreamSpec, tokenizer: Tokenizer) -> Iterator[tuple[str, Table]]:
+    """("train" or "eval", table) of every example, in input order."""
+    percent = config.data.eval_percent
+    first = None
+    if config.data.split == "tail":  # a pass to count them: memory must not grow with the corpus
+        total = sum(1 for _ in converters.convert(config, spec, tokenizer))
+        first = total - round(total * percent / 100)
+    examples = _progress(converters.convert(config, spec, tokenizer), "tables", "examples")
+    for number, table in enumerate(examples):
+        out = held_out(table.example, percent) if first is None else number >= first
+        yield ("eval" if out else "train"), table
+
+
+def _split_report(packer: Packer, writer: records.SplitWriter, spec: StreamSpec) -> dict[str, Any]:
+    shards = writer.close()
+    cells = int(writer.tokens.sum() + writer.silence.sum())
+    return {
+        "tables": writer.tables,
+        "examples": writer.examples,
+        "rows": writer.rows,
+        "tokens": dict(zip(spec.names, writer.tokens.tolist())),
+        "silence": dict(zip(spec.names, writer.silence.tolist())),
+        "silence_rate": round(int(writer.silence.sum()) / cells, 4) if cells else 0.0,
+        "packing_efficiency": round(writer.rows / (writer.tables * packer.table_rows), 4) if writer.tables else 0.0,
+        "cut": {"examples": packer.cut, "rows": packer.cut_rows, "reason": f"longer than {packer.table_rows} rows"},
+        "dropped": {"examples": packer.dropped, "reason": "fewer than 2 rows: nothing to predict"},
+        "shards": shards,
+    }
+
+
+def _progress(items: Iterable, stage: str, unit: str) -> Iterator:
+    """Passes items on and shows how many there were: a bar on a terminal, else a line now and then."""
+    if sys.stderr.isatty():
+        yield from tqdm.tqdm(items, desc=f"prepare: {stage}", unit=f" {unit}", leave=False)
+        return
+    shown = time.monotonic()
+    for count, item in enumerate(items):
+        if time.monotonic() - shown > REPORT_SECONDS:
+            shown = time.monotonic()
+            print(f"prepare: {stage}: {count:,} {unit}", file=sys.stderr, flush=True)
+        yield item
+
+
+def describe(manifest: dict[str, Any]) -> str:
+    """The final report, one line a fact."""
+    tokenizer = manifest["tokenizer"]
+    lines = [f"tokenizer: {tokenizer['kind']}, {tokenizer['vocab_size']:,} pieces"]
+    for split, part in manifest["splits"].items():
+        lines.append(
+            f"{split}: {part['examples']:,} examples, {part['rows']:,} rows in {part['tables']:,} tables of"
+            f" {manifest['rows']} ({part['packing_efficiency']:.1%} filled), {part['silence_rate']:.1%} silence"
+        )
+        for name, tokens in part["tokens"].items():
+            lines.append(f"  {name}: {tokens:,} tokens, {part['silence'][name]:,} silence")
+        for what in ("cut", "dropped"):
+            if part[what]["examples"]:
+                lines.append(f"  {what}: {part[what]['examples']:,} examples ({part[what]['reason']})")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prepares what the flags say and prints the report."""
+    del argv
+    config = from_config_dict(flags.FLAGS.config)
+    out = flags.FLAGS.out or config.data.dir
+    if not out:
+        raise UserError("config.data.dir is empty: say where to write with --out=DIR or --config.data.dir=DIR")
+    print(describe(prepare(config, out)))
+    print(f"prepared in {out}")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "The config file.")
+    flags.DEFINE_string("out", "", "Where to write; the default is config.data.dir.")
+    flags.mark_flag_as_required("config")
+    errors.run(main)
