@@ -1,0 +1,77 @@
+"""A model ready to run, from either kind of directory: a checkpoint of msllm or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+from flax import nnx
+
+from msllm import hf
+from msllm.config import Config, ModelConfig, StreamsConfig
+from msllm.errors import UserError
+from msllm.model import abstract_model
+from msllm.streams import StreamSpec, lag_matrix
+from msllm.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """What decoding and scoring need: a model, its streams and, if it came with one, its tokenizer."""
+
+    config: ModelConfig
+    streams: StreamSpec
+    graph: nnx.GraphDef
+    parameters: dict[str, Any]
+    tokenizer: Tokenizer | None
+
+    def with_streams(self, **changes) -> LoadedModel:
+        """The same parameters under another stream spec, e.g. `with_streams(skip_silence=True)`."""
+        streams = dataclasses.replace(self.streams, **changes)
+        return dataclasses.replace(self, streams=streams, graph=abstract_model(self.config, streams)[0])
+
+    def with_visibility(self, preset: str) -> LoadedModel:
+        """The same parameters under the lag matrix of a preset. Raises UserError for an unknown one."""
+        return self.with_streams(lag=tuple(map(tuple, lag_matrix(preset, self.streams.size).tolist())))
+
+
+def load_any(path: str | pathlib.Path) -> LoadedModel:
+    """Loads a checkpoint of msllm, or a Hugging Face folder (which has no tokenizer of ours and names no streams).
+
+    Streams of a Hugging Face folder are called stream0, stream1, ...; stream0 is the input, as in the reference
+    implementation, unless it is the only one. Raises UserError.
+    """
+    path = pathlib.Path(path)
+    if not path.is_dir():
+        raise UserError(f"there is no checkpoint directory {path}: correct --checkpoint")
+    if not _is_hf_folder(path):
+        from msllm.checkpoint import load_model  # orbax is slow to import, and a Hugging Face folder needs none of it
+
+        loaded = load_model(path)
+        return LoadedModel(loaded.config.model, loaded.streams, loaded.graph, loaded.parameters, loaded.tokenizer)
+    config, size, parameters = hf.read_folder(path)
+    return from_parameters(config, unnamed_streams(size), jax.tree.map(jax.numpy.asarray, parameters))
+
+
+def from_parameters(
+    config: ModelConfig, streams: StreamSpec, parameters: dict[str, Any], tokenizer: Tokenizer | None = None
+) -> LoadedModel:
+    """A model of parameters that are in memory, e.g. in the middle of training."""
+    return LoadedModel(config, streams, abstract_model(config, streams)[0], parameters, tokenizer)
+
+
+def unnamed_streams(size: int) -> StreamSpec:
+    """The spec of a model that says only how many streams it has."""
+    names = tuple(f"stream{s}" for s in range(size))
+    kinds = ("input",) + ("output",) * (size - 1) if size > 1 else ("output",)
+    return StreamSpec.from_config(StreamsConfig(names=names, kinds=kinds))
+
+
+def _is_hf_folder(path: pathlib.Path) -> bool:
+    try:
+        return "model_type" in json.loads((path / hf.CONFIG).read_text())
+    except (OSError, ValueError):
+        return False

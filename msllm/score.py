@@ -1,0 +1,140 @@
+"""Scores tables with a checkpoint: `python -m msllm.score --checkpoint=DIR --tables=IN.npz --out=OUT.npz`.
+
+IN.npz holds tokens [B, T, S] and, unless every cell exists, present [B, T, S] bool; segment [B, T] if examples are
+packed (0: an empty row). OUT.npz gets logits [B, T, S, V] float32, which predict the cell (t + 1, s), and logprob
+[B, T, S] float32, the log-probability of that cell's token (nan where it does not exist).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import zipfile
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from msllm import errors
+from msllm.errors import UserError
+from msllm.load import LoadedModel, load_any
+from msllm.loss import targets_and_weights
+from msllm.model import bind
+from msllm.streams import PRESETS, make_cells, positions
+
+LOGITS_AT_ONCE = 1 << 26  # numbers: 256 MiB of float32
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "checkpoint of msllm, or a Hugging Face folder", required=True)
+_TABLES = flags.DEFINE_string("tables", None, "npz file: tokens [B, T, S], and optionally present and segment")
+_OUT = flags.DEFINE_string("out", None, "npz file to write")
+_VISIBILITY = flags.DEFINE_enum("visibility", None, PRESETS, "visibility to use instead of the checkpoint's own")
+_SKIP_SILENCE = flags.DEFINE_boolean("skip_silence", None, "silence is not seen as a key; default: as the checkpoint")
+_SILENCE_ID = flags.DEFINE_integer("silence_id", None, "the silence token; default: the tokenizer's")
+
+
+def score(loaded: LoadedModel, tables: dict[str, np.ndarray], silence_id: int | None = None) -> Iterator[dict]:
+    """Yields, for a few tables at a time, logits [b, T, S, V] and logprob [b, T, S] (see the module's docstring).
+
+    Args:
+      tables: tokens, and optionally present and segment, as in IN.npz. Raises UserError if they are no tables.
+      silence_id: needed if silence is not seen as a key and the model came without a tokenizer.
+    """
+    if silence_id is None and loaded.tokenizer is not None:
+        silence_id = loaded.tokenizer.silence_id
+    if loaded.streams.skip_silence and silence_id is None:
+        raise UserError("silence is to be hidden but the checkpoint has no tokenizer: say which token it is, --silence_id")
+    tables = check_tables(tables, loaded.streams.size, loaded.config.vocab_size)
+    count, rows, streams = tables["tokens"].shape
+    at_once = min(count, max(1, LOGITS_AT_ONCE // (rows * streams * loaded.config.vocab_size)))
+    for start in range(0, count, at_once):
+        part = {name: x[start : start + at_once] for name, x in tables.items()}
+        size = len(part["tokens"])
+        # A last, smaller part is filled up: it would be compiled once more otherwise.
+        part = {name: np.concatenate([x, x[:1].repeat(at_once - size, 0)]) for name, x in part.items()}
+        logits, logprob = _score(loaded.graph, silence_id, loaded.parameters, part)
+        yield {"logits": np.asarray(logits)[:size], "logprob": np.asarray(logprob)[:size]}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _score(graph, silence_id, parameters, tables):
+    model = bind(graph, parameters)
+    tokens, present, segment = tables["tokens"], tables["present"], tables["segment"]
+    silent = tokens == silence_id if model.streams.skip_silence else None
+    with jax.default_matmul_precision("highest"):
+        hidden = model(tokens, make_cells(present, segment, silent), positions(segment))
+        logits = model.logits(hidden)
+    targets, counted, _ = targets_and_weights(tables, model.streams)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return logits, jnp.where(counted, chosen - jax.nn.logsumexp(logits, axis=-1), jnp.nan)
+
+
+def check_tables(tables: dict[str, np.ndarray], streams: int, vocab_size: int) -> dict[str, np.ndarray]:
+    """Tables with `present` and `segment` filled in and all dtypes settled. Raises UserError."""
+    if "tokens" not in tables:
+        raise UserError(f"the tables have no array tokens, only {sorted(tables)}: tokens [B, T, S] is needed")
+    tokens = tables["tokens"]
+    if tokens.ndim != 3 or 0 in tokens.shape:
+        raise UserError(f"tokens has shape {tokens.shape}: must be [B, T, S], none of them 0")
+    if tokens.shape[2] != streams:
+        raise UserError(f"tokens has shape {tokens.shape}, {tokens.shape[2]} streams: the model has {streams}")
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(f"tokens has type {tokens.dtype}: must be integers")
+    present = tables.get("present", np.ones(tokens.shape, bool))
+    if present.shape != tokens.shape or present.dtype != bool:
+        raise UserError(f"present is {present.dtype} {present.shape}: must be bool of tokens' shape {tokens.shape}")
+    segment = tables.get("segment", np.ones(tokens.shape[:2], np.int32))
+    if segment.shape != tokens.shape[:2] or not np.issubdtype(segment.dtype, np.integer):
+        raise UserError(f"segment is {segment.dtype} {segment.shape}: must be integers of shape {tokens.shape[:2]}")
+    for number, ids in enumerate(segment):
+        starts = ids[np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))]
+        again = [int(i) for i in np.unique(starts) if i > 0 and np.sum(starts == i) > 1]
+        if again or ids.min() < 0:
+            raise UserError(
+                f"segment of table {number}: each id must be one run of rows, and 0 an empty row; "
+                + (f"id {again[0]} comes back after another one" if again else f"it holds {ids.min()}")
+            )
+    bad = present & ((tokens < 0) | (tokens >= vocab_size))
+    if bad.any():
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise UserError(f"tokens{list(where)} is {tokens[where]}: the vocabulary has ids 0 to {vocab_size - 1}")
+    return {
+        "tokens": np.where(present, tokens, 0).astype(np.int32),
+        "present": present,
+        "segment": segment.astype(np.int32),
+    }
+
+
+def _read_tables(path: str) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(f"--tables={path} cannot be read ({error}): give an npz file") from error
+
+
+def main(_) -> None:
+    for flag in (_TABLES, _OUT):
+        if not flag.value:
+            raise UserError(f"--{flag.name} is missing: give the path of an npz file")
+    out = pathlib.Path(_OUT.value)
+    if not out.parent.is_dir():
+        raise UserError(f"--out={out}: there is no directory {out.parent}, create it")
+    tables = _read_tables(_TABLES.value)
+    loaded = load_any(_CHECKPOINT.value)
+    if _VISIBILITY.value:
+        loaded = loaded.with_visibility(_VISIBILITY.value)
+    if _SKIP_SILENCE.value is not None:
+        loaded = loaded.with_streams(skip_silence=_SKIP_SILENCE.value)
+    parts = list(score(loaded, tables, _SILENCE_ID.value))
+    # A reader never sees half a file.
+    partial = out.with_name(out.name + ".partial")
+    with open(partial, "wb") as file:
+        np.savez(file, **{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    os.replace(partial, out)
+
+
+if __name__ == "__main__":
+    errors.run(main)
