@@ -61,12 +61,7 @@ def prepare(config: Config, out: str | pathlib.Path) -> dict[str, Any]:
     tokenizer.save(out / tokenizer_lib.FILE_NAMES[tokenizer.kind])
 
     packers = {split: Packer(config.data.rows) for split in SPLITS}
-    writers = {
-        split: records.SplitWriter(
-            out, split, config.data.shards, spec.size, tokenizer.vocab_size, tokenizer.silence_id
-        )
-        for split in SPLITS
-    }
+    writers = {split: records.SplitWriter(out, split, config.data.shards, spec.size, tokenizer) for split in SPLITS}
     for split, table in _split(config, spec, tokenizer):
         for packed in packers[split].add(table):
             writers[split].write(packed)
@@ -97,7 +92,8 @@ def prepare(config: Config, out: str | pathlib.Path) -> dict[str, Any]:
 
 def _settings(config: Config, spec: StreamSpec) -> dict[str, Any]:
     """All that the prepared bytes depend on, in JSON's types; files by name and hash, not by where they lie."""
-    data, converter = config.data, converters.get_converter(config.data.converter)
+    data = config.data
+    converter, options = converters.get_converter(data.converter, data.options)
     fields = ("converter", "rows", "eval_percent", "split", "max_examples", "shards")
     tokenizer = dataclasses.asdict(data.tokenizer)
     if data.tokenizer.path:
@@ -105,7 +101,7 @@ def _settings(config: Config, spec: StreamSpec) -> dict[str, Any]:
     files = converters.input_files(data.path) if converter.reads_files else []
     return {
         **{field: getattr(data, field) for field in fields},
-        "options": {**converter.options, **data.options},
+        "options": options,
         "tokenizer": tokenizer | {"silence": data.tokenizer.silence},
         "streams": [list(spec.names), list(spec.kinds), list(spec.delays)],
         "inputs": [[pathlib.Path(file).name, records.file_hash(file)] for file in files],

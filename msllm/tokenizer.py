@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import sentencepiece
 import tokenizers
@@ -16,9 +16,7 @@ import tokenizers
 from msllm.config import TokenizerConfig
 from msllm.errors import UserError
 
-SENTENCEPIECE = "sentencepiece"
-TOKENIZERS = "tokenizers"
-FILE_NAMES = {SENTENCEPIECE: "tokenizer.model", TOKENIZERS: "tokenizer.json"}
+FILE_NAMES = {"sentencepiece": "tokenizer.model", "tokenizers": "tokenizer.json"}
 TRAINING_CHARACTERS = 20_000_000  # sentencepiece keeps its corpus in memory: it gets the beginning of a larger one
 LINE_CHARACTERS = 1000  # sentencepiece silently skips lines above max_sentence_length bytes, so they are cut before
 
@@ -37,32 +35,31 @@ class Tokenizer:
     def __init__(self, kind: str, data: bytes, silence: str, source: str = "the tokenizer"):
         """Raises UserError if `data` is no tokenizer, or if `silence` is no control symbol of it."""
         self.kind, self.silence, self._data = kind, silence, data
+        self.hash = hashlib.sha256(data).hexdigest()
         try:
-            if kind == SENTENCEPIECE:
-                self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
-                self.vocab_size = self._model.get_piece_size()
-                pieces = {self._model.id_to_piece(i) for i in range(self.vocab_size)}
-                self.unknown_id = self._model.unk_id()
+            if kind == "sentencepiece":
+                model = sentencepiece.SentencePieceProcessor(model_proto=data)
+                self._pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
+                self._encode, self._decode, self.unknown_id = model.encode, model.decode, model.unk_id()
+                control = {piece for i, piece in enumerate(self._pieces) if model.is_control(i)}
             else:
-                self._model = tokenizers.Tokenizer.from_str(data.decode())
-                self._model.encode_special_tokens = True  # special tokens spelled out in a text stay text
-                pieces = self._model.get_vocab()
-                self.vocab_size = max(pieces.values()) + 1
-                self.unknown_id = self._model.token_to_id(getattr(self._model.model, "unk_token", None) or "")
+                model = tokenizers.Tokenizer.from_str(data.decode())
+                model.encode_special_tokens = True  # special tokens spelled out in a text stay text
+                ids = range(max(model.get_vocab().values()) + 1)
+                self._pieces = [model.id_to_token(i) or "" for i in ids]
+                self._encode = lambda text: model.encode(text, add_special_tokens=False).ids
+                self._decode = lambda ids: model.decode(ids, skip_special_tokens=False)
+                self.unknown_id = model.token_to_id(getattr(model.model, "unk_token", None) or "")
+                control = {token.content for token in model.get_added_tokens_decoder().values() if token.special}
         except Exception as error:  # the libraries raise whatever their parsers raise
             raise UserError(f"{source} is no {kind} file ({error}): give a .model or .json tokenizer") from error
-        if silence not in pieces:
+        self.vocab_size = len(self._pieces)
+        if silence not in control:  # any other piece could come from text
             raise UserError(
-                f"{source} has no piece {silence!r} for silence: add it as a control (special) symbol, or name an unused"
-                " one with config.data.tokenizer.silence"
+                f"{source} has no control (special) symbol {silence!r} for silence: add it, or name an unused one with"
+                f" config.data.tokenizer.silence (it has: {', '.join(sorted(control)) or 'none'})"
             )
-        self.silence_id = self._id(silence)
-        if silence and self.silence_id in self._encode(silence):
-            raise UserError(
-                f"{source}: the text {silence!r} encodes to the silence piece, so text could silence a stream: make it a"
-                " control (special) symbol, or name another one with config.data.tokenizer.silence"
-            )
-        self.hash = hashlib.sha256(data).hexdigest()
+        self.silence_id = self._pieces.index(silence)
 
     @classmethod
     def load(cls, path: str | pathlib.Path, silence: str = TokenizerConfig.silence) -> Tokenizer:
@@ -70,7 +67,7 @@ class Tokenizer:
         path = pathlib.Path(path)
         if not path.is_file():
             raise UserError(f"there is no tokenizer file {path}: correct config.data.tokenizer.path, or leave it empty")
-        kind = TOKENIZERS if path.suffix == ".json" else SENTENCEPIECE
+        kind = "tokenizers" if path.suffix == ".json" else "sentencepiece"
         return cls(kind, path.read_bytes(), silence, str(path))
 
     @classmethod
@@ -92,24 +89,11 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without silence."""
-        ids = [int(i) for i in ids if i != self.silence_id]
-        if self.kind == SENTENCEPIECE:
-            return self._model.decode(ids)
-        return self._model.decode(ids, skip_special_tokens=False)
+        return self._decode([int(i) for i in ids if i != self.silence_id])
 
     def piece(self, token: int) -> str:
         """The vocabulary's spelling of one id."""
-        if self.kind == SENTENCEPIECE:
-            return self._model.id_to_piece(int(token))
-        return self._model.id_to_token(int(token)) or ""
-
-    def _id(self, piece: str) -> int:
-        return self._model.piece_to_id(piece) if self.kind == SENTENCEPIECE else self._model.token_to_id(piece)
-
-    def _encode(self, text: str) -> list[int]:
-        if self.kind == SENTENCEPIECE:
-            return self._model.encode(text)
-        return self._model.encode(text, add_special_tokens=False).ids
+        return self._pieces[token]
 
 
 def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
@@ -121,7 +105,9 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     """
     whole_words = config.model_type == "word"
     covers_bytes = config.model_type in ("unigram", "bpe")
-    lines = _Lines(texts)
+    lines = list(_training_lines(texts))  # before training: sentencepiece would hide errors of the iterator
+    if not lines:
+        raise UserError("there is no text to train a tokenizer on: give one with config.data.tokenizer.path")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -130,7 +116,7 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
             model_type=config.model_type,
             vocab_size=config.vocab_size,
             hard_vocab_limit=False,
-            use_all_vocab=config.model_type == "char" or whole_words,
+            use_all_vocab=not covers_bytes,
             character_coverage=1.0,
             byte_fallback=covers_bytes,
             split_digits=covers_bytes,
@@ -146,34 +132,20 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
             max_sentence_length=8 * LINE_CHARACTERS,
             minloglevel=2,
         )
-    except (RuntimeError, OSError) as error:
-        if lines.count == 0:
-            raise UserError("there is no text to train a tokenizer on: give one with config.data.tokenizer.path") from error
+    except RuntimeError as error:
         raise UserError(
-            f"config.data.tokenizer (model_type={config.model_type!r}, vocab_size={config.vocab_size}): sentencepiece says"
-            f" {error}: try another vocab_size"
+            f"config.data.tokenizer.vocab_size is {config.vocab_size}: sentencepiece cannot train {config.model_type!r} on"
+            f" this corpus ({error}): try another size"
         ) from error
-    return Tokenizer(SENTENCEPIECE, model.getvalue(), config.silence)
+    return Tokenizer("sentencepiece", model.getvalue(), config.silence)
 
 
-class _Lines:
-    """Iterates over the lines of texts, cut to a length that the trainer accepts, up to TRAINING_CHARACTERS."""
-
-    def __init__(self, texts: Iterable[str]):
-        self._texts, self.count = texts, 0
-
-    def __iter__(self) -> Iterator[str]:
-        total = 0
-        for text in self._texts:
-            for line in _cut(text.split("\n")):
-                self.count += 1
-                total += len(line)
-                yield line
-            if total > TRAINING_CHARACTERS:
-                return
-
-
-def _cut(lines: Sequence[str]) -> Iterator[str]:
-    for line in lines:
-        for start in range(0, len(line), LINE_CHARACTERS):
-            yield line[start : start + LINE_CHARACTERS]
+def _training_lines(texts: Iterable[str]) -> Iterator[str]:
+    total = 0
+    for text in texts:
+        for line in text.split("\n"):
+            for start in range(0, len(line), LINE_CHARACTERS):
+                yield line[start : start + LINE_CHARACTERS]
+        total += len(text)
+        if total > TRAINING_CHARACTERS:
+            return

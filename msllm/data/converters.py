@@ -1,7 +1,7 @@
 """Converters: from files (or a generator) to tables. `config.data.converter` names one, `config.data.options` sets it.
 
-A converter is a function (layout, path) -> tables, before delays. It encodes text only through `layout.encode`, so the
-same function also yields the texts that a tokenizer is trained on.
+A converter is a function (layout, path) -> tables, before delays. It encodes text only through `layout.tokenizer`, so
+the same function also yields the texts that a tokenizer is trained on.
 """
 
 from __future__ import annotations
@@ -23,27 +23,31 @@ BLOCK_CHARACTERS = 1 << 16  # of plain text encoded at a time
 _CALCULATOR = re.compile(r"<<[^>]*>>")
 
 
-class Layout:
-    """What converters share: streams, tokenizer, options, and where a record comes from (for messages)."""
+class Layout(NamedTuple):
+    """What converters share."""
 
-    def __init__(self, spec: StreamSpec, tokenizer: Tokenizer | _Recorder, rows: int, options: Mapping[str, Any]):
-        self.spec, self.tokenizer, self.rows, self.options = spec, tokenizer, rows, options
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text)
+    spec: StreamSpec
+    tokenizer: Tokenizer | _Recorder
+    rows: int  # T
+    options: Mapping[str, Any]
 
     def one_token(self, text: str, where: str) -> int:
         """The id of a text that must be one known token."""
-        ids = self.encode(text)
+        ids = self.tokenizer.encode(text)
         if len(ids) != 1 or ids[0] == self.tokenizer.unknown_id:
             raise UserError(
                 f"{where}: {text!r} is {len(ids)} tokens or unknown to the tokenizer: a cell takes exactly one token; split"
-                " it, give a plain string, or use another tokenizer (config.data.tokenizer.model_type='word' fits words)"
+                " it, or use another tokenizer (config.data.tokenizer.model_type='word' fits words)"
             )
         return ids[0]
 
-    def place(self, stream: str, start: int, tokens: Sequence[int]) -> Placement:
-        return Placement(self.spec.index(stream), start, tokens)
+    def say(self, stream: str, start: int, text: str) -> Placement:
+        """A text in a stream, one token a row."""
+        return Placement(self.spec.index(stream), start, self.tokenizer.encode(text))
+
+    def say_words(self, stream: int, start: int, words: Sequence[str]) -> Placement:
+        """Words in a stream, one a row."""
+        return Placement(stream, start, [self.one_token(word, self.spec.names[stream]) for word in words])
 
     def table(self, placements: Sequence[Placement], key: str, closing_rows: int = 1) -> Table:
         """The table of placements. A closing silent row teaches the model where to stop."""
@@ -65,10 +69,10 @@ def gsm8k(layout: Layout, path: str) -> Iterator[Table]:
         worked, mark, number = answer.rpartition("####")
         if not mark:
             raise UserError(f"{where}: the answer has no last line '#### number': correct the record")
-        asked = layout.place("user", 0, layout.encode(question))
+        asked = layout.say("user", 0, question)
         start = asked.end if think_after < 0 else think_after
-        thought = layout.place("thought", start, layout.encode(_CALCULATOR.sub("", worked).rstrip("\n")))
-        output = layout.place("output", max(asked.end, thought.end), layout.encode(number.strip()))
+        thought = layout.say("thought", start, _CALCULATOR.sub("", worked).rstrip("\n"))
+        output = layout.say("output", max(asked.end, thought.end), number.strip())
         yield layout.table([asked, thought, output], question)
 
 
@@ -82,46 +86,37 @@ def tables(layout: Layout, path: str) -> Iterator[Table]:
         streams = record.get("streams")
         if not isinstance(streams, dict) or set(record) != {"streams"}:
             raise UserError(f'{where}: keys are {sorted(record)}: must be {{"streams": {{name: list or text}}}}')
-        yield _ready_table(layout, streams, where)
-
-
-def _ready_table(layout: Layout, streams: Mapping[str, Any], where: str) -> Table:
-    placements, absent, lengths = [], [], {}
-    for name, content in streams.items():
-        if name not in layout.spec.names:
-            raise UserError(
-                f"{where}: unknown stream {name!r}: config.streams.names is {', '.join(layout.spec.names)}"
-            )
-        if isinstance(content, str):
-            placements.append(layout.place(name, 0, layout.encode(content)))
-        elif isinstance(content, list):
-            lengths[name] = len(content)
-            tokens = [_cell(layout, item, f"{where}, stream {name!r}, row {row}") for row, item in enumerate(content)]
-            absent += [(row, layout.spec.index(name)) for row, token in enumerate(tokens) if token is None]
-            placements.append(layout.place(name, 0, [token or 0 for token in tokens]))
-        else:
-            raise UserError(f"{where}: stream {name!r} is {content!r}: must be a list of cells or a text")
-    rows = max((p.end for p in placements), default=0)
-    if lengths and set(lengths.values()) != {rows}:
+        placements, absent, lists = [], [], False
+        for name, content in streams.items():
+            if name not in layout.spec.names:
+                raise UserError(f"{where}: unknown stream {name!r}: config.streams.names is {layout.spec.names}")
+            if isinstance(content, str):
+                placements.append(layout.say(name, 0, content))
+            elif isinstance(content, list):
+                stream, lists = layout.spec.index(name), True
+                cells = [_cell(layout, item, f"{where}, {name}, row {row}") for row, item in enumerate(content)]
+                absent += [(row, stream) for row, cell in enumerate(cells) if cell is None]
+                placements.append(Placement(stream, 0, [cell or 0 for cell in cells]))
+            else:
+                raise UserError(f"{where}: stream {name!r} is {content!r}: must be a list of cells or a text")
+        table = layout.table(placements, json.dumps(streams, sort_keys=True), closing_rows=0)
         lengths = {layout.spec.names[p.stream]: p.end for p in placements}
-        raise UserError(f"{where}: lengths in rows are {lengths}: lists must be equally long; pad with \"\" or null")
-    table = layout.table(placements, json.dumps(streams, sort_keys=True), closing_rows=0)
-    for row, stream in absent:
-        table.present[row, stream] = False
-    return table
+        if lists and any(isinstance(streams[name], list) and n < len(table.tokens) for name, n in lengths.items()):
+            raise UserError(f'{where}: lengths in rows are {lengths}: lists must be equally long; pad with "" or null')
+        for cell in absent:
+            table.present[cell] = False
+        yield table
 
 
 def _cell(layout: Layout, item: Any, where: str) -> int | None:
-    if item is None:
-        return None
-    if item == "":
-        return layout.tokenizer.silence_id
+    """The token of an item; None: absent."""
+    if item is None or item == "":
+        return None if item is None else layout.tokenizer.silence_id
     if isinstance(item, str):
         return layout.one_token(item, where)
     if type(item) is not int or not 0 <= item < layout.tokenizer.vocab_size:
-        raise UserError(
-            f"{where}: {item!r} is no cell: must be a token id below {layout.tokenizer.vocab_size}, a string or null"
-        )
+        size = layout.tokenizer.vocab_size
+        raise UserError(f"{where}: {item!r} is no cell: must be a token id below {size}, a string or null")
     return item
 
 
@@ -131,28 +126,27 @@ def chat(layout: Layout, path: str) -> Iterator[Table]:
     `roles` maps roles to streams (a role left out is a stream's name); a turn of a stream that is not an input starts
     `overlap` rows before the turn before it ends.
     """
-    roles, overlap = layout.options["roles"], layout.options["overlap"]
+    roles, overlap, spec = layout.options["roles"], layout.options["overlap"], layout.spec
     if overlap < 0:
         raise UserError(f"config.data.options.overlap is {overlap}: must be a number of rows >= 0")
     for where, record in read_jsonl(path):
         messages = record.get("messages")
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             raise UserError(f'{where}: must be {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
-        placements, ends = [], [0] * layout.spec.size
+        turns, ends = [], dict.fromkeys(spec.names, 0)
         for message in messages:
             role, content = _text(message, "role", where), _text(message, "content", where)
             name = roles.get(role, role)
-            if name not in layout.spec.names:
-                known = ", ".join(layout.spec.names)
-                raise UserError(f"{where}: role {role!r} is no stream ({known}): map it with config.data.options.roles")
-            stream, start = layout.spec.index(name), 0
-            if placements:
-                early = 0 if layout.spec.kinds[stream] == "input" else overlap
-                start = max(placements[-1].end - early, placements[-1].start, ends[stream])
-            placements.append(Placement(stream, start, layout.encode(content)))
-            ends[stream] = placements[-1].end
-        if placements:
-            yield layout.table(placements, json.dumps(messages, sort_keys=True))
+            if name not in spec.names:
+                raise UserError(f"{where}: role {role!r} is none of {spec.names}: map it with config.data.options.roles")
+            start = 0
+            if turns:
+                early = 0 if spec.kinds[spec.index(name)] == "input" else overlap
+                start = max(turns[-1].end - early, turns[-1].start, ends[name])
+            turns.append(layout.say(name, start, content))
+            ends[name] = turns[-1].end
+        if turns:
+            yield layout.table(turns, json.dumps(messages, sort_keys=True))
 
 
 def text(layout: Layout, path: str) -> Iterator[Table]:
@@ -160,22 +154,22 @@ def text(layout: Layout, path: str) -> Iterator[Table]:
 
     A piece begins with the last token of the piece before it: so every token (but the first) is predicted once.
     """
-    if layout.spec.size != 1:
-        raise UserError(f"config.streams.names is {layout.spec.names}: the text converter takes exactly one stream")
+    _one_stream(layout, "text")
     for file in input_files(path):
-        tokens, start = [], 0
+        tokens = []
         for block in _blocks(file):
-            tokens += layout.encode(block)
+            tokens += layout.tokenizer.encode(block)
+            start = 0
             while len(tokens) - start >= layout.rows:
                 yield _piece(layout, tokens[start : start + layout.rows])
                 start += layout.rows - 1
-            tokens, start = tokens[start:], 0
+            tokens = tokens[start:]
         if len(tokens) > 1:
             yield _piece(layout, tokens)
 
 
 def _piece(layout: Layout, tokens: Sequence[int]) -> Table:
-    return layout.table([Placement(0, 0, tokens)], json.dumps(list(tokens)), closing_rows=0)
+    return layout.table([Placement(0, 0, tokens)], json.dumps(tokens), closing_rows=0)
 
 
 def _blocks(file: str) -> Iterator[str]:
@@ -190,35 +184,35 @@ def _blocks(file: str) -> Iterator[str]:
         yield "".join(lines)
 
 
+def _one_stream(layout: Layout, converter: str) -> None:
+    if layout.spec.size != 1:
+        raise UserError(f"config.streams.names is {layout.spec.names}: converter {converter!r} takes exactly one stream")
+
+
 def dictation(layout: Layout, path: str) -> Iterator[Table]:
     """Dictated sums (msllm/data/dictation.py) in the streams user, thought and output."""
     del path  # generated
+    user, thought, output = map(layout.spec.index, ("user", "thought", "output"))
     for example in dictation_lib.generate(layout.options["examples"], layout.options["seed"]):
-        asked = layout.place("user", 0, _words(layout, example.question))
-        placements, free = [asked], 0
-        for word, thought in example.thoughts:
+        placements, free = [layout.say_words(user, 0, example.question)], 0
+        for word, said in example.thoughts:
             start = max(word + dictation_lib.REACTION, free)  # wait while the thought before it is still being said
-            placements.append(layout.place("thought", start, _words(layout, thought)))
+            placements.append(layout.say_words(thought, start, said))
             free = placements[-1].end
-        # The number, third word of the answer, is said REACTION rows after its thought, which ends in row `free - 1`.
-        start = max(asked.end - 1 + dictation_lib.REACTION, free - 1)
-        placements.append(layout.place("output", start, _words(layout, example.answer)))
+        # The number, third word of the answer, comes REACTION rows after its thought, which ends in row `free - 1`.
+        start = max(len(example.question) - 1 + dictation_lib.REACTION, free - 1)
+        placements.append(layout.say_words(output, start, example.answer))
         yield layout.table(placements, " ".join(example.question))
 
 
 def dictation_single(layout: Layout, path: str) -> Iterator[Table]:
     """The same dictated sums in one stream: the whole question, then all thoughts, then the answer."""
     del path  # generated
-    if layout.spec.size != 1:
-        raise UserError(f"config.streams.names is {layout.spec.names}: dictation_single takes exactly one stream")
+    _one_stream(layout, "dictation_single")
     for example in dictation_lib.generate(layout.options["examples"], layout.options["seed"]):
-        thoughts = [word for _, thought in example.thoughts for word in thought]
+        thoughts = [word for _, said in example.thoughts for word in said]
         words = [*example.question, *thoughts, *example.answer]
-        yield layout.table([Placement(0, 0, _words(layout, words))], " ".join(example.question))
-
-
-def _words(layout: Layout, words: Sequence[str]) -> list[int]:
-    return [layout.one_token(word, "dictation") for word in words]
+        yield layout.table([layout.say_words(0, 0, words)], " ".join(example.question))
 
 
 class Converter(NamedTuple):
@@ -239,24 +233,23 @@ CONVERTERS = {
 }
 
 
-def get_converter(name: str) -> Converter:
-    """The converter that `config.data.converter` names. Raises UserError."""
+def get_converter(name: str, options: Mapping[str, Any]) -> tuple[Converter, dict[str, Any]]:
+    """The converter that `config.data.converter` names, and its options with defaults filled in. Raises UserError."""
     if name not in CONVERTERS:
         raise UserError(f"config.data.converter is {name!r}: must be one of {', '.join(CONVERTERS)}")
-    return CONVERTERS[name]
+    known = CONVERTERS[name].options
+    for key, value in options.items():
+        if key not in known:
+            raise UserError(f"unknown option config.data.options.{key}: {name} knows {', '.join(known) or 'none'}")
+        if type(value) is not type(known[key]):
+            raise UserError(f"config.data.options.{key} is {value!r}: expected {type(known[key]).__name__}")
+    return CONVERTERS[name], {**known, **options}
 
 
 def convert(config: Config, spec: StreamSpec, tokenizer: Tokenizer | _Recorder) -> Iterator[Table]:
     """The tables of `config.data`, in input order, delays applied. Raises UserError."""
-    converter, options = get_converter(config.data.converter), dict(config.data.options)
-    for name, value in options.items():
-        if name not in converter.options:
-            known = ", ".join(converter.options) or "none"
-            raise UserError(f"unknown option config.data.options.{name}: {config.data.converter} knows {known}")
-        if type(value) is not type(converter.options[name]):
-            expected = type(converter.options[name]).__name__
-            raise UserError(f"config.data.options.{name} is {value!r}: expected {expected}")
-    layout = Layout(spec, tokenizer, config.data.rows, {**converter.options, **options})
+    converter, options = get_converter(config.data.converter, config.data.options)
+    layout = Layout(spec, tokenizer, config.data.rows, options)
     for number, table in enumerate(converter.function(layout, config.data.path), 1):
         yield shift(table, spec.delays)
         if number == config.data.max_examples:
@@ -268,7 +261,7 @@ def texts(config: Config, spec: StreamSpec) -> Iterator[str]:
     recorder = _Recorder()
     for _ in convert(config, spec, recorder):
         yield from recorder.texts
-        recorder.texts = []
+        recorder.texts.clear()
     yield from recorder.texts
 
 
@@ -300,16 +293,15 @@ def read_jsonl(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """("file:line", record) of every line of the jsonl files that `path` names. Raises UserError."""
     for file in input_files(path):
         for number, line in _lines(file):
-            where = f"{file}:{number}"
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(f"{where}: invalid JSON ({error}): each line must be one JSON object") from error
+                raise UserError(f"{file}:{number}: invalid JSON ({error}): each line must be a JSON object") from error
             if not isinstance(record, dict):
-                raise UserError(f"{where}: {line.strip()[:40]!r} is no JSON object: each line must be one")
-            yield where, record
+                raise UserError(f"{file}:{number}: {line.strip()[:40]!r}: each line must be a JSON object")
+            yield f"{file}:{number}", record
 
 
 def _lines(file: str) -> Iterator[tuple[int, str]]:

@@ -76,7 +76,7 @@ class Loader:
         if start_step >= stop_step:
             return
         ahead = self._config.prefetch
-        options = grain.ReadOptions(num_threads=min(ahead, 4), prefetch_buffer_size=ahead)
+        options = grain.ReadOptions(num_threads=min(ahead, 1), prefetch_buffer_size=ahead)  # more threads share one lock
         steps = grain.MapDataset.range(start_step, stop_step).map(lambda step: self.batch(int(step), rows))
         batches = iter(steps.to_iter_dataset(options))
         try:

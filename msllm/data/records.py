@@ -20,6 +20,7 @@ from array_record.python import array_record_module
 
 from msllm.data.packing import Packed
 from msllm.errors import UserError
+from msllm.tokenizer import Tokenizer
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -57,9 +58,9 @@ def decode_record(record: bytes, streams: int, vocab_size: int) -> Packed:
 class SplitWriter:
     """Writes the packed tables of one split to shards, in turns, and counts what it writes."""
 
-    def __init__(self, directory: pathlib.Path, split: str, shards: int, streams: int, vocab_size: int, silence_id: int):
+    def __init__(self, directory: pathlib.Path, split: str, shards: int, streams: int, tokenizer: Tokenizer):
         self._names = [f"{split}-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
-        self._directory, self._vocab_size, self._silence_id = directory, vocab_size, silence_id
+        self._directory, self._tokenizer = directory, tokenizer
         self._writers: list[Any] = []
         self.tables = self.rows = self.examples = 0
         self.tokens, self.silence = np.zeros(streams, np.int64), np.zeros(streams, np.int64)
@@ -70,8 +71,8 @@ class SplitWriter:
         if shard == len(self._writers):  # opened when needed: a small split has fewer shards
             path = self._directory / f"{self._names[shard]}.tmp"
             self._writers.append(array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS))
-        self._writers[shard].write(encode_record(table, self._vocab_size))
-        silent = table.present & (table.tokens == self._silence_id)
+        self._writers[shard].write(encode_record(table, self._tokenizer.vocab_size))
+        silent = table.present & (table.tokens == self._tokenizer.silence_id)
         self.silence += silent.sum(axis=0)
         self.tokens += (table.present & ~silent).sum(axis=0)
         self.tables += 1
