@@ -15,6 +15,7 @@ from msllm.sharding import constrain, named
 from msllm.streams import Cells, StreamSpec
 
 ACTIVATION = ("batch", "row", "stream", "d_model")
+UNREAD = -3  # row number of cache rows not read yet; padding in chunked attention uses -1 and -2
 
 
 class Cache(NamedTuple):
@@ -121,9 +122,11 @@ class MultiStreamLM(nnx.Module):
         """A cache for `rows` rows of `batch` tables."""
         config, size = self.config, self.streams.size
         shape = (config.num_layers, batch, rows, size, config.num_kv_heads, config.head_dim)
-        integers, flags = jnp.zeros((batch, rows), jnp.int32), jnp.zeros((batch, rows, size), bool)
-        zeros = jnp.zeros(shape, config.compute_dtype)
-        return Cache(zeros, zeros, Cells(integers, integers, flags, flags), jnp.zeros((), jnp.int32))
+        # Distinct buffers, so that a step may donate them. An unread row has a number that no query has: not itself.
+        row, segment = jnp.full((batch, rows), UNREAD, jnp.int32), jnp.zeros((batch, rows), jnp.int32)
+        present, seen = (jnp.zeros((batch, rows, size), bool) for _ in range(2))
+        k, v = (jnp.zeros(shape, config.compute_dtype) for _ in range(2))
+        return Cache(k, v, Cells(row, segment, present, seen), jnp.zeros((), jnp.int32))
 
 
 def _remat(layer, policy: str):
