@@ -100,12 +100,12 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     """Trains a sentencepiece model on texts: the same texts and settings give the same bytes.
 
     Text is kept as it is: no normalization, every space and newline a token or part of one. `word` is the exception:
-    it splits at white space, which is not kept. `unigram` and `bpe` cover any text (bytes as a last resort). A small
+    it splits at spaces, which are not kept. `unigram` and `bpe` cover any text (bytes as a last resort). A small
     corpus may give fewer than `config.vocab_size` pieces. Raises UserError if the corpus is empty.
     """
     whole_words = config.model_type == "word"
     covers_bytes = config.model_type in ("unigram", "bpe")
-    lines = list(_training_lines(texts))  # before training: sentencepiece would hide errors of the iterator
+    lines = list(_training_lines(texts, config.silence))  # before training: sentencepiece would hide errors of the iterator
     if not lines:
         raise UserError("there is no text to train a tokenizer on: give one with config.data.tokenizer.path")
     model = io.BytesIO()
@@ -140,9 +140,10 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     return Tokenizer("sentencepiece", model.getvalue(), config.silence)
 
 
-def _training_lines(texts: Iterable[str]) -> Iterator[str]:
+def _training_lines(texts: Iterable[str], silence: str) -> Iterator[str]:
     total = 0
     for text in texts:
+        text = text.replace(silence, "\n".join(silence))  # else the trainer would not see these characters
         for line in text.split("\n"):
             for start in range(0, len(line), LINE_CHARACTERS):
                 yield line[start : start + LINE_CHARACTERS]

@@ -1,0 +1,263 @@
+"""Converters: no token is lost, the order inside a stream is kept, and bad records are named."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
+from msllm.data import dictation
+from msllm.data.converters import convert, texts
+from msllm.errors import UserError
+from msllm.streams import StreamSpec
+from msllm.tokenizer import train
+
+WORDS = "a b c d e f g user thought output #### 1 2 3"
+TOKENIZER = train([WORDS], TokenizerConfig(model_type="word", vocab_size=64))
+CHARACTERS = train([WORDS + "ä\n"], TokenizerConfig(model_type="char", vocab_size=64))
+SENTENCE = st.lists(st.sampled_from("abcdefg"), max_size=6).map(" ".join)
+
+
+def make_config(converter, path="", streams=StreamsConfig(), **data):
+    return Config(streams=streams, data=DataConfig(converter=converter, path=str(path), **data))
+
+
+def run(config, tokenizer=TOKENIZER):
+    return list(convert(config, StreamSpec.from_config(config.streams), tokenizer))
+
+
+def jsonl(tmp_path, *records):
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" if not isinstance(r, str) else r + "\n" for r in records))
+    return path
+
+
+def spoken(table, stream, tokenizer=TOKENIZER):
+    """What a stream says, and the row of its first and after its last token."""
+    said = table.present[:, stream] & (table.tokens[:, stream] != tokenizer.silence_id)
+    rows = np.flatnonzero(said)
+    return tokenizer.decode(table.tokens[said, stream]), (int(rows[0]), int(rows[-1]) + 1) if len(rows) else None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")  # module scope, because hypothesis runs a test many times
+
+
+@settings(max_examples=30, deadline=None)
+@given(question=SENTENCE.filter(bool), worked=st.lists(SENTENCE.filter(bool), min_size=1, max_size=3), after=st.integers(-1, 9))
+def test_gsm8k_streams(folder, question, worked, after):
+    answer = "\n".join(f"{line} <<1+2=3>>3" for line in worked) + "\n#### 3"
+    path = jsonl(folder, {"question": question, "answer": answer})
+    (table,) = run(make_config("gsm8k", path, options={"think_after": after}), CHARACTERS)
+    asked, (_, asked_end) = spoken(table, 0, CHARACTERS)
+    thought, (thought_start, thought_end) = spoken(table, 1, CHARACTERS)
+    output, (output_start, output_end) = spoken(table, 2, CHARACTERS)
+    assert asked == question and output == "3"
+    assert thought == "\n".join(f"{line} 3" for line in worked)  # without the calculator marks
+    assert thought_start == (asked_end if after < 0 else after)
+    assert output_start == max(thought_end, asked_end)
+    assert len(table.tokens) == output_end + 1 and table.present.all()  # one closing silent row
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    cells=st.integers(1, 6).flatmap(
+        lambda n: st.lists(st.lists(st.sampled_from(["a", "b", "", None, 3]), min_size=n, max_size=n), min_size=2, max_size=2)
+    )
+)
+def test_ready_tables_keep_every_cell(folder, cells):
+    (table,) = run(make_config("tables", jsonl(folder, {"streams": {"user": cells[0], "output": cells[1]}})))
+    ids = {"": TOKENIZER.silence_id, 3: 3, "a": TOKENIZER.encode("a")[0], "b": TOKENIZER.encode("b")[0]}
+    for column, stream in zip(cells, (0, 2)):
+        assert table.present[:, stream].tolist() == [item is not None for item in column]
+        assert table.tokens[:, stream].tolist() == [0 if item is None else ids[item] for item in column]
+    assert table.present[:, 1].all() and (table.tokens[:, 1] == TOKENIZER.silence_id).all()
+
+
+def test_ready_tables_from_texts_are_padded_with_silence(tmp_path):
+    (table,) = run(make_config("tables", jsonl(tmp_path, {"streams": {"user": "a b c", "output": "d"}})))
+    assert table.tokens.shape == (3, 3) and table.present.all()
+    assert spoken(table, 0) == ("a b c", (0, 3)) and spoken(table, 2) == ("d", (0, 1))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    turns=st.lists(st.tuples(st.sampled_from(["human", "thought", "output"]), SENTENCE), min_size=1, max_size=6),
+    overlap=st.integers(0, 3),
+)
+def test_chat_keeps_every_turn_in_order(folder, turns, overlap):
+    messages = [{"role": role, "content": content} for role, content in turns]
+    options = {"roles": {"human": "user"}, "overlap": overlap}
+    (table,) = run(make_config("chat", jsonl(folder, {"messages": messages}), options=options))
+    for stream, role in enumerate(("human", "thought", "output")):
+        assert spoken(table, stream)[0] == " ".join(c for r, c in turns if r == role and c)
+    if overlap == 0:  # one speaks at a time, without gaps, then one silent row
+        talking = (table.tokens != TOKENIZER.silence_id).sum(axis=1)
+        assert talking.tolist() == [1] * (len(table.tokens) - 1) + [0]
+
+
+def test_chat_answers_overlap_but_inputs_wait(tmp_path):
+    messages = [{"role": role, "content": text} for role, text in (("user", "a b c"), ("output", "d e"), ("user", "f"))]
+    (table,) = run(make_config("chat", jsonl(tmp_path, {"messages": messages}), options={"overlap": 2}))
+    assert spoken(table, 2) == ("d e", (1, 3))
+    assert [TOKENIZER.decode([i]) for i in table.tokens[:, 0]] == ["a", "b", "c", "f", ""]
+
+
+@settings(max_examples=30, deadline=None)
+@given(content=st.text("abc \n", min_size=2, max_size=60), rows=st.integers(2, 9))
+def test_text_predicts_each_character_once(folder, content, rows):
+    path = folder / "plain.txt"
+    path.write_text(content, newline="")
+    one = StreamsConfig(names=("text",), kinds=("output",))
+    pieces = run(make_config("text", path, streams=one, rows=rows), CHARACTERS)
+    columns = [piece.tokens[:, 0].tolist() for piece in pieces]
+    assert CHARACTERS.decode(columns[0][:1] + [token for column in columns for token in column[1:]]) == content
+    assert all(a[-1] == b[0] for a, b in zip(columns, columns[1:]))
+    assert all(len(column) == rows for column in columns[:-1]) and 2 <= len(columns[-1]) <= rows
+
+
+def test_text_is_the_same_in_small_blocks(tmp_path, monkeypatch):
+    path = tmp_path / "plain.txt"
+    path.write_text("a b\nc ä\n" * 50)
+    config = make_config("text", path, streams=StreamsConfig(names=("text",), kinds=("output",)), rows=7)
+    whole = run(config, CHARACTERS)
+    monkeypatch.setattr("msllm.data.converters.BLOCK_CHARACTERS", 5)
+    assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(whole, run(config, CHARACTERS), strict=True))
+
+
+def test_delays_and_max_examples(tmp_path):
+    path = jsonl(tmp_path, *[{"streams": {"user": "a b", "output": "c d"}}] * 3)
+    streams = StreamsConfig(delays=(0, 0, 1))
+    tables = run(make_config("tables", path, streams=streams, max_examples=2))
+    assert len(tables) == 2
+    assert tables[0].present[:, 2].tolist() == [False, True, True]
+    assert spoken(tables[0], 2) == ("c d", (1, 3))
+
+
+def test_texts_for_the_tokenizer(tmp_path):
+    record = {"question": "a b", "answer": "c <<1+1=2>>2\n#### 2"}
+    config = make_config("gsm8k", jsonl(tmp_path, record))
+    assert list(texts(config, StreamSpec.from_config(config.streams))) == ["a b", "c 2", "2"]
+
+
+# Dictated sums.
+
+
+def dictation_tables(single=False, count=200):
+    streams = StreamsConfig(names=("text",), kinds=("output",)) if single else StreamsConfig()
+    name = "dictation_single" if single else "dictation"
+    config = make_config(name, streams=streams, options={"examples": count, "seed": 3})
+    tokenizer = train(texts(config, StreamSpec.from_config(streams)), TokenizerConfig(model_type="word", vocab_size=256))
+    return run(config, tokenizer), tokenizer
+
+
+def test_dictation_answers_are_right():
+    """An oracle that knows nothing of the generator's bookkeeping: it replays the words on a list of steps."""
+    for example in dictation.generate(500, seed=1):
+        steps = []
+        for word, following in zip(example.question, example.question[1:]):
+            if word in ("take", "add", "plus", "subtract", "minus", "double"):
+                steps.append((word, following))
+            elif (word, following) == ("no", "wait"):
+                steps.pop()
+        value = 0
+        for word, operand in steps:
+            value = value * 2 if word == "double" else value + (-1 if word in ("subtract", "minus") else 1) * int(operand)
+            assert 0 <= value <= dictation.LARGEST
+        assert example.answer == ["that", "makes", str(value), "."] == dictation.expected_answer(example.question)
+
+
+def test_dictation_has_corrections_and_no_repetition():
+    examples = list(dictation.generate(2000, seed=5))
+    assert len({" ".join(e.question) for e in examples}) == 2000
+    assert 0.3 < np.mean(["wait" in e.question for e in examples]) < 0.4
+    assert [e.question for e in dictation.generate(50, seed=5)] == [e.question for e in examples[:50]]
+
+
+def test_dictation_uses_only_what_could_be_heard():
+    """Each thought and the answer come as early as the visibility rule allows, and not before."""
+    tables, tokenizer = dictation_tables()
+    for table in tables:
+        question, (start, _) = spoken(table, 0, tokenizer)
+        words, silence = question.split(), tokenizer.silence_id
+        end = dictation.question_end(table.tokens[:, 0], tokenizer.encode("?")[0])
+        answer, (answer_start, answer_end) = spoken(table, 2, tokenizer)
+        assert start == 0 and end == len(words) - 1
+        assert answer.split() == dictation.expected_answer(words)
+        assert answer_start == end + dictation.REACTION and len(table.tokens) == answer_end + 1
+        thoughts, _ = dictation.work_out(words)
+        rows = np.flatnonzero(table.tokens[:, 1] != silence).tolist()
+        said = [tokenizer.decode([table.tokens[row, 1]]) for row in rows]
+        assert said == [word for _, thought in thoughts for word in thought]
+        for index, thought in thoughts:
+            assert rows.pop(0) == index + dictation.REACTION
+            del rows[: len(thought) - 1]
+        value_row = max(np.flatnonzero(table.tokens[:, 1] != silence))
+        assert answer_start + 2 >= value_row + dictation.REACTION  # the number has been worked out before it is said
+
+
+def test_single_layout_holds_the_same_examples():
+    multi, single = dictation_tables()[0], dictation_tables(single=True)[0]
+    assert [t.example for t in multi] == [t.example for t in single]
+    tokenizer = dictation_tables(single=True)[1]
+    words = tokenizer.decode(single[0].tokens[:, 0]).split()
+    end = dictation.question_end(single[0].tokens[:, 0], tokenizer.encode("?")[0])
+    assert words[end] == "?" and words[-4:] == dictation.expected_answer(words[: end + 1])
+
+
+def test_question_end_without_a_question():
+    assert dictation.question_end(np.array([4, 5]), 9) == -1
+
+
+# Bad input.
+
+GOOD = {"question": "a", "answer": "b\n#### 1"}
+BAD = [
+    ("gsm8k", [GOOD, "{'a': 1}"], r"records.jsonl:2: invalid JSON"),
+    ("gsm8k", [GOOD, "[1]"], r"records.jsonl:2: .*must be a JSON object"),
+    ("gsm8k", [GOOD, GOOD, {"question": "a"}], r"records.jsonl:3: 'answer' is None"),
+    ("gsm8k", [{"question": "a", "answer": "b"}], r"records.jsonl:1: .*#### number"),
+    ("tables", [GOOD], r"records.jsonl:1: keys are"),
+    ("tables", [{"streams": {"user": ["a"], "output": ["a", "b"]}}], r"jsonl:1: lengths in rows are .*'user': 1.*pad"),
+    ("tables", [{"streams": {"user": "a b", "output": ["a"]}}], r"jsonl:1: lengths in rows are .*pad"),
+    ("tables", [{"streams": {"usr": ["a"]}}], r"records.jsonl:1: unknown stream 'usr'"),
+    ("tables", [{"streams": {"user": ["a", "b c"]}}], r"jsonl:1, user, row 1: 'b c' is 2 tokens"),
+    ("tables", [{"streams": {"user": ["zzz"]}}], r"jsonl:1, user, row 0: 'zzz' .*unknown"),
+    ("tables", [{"streams": {"user": [99999]}}], r"jsonl:1, user, row 0: 99999 is no cell"),
+    ("tables", [{"streams": {"user": [True]}}], r"jsonl:1, user, row 0: True is no cell"),
+    ("tables", [{"streams": {"user": 5}}], r"jsonl:1: stream 'user' is 5"),
+    ("chat", [{"messages": "hi"}], r"records.jsonl:1: must be"),
+    ("chat", [{"messages": [{"role": "bot", "content": "a"}]}], r"jsonl:1: role 'bot' .*options.roles"),
+    ("text", ["a"], r"exactly one stream"),
+]
+
+
+@pytest.mark.parametrize("converter, records, message", BAD, ids=[str(i) for i in range(len(BAD))])
+def test_bad_records_are_named(tmp_path, converter, records, message):
+    with pytest.raises(UserError, match=message):
+        run(make_config(converter, jsonl(tmp_path, *records)))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"converter": "gsm9k"}, "config.data.converter is 'gsm9k': must be one of gsm8k"),
+        ({"options": {"think": 1}}, "config.data.options.think: gsm8k knows think_after"),
+        ({"options": {"think_after": "1"}}, "think_after is '1': expected int"),
+        ({"options": {"think_after": -2}}, "think_after is -2"),
+        ({"path": "/nowhere/*.jsonl"}, "/nowhere/.*--config.data.path=.*MSLLM_SHARED"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path, changes, message):
+    config = make_config("gsm8k", jsonl(tmp_path, GOOD))
+    with pytest.raises(UserError, match=message):
+        run(dataclasses.replace(config, data=dataclasses.replace(config.data, **changes)))
+
+
+def test_not_utf8(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'{"question": "\xff\xfe"}\n')
+    with pytest.raises(UserError, match="x.jsonl, after line 0: not UTF-8"):
+        run(make_config("gsm8k", tmp_path / "x.jsonl"))

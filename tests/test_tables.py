@@ -1,0 +1,127 @@
+"""Tables and packing: nothing is lost, repeated or mixed up; few rows are wasted."""
+
+import collections
+import dataclasses
+import os
+import pathlib
+import runpy
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from msllm.config import from_config_dict
+from msllm.data import packing
+from msllm.data.packing import Packer
+from msllm.data.tables import Placement, Table, example_hash, held_out, make_table, shift, unpack, unshift
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SHARED = pathlib.Path(os.environ.get("MSLLM_SHARED") or ROOT.parent / "shared")
+
+
+def random_table(rows, streams, seed):
+    rng = np.random.default_rng(seed)
+    present = rng.random((rows, streams)) < 0.8
+    tokens = np.where(present, rng.integers(0, 1000, (rows, streams)), 0).astype(np.int32)
+    return Table(tokens, present, f"{seed:016x}")
+
+
+def same(a, b):
+    return a.example == b.example and np.array_equal(a.tokens, b.tokens) and np.array_equal(a.present, b.present)
+
+
+def test_make_table_fills_with_silence():
+    table = make_table([Placement(0, 0, [5, 6]), Placement(2, 1, [7])], rows=3, streams=3, silence_id=1)
+    assert table.tokens.tolist() == [[5, 1, 1], [6, 1, 7], [1, 1, 1]]
+    assert table.present.all()
+
+
+def test_shift_by_hand():
+    table = shift(Table(np.array([[1, 4], [2, 5], [3, 6]], np.int32), np.ones((3, 2), bool)), (0, 1))
+    assert table.tokens.tolist() == [[1, 0], [2, 4], [3, 5], [0, 6]]
+    assert table.present.tolist() == [[True, False], [True, True], [True, True], [False, True]]
+
+
+@given(rows=st.integers(1, 8), delays=st.lists(st.integers(0, 4), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_unshift_undoes_shift_and_no_cell_is_lost(rows, delays, seed):
+    table = random_table(rows, len(delays), seed)
+    shifted = shift(table, delays)
+    assert shifted.tokens.shape == (rows + max(delays), len(delays))
+    assert shifted.present.sum() == table.present.sum()
+    assert same(unshift(shifted, delays), table)
+
+
+def test_held_out_share():
+    names = [example_hash(str(i)) for i in range(4000)]
+    assert 0.08 < np.mean([held_out(name, 10.0) for name in names]) < 0.12
+    assert not any(held_out(name, 0.0) for name in names)
+    five = {name for name in names if held_out(name, 5.0)}
+    assert five <= {name for name in names if held_out(name, 10.0)}  # more percent keep what was held out
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(st.integers(2, 16), max_size=60), window=st.integers(1, 20))
+def test_packing_keeps_every_example_once_and_whole(lengths, window):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "WINDOW", window)
+        patch.setattr(packing, "OPEN_BINS", 2)
+        packer = Packer(16)
+        examples = [random_table(length, 2, seed) for seed, length in enumerate(lengths)]
+        packed = [out for table in examples for out in packer.add(table)] + packer.finish()
+    seen = {}
+    for table in packed:
+        assert table.tokens.shape == (16, 2) and table.segment.shape == (16,)
+        assert not table.present[table.segment == 0].any() and not table.tokens[table.segment == 0].any()
+        for single in unpack(table._asdict(), table.examples):
+            assert single.example not in seen
+            seen[single.example] = single
+    assert len(seen) == len(examples) == packer.examples
+    assert all(same(seen[table.example], table) for table in examples)
+    assert packer.rows == sum(lengths)
+
+
+def test_packing_fills_tables_and_holds_few():
+    packer, rng, most = Packer(512), np.random.default_rng(0), 0
+    packed, lengths = [], np.clip(rng.lognormal(5, 0.5, 12_000), 20, 500).astype(int)
+    for seed, length in enumerate(lengths):
+        packed += packer.add(Table(np.zeros((length, 1), np.int32), np.ones((length, 1), bool), f"{seed:016x}"))
+        most = max(most, len(packer._window) + sum(map(len, packer._bins.values())))
+    packed += packer.finish()
+    assert lengths.sum() / (512 * len(packed)) > 0.97
+    assert most <= packing.WINDOW + 20 * packing.OPEN_BINS  # memory does not grow with the corpus
+    assert sum(len(table.examples) for table in packed) == len(lengths)
+
+
+def test_long_examples_are_cut_and_short_ones_dropped():
+    packer = Packer(8)
+    long, short = random_table(11, 2, 1), random_table(1, 2, 2)
+    assert packer.add(long) == [] and packer.add(short) == []
+    (packed,) = packer.finish()
+    assert np.array_equal(packed.tokens, long.tokens[:8])
+    assert (packer.examples, packer.cut, packer.cut_rows, packer.dropped) == (1, 1, 3, 1)
+
+
+def test_unpack_reads_batches():
+    packer = Packer(10)
+    examples = [random_table(length, 3, seed) for seed, length in enumerate((4, 6, 9))]
+    for table in examples:
+        packer.add(table)
+    tables = packer.finish()
+    batch = {name: np.stack([getattr(t, name) for t in tables]) for name in ("tokens", "present", "segment")}
+    singles = {t.example: t for t in unpack(batch, [t.examples for t in tables])}
+    assert all(same(singles[table.example], table) for table in examples)
+    assert collections.Counter(t.example for t in unpack(batch)) == {"": 3}
+
+
+def test_gsm8k_wastes_under_five_percent_of_512_rows(tmp_path):
+    config = from_config_dict(runpy.run_path(str(ROOT / "configs/gsm8k.py"))["get_config"]())
+    path = SHARED / "data/gsm8k/train.jsonl"
+    if not path.is_file():
+        pytest.skip(f"{path} is missing: set MSLLM_SHARED to the folder that holds data/gsm8k")
+    from msllm.prepare import prepare
+
+    data = dataclasses.replace(config.data, path=str(path), eval_percent=0.0)
+    part = prepare(dataclasses.replace(config, data=data), tmp_path)["splits"]["train"]
+    assert part["examples"] == 7473
+    assert part["packing_efficiency"] > 0.95
+    assert part["cut"]["examples"] < 10
