@@ -12,8 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from msllm.config import ModelConfig, RopeScalingConfig
+from msllm.sharding import RULES, gather, total
+
+
+# Names of the values that the remat policy `dots` keeps for the backward pass.
+SAVED = ("qkv", "attention", "mid", "mlp")
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: float) -> nnx.Param:
@@ -25,6 +31,23 @@ def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], sca
 def constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
     """A float32 parameter that starts at `value`."""
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
+
+
+def whole(parameter: nnx.Param, dtype) -> jax.Array:
+    """One layer's weight in the compute dtype, complete along d_model; heads, ffn and vocabulary stay sharded."""
+    value = parameter[...].astype(dtype)  # before the gather: half the bytes in bfloat16
+    axes = parameter.axes[len(parameter.axes) - value.ndim :]  # inside the scan over layers the first one is gone
+    return gather(value, axes.index("embed"), RULES["embed"]) if "embed" in axes else value
+
+
+def linear(x: jax.Array, weight: jax.Array, contracted: int = 1) -> jax.Array:
+    """Product over the last `contracted` axes of x and the first ones of the weight.
+
+    As one 2-D product: with more dimensions, XLA:CPU transposes the operands of the weight's gradient in memory.
+    """
+    kept, new = x.shape[: x.ndim - contracted], weight.shape[contracted:]
+    size = math.prod(weight.shape[:contracted])
+    return (x.reshape(-1, size) @ weight.reshape(size, -1)).reshape(*kept, *new)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -99,7 +122,7 @@ class Projections(nnx.Module):
 
     def qkv(self, x: jax.Array, angles) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, T, S, D] -> q [B, T, S, N, H], k and v [B, T, S, K, H], normalised and rotated."""
-        project = lambda weight: jnp.einsum("btsd,dnh->btsnh", x, weight[...].astype(x.dtype))
+        project = lambda weight: checkpoint_name(linear(x, whole(weight, x.dtype)), "qkv")
         q, k, v = project(self.q), project(self.k), project(self.v)
         if self.config.attention_bias:
             q, k, v = (y + b[...].astype(y.dtype) for y, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
@@ -110,7 +133,7 @@ class Projections(nnx.Module):
 
     def out(self, x: jax.Array) -> jax.Array:
         """x [B, T, S, N, H] -> [B, T, S, D]."""
-        return jnp.einsum("btsnh,nhd->btsd", x, self.o[...].astype(x.dtype))
+        return total(linear(x, whole(self.o, x.dtype), contracted=2), *RULES["heads"])
 
 
 class Mlp(nnx.Module):
@@ -124,6 +147,6 @@ class Mlp(nnx.Module):
         self.down = parameter(rngs, (layers, d_ff, d_model), ("layers", "mlp", "embed"), (d_ff * 2 * layers) ** -0.5)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = jnp.einsum("btsd,df->btsf", x, self.gate[...].astype(x.dtype))
-        up = jnp.einsum("btsd,df->btsf", x, self.up[...].astype(x.dtype))
-        return jnp.einsum("btsf,fd->btsd", jax.nn.silu(gate) * up, self.down[...].astype(x.dtype))
+        gate = checkpoint_name(linear(x, whole(self.gate, x.dtype)), "mlp")
+        up = checkpoint_name(linear(x, whole(self.up, x.dtype)), "mlp")
+        return total(linear(jax.nn.silu(gate) * up, whole(self.down, x.dtype)), *RULES["mlp"])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from msllm.config import LossConfig
+from msllm.sharding import RULES, axis_index, axis_size, total
 from msllm.streams import StreamSpec, target_mask
 
 
@@ -26,8 +27,8 @@ def targets_and_weights(batch: dict[str, Any], streams: StreamSpec, loss_mask=No
     return targets, counted, counted * jnp.asarray(streams.loss_weights, jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def next_row_loss(hidden, table, targets, weights, options: LossConfig, rows: int):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def next_row_loss(hidden, table, targets, weights, options: LossConfig):
     """Weighted sum of the next-row losses, and the plain negative log-likelihoods.
 
     loss(cell) = (1 - e) nll + e mean_v(-log p_v) + z logsumexp(logits)^2, with e = options.label_smoothing and
@@ -35,65 +36,73 @@ def next_row_loss(hidden, table, targets, weights, options: LossConfig, rows: in
     value, chunk by chunk, so no logits are computed twice (as in Liger kernel, Hsu et al. 2024, arXiv 2410.10989).
 
     Args:
-      hidden: [B, T, S, D] compute dtype. table: [V, D] float32, the head.
-      targets: [B, T, S] int32. weights: [B, T, S] float32, no gradient.
-      rows: rows whose logits exist at one time.
+      hidden: [..., D] compute dtype. table: [V, D] compute dtype, the head (inside `shard_map`: its part of V).
+      targets: [...] int32. weights: [...] float32, no gradient.
 
-    Returns: (sum(weights * loss) float32, nll [B, T, S] float32; the latter carries no gradient).
+    Returns: (sum(weights * loss) float32, nll [...] float32; the latter carries no gradient).
     """
-    return _scan_chunks(hidden, table, targets, weights, options, rows, with_gradient=False)[:2]
+    loss, nll, _, _ = _scan_chunks(hidden, table, targets, weights, options, with_gradient=False)
+    return loss, nll
 
 
-def _scan_chunks(hidden, table, targets, weights, options, rows, with_gradient: bool):
+def _scan_chunks(hidden, table, targets, weights, options: LossConfig, with_gradient: bool):
     """Sum of the losses, nll, and (if asked) the gradients of the sum by hidden and by table."""
-    total_rows, head = hidden.shape[1], table.astype(hidden.dtype)
+    cells, size = targets.size, min(options.chunk_tokens, targets.size)
+    count = -(-cells // size)
+    size = -(-cells // count)  # evenly filled
+    vocab = table.shape[0] * axis_size("tensor")
+    columns = axis_index("tensor") * table.shape[0] + jnp.arange(table.shape[0])
 
-    def chunks(x):
-        x = jnp.pad(x, [(0, 0), (0, -total_rows % rows)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(x.shape[0], -1, rows, *x.shape[2:]).swapaxes(0, 1)
-
-    def unchunk(x):
-        x = x.swapaxes(0, 1)
-        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :total_rows]
+    def chunks(x, width):
+        x = x.reshape(cells, *width)
+        return jnp.pad(x, [(0, count * size - cells)] + [(0, 0)] * len(width)).reshape(count, size, *width)
 
     def chunk(carry, xs):
         loss, d_table = carry
         hidden, targets, weights = xs
-        logits = jnp.einsum("btsd,vd->btsv", hidden, head, preferred_element_type=jnp.float32)
-        log_total = jax.nn.logsumexp(logits, axis=-1)
-        # A comparison instead of a gather: it stays local when the vocabulary is sharded.
-        is_target = targets[..., None] == jnp.arange(logits.shape[-1])
-        nll = log_total - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+        logits = jnp.einsum("nd,vd->nv", hidden, table, preferred_element_type=jnp.float32)
+        top = lax.stop_gradient(logits.max(-1))
+        if axis_size("tensor") > 1:
+            top = lax.pmax(top, "tensor")
+        log_total = top + jnp.log(total(jnp.exp(logits - top[:, None]).sum(-1), *RULES["vocab"]))
+        # A comparison instead of a gather: each device looks in its own part of the vocabulary.
+        is_target = targets[:, None] == columns
+        nll = log_total - total(jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1), *RULES["vocab"])
         value, smooth, z = nll, options.label_smoothing, options.z_loss
         if smooth:
-            value = (1 - smooth) * nll + smooth * (log_total - jnp.mean(logits, axis=-1))
+            value = (1 - smooth) * nll + smooth * (log_total - total(logits.sum(-1), *RULES["vocab"]) / vocab)
         if z:
             value = value + z * jnp.square(log_total)
         loss = loss + jnp.sum(weights * value)
         if not with_gradient:
             return (loss, d_table), (nll, None)
         scale = weights * (1 + 2 * z * log_total) if z else weights
-        d_logits = scale[..., None] * jnp.exp(logits - log_total[..., None])
-        d_logits -= weights[..., None] * (jnp.where(is_target, 1.0 - smooth, 0.0) + smooth / logits.shape[-1])
+        d_logits = scale[:, None] * jnp.exp(logits - log_total[:, None])
+        d_logits -= weights[:, None] * (jnp.where(is_target, 1.0 - smooth, 0.0) + smooth / vocab)
         d_logits = d_logits.astype(hidden.dtype)
-        d_hidden = jnp.einsum("btsv,vd->btsd", d_logits, head)
-        d_table = d_table + jnp.einsum("btsv,btsd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+        d_hidden = jnp.einsum("nv,vd->nd", d_logits, table)
+        d_table = d_table + jnp.einsum("nv,nd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
         return (loss, d_table), (nll, d_hidden)
 
     init = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape if with_gradient else (), jnp.float32))
-    (loss, d_table), (nll, d_hidden) = lax.scan(chunk, init, tuple(map(chunks, (hidden, targets, weights))))
-    return loss, unchunk(nll), unchunk(d_hidden) if with_gradient else None, d_table
+    xs = (chunks(hidden, hidden.shape[-1:]), chunks(targets, ()), chunks(weights, ()))
+    (loss, d_table), (nll, d_hidden) = lax.scan(chunk, init, xs)
+    nll = nll.reshape(-1)[:cells].reshape(targets.shape)
+    if not with_gradient:
+        return loss, nll, None, None
+    return loss, nll, d_hidden.reshape(-1, hidden.shape[-1])[:cells].reshape(hidden.shape), d_table.astype(table.dtype)
 
 
-def _forward(hidden, table, targets, weights, options, rows):
-    loss, nll, d_hidden, d_table = _scan_chunks(hidden, table, targets, weights, options, rows, with_gradient=True)
+def _forward(hidden, table, targets, weights, options):
+    loss, nll, d_hidden, d_table = _scan_chunks(hidden, table, targets, weights, options, with_gradient=True)
     return (loss, nll), (d_hidden, d_table)
 
 
-def _backward(options, rows, gradients, cotangents):
+def _backward(options, gradients, cotangents):
     d_hidden, d_table = gradients
-    scale = cotangents[0]
-    return (d_hidden * scale).astype(d_hidden.dtype), d_table * scale, None, None
+    # The gradients here go through this device's part of the vocabulary; the loss counts on all of them.
+    scale = total(cotangents[0], *RULES["vocab"])
+    return (d_hidden * scale).astype(d_hidden.dtype), (d_table * scale).astype(d_table.dtype), None, None
 
 
 next_row_loss.defvjp(_forward, _backward)

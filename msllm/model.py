@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from msllm.attention import BACKENDS, attention
 from msllm.config import ModelConfig
-from msllm.layers import Mlp, Projections, constant, parameter, rms_norm, rope_angles
-from msllm.sharding import constrain, named
+from msllm.layers import SAVED, Mlp, Projections, constant, parameter, rms_norm, rope_angles, whole
+from msllm.sharding import RULES, axis_index, named, total
 from msllm.streams import Cells, StreamSpec
 
 ACTIVATION = ("batch", "row", "stream", "d_model")
@@ -39,10 +40,9 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, angles, attend):
         """x [B, T, S, D] -> the same; `attend(q, k, v)` is the attention over whatever keys there are."""
-        normed = rms_norm(x, self.attention_norm[...], self.config.norm_eps)
-        x = x + self.attention.out(attend(*self.attention.qkv(normed, angles)))
-        x = x + self.mlp(rms_norm(x, self.mlp_norm[...], self.config.norm_eps))
-        return constrain(x, *ACTIVATION)
+        normed = rms_norm(x, whole(self.attention_norm, jnp.float32), self.config.norm_eps)
+        x = checkpoint_name(x + self.attention.out(attend(*self.attention.qkv(normed, angles))), "mid")
+        return x + self.mlp(rms_norm(x, whole(self.mlp_norm, jnp.float32), self.config.norm_eps))
 
 
 class MultiStreamLM(nnx.Module):
@@ -69,10 +69,7 @@ class MultiStreamLM(nnx.Module):
         Returns: hidden [B, T, S, D] after the final norm, in the compute dtype; with a cache (hidden, cache).
         """
         config = self.config
-        x = self.embedding[...][tokens]
-        if config.stream_embedding:
-            x = x + self.stream_embedding[...]
-        x = constrain(x.astype(config.compute_dtype), *ACTIVATION)
+        x = self._embed(tokens).astype(config.compute_dtype)
         angles = rope_angles(position, config)
         graph, weights = nnx.split(self.blocks)
 
@@ -83,7 +80,7 @@ class MultiStreamLM(nnx.Module):
                 return nnx.merge(graph, weights)(x, angles, attend), None
 
             x, _ = jax.lax.scan(_remat(layer, config.remat), x, weights)
-            return rms_norm(x, self.final_norm[...], config.norm_eps)
+            return rms_norm(x, whole(self.final_norm, jnp.float32), config.norm_eps)
 
         start = cache.length
         append = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
@@ -107,16 +104,27 @@ class MultiStreamLM(nnx.Module):
         layers = (weights, jnp.arange(config.num_layers))
         (x, k_all, v_all), _ = jax.lax.scan(cached_layer, (x, cache.k, cache.v), layers)
         cache = Cache(k_all, v_all, k_cells, start + tokens.shape[1])
-        return rms_norm(x, self.final_norm[...], config.norm_eps), cache
+        return rms_norm(x, whole(self.final_norm, jnp.float32), config.norm_eps), cache
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        """Token plus stream embedding, [B, T, S, D] float32."""
+        table = whole(self.embedding, jnp.float32)
+        local = tokens - axis_index("tensor") * table.shape[0]  # this device's part of the vocabulary
+        here = (local >= 0) & (local < table.shape[0])
+        x = total(jnp.where(here[..., None], table[jnp.where(here, local, 0)], 0.0), *RULES["vocab"])
+        if self.config.stream_embedding:
+            streams = axis_index("stream") * tokens.shape[2] + jnp.arange(tokens.shape[2])
+            x = x + whole(self.stream_embedding, jnp.float32)[streams]
+        return x
 
     def head_table(self) -> jax.Array:
-        """[V, D] float32: logits are hidden @ head_table().T."""
-        return (self.embedding if self.config.tie_embeddings else self.head)[...]
+        """[V, D] in the compute dtype: logits are hidden @ head_table().T. Inside `shard_map`: this device's part of V."""
+        table = self.embedding if self.config.tie_embeddings else self.head
+        return whole(table, self.config.compute_dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> [..., V] float32. For scoring and decoding; training never holds all logits (loss.py)."""
-        table = self.head_table().astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        return jnp.einsum("...d,vd->...v", hidden, self.head_table(), preferred_element_type=jnp.float32)
 
     def empty_cache(self, batch: int, rows: int) -> Cache:
         """A cache for `rows` rows of `batch` tables."""
@@ -130,10 +138,14 @@ class MultiStreamLM(nnx.Module):
 
 
 def _remat(layer, policy: str):
-    """Which values of a layer the backward pass computes again: none, all but matrix products, or all."""
+    """Which values of a layer the backward pass has at hand; the others it computes again.
+
+    `none`: all. `dots`: results of matrix products and of attention; norms, rotations and activations are cheap to
+    repeat and take most of the memory. `full`: the layer's input only.
+    """
     if policy == "none":
         return layer
-    save = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    save = jax.checkpoint_policies.save_only_these_names(*SAVED) if policy == "dots" else None
     return jax.checkpoint(layer, policy=save, prevent_cse=False)
 
 

@@ -1,6 +1,8 @@
-"""The device mesh, and the one table from logical axes to mesh axes.
+"""The device mesh, the one table from logical axes to mesh axes, and the collectives between them.
 
-Code names axes by what they are (`batch`, `stream`, `heads`, ...); only this file knows where they live.
+Code names axes by what they are (`batch`, `stream`, `heads`, ...); only this file knows where they live. The loss runs
+inside one `shard_map`, where every array is this device's part: which collectives a step needs is written in the code,
+not left to a compiler's guess. The optimizer and everything else outside is plain `jit` with shardings.
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
-    "d_model": (),  # of activations
     "embed": ("fsdp", "stream"),  # d_model of parameters: gathered when used
     "mlp": ("tensor",),
     "vocab": ("tensor",),
@@ -86,11 +87,33 @@ def named(mesh: Mesh, *axes: str) -> NamedSharding:
     return NamedSharding(mesh, partition(*axes))
 
 
-def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """Pins the layout of an activation inside jit; without a mesh (`jax.set_mesh`) it does nothing."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, partition(*axes))
+def axis_size(axis: str) -> int:
+    """Devices along a mesh axis, seen from inside `shard_map`; 1 outside of it, so model code runs in both."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape[axis] if axis in mesh.manual_axes else 1
+
+
+def axis_index(axis: str):
+    """This device's place along a mesh axis inside `shard_map`; 0 outside of it."""
+    return jax.lax.axis_index(axis) if axis_size(axis) > 1 else 0
+
+
+def gather(x: jax.Array, axis: int, mesh_axes: Sequence[str]) -> jax.Array:
+    """The whole of an array whose dimension `axis` is sharded over `mesh_axes`, gathered one mesh axis after the other.
+
+    The innermost goes first. Backward, each becomes a reduce-scatter along one axis of the mesh, which is one physical
+    axis of a TPU torus: over several axes at once, XLA falls back to all-reducing whole arrays.
+    """
+    for mesh_axis in reversed(mesh_axes):
+        if axis_size(mesh_axis) > 1:
+            x = jax.lax.all_gather(x, mesh_axis, axis=axis, tiled=True)
+    return x
+
+
+def total(x, *mesh_axes: str):
+    """Sum over mesh axes inside `shard_map`; x outside of it."""
+    axes = tuple(axis for axis in mesh_axes if axis_size(axis) > 1)
+    return jax.lax.psum(x, axes) if axes else x
 
 
 BATCH_AXES = {"tokens": ("batch", "row", "stream"), "present": ("batch", "row", "stream"), "segment": ("batch", "row")}

@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from msllm.streams import Cells, visible
 
@@ -157,6 +158,7 @@ def _forward(q, k, v, q_cells, k_cells, lag, q_streams, q_rows, k_rows):
 
     blocks = (_head_blocks(q, q_rows, kv_heads), _cell_blocks(q_cells, q_rows), first, end, full)
     _, (out, lse) = lax.scan(query_block, None, blocks)
+    out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
     return _unblock(out, q.shape), (q, k, v, q_cells, k_cells, lag, q_streams, out, lse)
 
 
