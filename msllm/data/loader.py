@@ -22,7 +22,7 @@ class Loader:
 
     Row i of batch `step` has the flat index `step * B + i`. Split `train`: every run of N indices that starts at a
     multiple of N (an epoch) is a permutation of the N tables, another one each epoch, given by `config.seed`. Other
-    splits: the tables in order, once; the last batch is filled up with empty tables (segment 0).
+    splits: the tables as stored, once; the last batch is filled up with empty tables (segment 0).
 
     Attributes:
       manifest: the prepared directory's manifest.

@@ -59,7 +59,7 @@ class Packer:
 
     def _pack(self, keep: int) -> list[Packed]:
         """Packs the window, longest first, each into the fullest table with room; keeps the `keep` emptiest tables."""
-        for table in sorted(self._window, key=lambda t: (-len(t.tokens), t.example)):
+        for table in sorted(self._window, key=lambda t: -len(t.tokens)):
             need = len(table.tokens)
             place = bisect.bisect_left(self._free, (need, -1))
             if place < len(self._free):

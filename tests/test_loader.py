@@ -1,0 +1,150 @@
+"""Contract 4: a batch is a pure function of the step, the same for any split over hosts, epoch after epoch."""
+
+import dataclasses
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
+from msllm.data.loader import Loader
+from msllm.errors import UserError
+from msllm.prepare import prepare
+from msllm.streams import StreamSpec
+
+SPEC = StreamSpec.from_config(StreamsConfig())
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Prepared dictation: 53 tables of 64 rows for training or so, batches of 8, so that no epoch ends with a batch."""
+    directory = tmp_path_factory.mktemp("data") / "dictation"
+    tokenizer = TokenizerConfig(model_type="word", vocab_size=256)
+    data = DataConfig(
+        dir=str(directory), converter="dictation", options={"examples": 160}, tokenizer=tokenizer, rows=64, eval_percent=20.0
+    )
+    prepare(Config(data=data), directory)
+    return data
+
+
+@pytest.fixture(scope="module")
+def loader(config):
+    loader = Loader(config, "train", SPEC)
+    assert loader.num_tables % config.batch_size  # an epoch ends inside a batch
+    return loader
+
+
+def key(batch, i):
+    return b"".join(batch[name][i].tobytes() for name in ("tokens", "present", "segment"))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+
+
+def test_shapes(config, loader):
+    batch = loader.batch(3)
+    assert batch["tokens"].shape == batch["present"].shape == (8, 64, 3) and batch["segment"].shape == (8, 64)
+    assert (batch["tokens"].dtype, batch["present"].dtype, batch["segment"].dtype) == (np.int32, bool, np.int32)
+    assert not batch["present"][batch["segment"] == 0].any()
+    assert batch["tokens"].min() >= 0 and batch["tokens"].max() < loader.tokenizer.vocab_size
+
+
+@settings(max_examples=25, deadline=None)
+@given(step=st.integers(0, 40), hosts=st.sampled_from([1, 2, 4, 8]))
+def test_hosts_together_hold_the_batch(loader, step, hosts):
+    whole, size = loader.batch(step), 8 // hosts
+    parts = [loader.batch(step, range(host * size, (host + 1) * size)) for host in range(hosts)]
+    assert same(whole, {name: np.concatenate([part[name] for part in parts]) for name in whole})
+    ids = [loader.example_ids(step, slice(host * size, (host + 1) * size)) for host in range(hosts)]
+    assert loader.example_ids(step) == [names for part in ids for names in part]
+
+
+def test_every_epoch_is_another_permutation(config, loader):
+    n = loader.num_tables
+    flat = [key(batch, i) for batch in map(loader.batch, range(-(-3 * n // 8))) for i in range(8)]
+    epochs = [flat[e * n : (e + 1) * n] for e in range(3)]
+    assert len(set(epochs[0])) == n
+    assert set(epochs[0]) == set(epochs[1]) == set(epochs[2])
+    assert epochs[0] != epochs[1] != epochs[2]
+    other = Loader(dataclasses.replace(config, seed=1), "train", SPEC)
+    assert [key(other.batch(0), i) for i in range(8)] != flat[:8]
+
+
+def test_a_new_loader_gives_the_same_batches(config, loader):
+    again = Loader(config, "train", SPEC)
+    assert all(same(loader.batch(step), again.batch(step)) for step in (0, 7, 100_000))
+
+
+def test_batch_size_does_not_change_the_order(config, loader):
+    small = Loader(dataclasses.replace(config, batch_size=4), "train", SPEC)
+    for step in range(10):
+        pair = [small.batch(2 * step), small.batch(2 * step + 1)]
+        assert same(loader.batch(step), {name: np.concatenate([p[name] for p in pair]) for name in pair[0]})
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 4])
+@pytest.mark.parametrize("start", [0, 5, 9])
+def test_iterate_gives_the_batches_from_any_step_on(config, prefetch, start):
+    loader = Loader(dataclasses.replace(config, prefetch=prefetch), "train", SPEC)
+    batches = list(loader.iterate(start, 14, range(2, 5)))
+    assert len(batches) == 14 - start
+    assert all(same(batch, loader.batch(step, range(2, 5))) for step, batch in enumerate(batches, start))
+    assert list(loader.iterate(14, 14)) == []
+
+
+def test_iterate_works_ahead_and_ends_when_abandoned(loader):
+    before = threading.active_count()
+    for _ in range(3):
+        batches = loader.iterate(0, 1_000_000)
+        next(batches)
+        assert threading.active_count() > before
+        batches.close()
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
+
+
+def test_eval_is_in_order_once_and_filled_up(config):
+    config = dataclasses.replace(config, batch_size=5)
+    loader = Loader(config, "eval", SPEC)
+    batches = list(loader.iterate(0, loader.num_batches))
+    keys = [key(batch, i) for batch in batches for i in range(5)]
+    assert loader.num_tables % 5 and len(set(keys[: loader.num_tables])) == loader.num_tables
+    for batch in batches:
+        assert batch["tokens"].shape == (5, 64, 3)
+    rest = loader.num_batches * 5 - loader.num_tables
+    assert not batches[-1]["segment"][-rest:].any() and not batches[-1]["present"][-rest:].any()
+    assert loader.example_ids(loader.num_batches - 1)[-1] == []
+    other = Loader(dataclasses.replace(config, seed=9), "eval", SPEC)
+    assert same(other.batch(0), loader.batch(0))
+    with pytest.raises(ValueError, match="step is"):
+        loader.batch(loader.num_batches)
+
+
+def test_fewer_tables_than_a_batch_repeat(config):
+    large = Loader(dataclasses.replace(config, batch_size=500), "train", SPEC)
+    batch = large.batch(0)
+    assert len({key(batch, i) for i in range(500)}) == large.num_tables
+
+
+@pytest.mark.parametrize("rows", [range(0, 9), range(-1, 3), range(0, 8, 2)])
+def test_rows_outside_the_batch(loader, rows):
+    with pytest.raises(ValueError, match="rows is"):
+        loader.batch(0, rows)
+
+
+def test_data_that_does_not_fit_the_config(config):
+    with pytest.raises(UserError, match="config.data.rows is 128, but .* was prepared with 64"):
+        Loader(dataclasses.replace(config, rows=128), "train", SPEC)
+    for streams, message in [
+        (StreamsConfig(names=("user", "mind", "output")), "config.streams.names .*'mind'.*'thought'"),
+        (StreamsConfig(kinds=("input", "output", "output")), "config.streams.kinds"),
+        (StreamsConfig(delays=(0, 1, 1)), "config.streams.delays"),
+        (StreamsConfig(names=("text",), kinds=("output",)), "config.streams.names"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            Loader(config, "train", StreamSpec.from_config(streams))

@@ -1,0 +1,261 @@
+"""`prepare` end to end: what it writes, that it is reproducible, and what it says of damaged or mismatched data."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig, from_config_dict
+from msllm.data import records
+from msllm.data.loader import Loader
+from msllm.data.tables import example_hash, held_out, unpack
+from msllm.errors import UserError
+from msllm.prepare import describe, prepare
+from msllm.streams import StreamSpec
+from msllm.tokenizer import Tokenizer
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+ONE = StreamsConfig(names=("text",), kinds=("output",))
+WORD = TokenizerConfig(model_type="word", vocab_size=256)
+
+
+def dictation_config(**data):
+    defaults = {"converter": "dictation", "options": {"examples": 150}, "tokenizer": WORD, "rows": 64, "eval_percent": 10.0}
+    return Config(data=DataConfig(**{**defaults, **data}))
+
+
+def examples(config, out, split):
+    """Every example of a split, by id."""
+    loader = Loader(dataclasses.replace(config.data, dir=str(out)), split, StreamSpec.from_config(config.streams))
+    tables = []
+    for step in range(loader.num_batches):
+        if split == "eval":
+            tables += unpack(loader.batch(step), loader.example_ids(step))
+        else:  # one epoch, without the rows of a last batch that belong to the next one
+            rows = range(min(config.data.batch_size, loader.num_tables - step * config.data.batch_size))
+            tables += unpack(loader.batch(step, rows), loader.example_ids(step, rows))
+    assert len({table.example for table in tables}) == len(tables)
+    return {table.example: table for table in tables}, loader
+
+
+def test_dictation_end_to_end(tmp_path):
+    config = dictation_config()
+    manifest = prepare(config, tmp_path / "a")
+    train, loader = examples(config, tmp_path / "a", "train")
+    held, _ = examples(config, tmp_path / "a", "eval")
+    assert len(train) + len(held) == 150 and not set(train) & set(held)
+    assert set(held) == {name for name in (*train, *held) if held_out(name, 10.0)}
+    for name, table in train.items():
+        said = table.tokens[:, 0][table.tokens[:, 0] != loader.tokenizer.silence_id]
+        assert example_hash(loader.tokenizer.decode(said)) == name
+
+    part = manifest["splits"]["train"]
+    assert part["examples"] == len(train) and part["rows"] == sum(len(t.tokens) for t in train.values())
+    silent = np.concatenate([t.tokens for t in train.values()]) == loader.tokenizer.silence_id
+    assert list(part["silence"].values()) == silent.sum(axis=0).tolist()
+    assert list(part["tokens"].values()) == (~silent).sum(axis=0).tolist()
+    assert part["silence_rate"] == pytest.approx(silent.mean(), abs=1e-4)
+    assert part["packing_efficiency"] == pytest.approx(part["rows"] / (64 * part["tables"]), abs=1e-4)
+    assert sum(shard["records"] for shard in part["shards"]) == part["tables"] == loader.num_tables
+    assert f"{len(train)} examples" in describe(manifest)
+
+    prepare(config, tmp_path / "b")
+    for file in sorted(os.listdir(tmp_path / "a")):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+def test_both_dictation_layouts_hold_out_the_same_examples(tmp_path):
+    multi = dictation_config()
+    single = dataclasses.replace(dictation_config(converter="dictation_single"), streams=ONE)
+    prepare(multi, tmp_path / "multi")
+    prepare(single, tmp_path / "single")
+    for split in ("train", "eval"):
+        assert set(examples(multi, tmp_path / "multi", split)[0]) == set(examples(single, tmp_path / "single", split)[0])
+
+
+def test_tables_with_absent_cells_and_delays(tmp_path):
+    path = tmp_path / "t.jsonl"
+    records_ = [{"streams": {"user": ["a", "b", None], "output": [None, "", str(i)]}} for i in range(20)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in records_))
+    config = Config(
+        streams=StreamsConfig(delays=(0, 0, 2)),
+        data=DataConfig(converter="tables", path=str(path), tokenizer=WORD, rows=16, eval_percent=0.0),
+    )
+    manifest = prepare(config, tmp_path / "out")
+    assert manifest["splits"]["eval"]["tables"] == 0
+    found, loader = examples(config, tmp_path / "out", "train")
+    assert len(found) == 20
+    for table in found.values():
+        assert table.present.tolist() == [[1, 1, 0], [1, 1, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]]
+        assert table.tokens[3, 2] == loader.tokenizer.silence_id
+    assert {loader.tokenizer.decode([t.tokens[4, 2]]) for t in found.values()} == {str(i) for i in range(20)}
+    with pytest.raises(UserError, match="split 'eval' .* holds no table.*eval_percent"):
+        examples(config, tmp_path / "out", "eval")
+
+
+def test_chat_with_an_imported_tokenizer(tmp_path):
+    first = dictation_config()
+    prepare(first, tmp_path / "first")
+    path = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "please add 3"}, {"role": "output", "content": "that makes 3 ."}]
+    path.write_text(json.dumps({"messages": turns}) + "\n\n")
+    tokenizer = TokenizerConfig(path=str(tmp_path / "first/tokenizer.model"))
+    config = Config(data=DataConfig(converter="chat", path=str(path), tokenizer=tokenizer, rows=16, eval_percent=0.0))
+    prepare(config, tmp_path / "out")
+    (table,) = examples(config, tmp_path / "out", "train")[0].values()
+    loaded = Tokenizer.load(tmp_path / "out/tokenizer.model")
+    assert loaded.decode(table.tokens[:, 0]) == "please add 3" and loaded.decode(table.tokens[:, 2]) == "that makes 3 ."
+
+
+def test_text_holds_out_the_tail(tmp_path):
+    path = tmp_path / "plain.txt"
+    content = "".join(f"line {i} of the text\n" for i in range(200))
+    path.write_text(content)
+    tokenizer = TokenizerConfig(model_type="char", vocab_size=64)
+    data = DataConfig(
+        converter="text", path=str(path), tokenizer=tokenizer, rows=33, split="tail", eval_percent=10.0, batch_size=4
+    )
+    config = Config(streams=ONE, data=data)
+    manifest = prepare(config, tmp_path / "out")
+    held, loader = examples(config, tmp_path / "out", "eval")
+    total = sum(part["examples"] for part in manifest["splits"].values())
+    assert len(held) == round(total / 10)
+    assert sorted(len(table.tokens) < 33 for table in held.values())[-2:] == [False, True]  # the short rest is kept
+    texts = {loader.tokenizer.decode(table.tokens[:, 0]) for table in held.values()}
+    assert all(text in content[int(0.85 * len(content)) :] for text in texts)
+
+
+def test_an_existing_directory_is_kept_if_it_is_the_same_and_refused_if_not(tmp_path, capsys):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"streams": {"user": "a b", "output": "c"}}\n')
+    config = Config(data=DataConfig(converter="tables", path=str(path), tokenizer=WORD, rows=8, eval_percent=0.0))
+    manifest = prepare(config, tmp_path / "out")
+    before = (tmp_path / "out/train-00000-of-00004.array_record").stat().st_mtime_ns
+    assert prepare(config, tmp_path / "out") == manifest
+    assert "already holds this data" in capsys.readouterr().out
+    assert (tmp_path / "out/train-00000-of-00004.array_record").stat().st_mtime_ns == before
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, rows=9))
+    with pytest.raises(UserError, match=r"other settings \(rows differ\): give another --out, or delete it"):
+        prepare(other, tmp_path / "out")
+    path.write_text('{"streams": {"user": "a b", "output": "d"}}\n')
+    with pytest.raises(UserError, match=r"other settings \(inputs differ\)"):
+        prepare(config, tmp_path / "out")
+
+
+def test_an_interrupted_run_leaves_no_manifest_and_can_be_repeated(tmp_path):
+    path = tmp_path / "t.jsonl"
+    good = '{"streams": {"user": "please add", "output": "."}}\n'
+    path.write_text(good + "oops\n")
+    tokenizer = tmp_path / "t.model"
+    prepare(dictation_config(), tmp_path / "words")
+    tokenizer.write_bytes((tmp_path / "words/tokenizer.model").read_bytes())
+    data = DataConfig(converter="tables", path=str(path), tokenizer=TokenizerConfig(path=str(tokenizer)), rows=8)
+    with pytest.raises(UserError, match="t.jsonl:2: invalid JSON"):
+        prepare(Config(data=data), tmp_path / "out")
+    with pytest.raises(UserError, match="unfinished or no prepared data.*msllm.prepare"):
+        records.open_prepared(tmp_path / "out", "train")
+    path.write_text(good)
+    prepare(Config(data=dataclasses.replace(data, eval_percent=0.0)), tmp_path / "out")
+    records.open_prepared(tmp_path / "out", "train")
+
+
+def test_no_examples(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"streams": {"user": "a"}}\n')
+    config = Config(data=DataConfig(converter="tables", path=str(path), tokenizer=WORD, rows=8))
+    with pytest.raises(UserError, match="no example of at least 2 rows"):
+        prepare(config, tmp_path / "out")
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    prepare(dictation_config(), tmp_path / "data")
+    return tmp_path / "data"
+
+
+def shard_of(prepared):
+    return sorted(prepared.glob("train-*"))[1]
+
+
+def damage_missing(prepared):
+    shard_of(prepared).unlink()
+
+
+def damage_short(prepared):
+    shard_of(prepared).write_bytes(shard_of(prepared).read_bytes()[:-10])
+
+
+def damage_flip(prepared):
+    content = bytearray(shard_of(prepared).read_bytes())
+    content[len(content) // 3] ^= 1
+    shard_of(prepared).write_bytes(content)
+
+
+def damage_tokenizer(prepared):
+    (prepared / "tokenizer.model").write_bytes(b"another")
+
+
+def damage_no_tokenizer(prepared):
+    (prepared / "tokenizer.model").unlink()
+
+
+def damage_manifest(prepared):
+    (prepared / "manifest.json").write_text("{")
+
+
+def damage_format(prepared):
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    (prepared / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (damage_missing, "train-00001-of-00004.array_record is missing"),
+        (damage_short, r"train-00001.* has \d+ bytes, manifest.json says"),
+        (damage_flip, "train-00001.* is corrupt"),
+        (damage_tokenizer, "tokenizer.model is not the tokenizer"),
+        (damage_no_tokenizer, "tokenizer.model is missing"),
+        (damage_manifest, "manifest.json is damaged"),
+        (damage_format, "manifest.json has format 99, this version reads 1"),
+    ],
+)
+def test_damage_is_found_at_open(prepared, damage, message):
+    config = dictation_config(dir=str(prepared))
+    spec = StreamSpec.from_config(config.streams)
+    Loader(config.data, "train", spec)
+    damage(prepared)
+    with pytest.raises(UserError, match=f"{message}.*msllm.prepare"):
+        Loader(config.data, "train", spec)
+
+
+def test_missing_directory_and_split(tmp_path, prepared):
+    with pytest.raises(UserError, match="nowhere does not exist.*config.data.dir"):
+        records.open_prepared(tmp_path / "nowhere", "train")
+    with pytest.raises(UserError, match="no split 'test': must be one of train, eval"):
+        records.open_prepared(prepared, "test")
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart_single", "gsm8k", "shakespeare"])
+def test_configs_are_valid(name):
+    import runpy
+
+    config = from_config_dict(runpy.run_path(str(ROOT / f"configs/{name}.py"))["get_config"]())
+    StreamSpec.from_config(config.streams)
+    assert config.data.dir == f"data/{name}"
+
+
+def test_command_line(tmp_path):
+    command = [sys.executable, "-m", "msllm.prepare", "--config=configs/quickstart.py", f"--out={tmp_path}/out"]
+    done = subprocess.run([*command, "--config.data.options.examples=60"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "sentencepiece" in done.stdout and "packing" not in done.stderr and f"prepared in {tmp_path}/out" in done.stdout
+    command[3] = "--config=configs/gsm8k.py"
+    done = subprocess.run([*command, "--config.data.path=/nowhere.jsonl"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: config.data.path is '/nowhere.jsonl'") and "MSLLM_SHARED" in done.stderr
