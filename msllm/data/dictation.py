@@ -1,11 +1,11 @@
-"""Dictated sums: the project's own multi-stream data, with an answer that can be checked.
+"""Dictated sums: multi-stream data made by the project, with an answer that can be checked.
 
 The user dictates a small calculation word by word and sometimes takes the last step back; the thought stream works
-while he speaks; the output answers after the question mark:
+meanwhile; the output answers after the question mark:
 
-    user    please take 7  then add 3  um  subtract 5  no  wait add   4    ?
-    thought                         =7             +3  =10      -5 =5 undo =10 +4 =14
-    output                                                                     that makes 14 .
+    user     please take 7 then add 3 um subtract 5   no wait add 4    ?
+    thought                     =7       +3       =10    -5   =5  undo =10 +4 =14
+    output                                                                    that makes 14 .
 
 With the default visibility a word of row r is read in row r + 1 by another stream, and first shows in what that
 stream says in row r + 2: so every thought starts `REACTION` rows after the word that it answers, and the answer
