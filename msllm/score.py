@@ -27,13 +27,6 @@ from msllm.streams import PRESETS, make_cells, positions
 
 LOGITS_AT_ONCE = 1 << 26  # numbers: 256 MiB of float32
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "checkpoint of msllm, or a Hugging Face folder", required=True)
-_TABLES = flags.DEFINE_string("tables", None, "npz file: tokens [B, T, S], and optionally present and segment")
-_OUT = flags.DEFINE_string("out", None, "npz file to write")
-_VISIBILITY = flags.DEFINE_enum("visibility", None, PRESETS, "visibility to use instead of the checkpoint's own")
-_SKIP_SILENCE = flags.DEFINE_boolean("skip_silence", None, "silence is not seen as a key; default: as the checkpoint")
-_SILENCE_ID = flags.DEFINE_integer("silence_id", None, "the silence token; default: the tokenizer's")
-
 
 def score(loaded: LoadedModel, tables: dict[str, np.ndarray], silence_id: int | None = None) -> Iterator[dict]:
     """Yields, for a few tables at a time, logits [b, T, S, V] and logprob [b, T, S] (see the module's docstring).
@@ -66,7 +59,7 @@ def _score(graph, silence_id, parameters, tables):
     with jax.default_matmul_precision("highest"):
         hidden = model(tokens, make_cells(present, segment, silent), positions(segment))
         logits = model.logits(hidden)
-    targets, counted, _ = targets_and_weights(tables, model.streams)
+    targets, counted, _ = targets_and_weights(tables, model.streams.loss_weights)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return logits, jnp.where(counted, chosen - jax.nn.logsumexp(logits, axis=-1), jnp.nan)
 
@@ -116,19 +109,21 @@ def _read_tables(path: str) -> dict[str, np.ndarray]:
 
 
 def main(_) -> None:
-    for flag in (_TABLES, _OUT):
-        if not flag.value:
-            raise UserError(f"--{flag.name} is missing: give the path of an npz file")
-    out = pathlib.Path(_OUT.value)
+    """Scores what the flags say."""
+    options = flags.FLAGS
+    for name in ("tables", "out"):
+        if not options[name].value:
+            raise UserError(f"--{name} is missing: give the path of an npz file")
+    out = pathlib.Path(options.out)
     if not out.parent.is_dir():
         raise UserError(f"--out={out}: there is no directory {out.parent}, create it")
-    tables = _read_tables(_TABLES.value)
-    loaded = load_any(_CHECKPOINT.value)
-    if _VISIBILITY.value:
-        loaded = loaded.with_visibility(_VISIBILITY.value)
-    if _SKIP_SILENCE.value is not None:
-        loaded = loaded.with_streams(skip_silence=_SKIP_SILENCE.value)
-    parts = list(score(loaded, tables, _SILENCE_ID.value))
+    tables = _read_tables(options.tables)
+    loaded = load_any(options.checkpoint)
+    if options.visibility:
+        loaded = loaded.with_visibility(options.visibility)
+    if options.skip_silence is not None:
+        loaded = loaded.with_streams(skip_silence=options.skip_silence)
+    parts = list(score(loaded, tables, options.silence_id))
     # A reader never sees half a file.
     partial = out.with_name(out.name + ".partial")
     with open(partial, "wb") as file:
@@ -137,4 +132,10 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("checkpoint", None, "A checkpoint of msllm, or a Hugging Face folder.", required=True)
+    flags.DEFINE_string("tables", None, "The npz file with tokens [B, T, S], and optionally present and segment.")
+    flags.DEFINE_string("out", None, "The npz file to write.")
+    flags.DEFINE_enum("visibility", None, PRESETS, "Visibility to use instead of the checkpoint's own.")
+    flags.DEFINE_boolean("skip_silence", None, "Silence is not seen as a key; the default is the checkpoint's own.")
+    flags.DEFINE_integer("silence_id", None, "The silence token; the default is the tokenizer's.")
     errors.run(main)

@@ -1,0 +1,51 @@
+"""Eight CPU devices for every test, and small models."""
+
+import os
+
+# Before jax is imported: its backend reads them when it starts. Compiling takes most of the tests' time, so LLVM is told
+# to hurry; the program that it compiles is the same.
+_FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+_GIVEN = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join([_GIVEN, *(flag for flag in _FLAGS if flag.split("=")[0] not in _GIVEN)])
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from msllm.config import ModelConfig, StreamsConfig  # noqa: E402
+from msllm.load import LoadedModel, from_parameters  # noqa: E402
+from msllm.model import init_parameters  # noqa: E402
+from msllm.streams import StreamSpec  # noqa: E402
+
+# Examples that compile take seconds; the same examples in every run make a failure repeatable.
+hypothesis.settings.register_profile("msllm", deadline=None, derandomize=True, max_examples=15)
+hypothesis.settings.load_profile("msllm")
+
+
+@pytest.fixture
+def make_model():
+    """make_model(streams=3, seed=0, lag=None, skip_silence=False, visibility=..., delays=(), **ModelConfig fields)."""
+
+    def make(streams=3, seed=0, lag=None, **settings) -> LoadedModel:
+        names = tuple("user thought output tool system".split()[:streams])
+        kinds = tuple("input thought output input input".split()[:streams]) if streams > 1 else ("output",)
+        fields = {field: settings.pop(field) for field in ("visibility", "skip_silence", "delays") if field in settings}
+        spec = StreamSpec.from_config(StreamsConfig(names=names, kinds=kinds, **fields))
+        sizes = dict(vocab_size=32, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=32)
+        config = ModelConfig(**(sizes | settings))
+        parameters = init_parameters(config, spec, seed)
+        # Initial parameters are nearly symmetric (norms of 1, no biases): random ones hide no mistake.
+        leaves, tree = jax.tree.flatten(parameters)
+        keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+        noise = [0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]
+        parameters = jax.tree.unflatten(tree, [leaf + extra for leaf, extra in zip(leaves, noise)])
+        model = from_parameters(config, spec, parameters)
+        return model if lag is None else model.with_streams(lag=tuple(map(tuple, np.asarray(lag).tolist())))
+
+    return make
