@@ -43,9 +43,8 @@ def prepare(config: Config, out: str | pathlib.Path) -> dict[str, Any]:
         manifest = records.read_manifest(out)
         changed = [name for name in settings if manifest["settings"].get(name) != settings[name]]
         if changed:
-            raise UserError(
-                f"{out} holds data prepared with other settings ({', '.join(changed)} differ): give another --out, or delete it"
-            )
+            names = ", ".join(changed)
+            raise UserError(f"{out} holds data of other settings ({names} differ): give another --out, or delete it")
         for split in SPLITS:
             records.open_prepared(out, split)
         print(f"{out} already holds this data")

@@ -105,7 +105,8 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     """
     whole_words = config.model_type == "word"
     covers_bytes = config.model_type in ("unigram", "bpe")
-    lines = list(_training_lines(texts, config.silence))  # before training: sentencepiece would hide errors of the iterator
+    # A list, because sentencepiece would hide the errors of an iterator; its length is bounded.
+    lines = list(_training_lines(texts, config.silence))
     if not lines:
         raise UserError("there is no text to train a tokenizer on: give one with config.data.tokenizer.path")
     model = io.BytesIO()
@@ -134,8 +135,8 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
         )
     except RuntimeError as error:
         raise UserError(
-            f"config.data.tokenizer.vocab_size is {config.vocab_size}: sentencepiece cannot train {config.model_type!r} on"
-            f" this corpus ({error}): try another size"
+            f"config.data.tokenizer.vocab_size is {config.vocab_size}: sentencepiece cannot train"
+            f" {config.model_type!r} on this corpus ({error}): try another size"
         ) from error
     return Tokenizer("sentencepiece", model.getvalue(), config.silence)
 

@@ -47,7 +47,11 @@ def folder(tmp_path_factory):
 
 
 @settings(max_examples=30, deadline=None)
-@given(question=SENTENCE.filter(bool), worked=st.lists(SENTENCE.filter(bool), min_size=1, max_size=3), after=st.integers(-1, 9))
+@given(
+    question=SENTENCE.filter(bool),
+    worked=st.lists(SENTENCE.filter(bool), min_size=1, max_size=3),
+    after=st.integers(-1, 9),
+)
 def test_gsm8k_streams(folder, question, worked, after):
     answer = "\n".join(f"{line} <<1+2=3>>3" for line in worked) + "\n#### 3"
     path = jsonl(folder, {"question": question, "answer": answer})
@@ -62,10 +66,16 @@ def test_gsm8k_streams(folder, question, worked, after):
     assert len(table.tokens) == output_end + 1 and table.present.all()  # one closing silent row
 
 
+def test_gsm8k_answer_waits_for_a_question_that_outlasts_the_thought(tmp_path):
+    path = jsonl(tmp_path, {"question": "a b c d e f", "answer": "g\n#### 1"})
+    (table,) = run(make_config("gsm8k", path, options={"think_after": 0}))
+    assert spoken(table, 1) == ("g", (0, 1)) and spoken(table, 2) == ("1", (6, 7))
+
+
 @settings(max_examples=30, deadline=None)
 @given(
-    cells=st.integers(1, 6).flatmap(
-        lambda n: st.lists(st.lists(st.sampled_from(["a", "b", "", None, 3]), min_size=n, max_size=n), min_size=2, max_size=2)
+    cells=st.lists(st.tuples(*[st.sampled_from(["a", "b", "", None, 3])] * 2), min_size=1, max_size=6).map(
+        lambda rows: [list(column) for column in zip(*rows)]
     )
 )
 def test_ready_tables_keep_every_cell(folder, cells):
@@ -150,7 +160,8 @@ def dictation_tables(single=False, count=200):
     streams = StreamsConfig(names=("text",), kinds=("output",)) if single else StreamsConfig()
     name = "dictation_single" if single else "dictation"
     config = make_config(name, streams=streams, options={"examples": count, "seed": 3})
-    tokenizer = train(texts(config, StreamSpec.from_config(streams)), TokenizerConfig(model_type="word", vocab_size=256))
+    word = TokenizerConfig(model_type="word", vocab_size=256)
+    tokenizer = train(texts(config, StreamSpec.from_config(streams)), word)
     return run(config, tokenizer), tokenizer
 
 
@@ -165,7 +176,8 @@ def test_dictation_answers_are_right():
                 steps.pop()
         value = 0
         for word, operand in steps:
-            value = value * 2 if word == "double" else value + (-1 if word in ("subtract", "minus") else 1) * int(operand)
+            sign = -1 if word in ("subtract", "minus") else 1
+            value = value * 2 if word == "double" else value + sign * int(operand)
             assert 0 <= value <= dictation.LARGEST
         assert example.answer == ["that", "makes", str(value), "."] == dictation.expected_answer(example.question)
 

@@ -82,6 +82,11 @@ def test_silence_comes_from_no_text_and_is_dropped_by_decode(model_type):
     assert tokenizer.piece(tokenizer.silence_id) == "<silence>"
 
 
+def test_imported_decode_drops_silence():
+    tokenizer = Tokenizer.from_bytes("tokenizers", IMPORTED, "<silence>")
+    assert tokenizer.decode([tokenizer.silence_id, *tokenizer.encode("half"), tokenizer.silence_id]) == "half"
+
+
 @pytest.mark.parametrize("model_type", ["unigram", "bpe", "word", "char"])
 def test_training_is_reproducible(model_type):
     again = train(list(CORPUS), TokenizerConfig(model_type=model_type, vocab_size=400))

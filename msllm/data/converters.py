@@ -36,8 +36,8 @@ class Layout(NamedTuple):
         ids = self.tokenizer.encode(text)
         if len(ids) != 1 or ids[0] == self.tokenizer.unknown_id:
             raise UserError(
-                f"{where}: {text!r} is {len(ids)} tokens or unknown to the tokenizer: a cell takes exactly one token; split"
-                " it, or use another tokenizer (config.data.tokenizer.model_type='word' fits words)"
+                f"{where}: {text!r} is {len(ids)} tokens or unknown to the tokenizer: a cell takes exactly one token;"
+                " split it, or use another tokenizer (config.data.tokenizer.model_type='word' fits words)"
             )
         return ids[0]
 
@@ -138,7 +138,7 @@ def chat(layout: Layout, path: str) -> Iterator[Table]:
             role, content = _text(message, "role", where), _text(message, "content", where)
             name = roles.get(role, role)
             if name not in spec.names:
-                raise UserError(f"{where}: role {role!r} is none of {spec.names}: map it with config.data.options.roles")
+                raise UserError(f"{where}: role {role!r} is none of {spec.names}: map it by config.data.options.roles")
             start = 0
             if turns:
                 early = 0 if spec.kinds[spec.index(name)] == "input" else overlap
@@ -186,7 +186,7 @@ def _blocks(file: str) -> Iterator[str]:
 
 def _one_stream(layout: Layout, converter: str) -> None:
     if layout.spec.size != 1:
-        raise UserError(f"config.streams.names is {layout.spec.names}: converter {converter!r} takes exactly one stream")
+        raise UserError(f"config.streams.names is {layout.spec.names}: {converter!r} takes exactly one stream")
 
 
 def dictation(layout: Layout, path: str) -> Iterator[Table]:
@@ -320,5 +320,5 @@ def _lines(file: str) -> Iterator[tuple[int, str]]:
 def _text(record: Mapping[str, Any], key: str, where: str) -> str:
     value = record.get(key)
     if not isinstance(value, str):
-        raise UserError(f"{where}: {key!r} is {value!r}: the record needs a text under {key!r} (keys: {sorted(record)})")
+        raise UserError(f"{where}: {key!r} is {value!r}: must be a text (the record's keys: {sorted(record)})")
     return value

@@ -64,7 +64,8 @@ class Loader:
         for i, index in enumerate(indices):
             if self._holds(index):
                 table = self._read(index)
-                batch["tokens"][i], batch["present"][i], batch["segment"][i] = table.tokens, table.present, table.segment
+                for name, array in batch.items():
+                    array[i] = getattr(table, name)
         return batch
 
     def example_ids(self, step: int, rows: range | slice | None = None) -> list[list[str]]:
@@ -76,7 +77,8 @@ class Loader:
         if start_step >= stop_step:
             return
         ahead = self._config.prefetch
-        options = grain.ReadOptions(num_threads=min(ahead, 1), prefetch_buffer_size=ahead)  # more threads share one lock
+        # One thread: more of them only wait for the interpreter's lock, and cost twice the CPU time.
+        options = grain.ReadOptions(num_threads=min(ahead, 1), prefetch_buffer_size=ahead)
         steps = grain.MapDataset.range(start_step, stop_step).map(lambda step: self.batch(int(step), rows))
         batches = iter(steps.to_iter_dataset(options))
         try:
@@ -104,16 +106,15 @@ class Loader:
         return records.decode_record(self._source[self._order[index]], len(names), tokenizer["vocab_size"])
 
     def _check(self, spec: StreamSpec) -> None:
-        directory = self._config.dir
-        if self.manifest["rows"] != self._config.rows:
-            raise UserError(
-                f"config.data.rows is {self._config.rows}, but {directory} was prepared with {self.manifest['rows']}: change"
-                " it, or prepare into another config.data.dir"
-            )
+        """Raises UserError where the config is not the one that the data was prepared with."""
+        wanted = {"data.rows": self._config.rows}
+        stored = {"data.rows": self.manifest["rows"]}
         for field in ("names", "kinds", "delays"):
-            stored, wanted = tuple(self.manifest["streams"][field]), tuple(getattr(spec, field))
-            if stored != wanted:
+            wanted[f"streams.{field}"] = tuple(getattr(spec, field))
+            stored[f"streams.{field}"] = tuple(self.manifest["streams"][field])
+        for name, value in stored.items():
+            if wanted[name] != value:
                 raise UserError(
-                    f"config.streams.{field} is {wanted}, but {directory} was prepared with {stored}: change it, or prepare"
-                    " into another config.data.dir"
+                    f"config.{name} is {wanted[name]}, but {self._config.dir} was prepared with {value}: change it, or"
+                    " prepare into another config.data.dir"
                 )

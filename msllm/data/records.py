@@ -111,7 +111,8 @@ def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         what = "is unfinished or no prepared data" if path.parent.is_dir() else "does not exist"
         raise UserError(
-            f"{path.parent} {what} (no {MANIFEST}): run `python -m msllm.prepare --config=...`, or correct config.data.dir"
+            f"{path.parent} {what} (no {MANIFEST}): run `python -m msllm.prepare --config=...`, or correct"
+            " config.data.dir"
         )
     try:
         manifest = json.loads(path.read_text())
@@ -137,7 +138,7 @@ def open_prepared(directory: str | pathlib.Path, split: str) -> tuple[dict[str, 
     if not path.is_file():
         raise UserError(f"{path} is missing: restore the tokenizer that {MANIFEST} names, or {_AGAIN}")
     if file_hash(path) != tokenizer["sha256"]:
-        raise UserError(f"{path} is not the tokenizer that the data was made with (sha256 differs): restore it, or {_AGAIN}")
+        raise UserError(f"{path} is not the tokenizer of this data (sha256 differs): restore it, or {_AGAIN}")
     shards = manifest["splits"][split]["shards"]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:  # hashing runs outside the interpreter lock
         list(pool.map(lambda shard: _check_shard(directory, shard), shards))
