@@ -11,20 +11,21 @@ from jax import lax
 
 from msllm.config import LossConfig
 from msllm.sharding import RULES, axis_index, axis_size, total
-from msllm.streams import StreamSpec, target_mask
+from msllm.streams import target_mask
 
 
-def targets_and_weights(batch: dict[str, Any], streams: StreamSpec, loss_mask=None):
+def targets_and_weights(batch: dict[str, Any], stream_weights, loss_mask=None):
     """(targets [B, T, S] int32, counted [B, T, S] bool, weights [B, T, S] float32) of a batch of tables.
 
-    The cell (t, s) predicts the cell (t + 1, s). `loss_mask` [B, T, S] bool, if given, says which cells may predict.
+    The cell (t, s) predicts the cell (t + 1, s). `stream_weights`: [S], the loss weight of each stream in the batch.
+    `loss_mask` [B, T, S] bool, if given, says which cells may predict.
     """
     tokens = batch["tokens"]
     targets = jnp.concatenate([tokens[:, 1:], jnp.zeros_like(tokens[:, :1])], axis=1)
     counted = target_mask(batch["present"], batch["segment"])
     if loss_mask is not None:
         counted = counted & loss_mask
-    return targets, counted, counted * jnp.asarray(streams.loss_weights, jnp.float32)
+    return targets, counted, counted * jnp.asarray(stream_weights, jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

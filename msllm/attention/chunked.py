@@ -15,19 +15,23 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from msllm.streams import Cells, visible
+from msllm.streams import NEVER, Cells, visible
 
 BLOCK_CELLS = 384  # cells of a block: matrix products large enough for a CPU core, scores small enough for its cache
-MASKED = -1e30  # finite, so that a row that has seen no key yet gives exp(0) * 0 and never inf - inf
+# Score of a pair that is not visible. Finite: a query that has seen no key yet must not give inf - inf. What it adds up
+# meanwhile is multiplied by exp(MASKED - score) = 0 at the latest when it comes to itself.
+MASKED = -1e30
 
 
 def chunked_attention(q, k, v, q_cells: Cells, k_cells: Cells, lag, q_streams, block_cells: int = BLOCK_CELLS):
     """As `reference_attention`, without ever holding [L, L]. Same arguments; `block_cells`: cells in a block."""
     q_rows, k_rows = _block_rows(q.shape[1], q.shape[2], block_cells), _block_rows(k.shape[1], k.shape[2], block_cells)
-    # Rows that fill up the last block: absent, and of two different row numbers so that they do not see each other.
-    q_cells, k_cells = _pad_cells(q_cells, q_rows, row=-1), _pad_cells(k_cells, k_rows, row=-2)
-    out = _attention(q, k, v, q_cells, k_cells, lag, q_streams, q_rows, k_rows)
-    return out
+    # Rows that fill up the last block: absent, and where they do not widen the reach of their block. Queries repeat the
+    # last row (their output is cut off); keys lie beyond all rows, so that nobody takes them for itself.
+    q_cells, k_cells = _pad_cells(q_cells, q_rows), _pad_cells(k_cells, k_rows)
+    beyond = jnp.arange(k_cells.row.shape[1]) >= k.shape[1]
+    k_cells = k_cells._replace(row=jnp.where(beyond, NEVER - 1, k_cells.row))
+    return _attention(q, k, v, q_cells, k_cells, lag, q_streams, q_rows, k_rows)
 
 
 def _block_rows(rows: int, streams: int, block_cells: int) -> int:
@@ -36,13 +40,14 @@ def _block_rows(rows: int, streams: int, block_cells: int) -> int:
     return -(-rows // min(blocks, rows))
 
 
-def _pad_rows(x, block_rows: int, value=0):
+def _pad_rows(x, block_rows: int, mode: str = "constant"):
     missing = -x.shape[1] % block_rows
-    return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), constant_values=value) if missing else x
+    return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), mode=mode) if missing else x
 
 
-def _pad_cells(cells: Cells, block_rows: int, row: int) -> Cells:
-    return Cells(_pad_rows(cells.row, block_rows, row), *(_pad_rows(x, block_rows) for x in cells[1:]))
+def _pad_cells(cells: Cells, block_rows: int) -> Cells:
+    row, segment = (_pad_rows(x, block_rows, "edge") for x in (cells.row, cells.segment))
+    return Cells(row, segment, _pad_rows(cells.present, block_rows), _pad_rows(cells.seen, block_rows))
 
 
 def _blocks(x, block_rows: int):
@@ -144,7 +149,7 @@ def _forward(q, k, v, q_cells, k_cells, lag, q_streams, q_rows, k_rows):
             k_block, v_block, k_block_cells = _at(keys, j)
             scores = _scores(q_block, k_block, _mask_of(full[j], cells, k_block_cells, lag, q_streams))
             new_top = jnp.maximum(top, scores.max(-1))
-            weights = jnp.where(scores > MASKED, jnp.exp(scores - new_top[..., None]), 0.0)
+            weights = jnp.exp(scores - new_top[..., None])
             keep = jnp.exp(top - new_top)
             flat = weights.reshape(*q_block.shape[:3], -1).astype(v_block.dtype)
             added = jnp.einsum("bkqt,bkth->bkqh", flat, v_block, preferred_element_type=jnp.float32)
@@ -153,7 +158,6 @@ def _forward(q, k, v, q_cells, k_cells, lag, q_streams, q_rows, k_rows):
         stat = (q_block.shape[0], kv_heads, groups, q_block.shape[2] // groups)
         init = (jnp.full(stat, MASKED), jnp.zeros(stat), jnp.zeros(q_block.shape, jnp.float32))
         top, total, out = lax.fori_loop(first, end, key_block, init)
-        total = jnp.where(total > 0, total, 1.0)  # rows that only fill up a block see nothing
         return None, ((out / total.reshape(*out.shape[:3], 1)).astype(q.dtype), top + jnp.log(total))
 
     blocks = (_head_blocks(q, q_rows, kv_heads), _cell_blocks(q_cells, q_rows), first, end, full)
@@ -182,7 +186,7 @@ def _backward(q_rows, k_rows, saved, d_out):
             d_q, d_keys, d_values = carry
             k_block, v_block, k_block_cells = _at(keys, j)
             scores = _scores(q_block, k_block, _mask_of(full[j], cells, k_block_cells, lag, q_streams))
-            weights = jnp.where(scores > MASKED, jnp.exp(scores - lse[..., None]), 0.0)
+            weights = jnp.exp(scores - lse[..., None])
             d_weights = jnp.einsum("bkqh,bkth->bkqt", d_out, v_block, preferred_element_type=jnp.float32)
             d_scores = weights * (d_weights.reshape(weights.shape) - shared[..., None]) * head_dim**-0.5
             d_scores = d_scores.reshape(d_weights.shape).astype(q.dtype)

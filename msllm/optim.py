@@ -1,0 +1,65 @@
+"""AdamW, its schedules and masks, out of optax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from msllm.config import OptimConfig
+
+
+def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+    """Learning rate by update count: linear warm-up, then cosine, stable-and-decay (WSD) or constant."""
+    warmup = min(config.warmup_steps, steps)
+    last = config.lr * config.final_lr_ratio
+    if config.schedule == "cosine":
+        rest = optax.cosine_decay_schedule(config.lr, max(1, steps - warmup), config.final_lr_ratio)
+    elif config.schedule == "wsd":  # Hu et al. 2024, arXiv 2404.06395
+        decay = max(1, round(config.decay_fraction * steps))
+        rest = optax.linear_schedule(config.lr, last, decay, transition_begin=max(0, steps - warmup - decay))
+    else:
+        rest = optax.constant_schedule(config.lr)
+    if not warmup:
+        return rest
+    # The first update already moves: a rate of zero would waste it.
+    ramp = optax.linear_schedule(config.lr / warmup, config.lr, max(1, warmup - 1))
+    return optax.join_schedules([ramp, rest], [warmup])
+
+
+def _mask(parameters: Any, holds) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: holds(path_name(path)), parameters)
+
+
+def path_name(path) -> str:
+    """`blocks/mlp/gate` for the key path of a parameter."""
+    return "/".join(str(getattr(key, "key", key)) for key in path)
+
+
+def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, Adam (Kingma & Ba 2014), decoupled weight decay (Loshchilov & Hutter 2017), schedule.
+
+    Parameters whose path contains one of `config.no_decay` are not decayed; the stream embedding's rate is multiplied
+    by `config.stream_embedding_lr`.
+    """
+    decayed = lambda tree: _mask(tree, lambda name: not any(part in name for part in config.no_decay))
+    stream_embedding = lambda tree: _mask(tree, lambda name: "stream_embedding" in name)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, decayed),
+        optax.masked(optax.scale(config.stream_embedding_lr), stream_embedding),
+        optax.scale_by_learning_rate(schedule(config, steps)),
+    )
+
+
+def leaf_norms(tree: Any) -> jax.Array:
+    """L2 norm of every leaf, [leaves] float32, in the order of `jax.tree.leaves`."""
+    return jnp.stack([jnp.sqrt(jnp.sum(jnp.square(leaf.astype(jnp.float32)))) for leaf in jax.tree.leaves(tree)])
+
+
+def global_norm(norms: jax.Array) -> jax.Array:
+    """L2 norm of the whole from the norms of its leaves."""
+    return jnp.sqrt(jnp.sum(jnp.square(norms)))

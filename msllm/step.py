@@ -1,0 +1,177 @@
+"""The train step: a pure function of (state, batch), compiled once for a mesh. `train`, `bench` and tests run this one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from msllm.compiler import compiler_options
+from msllm.config import Config
+from msllm.loss import next_row_loss, targets_and_weights
+from msllm.model import abstract_model, bind, init_parameters, parameter_shardings
+from msllm.optim import global_norm, leaf_norms, optimizer, path_name, schedule
+from msllm.sharding import BATCH_AXES, axis_index, batch_shardings, check_mesh, named, partition, total
+from msllm.streams import StreamSpec, make_cells, positions
+
+
+class TrainState(NamedTuple):
+    """All that changes from step to step."""
+
+    step: jax.Array  # [] int32: steps done; the next batch is batch(step)
+    parameters: dict[str, Any]  # float32
+    opt_state: Any
+    skipped: jax.Array  # [] int32: updates skipped so far, because loss or gradient was not finite
+    skipped_in_row: jax.Array  # [] int32: of these, the latest ones without an update between
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The compiled functions of a run. `config.model.vocab_size` must be set; `silence_id` is -1 if there is none."""
+
+    config: Config
+    streams: StreamSpec
+    mesh: Mesh
+    silence_id: int = -1
+
+    def __post_init__(self):
+        check_mesh(self.config, self.streams, self.mesh)
+        graph, shapes, axes = abstract_model(self.config.model, self.streams)
+        optim = optimizer(self.config.optim, self.config.steps)
+        shardings = parameter_shardings(axes, self.mesh)
+        scalar = named(self.mesh)
+        opt_shardings = optax.tree_utils.tree_map_params(
+            optim, lambda _, sharding: sharding, jax.eval_shape(optim.init, shapes), shardings,
+            transform_non_params=lambda _: scalar,
+        )  # fmt: skip
+        state_shardings = TrainState(scalar, shardings, opt_shardings, scalar, scalar)
+        batches, options = batch_shardings(self.mesh), compiler_options()
+
+        def init() -> TrainState:
+            parameters = init_parameters(self.config.model, self.streams, self.config.seed)
+            zero = jnp.zeros((), jnp.int32)
+            return TrainState(zero, parameters, optim.init(parameters), zero, zero)
+
+        jit = lambda f, **kwargs: jax.jit(f, compiler_options=options, **kwargs)
+        fields = {
+            "graph": graph,
+            "optim": optim,
+            "specs": jax.tree.map(lambda a: partition(*a), axes, is_leaf=lambda a: isinstance(a, tuple)),
+            "parameter_names": [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)],
+            "state_shardings": state_shardings,
+            "abstract_state": jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(init), state_shardings
+            ),
+            # init() -> TrainState: every device makes its own part.
+            "init": jit(init, out_shardings=state_shardings),
+            # step(state, batch) -> (state, metrics); the old state's memory is reused.
+            "step": jit(
+                self._step, donate_argnums=0, in_shardings=(state_shardings, batches), out_shardings=(state_shardings, scalar)
+            ),
+            # evaluate(parameters, batch) -> sums, see `_sums`.
+            "evaluate": jit(self._evaluate, in_shardings=(shardings, batches), out_shardings=scalar),
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def _losses(self, parameters, batch, total_weight, all_streams: bool):
+        """(loss, sums) of a batch of tables; the loss is this batch's share of the mean over `total_weight`.
+
+        `all_streams`: also compute the head for streams of weight 0 (for evaluation).
+        """
+        config, streams = self.config, self.streams
+
+        def local(parameters, batch, total_weight):
+            model = bind(self.graph, parameters)
+            tokens, size = batch["tokens"], batch["tokens"].shape[2]
+            mine = axis_index("stream") * size + jnp.arange(size)
+            silent = tokens == self.silence_id
+            cells = make_cells(batch["present"], batch["segment"], silent if streams.skip_silence else None)
+            hidden = model(tokens, cells, positions(batch["segment"]))
+            stream_weights = jnp.asarray(streams.loss_weights, jnp.float32)[mine]
+            targets, counted, weights = targets_and_weights(batch, stream_weights)
+            # The same program runs for all parts of the stream axis: a place is left out if it has weight 0 in each.
+            kept = [s for s in range(size) if all_streams or any(streams.loss_weights[s::size])]
+            pick = lambda x: x if len(kept) == size else x[:, :, jnp.array(kept)]
+            loss, nll = next_row_loss(
+                pick(hidden), model.head_table(), pick(targets), pick(weights) / total_weight, config.loss
+            )
+            spoken = pick(counted) & (pick(targets) != self.silence_id)
+            over_cells = lambda x: total(jnp.zeros(size).at[jnp.array(kept)].set(x.sum((0, 1))), "data", "fsdp")
+            sums = {
+                "nll": over_cells(nll * pick(counted)),
+                "nll_spoken": over_cells(nll * spoken),
+                "targets": over_cells(pick(counted).astype(jnp.float32)),
+                "targets_spoken": over_cells(spoken.astype(jnp.float32)),
+            }
+            cells_in = lambda x: total(x.sum(dtype=jnp.float32), "data", "fsdp", "stream")
+            counts = {"cells": cells_in(cells.present), "spoken": cells_in(cells.present & ~silent)}
+            return total(loss, "data", "fsdp", "stream"), (sums, counts)
+
+        batch_specs = {name: partition(*axes) for name, axes in BATCH_AXES.items()}
+        scalar, per_stream = PartitionSpec(), partition("stream")
+        names = ("nll", "nll_spoken", "targets", "targets_spoken")
+        out = (scalar, ({name: per_stream for name in names}, {"cells": scalar, "spoken": scalar}))
+        # The loss has its own VJP, which does not say over which mesh axes its values vary: hence no check of that.
+        sharded = jax.shard_map(
+            local, mesh=self.mesh, in_specs=(self.specs, batch_specs, scalar), out_specs=out, check_vma=False
+        )
+        loss, (sums, counts) = sharded(parameters, batch, total_weight)
+        return loss, {**sums, **counts}
+
+    def _gradients(self, parameters, batch):
+        """(gradients, loss, sums) of a whole batch, in micro-batches if the config asks for them."""
+        weights = targets_and_weights(batch, jnp.asarray(self.streams.loss_weights, jnp.float32))[2]
+        total_weight = jnp.maximum(weights.sum(), 1e-9)
+        gradient = jax.value_and_grad(self._losses, has_aux=True)
+        parts = self.config.optim.accumulate
+        if parts == 1:
+            (loss, sums), gradients = gradient(parameters, batch, total_weight, False)
+            return gradients, loss, sums
+
+        # Table b goes to micro-batch b % parts: each of them stays spread over all devices.
+        micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+
+        def accumulate(carry, batch):
+            (loss, sums), gradients = gradient(parameters, batch, total_weight, False)
+            return jax.tree.map(jnp.add, carry, (gradients, loss, sums)), None
+
+        shapes = jax.eval_shape(lambda b: gradient(parameters, b, total_weight, False), jax.tree.map(lambda x: x[0], micro))
+        (loss, sums), gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(accumulate, (gradients, loss, sums), micro)[0]
+
+    def _step(self, state: TrainState, batch):
+        gradients, loss, sums = self._gradients(state.parameters, batch)
+        norms = leaf_norms(gradients)
+        finite = jnp.isfinite(loss) & jnp.all(jnp.isfinite(norms))
+        updates, opt_state = self.optim.update(gradients, state.opt_state, state.parameters)
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        updates = jax.tree.map(lambda u: jnp.where(finite, u, 0), updates)
+        parameters = keep(optax.apply_updates(state.parameters, updates), state.parameters)
+        skip = (~finite).astype(jnp.int32)
+        in_row = skip * (state.skipped_in_row + 1)
+        # The schedule counts updates, not steps: a skipped update does not use up learning rate.
+        count = state.step - state.skipped
+        metrics = {
+            **sums,
+            "loss": loss,
+            "gradient_norms": norms,
+            "gradient_norm": global_norm(norms),
+            "update_norm": global_norm(leaf_norms(updates)),
+            "parameter_norm": global_norm(leaf_norms(parameters)),
+            "learning_rate": schedule(self.config.optim, self.config.steps)(count),
+            "skipped": state.skipped + skip,
+            "skipped_in_row": in_row,
+        }
+        state = TrainState(state.step + 1, parameters, keep(opt_state, state.opt_state), state.skipped + skip, in_row)
+        return state, metrics
+
+    def _evaluate(self, parameters, batch):
+        weights = targets_and_weights(batch, jnp.asarray(self.streams.loss_weights, jnp.float32))[2]
+        loss, sums = self._losses(parameters, batch, 1.0, True)
+        return {**sums, "loss": loss, "weight": weights.sum()}
