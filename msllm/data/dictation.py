@@ -22,6 +22,7 @@ import numpy as np
 
 REACTION = 2
 LARGEST = 20  # running values stay within 0..LARGEST
+OPERANDS = range(1, 6)  # few, so that a small model meets every sum often
 CORRECTED = 0.35  # share of the examples in which the user takes a step back
 QUESTION_END = "?"
 ADD, SUBTRACT = ("add", "plus"), ("subtract", "minus")
@@ -113,7 +114,7 @@ def _question(rng: random.Random) -> str:
 
 
 def _instruction(rng: random.Random, value: int) -> tuple[list[str], int]:
-    choices = [(sign, n) for sign in (1, -1) for n in range(1, 10) if 0 <= value + sign * n <= LARGEST]
+    choices = [(sign, n) for sign in (1, -1) for n in OPERANDS if 0 <= value + sign * n <= LARGEST]
     if 0 < value <= LARGEST // 2 and rng.random() < 0.2:
         return ["double", "it"], 2 * value
     sign, n = _pick(rng, choices)
