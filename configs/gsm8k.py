@@ -6,7 +6,7 @@
 Data: data/gsm8k/train.jsonl in the folder named by MSLLM_SHARED, else in the folder `shared` beside the repository;
 any file of the same form with --config.data.path=FILE. Let the thought start before the question ends with
 --config.data.options.think_after=ROWS. Shows packing of real text (rows of padding under 5 %); a model this small does
-not learn to calculate. Cost: prepare about 10 CPU-seconds; 3.5 M parameters.
+not learn to calculate. Cost: prepare about 5 CPU-seconds; 2.5 M parameters.
 """
 
 import os

@@ -5,7 +5,8 @@
 
 Data: made by the project (msllm/data/dictation.py), no download. Shows that the answer comes two rows after the
 question mark, also when the user corrects himself; compare with quickstart_single.py.
-Cost: 0.6 M parameters, some CPU-minutes on a laptop; expect at least 95 % of the held-out answers right.
+Cost: 0.6 M parameters. With 300 steps (about 260 CPU-seconds on a busy machine) the answers to 99.8 % of the held-out
+questions were right where the thoughts before them were, and thoughts and answer together in 87 %.
 """
 
 from msllm.config import default_config

@@ -5,8 +5,8 @@
 
 Data: data/tinyshakespeare/input.txt in the folder named by MSLLM_SHARED, else in the folder `shared` beside the
 repository, the last tenth held out. Shape and steps are those of nanoGPT's recipe for a CPU (4 layers, 4 heads, width
-128, context 64, batch 12, 2,000 steps), which reports a validation loss of 1.88: expect about that.
-Cost: 0.8 M parameters, about 2 CPU-minutes.
+128, context 64, batch 12, 2,000 steps), which reports a validation loss of 1.88.
+Cost: prepare about 3 CPU-seconds; 0.9 M parameters.
 """
 
 import os
