@@ -1,0 +1,126 @@
+"""Runs a checkpoint and prints the table as it grows, one line a row and one column a stream.
+
+    python -m msllm.generate --checkpoint=DIR --input "user=Hello there" --rows=40 --temperature=0.7 --top_p=output=0.9
+
+Each input is fed one token a row, from the first row on. Silence is printed as a middle dot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import rich.console
+import rich.text
+from absl import flags
+
+from msllm import errors
+from msllm.decode import DecodeOptions, DecodeSession, Row
+from msllm.errors import UserError
+from msllm.load import LoadedModel, load_any
+from msllm.streams import StreamSpec
+
+SILENT, ABSENT = "\N{MIDDLE DOT}", ""
+WIDTH = 14  # characters of a column
+
+
+def parse_inputs(values: Sequence[str], streams: StreamSpec) -> dict[str, str]:
+    """{stream: text} of "stream=text" arguments. Raises UserError for what is no input stream."""
+    inputs: dict[str, str] = {}
+    for value in values:
+        name, separator, text = value.partition("=")
+        if not separator:
+            raise UserError(f"--input={value!r}: write it as stream=text, e.g. --input='{_inputs(streams)[0]}=Hello'")
+        if streams.kinds[streams.index(name)] != "input":
+            raise UserError(f"--input={value!r}: {name} is generated; inputs are {', '.join(_inputs(streams))}")
+        inputs[name] = inputs.get(name, "") + text
+    return inputs
+
+
+def per_stream(flag: str, values: Sequence[str], streams: StreamSpec, kind: Callable, default):
+    """One value per stream of "value" (all streams) and "stream=value" arguments. Raises UserError."""
+    result = [default] * streams.size
+    for value in values:
+        name, separator, number = value.rpartition("=")
+        try:
+            parsed = kind(number)
+        except ValueError as error:
+            raise UserError(f"--{flag}={value}: {number!r} is no number; write a value, or stream=value") from error
+        if separator:
+            result[streams.index(name)] = parsed
+        else:
+            result = [parsed] * streams.size
+    return tuple(result)
+
+
+def cell_text(model: LoadedModel, row: Row, stream: int) -> rich.text.Text:
+    """How a cell of the first table is printed."""
+    if not row.present[0, stream]:
+        return rich.text.Text(ABSENT)
+    token = int(row.tokens[0, stream])
+    if token == model.tokenizer.silence_id:
+        return rich.text.Text(SILENT, style="dim")
+    piece = model.tokenizer.piece(token).replace("\n", "\\n")
+    return rich.text.Text(piece, style="cyan" if model.streams.kinds[stream] == "input" else "")
+
+
+def run(
+    model: LoadedModel, inputs: dict[str, str], rows: int, options: DecodeOptions, console: rich.console.Console
+) -> None:
+    """Decodes `rows` rows of one table and prints each as soon as it is known; then the text of each stream."""
+    if model.tokenizer is None:
+        raise UserError("the checkpoint has no tokenizer (a Hugging Face folder): use msllm.decode with token ids")
+    if rows < 1:
+        raise UserError(f"--rows={rows}: must be at least 1")
+    session = DecodeSession(model, options, max_rows=rows)
+    for name, text in inputs.items():
+        session.feed(name, model.tokenizer.encode(text))
+    names = [rich.text.Text(name, style="bold") for name in model.streams.names]
+    _print_line(console, rich.text.Text("row", style="bold"), names)
+    for _ in range(rows):
+        row = session.step()
+        cells = [cell_text(model, row, stream) for stream in range(model.streams.size)]
+        _print_line(console, rich.text.Text(str(row.index), style="dim"), cells)
+    tokens, present = session.transcript()
+    console.print()
+    for stream, name in enumerate(model.streams.names):
+        text = model.tokenizer.decode(tokens[0, present[0, :, stream], stream])
+        console.print(rich.text.Text.assemble((f"{name}: ", "bold"), text))
+
+
+def _print_line(console: rich.console.Console, first: rich.text.Text, cells: Sequence[rich.text.Text]) -> None:
+    line = rich.text.Text()
+    for text, width in zip([first, *cells], [5] + [WIDTH] * len(cells)):
+        text.truncate(width, overflow="ellipsis", pad=True)
+        line.append_text(text).append(" ")
+    console.print(line, overflow="ignore", no_wrap=True, crop=False)
+
+
+def _inputs(streams: StreamSpec) -> list[str]:
+    return [name for name, kind in zip(streams.names, streams.kinds) if kind == "input"] or ["(none)"]
+
+
+def main(_) -> None:
+    """Generates what the flags say."""
+    flag = flags.FLAGS
+    model = load_any(flag.checkpoint)
+    streams = model.streams
+    options = DecodeOptions(
+        temperature=per_stream("temperature", flag.temperature, streams, float, 0.0),
+        top_k=per_stream("top_k", flag.top_k, streams, int, 0),
+        top_p=per_stream("top_p", flag.top_p, streams, float, 1.0),
+        silence_penalty=per_stream("silence_penalty", flag.silence_penalty, streams, float, 0.0),
+        seed=flag.seed,
+    )
+    run(model, parse_inputs(flag.input, streams), flag.rows, options, rich.console.Console(highlight=False))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("checkpoint", None, "A checkpoint of msllm.", required=True)
+    flags.DEFINE_multi_string("input", [], "stream=text: what an input stream says; may be repeated.")
+    flags.DEFINE_integer("rows", 64, "Rows to generate.")
+    flags.DEFINE_multi_string("temperature", [], "A value, or stream=value; 0 (default): the most likely token.")
+    flags.DEFINE_multi_string("top_k", [], "A value, or stream=value; 0 (default): all tokens.")
+    flags.DEFINE_multi_string("top_p", [], "A value, or stream=value; 1 (default): all tokens.")
+    flags.DEFINE_multi_string("silence_penalty", [], "A value, or stream=value: subtracted from silence's logit.")
+    flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
+    errors.run(main)

@@ -1,0 +1,131 @@
+"""Hugging Face folders: both directions, and what is refused."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import golden_cases
+from msllm import hf
+from msllm.config import ModelConfig, RopeScalingConfig
+from msllm.errors import UserError
+
+LLAMA3 = RopeScalingConfig("llama3", 8.0, 1.0, 4.0, 8192)
+SHAPES = {
+    "qwen3": dict(qk_norm=True),
+    "qwen3_streams": dict(qk_norm=True, streams=3, stream_embedding=True, tie_embeddings=False),
+    "qwen3_unembedded": dict(qk_norm=True, streams=3),
+    "qwen2": dict(attention_bias=True),
+    "llama": dict(tie_embeddings=False, rope_scaling=LLAMA3),
+    "llama_linear": dict(rope_scaling=RopeScalingConfig("linear", 4.0), num_kv_heads=4),
+}
+
+
+@pytest.fixture(params=SHAPES)
+def model(make_model, request):
+    settings = dict(streams=1, qk_norm=False, stream_embedding=False, rope_theta=5e5) | SHAPES[request.param]
+    return make_model(**settings)
+
+
+def assert_equal(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_round_trip_is_exact(model, tmp_path):
+    hf.write_folder(tmp_path, model.config, model.streams.size, model.parameters)
+    config, streams, parameters = hf.read_folder(tmp_path)
+    assert config == model.config and streams == model.streams.size
+    assert_equal(parameters, jax.tree.map(np.asarray, model.parameters))
+
+
+def test_sharded_index(model, tmp_path):
+    hf.write_folder(tmp_path, model.config, model.streams.size, model.parameters)
+    tensors = load_file(tmp_path / hf.WEIGHTS)
+    (tmp_path / hf.WEIGHTS).unlink()
+    names, places = sorted(tensors), {}
+    for part in range(3):
+        file = f"model-{part + 1:05}-of-00003.safetensors"
+        save_file({name: tensors[name] for name in names[part::3]}, tmp_path / file)
+        places |= dict.fromkeys(names[part::3], file)
+    (tmp_path / hf.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert_equal(hf.read_folder(tmp_path)[2], jax.tree.map(np.asarray, model.parameters))
+    (tmp_path / places["model.norm.weight"]).unlink()
+    with pytest.raises(UserError, match="there is no file .*-of-00003"):
+        hf.read_folder(tmp_path)
+
+
+def test_linear_weights_are_out_by_in(make_model):
+    config = make_model(1, num_kv_heads=2).config
+    parameters = make_model(1).parameters
+    arrays = hf.to_hf(parameters, config)
+    x = np.random.default_rng(0).standard_normal(config.d_model)
+    q = np.asarray(parameters["blocks"]["attention"]["q"])[1]
+    ours = np.einsum("d,dnh->nh", x, q).reshape(-1)
+    np.testing.assert_allclose(arrays["model.layers.1.self_attn.q_proj.weight"] @ x, ours, rtol=1e-5, atol=1e-6)
+
+
+def test_newer_rope_parameters_are_read():
+    settings = hf.hf_config(ModelConfig(vocab_size=8), 1) | {"rope_theta": 1.0}
+    newer = {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}
+    config, _ = hf.read_config(settings | {"rope_parameters": newer})
+    assert config.rope_theta == 7.0 and config.rope_scaling == RopeScalingConfig("linear", 2.0)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "lacks low_freq_factor"),
+        ({"role_gating_enabled": True}, "role_gating_enabled"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_size": None}, "hidden_size is None"),
+        ({"num_key_value_heads": 3}, "num_kv_heads"),
+        ({"channel_embedding_method": "concat"}, "'concat'"),
+    ],
+    ids=str,
+)
+def test_unsupported_configs_are_named(change, message):
+    settings = hf.hf_config(ModelConfig(vocab_size=8), 3)
+    with pytest.raises(UserError, match=message):
+        hf.read_config(settings | change)
+
+
+def test_wrong_tensors_are_named(make_model, tmp_path):
+    model = make_model(2)
+    hf.write_folder(tmp_path, model.config, 2, model.parameters)
+    path = tmp_path / hf.WEIGHTS
+    tensors, whole = load_file(path), path.read_bytes()
+    norm = "model.layers.1.input_layernorm.weight"
+
+    def refused(changed, message):
+        save_file(changed, path)
+        with pytest.raises(UserError, match=message):
+            hf.read_folder(tmp_path)
+
+    refused({name: x for name, x in tensors.items() if name != norm}, f"missing {norm}")
+    refused(tensors | {"model.extra": tensors[norm]}, "unexpected model.extra")
+    refused(tensors | {norm: tensors[norm][:-1]}, f"{norm} has shape")
+    refused(tensors | {norm: tensors[norm].astype(np.int32)}, f"{norm} has type I32")
+    for damaged in (whole[:-5], whole[:5], b"\xff" * 64, b""):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            hf.read_folder(tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match="there is no file"):
+        hf.read_folder(tmp_path)
+
+
+def test_role_gating_is_refused():
+    folder = golden_cases.shared_folder() / "golden" / "s7_gate_layer"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is missing: set MSLLM_SHARED")
+    with pytest.raises(UserError, match="role_gating_enabled"):
+        hf.read_folder(folder)

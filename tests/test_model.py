@@ -1,0 +1,139 @@
+"""The model: who influences whom, S = 1, permuted streams, meshes, recomputation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msllm.config import MeshConfig
+from msllm.load import from_parameters
+from msllm.model import abstract_model, bind
+from msllm.sharding import make_mesh, partition
+from msllm.streams import NEVER, Cells, make_cells, positions, visibility_table
+
+
+def table(rows, streams, batch=1, vocab_size=32, seed=0, absent=0.0, segments=1, silence=None):
+    """(tokens, cells, position) of random tables."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocab_size, (batch, rows, streams)).astype(np.int32)
+    segment = np.sort(rng.integers(1, segments + 1, (batch, rows)), axis=1).astype(np.int32)
+    present = rng.random(tokens.shape) >= absent
+    cells = make_cells(present, segment, None if silence is None else tokens == silence)
+    return tokens, cells, positions(segment)
+
+
+def forward(model, tokens, cells, position, parameters=None):
+    bound = bind(model.graph, model.parameters if parameters is None else parameters)
+    return bound.logits(bound(tokens, cells, position))
+
+
+LAG = np.array([[1, NEVER, 2], [0, 1, NEVER], [3, 0, 1]], np.int32)
+
+
+@pytest.mark.parametrize("rule", ["block_causal", "same_row", "isolated", LAG], ids=lambda r: r if isinstance(r, str) else "lag")
+@pytest.mark.parametrize("layers, backend", [(1, "chunked"), (1, "reference"), (2, "chunked")])
+def test_influence_is_visibility(make_model, rule, layers, backend):
+    rows, streams = 6, 3
+    settings = {"visibility": rule} if isinstance(rule, str) else {"lag": rule}
+    size = rows * streams
+    model = make_model(streams, vocab_size=size, num_layers=layers, tie_embeddings=False, attention=backend, **settings)
+    _, cells, position = table(rows, streams, seed=4, absent=0.2, segments=2, silence=3)
+    tokens = np.arange(size, dtype=np.int32).reshape(1, rows, streams)  # each cell has an embedding of its own
+
+    def scalar(embedding):
+        logits = forward(model, tokens, cells, position, dict(model.parameters, embedding=embedding))
+        return jnp.sum(logits.reshape(size, size) * jnp.cos(jnp.arange(size)), axis=-1)
+
+    jacobian = np.asarray(jax.jit(jax.jacrev(scalar))(model.parameters["embedding"]))  # [cell, cell, D]
+    influences = np.any(jacobian != 0, axis=-1)
+    seen = visibility_table(cells, model.streams.lag_array).reshape(size, size)
+    for _ in range(layers - 1):
+        seen = (seen.astype(int) @ visibility_table(cells, model.streams.lag_array).reshape(size, size)) > 0
+    np.testing.assert_array_equal(influences, seen)
+
+
+def plain_decoder(config, parameters, tokens):
+    """An ordinary causal language model in numpy, written without msllm: tokens [T] -> logits [T, V]."""
+    norm = lambda x, weight: weight * x / np.sqrt(np.mean(x * x, -1, keepdims=True) + config.norm_eps)
+    rows, half = len(tokens), config.head_dim // 2
+    angle = np.arange(rows)[:, None] * config.rope_theta ** (-np.arange(half) / half)
+    turn = np.exp(1j * angle)[:, None]
+
+    def rotated(x):
+        z = (x[..., :half] + 1j * x[..., half:]) * turn
+        return np.concatenate([z.real, z.imag], -1)
+
+    blocks = jax.tree.map(lambda x: np.asarray(x, np.float64), parameters["blocks"])
+    embedding = np.asarray(parameters["embedding"], np.float64)
+    x = embedding[tokens] + np.asarray(parameters["stream_embedding"], np.float64)[0]
+    for i in range(config.num_layers):
+        attention, mlp = ({k: w[i] for k, w in blocks[part].items()} for part in ("attention", "mlp"))
+        y = norm(x, blocks["attention_norm"][i])
+        q = rotated(norm(np.einsum("td,dnh->tnh", y, attention["q"]), attention["q_norm"]))
+        k = rotated(norm(np.einsum("td,dnh->tnh", y, attention["k"]), attention["k_norm"]))
+        v = np.einsum("td,dnh->tnh", y, attention["v"])
+        heads = []
+        for n in range(config.num_heads):
+            m = n * config.num_kv_heads // config.num_heads
+            scores = q[:, n] @ k[:, m].T / np.sqrt(config.head_dim)
+            scores = np.where(np.tril(np.ones((rows, rows), bool)), scores, -np.inf)
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            heads.append(weights / weights.sum(-1, keepdims=True) @ v[:, m])
+        x = x + np.einsum("ntH,nHd->td", np.stack(heads), attention["o"])
+        y = norm(x, blocks["mlp_norm"][i])
+        gate = y @ mlp["gate"]
+        x = x + (gate / (1 + np.exp(-gate)) * (y @ mlp["up"])) @ mlp["down"]
+    return norm(x, np.asarray(parameters["final_norm"], np.float64)) @ embedding.T
+
+
+def test_one_stream_is_an_ordinary_decoder(make_model):
+    model = make_model(1)
+    tokens, cells, position = table(11, 1)
+    ours = forward(model, tokens, cells, position)[0, :, 0]
+    np.testing.assert_allclose(ours, plain_decoder(model.config, model.parameters, tokens[0, :, 0]), rtol=0, atol=1e-4)
+
+
+def test_streams_are_interchangeable(make_model):
+    model, order = make_model(3), np.array([2, 0, 1])
+    tokens, cells, position = table(7, 3, absent=0.2)
+    parameters = dict(model.parameters, stream_embedding=model.parameters["stream_embedding"][order])
+    moved = Cells(cells.row, cells.segment, cells.present[..., order], cells.seen[..., order])
+    ours = forward(model, tokens[..., order], moved, position, parameters)
+    np.testing.assert_allclose(ours, forward(model, tokens, cells, position)[:, :, order], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 4, 2)], ids=str)
+def test_sharded_equals_unsharded(make_model, sizes):
+    model = make_model(4, lag=np.random.default_rng(3).choice([0, 1, 2, NEVER], (4, 4)))
+    tokens, cells, position = table(6, 4, batch=8, absent=0.1, segments=2)
+    axes = abstract_model(model.config, model.streams)[2]
+    specs = jax.tree.map(lambda a: partition(*a), axes, is_leaf=lambda a: isinstance(a, tuple))
+    cell, row = partition("batch", "row", "stream"), partition("batch", "row")
+    sharded = jax.jit(
+        jax.shard_map(
+            lambda parameters, *args: forward(model, *args, parameters),
+            mesh=make_mesh(MeshConfig(*sizes)),
+            in_specs=(specs, cell, Cells(row, row, cell, cell), row),
+            out_specs=partition("batch", "row", "stream", "vocab"),
+            check_vma=False,
+        )
+    )
+    ours = sharded(model.parameters, tokens, cells, position)
+    np.testing.assert_allclose(ours, forward(model, tokens, cells, position), rtol=0, atol=1e-4)
+
+
+def test_remat_changes_no_gradient(make_model):
+    model = make_model(3)
+    inputs = table(6, 3)
+
+    def gradient(remat):
+        config = dataclasses.replace(model.config, remat=remat)
+        other = from_parameters(config, model.streams, model.parameters)
+        return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(forward(other, *inputs, p)))))(model.parameters)
+
+    expected = gradient("none")
+    for remat in ("dots", "full"):
+        for ours, theirs in zip(jax.tree.leaves(gradient(remat)), jax.tree.leaves(expected)):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
