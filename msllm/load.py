@@ -8,6 +8,7 @@ import pathlib
 from typing import Any
 
 import jax
+from etils import epath
 from flax import nnx
 
 from msllm import hf
@@ -44,7 +45,7 @@ def load_any(path: str | pathlib.Path) -> LoadedModel:
     Streams of a Hugging Face folder are called stream0, stream1, ...; stream0 is the input, as in the reference
     implementation, unless it is the only one. Raises UserError.
     """
-    path = pathlib.Path(path)
+    path = epath.Path(path)
     if not path.is_dir():
         raise UserError(f"there is no checkpoint directory {path}: correct --checkpoint")
     if not _is_hf_folder(path):
@@ -52,7 +53,7 @@ def load_any(path: str | pathlib.Path) -> LoadedModel:
 
         loaded = load_model(path)
         return LoadedModel(loaded.config.model, loaded.streams, loaded.graph, loaded.parameters, loaded.tokenizer)
-    config, size, parameters = hf.read_folder(path)
+    config, size, parameters = hf.read_folder(pathlib.Path(path))
     return from_parameters(config, unnamed_streams(size), jax.tree.map(jax.numpy.asarray, parameters))
 
 
@@ -70,7 +71,7 @@ def unnamed_streams(size: int) -> StreamSpec:
     return StreamSpec.from_config(StreamsConfig(names=names, kinds=kinds))
 
 
-def _is_hf_folder(path: pathlib.Path) -> bool:
+def _is_hf_folder(path: epath.Path) -> bool:
     try:
         return "model_type" in json.loads((path / hf.CONFIG).read_text())
     except (OSError, ValueError):

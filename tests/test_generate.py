@@ -1,0 +1,52 @@
+"""The generate command: its arguments, and the table that it prints."""
+
+import dataclasses
+import io
+
+import pytest
+import rich.console
+
+from msllm import generate, tokenizer
+from msllm.config import TokenizerConfig
+from msllm.decode import DecodeOptions
+from msllm.errors import UserError
+
+
+@pytest.fixture
+def model(make_model):
+    letters = tokenizer.train(["abc def ghi"] * 20, TokenizerConfig(model_type="char", vocab_size=16))
+    model = make_model(3, vocab_size=letters.vocab_size)
+    return dataclasses.replace(model, tokenizer=letters)
+
+
+def printed(model, *arguments):
+    console = rich.console.Console(file=io.StringIO(), width=200)
+    generate.run(model, *arguments, console)
+    return console.file.getvalue().splitlines()
+
+
+def test_table_shows_every_row(model):
+    lines = printed(model, {"user": "abc"}, 6, DecodeOptions(ablated=("thought",)))
+    assert lines[0].split() == ["row", "user", "thought", "output"]
+    rows = [line.split() for line in lines[1:7]]
+    assert [row[0] for row in rows] == list("012345")
+    assert [row[1] for row in rows] == ["a", "b", "c"] + [generate.SILENT] * 3
+    assert {row[2] for row in rows} == {generate.SILENT}
+    assert lines[8] == "user: abc"
+
+
+def test_arguments(model):
+    streams = model.streams
+    assert generate.parse_inputs(["user=a=b", "user=c"], streams) == {"user": "a=bc"}
+    assert generate.per_stream("top_k", ["5", "output=2"], streams, int, 0) == (5, 5, 2)
+    assert generate.per_stream("top_k", ["output=2"], streams, int, 0) == (0, 0, 2)
+    for message, bad in {
+        "no stream 'usr'": lambda: generate.parse_inputs(["usr=a"], streams),
+        "output is generated; inputs are user": lambda: generate.parse_inputs(["output=a"], streams),
+        "write it as stream=text": lambda: generate.parse_inputs(["hello"], streams),
+        "'x' is no number": lambda: generate.per_stream("top_k", ["output=x"], streams, int, 0),
+        "--rows=0": lambda: printed(model, {}, 0, DecodeOptions()),
+        "no tokenizer": lambda: printed(dataclasses.replace(model, tokenizer=None), {}, 1, DecodeOptions()),
+    }.items():
+        with pytest.raises(UserError, match=message):
+            bad()
