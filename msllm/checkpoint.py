@@ -1,0 +1,249 @@
+"""Self-contained checkpoints (design: contract 5), written by Orbax in the background.
+
+A checkpoint holds the parameters, the optimizer's state and a description: step, resolved config, tokenizer and a
+checksum of every array. The checksums are sums modulo 2^32 over the arrays' bits, computed where the arrays live, so
+they cost no file traffic and do not depend on the mesh; a checkpoint that does not add up is not used.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import nnx
+
+from msllm.config import CheckpointConfig, Config, from_config_dict, to_json
+from msllm.errors import UserError
+from msllm.model import abstract_model
+from msllm.optim import path_name
+from msllm.step import Program, TrainState
+from msllm.streams import StreamSpec
+from msllm.tokenizer import Tokenizer
+
+FORMAT = 1
+DIRECTORY = "checkpoints"  # inside a workdir
+ITEMS = ("parameters", "rest", "description")
+
+log = logging.getLogger("msllm")
+
+
+@jax.jit
+def _checksums(arrays: list[jax.Array]) -> list[jax.Array]:
+    bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32) if x.dtype.itemsize == 4 else x.astype(jnp.uint32)
+    return [jnp.sum(bits(x), dtype=jnp.uint32) for x in arrays]
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """Checksum of every array of a tree, by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): int(value) for (path, _), value in zip(leaves, _checksums([x for _, x in leaves]))}
+
+
+def _split(state: TrainState) -> dict[str, Any]:
+    rest = {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped, "in_row": state.skipped_in_row}
+    return {"parameters": state.parameters, "rest": rest}
+
+
+def _digest(description: dict[str, Any]) -> str:
+    content = {key: value for key, value in description.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class Checkpoints:
+    """The checkpoints of one workdir."""
+
+    def __init__(self, workdir: str | pathlib.Path, config: CheckpointConfig):
+        self.directory = epath.Path(workdir).resolve() / DIRECTORY
+        self.directory.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep_last, keep_period=config.keep_every or None, create=True
+        )
+        self._manager = ocp.CheckpointManager(self.directory, item_names=ITEMS, options=options)
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, config: Config, tokenizer: Tokenizer) -> None:
+        """Writes a checkpoint of `state` in the background. Training may go on, and donate the state, at once."""
+        step, items = int(state.step), _split(state)
+        if step in self._manager.all_steps():
+            return
+        description = {
+            "format": FORMAT,
+            "step": step,
+            "config": json.loads(to_json(config)),
+            "tokenizer": {
+                "kind": tokenizer.kind,
+                "silence": tokenizer.silence,
+                "bytes": base64.b64encode(tokenizer.to_bytes()).decode(),
+            },
+            "checksums": {name: checksums(tree) for name, tree in items.items()},
+        }
+        description["digest"] = _digest(description)
+        save = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        self._manager.save(step, args=ocp.args.Composite(description=ocp.args.JsonSave(description), **save))
+
+    def restore(self, program: Program, tokenizer: Tokenizer) -> TrainState | None:
+        """The newest good checkpoint, laid out for the program's mesh; None where there is no checkpoint at all.
+
+        Damaged ones are moved aside, to `checkpoints/damaged/`, and reported. Raises UserError if the checkpoints
+        belong to another model or tokenizer, or if there are some but none is good: a run never starts over silently.
+        """
+        for leftover in self.directory.glob("*orbax-checkpoint-tmp*"):
+            log.warning("incomplete checkpoint %s: its writing was interrupted; it is not used", leftover.name)
+        steps = self.steps()
+        problems = []
+        for step in reversed(steps):
+            try:
+                state = self._restore_step(step, program, tokenizer)
+            except UserError:
+                raise
+            except Exception as error:  # whatever orbax, tensorstore or json say of damaged files
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                problems.append(f"step {step}: {reason}")
+                log.warning("checkpoint of step %d is damaged and not used: %s", step, reason)
+                continue
+            for bad in (s for s in steps if s > step):
+                self._move_aside(bad)
+            return state
+        if problems:
+            raise UserError(
+                f"none of the checkpoints in {self.directory} can be read ({'; '.join(problems)}): restore one from a "
+                "copy, or start over with another --workdir"
+            )
+        return None
+
+    def _restore_step(self, step: int, program: Program, tokenizer: Tokenizer) -> TrainState:
+        description = _read_description(self.directory / str(step))
+        _check_same_run(description, program.config, tokenizer, self.directory / str(step))
+        abstract = _split(program.abstract_state)
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
+        )
+        for name in abstract:
+            _check_sums(restored[name], description["checksums"][name])
+        rest = restored["rest"]
+        return TrainState(rest["step"], restored["parameters"], rest["opt_state"], rest["skipped"], rest["in_row"])
+
+    def _move_aside(self, step: int) -> None:
+        target = self.directory / "damaged" / str(step)
+        target.parent.mkdir(exist_ok=True)
+        if target.exists():
+            target.rmtree()
+        (self.directory / str(step)).rename(target)
+        self._manager.reload()
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _read_description(path: epath.Path) -> dict[str, Any]:
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        description = reader.restore(path / "description")
+    if not isinstance(description, dict) or _digest(description) != description.get("digest"):
+        raise ValueError("its description does not match its digest")
+    if description["format"] != FORMAT:
+        raise UserError(f"checkpoint {path} has format {description['format']}: this version of msllm reads {FORMAT}")
+    return description
+
+
+def _check_sums(tree: Any, expected: dict[str, int]) -> None:
+    found = checksums(tree)
+    wrong = [name for name in expected if found.get(name) != expected[name]]
+    if wrong or len(found) != len(expected):
+        raise ValueError(f"checksum of {wrong[0] if wrong else 'an array'} differs: its file was changed or cut")
+
+
+def _check_same_run(description: dict[str, Any], config: Config, tokenizer: Tokenizer, path: epath.Path) -> None:
+    stored, current = description["config"], json.loads(to_json(config))
+    different = [
+        f"{section}.{key} is {stored[section].get(key)!r} there and {current[section].get(key)!r} here"
+        for section in ("model", "streams")
+        for key in sorted(stored[section].keys() | current[section].keys())
+        if stored[section].get(key) != current[section].get(key) and key not in ("attention", "remat")
+    ]
+    if different:
+        raise UserError(
+            f"checkpoint {path} is of another model ({'; '.join(different)}): use the same config, or another --workdir"
+        )
+    there = hashlib.sha256(base64.b64decode(description["tokenizer"]["bytes"])).hexdigest()
+    if there != tokenizer.hash:
+        raise UserError(
+            f"checkpoint {path} was trained with another tokenizer ({there[:12]}, the data has {tokenizer.hash[:12]}): "
+            "use the data it was trained on, or another --workdir"
+        )
+    for section in ("data", "optim", "loss"):
+        for key in sorted(stored[section]):
+            if stored[section][key] != current[section].get(key) and key != "dir":
+                log.warning(
+                    "config.%s.%s was %r when the checkpoint was written and is %r now",
+                    section, key, stored[section][key], current[section].get(key),
+                )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A checkpoint, ready to run: everything in it but the optimizer's state."""
+
+    path: str
+    step: int
+    config: Config
+    streams: StreamSpec
+    tokenizer: Tokenizer
+    graph: nnx.GraphDef
+    parameters: dict[str, Any]
+
+
+def load_model(path: str | pathlib.Path) -> Loaded:
+    """Loads parameters and description from a checkpoint: a step's directory, or the newest good one of a workdir.
+
+    Raises UserError.
+    """
+    path = epath.Path(path).resolve()
+    if (path / DIRECTORY).is_dir():
+        path = path / DIRECTORY
+    if (path / "description").is_dir():
+        candidates = [path]
+    else:
+        found = [p for p in path.iterdir() if p.name.isdigit()] if path.is_dir() else []
+        candidates = sorted(found, key=lambda p: -int(p.name))
+    if not candidates:
+        raise UserError(f"there is no checkpoint in {path}: give a workdir of `msllm.train` or one of its checkpoints")
+    problems = []
+    for candidate in candidates:
+        try:
+            return _load(candidate)
+        except UserError:
+            raise
+        except Exception as error:  # see Checkpoints.restore
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            problems.append(f"{candidate.name}: {reason}")
+            log.warning("checkpoint %s is damaged and not used: %s", candidate, reason)
+    raise UserError(f"no checkpoint in {path} can be read ({'; '.join(problems)}): restore one from a copy")
+
+
+def _load(path: epath.Path) -> Loaded:
+    description = _read_description(path)
+    config = from_config_dict(description["config"])
+    streams = StreamSpec.from_config(config.streams)
+    graph, shapes, _ = abstract_model(config.model, streams)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+    with ocp.StandardCheckpointer() as reader:
+        parameters = reader.restore(path / "parameters", abstract)
+    _check_sums(parameters, description["checksums"]["parameters"])
+    stored = description["tokenizer"]
+    tokenizer = Tokenizer.from_bytes(stored["kind"], base64.b64decode(stored["bytes"]), stored["silence"])
+    return Loaded(str(path), description["step"], config, streams, tokenizer, graph, parameters)
