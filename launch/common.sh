@@ -1,0 +1,39 @@
+# shellcheck shell=bash
+# What the scripts of this folder share. Sourced, from the repository's root.
+
+# Prints a Python that runs, is at least 3.11 and can make virtual environments; $PYTHON goes first.
+find_python() {
+  local candidate
+  # A name on the PATH may be a shim of a version manager that only prints an error, so each one is tried.
+  for candidate in ${PYTHON:+"$PYTHON"} python3.13 python3.12 python3.11 python3 python; do
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+      printf '%s\n' "$candidate"
+      return
+    fi
+    if [[ -n ${PYTHON:-} ]]; then
+      echo "error: PYTHON=$PYTHON does not run, is older than 3.11 or lacks venv: name another, or unset PYTHON" >&2
+      return 1
+    fi
+  done
+  echo "error: found no Python >= 3.11 with venv and ensurepip: install one (on Debian with python3-venv), or name it:" \
+    "PYTHON=/path/to/python $0" >&2
+  return 1
+}
+
+# use_environment [EXTRA]: makes .venv, installs msllm[EXTRA] in it if setup.py is newer than the last time, activates it.
+use_environment() {
+  local extra=${1:-} python stamp
+  if ! .venv/bin/python -c '' >/dev/null 2>&1; then
+    python=$(find_python)
+    echo "making .venv with $("$python" -VV)"
+    "$python" -m venv --clear .venv
+  fi
+  stamp=.venv/installed${extra:+-$extra}
+  if [[ ! $stamp -nt setup.py ]]; then
+    echo "installing msllm${extra:+[$extra]} in .venv (once)"
+    .venv/bin/python -m pip install -q --disable-pip-version-check -e ".${extra:+[$extra]}"
+    touch "$stamp"
+  fi
+  export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
+  unset PYTHONHOME
+}
