@@ -53,7 +53,7 @@ class Generated(NamedTuple):
     """All rows of a run, the prefill first."""
 
     shown: np.ndarray  # [B, R, S] int32, as they were shown
-    read: np.ndarray  # [B, R, S] int32, as the model read them; they differ where a token was fed after the row was shown
+    read: np.ndarray  # [B, R, S] int32, as the model read them: with tokens fed after a row was shown
     present: np.ndarray  # [B, R, S] bool
     logits: list[jax.Array]  # per generated row: [B, S, V]
 
@@ -125,7 +125,7 @@ class DecodeSession:
                 raise UserError(f"{name} is {value!r}: {rule}")
             return np.broadcast_to(array, self._shape)
 
-        self._temperature = per_stream("temperature", np.float32, lambda x: x >= 0, "must be >= 0 (0: most likely token)")
+        self._temperature = per_stream("temperature", np.float32, lambda x: x >= 0, "must be >= 0 (0: the best)")
         self._top_k = per_stream("top_k", np.int32, lambda x: x >= 0, "must be >= 0 (0: all tokens)")
         self._top_p = per_stream("top_p", np.float32, lambda x: (x > 0) & (x <= 1), "must be in (0, 1]")
         self._penalty = per_stream("silence_penalty", np.float32, np.isfinite, "must be a finite number")
@@ -143,7 +143,7 @@ class DecodeSession:
         return len(self._rows)
 
     def transcript(self) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens [B, R, S] int32, present [B, R, S] bool): all rows so far, as the model has read or will read them."""
+        """(tokens [B, R, S] int32, present [B, R, S] bool): all rows so far, as the model reads them."""
         empty = np.zeros((self._batch, 0, self.streams.size))
         if not self._rows:
             return empty.astype(np.int32), empty.astype(bool)
@@ -178,7 +178,8 @@ class DecodeSession:
             raise UserError(f"stream {index}: the model has streams 0 to {self.streams.size - 1}")
         if self.streams.kinds[index] != "input":
             inputs = [name for name, kind in zip(self.streams.names, self.streams.kinds) if kind == "input"]
-            raise UserError(f"stream {self.streams.names[index]!r} is no input: inputs are {', '.join(inputs) or 'none'}")
+            name, known = self.streams.names[index], ", ".join(inputs) or "none"
+            raise UserError(f"stream {name!r} is no input: inputs are {known}")
         if table is not None and not 0 <= table < self._batch:
             raise UserError(f"table {table}: the session has tables 0 to {self._batch - 1}")
         tokens = np.asarray(tokens, np.int64).reshape(-1)
@@ -271,7 +272,7 @@ class DecodeSession:
 
     def _silence_or_fail(self) -> int:
         if self.silence_id is None:
-            raise UserError("a cell must be silent and the model came without a tokenizer: prefill, or give silence_id=...")
+            raise UserError("a cell must be silent and the model has no tokenizer: prefill, or give silence_id=...")
         return self.silence_id
 
     def _check_tokens(self, what: str, tokens: np.ndarray) -> None:
@@ -322,7 +323,8 @@ def generate(
     if forced is not None:
         forced = np.asarray(forced)
         if forced.shape not in ((rows, session.streams.size), (batch, rows, session.streams.size)):
-            raise UserError(f"forced has shape {forced.shape}: must be [{rows}, {session.streams.size}], with or without B")
+            shape = f"[{rows}, {session.streams.size}]"
+            raise UserError(f"forced has shape {forced.shape}: must be {shape}, or that of each table")
     if prefill is not None:
         session.prefill(prefill, present)
     shown, logits, silent_rows = list(session.transcript()[0].swapaxes(0, 1)), [], 0

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import rich.console
 import rich.text
-from absl import flags
+from absl import flags, logging
 
 from msllm import errors
 from msllm.decode import DecodeOptions, DecodeSession, Row
@@ -101,6 +101,7 @@ def _inputs(streams: StreamSpec) -> list[str]:
 
 def main(_) -> None:
     """Generates what the flags say."""
+    logging.set_verbosity(logging.WARNING)  # orbax reports everything that it opens
     flag = flags.FLAGS
     model = load_any(flag.checkpoint)
     streams = model.streams

@@ -93,7 +93,9 @@ def read_folder(directory: str | pathlib.Path) -> tuple[ModelConfig, int, dict[s
     return config, streams, parameters
 
 
-def write_folder(directory: str | pathlib.Path, config: ModelConfig, streams: int, parameters: Mapping[str, Any]) -> None:
+def write_folder(
+    directory: str | pathlib.Path, config: ModelConfig, streams: int, parameters: Mapping[str, Any]
+) -> None:
     """Writes the folder that `read_folder` reads; an ordinary model (one stream) opens in Hugging Face's libraries."""
     directory = pathlib.Path(directory)
     settings = hf_config(config, streams)
@@ -138,9 +140,10 @@ def read_config(settings: Mapping[str, Any], source: str = CONFIG) -> tuple[Mode
         refuse("hidden_act", "only silu is supported")
     if settings.get("role_gating_enabled"):
         refuse("role_gating_enabled", "role gating is not supported; use a checkpoint trained without it")
-    if settings.get("use_sliding_window") or any(kind != "full_attention" for kind in settings.get("layer_types") or ()):
-        key = "use_sliding_window" if settings.get("use_sliding_window") else "layer_types"
-        refuse(key, "every layer must attend to all earlier rows; sliding windows are not supported")
+    if settings.get("use_sliding_window"):
+        refuse("use_sliding_window", "sliding windows are not supported")
+    if set(settings.get("layer_types") or ()) - {"full_attention"}:
+        refuse("layer_types", "every layer must be full_attention")
     if family == "llama" and settings.get("mlp_bias"):
         refuse("mlp_bias", "biases in the MLP are not supported")
     if family != "qwen2" and settings.get("attention_bias"):

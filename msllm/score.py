@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from msllm import errors
 from msllm.errors import UserError
@@ -38,7 +38,7 @@ def score(loaded: LoadedModel, tables: dict[str, np.ndarray], silence_id: int | 
     if silence_id is None and loaded.tokenizer is not None:
         silence_id = loaded.tokenizer.silence_id
     if loaded.streams.skip_silence and silence_id is None:
-        raise UserError("silence is to be hidden but the checkpoint has no tokenizer: say which token it is, --silence_id")
+        raise UserError("silence is to be hidden but the model has no tokenizer: say which token it is, --silence_id")
     tables = check_tables(tables, loaded.streams.size, loaded.config.vocab_size)
     count, rows, streams = tables["tokens"].shape
     at_once = min(count, max(1, LOGITS_AT_ONCE // (rows * streams * loaded.config.vocab_size)))
@@ -110,6 +110,7 @@ def _read_tables(path: str) -> dict[str, np.ndarray]:
 
 def main(_) -> None:
     """Scores what the flags say."""
+    logging.set_verbosity(logging.WARNING)  # orbax reports everything that it opens
     options = flags.FLAGS
     for name in ("tables", "out"):
         if not options[name].value:

@@ -2,8 +2,8 @@
 
 import os
 
-# Before jax is imported: its backend reads them when it starts. Compiling takes most of the tests' time, so LLVM is told
-# to hurry; the program that it compiles is the same.
+# Before jax is imported: its backend reads them when it starts. Compiling takes most of the tests' time, so LLVM is
+# told to hurry; the program that it compiles is the same.
 _FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",

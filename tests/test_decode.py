@@ -75,7 +75,8 @@ def test_sampler_probabilities(number):
     settings = case.meta["row_sampler"][number]
     logits = jnp.asarray(case["logits"])
     fill = lambda name, dtype: jnp.full(len(logits), settings[name], dtype)
-    filtered = filtered_logits(logits, fill("temperature", np.float32), fill("top_k", np.int32), fill("top_p", np.float32))
+    limits = fill("top_k", np.int32), fill("top_p", np.float32)
+    filtered = filtered_logits(logits, fill("temperature", np.float32), *limits)
     np.testing.assert_allclose(jax.nn.softmax(filtered), case[f"row_sampler_{number}_probs"], rtol=0, atol=1e-6)
 
 

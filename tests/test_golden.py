@@ -57,7 +57,10 @@ class Setup:
         return targets_and_weights(self.batch, weights, self.loss_mask)
 
 
-@pytest.fixture(scope="module", params=[(name, backend) for name in CASES for backend in ("chunked", "reference")], ids="-".join)
+BOTH = [(name, backend) for name in CASES for backend in ("chunked", "reference")]
+
+
+@pytest.fixture(scope="module", params=BOTH, ids="-".join)
 def setup(request):
     with jax.default_matmul_precision("highest"):
         yield Setup(*request.param)

@@ -4,6 +4,8 @@ In the reference each stream is a contiguous block of a flat sequence and a toke
 are time. docs/semantics.md tells how the one is expressed by the other, and where the reference's loop differs.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +31,7 @@ LOOPS = [
 def spec_of(size, lag=None):
     names = tuple(f"s{s}" for s in range(size))
     spec = StreamSpec.from_config(StreamsConfig(names=names, kinds=("output",) * size))
-    return spec if lag is None else spec.__class__(names, spec.kinds, spec.loss_weights, tuple(map(tuple, lag.tolist())))
+    return spec if lag is None else dataclasses.replace(spec, lag=tuple(map(tuple, lag.tolist())))
 
 
 def table_of(row, stream, values, shape, dtype=np.int32):

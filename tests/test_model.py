@@ -32,7 +32,7 @@ def forward(model, tokens, cells, position, parameters=None):
 LAG = np.array([[1, NEVER, 2], [0, 1, NEVER], [3, 0, 1]], np.int32)
 
 
-@pytest.mark.parametrize("rule", ["block_causal", "same_row", "isolated", LAG], ids=lambda r: r if isinstance(r, str) else "lag")
+@pytest.mark.parametrize("rule", ["block_causal", "same_row", "isolated", LAG], ids=["causal", "same", "own", "lag"])
 @pytest.mark.parametrize("layers, backend", [(1, "chunked"), (1, "reference"), (2, "chunked")])
 def test_influence_is_visibility(make_model, rule, layers, backend):
     rows, streams = 6, 3
