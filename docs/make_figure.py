@@ -133,7 +133,7 @@ def draw() -> Figure:
     names, rows = shown.names, len(shown.words)
     card = Card(WIDTH, HEIGHT)
     top, w, h = 1.44, 0.86, (HEIGHT - 1.44 - 0.45) / rows
-    thought, output = names.index("thought"), names.index("output")
+    thought = names.index("thought")
 
     # (a) the table
     x = 0.72
@@ -194,8 +194,8 @@ def save(out: str | pathlib.Path) -> None:
     """Writes the picture; the same bytes for the same version of matplotlib."""
     out = pathlib.Path(out)
     with matplotlib.rc_context({"svg.hashsalt": "msllm", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
-        extra = {"metadata": dict.fromkeys(("Date", "Creator", "Format", "Type"))} if out.suffix == ".svg" else {"dpi": 130}
-        draw().savefig(out, transparent=True, **extra)
+        plain = {"metadata": dict.fromkeys(("Date", "Creator", "Format", "Type"))}
+        draw().savefig(out, transparent=True, **(plain if out.suffix == ".svg" else {"dpi": 130}))
     if out.suffix == ".svg":  # a thousandth of a point is fine enough
         out.write_text(re.sub(r"(\.\d{3})\d+", r"\1", out.read_text()))
 
