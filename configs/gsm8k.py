@@ -1,7 +1,7 @@
 """GSM8K in three streams: the user asks, the thought works, the output gives the number.
 
     python -m msllm.prepare --config=configs/gsm8k.py
-    python -m msllm.main --config=configs/gsm8k.py --workdir=runs/gsm8k
+    python -m msllm.train --config=configs/gsm8k.py --workdir=runs/gsm8k
 
 Data: data/gsm8k/train.jsonl in the folder named by MSLLM_SHARED, else in the folder `shared` beside the repository;
 any file of the same form with --config.data.path=FILE. Let the thought start before the question ends with

@@ -1,7 +1,7 @@
 """Tiny Shakespeare, characters, one stream: with S = 1 the model is an ordinary decoder-only language model.
 
     python -m msllm.prepare --config=configs/shakespeare.py
-    python -m msllm.main --config=configs/shakespeare.py --workdir=runs/shakespeare
+    python -m msllm.train --config=configs/shakespeare.py --workdir=runs/shakespeare
 
 Data: data/tinyshakespeare/input.txt in the folder named by MSLLM_SHARED, else in the folder `shared` beside the
 repository, the last tenth held out. Shape and steps are those of nanoGPT's recipe for a CPU (4 layers, 4 heads, width

@@ -49,7 +49,7 @@ class ModelConfig:
     rope_scaling: RopeScalingConfig = RopeScalingConfig()
     compute_dtype: str = "float32"  # float32 | bfloat16; parameters are float32 always
     attention: str = "chunked"  # chunked | reference (dense, O(L^2) memory: for tests)
-    remat: str = "none"  # none | dots (keep matrix products) | full (keep layer inputs only)
+    remat: str = "dots"  # none (keep all) | dots (keep matrix products and attention) | full (keep layer inputs only)
 
 
 @dataclasses.dataclass(frozen=True)

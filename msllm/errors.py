@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 
@@ -10,15 +11,20 @@ class UserError(ValueError):
     """Bad input. The message names the value, the rule that it breaks and the remedy."""
 
 
-def run(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Runs `main(argv)` under absl; a `UserError` becomes one line on stderr and exit status 2."""
+def run(main: Callable[[Sequence[str]], int | None], positional: int = 0) -> None:
+    """Runs `main(argv)` under absl; a `UserError` becomes one line on stderr and exit status 2.
+
+    `positional`: arguments without a name that `main` takes.
+    """
     from absl import app
 
     def guarded(argv: Sequence[str]) -> int:
-        if len(argv) > 1:
-            print(f"error: unexpected arguments {list(argv[1:])}: write options as --name=value", file=sys.stderr)
-            return 2
+        # What msllm has to say is shown as it is; of the libraries below it, warnings only.
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+        logging.getLogger("msllm").setLevel(logging.INFO)
         try:
+            if len(argv) > 1 + positional:
+                raise UserError(f"unexpected arguments {list(argv[1 + positional :])}: write options as --name=value")
             return main(argv) or 0
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)

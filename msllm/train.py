@@ -259,8 +259,6 @@ def _main() -> None:
     flags.mark_flags_as_required(["config", "workdir"])
 
     def main(_):
-        logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
-        log.setLevel(logging.INFO)
         train(from_config_dict(settings.value), workdir.value)
 
     run(main)
