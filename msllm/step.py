@@ -101,12 +101,14 @@ class Program:
             loss, nll = next_row_loss(
                 pick(hidden), model.head_table(), pick(targets), pick(weights) / total_weight, config.loss
             )
-            spoken = pick(counted) & (pick(targets) != self.silence_id)
+            # What is reported must not depend on which streams share a device.
+            reported = pick(counted) if all_streams else pick(weights) > 0
+            spoken = reported & (pick(targets) != self.silence_id)
             over_cells = lambda x: total(jnp.zeros(size).at[jnp.array(kept)].set(x.sum((0, 1))), "data", "fsdp")
             sums = {
-                "nll": over_cells(nll * pick(counted)),
+                "nll": over_cells(nll * reported),
                 "nll_spoken": over_cells(nll * spoken),
-                "targets": over_cells(pick(counted).astype(jnp.float32)),
+                "targets": over_cells(reported.astype(jnp.float32)),
                 "targets_spoken": over_cells(spoken.astype(jnp.float32)),
             }
             cells_in = lambda x: total(x.sum(dtype=jnp.float32), "data", "fsdp", "stream")
