@@ -74,8 +74,8 @@ def train(config: Config, workdir: str | pathlib.Path) -> TrainState:
             state, metrics = step_function(state, batch)
             # The numbers of this step are read after the next one has been dispatched: the device never waits for us.
             meter.dispatched(step + 1, metrics)
-            done, last = step + 1, step + 1 == config.steps or stop.is_set
-            if last or (config.checkpoint.every and done % config.checkpoint.every == 0):
+            done, stopping = step + 1, stop.is_set  # a signal after this line ends the next step: that one saves
+            if stopping or done == config.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
                 meter.flush()
                 checkpoints.save(state, config, loader.tokenizer)
             if evaluation and (done % config.eval_every == 0 or done == config.steps):
@@ -83,7 +83,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> TrainState:
                 values = evaluation(state.parameters)
                 writer.write(done, values)
                 progress.say(f"step {done}  evaluation: " + "  ".join(f"{k[5:]} {v:.4f}" for k, v in values.items()))
-            if stop.is_set and done < config.steps:
+            if stopping and done < config.steps:
                 progress.say(f"stopped at step {done}, saved; the same command continues here")
                 break
         meter.flush()
