@@ -32,7 +32,7 @@ use_environment() {
   if [[ ! $stamp -nt setup.py ]]; then
     echo "installing msllm${extra:+[$extra]} in .venv (once)"
     .venv/bin/python -m pip install -q --disable-pip-version-check -e ".${extra:+[$extra]}"
-    touch "$stamp"
+    touch .venv/installed "$stamp" # any extra brings the rest too
   fi
   export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
   unset PYTHONHOME

@@ -37,9 +37,12 @@ question="please take 4 then add 3 no wait add 5 and double it ?" # not among th
 
 # Prints a command, then runs it.
 run() {
-  printf '\n$'
-  printf ' %q' "$@"
-  printf '\n'
+  local word line=
+  for word in "$@"; do
+    if [[ $word == *[[:space:]]* ]]; then word="\"$word\""; fi
+    line+=" $word"
+  done
+  printf '\n$%s\n' "$line"
   "$@"
 }
 
@@ -47,7 +50,7 @@ steps() {
   run python -m msllm.prepare --config=configs/quickstart.py "$@"
   run python -m msllm.train --config=configs/quickstart.py --workdir=runs/quickstart "$@"
   run python -m msllm.evaluate --checkpoint=runs/quickstart
-  run python -m msllm.generate --checkpoint=runs/quickstart --input="user=$question" --rows=30
+  run python -m msllm.generate --checkpoint=runs/quickstart --input="user=$question" --rows=22
 }
 
 # shellcheck source=/dev/null
@@ -61,10 +64,10 @@ time steps "$@"
 
 cat <<'EOF'
 
-The table above is one run of the model, a row per step: the user's words are given, thought and output are the model's.
+The table above has a row per step: the user's words are given, thought and output are the model's.
 
 Next (after `. .venv/bin/activate && . launch/env.sh`):
-  another question          python -m msllm.generate --checkpoint=runs/quickstart --rows=30 \
+  another question          python -m msllm.generate --checkpoint=runs/quickstart --rows=16 \
                               --input="user=ok take 9 subtract 4 um plus 2 ?"
   the same in one stream    python -m msllm.prepare --config=configs/quickstart_single.py
                             python -m msllm.train --config=configs/quickstart_single.py --workdir=runs/quickstart_single
