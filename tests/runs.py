@@ -1,0 +1,159 @@
+"""Tiny configs, batches, meshes and prepared data for the tests of steps, runs and checkpoints."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from msllm import step as step_lib
+from msllm.config import Config, MeshConfig, default_config, from_config_dict, to_json
+from msllm.prepare import prepare
+from msllm.sharding import batch_shardings, make_mesh
+from msllm.step import Program
+from msllm.streams import StreamSpec
+from msllm.train import to_devices
+
+SILENCE = 1
+SMALL = {
+    "model.d_model": 16,
+    "model.num_layers": 2,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 2,
+    "model.head_dim": 8,
+    "model.d_ff": 32,
+    "model.rope_theta": 1e4,
+    "optim.warmup_steps": 0,
+    "loss.chunk_tokens": 32,
+}
+FOUR_STREAMS = {
+    "streams.names": ("user", "tool", "thought", "output"),
+    "streams.kinds": ("input", "input", "thought", "output"),
+    "model.vocab_size": 32,
+    "data.rows": 16,
+    "data.batch_size": 8,
+    "steps": 100,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(tmp_path_factory):
+    """Keeps compiled programs for the whole session, subprocesses included: compiling takes most of the tests' time."""
+    folder = str(tmp_path_factory.getbasetemp() / "compiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        compilation_cache.reset_cache()
+        yield
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def compile_fast():
+    """Compiles steps without LLVM's optimizations. Not for tests that compare with a subprocess."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_lib, "compiler_options", dict)
+        yield
+
+
+def settings(**dotted):
+    """A ConfigDict with tiny sizes and changes; keys are dotted, e.g. **{"optim.lr": 0.1}."""
+    result = default_config()
+    result.update_from_flattened_dict(SMALL | dotted)
+    return result
+
+
+def make_config(**dotted) -> Config:
+    """The Config of `settings`."""
+    return from_config_dict(settings(**dotted))
+
+
+def four_streams(**dotted) -> Config:
+    """A config for synthetic batches of four streams."""
+    return make_config(**FOUR_STREAMS | dotted)
+
+
+def make_program(config: Config, devices: int = 1, **axes: int) -> Program:
+    """The program of a config on a mesh over the first `devices` devices; axes not given are 1."""
+    sizes = {"data": 1, "fsdp": 1, "stream": 1, "tensor": 1} | axes
+    mesh = make_mesh(MeshConfig(**sizes), jax.devices()[:devices])
+    return Program(config, StreamSpec.from_config(config.streams), mesh, SILENCE)
+
+
+def random_tables(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
+    """A batch with silence, absent cells, several segments and empty rows; its tables hold unequal numbers of cells."""
+    rng = np.random.default_rng(seed)
+    shape = (config.data.batch_size, config.data.rows, len(config.streams.names))
+    tokens = rng.integers(2, config.model.vocab_size, shape)
+    tokens = np.where(rng.random(shape) < 0.3, SILENCE, tokens).astype(np.int32)
+    row = np.arange(shape[1])
+    first, used = rng.integers(3, shape[1] - 3, (2, shape[0], 1))
+    segment = np.where(row < first, 1, 2) * (row < np.maximum(used, 5))
+    segment[0] = 1
+    begin = rng.integers(0, 4, (shape[0], 1, shape[2]))
+    present = (row[:, None] >= begin) & (segment > 0)[:, :, None]
+    return {"tokens": tokens * present, "present": present, "segment": segment.astype(np.int32)}
+
+
+def place(program: Program, tables: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Tables as a batch on the program's mesh."""
+    return to_devices(tables, 0, tables["tokens"].shape, batch_shardings(program.mesh))
+
+
+def host(tree):
+    """Numpy copies: a donated state stays readable."""
+    return jax.tree.map(lambda x: np.array(x), tree)
+
+
+@pytest.fixture
+def data_dir(tmp_path_factory):
+    """Prepared dictation examples; the same directory for the whole session. Read only."""
+    out = tmp_path_factory.getbasetemp() / "dictation"
+    prepare(dictation(), out)
+    return str(out)
+
+
+def dictation(**dotted) -> Config:
+    """A config for the prepared examples."""
+    return make_config(**dictation_settings() | dotted)
+
+
+def dictation_settings() -> dict:
+    """Dotted settings of `dictation`."""
+    return {
+        "data.converter": "dictation",
+        "data.options": {"examples": 200},
+        "data.tokenizer.model_type": "word",
+        "data.tokenizer.vocab_size": 128,
+        "data.rows": 32,
+        "data.batch_size": 8,
+        "data.eval_percent": 10.0,
+        "steps": 8,
+        "log_every": 1,
+        "eval_every": 4,
+        "checkpoint.every": 2,
+    }
+
+
+def replace(config: Config, section: str, **changes) -> Config:
+    """The config with fields of one section changed."""
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **changes)})
+
+
+def metrics(workdir) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_config_file(path, config: Config) -> str:
+    """A file for --config that gives this config."""
+    path.write_text(
+        "import json\nfrom msllm.config import from_config_dict, to_config_dict\n\n\n"
+        f"def get_config():\n    return to_config_dict(from_config_dict(json.loads({to_json(config)!r})))\n"
+    )
+    return str(path)

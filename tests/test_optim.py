@@ -1,0 +1,153 @@
+"""Optimizer and schedules; four AdamW steps of the reference implementation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import golden_cases
+from msllm import step as step_lib
+from msllm.config import Config, DataConfig, LossConfig, MeshConfig, OptimConfig
+from msllm.hf import to_hf
+from msllm.load import load_any
+from msllm.loss import targets_and_weights
+from msllm.model import bind
+from msllm.optim import leaf_norms, optimizer, schedule
+from msllm.sharding import make_mesh
+from msllm.step import Program
+from msllm.streams import make_cells, positions
+from runs import compile_fast, compile_once, host, place  # noqa: F401
+
+
+@pytest.mark.usefixtures("compile_fast")
+def test_four_steps_of_the_reference(monkeypatch):
+    case = golden_cases.case("s7_c3_pad")
+    rule, model = case.meta["train"], load_any(case.path)
+    everything, embedding = rule["param_groups"]
+    optim = OptimConfig(
+        lr=everything["lr"],
+        schedule="constant",
+        warmup_steps=0,
+        b1=rule["betas"][0],
+        b2=rule["betas"][1],
+        eps=rule["eps"],
+        weight_decay=everything["weight_decay"],
+        no_decay=("stream_embedding",),
+        stream_embedding_lr=embedding["lr"] / everything["lr"],
+        clip_norm=rule["clip_grad_norm"],
+    )
+    tokens = case["tokens"]
+    row = np.arange(tokens.shape[1])
+    segment = (row < case["num_rows"][:, None]).astype(np.int32)
+    tables = {"tokens": tokens, "present": np.broadcast_to(segment[:, :, None] > 0, tokens.shape), "segment": segment}
+    # Rows of a prefix are read, not predicted from; training data has no such rows, so the step takes no loss mask.
+    mask = np.broadcast_to((row >= case["prefix_rows"][:, None])[:, :, None], tokens.shape)
+    monkeypatch.setattr(step_lib, "targets_and_weights", functools.partial(targets_and_weights, loss_mask=mask))
+    assert model.streams.loss_weights == (0, 1, 1)
+
+    data = DataConfig(batch_size=len(tokens), rows=tokens.shape[1])
+    config = Config(model=model.config, optim=optim, data=data, loss=LossConfig(chunk_tokens=40))
+    with jax.default_matmul_precision("highest"):
+        program = Program(config, model.streams, make_mesh(MeshConfig(), jax.devices()[:1]))
+        state = program.init()._replace(parameters=jax.tree.map(jnp.array, model.parameters))
+        losses, norms = [], []
+        for _ in range(rule["steps"]):
+            state, metrics = program.step(state, place(program, tables))
+            losses.append(float(metrics["loss"]))
+            norms.append(float(metrics["gradient_norm"]))
+        logits = first_logits(program.graph, state.parameters, jax.tree.map(lambda x: x[:1], tables))
+
+    np.testing.assert_allclose(losses, case["train_losses"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(norms, case["train_grad_norms"], rtol=1e-5)
+    final = golden_cases.thin("logits", np.asarray(logits))
+    np.testing.assert_allclose(final, case["train_final_logits_row0"], rtol=0, atol=1e-4)
+    ours = to_hf(host(state.parameters), model.config)
+    names = [name for name in case.names if name.startswith("train_final.")]
+    assert len(names) == 4
+    for name in names:
+        mine = golden_cases.thin(name, ours[name.removeprefix("train_final.")])
+        np.testing.assert_allclose(mine, case[name], rtol=0, atol=2e-5, err_msg=name)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def first_logits(graph, parameters, tables):
+    """Logits [S, V] of the first row of the first table."""
+    model = bind(graph, parameters)
+    cells = make_cells(tables["present"], tables["segment"])
+    return model.logits(model(tables["tokens"], cells, positions(tables["segment"]))[0, 0])
+
+
+def rates(steps, **fields):
+    """The rate of every update of a run of `steps` steps, at lr = 2."""
+    return np.asarray(schedule(OptimConfig(lr=2.0, **fields), steps)(jnp.arange(steps + 1)))
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
+def test_warmup_rises_evenly_to_the_full_rate(kind):
+    values = rates(40, schedule=kind, warmup_steps=8)
+    np.testing.assert_allclose(values[:8], 2.0 * np.arange(1, 9) / 8, rtol=1e-6)
+    assert values[8] == pytest.approx(2.0)
+
+
+def test_cosine_ends_at_the_final_ratio():
+    values = rates(40, schedule="cosine", warmup_steps=8, final_lr_ratio=0.1)
+    assert values[40] == pytest.approx(0.2)
+    assert values[24] == pytest.approx((2.0 + 0.2) / 2)  # half way
+    assert np.all(np.diff(values[8:]) < 0)
+
+
+def test_wsd_is_stable_and_then_falls_in_a_line():
+    values = rates(40, schedule="wsd", warmup_steps=8, decay_fraction=0.25, final_lr_ratio=0.1)
+    np.testing.assert_allclose(values[8:31], 2.0, rtol=1e-6)
+    np.testing.assert_allclose(values[30:], np.linspace(2.0, 0.2, 11), rtol=1e-5)
+
+
+def test_constant_and_a_warmup_longer_than_the_run():
+    np.testing.assert_array_equal(rates(10, schedule="constant", warmup_steps=0), 2.0)
+    np.testing.assert_allclose(rates(10, schedule="cosine", warmup_steps=50)[:10], 0.2 * np.arange(1, 11), rtol=1e-6)
+
+
+ONES = np.ones(2, np.float32)
+PARAMETERS = {
+    "blocks": {"mlp": {"gate": ONES}, "mlp_norm": ONES, "attention": {"q_bias": ONES}},
+    "stream_embedding": ONES,
+}
+
+
+def one_update(gradient, **fields):
+    """Update of PARAMETERS for the same gradient of every entry."""
+    optim = optimizer(OptimConfig(lr=0.1, schedule="constant", warmup_steps=0, **fields), 10)
+    gradients = jax.tree.map(lambda x: np.full_like(x, gradient), PARAMETERS)
+    return optim.update(gradients, optim.init(PARAMETERS), PARAMETERS)[0]
+
+
+def test_weight_decay_spares_norms_biases_and_the_stream_embedding():
+    updates = one_update(0.0, weight_decay=0.5)
+    np.testing.assert_allclose(updates["blocks"]["mlp"]["gate"], -0.05)
+    spared = (updates["blocks"]["mlp_norm"], updates["blocks"]["attention"]["q_bias"], updates["stream_embedding"])
+    assert not np.any(spared)
+    everywhere = one_update(0.0, weight_decay=0.5, no_decay=(), stream_embedding_lr=3.0)
+    np.testing.assert_allclose(everywhere["blocks"]["mlp_norm"], -0.05)
+    np.testing.assert_allclose(everywhere["stream_embedding"], -0.15)
+
+
+def test_stream_embedding_has_its_own_rate():
+    updates = one_update(0.3, weight_decay=0.0, stream_embedding_lr=5.0)
+    np.testing.assert_allclose(updates["blocks"]["mlp"]["gate"], -0.1, rtol=1e-5)  # Adam's first step is of size 1
+    np.testing.assert_allclose(updates["stream_embedding"], -0.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("clip_norm, factor", [(2.0, 2.0 / 8.0), (100.0, 1.0), (0.0, 1.0)])
+def test_clipping_is_by_global_norm(clip_norm, factor):
+    gradient = np.sqrt(8.0)  # 8 entries: a global norm of 8
+    # With a large epsilon Adam's first update is gradient / epsilon: it shows what the clipping left.
+    updates = one_update(gradient, weight_decay=0.0, clip_norm=clip_norm, eps=1e6)
+    expected = -0.1 * factor * gradient / 1e6
+    np.testing.assert_allclose(updates["blocks"]["mlp"]["gate"], expected, rtol=1e-4)
+
+
+def test_leaf_norms():
+    tree = {"b": jnp.array([[3.0], [4.0]]), "a": jnp.array([2.0], jnp.bfloat16)}
+    np.testing.assert_allclose(leaf_norms(tree), [2.0, 5.0])

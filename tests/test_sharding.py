@@ -1,0 +1,138 @@
+"""Meshes: what a mesh must divide, and that every mesh computes the same as one device."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from msllm.config import MeshConfig
+from msllm.errors import UserError
+from msllm.sharding import AXES, RULES, make_mesh, partition
+from runs import compile_fast, compile_once, four_streams, host, make_program, place, random_tables  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+STEPS = 5
+ADAM = {"optim.lr": 1e-2, "optim.eps": 1e-5}
+LAYOUTS = {
+    "lags": {
+        "streams.loss_weights": (0.0, 0.0, 0.5, 2.0),
+        "streams.lags": (("output", "tool", "never"), ("thought", "user", "0"), ("output", "thought", "3")),
+        "streams.skip_silence": True,
+        "model.tie_embeddings": False,
+        "model.attention_bias": True,
+    },
+    "accumulated": {
+        "data.batch_size": 16,
+        "optim.accumulate": 2,
+        "loss.label_smoothing": 0.1,
+        "loss.z_loss": 1e-2,
+        "streams.loss_weights": (1.0, 0.0, 1.0, 1.0),
+        "model.remat": "dots",
+    },
+}
+MESHES = [
+    ("lags", {"data": 2, "fsdp": 2, "stream": 2}),
+    ("lags", {"stream": 4, "tensor": 2}),
+    ("lags", {"fsdp": 2, "stream": 2, "tensor": 2}),
+    ("accumulated", {"data": 8}),
+    ("accumulated", {"fsdp": 8}),
+    ("accumulated", {"data": 2, "stream": 2, "tensor": 2}),
+]
+
+
+def run(program, state):
+    """(losses of each step, metrics of the last, its parameters, its state) of a few steps."""
+    losses = []
+    for seed in range(STEPS):
+        state, metrics = program.step(state, place(program, random_tables(program.config, seed)))
+        losses.append(float(metrics["loss"]))
+    return losses, host(metrics), host(state.parameters), state
+
+
+@functools.cache
+def one_device(layout):
+    """The initial state and what `run` makes of it, on one device."""
+    program = make_program(four_streams(**ADAM | LAYOUTS[layout]))
+    state = program.init()
+    return host(state), *run(program, state)[:3]
+
+
+def mesh_name(value):
+    return value if isinstance(value, str) else "-".join(f"{axis}{size}" for axis, size in value.items())
+
+
+@pytest.mark.parametrize("layout, axes", MESHES, ids=mesh_name)
+def test_a_mesh_computes_what_one_device_computes(layout, axes):
+    state, losses, metrics, parameters = one_device(layout)
+    program = make_program(four_streams(**ADAM | LAYOUTS[layout]), 8, **axes)
+    sharded_losses, sharded_metrics, sharded_parameters, state = run(program, jax.device_put(state, program.state_shardings))
+    np.testing.assert_allclose(sharded_losses, losses, rtol=0, atol=1e-5)
+    assert losses[-1] < losses[0]
+    for name, value in metrics.items():
+        np.testing.assert_allclose(sharded_metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(parameters), jax.tree.leaves(sharded_parameters)):
+        np.testing.assert_allclose(b, a, rtol=0, atol=2e-5, err_msg=jax.tree_util.keystr(path))
+    check_parts(program, state)
+
+
+def test_initial_parameters_do_not_depend_on_the_mesh():
+    layout = "lags"
+    program = make_program(four_streams(**ADAM | LAYOUTS[layout]), 8, fsdp=2, stream=2, tensor=2)
+    jax.tree.map(np.testing.assert_array_equal, host(program.init()), one_device(layout)[0])
+
+
+def check_parts(program, state):
+    """Every parameter and both of its moments lie in parts, one a device, as the table of rules says."""
+    shape = program.mesh.shape
+    parts = lambda *axes: int(np.prod([shape[mesh_axis] for axis in axes for mesh_axis in RULES[axis]]))
+    expected = {"embedding": parts("vocab", "embed"), "stream_embedding": parts("embed"), "final_norm": parts("embed")}
+    adam = next(part for part in state.opt_state if hasattr(part, "mu"))
+    for tree in (state.parameters, adam.mu, adam.nu):
+        sizes = {name: tree[name].size / tree[name].addressable_shards[0].data.size for name in expected}
+        assert sizes == expected
+        attention, mlp = tree["blocks"]["attention"], tree["blocks"]["mlp"]
+        for name, axes in (("q", ("embed", "heads")), ("k", ("embed", "kv_heads")), ("o", ("heads", "embed"))):
+            part = attention[name].addressable_shards[0].data
+            assert attention[name].size == part.size * parts(*axes), name
+        assert mlp["down"].size == mlp["down"].addressable_shards[0].data.size * parts("mlp", "embed")
+
+
+def test_make_mesh_fills_the_axis_left_open():
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "stream": 1, "tensor": 2}
+    assert mesh.axis_names == AXES
+
+
+@pytest.mark.parametrize("axes", [{"data": 3}, {"data": -1, "stream": 3}, {"data": 16}])
+def test_make_mesh_names_the_devices_and_what_was_asked(axes):
+    with pytest.raises(UserError, match=r"config\.mesh \(data=.*\) does not fit 8 devices.*set one axis to -1"):
+        make_mesh(MeshConfig(**axes))
+
+
+@pytest.mark.parametrize(
+    "axes, changes, length, name",
+    [
+        ({"stream": 8}, {}, "4 over stream=8", "the number of streams"),
+        ({"data": 8}, {"optim.accumulate": 2}, "4 over data=8 x fsdp=1", "data.batch_size / optim.accumulate"),
+        ({"data": 4, "fsdp": 2}, {"data.batch_size": 12}, "12 over data=4 x fsdp=2", "data.batch_size"),
+        ({"data": 4, "tensor": 2}, {"model.num_kv_heads": 1}, "1 over tensor=2", "model.num_kv_heads"),
+        ({"tensor": 8}, {"model.num_kv_heads": 4}, "4 over tensor=8", "model.num_heads"),
+        ({"data": 4, "tensor": 2}, {"model.vocab_size": 31}, "31 over tensor=2", "model.vocab_size"),
+        ({"data": 4, "tensor": 2}, {"model.d_ff": 33}, "33 over tensor=2", "model.d_ff"),
+        ({"fsdp": 4, "stream": 2}, {"model.d_model": 20}, "20 over fsdp=4 x stream=2", "model.d_model"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_names_what_and_by_what(axes, changes, length, name):
+    with pytest.raises(UserError) as error:
+        make_program(four_streams(**changes), 8, **axes)
+    assert f"does not divide {name}" in str(error.value) and length in str(error.value)
+    assert "choose mesh axes" in str(error.value)
+
+
+def test_partition_refuses_a_mesh_axis_twice():
+    assert partition("vocab", "embed") == jax.sharding.PartitionSpec(("tensor",), ("fsdp", "stream"))
+    with pytest.raises(ValueError, match="use a mesh axis twice.*tensor"):
+        partition("heads", "vocab")
+    with pytest.raises(ValueError, match="stream"):
+        partition("batch", "stream", "embed")

@@ -1,0 +1,239 @@
+"""Runs: continuing, stopping, what is written, what goes wrong."""
+
+import dataclasses
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from msllm import train as train_lib
+from msllm.checkpoint import Checkpoints, load_model
+from msllm.errors import UserError
+from msllm.train import train
+from runs import compile_once, data_dir, dictation, host, metrics, replace, write_config_file  # noqa: F401
+
+AGAIN = "run `python -m msllm.prepare` again into an empty directory"
+TIMES = ("tokens_per_second", "spoken_tokens_per_second", "step_seconds", "data_wait_share", "memory_mib")
+
+
+@pytest.fixture
+def config(data_dir):  # noqa: F811
+    return dictation(**{"data.dir": data_dir, "mesh.data": 2, "mesh.fsdp": 4})
+
+
+@pytest.fixture
+def uninterrupted(config, tmp_path_factory):
+    """The workdir of a finished run; the same for all tests of a session."""
+    workdir = tmp_path_factory.getbasetemp() / "uninterrupted"
+    if not workdir.exists():
+        train(config, workdir)
+    return workdir
+
+
+def reproducible(workdir):
+    """What metrics.jsonl says apart from times, which no run repeats."""
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics(workdir)]
+
+
+def stop_after(monkeypatch, step):
+    """Ctrl-C while the step after `step` is being dispatched."""
+    dispatched = train_lib._Meter.dispatched
+
+    def interrupting(self, done, values):
+        if done == step:
+            signal.raise_signal(signal.SIGINT)
+        dispatched(self, done, values)
+
+    monkeypatch.setattr(train_lib._Meter, "dispatched", interrupting)
+
+
+def same_parameters(workdir, other):
+    jax.tree.map(np.testing.assert_array_equal, *(host(load_model(path).parameters) for path in (workdir, other)))
+
+
+def test_a_run_writes_what_it_measured(uninterrupted):
+    lines = metrics(uninterrupted)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    assert [line["step"] for line in lines if "eval/loss" in line] == [4, 8]
+    names = {"loss", "nll/thought", "nll/output", "nll_spoken/thought", "nll_spoken/output", *TIMES}
+    names |= {"gradient_norm", "parameter_norm", "update_norm", "learning_rate", "skipped_updates", "step"}
+    assert set(steps[-1]) == names
+    evaluated = {f"eval/{kind}/{s}" for kind in ("nll", "nll_spoken") for s in ("user", "thought", "output")}
+    assert set(lines[-1]) == evaluated | {"eval/loss", "step"}
+    assert steps[-1]["loss"] < steps[0]["loss"] and lines[-1]["eval/loss"] < steps[0]["loss"]
+    assert steps[-1]["tokens_per_second"] > steps[-1]["spoken_tokens_per_second"] > 0
+
+
+def test_tensorboard_holds_the_same_numbers(uninterrupted):
+    (file,) = (uninterrupted / "tensorboard").iterdir()
+    found = scalars(file.read_bytes())
+    for line in metrics(uninterrupted):
+        for name, value in line.items():
+            if name != "step":
+                assert found[name, line["step"]] == pytest.approx(value, rel=1e-6)
+
+
+def scalars(content):
+    """{(name, step): value} of an event file."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    result = {}
+    while content:  # records: length, its checksum, event, its checksum
+        size = int.from_bytes(content[:8], "little")
+        event, content = Event.FromString(content[12 : 12 + size]), content[16 + size :]
+        result.update({(value.tag, event.step): value.simple_value for value in event.summary.value})
+    return result
+
+
+def test_a_stopped_run_continues_bit_for_bit(config, uninterrupted, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        stopped = train(config, tmp_path)
+    assert int(stopped.step) == 3
+    assert "stopped at step 3, saved; the same command continues here" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finished = train(config, tmp_path)
+    assert int(finished.step) == 8
+    assert reproducible(tmp_path) == reproducible(uninterrupted)
+    same_parameters(tmp_path, uninterrupted)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    jax.tree.map(np.testing.assert_array_equal, host(train(config, tmp_path)), host(finished))  # nothing to do
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_continues_on_another_mesh(config, uninterrupted, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        train(config, tmp_path)
+    train(replace(config, "mesh", data=8, fsdp=1), tmp_path)
+    lines = zip(reproducible(tmp_path), reproducible(uninterrupted), strict=True)
+    for line, expected in lines:
+        assert line.keys() == expected.keys()
+        np.testing.assert_allclose(list(line.values()), list(expected.values()), rtol=2e-5)
+
+
+def test_a_signal_during_evaluation_loses_nothing(config, tmp_path, monkeypatch, capsys):
+    evaluate = train_lib._Evaluation.__call__
+
+    def interrupting(self, parameters):
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(self, parameters)
+
+    monkeypatch.setattr(train_lib._Evaluation, "__call__", interrupting)
+    state = train(replace(config, "checkpoint", every=0), tmp_path)
+    assert int(state.step) == load_model(tmp_path).step == 5
+    assert "stopped at step 5, saved" in capsys.readouterr().out
+
+
+def test_a_run_whose_gradients_are_not_finite_names_them_and_stops(config, tmp_path, monkeypatch, capsys):
+    def poisoned(self, program, tokenizer):
+        state = program.init()
+        final_norm = state.parameters["final_norm"] * 1e25
+        return state._replace(parameters=state.parameters | {"final_norm": final_norm})
+
+    monkeypatch.setattr(Checkpoints, "restore", poisoned)
+    rule = r"3 updates in a row were skipped because the gradients of .* not finite \(config.optim.max_skipped is 3\).*lower"
+    with pytest.raises(UserError, match=rule):
+        train(replace(replace(config, "optim", max_skipped=3), "checkpoint", every=0), tmp_path)
+    said = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+    first = r"step 1: the gradients of blocks/\S+, .* and others not finite; update skipped \(1 in a row, 1 in all\)"
+    assert re.fullmatch(first, said[0])
+    assert said[2].startswith("step 3:") and len(said) == 3
+    assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+def command(workdir, config, *options):
+    """`python -m msllm.train` with a config file."""
+    file = write_config_file(workdir.parent / f"{workdir.name}.py", config)
+    return [sys.executable, "-m", "msllm.train", f"--config={file}", f"--workdir={workdir}", *options]
+
+
+def test_ctrl_c_saves_and_the_same_command_continues(config, uninterrupted, tmp_path):
+    line = command(tmp_path / "run", config)
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for said in process.stdout:
+            if said.startswith("step 4/8"):  # then it evaluates, which takes a while
+                process.send_signal(signal.SIGINT)
+                break
+        rest, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "stopped at step 5, saved; the same command continues here" in rest and "step 6/8" not in rest
+    assert metrics(tmp_path / "run")[-1]["step"] == 5
+
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "continuing at step 5" in done.stderr and "step 8/8" in done.stdout and "step 5/8" not in done.stdout
+    for text in done.stdout.splitlines():  # plain lines: this is no terminal
+        progress = r"step \d/8  loss \d+\.\d{4}  [\d,]+ tokens/s  ETA 0:0\d"
+        evaluation = r"step 8  evaluation: loss \d+\.\d{4}  nll/user .*  nll_spoken/output \d+\.\d{4}"
+        assert re.fullmatch(f"{progress}|{evaluation}", text), text
+    assert reproducible(tmp_path / "run") == reproducible(uninterrupted)
+    same_parameters(tmp_path / "run", uninterrupted)
+
+
+def test_commands_that_cannot_run_say_so_in_one_line(config, data_dir, tmp_path):  # noqa: F811
+    copy = tmp_path / "data"
+    shutil.copytree(data_dir, copy)
+    shard = next(copy.glob("train-00002*"))
+    shard.unlink()
+    line = command(tmp_path / "run", config, f"--config.data.dir={copy}")
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"error: {shard} is missing (manifest.json lists it): restore it, or {AGAIN}\n"
+
+    done = subprocess.run([*line, "--config.optim.lrr=1"], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert 'Did you mean "lr" instead of "lrr"?' in done.stderr
+
+
+def changed_data(data_dir, tmp_path, change):
+    """A copy of the data, changed."""
+    copy = tmp_path / "data"
+    shutil.copytree(data_dir, copy)
+    change(copy)
+    return str(copy)
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda data: flip_a_byte(next(data.glob("train-00001*"))), r"train-00001.* is corrupt \(sha256 differs"),
+        (lambda data: flip_a_byte(next(data.glob("eval-00000*"))), r"eval-00000.* is corrupt \(sha256 differs"),
+        (lambda data: flip_a_byte(next(data.glob("*.model"))), r"is not the tokenizer of this data \(sha256 differs\)"),
+        (lambda data: (data / "manifest.json").write_text("{"), r"manifest.json is damaged"),
+        (shutil.rmtree, r"does not exist \(no manifest.json\)"),
+    ],
+    ids=["shard", "evaluation shard", "tokenizer", "manifest", "no data"],
+)
+def test_damaged_data_stops_the_run_before_it_starts(config, data_dir, tmp_path, change, message):  # noqa: F811
+    data = changed_data(data_dir, tmp_path, change)
+    with pytest.raises(UserError, match=message):
+        train(replace(config, "data", dir=data), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "section, changes, message",
+    [
+        ("mesh", {"data": 4, "fsdp": 1, "stream": 2}, "does not divide the number of streams: 3 over stream=2"),
+        ("mesh", {"data": 16}, "does not fit 8 devices"),
+        ("data", {"rows": 48}, r"config.data.rows is 48, but .* was prepared with 32"),
+        ("streams", {"names": ("user", "thought", "answer")}, r"config.streams.names is .*'answer'.*prepared with"),
+        ("model", {"vocab_size": 20}, r"config.model.vocab_size is 20: the data's tokenizer has \d+ pieces; set it to 0"),
+    ],
+    ids=["streams", "devices", "rows", "names", "vocabulary"],
+)
+def test_a_config_that_does_not_fit_stops_the_run_before_it_starts(config, tmp_path, section, changes, message):
+    with pytest.raises(UserError, match=message):
+        train(replace(config, section, **changes), tmp_path)
