@@ -15,9 +15,9 @@ from msllm.config import default_config
 def get_config():
     """All settings of the run."""
     config = default_config()
-    config.steps = 400
+    config.steps = 350
     config.log_every = 20
-    config.eval_every = 200
+    config.eval_every = 175
 
     config.streams.names = ("user", "thought", "output")
     config.streams.kinds = ("input", "thought", "output")
@@ -41,5 +41,5 @@ def get_config():
 
     config.optim.lr = 3e-3
     config.optim.warmup_steps = 50
-    config.checkpoint.every = 200
+    config.checkpoint.every = 175
     return config

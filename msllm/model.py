@@ -87,6 +87,9 @@ class MultiStreamLM(nnx.Module):
         k_cells = Cells(*map(append, cache.cells, cells))
         lag, streams = jnp.asarray(self.streams.lag_array), jnp.arange(self.streams.size)
 
+        # The scores of one row are few: no blocks.
+        kernel = BACKENDS[config.attention if tokens.shape[1] > 1 else "reference"]
+
         def cached_layer(carry, layer):
             x, k_all, v_all = carry
             weights, index = layer
@@ -96,7 +99,7 @@ class MultiStreamLM(nnx.Module):
                 at = (index, 0, start, 0, 0, 0)
                 k_all = jax.lax.dynamic_update_slice(k_all, k.astype(k_all.dtype)[None], at)
                 v_all = jax.lax.dynamic_update_slice(v_all, v.astype(v_all.dtype)[None], at)
-                return BACKENDS[config.attention](q, k_all[index], v_all[index], cells, k_cells, lag, streams)
+                return kernel(q, k_all[index], v_all[index], cells, k_cells, lag, streams)
 
             x = nnx.merge(graph, weights)(x, angles, attend)
             return (x, k_all, v_all), None

@@ -20,6 +20,7 @@ from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
 
 BLOCK_CHARACTERS = 1 << 16  # of plain text encoded at a time
+CLOSING_ROWS = 6  # silent rows after an example, at most
 _CALCULATOR = re.compile(r"<<[^>]*>>")
 
 
@@ -49,8 +50,10 @@ class Layout(NamedTuple):
         """Words in a stream, one a row."""
         return Placement(stream, start, [self.one_token(word, self.spec.names[stream]) for word in words])
 
-    def table(self, placements: Sequence[Placement], key: str, closing_rows: int = 1) -> Table:
-        """The table of placements. A closing silent row teaches the model where to stop."""
+    def table(self, placements: Sequence[Placement], key: str, closed: bool = True) -> Table:
+        """The table of placements. `closed`: silent rows follow, so that the model learns to stop and to stay silent;
+        their number varies (drawn by the example's hash), or it would learn to start again after so many."""
+        closing_rows = 1 + int(example_hash(key), 16) % CLOSING_ROWS if closed else 0
         rows = max((p.end for p in placements), default=0) + closing_rows
         return make_table(placements, rows, self.spec.size, self.tokenizer.silence_id, example_hash(key))
 
@@ -99,7 +102,7 @@ def tables(layout: Layout, path: str) -> Iterator[Table]:
                 placements.append(Placement(stream, 0, [cell or 0 for cell in cells]))
             else:
                 raise UserError(f"{where}: stream {name!r} is {content!r}: must be a list of cells or a text")
-        table = layout.table(placements, json.dumps(streams, sort_keys=True), closing_rows=0)
+        table = layout.table(placements, json.dumps(streams, sort_keys=True), closed=False)
         lengths = {layout.spec.names[p.stream]: p.end for p in placements}
         if lists and any(isinstance(streams[name], list) and n < len(table.tokens) for name, n in lengths.items()):
             raise UserError(f'{where}: lengths in rows are {lengths}: lists must be equally long; pad with "" or null')
@@ -169,7 +172,7 @@ def text(layout: Layout, path: str) -> Iterator[Table]:
 
 
 def _piece(layout: Layout, tokens: Sequence[int]) -> Table:
-    return layout.table([Placement(0, 0, tokens)], json.dumps(tokens), closing_rows=0)
+    return layout.table([Placement(0, 0, tokens)], json.dumps(tokens), closed=False)
 
 
 def _blocks(file: str) -> Iterator[str]:
