@@ -1,0 +1,248 @@
+"""Checkpoints: damage, other runs, which ones stay, and that one needs nothing beside itself."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from msllm import tokenizer as tokenizer_lib
+from msllm.checkpoint import Checkpoints, load_model
+from msllm.config import CheckpointConfig, TokenizerConfig
+from msllm.errors import UserError
+from runs import compile_once, four_streams, host, make_program, replace  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = " ".join(f"word{i}" for i in range(20))
+    return tokenizer_lib.train([words] * 3, TokenizerConfig(model_type="word", vocab_size=32))
+
+
+@pytest.fixture(scope="module")
+def program(tokenizer):
+    return make_program(four_streams(**{"model.vocab_size": tokenizer.vocab_size}), 8, data=2, fsdp=4)
+
+
+@pytest.fixture(scope="module")
+def state(program):
+    """An initial state with random moments: zeros would say little about what was read."""
+    rng = np.random.default_rng(0)
+    noise = lambda x: np.where(x.ndim > 0, rng.normal(size=x.shape), x).astype(x.dtype)
+    state = program.init()
+    return jax.device_put(state._replace(opt_state=jax.tree.map(noise, state.opt_state)), program.state_shardings)
+
+
+def at_step(program, state, step):
+    """The state with another step, and parameters that tell the steps apart."""
+    numbered = jax.tree.map(lambda x: x + np.float32(step), state.parameters)
+    state = state._replace(step=np.int32(step), parameters=numbered)
+    return jax.device_put(state, program.state_shardings)
+
+
+@pytest.fixture(scope="module")
+def three(program, state, tokenizer, tmp_path_factory):
+    """A workdir with the checkpoints of steps 10, 20 and 30. Read only."""
+    workdir = tmp_path_factory.mktemp("three")
+    save(workdir, program, state, tokenizer, (10, 20, 30))
+    return workdir
+
+
+@pytest.fixture
+def workdir(three, tmp_path):
+    """A copy of `three` to damage."""
+    return shutil.copytree(three, tmp_path / "run")
+
+
+def save(workdir, program, state, tokenizer, steps, config=CheckpointConfig()):
+    checkpoints = Checkpoints(workdir, config)
+    for step in steps:
+        checkpoints.save(at_step(program, state, step), program.config, tokenizer)
+    checkpoints.close()
+
+
+def restore(workdir, program, tokenizer):
+    checkpoints = Checkpoints(workdir, CheckpointConfig())
+    try:
+        return checkpoints.restore(program, tokenizer)
+    finally:
+        checkpoints.close()
+
+
+def check_restored(restored, program, state, step):
+    expected = at_step(program, state, step)
+    jax.tree.map(np.testing.assert_array_equal, host(restored), host(expected))
+    assert jax.tree.map(lambda x: x.sharding, restored) == program.state_shardings
+
+
+def damage_arrays(item, change):
+    """Changes the files that hold the arrays: large ones lie in a folder of each process, small ones together."""
+    for folder in item.rglob("d"):
+        change(max(folder.iterdir(), key=lambda path: path.stat().st_size))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def change_description(step):
+    file = next((step / "description").glob("metadata"))
+    description = json.loads(file.read_text())
+    description["config"]["seed"] = 7
+    file.write_text(json.dumps(description))
+
+
+DAMAGES = {
+    "cut file": lambda step: damage_arrays(step / "parameters", cut),
+    "flipped bit": lambda step: damage_arrays(step / "parameters", flip_a_bit),
+    "cut moments": lambda step: damage_arrays(step / "rest", cut),
+    "flipped bit in the moments": lambda step: damage_arrays(step / "rest", flip_a_bit),
+    "missing file": lambda step: damage_arrays(step / "parameters", os.unlink),
+    "missing item": lambda step: shutil.rmtree(step / "rest"),
+    "changed description": change_description,
+    "empty description": lambda step: next((step / "description").glob("metadata")).write_text(""),
+    "missing description": lambda step: shutil.rmtree(step / "description"),
+}
+
+
+def test_restores_the_newest_on_any_mesh(three, program, state, tokenizer):
+    check_restored(restore(three, program, tokenizer), program, state, 30)
+    other = make_program(program.config, 4, fsdp=2, stream=2)
+    check_restored(restore(three, other, tokenizer), other, state, 30)
+
+
+def test_there_is_nothing_to_restore_in_a_new_workdir(tmp_path, program, tokenizer):
+    assert restore(tmp_path, program, tokenizer) is None
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_used(workdir, program, state, tokenizer, damage, caplog):
+    folder = workdir / "checkpoints"
+    DAMAGES[damage](folder / "30")
+    with caplog.at_level(logging.WARNING, "msllm"):
+        check_restored(restore(workdir, program, tokenizer), program, state, 20)
+    assert "checkpoint of step 30 is damaged and not used: " in caplog.text
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"10", "20", "damaged"}
+    assert [path.name for path in (folder / "damaged").iterdir()] == ["30"]
+    save(workdir, program, state, tokenizer, (30,))  # the run goes on and comes to this step again
+    check_restored(restore(workdir, program, tokenizer), program, state, 30)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_load_model_uses_the_newest_good_parameters(workdir, state, damage, caplog):
+    DAMAGES[damage](workdir / "checkpoints" / "30")
+    loaded = load_model(workdir)
+    unread = damage in ("cut moments", "flipped bit in the moments", "missing item")  # it reads no moments
+    assert loaded.step == (30 if unread else 20)
+    expected = jax.tree.map(lambda x: x + np.float32(loaded.step), host(state.parameters))
+    jax.tree.map(np.testing.assert_array_equal, host(loaded.parameters), expected)
+    assert ("damaged and not used" in caplog.text) != unread
+
+
+def test_a_run_never_starts_over_silently(workdir, program, tokenizer):
+    for step in ("10", "20", "30"):
+        damage_arrays(workdir / "checkpoints" / step / "parameters", flip_a_bit)
+    with pytest.raises(UserError, match=r"none of the checkpoints in .* \(step 30: .*; step 20: .*; step 10: .*\).*--workdir"):
+        restore(workdir, program, tokenizer)
+    assert {path.name for path in (workdir / "checkpoints").iterdir() if path.is_dir()} == {"10", "20", "30"}
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read \(30: .*restore one from a copy"):
+        load_model(workdir)
+
+
+def test_an_interrupted_write_is_not_used(workdir, program, state, tokenizer, caplog):
+    leftover = workdir / "checkpoints" / "40.orbax-checkpoint-tmp-12"
+    shutil.copytree(workdir / "checkpoints" / "30", leftover)
+    with caplog.at_level(logging.WARNING, "msllm"):
+        check_restored(restore(workdir, program, tokenizer), program, state, 30)
+    assert f"incomplete checkpoint {leftover.name}" in caplog.text
+    assert load_model(workdir).step == 30
+
+
+@pytest.mark.parametrize(
+    "section, changes, message",
+    [
+        ("model", {"d_model": 24}, "model.d_model is 16 there and 24 here"),
+        ("model", {"tie_embeddings": False}, "model.tie_embeddings is True there and False here"),
+        ("streams", {"names": ("user", "tool", "thought", "voice")}, "streams.names is .*'output'.* there and .*'voice'"),
+        ("streams", {"visibility": "isolated"}, "streams.visibility is 'block_causal' there and 'isolated' here"),
+        ("streams", {"skip_silence": True}, "streams.skip_silence is False there and True here"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(three, program, tokenizer, section, changes, message):
+    other = make_program(replace(program.config, section, **changes))
+    with pytest.raises(UserError, match=message):
+        restore(three, other, tokenizer)
+
+
+def test_how_attention_is_computed_may_change(three, program, state, tokenizer):
+    other = make_program(replace(program.config, "model", attention="reference", remat="full"))
+    check_restored(restore(three, other, tokenizer), other, state, 30)
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(three, program, tokenizer):
+    words = " ".join(f"other{i}" for i in range(20))
+    other = tokenizer_lib.train([words] * 3, TokenizerConfig(model_type="word", vocab_size=32))
+    assert other.vocab_size == tokenizer.vocab_size
+    with pytest.raises(UserError, match=f"another tokenizer .{tokenizer.hash[:12]}, the data has {other.hash[:12]}"):
+        restore(three, program, other)
+
+
+def test_a_changed_rate_is_reported(three, program, state, tokenizer, caplog):
+    other = make_program(replace(program.config, "optim", lr=0.5))
+    with caplog.at_level(logging.WARNING, "msllm"):
+        check_restored(restore(three, other, tokenizer), other, state, 30)
+    assert "config.optim.lr was 0.001 when the checkpoint was written and is 0.5 now" in caplog.text
+
+
+def test_which_checkpoints_stay(tmp_path, program, state, tokenizer):
+    save(tmp_path, program, state, tokenizer, range(1, 8), CheckpointConfig(keep_last=2, keep_every=3))
+    kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {"3", "6", "7"}
+
+
+def test_saving_a_step_again_changes_nothing(workdir, program, state, tokenizer):
+    checkpoints = Checkpoints(workdir, CheckpointConfig())
+    checkpoints.save(at_step(program, state, 30)._replace(skipped=np.int32(5)), program.config, tokenizer)
+    checkpoints.close()
+    assert int(restore(workdir, program, tokenizer).skipped) == 0
+
+
+def test_a_checkpoint_needs_nothing_beside_itself(workdir, program, state, tokenizer, tmp_path):
+    moved = tmp_path / "elsewhere"
+    (workdir / "checkpoints" / "20").rename(moved)
+    shutil.rmtree(workdir)
+    loaded = load_model(moved)
+    assert (loaded.step, loaded.config, loaded.streams) == (20, program.config, program.streams)
+    assert loaded.tokenizer.to_bytes() == tokenizer.to_bytes() and loaded.tokenizer.silence_id == tokenizer.silence_id
+    expected = jax.tree.map(lambda x: x + np.float32(20), host(state.parameters))
+    jax.tree.map(np.testing.assert_array_equal, host(loaded.parameters), expected)
+
+    line = [sys.executable, "-m", "msllm.generate", f"--checkpoint={moved}", "--input=user=word1 word2", "--rows=4"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "user: word1 word2" in done.stdout
+
+
+def test_no_checkpoint_is_an_error(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="there is no checkpoint in .*: give a workdir"):
+            load_model(path)
+
+
+def test_a_newer_format_is_refused(workdir, program, tokenizer, monkeypatch):
+    from msllm import checkpoint
+
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    with pytest.raises(UserError, match="has format 1: this version of msllm reads 2"):
+        restore(workdir, program, tokenizer)

@@ -1,0 +1,179 @@
+"""Settings: from people's ConfigDict to the frozen Config and back, and what wrong ones are told."""
+
+import copy
+import json
+import pathlib
+import runpy
+
+import ml_collections
+import numpy as np
+import pytest
+from hypothesis import given, strategies
+
+from msllm.config import Config, StreamsConfig, default_config, from_config_dict, to_config_dict, to_json
+from msllm.errors import UserError
+from msllm.streams import NEVER, StreamSpec
+
+CONFIGS = sorted((pathlib.Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
+
+
+def settings(**dotted):
+    result = default_config()
+    result.update_from_flattened_dict(dotted)
+    return result
+
+
+def test_round_trips():
+    changed = {
+        "steps": 7,
+        "optim.lr": 0.5,
+        "optim.no_decay": ("norm",),
+        "streams.lags": (("output", "user", "never"), ("thought", "output", "2")),
+        "data.options": {"examples": 5, "name": "x"},
+        "model.rope_scaling.kind": "llama3",
+    }
+    config = from_config_dict(settings(**changed))
+    assert config != Config()
+    assert (config.steps, config.optim.lr, config.model.rope_scaling.kind) == (7, 0.5, "llama3")
+    assert from_config_dict(to_config_dict(config)) == config
+    assert from_config_dict(json.loads(to_json(config))) == config
+    assert from_config_dict(default_config()) == Config() == from_config_dict({})
+    with pytest.raises(AttributeError):
+        config.steps = 8
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_file_is_valid(path):
+    settings = runpy.run_path(str(path))["get_config"]()
+    assert isinstance(settings, ml_collections.ConfigDict) and settings.is_locked
+    config = from_config_dict(settings)
+    assert config.data.dir and StreamSpec.from_config(config.streams).size == len(config.streams.names)
+
+
+def test_a_misspelt_key_raises():
+    with pytest.raises(AttributeError, match='Did you mean "lr"'):
+        default_config().optim.lrr = 1.0
+    with pytest.raises(UserError, match=r"unknown config key config\.optim\.lrr: did you mean config\.optim\.lr\?"):
+        from_config_dict({"optim": {"lrr": 1.0}})
+    with pytest.raises(UserError, match=r"unknown config key config\.zzz: known: steps, seed"):
+        from_config_dict({"zzz": 1})
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"steps": "7"}, "config.steps is '7': expected int, got str"),
+        ({"steps": 7.0}, "config.steps is 7.0: expected int, got float"),
+        ({"steps": True}, "config.steps is True: expected int, got bool"),
+        ({"optim": {"lr": "1e-3"}}, "config.optim.lr is '1e-3': expected float, got str"),
+        ({"model": {"qk_norm": 1}}, "config.model.qk_norm is 1: expected bool, got int"),
+        ({"model": 3}, "config.model is 3: it is a section, set its keys instead"),
+        ({"streams": {"names": "user"}}, "config.streams.names is 'user': expected a tuple"),
+        ({"streams": {"delays": (1, "2")}}, "config.streams.delays[1] is '2': expected int, got str"),
+        ({"streams": {"lags": (("a", "b"),)}}, "config.streams.lags[0] is ('a', 'b'): expected 3 items"),
+    ],
+)
+def test_a_wrong_type_is_named(values, message):
+    with pytest.raises(UserError) as error:
+        from_config_dict(values)
+    assert str(error.value) == message
+
+
+def test_an_integer_is_taken_for_a_float():
+    config = from_config_dict({"optim": {"lr": 1}, "streams": {"loss_weights": [0, 1, 2]}})
+    assert type(config.optim.lr) is float and config.streams.loss_weights == (0.0, 1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    "key, value, rule",
+    [
+        ("model.compute_dtype", "float16", "must be one of float32, bfloat16"),
+        ("model.attention", "flash", "must be one of chunked, reference"),
+        ("model.remat", "some", "must be one of none, dots, full"),
+        ("model.rope_scaling.kind", "yarn", "must be one of none, linear, llama3"),
+        ("optim.schedule", "step", "must be one of cosine, wsd, constant"),
+        ("data.tokenizer.model_type", "wordpiece", "must be one of unigram, bpe, word, char"),
+        ("data.split", "random", "must be one of hash, tail"),
+        *((f"model.{name}", 0, "must be positive") for name in ("d_model", "num_layers", "num_heads", "num_kv_heads")),
+        *((f"model.{name}", -2, "must be positive") for name in ("head_dim", "d_ff")),
+        ("model.vocab_size", -1, "must be positive, or 0 for the tokenizer's size"),
+        ("model.num_kv_heads", 3, "must divide model.num_heads=4"),
+        ("model.head_dim", 7, "must be even"),
+        ("steps", 0, "must be positive"),
+        ("log_every", 0, "must be positive"),
+        ("data.rows", 1, "must be at least 2"),
+        ("data.batch_size", 0, "must be positive"),
+        ("data.shards", 0, "must be positive"),
+        ("data.eval_percent", 100.0, "must be in [0, 100)"),
+        ("optim.lr", 0.0, "must be positive"),
+        ("optim.accumulate", 0, "must be positive"),
+        ("optim.accumulate", 3, "must divide data.batch_size=8"),
+        ("optim.decay_fraction", 0.0, "must be in (0, 1]"),
+        ("loss.label_smoothing", 1.0, "must be in [0, 1)"),
+        ("loss.chunk_tokens", 0, "must be positive"),
+        ("checkpoint.keep_last", 0, "must be positive"),
+    ],
+)
+def test_a_rule_names_key_value_and_what_is_right(key, value, rule):
+    with pytest.raises(UserError) as error:
+        from_config_dict(settings(**{key: value}))
+    assert str(error.value).startswith(f"config.{key} is {value!r}: {rule}")
+
+
+@pytest.mark.parametrize("axes, rule", [({"data": 0}, "must be positive, or -1"), ({"fsdp": -1}, "only one axis may be -1")])
+def test_mesh_rules(axes, rule):
+    with pytest.raises(UserError, match=rule):
+        from_config_dict({"mesh": axes})
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"names": ()}, "needs at least one name, each of them once"),
+        ({"names": ("user", "user", "output")}, "needs at least one name, each of them once"),
+        ({"kinds": ("input", "output")}, "config.streams.kinds has 2 items: names has 3"),
+        ({"kinds": ()}, "config.streams.kinds has 0 items: names has 3"),
+        ({"kinds": ("input", "hidden", "output")}, "holds 'hidden': must be one of input, output, thought"),
+        ({"loss_weights": (1.0,)}, "config.streams.loss_weights has 1 items: names has 3, give one per stream"),
+        ({"loss_weights": (0.0, 0.0, 0.0)}, "must be >= 0, and one of them positive"),
+        ({"loss_weights": (1.0, -1.0, 0.0)}, "must be >= 0, and one of them positive"),
+        ({"kinds": ("input",) * 3}, "one of them positive"),
+        ({"delays": (0, 1)}, "config.streams.delays has 2 items"),
+        ({"delays": (0, -1, 0)}, "config.streams.delays is (0, -1, 0): must be >= 0 rows"),
+        ({"visibility": "all"}, "visibility is 'all': must be one of block_causal, same_row, isolated"),
+        ({"lags": (("output", "tool", "1"),)}, "names 'tool': the streams are user, thought, output"),
+        ({"lags": (("output", "user", "-1"),)}, "lag '-1': must be a number of rows >= 0, or 'never'"),
+        ({"lags": (("output", "user", "soon"),)}, "lag 'soon': must be a number of rows >= 0, or 'never'"),
+    ],
+)
+def test_stream_rules(fields, message):
+    with pytest.raises(UserError) as error:
+        StreamSpec.from_config(StreamsConfig(**fields))
+    assert message in str(error.value)
+
+
+NAMES = ("user", "thought", "output")
+EDGES = strategies.dictionaries(
+    strategies.tuples(strategies.sampled_from(NAMES), strategies.sampled_from(NAMES)),
+    strategies.one_of(strategies.just("never"), strategies.integers(0, 9).map(str)),
+)
+
+
+@given(EDGES, strategies.sampled_from(["block_causal", "same_row", "isolated"]))
+def test_edges_change_their_lags_and_no_other(edges, preset):
+    config = StreamsConfig(visibility=preset, lags=tuple((reader, source, lag) for (reader, source), lag in edges.items()))
+    lag = StreamSpec.from_config(config).lag_array
+    plain = StreamSpec.from_config(StreamsConfig(visibility=preset)).lag_array
+    for reader in range(3):
+        for source in range(3):
+            edge = edges.get((NAMES[reader], NAMES[source]))
+            expected = plain[reader, source] if edge is None else NEVER if edge == "never" else int(edge)
+            assert lag[reader, source] == expected
+    assert np.all(plain[~np.eye(3, dtype=bool)] == {"block_causal": 1, "same_row": 0, "isolated": NEVER}[preset])
+
+
+def test_default_config_is_a_fresh_copy():
+    first = default_config()
+    first.optim.lr = 0.5
+    assert default_config().optim.lr == Config().optim.lr
+    assert copy.deepcopy(first).optim.lr == 0.5
