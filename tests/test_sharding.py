@@ -66,7 +66,8 @@ def mesh_name(value):
 def test_a_mesh_computes_what_one_device_computes(layout, axes):
     state, losses, metrics, parameters = one_device(layout)
     program = make_program(four_streams(**ADAM | LAYOUTS[layout]), 8, **axes)
-    sharded_losses, sharded_metrics, sharded_parameters, state = run(program, jax.device_put(state, program.state_shardings))
+    state = jax.device_put(state, program.state_shardings)
+    sharded_losses, sharded_metrics, sharded_parameters, state = run(program, state)
     np.testing.assert_allclose(sharded_losses, losses, rtol=0, atol=1e-5)
     assert losses[-1] < losses[0]
     for name, value in metrics.items():

@@ -12,7 +12,8 @@ from msllm.model import bind
 from msllm.sharding import batch_shardings
 from msllm.streams import make_cells, positions
 from msllm.train import abstract_batch
-from runs import SILENCE, compile_fast, compile_once, four_streams, host, make_program, place, random_tables  # noqa: F401
+from runs import compile_fast, compile_once  # noqa: F401
+from runs import SILENCE, four_streams, host, make_program, place, random_tables
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 WEIGHTS = (0.0, 0.0, 0.5, 2.0)
@@ -35,7 +36,8 @@ def program(**dotted):
 def dense_nll(graph, parameters, tables, seen):
     """-log p [B, T, S] of the next row's token of every cell, with all logits in memory."""
     model = bind(graph, parameters)
-    hidden = model(tables["tokens"], make_cells(tables["present"], tables["segment"], ~seen), positions(tables["segment"]))
+    cells = make_cells(tables["present"], tables["segment"], ~seen)
+    hidden = model(tables["tokens"], cells, positions(tables["segment"]))
     log_p = jax.nn.log_softmax(model.logits(hidden[:, :-1]))
     return -jnp.take_along_axis(log_p, tables["tokens"][:, 1:, :, None], axis=-1)[..., 0]
 
@@ -134,7 +136,8 @@ def test_the_head_is_not_computed_for_streams_without_weight():
         """What 512 more entries of the vocabulary cost: the head, and a little of the optimizer."""
         sizes = [{"model.vocab_size": size, "streams.loss_weights": loss_weights} for size in (512, 1024)]
         # One chunk: the analysis counts the body of a loop once.
-        small, large = (lowered(program(**size, **{"loss.chunk_tokens": 1024})).cost_analysis()["flops"] for size in sizes)
+        programs = [program(**size, **{"loss.chunk_tokens": 1024}) for size in sizes]
+        small, large = (lowered(machine).cost_analysis()["flops"] for machine in programs)
         return large - small
 
     assert 0.45 < head_flops(WEIGHTS) / head_flops((1.0, 1.0, 0.5, 2.0)) < 0.6

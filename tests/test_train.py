@@ -138,7 +138,7 @@ def test_a_run_whose_gradients_are_not_finite_names_them_and_stops(config, tmp_p
         return state._replace(parameters=state.parameters | {"final_norm": final_norm})
 
     monkeypatch.setattr(Checkpoints, "restore", poisoned)
-    rule = r"3 updates in a row were skipped because the gradients of .* not finite \(config.optim.max_skipped is 3\).*lower"
+    rule = r"3 updates in a row were skipped because the gradients of .* not finite \(config.optim.max_skipped is 3\)"
     with pytest.raises(UserError, match=rule):
         train(replace(replace(config, "optim", max_skipped=3), "checkpoint", every=0), tmp_path)
     said = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
@@ -230,7 +230,7 @@ def test_damaged_data_stops_the_run_before_it_starts(config, data_dir, tmp_path,
         ("mesh", {"data": 16}, "does not fit 8 devices"),
         ("data", {"rows": 48}, r"config.data.rows is 48, but .* was prepared with 32"),
         ("streams", {"names": ("user", "thought", "answer")}, r"config.streams.names is .*'answer'.*prepared with"),
-        ("model", {"vocab_size": 20}, r"config.model.vocab_size is 20: the data's tokenizer has \d+ pieces; set it to 0"),
+        ("model", {"vocab_size": 20}, r"vocab_size is 20: the data's tokenizer has \d+ pieces; set it to 0"),
     ],
     ids=["streams", "devices", "rows", "names", "vocabulary"],
 )

@@ -1,0 +1,106 @@
+"""The import direction, the size of the core, and what an import costs."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import msllm
+
+PACKAGE = pathlib.Path(msllm.__file__).parent
+# A module imports only modules of lines above its own, or of its own line those to its left.
+ORDER = """
+errors
+config
+streams
+compiler
+sharding
+attention.reference attention.chunked attention
+layers
+model
+loss
+optim
+tokenizer
+data data.dictation data.tables data.packing data.records data.converters data.loader
+step
+checkpoint
+metrics flops
+hf
+load
+decode
+train prepare score generate evaluate bench
+""".split()
+# Imports inside functions, by (module, imported module), with the reason.
+NESTED = {
+    ("load", "checkpoint"): "orbax is slow to import, and a Hugging Face folder needs none of it",
+    ("train", "checkpoint"): "orbax is slow to import, and not every use of this module needs it",
+    ("bench", "*"): "each case is measured in a process of its own: the first one needs none of this",
+}
+CORE = (
+    *("config", "streams", "sharding", "layers", "model", "loss", "optim", "step", "train", "checkpoint"),
+    *("attention", "data"),
+)
+
+
+def modules():
+    """{dotted name without the package: path}."""
+    names = {path: ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
+    return {name.removesuffix(".__init__"): path for path, name in names.items() if name != "__init__"}
+
+
+def imports(path):
+    """(module of this package, whether inside a function) of every import in a file."""
+    tree = ast.parse(path.read_text())
+    inside = {node for scope in ast.walk(tree) if isinstance(scope, ast.FunctionDef) for node in ast.walk(scope)}
+    known = modules()
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name.removeprefix("msllm.") in known else node.module for name in inner]
+        for name in names:
+            if name.startswith("msllm."):
+                yield name.removeprefix("msllm."), node in inside
+
+
+def test_every_module_has_its_place():
+    assert set(modules()) <= set(ORDER)
+
+
+def test_imports_go_one_way():
+    count = 0
+    for name, path in modules().items():
+        for imported, _ in imports(path):
+            assert ORDER.index(imported) < ORDER.index(name), f"{name} imports {imported}"
+            count += 1
+    assert count > 50
+
+
+def test_nested_imports_have_a_reason():
+    command_line = {"errors", "config"}  # what only a module's command needs
+    nested = {(name, imported) for name, path in modules().items() for imported, inside in imports(path) if inside}
+    whole = {name for name, imported in NESTED if imported == "*"}
+    assert whole <= {name for name, _ in nested}
+    expected = {(name, imported) for name, imported in NESTED if imported != "*"}
+    assert {pair for pair in nested if pair[1] not in command_line and pair[0] not in whole} == expected
+
+
+def test_the_core_is_small():
+    paths = [path for name, path in modules().items() if name.split(".")[0] in CORE]
+    assert len(paths) > 18
+    assert sum(len(path.read_text().splitlines()) for path in paths) < 3000
+
+
+def test_data_and_model_import_no_slow_library():
+    def loaded(names):
+        line = [sys.executable, "-c", f"import sys, {names}; print(*sys.modules)"]
+        return set(subprocess.run(line, capture_output=True, text=True, check=True).stdout.split())
+
+    core = loaded("msllm.step, msllm.data.converters, msllm.data.records")
+    assert "flax" in core and not {"orbax.checkpoint", "tensorboardX", "grain"} & core
+    # grain, which the loader needs, imports orbax where it is installed.
+    train = loaded("msllm.train")
+    assert "grain" in train and not {"tensorboardX", "msllm.checkpoint"} & train
