@@ -1,0 +1,89 @@
+"""Exact match on held-out examples, against transcripts made by hand."""
+
+import numpy as np
+import pytest
+
+from msllm import evaluate as evaluation
+from msllm.config import StreamsConfig
+from msllm.data.dictation import expected_answer
+from msllm.data.tables import Placement, make_table
+from msllm.decode import FREE, Generated
+from msllm.streams import StreamSpec
+
+SILENCE = 0
+WORDS = ["<silence>", "take", "3", "add", "1", "?", "=3", "+1", "=4", "that", "makes", "4", "."]
+
+
+class WordTokenizer:
+    silence_id = SILENCE
+
+    def encode(self, text):
+        return [WORDS.index(word) for word in text.split()]
+
+    def decode(self, tokens):
+        return " ".join(WORDS[token] for token in tokens if token != SILENCE)
+
+
+class FakeLoaded:
+    tokenizer = WordTokenizer()
+    config = type("Config", (), {"model": None})
+    parameters = None
+
+    def __init__(self, names, kinds):
+        self.streams = StreamSpec.from_config(StreamsConfig(names=names, kinds=kinds))
+
+
+def placed(stream, start, text):
+    return Placement(stream, start, WordTokenizer().encode(text))
+
+
+def say(monkeypatch, tokens):
+    """Lets the model 'generate' these tokens, whatever it is asked; returns what it was forced to say."""
+    asked = {}
+
+    def generate(model, rows, *, forced, batch):
+        asked["forced"] = forced
+        shown = np.full((batch, rows, tokens.shape[1]), SILENCE)
+        shown[:, : len(tokens)] = tokens
+        return Generated(shown, shown, shown >= 0, [])
+
+    monkeypatch.setattr(evaluation, "generate", generate)
+    monkeypatch.setattr(evaluation, "from_parameters", lambda *args: None)
+    return asked
+
+
+STREAMS = (("user", "thought", "output"), ("input", "thought", "output"))
+EXAMPLE = make_table(
+    [placed(0, 0, "take 3 add 1 ?"), placed(1, 3, "=3"), placed(1, 5, "+1 =4"), placed(2, 6, "that makes 4 .")], 12, 3, SILENCE
+)
+
+
+def test_streams_are_right_whatever_the_thoughts_and_the_timing(monkeypatch):
+    loaded = FakeLoaded(*STREAMS)
+    case = evaluation._streams_case(EXAMPLE, loaded)
+    later = make_table([placed(0, 0, "take 3 add 1 ?"), placed(2, 9, "that makes 4 .")], 14, 3, SILENCE).tokens
+    asked = say(monkeypatch, later)
+    assert evaluation._answer([case], loaded, rows=20, batch=2) == [(True, 9 - 4, 12 - 4)]
+    forced = asked["forced"][0]
+    assert forced[:5, 0].tolist() == WordTokenizer().encode("take 3 add 1 ?") and (forced[5:, 0] == SILENCE).all()
+    assert (forced[1:, 1:] == FREE).all()  # the model chooses all else
+    assert case.one_stream_rows == 3 + 1  # three words of thought, then the answer
+
+
+@pytest.mark.parametrize("answer", ["that makes 3 .", "that makes 4", "that makes 4 . .", ""])
+def test_a_wrong_short_or_long_answer_is_wrong(monkeypatch, answer):
+    loaded = FakeLoaded(*STREAMS)
+    say(monkeypatch, make_table([placed(2, 6, answer)], 12, 3, SILENCE).tokens)
+    assert not evaluation._answer([evaluation._streams_case(EXAMPLE, loaded)], loaded, rows=20, batch=2)[0][0]
+
+
+def test_one_stream_is_prompted_with_the_question_and_judged_by_its_last_words(monkeypatch):
+    loaded = FakeLoaded(("text",), ("output",))
+    question, thoughts, answer = "take 3 add 1 ?", "=3 +1 =4", " ".join(expected_answer("take 3 add 1 ?".split()))
+    table = make_table([placed(0, 0, f"{question} {thoughts} {answer}")], 14, 1, SILENCE)
+    case = evaluation._single_case(table, loaded)
+    asked = say(monkeypatch, table.tokens)
+    assert evaluation._answer([case], loaded, rows=20, batch=2) == [(True, 4, 7)] and case.one_stream_rows == 4
+    assert (asked["forced"][0, :5, 0] != FREE).all() and (asked["forced"][0, 5:, 0] == FREE).all()
+    say(monkeypatch, make_table([placed(0, 0, f"{question} {thoughts} that makes 3 .")], 14, 1, SILENCE).tokens)
+    assert not evaluation._answer([case], loaded, rows=20, batch=2)[0][0]
