@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -30,4 +31,14 @@ def run(main: Callable[[Sequence[str]], int | None], positional: int = 0) -> Non
             print(f"error: {error}", file=sys.stderr)
             return 2
 
-    app.run(guarded)
+    def parse(argv: Sequence[str]) -> Sequence[str]:
+        try:
+            return app.parse_flags_with_usage(argv)
+        except (AttributeError, ImportError, OSError, TypeError, UserError, ValueError) as error:
+            # A config file that does not load, or --config.KEY=VALUE with a key that does not exist.
+            close = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', str(error))
+            what = f"unknown key {close[2]}: did you mean {close[1]}?" if close else f"{error}: no such setting or file"
+            print(f"error: --config: {what} (msllm/config.py lists all settings)", file=sys.stderr)
+            sys.exit(2)
+
+    app.run(guarded, flags_parser=parse)

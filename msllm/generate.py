@@ -59,7 +59,8 @@ def cell_text(model: LoadedModel, row: Row, stream: int) -> rich.text.Text:
     token = int(row.tokens[0, stream])
     if token == model.tokenizer.silence_id:
         return rich.text.Text(SILENT, style="dim")
-    piece = model.tokenizer.piece(token).replace("\n", "\\n")
+    piece = model.tokenizer.piece(token).replace("\u2581", " ").strip(" ") or "\u2423"  # sentencepiece's mark of a space
+    piece = piece.replace("\n", "\\n")
     return rich.text.Text(piece, style="cyan" if model.streams.kinds[stream] == "input" else "")
 
 
