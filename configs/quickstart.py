@@ -15,9 +15,9 @@ from msllm.config import default_config
 def get_config():
     """All settings of the run."""
     config = default_config()
-    config.steps = 350
+    config.steps = 700
     config.log_every = 20
-    config.eval_every = 175
+    config.eval_every = 350
 
     config.streams.names = ("user", "thought", "output")
     config.streams.kinds = ("input", "thought", "output")
@@ -28,7 +28,7 @@ def get_config():
     config.data.tokenizer.model_type = "word"
     config.data.tokenizer.vocab_size = 256
     config.data.rows = 96
-    config.data.batch_size = 16
+    config.data.batch_size = 8
     config.data.eval_percent = 2.5
 
     config.model.d_model = 128
@@ -41,5 +41,5 @@ def get_config():
 
     config.optim.lr = 3e-3
     config.optim.warmup_steps = 50
-    config.checkpoint.every = 175
+    config.checkpoint.every = 350
     return config

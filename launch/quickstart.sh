@@ -33,7 +33,7 @@ for argument in "$@"; do
   esac
 done
 
-question="please take 4 then add 3 no wait add 5 and double it ?" # not among the examples; the answer is 18
+question="please take 2 then add 3 no wait add 4 and double it ?" # not among the examples; the answer is 12
 
 # Prints a command, then runs it.
 run() {

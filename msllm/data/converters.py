@@ -20,7 +20,7 @@ from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
 
 BLOCK_CHARACTERS = 1 << 16  # of plain text encoded at a time
-CLOSING_ROWS = 6  # silent rows after an example, at most
+CLOSING_ROWS = 3  # silent rows after an example, at most
 _CALCULATOR = re.compile(r"<<[^>]*>>")
 
 

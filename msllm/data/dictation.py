@@ -3,9 +3,9 @@
 The user dictates a small calculation word by word and sometimes takes the last step back; the thought stream works
 meanwhile; the output answers after the question mark:
 
-    user     please take 7 then add 3 um subtract 5   no wait add 4    ?
-    thought                     =7       +3       =10    -5   =5  undo =10 +4 =14
-    output                                                                    that makes 14 .
+    user     please take 7 then add 3 um subtract 4   no wait add 2    ?
+    thought                     =7       +3       =10    -4   =6  undo =10 +2 =12
+    output                                                                    that makes 12 .
 
 With the default visibility a word of row r is read in row r + 1 by another stream, and first shows in what that
 stream says in row r + 2: so every thought starts `REACTION` rows after the word that it answers, and the answer
@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 
 REACTION = 2
-LARGEST = 20  # running values stay within 0..LARGEST
-OPERANDS = range(1, 6)  # few, so that a small model meets every sum often
+LARGEST = 12  # running values stay within 0..LARGEST
+OPERANDS = range(1, 5)  # few, so that a small model meets every sum often
 CORRECTED = 0.35  # share of the examples in which the user takes a step back
 QUESTION_END = "?"
 ADD, SUBTRACT = ("add", "plus"), ("subtract", "minus")
