@@ -17,13 +17,17 @@ from msllm.streams import StreamSpec
 
 def named_losses(sums: Mapping[str, Any], streams: StreamSpec) -> dict[str, float]:
     """Mean negative log-likelihood (nats per target) of each stream that was computed, over all targets and over those
-    that are not silence: `nll/output`, `nll_spoken/output`."""
+    that are not silence: `nll/output`, `nll_spoken/output`; and `loss_spoken`, the weighted mean of the latter."""
     result = {}
     for kind, count in (("nll", "targets"), ("nll_spoken", "targets_spoken")):
         totals, counts = np.asarray(sums[kind]), np.asarray(sums[count])
         for s, name in enumerate(streams.names):
             if counts[s] > 0:
                 result[f"{kind}/{name}"] = float(totals[s] / counts[s])
+    weights = np.array(streams.loss_weights)
+    spoken = float(np.sum(weights * np.asarray(sums["targets_spoken"])))
+    if spoken > 0:
+        result["loss_spoken"] = float(np.sum(weights * np.asarray(sums["nll_spoken"]))) / spoken
     return result
 
 

@@ -61,11 +61,11 @@ def test_a_run_writes_what_it_measured(uninterrupted):
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 9))
     assert [line["step"] for line in lines if "eval/loss" in line] == [4, 8]
-    names = {"loss", "nll/thought", "nll/output", "nll_spoken/thought", "nll_spoken/output", *TIMES}
+    names = {"loss", "loss_spoken", "nll/thought", "nll/output", "nll_spoken/thought", "nll_spoken/output", *TIMES}
     names |= {"gradient_norm", "parameter_norm", "update_norm", "learning_rate", "skipped_updates", "step"}
     assert set(steps[-1]) == names
     evaluated = {f"eval/{kind}/{s}" for kind in ("nll", "nll_spoken") for s in ("user", "thought", "output")}
-    assert set(lines[-1]) == evaluated | {"eval/loss", "step"}
+    assert set(lines[-1]) == evaluated | {"eval/loss", "eval/loss_spoken", "step"}
     assert steps[-1]["loss"] < steps[0]["loss"] and lines[-1]["eval/loss"] < steps[0]["loss"]
     assert steps[-1]["tokens_per_second"] > steps[-1]["spoken_tokens_per_second"] > 0
 
@@ -171,7 +171,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(config, uninterrupted, tmp_
     assert "continuing at step 5" in done.stderr and "step 8/8" in done.stdout and "step 5/8" not in done.stdout
     for text in done.stdout.splitlines():  # plain lines: this is no terminal
         progress = r"step \d/8  loss \d+\.\d{4}  [\d,]+ tokens/s  ETA 0:0\d"
-        evaluation = r"step 8  evaluation: loss \d+\.\d{4}  nll/user .*  nll_spoken/output \d+\.\d{4}"
+        evaluation = r"step 8  evaluation: loss \d+\.\d{4}  nll/user .*  loss_spoken \d+\.\d{4}"
         assert re.fullmatch(f"{progress}|{evaluation}", text), text
     assert reproducible(tmp_path / "run") == reproducible(uninterrupted)
     same_parameters(tmp_path / "run", uninterrupted)
