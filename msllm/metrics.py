@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import resource
 import sys
@@ -54,7 +55,9 @@ class Writer:
         """`step`: steps done when the values were measured."""
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        # JSON has no NaN: what is not finite becomes null.
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -57,7 +57,7 @@ def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
 
 def leaf_norms(tree: Any) -> jax.Array:
     """L2 norm of every leaf, [leaves] float32, in the order of `jax.tree.leaves`."""
-    return jnp.stack([jnp.sqrt(jnp.sum(jnp.square(leaf.astype(jnp.float32)))) for leaf in jax.tree.leaves(tree)])
+    return jnp.sqrt(jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]))
 
 
 def global_norm(norms: jax.Array) -> jax.Array:

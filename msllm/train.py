@@ -215,12 +215,12 @@ class _Meter:
     def _report_skip(self, step: int, metrics) -> None:
         norms = metrics["gradient_norms"]
         bad = [name for name, norm in zip(self._program.parameter_names, norms) if not math.isfinite(norm)]
-        what = f"the gradients of {', '.join(bad[:5])}{' and others' if len(bad) > 5 else ''}" if bad else "the loss"
+        what = f"the gradients of {', '.join(bad[:5])}{' and others' if len(bad) > 5 else ''} were" if bad else "the loss was"
         in_row, limit = int(metrics["skipped_in_row"]), self._program.config.optim.max_skipped
         self._progress.say(f"step {step}: {what} not finite; update skipped ({in_row} in a row, {metrics['skipped']} in all)")
         if in_row >= limit:
             raise UserError(
-                f"{in_row} updates in a row were skipped because {what} were not finite (config.optim.max_skipped is "
+                f"{in_row} updates in a row were skipped because {what} not finite (config.optim.max_skipped is "
                 f"{limit}); the last one was step {step}: lower config.optim.lr or look at the data of these steps"
             )
 

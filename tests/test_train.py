@@ -142,7 +142,7 @@ def test_a_run_whose_gradients_are_not_finite_names_them_and_stops(config, tmp_p
     with pytest.raises(UserError, match=rule):
         train(replace(replace(config, "optim", max_skipped=3), "checkpoint", every=0), tmp_path)
     said = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
-    first = r"step 1: the gradients of blocks/\S+, .* and others not finite; update skipped \(1 in a row, 1 in all\)"
+    first = r"step 1: the gradients of blocks/\S+, .* and others were not finite; update skipped \(1 in a row, 1 in all\)"
     assert re.fullmatch(first, said[0])
     assert said[2].startswith("step 3:") and len(said) == 3
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
