@@ -18,4 +18,6 @@ def get_config():
     config.streams.kinds = ("output",)
     config.data.dir = "data/quickstart_single"
     config.data.converter = "dictation_single"
+    config.data.batch_size = 24  # as many cells a step as three streams have
+    config.steps = 1200
     return config

@@ -156,18 +156,26 @@ def _array_module(array):
     return np if isinstance(array, np.ndarray) else jnp
 
 
+def visible_between(queries: Cells, keys: Cells, lag, q_streams):
+    """`visible()` of each query and each key: [B, Tq, Sq, Tk, S] bool, numpy or jax.
+
+    Args:
+      queries, keys: cells of [B, Tq, Sq] and [B, Tk, S]. lag: [S, S]. q_streams: [Sq], the streams of the queries.
+    """
+    return visible(
+        queries.row[:, :, None, None, None],
+        q_streams[:, None, None],
+        queries.segment[:, :, None, None, None],
+        queries.present[:, :, :, None, None],
+        keys.row[:, None, None, :, None],
+        np.arange(lag.shape[1], dtype=np.int32),
+        keys.segment[:, None, None, :, None],
+        keys.seen[:, None, None],
+        lag[q_streams][:, None, :],
+    )
+
+
 def visibility_table(cells: Cells, lag: np.ndarray, batch: int = 0) -> np.ndarray:
     """The rule of one table as [T, S, T, S] bool (query row, query stream, key row, key stream): tests and pictures."""
-    streams = np.arange(lag.shape[0])
-    row, segment = np.asarray(cells.row)[batch], np.asarray(cells.segment)[batch]
-    return visible(
-        row[:, None, None, None],
-        streams[:, None, None],
-        segment[:, None, None, None],
-        np.asarray(cells.present)[batch][:, :, None, None],
-        row[:, None],
-        streams,
-        segment[:, None],
-        np.asarray(cells.seen)[batch],
-        lag[:, None, :],
-    )
+    table = Cells(*(np.asarray(x)[batch : batch + 1] for x in cells))
+    return visible_between(table, table, lag, np.arange(lag.shape[0]))[0]

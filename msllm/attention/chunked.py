@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from msllm.streams import NEVER, Cells, visible
+from msllm.streams import NEVER, Cells, visible_between
 
 BLOCK_CELLS = 384  # cells of a block: matrix products large enough for a CPU core, scores small enough for its cache
 # Score of a pair that is not visible. Finite: a query that has seen no key yet must not give inf - inf. What it adds up
@@ -96,17 +96,7 @@ def _reach(q_cells: Cells, k_cells: Cells, lag, q_streams, q_rows: int, k_rows: 
 
 def _block_mask(q_cells: Cells, k_cells: Cells, lag, q_streams):
     """`visible()` for one block of queries and one of keys: [B, 1, 1, q_rows * Sq, k_rows * S] bool."""
-    mask = visible(
-        q_cells.row[:, :, None, None, None],
-        q_streams[:, None, None],
-        q_cells.segment[:, :, None, None, None],
-        q_cells.present[:, :, :, None, None],
-        k_cells.row[:, None, None, :, None],
-        jnp.arange(lag.shape[1]),
-        k_cells.segment[:, None, None, :, None],
-        k_cells.seen[:, None, None],
-        lag[q_streams][:, None, :],
-    )
+    mask = visible_between(q_cells, k_cells, lag, q_streams)
     batch, q_rows, q_size, k_rows, k_size = mask.shape
     return mask.reshape(batch, 1, 1, q_rows * q_size, k_rows * k_size)
 

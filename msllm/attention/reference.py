@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from msllm.streams import Cells, visible
+from msllm.streams import Cells, visible_between
 
 
 def reference_attention(q, k, v, q_cells: Cells, k_cells: Cells, lag, q_streams):
@@ -22,17 +22,7 @@ def reference_attention(q, k, v, q_cells: Cells, k_cells: Cells, lag, q_streams)
     kv_heads = k.shape[3]
     grouped = q.reshape(batch, rows, streams, kv_heads, heads // kv_heads, head_dim)
     scores = jnp.einsum("btskgh,bupkh->bkgtsup", grouped, k, preferred_element_type=jnp.float32) / head_dim**0.5
-    mask = visible(
-        q_cells.row[:, :, None, None, None],
-        q_streams[:, None, None],
-        q_cells.segment[:, :, None, None, None],
-        q_cells.present[:, :, :, None, None],
-        k_cells.row[:, None, None, :, None],
-        jnp.arange(k.shape[2]),
-        k_cells.segment[:, None, None, :, None],
-        k_cells.seen[:, None, None],
-        lag[q_streams][:, None, :],
-    )
+    mask = visible_between(q_cells, k_cells, lag, q_streams)
     scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=(-2, -1)).astype(v.dtype)
     out = jnp.einsum("bkgtsup,bupkh->btskgh", weights, v, preferred_element_type=jnp.float32)
