@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from msllm.compiler import compiler_options
@@ -30,54 +29,55 @@ class TrainState(NamedTuple):
     skipped_in_row: jax.Array  # [] int32: of these, the latest ones without an update between
 
 
-@dataclasses.dataclass(frozen=True)
 class Program:
-    """The compiled functions of a run. `config.model.vocab_size` must be set; `silence_id` is -1 if there is none."""
+    """The compiled functions of a run.
 
-    config: Config
-    streams: StreamSpec
-    mesh: Mesh
-    silence_id: int = -1
+    Attributes:
+      config, streams, mesh, silence_id: what it was made for.
+      graph: graphdef of the model. parameter_names: paths, in the order of the gradient norms.
+      state_shardings, abstract_state: layout and shapes of the TrainState.
+      init() -> TrainState: every device makes its own part.
+      step(state, batch) -> (state, metrics): the old state's memory is reused.
+      evaluate(parameters, batch) -> sums over a batch, for all streams.
+    """
 
-    def __post_init__(self):
-        check_mesh(self.config, self.streams, self.mesh)
-        graph, shapes, axes = abstract_model(self.config.model, self.streams)
-        optim = optimizer(self.config.optim, self.config.steps)
-        shardings = parameter_shardings(axes, self.mesh)
-        scalar = named(self.mesh)
-        opt_shardings = optax.tree_utils.tree_map_params(
-            optim, lambda _, sharding: sharding, jax.eval_shape(optim.init, shapes), shardings,
+    def __init__(self, config: Config, streams: StreamSpec, mesh: Mesh, silence_id: int = -1):
+        """`config.model.vocab_size` must be set. `silence_id` is -1 if there is none. Raises UserError."""
+        check_mesh(config, streams, mesh)
+        self.config, self.streams, self.mesh, self.silence_id = config, streams, mesh, silence_id
+        self.graph, shapes, axes = abstract_model(config.model, streams)
+        self.parameter_names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+        self._specs = jax.tree.map(lambda a: partition(*a), axes, is_leaf=lambda a: isinstance(a, tuple))
+        self._optimizer = optimizer(config.optim, config.steps)
+
+        scalar, shardings, batches = named(mesh), parameter_shardings(axes, mesh), batch_shardings(mesh)
+        moments = optax.tree_utils.tree_map_params(
+            self._optimizer,
+            lambda _, sharding: sharding,
+            jax.eval_shape(self._optimizer.init, shapes),
+            shardings,
             transform_non_params=lambda _: scalar,
-        )  # fmt: skip
-        state_shardings = TrainState(scalar, shardings, opt_shardings, scalar, scalar)
-        batches, options = batch_shardings(self.mesh), compiler_options()
+        )
+        self.state_shardings = TrainState(scalar, shardings, moments, scalar, scalar)
+        self.abstract_state = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            jax.eval_shape(self._init),
+            self.state_shardings,
+        )
+        jit = functools.partial(jax.jit, compiler_options=compiler_options())
+        self.init = jit(self._init, out_shardings=self.state_shardings)
+        self.step = jit(
+            self._step,
+            donate_argnums=0,
+            in_shardings=(self.state_shardings, batches),
+            out_shardings=(self.state_shardings, scalar),
+        )
+        self.evaluate = jit(self._evaluate, in_shardings=(shardings, batches), out_shardings=scalar)
 
-        def init() -> TrainState:
-            parameters = init_parameters(self.config.model, self.streams, self.config.seed)
-            zero = jnp.zeros((), jnp.int32)
-            return TrainState(zero, parameters, optim.init(parameters), zero, zero)
-
-        jit = lambda f, **kwargs: jax.jit(f, compiler_options=options, **kwargs)
-        fields = {
-            "graph": graph,
-            "optim": optim,
-            "specs": jax.tree.map(lambda a: partition(*a), axes, is_leaf=lambda a: isinstance(a, tuple)),
-            "parameter_names": [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)],
-            "state_shardings": state_shardings,
-            "abstract_state": jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(init), state_shardings
-            ),
-            # init() -> TrainState: every device makes its own part.
-            "init": jit(init, out_shardings=state_shardings),
-            # step(state, batch) -> (state, metrics); the old state's memory is reused.
-            "step": jit(
-                self._step, donate_argnums=0, in_shardings=(state_shardings, batches), out_shardings=(state_shardings, scalar)
-            ),
-            # evaluate(parameters, batch) -> sums, see `_sums`.
-            "evaluate": jit(self._evaluate, in_shardings=(shardings, batches), out_shardings=scalar),
-        }
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
+    def _init(self) -> TrainState:
+        parameters = init_parameters(self.config.model, self.streams, self.config.seed)
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, parameters, self._optimizer.init(parameters), zero, zero)
 
     def _losses(self, parameters, batch, total_weight, all_streams: bool):
         """(loss, sums) of a batch of tables; the loss is this batch's share of the mean over `total_weight`.
@@ -121,7 +121,7 @@ class Program:
         out = (scalar, ({name: per_stream for name in names}, {"cells": scalar, "spoken": scalar}))
         # The loss has its own VJP, which does not say over which mesh axes its values vary: hence no check of that.
         sharded = jax.shard_map(
-            local, mesh=self.mesh, in_specs=(self.specs, batch_specs, scalar), out_specs=out, check_vma=False
+            local, mesh=self.mesh, in_specs=(self._specs, batch_specs, scalar), out_specs=out, check_vma=False
         )
         loss, (sums, counts) = sharded(parameters, batch, total_weight)
         return loss, {**sums, **counts}
@@ -151,7 +151,7 @@ class Program:
         gradients, loss, sums = self._gradients(state.parameters, batch)
         norms = leaf_norms(gradients)
         finite = jnp.isfinite(loss) & jnp.all(jnp.isfinite(norms))
-        updates, opt_state = self.optim.update(gradients, state.opt_state, state.parameters)
+        updates, opt_state = self._optimizer.update(gradients, state.opt_state, state.parameters)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         updates = jax.tree.map(lambda u: jnp.where(finite, u, 0), updates)
         parameters = keep(optax.apply_updates(state.parameters, updates), state.parameters)
