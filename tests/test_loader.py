@@ -120,8 +120,8 @@ def test_eval_is_in_order_once_and_filled_up(config):
     keys = [key(batch, i) for batch in batches for i in range(4)]
     assert loader.num_tables % 4 and len(set(keys[: loader.num_tables])) == loader.num_tables
     for batch in batches:
-        assert batch["tokens"].shape == (5, 64, 3)
-    rest = loader.num_batches * 5 - loader.num_tables
+        assert batch["tokens"].shape == (4, 64, 3)
+    rest = loader.num_batches * 4 - loader.num_tables
     assert not batches[-1]["segment"][-rest:].any() and not batches[-1]["present"][-rest:].any()
     assert loader.example_ids(loader.num_batches - 1)[-1] == []
     other = Loader(dataclasses.replace(config, seed=9), "eval", SPEC)
