@@ -17,6 +17,8 @@ from msllm.config import MeshConfig
 from msllm.sharding import make_mesh, partition
 from msllm.streams import NEVER, PRESETS, Cells, lag_matrix, make_cells
 
+pytestmark = pytest.mark.slow
+
 
 def random_inputs(seed, batch, rows, streams, heads, kv_heads, head_dim=4, absent=0.2, silent=0.2, segments=3):
     rng = np.random.default_rng(seed)

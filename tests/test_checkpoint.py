@@ -17,6 +17,8 @@ from msllm.config import CheckpointConfig, TokenizerConfig
 from msllm.errors import UserError
 from runs import compile_once, four_streams, host, make_program, replace  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tokenizer():

@@ -15,6 +15,8 @@ from msllm.loss import next_row_loss, targets_and_weights
 from msllm.model import abstract_model, bind
 from msllm.streams import make_cells, positions, visibility_table
 
+pytestmark = pytest.mark.slow
+
 CASES = [name for name in golden_cases.COPIED if name.startswith("s7_")]
 LOSSES = {
     # name: (streams without loss, options, prefix of the gradients' names)

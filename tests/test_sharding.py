@@ -11,7 +11,7 @@ from msllm.errors import UserError
 from msllm.sharding import AXES, RULES, make_mesh, partition
 from runs import compile_fast, compile_once, four_streams, host, make_program, place, random_tables  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_fast")]
 STEPS = 5
 ADAM = {"optim.lr": 1e-2, "optim.eps": 1e-5}
 LAYOUTS = {

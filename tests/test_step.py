@@ -15,7 +15,7 @@ from msllm.train import abstract_batch
 from runs import compile_fast, compile_once  # noqa: F401
 from runs import SILENCE, four_streams, host, make_program, place, random_tables
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_fast")]
 WEIGHTS = (0.0, 0.0, 0.5, 2.0)
 OPTIONS = {
     "streams.loss_weights": WEIGHTS,

@@ -17,6 +17,8 @@ from msllm.errors import UserError
 from msllm.train import train
 from runs import compile_once, data_dir, dictation, host, metrics, replace, write_config_file  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 AGAIN = "run `python -m msllm.prepare` again into an empty directory"
 TIMES = ("tokens_per_second", "spoken_tokens_per_second", "step_seconds", "data_wait_share", "memory_mib")
 
