@@ -128,7 +128,7 @@ def _attention(q, k, v, q_cells, k_cells, lag, q_streams, q_rows: int, k_rows: i
 def _forward(q, k, v, q_cells, k_cells, lag, q_streams, q_rows, k_rows):
     kv_heads, head_dim = k.shape[3:]
     groups = q.shape[3] // kv_heads
-    first, end, full = _reach(q_cells, k_cells, lag, q_streams, q_rows, k_rows)
+    reach = _reach(q_cells, k_cells, lag, q_streams, q_rows, k_rows)
     keys = (_head_blocks(k, k_rows, kv_heads), _head_blocks(v, k_rows, kv_heads), _cell_blocks(k_cells, k_rows))
 
     def query_block(_, block):
@@ -150,10 +150,10 @@ def _forward(q, k, v, q_cells, k_cells, lag, q_streams, q_rows, k_rows):
         top, total, out = lax.fori_loop(first, end, key_block, init)
         return None, ((out / total.reshape(*out.shape[:3], 1)).astype(q.dtype), top + jnp.log(total))
 
-    blocks = (_head_blocks(q, q_rows, kv_heads), _cell_blocks(q_cells, q_rows), first, end, full)
+    blocks = (_head_blocks(q, q_rows, kv_heads), _cell_blocks(q_cells, q_rows), *reach)
     _, (out, lse) = lax.scan(query_block, None, blocks)
-    out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
-    return _unblock(out, q.shape), (q, k, v, q_cells, k_cells, lag, q_streams, out, lse)
+    out, lse, reach = (checkpoint_name(x, "attention") for x in (out, lse, reach))
+    return _unblock(out, q.shape), (q, k, v, q_cells, k_cells, lag, q_streams, out, lse, reach)
 
 
 def _cell_blocks(cells: Cells, block_rows: int) -> Cells:
@@ -161,9 +161,8 @@ def _cell_blocks(cells: Cells, block_rows: int) -> Cells:
 
 
 def _backward(q_rows, k_rows, saved, d_out):
-    q, k, v, q_cells, k_cells, lag, q_streams, out, lse = saved
+    q, k, v, q_cells, k_cells, lag, q_streams, out, lse, reach = saved
     kv_heads, head_dim = k.shape[3:]
-    first, end, full = _reach(q_cells, k_cells, lag, q_streams, q_rows, k_rows)
     keys = (_head_blocks(k, k_rows, kv_heads), _head_blocks(v, k_rows, kv_heads), _cell_blocks(k_cells, k_rows))
     d_out = _head_blocks(d_out, q_rows, kv_heads)
     # The part of the softmax's gradient that all keys of a query share.
@@ -191,7 +190,7 @@ def _backward(q_rows, k_rows, saved, d_out):
         return tuple(d_keys), d_q.astype(q.dtype)
 
     zeros = jnp.zeros(keys[0].shape, jnp.float32)
-    blocks = (_head_blocks(q, q_rows, kv_heads), _cell_blocks(q_cells, q_rows), lse, shared, d_out, first, end, full)
+    blocks = (_head_blocks(q, q_rows, kv_heads), _cell_blocks(q_cells, q_rows), lse, shared, d_out, *reach)
     (d_k, d_v), d_q = lax.scan(query_block, (zeros, zeros), blocks)
     gradients = (_unblock(d_q, q.shape), _unblock(d_k, k.shape).astype(k.dtype), _unblock(d_v, v.shape).astype(v.dtype))
     return (*gradients, None, None, None, None)
