@@ -15,7 +15,7 @@ config
 streams
 compiler
 sharding
-attention.reference attention.chunked attention
+attention.case attention.reference attention.chunked attention
 layers
 model
 loss
