@@ -15,7 +15,7 @@ config
 streams
 compiler
 sharding
-attention.case attention.reference attention.chunked attention
+attention.case attention.reference attention.chunked attention.gpu attention
 layers
 model
 loss
