@@ -5,9 +5,9 @@ online softmax; the backward pass computes the scores again from the saved log-s
 d_q and once per block of keys for d_k and d_v. A block is a run of cells in row-major order (row, then stream).
 
 From the lowest and highest row and segment of each block follows which blocks a program must visit, and which run of
-them is visible in full and needs no mask; the others ask `visible()`. What it needs of a cell travels as integer vectors
-along the cells: the segment is negative where a cell is absent, and the lags of a query's stream are bit sets of the
-streams of the keys, one for each distinct lag, so the kernels gather nothing.
+them is visible in full and needs no mask; in the others `visible()` is asked. What it must know of a cell travels as
+integer vectors along the cells: the segment is negative where a cell is absent, and the lags of a query's stream are
+sets of the streams of the keys, as bits, one set for each distinct lag, so that the kernels gather nothing.
 """
 
 from __future__ import annotations
@@ -198,23 +198,19 @@ def _mask(queries, keys, levels, q_axis: int):
     return visible(q_row, q_stream, q_segment, True, k_row, k_stream, k_segment, True, lag)
 
 
-def _dot(a, b, trans_b: bool = False):
-    return plgpu.dot(a, b, trans_b=trans_b)
-
-
 def _forward_kernel(q_ref, k_ref, v_ref, queries_ref, keys_ref, span_ref, out_ref, lse_ref, *, tile, levels):
     q, queries = q_ref[...], _load(queries_ref)
 
     def visit(block, carry, masked):
         top, total, out = carry
         cells = pl.ds(block * tile.keys, tile.keys)
-        scores = _dot(q, k_ref[cells, :], trans_b=True) * (LOG2E * q.shape[1] ** -0.5)
+        scores = plgpu.dot(q, k_ref[cells, :], trans_b=True) * (LOG2E * q.shape[1] ** -0.5)
         if masked:
             scores = jnp.where(_mask(queries, _load(keys_ref, cells), levels, 0), scores, MASKED)
         new_top = jnp.maximum(top, scores.max(1))
         weights = jnp.exp2(scores - new_top[:, None])
         keep = jnp.exp2(top - new_top)
-        added = _dot(weights.astype(v_ref.dtype), v_ref[cells, :])
+        added = plgpu.dot(weights.astype(v_ref.dtype), v_ref[cells, :])
         return new_top, total * keep + weights.sum(1), out * keep[:, None] + added
 
     init = (jnp.full(tile.queries, MASKED), jnp.zeros(tile.queries), jnp.zeros(q.shape, jnp.float32))
@@ -232,20 +228,32 @@ def _d_q_kernel(
     def visit(block, d_q, masked):
         cells = pl.ds(block * tile.keys, tile.keys)
         k = k_ref[cells, :]
-        scores = _dot(q, k, trans_b=True) * (LOG2E * q.shape[1] ** -0.5)
+        scores = plgpu.dot(q, k, trans_b=True) * (LOG2E * q.shape[1] ** -0.5)
         if masked:
             scores = jnp.where(_mask(queries, _load(keys_ref, cells), levels, 0), scores, MASKED)
-        d_scores = jnp.exp2(scores - lse) * (_dot(d_out, v_ref[cells, :], trans_b=True) - shared)
-        return d_q + _dot(d_scores.astype(k.dtype), k)
+        d_scores = jnp.exp2(scores - lse) * (plgpu.dot(d_out, v_ref[cells, :], trans_b=True) - shared)
+        return d_q + plgpu.dot(d_scores.astype(k.dtype), k)
 
     d_q = _walk(_load_span(span_ref), visit, jnp.zeros(q.shape, jnp.float32))
     d_q_ref[...] = (d_q * q.shape[1] ** -0.5).astype(d_q_ref.dtype)
 
 
 def _d_kv_kernel(
-    q_ref, k_ref, v_ref, d_out_ref, lse_ref, shared_ref, queries_ref, keys_ref, span_ref, d_k_ref, d_v_ref,
-    *, tile, levels,
-):  # fmt: skip
+    q_ref,
+    k_ref,
+    v_ref,
+    d_out_ref,
+    lse_ref,
+    shared_ref,
+    queries_ref,
+    keys_ref,
+    span_ref,
+    d_k_ref,
+    d_v_ref,
+    *,
+    tile,
+    levels,
+):
     k, v, keys, span = k_ref[...], v_ref[...], _load(keys_ref), _load_span(span_ref)
 
     def head(g, carry):
@@ -255,13 +263,13 @@ def _d_kv_kernel(
             d_k, d_v = carry
             cells = pl.ds(block * tile.queries, tile.queries)
             q, d_out = q_ref[cells, g, :], d_out_ref[cells, g, :]
-            scores = _dot(k, q, trans_b=True) * (LOG2E * q.shape[1] ** -0.5)
+            scores = plgpu.dot(k, q, trans_b=True) * (LOG2E * q.shape[1] ** -0.5)
             if masked:
                 scores = jnp.where(_mask(_load(queries_ref, cells), keys, levels, 1), scores, MASKED)
             weights = jnp.exp2(scores - lse_ref[g, cells][None, :])
-            d_v += _dot(weights.astype(d_out.dtype), d_out)
-            d_scores = weights * (_dot(v, d_out, trans_b=True) - shared_ref[g, cells][None, :])
-            return d_k + _dot(d_scores.astype(q.dtype), q), d_v
+            d_v += plgpu.dot(weights.astype(d_out.dtype), d_out)
+            d_scores = weights * (plgpu.dot(v, d_out, trans_b=True) - shared_ref[g, cells][None, :])
+            return d_k + plgpu.dot(d_scores.astype(q.dtype), q), d_v
 
         return _walk(span, visit, carry)
 
