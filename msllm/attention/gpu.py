@@ -137,7 +137,8 @@ def _vectors(cells: Cells, known, streams, unknown_segment: int, stream_sets=())
     segment = jnp.where(known, cells.segment[:, :, None], unknown_segment)
     bits = [jnp.sum(jnp.where(members, 1 << jnp.arange(members.shape[1]), 0), axis=1) for members in stream_sets]
     vectors = [cells.row[:, :, None], streams, segment, *bits]
-    return jnp.stack([jnp.broadcast_to(x, known.shape).reshape(known.shape[0], -1) for x in vectors], axis=1)
+    flat = [jnp.broadcast_to(x, known.shape).reshape(known.shape[0], -1) for x in vectors]
+    return jnp.stack(flat, axis=1).astype(jnp.int32)
 
 
 def _pad(x, axis: int, block: int, mode: str):
@@ -213,7 +214,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, queries_ref, keys_ref, span_ref, out_re
         added = plgpu.dot(weights.astype(v_ref.dtype), v_ref[cells, :])
         return new_top, total * keep + weights.sum(1), out * keep[:, None] + added
 
-    init = (jnp.full(tile.queries, MASKED), jnp.zeros(tile.queries), jnp.zeros(q.shape, jnp.float32))
+    init = (jnp.full(tile.queries, MASKED, jnp.float32), *(jnp.zeros(x, jnp.float32) for x in (tile.queries, q.shape)))
     top, total, out = _walk(_load_span(span_ref), visit, init)
     out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
     lse_ref[...] = top + jnp.log(total) * LOG2E
