@@ -166,14 +166,12 @@ def _blocks_to_visit(queries, keys, q_lag, tile: Tile, of_keys: bool):
 
 
 def _runs(some, full):
-    """Along the last axis: the range that holds all of `some`, and the longest run of `full` in it. [..., 4] int32."""
-    size = some.shape[-1]
-    first = jnp.argmax(some, axis=-1)
-    end = jnp.where(some.any(-1), size - jnp.argmax(some[..., ::-1], axis=-1), first)
-    index = jnp.arange(size)
-    run = index - lax.cummax(jnp.where(full, -1, index), axis=some.ndim - 1)
-    run_end = jnp.where(full.any(-1), jnp.argmax(run, axis=-1) + 1, first)
-    return jnp.stack([first, run_end - run.max(-1), run_end, end], axis=-1).astype(jnp.int32)
+    """Along the last axis: the range that holds all of `some`, and the last run of `full` in it. [..., 4] int32."""
+    index = jnp.arange(some.shape[-1], dtype=jnp.int32)
+    after_last = lambda mask: jnp.max(jnp.where(mask, index, -1), axis=-1) + 1
+    full_end = after_last(full)
+    first = jnp.min(jnp.where(some, index, index.size), axis=-1)
+    return jnp.stack([first, after_last(~full & (index < full_end[..., None])), full_end, after_last(some)], axis=-1)
 
 
 def _walk(span, visit, init):
