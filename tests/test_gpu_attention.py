@@ -35,12 +35,12 @@ def lag_of(preset, streams, seed=2):
     return random_lag(seed, streams) if preset == "random" else lag_matrix(preset, streams)
 
 
-@pytest.mark.parametrize("dense", [True, False], ids=["one segment, all present", "segments, absent, silent"])
+@pytest.mark.parametrize("dense", [True, False], ids=["all present", "absent and silent"])
 @pytest.mark.parametrize(
     "streams, rows, preset", [(1, 50, "same_row"), (3, 20, "block_causal"), (8, 9, "isolated"), (10, 13, "random")]
 )
 def test_equals_reference(streams, rows, preset, dense):
-    sparsity = {"absent": 0.0, "silent": 0.0, "segments": 1} if dense else {}
+    sparsity = {"absent": 0.0, "silent": 0.0, "segments": 2} if dense else {}
     q, k, v, cells = random_inputs(5, 2, rows, streams, 4, 2, 8, **sparsity)
     compare(q, k, v, cells, cells, lag_of(preset, streams), np.arange(streams))
 
@@ -103,13 +103,13 @@ def test_bfloat16():
 @pytest.mark.parametrize(
     "streams, rows, preset", [(1, 1500, "same_row"), (8, 256, "block_causal"), (10, 170, "random")]
 )
-@pytest.mark.parametrize("dense", [True, False], ids=["one segment, all present", "segments, absent, silent"])
+@pytest.mark.parametrize("dense", [True, False], ids=["all present", "absent and silent"])
 def test_on_a_card(streams, rows, preset, head_dim, dense):
     device, lag = jax.devices()[0], lag_of(preset, streams)
     reason = declines(hopper_case(head_dim, platform=device.platform, device_kind=device.device_kind, lag=lag))
     if reason:
         pytest.skip(reason)
-    sparsity = {"absent": 0.0, "silent": 0.0, "segments": 1} if dense else {}
+    sparsity = {"absent": 0.0, "silent": 0.0, "segments": 2} if dense else {}
     q, k, v, cells = random_inputs(10, 2, rows, streams, 4, 2, head_dim, **sparsity)
     assert max(bfloat16_errors(q, k, v, cells, lag)) < BFLOAT16_ERROR
 

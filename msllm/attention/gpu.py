@@ -51,8 +51,8 @@ class Tiles(NamedTuple):
 
 # By the largest head_dim that they serve. Accumulators stay in registers (255 of 4 bytes for each of 32 * warps
 # threads), blocks in flight in shared memory (227 KiB). At 128 the accumulator of the forward pass and d_q takes 64
-# registers of each thread, those of d_k and d_v 128, the two score blocks of the backward passes 32 each.
-# Chosen by this arithmetic, not yet by timing.
+# registers of each thread, those of d_k and d_v 128, the two score blocks of the backward passes 32 each. Chosen by this
+# arithmetic and by what the compiler makes of it (nothing spilled but tens of bytes of d_kv at 128), not yet by timing.
 TILES = {
     64: Tiles(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
     128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
@@ -120,7 +120,7 @@ class _Static(NamedTuple):
 
 class _Spans(NamedTuple):
     """Per kernel, for each of its blocks: the blocks [first, end) that it visits, and the run [full, full_end) of them
-    that needs no mask. [B, blocks, 4] int32: first, full, full_end, end."""
+    that needs no mask: the last such run. [B, blocks, 4] int32: first, full, full_end, end."""
 
     forward: jax.Array
     d_q: jax.Array
