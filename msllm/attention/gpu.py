@@ -37,7 +37,7 @@ MASKED = -1e30  # finite: a query that has seen no key yet must not give inf - i
 class Tile(NamedTuple):
     """How one kernel cuts up its work."""
 
-    queries: int  # cells of a block, a power of two; the 64 rows of a warp group's matrix product at least
+    queries: int  # cells of a block, a power of two; as keys
     keys: int
     warps: int
     stages: int  # blocks in flight between memory and the tensor cores
@@ -51,8 +51,9 @@ class Tiles(NamedTuple):
 
 # By the largest head_dim that they serve. Accumulators stay in registers (255 of 4 bytes for each of 32 * warps
 # threads), blocks in flight in shared memory (227 KiB). At 128 the accumulator of the forward pass and d_q takes 64
-# registers of each thread, those of d_k and d_v 128, the two score blocks of the backward passes 32 each. Chosen by this
-# arithmetic and by what the compiler makes of it (nothing spilled but tens of bytes of d_kv at 128), not yet by timing.
+# registers of each thread, those of d_k and d_v 128, the two score blocks of the backward passes 32 each. Chosen by
+# this arithmetic and by what the compiler makes of it (it spills tens of bytes of d_kv at 128, nothing else), not yet by
+# timing.
 TILES = {
     64: Tiles(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
     128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
