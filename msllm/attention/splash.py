@@ -219,37 +219,42 @@ def _backward_order(kinds):
 
 
 def _line(x, length: int):
-    """[B, T, S, N, H] -> [N, B * length, H]: the kernels' axis, tables behind one another."""
-    batch, rows, streams, heads, head_dim = x.shape
-    x = x.reshape(batch, rows * streams, heads, head_dim)
-    x = jnp.pad(x, ((0, 0), (0, length - rows * streams), (0, 0), (0, 0)))
-    return x.transpose(2, 0, 1, 3).reshape(heads, batch * length, head_dim)
+    """[B, T, S, N, ...] -> [N, B * length, ...]: the kernels' axis, tables behind one another."""
+    batch, rows, streams, heads, *rest = x.shape
+    x = x.reshape(batch, rows * streams, heads, *rest)
+    x = jnp.pad(x, [(0, 0), (0, length - rows * streams)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x, 2, 0).reshape(heads, batch * length, *rest)
 
 
 def _unline(x, shape):
-    """Inverse of `_line`."""
-    batch, rows, streams, heads, head_dim = shape
-    x = x.reshape(heads, batch, -1, head_dim)[:, :, : rows * streams]
-    return x.transpose(1, 2, 0, 3).reshape(shape)
+    """Inverse of `_line`; `shape` is that of its result."""
+    batch, rows, streams, heads, *rest = shape
+    x = x.reshape(heads, batch, -1, *rest)[:, :, : rows * streams]
+    return jnp.moveaxis(x, 0, 2).reshape(shape)
 
 
-def _lines(q, k, v, plan: _Plan):
-    """Scaled q, k, v and each query's own k and v, on the kernels' axis."""
-    (batch, _, _, _, head_dim), q_length, k_length = q.shape, *(x.size // q.shape[0] for x in plan[1:3])
-    q = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
-    own = (_line(x[:, :, plan.streams], q_length) for x in (k, v))
-    return _line(q, q_length), _line(k, k_length), _line(v, k_length), *own
+def _operands(q, k, v, plan: _Plan):
+    """On the kernels' axis: q, scaled; k and v; each query's own k and v."""
+    batch, q_length, k_length = q.shape[0], plan.q_segment.size // q.shape[0], plan.k_segment.size // q.shape[0]
+    scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+    own = lax.optimization_barrier(tuple(_line(x[:, :, plan.streams], q_length) for x in (k, v)))
+    return (_line(scaled, q_length), _line(k, k_length), _line(v, k_length)), own
 
 
 def _grouped(x, kv_heads: int):
-    """[N, L, ...] -> [K, N / K, L, ...] float32: query heads by the key head that they use."""
-    return x.reshape(kv_heads, -1, *x.shape[1:]).astype(jnp.float32)
+    """[N, L, ...] -> [K, N / K, L, ...]: query heads by the key head that they use."""
+    # Without the barrier, XLA keeps float32 copies of what the kernels read in bfloat16, one per query head of the keys.
+    return lax.optimization_barrier(x.reshape(kv_heads, -1, *x.shape[1:]))
+
+
+def _dot(a, b):
+    """Float32 sums of products over the last axis."""
+    return jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), -1)
 
 
 def _own_scores(q, own_k, plan: _Plan):
     """[K, N / K, L] float32: each query's score with itself, -inf where the kernel has it among the earlier keys."""
-    scores = jnp.sum(_grouped(q, own_k.shape[0]) * own_k[:, None].astype(jnp.float32), -1)
-    return jnp.where(plan.apart, scores, -jnp.inf)
+    return jnp.where(plan.apart, _dot(_grouped(q, own_k.shape[0]), own_k[:, None]), -jnp.inf)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -258,45 +263,41 @@ def _attention(q, k, v, plan: _Plan, static):
 
 
 def _forward(q, k, v, plan, static):
-    kv_heads = k.shape[3]
-    q_line, k_line, v_line, own_k, own_v = _lines(q, k, v, plan)
-    early_out, early_lse = _run_forward(q_line, k_line, v_line, plan, static)
-    early_out, early_lse = _grouped(early_out, kv_heads), _grouped(early_lse, kv_heads)
-    own = _own_scores(q_line, own_k, plan)
+    operands, (own_k, own_v) = _operands(q, k, v, plan)
+    early_out, early_lse = (_grouped(x, k.shape[3]) for x in _run_forward(*operands, plan, static))
+    own = _own_scores(operands[0], own_k, plan)
     # Without an earlier key, the kernel's log-sum-exp is -inf and its output not a number, or, if it met masked keys only,
     # a huge negative number and their mean.
     lse = jnp.logaddexp(early_lse, own)
     early, itself = jnp.exp(early_lse - lse)[..., None], jnp.exp(own - lse)[..., None]
-    out = jnp.where(early > 0, early * early_out, 0) + itself * own_v[:, None].astype(jnp.float32)
-    out, lse = out.reshape(q_line.shape).astype(q.dtype), lse.reshape(q_line.shape[:2])
-    out, lse, plan = jax.tree.map(lambda x: checkpoint_name(x, "attention"), (out, lse, plan))
-    return _unline(out, q.shape), (q, k, v, plan, out, lse)
+    out = jnp.where(early > 0, early * early_out, 0) + itself * own_v[:, None]
+    out, lse = out.astype(q.dtype).reshape(operands[0].shape), lse.reshape(operands[0].shape[:2])
+    saved = plan, out, lse, itself[..., 0]
+    saved = jax.tree.map(lambda x: checkpoint_name(x, "attention"), saved)
+    return _unline(saved[1], q.shape), (q, k, v, *saved)
 
 
 def _backward(static, saved, d_out):
-    q, k, v, plan, out, lse = saved
-    (kv_heads, head_dim), q_size = k.shape[3:], q.shape[2]
-    q_line, k_line, v_line, own_k, own_v = _lines(q, k, v, plan)
-    d_line = _line(d_out, out.shape[1] // q.shape[0])
+    q, k, v, plan, out, lse, itself = saved
+    scale, kv_heads = q.shape[-1] ** -0.5, k.shape[3]
+    operands, (own_k, own_v) = _operands(q, k, v, plan)
+    d_out = _line(d_out, out.shape[1] // q.shape[0])
     # The part of the softmax's gradient that all keys of a query share.
-    shared = jnp.sum(out.astype(jnp.float32) * d_line.astype(jnp.float32), -1)
-    d_q, d_k, d_v = _run_backward(q_line, k_line, v_line, lse, d_line, shared, plan, static)
+    shared = _dot(out, d_out)
+    d_q, d_k, d_v = _run_backward(*operands, lse, d_out, shared, plan, static)
 
-    lse, shared, d_line, q_line = (_grouped(x, kv_heads) for x in (lse, shared, d_line, q_line))
-    weights = jnp.exp(_own_scores(q_line.reshape(d_q.shape), own_k, plan) - lse)
-    d_scores = weights * (jnp.sum(d_line * own_v[:, None].astype(jnp.float32), -1) - shared)
-    own_d_q = d_scores[..., None] * own_k[:, None].astype(jnp.float32)
-    d_q = (d_q.astype(jnp.float32) + own_d_q.reshape(d_q.shape)) * head_dim**-0.5
+    q_line, d_out, shared, d_q = (_grouped(x, kv_heads) for x in (operands[0], d_out, shared, d_q))
+    d_scores = itself * (_dot(d_out, own_v[:, None]) - shared)
+    d_q = (d_q + d_scores[..., None] * own_k[:, None]) * scale
 
     def with_own(d, own):
         """The gradient of all keys, from the kernel, and of each query's own."""
-        d = _unline(d, k.shape).astype(jnp.float32)
-        own = _unline(own, (*k.shape[:2], q_size, *k.shape[3:]))
-        return d.at[:, :, plan.streams].add(own, unique_indices=True).astype(k.dtype)
+        own = _unline(own.astype(k.dtype), (*q.shape[:3], *k.shape[3:]))
+        return _unline(d, k.shape).at[:, :, plan.streams].add(own, unique_indices=True)
 
     d_k = with_own(d_k, jnp.sum(d_scores[..., None] * q_line, 1))
-    d_v = with_own(d_v, jnp.sum(weights[..., None] * d_line, 1))
-    return _unline(d_q, q.shape).astype(q.dtype), d_k, d_v, None
+    d_v = with_own(d_v, jnp.sum(itself[..., None] * d_out, 1))
+    return _unline(d_q.astype(q.dtype), q.shape), d_k, d_v, None
 
 
 _attention.defvjp(_forward, _backward)
