@@ -15,7 +15,7 @@ config
 streams
 compiler
 sharding
-attention.case attention.reference attention.chunked attention
+attention.case attention.blocks attention.reference attention.chunked attention.splash attention
 layers
 model
 loss

@@ -75,6 +75,13 @@ def splash_attention(
     return lax.map(lambda call: some_tables(*call), calls).reshape(q.shape)
 
 
+def declines(case: Case) -> str | None:
+    """Why the kernels cannot do what `case` asks; None if they can."""
+    if case.platform != "tpu":
+        return f"it needs a TPU, not a {case.platform}"
+    return None
+
+
 def _cut(cells: int, block: int) -> tuple[int, int]:
     """(block length, padded length): the number of blocks that `block` asks for, evenly filled."""
     count = -(-cells // block)
