@@ -1,5 +1,6 @@
 """Splash attention against the dense reference, in interpret mode; its block map; compiled ahead of time for TPUs."""
 
+import importlib.util
 import inspect
 import math
 import re
@@ -9,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_attention import assert_same, outputs_and_gradients, random_inputs, random_lag
 
 from msllm.attention import splash
 from msllm.attention.blocks import EMPTY, FULL, PARTIAL, block_map, flatten
 from msllm.attention.case import Case
 from msllm.attention.reference import reference_attention
-from msllm.attention.splash import Blocks, declines, splash_attention
+from msllm.attention.splash import Blocks, blocks_for, declines, splash_attention
 from msllm.config import MeshConfig
 from msllm.sharding import axis_index, gather, make_mesh, partition
 from msllm.streams import NEVER, PRESETS, Cells, lag_matrix, visible
@@ -85,11 +88,17 @@ def test_bfloat16(visibility):
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
     lag = some_lag(visibility, 4)
 
+    weight = np.random.default_rng(9).standard_normal(q.shape).astype(jnp.bfloat16)
+
     def run(attend, *arrays):
-        out, pull_back = jax.vjp(lambda q, k, v: attend(q, k, v, cells, cells, lag, jnp.arange(4)), *arrays)
-        assert out.dtype == arrays[0].dtype
-        weight = np.random.default_rng(9).standard_normal(q.shape).astype(jnp.bfloat16)
-        return [np.asarray(x, np.float32) for x in (out, *pull_back(jnp.asarray(weight, out.dtype)))]
+        @jax.jit
+        def gradients(*arrays):
+            out, pull_back = jax.vjp(lambda q, k, v: attend(q, k, v, cells, cells, lag, jnp.arange(4)), *arrays)
+            return out, *pull_back(jnp.asarray(weight, out.dtype))
+
+        results = gradients(*arrays)
+        assert all(x.dtype == arrays[0].dtype for x in results)
+        return [np.asarray(x, np.float32) for x in results]
 
     interpreted = lambda *args: splash_attention(*args, interpret=True, blocks=SMALL)
     ours = run(interpreted, q, k, v)
@@ -245,5 +254,66 @@ def make_case(**changes):
 
 def test_declines_say_why():
     assert declines(make_case()) is None
-    assert declines(make_case(device_kind="TPU7x", dtype="float32", kv_heads=32)) is None
+    assert declines(make_case(device_kind="TPU7x", dtype="float32", kv_heads=32, head_dim=64)) is None
+    assert declines(make_case(rows=4096, streams=16, lag=random_lag(0, 16))) is None  # 65,536 cells
     assert "cpu" in declines(make_case(platform="cpu"))
+    assert "float16" in declines(make_case(dtype="float16"))
+    assert "512" in declines(make_case(head_dim=512))
+    assert "32 for 5" in declines(make_case(kv_heads=5))
+    assert "20000 rows of 16 streams" in declines(make_case(rows=20_000, streams=16, q_streams=16))
+    assert declines(make_case(rows=20_000, streams=16, q_streams=2)) is None
+
+
+def test_other_rows_of_keys_are_refused():
+    q, k, v, cells = random_inputs(0, 1, 4, 2, 2, 2)
+    with pytest.raises(ValueError, match="1 rows and the keys 4"):
+        splash_attention(q[:, :1], k, v, cells, cells, lag_matrix("block_causal", 2), np.arange(2), interpret=True)
+
+
+def test_blocks_of_a_generation():
+    assert blocks_for("TPU v6 lite") != blocks_for("TPU v5 lite") == blocks_for("TPU v9")
+    for blocks in splash.BLOCKS.values():
+        (q, q_length), (k, k_length) = splash._cuts(1024, 3, 10, blocks)
+        assert q <= blocks.q and k <= blocks.k and q % 128 == k % 128 == q_length % q == k_length % k == 0
+        assert q_length < 1024 * 3 + 128 * q_length // q and k_length < 1024 * 10 + 128 * k_length // k
+
+
+TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "topology, rows, streams, visibility, dtype",
+    [
+        *((topology, 1024, 8, "block_causal", "bfloat16") for topology in TOPOLOGIES),
+        ("v5e:2x2", 4096, 16, "block_causal", "bfloat16"),
+        ("v5e:2x2", 100, 10, "random", "float32"),
+        ("v6e:2x2", 1024, 2, "isolated", "float32"),
+    ],
+)
+def test_compiles_for_tpus(topology, rows, streams, visibility, dtype, monkeypatch):
+    """The real TPU compiler takes the kernels, forward and backward, and what surrounds them needs O(L) memory."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu, the TPU compiler, is not installed")
+    # It must not look for a TPU, nor for another process that uses it.
+    for variable, value in (("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):
+        monkeypatch.setenv(variable, value)
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    sharding = NamedSharding(Mesh([device], ("one",)), PartitionSpec())
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    heads, kv_heads, head_dim, lag = 4, 2, 128, some_lag(visibility, streams)
+
+    def run(q, k, v, cells, d_out):
+        streams = jnp.arange(lag.shape[0])
+        attend = lambda *qkv: splash_attention(*qkv, cells, cells, lag, streams, blocks=blocks_for(device.device_kind))
+        out, pull_back = jax.vjp(attend, q, k, v)
+        return out, pull_back(d_out)
+
+    table = (1, rows, streams)
+    q, k = array(dtype, *table, heads, head_dim), array(dtype, *table, kv_heads, head_dim)
+    cells = Cells(*(array(jnp.int32, 1, rows),) * 2, *(array(bool, *table),) * 2)
+    compiled = jax.jit(run, out_shardings=sharding).lower(q, k, k, cells, q).compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
+    temporary, size = compiled.memory_analysis().temp_size_in_bytes, math.prod(q.shape) * q.dtype.itemsize
+    print(f"{temporary / 2**20:.1f} MiB of temporaries, q has {size / 2**20:.1f}")
+    assert temporary < 10 * size + 2**22

@@ -42,9 +42,41 @@ class Blocks(NamedTuple):
     k: int
 
 
-# By the start of the device kind. 512 compiles for every generation, forward and backward, also in float32; 2048 runs out
-# of vector memory on v5e and v5p. TODO
-BLOCKS = {"TPU": Blocks(512, 512)}
+# By the start of the device kind; the longest that fits counts. Forward, a block of q queries does q floating-point
+# operations for each byte of keys and values that it loads (in bfloat16), which should be well above the chip's ratio of
+# peak rate and memory bandwidth: 229 for v4, 240 for v5e, 166 for v5p, 560 for v6e, 312 for v7x. Beyond that, smaller
+# blocks skip more between packed examples. All compile forward and backward, also in float32; 2048 x 2048 runs out of
+# vector memory on v4, v5e and v5p. From data sheets and compiled programs, not from timings.
+BLOCKS = {
+    "TPU": Blocks(512, 512),
+    "TPU v6 lite": Blocks(1024, 512),
+}
+# Entries of the map of blocks of one call, 5 bytes each, in scalar memory: L = 131,072 in blocks of 512 compiles. A batch
+# that has more is cut into several calls.
+MAP_ENTRIES = 1 << 16
+MAX_HEAD_DIM = 256  # the largest that was compiled in float32 as well
+
+
+def blocks_for(device_kind: str) -> Blocks:
+    """The blocks for a TPU, by the name that the runtime gives it."""
+    return BLOCKS[max((kind for kind in BLOCKS if device_kind.startswith(kind)), key=len, default="TPU")]
+
+
+def declines(case: Case) -> str | None:
+    """Why the kernels cannot do what `case` asks; None if they can."""
+    if case.platform != "tpu":
+        return f"it needs a TPU, and this is a {case.platform}"
+    if case.dtype not in ("bfloat16", "float32"):
+        return f"it computes in bfloat16 or float32, and the model in {case.dtype}"
+    if case.head_dim > MAX_HEAD_DIM:
+        return f"it needs a head_dim of at most {MAX_HEAD_DIM}, and this is {case.head_dim}"
+    if case.heads % case.kv_heads:
+        return f"it needs as many query heads for each key head, and there are {case.heads} for {case.kv_heads}"
+    blocks = blocks_for(case.device_kind)
+    (q_block, q_length), (k_block, k_length) = _cuts(case.rows, case.q_streams, case.streams, blocks)
+    if not _fits(1, q_length // q_block, k_length // k_block, k_length):
+        return f"{case.rows} rows of {case.streams} streams make more blocks than the scalar memory of a TPU can map"
+    return None
 
 
 def splash_attention(
@@ -56,18 +88,21 @@ def splash_attention(
       q_cells, k_cells: rows 0 .. T - 1 of the same tables; the keys are all S streams of the rows of the queries.
       lag: [S, S] int32, numpy: it is compiled into the kernels. q_streams: [Sq] int32, each at most once; may be traced.
       interpret: run the kernels on any device, slowly.
-      blocks: see BLOCKS. Multiples of 128; smaller blocks are taken where they fill up better.
+      blocks: of `blocks_for(device_kind)`; multiples of 128. Smaller ones are taken where they fill up better.
     """
     batch, rows, q_size = q.shape[:3]
-    lag = np.asarray(lag)
+    lag, rows_of_keys = np.asarray(lag), k.shape[1]
+    if rows_of_keys != rows:
+        raise ValueError(f"the queries have {rows} rows and the keys {rows_of_keys}: they must be the same rows")
     blocks = blocks or BLOCKS["TPU"]
-    (q_block, q_length), (k_block, k_length) = (_cut(rows * n, b) for n, b in zip((q_size, k.shape[2]), blocks))
-    tables = _tables_per_call(batch, q_length // q_block, k_length // k_block, k_length)
+    (q_block, q_length), (k_block, k_length) = _cuts(rows, q_size, k.shape[2], blocks)
+    blocks, per_table = Blocks(q_block, k_block), (q_length // q_block, k_length // k_block, k_length)
+    tables = next(n for n in range(batch, 0, -1) if n == 1 or batch % n == 0 and _fits(n, *per_table))
     rule = _make_rule(lag, rows, tables, k_length)
 
     def some_tables(q, k, v, q_cells, k_cells):
-        plan = _plan(q_cells, k_cells, lag, q_streams, rule, Blocks(q_block, k_block), q_length, k_length)
-        return _attention(q, k, v, plan, (rule.sees, Blocks(q_block, k_block), interpret))
+        plan = _plan(q_cells, k_cells, lag, q_streams, rule, blocks, q_length, k_length)
+        return _attention(q, k, v, plan, (rule.sees, blocks, interpret))
 
     if tables == batch:
         return some_tables(q, k, v, q_cells, k_cells)
@@ -75,18 +110,19 @@ def splash_attention(
     return lax.map(lambda call: some_tables(*call), calls).reshape(q.shape)
 
 
-def declines(case: Case) -> str | None:
-    """Why the kernels cannot do what `case` asks; None if they can."""
-    if case.platform != "tpu":
-        return f"it needs a TPU, not a {case.platform}"
-    return None
+def _cuts(rows: int, q_streams: int, k_streams: int, blocks: Blocks) -> list[tuple[int, int]]:
+    """(block, padded length) of queries and of keys: the number of blocks that `blocks` asks for, evenly filled."""
+    cuts = []
+    for cells, block in zip((rows * q_streams, rows * k_streams), blocks):
+        count = -(-cells // block)
+        block = -(-cells // (count * LANES)) * LANES
+        cuts.append((block, count * block))
+    return cuts
 
 
-def _cut(cells: int, block: int) -> tuple[int, int]:
-    """(block length, padded length): the number of blocks that `block` asks for, evenly filled."""
-    count = -(-cells // block)
-    block = -(-cells // (count * LANES)) * LANES
-    return block, count * block
+def _fits(tables: int, q_blocks: int, k_blocks: int, k_length: int) -> bool:
+    """Whether one call can do so many tables: their map fits into scalar memory, and their keys can be counted."""
+    return tables * q_blocks * k_blocks <= MAP_ENTRIES and tables * k_length < EXACT
 
 
 # --- the rule as a predicate on (code of the query, index of the key) ---
@@ -314,18 +350,6 @@ _attention.defvjp(_forward, _backward)
 
 MASKED = kernels.DEFAULT_MASK_VALUE
 LAYOUT = kernels.QKVLayout.HEAD_DIM_MINOR
-
-
-def _tables_per_call(batch: int, q_blocks: int, k_blocks: int, k_length: int) -> int:
-    """The most tables, a divisor of the batch, whose block map fits into scalar memory and whose keys can be counted."""
-    return next(n for n in range(batch, 0, -1) if batch % n == 0 and (n == 1 or _fits(n, q_blocks, k_blocks, k_length)))
-
-
-MAP_ENTRIES = 1 << 15  # TODO
-
-
-def _fits(tables: int, q_blocks: int, k_blocks: int, k_length: int) -> bool:
-    return tables * q_blocks * k_blocks <= MAP_ENTRIES and tables * k_length < EXACT
 
 
 def _mask_info(plan: _Plan, order) -> MaskInfo:
