@@ -15,7 +15,7 @@ config
 streams
 compiler
 sharding
-attention.case attention.reference attention.chunked attention.gpu attention
+attention.case attention.blocks attention.reference attention.chunked attention.gpu attention.splash attention
 layers
 model
 loss
@@ -40,7 +40,7 @@ CORE = (
     *("config", "streams", "sharding", "layers", "model", "loss", "optim", "step", "train", "checkpoint"),
     *("attention", "data"),
 )
-KERNELS = ("attention.gpu",)  # for one kind of hardware: nobody needs them to follow a step
+KERNELS = ("attention.blocks", "attention.gpu", "attention.splash")  # for one kind of hardware each: outside the core
 
 
 def modules():

@@ -1,0 +1,319 @@
+"""Splash attention against the dense reference, in interpret mode; its block map; compiled ahead of time for TPUs."""
+
+import importlib.util
+import inspect
+import math
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from test_attention import assert_same, outputs_and_gradients, random_inputs, random_lag
+
+from msllm.attention import splash
+from msllm.attention.blocks import EMPTY, FULL, PARTIAL, block_map, flatten
+from msllm.attention.case import Case
+from msllm.attention.reference import reference_attention
+from msllm.attention.splash import Blocks, blocks_for, declines, splash_attention
+from msllm.config import MeshConfig
+from msllm.sharding import axis_index, gather, make_mesh, partition
+from msllm.streams import NEVER, PRESETS, Cells, lag_matrix, visible
+
+SMALL = Blocks(128, 128)
+
+
+def some_lag(visibility, streams):
+    return random_lag(streams, streams) if visibility == "random" else lag_matrix(visibility, streams)
+
+
+def compare(q, k, v, cells, lag, q_streams=None, blocks=SMALL, check=assert_same):
+    q_streams = np.arange(lag.shape[0]) if q_streams is None else np.array(q_streams)
+    q_cells = cells._replace(present=cells.present[:, :, q_streams], seen=cells.seen[:, :, q_streams])
+    q = q[:, :, q_streams]
+
+    def ours(q, k, v):
+        return splash_attention(q, k, v, q_cells, cells, lag, jnp.asarray(q_streams), interpret=True, blocks=blocks)
+
+    def theirs(q, k, v):
+        return reference_attention(q, k, v, q_cells, cells, jnp.asarray(lag), q_streams)
+
+    check(outputs_and_gradients(ours, q, k, v), outputs_and_gradients(theirs, q, k, v))
+
+
+# T * S is between 2 and 3 blocks, and none of them divides it.
+@pytest.mark.slow
+@pytest.mark.parametrize("visibility", [*PRESETS, "random"])
+@pytest.mark.parametrize("streams, rows", [(1, 270), (2, 150), (3, 95), (4, 75), (8, 37), (10, 27), (16, 19)])
+def test_splash_equals_reference(streams, rows, visibility):
+    batch = 2 if streams != 2 else 1
+    q, k, v, cells = random_inputs(streams, batch, rows, streams, 4, (2, 4, 1)[streams % 3])
+    compare(q, k, v, cells, some_lag(visibility, streams))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "visibility, q_streams, settings, blocks",
+    [
+        ("block_causal", [4, 5], {}, SMALL),
+        ("same_row", [7], {"absent": 0.0, "silent": 0.5}, SMALL),
+        ("random", [6, 1, 3], {"absent": 0.9, "segments": 1}, Blocks(128, 256)),
+        ("isolated", [2, 0], {"absent": 0.0, "silent": 0.0, "segments": 9}, Blocks(256, 128)),
+    ],
+)
+def test_some_streams_of_queries(visibility, q_streams, settings, blocks):
+    q, k, v, cells = random_inputs(7, 2, 49, 8, 4, 2, **settings)
+    compare(q, k, v, cells, some_lag(visibility, 8), q_streams, blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("edges", [{(2, 0): NEVER}, {(2, 0): NEVER, (0, 1): 0, (1, 2): 4}], ids=["firewall", "edges"])
+def test_named_edges_and_calls_of_some_tables(edges, monkeypatch):
+    monkeypatch.setattr(splash, "MAP_ENTRIES", 8)  # 2 * 2 blocks a table: two of the four tables a call
+    lag = lag_matrix("block_causal", 3)
+    for edge, value in edges.items():
+        lag[edge] = value
+    compare(*random_inputs(5, 4, 50, 3, 2, 2), lag)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("visibility", ["block_causal", "random"])
+def test_bfloat16(visibility):
+    """Against float32 on the same rounded inputs. The kernels round q / sqrt(H), the weights' products and the results to
+    8 bits: errors of a few 2^-8 of the largest value."""
+    q, k, v, cells = random_inputs(3, 1, 60, 4, 4, 2, 16)
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
+    lag = some_lag(visibility, 4)
+
+    weight = np.random.default_rng(9).standard_normal(q.shape).astype(jnp.bfloat16)
+
+    def run(attend, *arrays):
+        @jax.jit
+        def gradients(*arrays):
+            out, pull_back = jax.vjp(lambda q, k, v: attend(q, k, v, cells, cells, lag, jnp.arange(4)), *arrays)
+            return out, *pull_back(jnp.asarray(weight, out.dtype))
+
+        results = gradients(*arrays)
+        assert all(x.dtype == arrays[0].dtype for x in results)
+        return [np.asarray(x, np.float32) for x in results]
+
+    interpreted = lambda *args: splash_attention(*args, interpret=True, blocks=SMALL)
+    ours = run(interpreted, q, k, v)
+    theirs = run(lambda *a: reference_attention(*a[:5], jnp.asarray(lag), a[6]), *(x.astype(jnp.float32) for x in (q, k, v)))
+    for x, expected in zip(ours, theirs):
+        assert np.abs(x - expected).max() < 4 * 2**-8 * np.abs(expected).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("visibility", ["block_causal", "random"])
+def test_sharded_equals_unsharded(visibility):
+    q, k, v, cells = random_inputs(1, 2, 40, 4, 4, 2)
+    lag = some_lag(visibility, 4)
+    heads = partition("batch", "row", "stream", "heads", "head_dim")
+    table, row = partition("batch", "row", "stream"), partition("batch", "row")
+
+    def local(q, k, v, cells):
+        whole = lambda x: gather(x, 2, ("stream",))
+        k_cells = cells._replace(present=whole(cells.present), seen=whole(cells.seen))
+        streams = axis_index("stream") * q.shape[2] + jnp.arange(q.shape[2])
+        return splash_attention(q, whole(k), whole(v), cells, k_cells, lag, streams, interpret=True, blocks=SMALL)
+
+    sharded = jax.shard_map(
+        local,
+        mesh=make_mesh(MeshConfig(data=1, fsdp=1, stream=2, tensor=2), jax.devices()[:4]),
+        in_specs=(heads, heads, heads, Cells(row, row, table, table)),
+        out_specs=heads,
+        check_vma=False,
+    )
+    ours = outputs_and_gradients(lambda q, k, v: sharded(q, k, v, cells), q, k, v)
+    theirs = lambda q, k, v: reference_attention(q, k, v, cells, cells, jnp.asarray(lag), jnp.arange(4))
+    assert_same(ours, outputs_and_gradients(theirs, q, k, v))
+
+
+def earlier(row, stream, k_row, k_stream, lag, segment=1, present=True, k_segment=1, seen=True):
+    """The pairs that a lag admits, by `visible()`: with keys on streams of their own, no cell is itself."""
+    k_stream, lag = k_stream + lag.shape[0], lag[stream, k_stream]
+    return visible(row, stream, segment, present, k_row, k_stream, k_segment, seen, lag)
+
+
+@pytest.mark.parametrize("visibility", [*PRESETS, "random", "never"])
+@pytest.mark.parametrize("rows, streams, tables", [(21, 3, 1), (21, 3, 4), (16, 16, 2), (4096, 16, 1), (6553, 10, 3)])
+def test_predicate_of_codes_is_the_rule(rows, streams, tables, visibility):
+    lag = np.full((streams, streams), NEVER) if visibility == "never" else some_lag(visibility, streams)
+    length = -(-rows * streams // 384) * 384
+    rule = splash._make_rule(lag, rows, tables, length)
+    rng = np.random.default_rng(rows)
+    q, k, table = (rng.integers(0, end, 200_000) for end in (rows * streams, rows * streams, tables))
+    near = rng.random(k.shape) < 0.7  # most mistakes would be about neighbours
+    k = np.where(near, np.clip(q + rng.integers(-8 * streams, 3 * streams, q.shape), 0, rows * streams - 1), k)
+    (row, stream), (k_row, k_stream) = np.divmod(q, streams), np.divmod(k, streams)
+    code = rule.encode(*(jnp.asarray(x, jnp.int32) for x in (row, stream, table)))
+    assert code.dtype == jnp.int32 and code.min() >= 0
+    seen = rule.sees(code, jnp.asarray(table * length + k, jnp.int32))
+    np.testing.assert_array_equal(np.asarray(seen), earlier(row, stream, k_row, k_stream, lag))
+
+
+def test_quotient_is_exact():
+    for divisor in (*range(1, 40), 384, 640, 896, 65_536):
+        multiples = np.arange(0, splash.EXACT, divisor, dtype=np.int32)
+        for x in (multiples, multiples[1:] - 1):  # between two multiples, the product grows with x
+            np.testing.assert_array_equal(splash._quotient(x, divisor), x // divisor)
+
+
+@pytest.mark.parametrize("segments, absent", [(1, 0.0), (3, 0.0), (3, 0.3), (9, 0.1), (30, 0.95)])
+@pytest.mark.parametrize("visibility", [*PRESETS, "random"])
+def test_block_map_is_safe_and_sharp(visibility, segments, absent):
+    rows, streams, q_block, k_block = 40, 3, 9, 12  # 120 cells: neither divides it
+    *_, cells = random_inputs(segments, 2, rows, streams, 1, 1, absent=absent, silent=absent, segments=segments)
+    lag = some_lag(visibility, streams)
+    length = 144
+    queries = flatten(jnp.arange(rows), cells.segment, cells.present, length)
+    keys = flatten(jnp.arange(rows), cells.segment, cells.seen, length)
+    kinds = np.asarray(block_map(queries, keys, lag.min(), lag.max(), q_block, k_block))
+    assert kinds.shape == (2, length // q_block, length // k_block) and kinds.dtype == np.int8
+    for table in range(2):
+        row, stream = np.divmod(np.arange(rows * streams), streams)
+        segment = np.asarray(cells.segment)[table, row]
+        present, seen = (np.asarray(x)[table].ravel() for x in (cells.present, cells.seen))
+        pairs = np.zeros((length, length), bool)
+        pairs[: row.size, : row.size] = earlier(
+            *(row[:, None], stream[:, None], row, stream, lag, segment[:, None], present[:, None], segment, seen)
+        )
+        blocks = pairs.reshape(length // q_block, q_block, -1, k_block).swapaxes(1, 2)
+        some, every = blocks.any((2, 3)), blocks.all((2, 3))
+        assert not (some & (kinds[table] == EMPTY)).any()
+        assert not (~every & (kinds[table] == FULL)).any()
+        if absent == 0 and visibility in ("block_causal", "same_row"):
+            np.testing.assert_array_equal(kinds[table], np.where(every, FULL, np.where(some, PARTIAL, EMPTY)))
+
+
+def test_steps_load_the_block_that_they_compute():
+    kinds = jnp.asarray(np.random.default_rng(0).choice([EMPTY, EMPTY, PARTIAL, FULL], (3, 4, 5)), jnp.int8)
+    kinds = kinds.at[1, 2].set(EMPTY).at[2].set(EMPTY)
+    load, kind = splash._forward_order(kinds)
+    assert load.shape == kind.shape == (1, 12, 5)
+    active = np.asarray(kind[0]) > 0
+    table, key = np.divmod(np.asarray(load[0]), 5)
+    assert (key == np.arange(5))[active].all() and (table == np.arange(12)[:, None] // 4)[active].all()
+    first_ahead = np.asarray(load[0]).ravel()[np.flatnonzero(~active.ravel())[0]]
+    assert first_ahead in np.asarray(load[0])[active]  # an idle step loads for a later one
+    load, kind = splash._backward_order(kinds)
+    assert load.shape == kind.shape == (1, 4, 15)
+    active = np.asarray(kind[0]) > 0
+    table, query = np.divmod(np.asarray(load[0]), 4)
+    assert (query == np.arange(4)[:, None])[active].all() and (table == np.arange(15) // 5)[active].all()
+    np.testing.assert_array_equal(np.asarray(kind[0]).reshape(4, 3, 5).swapaxes(0, 1), kinds)
+
+
+def test_the_plan_of_65536_cells_is_cheap():
+    rows, streams = 4096, 16
+    *_, cells = random_inputs(0, 1, rows, streams, 1, 1, segments=16)
+    lag = lag_matrix("block_causal", streams)
+
+    def plan(cells):
+        rule = splash._make_rule(lag, rows, 1, rows * streams)
+        return splash._plan(cells, cells, lag, np.arange(streams), rule, Blocks(512, 512), rows * streams, rows * streams)
+
+    begin = time.process_time()
+    compiled = jax.jit(plan).lower(cells).compile()
+    traced = time.process_time() - begin
+    jax.block_until_ready(compiled(cells))
+    begin = time.process_time()
+    result = jax.block_until_ready(compiled(cells))
+    seconds = time.process_time() - begin
+    active = float(np.mean(np.asarray(result.forward[1]) != EMPTY))
+    print(f"traced and compiled in {traced:.2f} CPU-s, run in {seconds * 1e3:.1f} CPU-ms, {active:.1%} of the blocks")
+    assert seconds < 0.1 and active < 0.1  # 16 examples: about 1 / 32 of all blocks
+    shapes = re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", compiled.as_text())
+    assert max(math.prod(map(int, shape.split(","))) for shape in shapes) <= 2 * rows * streams
+
+
+def test_the_private_functions_are_those_that_were_tested():
+    """jax may change them in any version: then msllm/attention/splash.py, its last section, must follow."""
+    common = "segment_ids sinks logsumexp do di bq bkv is_mqa mask_info mask_value attn_logits_soft_cap q_layout k_layout"
+    common = {*common.split(), "q", "k", "v", "v_layout", "mask_function", "interpret"}
+    forward = "fwd_mask_info q k v segment_ids sinks mask_value is_mqa block_sizes residual_checkpoint_name save_residuals"
+    expected = {
+        "_splash_attention_forward": {*forward.split(), "mask_function", "attn_logits_soft_cap", "interpret"},
+        "_splash_attention_bwd_dq": common,
+        "_splash_attention_bwd_dkv": common | {"bkv_compute", "use_fused_bwd_kernel"},
+    }
+    for name, parameters in expected.items():
+        assert set(inspect.signature(getattr(splash.kernels, name)).parameters) == parameters, f"jax {jax.__version__}"
+    fields = "data_next mask_next block_mask partial_mask_blocks q_sequence is_dynamic_mask"
+    assert splash.MaskInfo._fields == tuple(fields.split())
+
+
+def make_case(**changes):
+    case = Case("tpu", "TPU v5 lite", "bfloat16", 1024, 8, 8, 32, 8, 128, lag_matrix("block_causal", 8))
+    return case._replace(**changes)
+
+
+def test_declines_say_why():
+    assert declines(make_case()) is None
+    assert declines(make_case(device_kind="TPU7x", dtype="float32", kv_heads=32, head_dim=64)) is None
+    assert declines(make_case(rows=4096, streams=16, lag=random_lag(0, 16))) is None  # 65,536 cells
+    assert "cpu" in declines(make_case(platform="cpu"))
+    assert "float16" in declines(make_case(dtype="float16"))
+    assert "512" in declines(make_case(head_dim=512))
+    assert "32 for 5" in declines(make_case(kv_heads=5))
+    assert "20000 rows of 16 streams" in declines(make_case(rows=20_000, streams=16, q_streams=16))
+    assert declines(make_case(rows=20_000, streams=16, q_streams=2)) is None
+
+
+def test_other_rows_of_keys_are_refused():
+    q, k, v, cells = random_inputs(0, 1, 4, 2, 2, 2)
+    with pytest.raises(ValueError, match="1 rows and the keys 4"):
+        splash_attention(q[:, :1], k, v, cells, cells, lag_matrix("block_causal", 2), np.arange(2), interpret=True)
+
+
+def test_blocks_of_a_generation():
+    assert blocks_for("TPU v6 lite") != blocks_for("TPU v5 lite") == blocks_for("TPU v9")
+    for blocks in splash.BLOCKS.values():
+        (q, q_length), (k, k_length) = splash._cuts(1024, 3, 10, blocks)
+        assert q <= blocks.q and k <= blocks.k and q % 128 == k % 128 == q_length % q == k_length % k == 0
+        assert q_length < 1024 * 3 + 128 * q_length // q and k_length < 1024 * 10 + 128 * k_length // k
+
+
+TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "topology, rows, streams, visibility, dtype",
+    [
+        *((topology, 1024, 8, "block_causal", "bfloat16") for topology in TOPOLOGIES),
+        ("v5e:2x2", 4096, 16, "block_causal", "bfloat16"),
+        ("v5e:2x2", 100, 10, "random", "float32"),
+        ("v6e:2x2", 1024, 2, "isolated", "float32"),
+    ],
+)
+def test_compiles_for_tpus(topology, rows, streams, visibility, dtype, monkeypatch):
+    """The real TPU compiler takes the kernels, forward and backward, and what surrounds them needs O(L) memory."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu, the TPU compiler, is not installed")
+    # It must not look for a TPU, nor for another process that uses it.
+    for variable, value in (("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):
+        monkeypatch.setenv(variable, value)
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    sharding = NamedSharding(Mesh([device], ("one",)), PartitionSpec())
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    heads, kv_heads, head_dim, lag = 4, 2, 128, some_lag(visibility, streams)
+
+    def run(q, k, v, cells, d_out):
+        streams = jnp.arange(lag.shape[0])
+        attend = lambda *qkv: splash_attention(*qkv, cells, cells, lag, streams, blocks=blocks_for(device.device_kind))
+        out, pull_back = jax.vjp(attend, q, k, v)
+        return out, pull_back(d_out)
+
+    table = (1, rows, streams)
+    q, k = array(dtype, *table, heads, head_dim), array(dtype, *table, kv_heads, head_dim)
+    cells = Cells(*(array(jnp.int32, 1, rows),) * 2, *(array(bool, *table),) * 2)
+    compiled = jax.jit(run, out_shardings=sharding).lower(q, k, k, cells, q).compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
+    temporary, size = compiled.memory_analysis().temp_size_in_bytes, math.prod(q.shape) * q.dtype.itemsize
+    print(f"{temporary / 2**20:.1f} MiB of temporaries, q has {size / 2**20:.1f}")
+    assert temporary < 10 * size + 2**22
