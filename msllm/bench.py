@@ -62,7 +62,7 @@ def train_case(case: dict) -> dict:
     from msllm.config import Config, DataConfig, LossConfig, ModelConfig, StreamsConfig
     from msllm.flops import train_flops
     from msllm.metrics import memory_mib
-    from msllm.sharding import batch_shardings, make_mesh
+    from msllm.sharding import make_mesh
     from msllm.step import Program
     from msllm.streams import StreamSpec
 
@@ -77,7 +77,7 @@ def train_case(case: dict) -> dict:
     program = Program(config, streams, make_mesh(config.mesh))
     tokens = np.random.default_rng(0).integers(0, case["vocab_size"], (batch, rows, size)).astype(np.int32)
     arrays = {"tokens": tokens, "present": np.ones(tokens.shape, bool), "segment": np.ones((batch, rows), np.int32)}
-    tables = jax.device_put(arrays, batch_shardings(program.mesh))
+    tables = {name: jax.device_put(arrays[name], x.sharding) for name, x in program.abstract_batch.items()}
     state = program.init()
     step = compile_step(program.step, state, tables)
     state, metrics = step(state, tables)

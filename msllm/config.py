@@ -48,7 +48,7 @@ class ModelConfig:
     rope_theta: float = 1e6
     rope_scaling: RopeScalingConfig = RopeScalingConfig()
     compute_dtype: str = "float32"  # float32 | bfloat16; parameters are float32 always
-    attention: str = "chunked"  # chunked | reference (dense, O(L^2) memory: for tests)
+    attention: str = "auto"  # auto | splash (TPU) | gpu | chunked (anywhere) | reference (O(L^2) memory: for tests)
     remat: str = "dots"  # none (keep all) | dots (keep matrix products and attention) | full (keep layer inputs only)
 
 
@@ -121,6 +121,7 @@ class LossConfig:
     label_smoothing: float = 0.0
     z_loss: float = 0.0  # weight of logsumexp(logits)^2
     chunk_tokens: int = 2048  # cells whose logits exist at one time
+    vocab_chunks: int = 1  # parts in which the head is gathered; more than 1: less memory, logits computed twice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +240,7 @@ def _validate(config: Config) -> None:
         _check(value in choices.split(), path, value, f"must be one of {', '.join(choices.split())}")
 
     one_of("model.compute_dtype", model.compute_dtype, "float32 bfloat16")
-    one_of("model.attention", model.attention, "chunked reference")
+    one_of("model.attention", model.attention, "auto splash gpu chunked reference")
     one_of("model.remat", model.remat, "none dots full")
     one_of("model.rope_scaling.kind", model.rope_scaling.kind, "none linear llama3")
     one_of("optim.schedule", optim.schedule, "cosine wsd constant")
@@ -271,6 +272,7 @@ def _validate(config: Config) -> None:
     )
     _check(0 < optim.decay_fraction <= 1, "optim.decay_fraction", optim.decay_fraction, "must be in (0, 1]")
     _check(0 <= config.loss.label_smoothing < 1, "loss.label_smoothing", config.loss.label_smoothing, "must be in [0, 1)")
+    _check(config.loss.vocab_chunks > 0, "loss.vocab_chunks", config.loss.vocab_chunks, "must be positive")
     _check(config.loss.chunk_tokens > 0, "loss.chunk_tokens", config.loss.chunk_tokens, "must be positive")
     sizes = dataclasses.astuple(config.mesh)
     _check(all(n > 0 or n == -1 for n in sizes), "mesh", sizes, "axes must be positive, or -1 for all that remain")

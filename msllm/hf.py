@@ -24,12 +24,12 @@ WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "c
 
 
 class Entry(NamedTuple):
-    """One kind of tensor. Linear weights are [out, in] there; here, axes of the input come first."""
+    """One kind of tensor. Axes are letters, the keys of `_sizes`; the layer's is left out."""
 
     name: str  # `{}` stands for the layer
     path: tuple[str, ...]  # where it lies in our parameters
-    inputs: int | None  # leading axes of ours (layer aside) that are the input's; None: the same array
-    shape: tuple[str, ...]  # ours, without the layer, by names of `_sizes`
+    hf: tuple[str, ...]  # its dimensions in the file; one that joins several axes is written as all of them
+    shape: tuple[str, ...]  # its dimensions here
 
     @property
     def per_layer(self) -> bool:
@@ -38,24 +38,24 @@ class Entry(NamedTuple):
 
 _ATTENTION, _MLP = "model.layers.{}.self_attn.", "model.layers.{}.mlp."
 KEY_TABLE = (
-    Entry("model.embed_tokens.weight", ("embedding",), None, ("V", "D")),
-    Entry("model.channel_embedding.weight", ("stream_embedding",), None, ("S", "D")),
-    Entry("model.norm.weight", ("final_norm",), None, ("D",)),
-    Entry("lm_head.weight", ("head",), None, ("V", "D")),
-    Entry("model.layers.{}.input_layernorm.weight", ("blocks", "attention_norm"), None, ("D",)),
-    Entry("model.layers.{}.post_attention_layernorm.weight", ("blocks", "mlp_norm"), None, ("D",)),
-    Entry(_ATTENTION + "q_proj.weight", ("blocks", "attention", "q"), 1, ("D", "N", "H")),
-    Entry(_ATTENTION + "k_proj.weight", ("blocks", "attention", "k"), 1, ("D", "K", "H")),
-    Entry(_ATTENTION + "v_proj.weight", ("blocks", "attention", "v"), 1, ("D", "K", "H")),
-    Entry(_ATTENTION + "o_proj.weight", ("blocks", "attention", "o"), 2, ("N", "H", "D")),
-    Entry(_ATTENTION + "q_proj.bias", ("blocks", "attention", "q_bias"), 0, ("N", "H")),
-    Entry(_ATTENTION + "k_proj.bias", ("blocks", "attention", "k_bias"), 0, ("K", "H")),
-    Entry(_ATTENTION + "v_proj.bias", ("blocks", "attention", "v_bias"), 0, ("K", "H")),
-    Entry(_ATTENTION + "q_norm.weight", ("blocks", "attention", "q_norm"), None, ("H",)),
-    Entry(_ATTENTION + "k_norm.weight", ("blocks", "attention", "k_norm"), None, ("H",)),
-    Entry(_MLP + "gate_proj.weight", ("blocks", "mlp", "gate"), 1, ("D", "F")),
-    Entry(_MLP + "up_proj.weight", ("blocks", "mlp", "up"), 1, ("D", "F")),
-    Entry(_MLP + "down_proj.weight", ("blocks", "mlp", "down"), 1, ("F", "D")),
+    Entry("model.embed_tokens.weight", ("embedding",), ("V", "D"), ("V", "D")),
+    Entry("model.channel_embedding.weight", ("stream_embedding",), ("S", "D"), ("S", "D")),
+    Entry("model.norm.weight", ("final_norm",), ("D",), ("D",)),
+    Entry("lm_head.weight", ("head",), ("V", "D"), ("V", "D")),
+    Entry("model.layers.{}.input_layernorm.weight", ("blocks", "attention_norm"), ("D",), ("D",)),
+    Entry("model.layers.{}.post_attention_layernorm.weight", ("blocks", "mlp_norm"), ("D",), ("D",)),
+    Entry(_ATTENTION + "q_proj.weight", ("blocks", "attention", "q"), ("NH", "D"), ("D", "N", "H")),
+    Entry(_ATTENTION + "k_proj.weight", ("blocks", "attention", "k"), ("KH", "D"), ("D", "K", "H")),
+    Entry(_ATTENTION + "v_proj.weight", ("blocks", "attention", "v"), ("KH", "D"), ("D", "K", "H")),
+    Entry(_ATTENTION + "o_proj.weight", ("blocks", "attention", "o"), ("D", "NH"), ("D", "N", "H")),
+    Entry(_ATTENTION + "q_proj.bias", ("blocks", "attention", "q_bias"), ("NH",), ("N", "H")),
+    Entry(_ATTENTION + "k_proj.bias", ("blocks", "attention", "k_bias"), ("KH",), ("K", "H")),
+    Entry(_ATTENTION + "v_proj.bias", ("blocks", "attention", "v_bias"), ("KH",), ("K", "H")),
+    Entry(_ATTENTION + "q_norm.weight", ("blocks", "attention", "q_norm"), ("H",), ("H",)),
+    Entry(_ATTENTION + "k_norm.weight", ("blocks", "attention", "k_norm"), ("H",), ("H",)),
+    Entry(_MLP + "gate_proj.weight", ("blocks", "mlp", "gate"), ("F", "D"), ("D", "F")),
+    Entry(_MLP + "up_proj.weight", ("blocks", "mlp", "up"), ("F", "D"), ("D", "F")),
+    Entry(_MLP + "down_proj.weight", ("blocks", "mlp", "down"), ("D", "F"), ("D", "F")),
 )
 # In every checkpoint of the reference implementation, but only role gating would use it.
 UNUSED = (_ATTENTION + "gate_in_norm.weight",)
@@ -273,23 +273,17 @@ def _hf_shapes(config: ModelConfig, streams: int) -> dict[str, tuple[Entry, int 
 
 
 def _hf_shape(entry: Entry, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    shape = tuple(sizes[axis] for axis in entry.shape)
-    if entry.inputs is None:
-        return shape
-    parts = (math.prod(shape[entry.inputs :]), math.prod(shape[: entry.inputs]))
-    return parts if entry.inputs else parts[:1]
+    return tuple(math.prod(sizes[axis] for axis in axes) for axes in entry.hf)
 
 
 def _from_hf(entry: Entry, array: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-    return array if entry.inputs is None else array.T.reshape([sizes[axis] for axis in entry.shape])
+    axes = "".join(entry.hf)
+    return array.reshape([sizes[axis] for axis in axes]).transpose([axes.index(axis) for axis in entry.shape])
 
 
 def _to_hf(entry: Entry, array: np.ndarray) -> np.ndarray:
-    if entry.inputs is None:
-        return array
-    if entry.inputs == 0:
-        return array.reshape(-1)
-    return array.reshape(math.prod(array.shape[: entry.inputs]), -1).T
+    sizes = dict(zip(entry.shape, array.shape))
+    return array.transpose([entry.shape.index(axis) for axis in "".join(entry.hf)]).reshape(_hf_shape(entry, sizes))
 
 
 def _leaf(tree: dict[str, Any], path: tuple[str, ...], make) -> np.ndarray:

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from msllm.config import ModelConfig, RopeScalingConfig
-from msllm.sharding import RULES, gather, total
+from msllm.sharding import RULES, gather, mesh_axes, total
 
 
 # Names of the values that the remat policy `dots` keeps for the backward pass.
@@ -35,19 +35,31 @@ def constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx
 
 def whole(parameter: nnx.Param, dtype) -> jax.Array:
     """One layer's weight in the compute dtype, complete along d_model; heads, ffn and vocabulary stay sharded."""
-    value = parameter[...].astype(dtype)  # before the gather: half the bytes in bfloat16
+    value = parameter[...]
     axes = parameter.axes[len(parameter.axes) - value.ndim :]  # inside the scan over layers the first one is gone
-    return gather(value, axes.index("embed"), RULES["embed"]) if "embed" in axes else value
+    return complete(value, dtype, axes.index("embed")) if "embed" in axes else value.astype(dtype)
 
 
-def linear(x: jax.Array, weight: jax.Array, contracted: int = 1) -> jax.Array:
-    """Product over the last `contracted` axes of x and the first ones of the weight.
+def complete(weight: jax.Array, dtype, axis: int) -> jax.Array:
+    """A weight in the compute dtype, gathered along its dimension `axis`, which is d_model."""
+    return gather(weight.astype(dtype), axis, RULES["embed"])  # cast first: half the bytes in bfloat16
+
+
+def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """From d_model into heads or MLP: x [..., D], weight [D, ...].
 
     As one 2-D product: with more dimensions, XLA:CPU transposes the operands of the weight's gradient in memory.
     """
-    kept, new = x.shape[: x.ndim - contracted], weight.shape[contracted:]
-    size = math.prod(weight.shape[:contracted])
-    return (x.reshape(-1, size) @ weight.reshape(size, -1)).reshape(*kept, *new)
+    size = weight.shape[0]
+    return (x.reshape(-1, size) @ weight.reshape(size, -1)).reshape(*x.shape[:-1], *weight.shape[1:])
+
+
+def linear_back(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Back to d_model: the product of the last axes of x and those of the weight [D, ...]. D is the first axis of every
+    weight: sharded over hundreds of devices it is short, and as the last one it would be padded to a TPU's 128 lanes."""
+    size = weight.shape[0]
+    kept = x.shape[: x.ndim - weight.ndim + 1]
+    return (x.reshape(math.prod(kept), -1) @ weight.reshape(size, -1).T).reshape(*kept, size)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -111,7 +123,7 @@ class Projections(nnx.Module):
         self.v = parameter(rngs, (layers, d_model, kv_heads, head_dim), kv_axes, scale)
         # Residual branches start small, so that depth does not change the size of activations (GPT-2).
         out_scale = (heads * head_dim * 2 * layers) ** -0.5
-        self.o = parameter(rngs, (layers, heads, head_dim, d_model), ("layers", "heads", "head_dim", "embed"), out_scale)
+        self.o = parameter(rngs, (layers, d_model, heads, head_dim), ("layers", "embed", "heads", "head_dim"), out_scale)
         if config.attention_bias:
             self.q_bias = constant(0.0, (layers, heads, head_dim), ("layers", "heads", "head_dim"))
             self.k_bias = constant(0.0, (layers, kv_heads, head_dim), ("layers", "kv_heads", "head_dim"))
@@ -133,7 +145,7 @@ class Projections(nnx.Module):
 
     def out(self, x: jax.Array) -> jax.Array:
         """x [B, T, S, N, H] -> [B, T, S, D]."""
-        return total(linear(x, whole(self.o, x.dtype), contracted=2), *RULES["heads"])
+        return total(linear_back(x, whole(self.o, x.dtype)), *mesh_axes("heads"))
 
 
 class Mlp(nnx.Module):
@@ -144,9 +156,21 @@ class Mlp(nnx.Module):
         axes = ("layers", "embed", "mlp")
         self.gate = parameter(rngs, (layers, d_model, d_ff), axes, d_model**-0.5)
         self.up = parameter(rngs, (layers, d_model, d_ff), axes, d_model**-0.5)
-        self.down = parameter(rngs, (layers, d_ff, d_model), ("layers", "mlp", "embed"), (d_ff * 2 * layers) ** -0.5)
+        self.down = parameter(rngs, (layers, d_model, d_ff), axes, (d_ff * 2 * layers) ** -0.5)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = checkpoint_name(linear(x, whole(self.gate, x.dtype)), "mlp")
-        up = checkpoint_name(linear(x, whole(self.up, x.dtype)), "mlp")
-        return total(linear(jax.nn.silu(gate) * up, whole(self.down, x.dtype)), *RULES["mlp"])
+        """x [B, T, S, D] -> the same."""
+        # Else XLA:TPU puts the gradients of the weights off, and keeps the widest activations while attention needs room.
+        x, gate, up = tie_gradients((x, whole(self.gate, x.dtype), whole(self.up, x.dtype)))
+        gate, up = (checkpoint_name(linear(x, weight), "mlp") for weight in (gate, up))
+        down = whole(self.down, x.dtype)
+        return total(linear_back(jax.nn.silu(gate) * up, down), *mesh_axes("mlp"))
+
+
+@jax.custom_vjp
+def tie_gradients(values):
+    """The same values. None of their gradients is used before all of them have been made."""
+    return values
+
+
+tie_gradients.defvjp(lambda values: (values, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),))

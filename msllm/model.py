@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from msllm.attention import BACKENDS, attention
+from msllm.attention import attention, backend
 from msllm.config import ModelConfig
 from msllm.layers import SAVED, Mlp, Projections, constant, parameter, rms_norm, rope_angles, whole
-from msllm.sharding import RULES, axis_index, named, total
+from msllm.sharding import FSDP, axis_index, gather, gather_streams, mesh_axes, named, rows_to_cells, total
 from msllm.streams import Cells, StreamSpec
 
 ACTIVATION = ("batch", "row", "stream", "d_model")
@@ -74,9 +74,12 @@ class MultiStreamLM(nnx.Module):
         graph, weights = nnx.split(self.blocks)
 
         if cache is None:
+            name = "chunked" if config.attention == "auto" else config.attention  # training has chosen by now
 
             def layer(x, weights):
-                attend = lambda q, k, v: attention(q, k, v, cells, self.streams.lag_array, config.attention)
+                attend = lambda q, k, v: attention(q, k, v, cells, self.streams.lag_array, name)
+                if config.remat == "full":  # the gathered keys and values must not wait for the backward of the MLP
+                    attend = jax.checkpoint(attend, policy=jax.checkpoint_policies.save_only_these_names("attention"))
                 return nnx.merge(graph, weights)(x, angles, attend), None
 
             x, _ = jax.lax.scan(_remat(layer, config.remat), x, weights)
@@ -88,7 +91,7 @@ class MultiStreamLM(nnx.Module):
         lag, streams = jnp.asarray(self.streams.lag_array), jnp.arange(self.streams.size)
 
         # The scores of one row are few: no blocks.
-        kernel = BACKENDS[config.attention if tokens.shape[1] > 1 else "reference"]
+        kernel = backend("chunked" if config.attention != "reference" and tokens.shape[1] > 1 else "reference")
 
         def cached_layer(carry, layer):
             x, k_all, v_all = carry
@@ -111,19 +114,27 @@ class MultiStreamLM(nnx.Module):
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         """Token plus stream embedding, [B, T, S, D] float32."""
-        table = whole(self.embedding, jnp.float32)
-        local = tokens - axis_index("tensor") * table.shape[0]  # this device's part of the vocabulary
+        # The table is far larger than the rows that a step looks up: so every device looks up the tokens of all in the
+        # columns that it holds, and the rows travel. Its gradient needs no sum over devices then.
+        table, ids = self.embedding[...], gather(gather_streams(tokens), 0, FSDP)
+        local = ids - axis_index("tensor") * table.shape[0]  # this device's part of the vocabulary
         here = (local >= 0) & (local < table.shape[0])
-        x = total(jnp.where(here[..., None], table[jnp.where(here, local, 0)], 0.0), *RULES["vocab"])
+        rows = jnp.where(here[..., None], table[jnp.where(here, local, 0)], 0.0).astype(self.config.compute_dtype)
+        x = total(rows_to_cells(rows), *mesh_axes("vocab")).astype(jnp.float32)
         if self.config.stream_embedding:
             streams = axis_index("stream") * tokens.shape[2] + jnp.arange(tokens.shape[2])
-            x = x + whole(self.stream_embedding, jnp.float32)[streams]
+            # Streams beyond the last one are absent: which vector they get does not matter.
+            x = x + whole(self.stream_embedding, jnp.float32)[jnp.minimum(streams, self.streams.size - 1)]
         return x
 
+    @property
+    def head_parameter(self) -> nnx.Param:
+        """[V, D]: logits are hidden @ head.T. Inside `shard_map`: this device's part."""
+        return self.embedding if self.config.tie_embeddings else self.head
+
     def head_table(self) -> jax.Array:
-        """[V, D] in the compute dtype: logits are hidden @ head_table().T. Inside `shard_map`: this device's part of V."""
-        table = self.embedding if self.config.tie_embeddings else self.head
-        return whole(table, self.config.compute_dtype)
+        """The head in the compute dtype, complete along D."""
+        return whole(self.head_parameter, self.config.compute_dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> [..., V] float32. For scoring and decoding; training never holds all logits (loss.py)."""

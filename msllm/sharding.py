@@ -12,23 +12,28 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from msllm.config import Config, MeshConfig
 from msllm.errors import UserError
-from msllm.streams import StreamSpec
 
-AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))  # data, fsdp, stream, tensor
+# The axis `fsdp` of the config is two axes of the mesh: `fsdp_inner` is the part of it that shares a physical axis of a
+# TPU torus with `stream` and `tensor`. Parameters are gathered, and their gradients scattered, in stages of one physical
+# axis each: over a group that spans several, XLA falls back to all-reducing whole gradients.
+AXES = ("data", "fsdp", "fsdp_inner", "stream", "tensor")
+FSDP = ("fsdp", "fsdp_inner")
 
-RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+RULES: dict[str, tuple[str | tuple[str, ...], ...]] = {
+    "batch": ("data", *FSDP),
     "row": (),
     "stream": ("stream",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
-    "embed": ("fsdp", "stream"),  # d_model of parameters: gathered when used
+    "embed": ("fsdp", ("fsdp_inner", "stream")),  # d_model of parameters: gathered when used, the last stage first
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "layers": (),
@@ -37,27 +42,50 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh `data x fsdp x stream x tensor` over all devices. Raises UserError when their numbers do not match."""
+    """The mesh `data x fsdp x stream x tensor` over all devices, laid along the physical axes of their network.
+
+    Several TPU slices lie along `data`, which must be a multiple of their number. Raises UserError.
+    """
     devices = list(jax.devices()) if devices is None else list(devices)
     sizes = list(dataclasses.astuple(config))
     known = int(np.prod([n for n in sizes if n != -1]))
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if int(np.prod(sizes)) != len(devices):
-        asked = ", ".join(f"{name}={n}" for name, n in zip(AXES, dataclasses.astuple(config)))
+        asked = ", ".join(f"{name}={n}" for name, n in dataclasses.asdict(config).items())
         raise UserError(
             f"config.mesh ({asked}) does not fit {len(devices)} devices: the product of the axes must equal the number "
             "of devices; set one axis to -1 to let it take what remains"
         )
-    return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+    data, fsdp, stream, tensor = sizes
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if data % slices:
+        raise UserError(f"config.mesh.data is {data}: must be a multiple of the {slices} slices")
+    inner = _shared_fsdp(devices, fsdp, stream * tensor)
+    shape = (data // slices, fsdp // inner, inner, stream, tensor)
+    if slices > 1:
+        across = (slices, 1, 1, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(shape, across, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_mesh(config: Config, streams: StreamSpec, mesh: Mesh) -> None:
+def _shared_fsdp(devices: Sequence[Any], fsdp: int, within: int) -> int:
+    """How many of the fsdp parts fill up the physical axis of the torus that the `within` innermost devices lie on."""
+    if not hasattr(devices[0], "coords"):
+        return 1
+    for length in sorted({1 + max(device.coords[i] for device in devices) for i in range(len(devices[0].coords))}):
+        if length % within == 0 and fsdp % (length // within) == 0:
+            return length // within
+    return 1
+
+
+def check_mesh(config: Config, mesh: Mesh) -> None:
     """Raises UserError when an axis of the mesh does not divide what lies along it."""
     model = config.model
     lengths = {
         "batch": (config.data.batch_size // config.optim.accumulate, "data.batch_size / optim.accumulate"),
-        "stream": (streams.size, "the number of streams"),
         "heads": (model.num_heads, "model.num_heads"),
         "kv_heads": (model.num_kv_heads, "model.num_kv_heads"),
         "mlp": (model.d_ff, "model.d_ff"),
@@ -65,21 +93,26 @@ def check_mesh(config: Config, streams: StreamSpec, mesh: Mesh) -> None:
         "vocab": (model.vocab_size, "model.vocab_size"),
     }
     for axis, (length, name) in lengths.items():
-        parts = int(np.prod([mesh.shape[a] for a in RULES[axis]]))
+        parts = int(np.prod([mesh.shape[a] for a in mesh_axes(axis)]))
         if length % parts:
-            sizes = " x ".join(f"{a}={mesh.shape[a]}" for a in RULES[axis])
+            sizes = " x ".join(f"{a}={mesh.shape[a]}" for a in mesh_axes(axis))
             raise UserError(
                 f"the mesh does not divide {name}: {length} over {sizes}; choose mesh axes whose product divides "
                 f"{length}, or change {name}"
             )
 
 
+def mesh_axes(axis: str) -> tuple[str, ...]:
+    """The mesh axes of a logical axis, without the stages."""
+    return tuple(name for stage in RULES[axis] for name in ((stage,) if isinstance(stage, str) else stage))
+
+
 def partition(*axes: str) -> PartitionSpec:
     """PartitionSpec of logical axes. A mesh axis that two of them claim raises ValueError."""
-    used = [mesh_axis for axis in axes for mesh_axis in RULES[axis]]
+    used = [name for axis in axes for name in mesh_axes(axis)]
     if len(set(used)) != len(used):
         raise ValueError(f"logical axes {axes} use a mesh axis twice: {used}")
-    return PartitionSpec(*(RULES[axis] or None for axis in axes))
+    return PartitionSpec(*(mesh_axes(axis) or None for axis in axes))
 
 
 def named(mesh: Mesh, *axes: str) -> NamedSharding:
@@ -98,27 +131,46 @@ def axis_index(axis: str):
     return jax.lax.axis_index(axis) if axis_size(axis) > 1 else 0
 
 
-def gather(x: jax.Array, axis: int, mesh_axes: Sequence[str]) -> jax.Array:
-    """The whole of an array whose dimension `axis` is sharded over `mesh_axes`, gathered one mesh axis after the other.
+def _used(stage: str | Sequence[str]) -> tuple[str, ...]:
+    return tuple(axis for axis in ((stage,) if isinstance(stage, str) else stage) if axis_size(axis) > 1)
 
-    The innermost goes first. Backward, each becomes a reduce-scatter along one axis of the mesh, which is one physical
-    axis of a TPU torus: over several axes at once, XLA falls back to all-reducing whole arrays.
+
+def gather(x: jax.Array, axis: int, stages: Sequence[str | tuple[str, ...]]) -> jax.Array:
+    """The whole of an array whose dimension `axis` is sharded over `stages` (items of RULES), the innermost first.
+
+    Backward, each stage becomes a reduce-scatter. Its dimension is made the first one: scattering another, XLA:TPU
+    often falls back to an all-reduce of the whole array.
     """
-    for mesh_axis in reversed(mesh_axes):
-        if axis_size(mesh_axis) > 1:
-            x = jax.lax.all_gather(x, mesh_axis, axis=axis, tiled=True)
+    used = [names for stage in reversed(stages) if (names := _used(stage))]
+    if not used:
+        return x
+    x = jnp.moveaxis(x, axis, 0)
+    inner = x.shape[1:]
+    if x.ndim > 3:
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+    for names in used:
+        x = jax.lax.all_gather(x, names, tiled=True)
+    return jnp.moveaxis(x.reshape(-1, *inner), 0, axis)
+
+
+def gather_streams(x: jax.Array) -> jax.Array:
+    """[B, T, streams of this device, ...] -> [B, T, S, ...]."""
+    return gather(x, 2, ("stream",))
+
+
+def rows_to_cells(x: jax.Array) -> jax.Array:
+    """From all cells and this device's columns of `embed`, [B of all, T, S, columns], to its own cells, [B, T, S, D]."""
+    if axis_size("stream") > 1:
+        x = jax.lax.all_to_all(x, "stream", 2, x.ndim - 1, tiled=True)
+    if names := _used(FSDP):
+        x = jax.lax.all_to_all(x, names, 0, x.ndim - 1, tiled=True)
     return x
 
 
-def total(x, *mesh_axes: str):
+def total(x, *names: str):
     """Sum over mesh axes inside `shard_map`; x outside of it."""
-    axes = tuple(axis for axis in mesh_axes if axis_size(axis) > 1)
+    axes = _used(names)
     return jax.lax.psum(x, axes) if axes else x
 
 
 BATCH_AXES = {"tokens": ("batch", "row", "stream"), "present": ("batch", "row", "stream"), "segment": ("batch", "row")}
-
-
-def batch_shardings(mesh: Mesh) -> dict[str, NamedSharding]:
-    """Shardings of a batch of tables, by array name."""
-    return {name: named(mesh, *axes) for name, axes in BATCH_AXES.items()}

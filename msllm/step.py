@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -10,12 +11,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
+from msllm.attention import choose
 from msllm.compiler import compiler_options
 from msllm.config import Config
+from msllm.layers import complete
 from msllm.loss import next_row_loss, targets_and_weights
 from msllm.model import abstract_model, bind, init_parameters, parameter_shardings
 from msllm.optim import global_norm, leaf_norms, optimizer, path_name, schedule
-from msllm.sharding import BATCH_AXES, axis_index, batch_shardings, check_mesh, named, partition, total
+from msllm.sharding import BATCH_AXES, axis_index, check_mesh, mesh_axes, named, partition, total
 from msllm.streams import StreamSpec, make_cells, positions
 
 
@@ -36,6 +39,8 @@ class Program:
       config, streams, mesh, silence_id: what it was made for.
       graph: graphdef of the model. parameter_names: paths, in the order of the gradient norms.
       state_shardings, abstract_state: layout and shapes of the TrainState.
+      abstract_batch: shapes and layout of a batch: tables [B, T, S'], where S' is S and the absent streams that make it
+        a multiple of the mesh axis `stream`.
       init() -> TrainState: every device makes its own part.
       step(state, batch) -> (state, metrics): the old state's memory is reused.
       evaluate(parameters, batch) -> sums over a batch, for all streams.
@@ -43,14 +48,21 @@ class Program:
 
     def __init__(self, config: Config, streams: StreamSpec, mesh: Mesh, silence_id: int = -1):
         """`config.model.vocab_size` must be set. `silence_id` is -1 if there is none. Raises UserError."""
-        check_mesh(config, streams, mesh)
+        check_mesh(config, mesh)
         self.config, self.streams, self.mesh, self.silence_id = config, streams, mesh, silence_id
-        self.graph, shapes, axes = abstract_model(config.model, streams)
+        absent = -streams.size % mesh.shape["stream"]
+        self._loss_weights = jnp.array(streams.loss_weights + (0.0,) * absent, jnp.float32)
+        tables = (config.data.batch_size, config.data.rows, streams.size + absent)
+        kinds = {"tokens": (tables, jnp.int32), "present": (tables, bool), "segment": (tables[:2], jnp.int32)}
+        batches = {name: named(mesh, *axes) for name, axes in BATCH_AXES.items()}
+        self.abstract_batch = {k: jax.ShapeDtypeStruct(*kinds[k], sharding=batches[k]) for k in BATCH_AXES}
+        kernel = choose(config.model, streams.lag_array, config.data.rows, mesh)
+        self.graph, shapes, axes = abstract_model(dataclasses.replace(config.model, attention=kernel), streams)
         self.parameter_names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
         self._specs = jax.tree.map(lambda a: partition(*a), axes, is_leaf=lambda a: isinstance(a, tuple))
         self._optimizer = optimizer(config.optim, config.steps)
 
-        scalar, shardings, batches = named(mesh), parameter_shardings(axes, mesh), batch_shardings(mesh)
+        scalar, shardings = named(mesh), parameter_shardings(axes, mesh)
         moments = optax.tree_utils.tree_map_params(
             self._optimizer,
             lambda _, sharding: sharding,
@@ -64,7 +76,7 @@ class Program:
             jax.eval_shape(self._init),
             self.state_shardings,
         )
-        jit = functools.partial(jax.jit, compiler_options=compiler_options())
+        jit = functools.partial(jax.jit, compiler_options=compiler_options(mesh.devices.flat[0].platform))
         self.init = jit(self._init, out_shardings=self.state_shardings)
         self.step = jit(
             self._step,
@@ -93,27 +105,28 @@ class Program:
             silent = tokens == self.silence_id
             cells = make_cells(batch["present"], batch["segment"], silent if streams.skip_silence else None)
             hidden = model(tokens, cells, positions(batch["segment"]))
-            stream_weights = jnp.asarray(streams.loss_weights, jnp.float32)[mine]
-            targets, counted, weights = targets_and_weights(batch, stream_weights)
+            targets, counted, weights = targets_and_weights(batch, self._loss_weights[mine])
             # The same program runs for all parts of the stream axis: a place is left out if it has weight 0 in each.
             kept = [s for s in range(size) if all_streams or any(streams.loss_weights[s::size])]
+            head = model.head_parameter[...]
+            complete_rows = functools.partial(complete, dtype=hidden.dtype, axis=1)
             pick = lambda x: x if len(kept) == size else x[:, :, jnp.array(kept)]
             loss, nll = next_row_loss(
-                pick(hidden), model.head_table(), pick(targets), pick(weights) / total_weight, config.loss
+                pick(hidden), head, pick(targets), pick(weights) / total_weight, config.loss, complete_rows
             )
             # What is reported must not depend on which streams share a device.
             reported = pick(counted) if all_streams else pick(weights) > 0
             spoken = reported & (pick(targets) != self.silence_id)
-            over_cells = lambda x: total(jnp.zeros(size).at[jnp.array(kept)].set(x.sum((0, 1))), "data", "fsdp")
+            over_cells = lambda x: total(jnp.zeros(size).at[jnp.array(kept)].set(x.sum((0, 1))), *mesh_axes("batch"))
             sums = {
                 "nll": over_cells(nll * reported),
                 "nll_spoken": over_cells(nll * spoken),
                 "targets": over_cells(reported.astype(jnp.float32)),
                 "targets_spoken": over_cells(spoken.astype(jnp.float32)),
             }
-            cells_in = lambda x: total(x.sum(dtype=jnp.float32), "data", "fsdp", "stream")
+            cells_in = lambda x: total(x.sum(dtype=jnp.float32), *mesh_axes("batch"), "stream")
             counts = {"cells": cells_in(cells.present), "spoken": cells_in(cells.present & ~silent)}
-            return total(loss, "data", "fsdp", "stream"), (sums, counts)
+            return total(loss, *mesh_axes("batch"), "stream"), (sums, counts)
 
         batch_specs = {name: partition(*axes) for name, axes in BATCH_AXES.items()}
         scalar, per_stream = PartitionSpec(), partition("stream")
@@ -124,11 +137,11 @@ class Program:
             local, mesh=self.mesh, in_specs=(self._specs, batch_specs, scalar), out_specs=out, check_vma=False
         )
         loss, (sums, counts) = sharded(parameters, batch, total_weight)
-        return loss, {**sums, **counts}
+        return loss, {**{name: x[: streams.size] for name, x in sums.items()}, **counts}
 
     def _gradients(self, parameters, batch):
         """(gradients, loss, sums) of a whole batch, in micro-batches if the config asks for them."""
-        weights = targets_and_weights(batch, jnp.asarray(self.streams.loss_weights, jnp.float32))[2]
+        weights = targets_and_weights(batch, self._loss_weights)[2]
         total_weight = jnp.maximum(weights.sum(), 1e-9)
         gradient = jax.value_and_grad(self._losses, has_aux=True)
         parts = self.config.optim.accumulate
@@ -174,6 +187,6 @@ class Program:
         return state, metrics
 
     def _evaluate(self, parameters, batch):
-        weights = targets_and_weights(batch, jnp.asarray(self.streams.loss_weights, jnp.float32))[2]
+        weights = targets_and_weights(batch, self._loss_weights)[2]
         loss, sums = self._losses(parameters, batch, 1.0, True)
         return {**sums, "loss": loss, "weight": weights.sum()}

@@ -122,6 +122,12 @@ def lag_matrix(visibility: str, size: int) -> np.ndarray:
     raise UserError(f"visibility is {visibility!r}: must be one of {', '.join(PRESETS)}")
 
 
+def pad_lag(lag: np.ndarray, size: int) -> np.ndarray:
+    """The lag matrix with absent streams at its end, [size, size]: they see nobody and nobody sees them."""
+    missing = size - lag.shape[0]
+    return np.pad(lag, (0, missing), constant_values=NEVER) if missing else lag
+
+
 def make_cells(present, segment, silent=None) -> Cells:
     """Cells of tables that start at row 0.
 

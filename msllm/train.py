@@ -25,7 +25,7 @@ from msllm.config import Config, to_json
 from msllm.data.loader import Loader
 from msllm.errors import UserError
 from msllm.metrics import Progress, Writer, memory_mib, named_losses
-from msllm.sharding import BATCH_AXES, batch_shardings, make_mesh
+from msllm.sharding import make_mesh
 from msllm.step import Program, TrainState
 from msllm.streams import StreamSpec
 
@@ -42,8 +42,6 @@ def train(config: Config, workdir: str | pathlib.Path) -> TrainState:
     config = with_vocabulary(config, loader.tokenizer.vocab_size)
     mesh = make_mesh(config.mesh)
     program = Program(config, streams, mesh, loader.tokenizer.silence_id)
-    shardings = batch_shardings(mesh)
-    shape = (config.data.batch_size, config.data.rows, streams.size)
     evaluation = _Evaluation(program) if config.eval_every and config.data.eval_percent else None
 
     checkpoints = Checkpoints(workdir, config.checkpoint)
@@ -61,8 +59,8 @@ def train(config: Config, workdir: str | pathlib.Path) -> TrainState:
     (workdir / "config.json").write_text(to_json(config))
 
     writer, progress = Writer(workdir), Progress(start, config.steps)
-    step_function = compile_step(program.step, program.abstract_state, abstract_batch(shape, shardings))
-    batches = _prefetched(loader, start, config.steps, shape, shardings)
+    step_function = compile_step(program.step, program.abstract_state, program.abstract_batch)
+    batches = _prefetched(program, loader, start, config.steps)
     meter = _Meter(program, writer, progress)
     with _stop_signal() as stop, contextlib.ExitStack() as stack:
         stack.callback(writer.close)
@@ -102,36 +100,36 @@ def with_vocabulary(config: Config, size: int) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
-def abstract_batch(shape: tuple[int, int, int], shardings: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of a batch of tables [B, T, S]."""
-    kinds = {"tokens": (shape, np.int32), "present": (shape, bool), "segment": (shape[:2], np.int32)}
-    return {k: jax.ShapeDtypeStruct(s, t, sharding=shardings[k]) for k, (s, t) in kinds.items()}
-
-
-def host_rows(batch_size: int, sharding) -> range:
+def host_rows(program: Program) -> range:
     """The tables of a batch of which this host's devices hold a part."""
-    parts = [index[0].indices(batch_size) for index in sharding.addressable_devices_indices_map((batch_size, 1)).values()]
+    segment = program.abstract_batch["segment"]
+    indices = segment.sharding.addressable_devices_indices_map(segment.shape).values()
+    parts = [index[0].indices(segment.shape[0]) for index in indices]
     return range(min(p[0] for p in parts), max(p[1] for p in parts))
 
 
-def to_devices(batch: Mapping[str, np.ndarray], first_row: int, shape, shardings) -> dict[str, jax.Array]:
-    """Global arrays from this host's rows of a batch, which start at `first_row`."""
+def to_devices(program: Program, batch: Mapping[str, np.ndarray], first_row: int = 0) -> dict[str, jax.Array]:
+    """Global arrays from this host's tables of a batch, which start at `first_row`; absent streams are added."""
 
-    def place(name: str) -> jax.Array:
+    def place(name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+        array = batch[name]
+        if array.ndim == 3:
+            array = np.pad(array, [(0, 0), (0, 0), (0, abstract.shape[2] - array.shape[2])])
+
         def part(index):
             rows, *rest = index
-            begin, end, _ = rows.indices(shape[0])
-            return batch[name][(slice(begin - first_row, end - first_row), *rest)]
+            begin, end, _ = rows.indices(abstract.shape[0])
+            return array[(slice(begin - first_row, end - first_row), *rest)]
 
-        return jax.make_array_from_callback(shape[: len(BATCH_AXES[name])], shardings[name], part)
+        return jax.make_array_from_callback(abstract.shape, abstract.sharding, part)
 
-    return {name: place(name) for name in BATCH_AXES}
+    return {name: place(name, abstract) for name, abstract in program.abstract_batch.items()}
 
 
-def _prefetched(loader: Loader, start: int, stop: int, shape, shardings) -> Iterator[dict[str, jax.Array]]:
-    rows = host_rows(shape[0], shardings["segment"])
+def _prefetched(program: Program, loader: Loader, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
+    rows = host_rows(program)
     for batch in loader.iterate(start, stop, rows):
-        yield to_devices(batch, rows.start, shape, shardings)
+        yield to_devices(program, batch, rows.start)
 
 
 class _Evaluation:
@@ -141,14 +139,11 @@ class _Evaluation:
         config = program.config
         self._program, self._loader = program, Loader(config.data, "eval", program.streams)
         self._batches = min(config.eval_batches or self._loader.num_batches, self._loader.num_batches)
-        self._shape = (config.data.batch_size, config.data.rows, program.streams.size)
 
     def __call__(self, parameters) -> dict[str, float]:
-        shardings = batch_shardings(self._program.mesh)
         totals = None
-        rows = host_rows(self._shape[0], shardings["segment"])
-        for batch in self._loader.iterate(0, self._batches, rows):
-            sums = self._program.evaluate(parameters, to_devices(batch, rows.start, self._shape, shardings))
+        for batch in _prefetched(self._program, self._loader, 0, self._batches):
+            sums = self._program.evaluate(parameters, batch)
             sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
             totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
         values = {"loss": float(totals["loss"] / max(totals["weight"], 1)), **named_losses(totals, self._program.streams)}

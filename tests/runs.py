@@ -11,7 +11,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from msllm import step as step_lib
 from msllm.config import Config, MeshConfig, default_config, from_config_dict, to_json
 from msllm.prepare import prepare
-from msllm.sharding import batch_shardings, make_mesh
+from msllm.sharding import make_mesh
 from msllm.step import Program
 from msllm.streams import StreamSpec
 from msllm.train import to_devices
@@ -57,7 +57,7 @@ def compile_once(tmp_path_factory):
 def compile_fast():
     """Compiles steps without LLVM's optimizations. Not for tests that compare with a subprocess."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_lib, "compiler_options", dict)
+        patch.setattr(step_lib, "compiler_options", lambda platform: {})
         yield
 
 
@@ -102,7 +102,7 @@ def random_tables(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
 
 def place(program: Program, tables: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Tables as a batch on the program's mesh."""
-    return to_devices(tables, 0, tables["tokens"].shape, batch_shardings(program.mesh))
+    return to_devices(program, tables)
 
 
 def host(tree):

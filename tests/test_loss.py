@@ -8,7 +8,7 @@ import pytest
 from msllm.config import LossConfig
 from msllm.loss import next_row_loss, targets_and_weights
 
-B, T, S, D, V = 2, 5, 3, 8, 11
+B, T, S, D, V = 2, 5, 3, 8, 12
 OPTIONS = {
     "plain": {},
     "smoothed": {"label_smoothing": 0.2},
@@ -35,10 +35,10 @@ def dense(hidden, table, targets, weights, options):
     return jnp.sum(weights * loss), nll
 
 
-@pytest.mark.parametrize("chunk", [7, 1000])
+@pytest.mark.parametrize("chunk, parts", [(7, 1), (1000, 1), (7, 3), (1000, 4)])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_value_and_gradients_are_those_of_the_definition(name, chunk):
-    options = LossConfig(chunk_tokens=chunk, **OPTIONS[name])
+def test_value_and_gradients_are_those_of_the_definition(name, chunk, parts):
+    options = LossConfig(chunk_tokens=chunk, vocab_chunks=parts, **OPTIONS[name])
     arguments = inputs()
     run = lambda f: jax.value_and_grad(lambda *xs: f(*xs, options), (0, 1), has_aux=True)(*arguments)
     (loss, nll), gradients = run(next_row_loss)
@@ -57,9 +57,10 @@ def test_the_gradient_scales_with_what_follows():
     np.testing.assert_allclose(slope(-3.0), -3.0 * slope(1.0), rtol=1e-5)
 
 
-def test_large_logits_do_not_overflow():
-    arguments = inputs(scale=1e4)
-    (loss, nll), gradient = jax.value_and_grad(next_row_loss, has_aux=True)(*arguments, LossConfig(chunk_tokens=7))
+@pytest.mark.parametrize("parts", [1, 3])
+def test_large_logits_do_not_overflow(parts):
+    arguments, options = inputs(scale=1e4), LossConfig(chunk_tokens=7, vocab_chunks=parts)
+    (loss, nll), gradient = jax.value_and_grad(next_row_loss, has_aux=True)(*arguments, options)
     np.testing.assert_allclose(loss, dense(*arguments, LossConfig())[0], rtol=1e-5)
     assert np.isfinite(nll).all() and np.isfinite(gradient).all()
 

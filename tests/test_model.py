@@ -81,10 +81,10 @@ def plain_decoder(config, parameters, tokens):
             scores = np.where(np.tril(np.ones((rows, rows), bool)), scores, -np.inf)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             heads.append(weights / weights.sum(-1, keepdims=True) @ v[:, m])
-        x = x + np.einsum("ntH,nHd->td", np.stack(heads), attention["o"])
+        x = x + np.einsum("ntH,dnH->td", np.stack(heads), attention["o"])
         y = norm(x, blocks["mlp_norm"][i])
         gate = y @ mlp["gate"]
-        x = x + (gate / (1 + np.exp(-gate)) * (y @ mlp["up"])) @ mlp["down"]
+        x = x + (gate / (1 + np.exp(-gate)) * (y @ mlp["up"])) @ mlp["down"].T
     return norm(x, np.asarray(parameters["final_norm"], np.float64)) @ embedding.T
 
 

@@ -1,14 +1,16 @@
 """Meshes: what a mesh must divide, and that every mesh computes the same as one device."""
 
 import functools
+import itertools
 
 import jax
 import numpy as np
 import pytest
 
+from msllm import sharding
 from msllm.config import MeshConfig
 from msllm.errors import UserError
-from msllm.sharding import AXES, RULES, make_mesh, partition
+from msllm.sharding import AXES, make_mesh, mesh_axes, partition
 from runs import compile_fast, compile_once, four_streams, host, make_program, place, random_tables  # noqa: F401
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_fast")]
@@ -79,6 +81,49 @@ def test_a_mesh_computes_what_one_device_computes(layout, axes):
     check_parts(program, state)
 
 
+def test_a_part_of_fsdp_inside_a_physical_axis_changes_nothing(monkeypatch):
+    """On a TPU torus `fsdp` is two axes of the mesh."""
+    monkeypatch.setattr(sharding, "_shared_fsdp", lambda devices, fsdp, within: 2 - fsdp % 2)
+    layout, axes = "lags", {"fsdp": 4, "stream": 2}
+    assert dict(make_mesh(MeshConfig(**{"data": 1} | axes)).shape)["fsdp_inner"] == 2
+    test_a_mesh_computes_what_one_device_computes(layout, axes)
+
+
+FACTORS = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(sizes) == 8]
+EVERY = {
+    "streams.names": ("user", "thought", "output"),  # no axis divides three: absent streams fill it up
+    "streams.kinds": ("input", "thought", "output"),
+    "streams.lags": (("output", "user", "2"),),
+    "model.num_heads": 8,
+    "model.num_kv_heads": 8,
+    "model.num_layers": 1,
+    "loss.vocab_chunks": 2,
+    "loss.chunk_tokens": 24,
+}
+
+
+def losses_of_20_steps(sizes):
+    config = four_streams(**ADAM | EVERY)
+    program = make_program(config, int(np.prod(sizes)), **dict(zip(("data", "fsdp", "stream", "tensor"), sizes)))
+    state, losses = program.init(), []
+    for step in range(20):
+        state, metrics = jax.block_until_ready(program.step(state, place(program, random_tables(config, step % 4))))
+        losses.append([float(metrics["loss"]), *metrics["nll"], *metrics["targets"]])
+    return np.array(losses)
+
+
+@functools.cache
+def losses_on_one_device():
+    return losses_of_20_steps((1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("sizes", FACTORS, ids=lambda sizes: "x".join(map(str, sizes)))
+def test_every_factorisation_of_eight_devices_has_the_losses_of_one(sizes):
+    expected = losses_on_one_device()
+    assert expected.shape == (20, 7) and expected[-1, 0] < expected[0, 0]
+    np.testing.assert_allclose(losses_of_20_steps(sizes), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_initial_parameters_do_not_depend_on_the_mesh():
     layout = "lags"
     program = make_program(four_streams(**ADAM | LAYOUTS[layout]), 8, fsdp=2, stream=2, tensor=2)
@@ -88,7 +133,7 @@ def test_initial_parameters_do_not_depend_on_the_mesh():
 def check_parts(program, state):
     """Every parameter and both of its moments lie in parts, one a device, as the table of rules says."""
     shape = program.mesh.shape
-    parts = lambda *axes: int(np.prod([shape[mesh_axis] for axis in axes for mesh_axis in RULES[axis]]))
+    parts = lambda *axes: int(np.prod([shape[mesh_axis] for axis in axes for mesh_axis in mesh_axes(axis)]))
     expected = {"embedding": parts("vocab", "embed"), "stream_embedding": parts("embed"), "final_norm": parts("embed")}
     adam = next(part for part in state.opt_state if hasattr(part, "mu"))
     for tree in (state.parameters, adam.mu, adam.nu):
@@ -103,7 +148,7 @@ def check_parts(program, state):
 
 def test_make_mesh_fills_the_axis_left_open():
     mesh = make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "stream": 1, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "fsdp_inner": 1, "stream": 1, "tensor": 2}
     assert mesh.axis_names == AXES
 
 
@@ -116,14 +161,13 @@ def test_make_mesh_names_the_devices_and_what_was_asked(axes):
 @pytest.mark.parametrize(
     "axes, changes, length, name",
     [
-        ({"stream": 8}, {}, "4 over stream=8", "the number of streams"),
         ({"data": 8}, {"optim.accumulate": 2}, "4 over data=8 x fsdp=1", "data.batch_size / optim.accumulate"),
         ({"data": 4, "fsdp": 2}, {"data.batch_size": 12}, "12 over data=4 x fsdp=2", "data.batch_size"),
         ({"data": 4, "tensor": 2}, {"model.num_kv_heads": 1}, "1 over tensor=2", "model.num_kv_heads"),
         ({"tensor": 8}, {"model.num_kv_heads": 4}, "4 over tensor=8", "model.num_heads"),
         ({"data": 4, "tensor": 2}, {"model.vocab_size": 31}, "31 over tensor=2", "model.vocab_size"),
         ({"data": 4, "tensor": 2}, {"model.d_ff": 33}, "33 over tensor=2", "model.d_ff"),
-        ({"fsdp": 4, "stream": 2}, {"model.d_model": 20}, "20 over fsdp=4 x stream=2", "model.d_model"),
+        ({"fsdp": 4, "stream": 2}, {"model.d_model": 20}, "20 over fsdp=4 x fsdp_inner=1 x stream=2", "model.d_model"),
     ],
 )
 def test_a_mesh_that_does_not_divide_names_what_and_by_what(axes, changes, length, name):
@@ -134,7 +178,7 @@ def test_a_mesh_that_does_not_divide_names_what_and_by_what(axes, changes, lengt
 
 
 def test_partition_refuses_a_mesh_axis_twice():
-    assert partition("vocab", "embed") == jax.sharding.PartitionSpec(("tensor",), ("fsdp", "stream"))
+    assert partition("vocab", "embed") == jax.sharding.PartitionSpec(("tensor",), ("fsdp", "fsdp_inner", "stream"))
     with pytest.raises(ValueError, match="use a mesh axis twice.*tensor"):
         partition("heads", "vocab")
     with pytest.raises(ValueError, match="stream"):

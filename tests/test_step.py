@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from msllm.model import bind
-from msllm.sharding import batch_shardings
 from msllm.streams import make_cells, positions
-from msllm.train import abstract_batch
 from runs import compile_fast, compile_once  # noqa: F401
 from runs import SILENCE, four_streams, host, make_program, place, random_tables
 
@@ -115,9 +113,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(value):
 
 
 def lowered(machine):
-    config = machine.config
-    shape = (config.data.batch_size, config.data.rows, machine.streams.size)
-    return machine.step.lower(machine.abstract_state, abstract_batch(shape, batch_shardings(machine.mesh)))
+    return machine.step.lower(machine.abstract_state, machine.abstract_batch)
 
 
 def test_no_array_of_all_logits_exists():

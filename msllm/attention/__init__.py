@@ -2,17 +2,59 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
+
 import jax.numpy as jnp
+import numpy as np
 
-from msllm.attention.chunked import chunked_attention
-from msllm.attention.reference import reference_attention
-from msllm.sharding import axis_index, gather
-from msllm.streams import Cells
+from msllm.attention.case import Case
+from msllm.config import ModelConfig
+from msllm.errors import UserError
+from msllm.sharding import axis_index, axis_size, gather_streams, mesh_axes
+from msllm.streams import Cells, pad_lag
 
-BACKENDS = {"chunked": chunked_attention, "reference": reference_attention}
+log = logging.getLogger("msllm")
+
+# Backends and the platform that each needs, the best first. The module of that name is imported when it is chosen: the
+# libraries of kernels are slow to import. `auto` never takes the last one, whose memory is quadratic.
+BACKENDS = {"splash": "tpu", "gpu": "gpu", "chunked": "", "reference": ""}
 
 
-def attention(q, k, v, cells: Cells, lag, backend: str):
+def backend(name: str):
+    """The function of a backend; its signature is that of `reference_attention`."""
+    return getattr(importlib.import_module(f"msllm.attention.{name}"), f"{name}_attention")
+
+
+def choose(config: ModelConfig, lag: np.ndarray, rows: int, mesh) -> str:
+    """The backend for tables of `rows` rows on `mesh`. Logs it, and why the better ones were passed over.
+
+    Raises UserError when the config asks for one that declines.
+    """
+    device, heads = mesh.devices.flat[0], int(np.prod([mesh.shape[axis] for axis in mesh_axes("heads")]))
+    per_device = -(-lag.shape[0] // mesh.shape["stream"])
+    size = per_device * mesh.shape["stream"]
+    shape = (size, per_device, config.num_heads // heads, config.num_kv_heads // heads, config.head_dim)
+    case = Case(device.platform, device.device_kind, config.compute_dtype, rows, *shape, pad_lag(lag, size))
+    passed = []
+    for name in list(BACKENDS)[:-1] if config.attention == "auto" else [config.attention]:
+        reason = declines(name, case)
+        if reason is None:
+            log.info("attention: %s%s", name, "".join(f"; not {other}: {why}" for other, why in passed))
+            return name
+        passed.append((name, reason))
+    raise UserError(f"config.model.attention is {config.attention!r}: {reason}; set it to 'auto' or another backend")
+
+
+def declines(name: str, case: Case) -> str | None:
+    """Why a backend cannot do what is asked; None if it can."""
+    needs = BACKENDS[name]
+    if needs and case.platform != needs:
+        return f"it needs a {needs.upper()}, and the devices are of platform {case.platform}"
+    return importlib.import_module(f"msllm.attention.{name}").declines(case) if needs else None
+
+
+def attention(q, k, v, cells: Cells, lag, name: str):
     """Every cell attends to the cells that it sees.
 
     Inside `shard_map` each device holds some tables, some streams and some heads; it gathers the keys and values of all
@@ -20,13 +62,14 @@ def attention(q, k, v, cells: Cells, lag, backend: str):
     balanced) and computes its own streams' outputs.
 
     Args:
-      q: [B, T, S, N, H]. k, v: [B, T, S, K, H]. cells: of the same tables. lag: [S, S] int32 of all streams.
-      backend: a name in BACKENDS.
+      q: [B, T, S, N, H]. k, v: [B, T, S, K, H]. cells: of the same tables. lag: [S, S] int32 of all streams, without
+        those that fill up the mesh axis.
+      name: of a backend.
 
     Returns: [B, T, S, N, H] in q's dtype.
     """
     size = q.shape[2]
-    whole = lambda x: gather(x, 2, ("stream",))
-    k_cells = cells._replace(present=whole(cells.present), seen=whole(cells.seen))
+    k_cells = cells._replace(present=gather_streams(cells.present), seen=gather_streams(cells.seen))
     streams = axis_index("stream") * size + jnp.arange(size)
-    return BACKENDS[backend](q, whole(k), whole(v), cells, k_cells, jnp.asarray(lag), streams)
+    lag = pad_lag(lag, size * axis_size("stream"))
+    return backend(name)(q, gather_streams(k), gather_streams(v), cells, k_cells, lag, streams)

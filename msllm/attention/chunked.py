@@ -31,7 +31,7 @@ def chunked_attention(q, k, v, q_cells: Cells, k_cells: Cells, lag, q_streams, b
     q_cells, k_cells = _pad_cells(q_cells, q_rows), _pad_cells(k_cells, k_rows)
     beyond = jnp.arange(k_cells.row.shape[1]) >= k.shape[1]
     k_cells = k_cells._replace(row=jnp.where(beyond, NEVER - 1, k_cells.row))
-    return _attention(q, k, v, q_cells, k_cells, lag, q_streams, q_rows, k_rows)
+    return _attention(q, k, v, q_cells, k_cells, jnp.asarray(lag), q_streams, q_rows, k_rows)
 
 
 def _block_rows(rows: int, streams: int, block_cells: int) -> int:

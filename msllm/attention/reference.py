@@ -22,7 +22,7 @@ def reference_attention(q, k, v, q_cells: Cells, k_cells: Cells, lag, q_streams)
     kv_heads = k.shape[3]
     grouped = q.reshape(batch, rows, streams, kv_heads, heads // kv_heads, head_dim)
     scores = jnp.einsum("btskgh,bupkh->bkgtsup", grouped, k, preferred_element_type=jnp.float32) / head_dim**0.5
-    mask = visible_between(q_cells, k_cells, lag, q_streams)
+    mask = visible_between(q_cells, k_cells, jnp.asarray(lag), q_streams)
     scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=(-2, -1)).astype(v.dtype)
     out = jnp.einsum("bkgtsup,bupkh->btskgh", weights, v, preferred_element_type=jnp.float32)
