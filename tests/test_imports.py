@@ -10,7 +10,7 @@ import msllm
 PACKAGE = pathlib.Path(msllm.__file__).parent
 # A module imports only modules of lines above its own, or of its own line those to its left.
 ORDER = """
-errors
+errors shapes
 config
 streams
 compiler

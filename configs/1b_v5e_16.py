@@ -1,0 +1,30 @@
+"""Qwen3-1.7B with 8 streams on 16 chips of TPU v5e (v5e-16).
+
+    python -m msllm.train --config=configs/1b_v5e_16.py --config.data.dir=DATA --workdir=WORKDIR
+
+Topology: v5e:4x4. Tokens per step: 16 tables x 1,024 rows x 8 streams = 131,072, 8,192 a chip.
+Expected memory: see 1b_v5e_16.budget.json, which continuous integration checks.
+Mesh: fsdp 4 x stream 4, one physical axis of the torus each: weights are gathered, and their gradients scattered, along
+one axis at a time; keys and values travel along `stream` only. Each chip holds 2 of the 8 streams.
+"""
+
+from msllm.config import default_config
+from msllm.shapes import QWEN3
+
+
+def get_config():
+    config = default_config()
+    config.steps = 100000
+    config.model.update(QWEN3["1.7b"])
+    config.model.compute_dtype = "bfloat16"
+    config.model.remat = "full"
+    config.streams.names = ("system", "user", "tool", "observer", "thought", "plan", "output", "action")
+    config.streams.kinds = ("input",) * 4 + ("thought",) * 2 + ("output",) * 2
+    config.data.rows = 1024
+    config.data.batch_size = 16
+    config.loss.vocab_chunks = 8
+    config.loss.chunk_tokens = 8192
+    config.optim.lr = 3e-4
+    config.optim.warmup_steps = 2000
+    config.mesh.data, config.mesh.fsdp, config.mesh.stream = 1, 4, 4
+    return config
