@@ -51,8 +51,8 @@ BLOCKS = {
     "TPU": Blocks(512, 512),
     "TPU v6 lite": Blocks(1024, 512),
 }
-# Entries of the map of blocks of one call, 5 bytes each, in scalar memory: L = 131,072 in blocks of 512 compiles. A batch
-# that has more is cut into several calls.
+# Entries of the map of blocks of one call, 5 bytes each, in scalar memory. So many compile for all generations: one table
+# of 131,072 cells in blocks of 512, or 256 of 8,192. A larger batch is cut into several calls.
 MAP_ENTRIES = 1 << 16
 MAX_HEAD_DIM = 256  # the largest that was compiled in float32 as well
 
