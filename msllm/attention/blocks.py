@@ -34,7 +34,7 @@ def flatten(row, segment, here, length: int) -> FlatCells:
 
 
 def block_map(queries: FlatCells, keys: FlatCells, least, most, q_block: int, k_block: int):
-    """[B, query blocks, key blocks] int8: EMPTY where no query sees an earlier key, FULL where each query sees each key.
+    """[B, query blocks, key blocks] int8: EMPTY where no query sees an earlier key, FULL where each sees all of them.
 
     "Earlier" is the rule without "a cell sees itself": in `visible()`, the pairs of a lag and not of one cell.
 
@@ -54,7 +54,7 @@ def block_map(queries: FlatCells, keys: FlatCells, least, most, q_block: int, k_
 
 
 def _extent(cells: FlatCells, block: int):
-    """Of the cells that are here, by block, [B, blocks] each: (lowest, highest) row; the same of the segment; (all,)."""
+    """By block, [B, blocks] each: (lowest, highest) row of the cells that are here; of their segments; (all here,)."""
     batch, length = cells.here.shape
     blocks = lambda x: jnp.broadcast_to(x, (batch, length)).reshape(batch, length // block, block)
     here = blocks(cells.here)

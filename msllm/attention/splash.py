@@ -3,14 +3,15 @@
 The kernels take one axis of queries and one of keys, a segment id of each, and a predicate on (an int32 code of the
 query, the index of the key). The rule of `visible()` is cut in two to fit that:
 
-- earlier: the pairs that a lag admits. The segment ids carry what differs from table to table: a query that is absent and
-  a key that others may not see get ids that nobody shares. The code carries the query's row and what its stream reads.
+- earlier: the pairs that a lag admits. The segment ids carry what differs from table to table: a query that is absent
+  and a key that others may not see get ids that nobody shares. The code carries the query's row and what its stream
+  reads.
 - itself: one pair per query, plain XLA. A cell that keeps silent is hidden from all others but sees itself, which no
   segment id can express.
 
 Both parts are merged by their log-sum-exp, and the backward kernels are given the merged output and log-sum-exp: the
-gradient of one softmax over both. All tables of a batch lie behind one another on the axis of the kernels, and each block
-of queries goes through the key blocks of its own table only: the grid is as if each table had a call of its own.
+gradient of one softmax over both. All tables of a batch lie behind one another on the axis of the kernels, and each
+block of queries goes through the key blocks of its own table only: the grid is as if each table had a call of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 
 from msllm.attention.blocks import EMPTY, block_map, flatten
 from msllm.attention.case import Case
-from msllm.streams import NEVER, Cells
+from msllm.streams import Cells
 
 LANES = 128  # of a TPU's vector registers: the kernels' blocks are multiples of it
 # Segment ids of a query and of a key that take no part; real ones are >= 0.
@@ -43,16 +44,16 @@ class Blocks(NamedTuple):
 
 
 # By the start of the device kind; the longest that fits counts. Forward, a block of q queries does q floating-point
-# operations for each byte of keys and values that it loads (in bfloat16), which should be well above the chip's ratio of
-# peak rate and memory bandwidth: 229 for v4, 240 for v5e, 166 for v5p, 560 for v6e, 312 for v7x. Beyond that, smaller
-# blocks skip more between packed examples. All compile forward and backward, also in float32; 2048 x 2048 runs out of
-# vector memory on v4, v5e and v5p. From data sheets and compiled programs, not from timings.
+# operations for each byte of keys and values that it loads (in bfloat16), which should be well above the chip's ratio
+# of peak rate and memory bandwidth: 229 for v4, 240 for v5e, 166 for v5p, 560 for v6e, 312 for v7x. Beyond that,
+# smaller blocks skip more between packed examples. All compile forward and backward; 2048 x 2048 runs out of vector
+# memory on v4, v5e and v5p. From data sheets and compiled programs, not from timings.
 BLOCKS = {
     "TPU": Blocks(512, 512),
     "TPU v6 lite": Blocks(1024, 512),
 }
-# Entries of the map of blocks of one call, 5 bytes each, in scalar memory: L = 131,072 in blocks of 512 compiles. A batch
-# that has more is cut into several calls.
+# Entries of the map of blocks of one call, 5 bytes each, in scalar memory. So many compile for all generations: one
+# table of 131,072 cells in blocks of 512, or 256 of 8,192. A larger batch is cut into several calls.
 MAP_ENTRIES = 1 << 16
 MAX_HEAD_DIM = 256  # the largest that was compiled in float32 as well
 
@@ -86,7 +87,8 @@ def splash_attention(
 
     Args:
       q_cells, k_cells: rows 0 .. T - 1 of the same tables; the keys are all S streams of the rows of the queries.
-      lag: [S, S] int32, numpy: it is compiled into the kernels. q_streams: [Sq] int32, each at most once; may be traced.
+      lag: [S, S] int32, numpy: it is compiled into the kernels.
+      q_streams: [Sq] int32, each at most once; may be traced.
       interpret: run the kernels on any device, slowly.
       blocks: of `blocks_for(device_kind)`; multiples of 128. Smaller ones are taken where they fill up better.
     """
@@ -134,7 +136,7 @@ class _Rule(NamedTuple):
 
 
 def _make_rule(lag: np.ndarray, rows: int, tables: int, k_length: int) -> _Rule:
-    """The cheapest of three forms that expresses the lag matrix.
+    """The pairs that `lag` admits (`visible()` without "itself"), in the cheapest of three forms that can say it.
 
     `tables` tables of `k_length` keys each lie on the kernels' axis.
     """
@@ -286,7 +288,7 @@ def _operands(q, k, v, plan: _Plan):
 
 def _grouped(x, kv_heads: int):
     """[N, L, ...] -> [K, N / K, L, ...]: query heads by the key head that they use."""
-    # Without the barrier, XLA keeps float32 copies of what the kernels read in bfloat16, one per query head of the keys.
+    # Without the barrier, XLA keeps float32 copies of what the kernels read in bfloat16, of keys one per query head.
     return lax.optimization_barrier(x.reshape(kv_heads, -1, *x.shape[1:]))
 
 
@@ -309,8 +311,8 @@ def _forward(q, k, v, plan, static):
     operands, (own_k, own_v) = _operands(q, k, v, plan)
     early_out, early_lse = (_grouped(x, k.shape[3]) for x in _run_forward(*operands, plan, static))
     own = _own_scores(operands[0], own_k, plan)
-    # Without an earlier key, the kernel's log-sum-exp is -inf and its output not a number, or, if it met masked keys only,
-    # a huge negative number and their mean.
+    # Without an earlier key, the kernel's log-sum-exp is -inf and its output not a number, or, if it met masked keys
+    # only, a huge negative number and their mean.
     lse = jnp.logaddexp(early_lse, own)
     early, itself = jnp.exp(early_lse - lse)[..., None], jnp.exp(own - lse)[..., None]
     out = jnp.where(early > 0, early * early_out, 0) + itself * own_v[:, None]
@@ -346,7 +348,7 @@ def _backward(static, saved, d_out):
 _attention.defvjp(_forward, _backward)
 
 
-# --- the kernels. jax offers no public way to run them backward on a given log-sum-exp: this is all that is private. ---
+# --- the kernels: all that is private to jax, which has no public way to run them backward on a given log-sum-exp ---
 
 MASKED = kernels.DEFAULT_MASK_VALUE
 LAYOUT = kernels.QKVLayout.HEAD_DIM_MINOR
