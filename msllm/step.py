@@ -64,7 +64,7 @@ class Program:
             jax.eval_shape(self._init),
             self.state_shardings,
         )
-        jit = functools.partial(jax.jit, compiler_options=compiler_options())
+        jit = functools.partial(jax.jit, compiler_options=compiler_options(mesh.devices.flat[0].platform))
         self.init = jit(self._init, out_shardings=self.state_shardings)
         self.step = jit(
             self._step,
