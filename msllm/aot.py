@@ -46,8 +46,8 @@ def topology_devices(name: str, num_slices: int = 1) -> list[Any]:
     if num_slices < 1:
         raise UserError(f"--num_slices is {num_slices}: must be at least 1")
     # libtpu reads these when it is loaded: it must not look for a TPU, nor for other processes that use one.
-    for variable in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
-        os.environ.setdefault(variable, "1")
+    for variable, value in (("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"), ("TPU_WORKER_HOSTNAMES", "localhost")):
+        os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
     options = {"num_slices": num_slices} if num_slices > 1 else {}
@@ -124,9 +124,9 @@ def analyse(config: Config, devices: Sequence[Any]) -> Analysis:
     if compiled is None:
         return Analysis(report, "")
     text = compiled.as_text()
-    found = hlo.read(text, len(devices))
-    report["collectives"] = _collectives(found, shape)
     flat = list(mesh.devices.flat)
+    found = hlo.read(text, flat)
+    report["collectives"] = _collectives(found, shape)
     report["estimate"] = roofline.estimate(shape, state_bytes, found.collectives, flat, hardware)
     report["assumptions"] = list(roofline.ASSUMPTIONS)
     return Analysis(_finite(report), text)
@@ -150,42 +150,35 @@ def _memory(compiled, refusal: str, hardware: Hardware) -> dict[str, Any]:
 
 
 def _collectives(found: hlo.Program, shape: roofline.Shape) -> dict[str, Any]:
-    """Sums by kind and mesh axes, and what stands out."""
-    rows: dict[tuple[str, str, bool], dict[str, Any]] = {}
-    tables = []
-    model = shape.config.model
-    whole_table = sorted((model.vocab_size // shape.parts("vocab"), model.d_model))
+    """Sums by kind, network and mesh axes, and what stands out."""
+    rows: dict[tuple, dict[str, Any]] = {}
+    by_kind: dict[str, int] = {}
+    tables, largest = [], None
+    whole_table = (shape.config.model.vocab_size // shape.parts("vocab"), shape.config.model.d_model)
     for one in found.collectives:
-        axes = "+".join(hlo.axes_of(one.groups, shape.mesh)) or "none"
-        empty = {"kind": one.kind, "axes": axes, "asynchronous": one.asynchronous, "count": 0, "bytes": 0}
-        row = rows.setdefault((one.kind, axes, one.asynchronous), empty)
+        described = {
+            "kind": one.kind,
+            "network": "DCN" if one.dcn else "ICI",
+            "axes": "+".join(hlo.axes_of(one.groups, shape.mesh)) or "none",
+            "asynchronous": one.asynchronous,
+        }
+        row = rows.setdefault(tuple(described.values()), {**described, "count": 0, "bytes": 0})
         row["count"] += one.count
         row["bytes"] += one.total_bytes
-        dims = [sorted(n for n in dims if n > 1) for text in one.shapes for _, dims in hlo.shapes_of(text)]
-        if whole_table in dims:
-            tables.append(_one(one, axes))
-    by_kind = {kind: sum(r["bytes"] for r in rows.values() if r["kind"] == kind) for kind, _, _ in rows}
-    reduces = [one for one in found.collectives if one.kind == "all-reduce"]
-    largest = max(reduces, key=lambda one: one.bytes, default=None)
+        kind = f"{one.kind} over DCN" if one.dcn else one.kind
+        by_kind[kind] = by_kind.get(kind, 0) + one.total_bytes
+        single = {**described, "count": one.count, "bytes": one.bytes, "shapes": list(one.shapes)[:8], "source": one.source}
+        if any(tuple(n for n in dims if n > 1) == whole_table for text in one.shapes for _, dims in hlo.shapes_of(text)):
+            tables.append(single)
+        if one.kind == "all-reduce" and (largest is None or one.bytes > largest["bytes"]):
+            largest = single
     return {
         "definition": "bytes of the larger side (operands or result) on one device, times executions per step",
         "rows": sorted(rows.values(), key=lambda row: -row["bytes"]),
         "bytes_by_kind": dict(sorted(by_kind.items(), key=lambda item: -item[1])),
-        "largest_all_reduce": _one(largest, "+".join(hlo.axes_of(largest.groups, shape.mesh))) if largest else None,
+        "largest_all_reduce": largest,
         "whole_embedding_tables": tables,
         "loops_of_unknown_length": found.unknown_loops,
-    }
-
-
-def _one(one: hlo.Collective, axes: str) -> dict[str, Any]:
-    return {
-        "kind": one.kind,
-        "axes": axes,
-        "bytes": one.bytes,
-        "count": one.count,
-        "shapes": list(one.shapes)[:8],
-        "asynchronous": one.asynchronous,
-        "source": one.source,
     }
 
 

@@ -3,6 +3,9 @@
 Bytes of a collective are those of the larger side, operands or result, on one device: of an all-gather the gathered
 array, of a reduce-scatter the array before it is scattered, otherwise the operands. They are computed from the operands,
 so that a synchronous, an asynchronous and a fused form of one collective give the same number.
+
+A program for several TPU slices is the program of one slice: its groups number the devices of that slice, and what goes
+to other slices, over the data centre's network, is a pair of `send` and `recv` with attributes that tell what it is.
 """
 
 from __future__ import annotations
@@ -10,8 +13,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,10 +44,11 @@ class Collective:
     kind: str  # one of KINDS
     bytes: int  # of one execution on one device, see above
     shapes: tuple[str, ...]  # of the larger side: bf16[4096,512]
-    groups: np.ndarray | None  # [groups, devices] int, positions in the mesh's devices; of a permute: [pairs, 2]
+    groups: np.ndarray  # [groups, devices] int, places in the mesh; of a permute: [pairs, 2]
     count: int  # executions per run of the program
     asynchronous: bool
-    source: str  # the JAX operation that it comes from, if the compiler kept its name
+    dcn: bool = False  # between slices; `bytes` and `groups` are those of that part alone
+    source: str = ""  # the JAX operation that it comes from, if the compiler kept its name
 
     @property
     def total_bytes(self) -> int:
@@ -166,15 +170,41 @@ def axes_of(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
     return tuple(name for name, place in zip(mesh, places) if np.any(place != place[:, :1]))
 
 
-def read(text: str, devices: int) -> Program:
+class _Places:
+    """Where in the mesh a device is that the text names by a number or by its id."""
+
+    def __init__(self, devices: Sequence[Any]):
+        slices = [getattr(device, "slice_index", None) or 0 for device in devices]
+        self.of_slice = np.array([[i for i, s in enumerate(slices) if s == which] for which in sorted(set(slices))])
+        self._of_id = {device.id: i for i, device in enumerate(devices)}
+
+    def inside(self, attributes: str) -> np.ndarray:
+        """[groups, devices] of a collective inside a slice."""
+        if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes):
+            groups = np.array(re.findall(r"(\d+),(\d+)", pairs[1]), int).reshape(-1, 2)
+        else:
+            groups = replica_groups(attributes, self.of_slice.shape[1])
+        return self.of_slice[0][groups]
+
+    def across(self, target: str) -> np.ndarray:
+        """[groups, devices] of a transfer between slices: `{1,2}x{0:7}`, or lists or pairs of the devices' ids."""
+        if "x{" in target:
+            return self.of_slice.T
+        groups = [re.findall(r"\d+", group) for group in re.findall(r"\{([\d,\->]+)\}", target)]
+        return np.array([[self._of_id[int(i)] for i in group] for group in groups])
+
+
+def read(text: str, devices: Sequence[Any]) -> Program:
     """The collectives that one run of a compiled program executes on each device.
 
     A collective that the compiler cut into asynchronous pieces counts once; what a loop holds counts as often as the
     loop runs; of a conditional's branches the one with the most bytes counts.
+
+    `devices`: of the mesh, in its order; of each `id` and, where there is one, `slice_index` are used.
     """
     computations, entry = parse(text)
     unknown: list[str] = []
-    found = _visit(computations, entry, 1, None, unknown, devices)
+    found = _visit(computations, entry, 1, None, unknown, _Places(devices))
     pieces: dict[str, Collective] = {}
     result = []
     for collective, chain in found:
@@ -186,56 +216,75 @@ def read(text: str, devices: int) -> Program:
     return Program(result + list(pieces.values()), unknown)
 
 
-def _visit(computations, name, count, caller, unknown, devices) -> list[tuple[Collective, str | None]]:
+def _visit(computations, name, count, caller, unknown, places) -> list[tuple[Collective, str | None]]:
     """[(collective, chain)] of a computation and those that it calls. `chain`: the same for all pieces of one."""
     result = []
     for instruction in computations.get(name, {}).values():
         opcode, attributes = instruction.opcode, instruction.attributes
         called = lambda key: re.findall(rf"\b{key}=%?([\w.\-]+)", attributes)
-        visit = lambda child, times=count: _visit(computations, child, times, instruction, unknown, devices)
+        visit = lambda child, times=count: _visit(computations, child, times, instruction, unknown, places)
         if opcode.removesuffix("-start") in KINDS:
-            result.append(_collective(computations[name], name, instruction, count, caller, devices))
+            result.append(_collective(computations[name], name, instruction, count, caller, places))
+        elif opcode == "send" and "_xla_megascale_transfer_type" in attributes:
+            result.append((_transfer(computations[name], instruction, count, places), None))
         elif opcode == "while":
             body = called("body")[0]
             trips = trip_count(computations, computations[name], instruction)
-            inner = visit(body, count * (trips or 1))
-            if inner and trips is None and any(chain is None for _, chain in inner):
+            inner = visit(body, count * (1 if trips is None else trips))
+            if trips is None and any(chain is None for _, chain in inner):
                 unknown.append(body)
             result += inner
         elif opcode == "conditional":
             listed = re.search(r"branch_computations=\{(.*?)\}", attributes)
-            branches = re.findall(r"%?([\w.\-]+)", listed[1]) if listed else called(r"(?:true|false)_computation")
+            branches = re.findall(r"%?([\w.\-]+)", listed[1]) if listed else called("(?:true|false)_computation")
             result += max(map(visit, branches), key=lambda found: sum(c.total_bytes for c, _ in found), default=[])
         elif opcode in ("fusion", "call", "async-start", "custom-call"):
-            for child in called("calls") + called("to_apply") + called("called_computation"):
+            for child in called("(?:calls|to_apply|called_computation)"):
                 result += visit(child)
     return result
 
 
-def _collective(computation, computation_name, instruction, count, caller, devices):
+def _first(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    return found[1] if found else ""
+
+
+def _collective(computation, computation_name, instruction, count, caller, places):
     kind, attributes = instruction.opcode.removesuffix("-start"), instruction.attributes
     shapes = [shape for operand in instruction.operands for shape in shapes_of(computation[operand].type)]
-    pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
-    groups = (
-        np.array(re.findall(r"(\d+),(\d+)", pairs[1]), int).reshape(-1, 2) if pairs else replica_groups(attributes, devices)
-    )
+    groups = places.inside(attributes)
     if kind == "all-gather":
-        along = int(re.search(r"\bdimensions=\{(\d+)\}", attributes)[1])
+        along = int(_first(r"\bdimensions=\{(\d+)\}", attributes))
         longer = lambda dims: dims[:along] + (dims[along] * groups.shape[1],) + dims[along + 1 :]
         shapes = [(element, longer(dims)) for element, dims in shapes]
     around = f"{computation_name} {caller.name if caller else ''}"
     # XLA:TPU writes some reduce-scatters as a fused kernel whose body shows an all-reduce.
     if kind == "all-reduce" and "all-reduce-scatter" in around:
         kind = "reduce-scatter"
-    chain = next(iter(re.findall(r'chain_id="(\w+)"', attributes)), None)
+    # Channels do not tell collectives apart: most of those inside a `shard_map` have number 1.
+    chain = _first(r'chain_id="(\w+)"', attributes) or None
     if chain is None and re.search(r"async[_-]collective", around):
         # Without a number of the chain its pieces have channel, groups and types in common.
-        chain = str((re.findall(r"channel_id=\d+", attributes), kind, shapes, groups.tolist()))
+        chain = str((_first(r"channel_id=(\d+)", attributes), kind, shapes, groups.tolist()))
     started = instruction.opcode.endswith("-start") or (caller is not None and caller.opcode == "async-start")
+    source = _first(r'op_name="([^"]*)"', attributes)
+    return _make(kind, shapes, groups, count, started or chain is not None, False, source), chain
+
+
+def _transfer(computation, send, count, places) -> Collective:
+    """The part of a collective that goes to other slices, from its `send` and the `recv` of the same rendezvous."""
+    rendezvous = lambda instruction: _first(r'_xla_host_transfer_rendezvous="([^"]*)"', instruction.attributes)
+    both = [i for i in computation.values() if i.opcode in ("send", "recv") and rendezvous(i) == rendezvous(send)]
+    larger = max((shapes_of(i.type)[0] for i in both), key=size_of)
+    kind = _first(r'_xla_megascale_transfer_type="(\w+)"', send.attributes).lower().replace("_", "-")
+    kind = kind if kind in KINDS else "collective-permute"  # ONE_TO_ONE
+    groups = places.across(_first(r'_xla_megascale_target="?(\{.*?\})"?,_xla', send.attributes))
+    return _make(kind, [larger], groups, count, True, True, rendezvous(send))
+
+
+def _make(kind, shapes, groups, count, asynchronous, dcn, source) -> Collective:
     text = tuple(f"{element}[{','.join(map(str, dims))}]" for element, dims in shapes)
-    source = next(iter(re.findall(r'op_name="([^"]*)"', attributes)), "")
-    size = sum(map(size_of, shapes))
-    return Collective(kind, size, text, groups, count, started or chain is not None, source), chain
+    return Collective(kind, sum(map(size_of, shapes)), text, groups, count, asynchronous, dcn, source)
 
 
 def trip_count(computations, computation, loop: Instruction) -> int | None:

@@ -24,13 +24,13 @@ def _gib(size: float | None) -> str:
 def _size(size: float) -> str:
     """Bytes in a unit that shows three digits."""
     for unit, factor in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= factor:
+        if abs(size) >= factor:
             return f"{size / factor:,.2f} {unit}"
     return f"{size:,.0f} B"
 
 
 def _ms(seconds: float | None) -> str:
-    return "?" if seconds is None else f"{seconds * 1e3:,.1f}"
+    return "?" if seconds is None else f"{seconds * 1e3:,.{1 if seconds > 0.01 else 3}f}"
 
 
 def _percent(share: float | None) -> str:
@@ -69,7 +69,7 @@ def _verdict(memory: Mapping[str, Any]) -> str:
 
 
 def _how(row: Mapping[str, Any]) -> str:
-    return "asynchronous" if row["asynchronous"] else "synchronous"
+    return f"{row['network']}, {'asynchronous' if row['asynchronous'] else 'synchronous'}"
 
 
 def _notes(collectives: Mapping[str, Any]) -> list[str]:
@@ -86,13 +86,13 @@ def _notes(collectives: Mapping[str, Any]) -> list[str]:
 def _estimate_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     estimate, memory = report["estimate"], report["estimate"]["hbm_bytes"]
     work = estimate["flops"]
-    rows = [("useful TFLOP", f"{work['useful'] / 1e12:,.2f}")]
+    rows = [("useful TFLOP", f"{work['useful'] / 1e12:,.3g}")]
     extra = {"remat": "recomputed: remat", "attention_scores_again": "recomputed: attention scores"}
     extra["head_without_weight"] = "head of streams without weight"
-    rows += [(f"+ {label}", f"{work[key] / 1e12:,.2f}") for key, label in extra.items() if work[key]]
+    rows += [(f"+ {label}", f"{work[key] / 1e12:,.3g}") for key, label in extra.items() if work[key]]
     rows += [
-        ("hardware TFLOP", f"{work['hardware'] / 1e12:,.2f}"),
-        ("HBM traffic, GiB", _gib(memory["total"])),
+        ("hardware TFLOP", f"{work['hardware'] / 1e12:,.3g}"),
+        ("HBM traffic", _size(memory["total"])),
         (
             "FLOP per byte",
             f"{estimate['arithmetic_intensity']:,.0f} (compute-bound above {estimate['intensity_of_the_hardware']:,.0f})",
@@ -107,8 +107,7 @@ def _estimate_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _time_rows(estimate: Mapping[str, Any]) -> list[tuple[str, float | None, str]]:
     """(what, seconds, class of its colour) of everything that takes time."""
     rows = [("compute at peak", estimate["compute_seconds"], "c1"), ("HBM", estimate["hbm_seconds"], "c2")]
-    links = {**{f"ICI {axis}": times for axis, times in estimate["ici_seconds"].items()}, "DCN": estimate["dcn_seconds"]}
-    for name, times in links.items():
+    for name, times in estimate["network_seconds"].items():
         for kind, colour in (("asynchronous", "c3"), ("synchronous", "c4")):
             if times[kind] is None or times[kind] > 0:
                 rows.append((f"{name}, {kind}", times[kind], colour))
@@ -125,22 +124,22 @@ def _table(rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> list[str]:
 def text(report: Mapping[str, Any]) -> str:
     """The report for a terminal."""
     memory = report["memory"]
-    lines = [_title(report), *("  " + fact for fact in _facts(report)), "", "Memory of one device, GiB"]
+    lines = [_title(report), *("  " + fact for fact in _facts(report)), "", "Memory of one device"]
     if "total" in memory:
-        lines += _table([(name, _gib(size)) for name, size in _memory_rows(memory)], (1,))
+        lines += _table([(name, _size(size)) for name, size in _memory_rows(memory)], (1,))
     lines.append(f"  {_verdict(memory)}")
     if "compiler_says" in memory:
         lines += ["", *("  " + line for line in memory["compiler_says"].splitlines())]
     parts = memory["parts_by_formula"]
     largest = sorted(parts, key=parts.get, reverse=True)
-    lines += ["  by formula: " + ", ".join(f"{_PARTS[part]} {_gib(parts[part])}" for part in largest)]
+    lines += ["  by formula: " + ", ".join(f"{_PARTS[part]} {_size(parts[part])}" for part in largest)]
     lines += [f"  change {'first' if i == 0 else 'then'}: {line}" for i, line in enumerate(memory["remedies"])]
     if "collectives" in report:
         collectives = report["collectives"]
         lines += ["", f"Collectives of one step ({collectives['definition']})"]
-        rows = [("kind", "mesh axes", "", "times", "GiB")]
+        rows = [("kind", "mesh axes", "network", "times", "bytes")]
         rows += [
-            (r["kind"], r["axes"], _how(r), f"{r['count']:,}", f"{r['bytes'] / GIB:,.3f}") for r in collectives["rows"]
+            (r["kind"], r["axes"], _how(r), f"{r['count']:,}", _size(r["bytes"])) for r in collectives["rows"]
         ]
         lines += _table(rows, (3, 4))
         lines += [f"  {note}" for note in _notes(collectives)]
@@ -271,7 +270,7 @@ def html(report: Mapping[str, Any]) -> str:
     part.append(f"<section><h2>Memory of one device</h2><p class={tone}>{escape.escape(_verdict(memory))}</p>")
     if "total" in memory:
         part.append(_memory_picture(memory))
-        part.append(_rows((), [(name, f"{_gib(size)} GiB") for name, size in _memory_rows(memory)], (1,)))
+        part.append(_rows((), [(name, _size(size)) for name, size in _memory_rows(memory)], (1,)))
     if "compiler_says" in memory:
         part.append(f"<pre>{escape.escape(memory['compiler_says'])}</pre>")
     part += [f"<p><b>Change {'first' if i == 0 else 'then'}:</b> {escape.escape(r)}</p>" for i, r in enumerate(memory["remedies"])]
@@ -289,7 +288,7 @@ def html(report: Mapping[str, Any]) -> str:
         part.append("<section><h2>Collectives of one step, by kind and mesh axis</h2>")
         part.append(_legend({"asynchronous": "c3", "synchronous": "c4"}) + _bars(bars, "bytes of collectives"))
         rows = [(r["kind"], r["axes"], _how(r), f"{r['count']:,}", _size(r["bytes"])) for r in collectives["rows"]]
-        part.append(_rows(("kind", "mesh axes", "", "times", "bytes"), rows, (3, 4)))
+        part.append(_rows(("kind", "mesh axes", "network", "times", "bytes"), rows, (3, 4)))
         part += [f"<p class='soft note'>{escape.escape(note)}</p>" for note in _notes(collectives)]
         part.append(f"<p class=soft>Bytes: {escape.escape(collectives['definition'])}.</p></section>")
         times = [(n, s or 0.0, f"{_ms(s)} ms", colour) for n, s, colour in _time_rows(report["estimate"])]

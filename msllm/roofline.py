@@ -30,7 +30,7 @@ ASSUMPTIONS = (
     "ICI: every mesh axis is a ring on one axis of the torus with both directions in use; different axes do not disturb "
     "each other. All-gather and reduce-scatter move (n-1)/n of their bytes, all-reduce twice that, all-to-all a quarter "
     "of a ring's length times its bytes per torus axis, a permute its bytes over one link.",
-    "DCN: a collective over slices runs inside each slice first; each device sends its share at its part of the network.",
+    "DCN: what the compiler sends between slices, at each device's part of the network, asynchronously.",
     "Step time: asynchronous collectives hide behind compute and HBM traffic, which hide behind each other; synchronous "
     "ones add to it. The bounds are everything hidden, and nothing hidden.",
     "A loop whose length depends on the data counts once.",
@@ -182,55 +182,42 @@ def remedies(shape: Shape, state_bytes: float) -> list[str]:
     return list(dict.fromkeys(f"{named[part]} ({part}: {parts[part] / 2**30:.2f} GiB by formula)" for part in ordered))[:3]
 
 
-def transfer_seconds(collective: Collective, devices: Sequence, hardware: Hardware) -> tuple[float, float]:
-    """(seconds on ICI, seconds on DCN) of all executions of a collective; nan where the hardware's figure is not known.
+def transfer_seconds(collective: Collective, devices: Sequence, hardware: Hardware) -> float:
+    """Seconds of all executions of a collective on its network; nan where the hardware's figure is not known.
 
     `devices`: of the mesh, in its order.
     """
     group = [devices[i] for i in collective.groups[0]]
-    slices = len({getattr(device, "slice_index", None) or 0 for device in group})
-    size = len(group)
-    ici = (hardware.ici_bandwidth or math.nan) if hardware.ici_links else math.nan
-    dcn = hardware.dcn_bandwidth or math.nan
-
-    def moved(n: int, size_bytes: float) -> float:
-        ring = (n - 1) / n * size_bytes
-        return 2 * ring if collective.kind == "all-reduce" else ring
-
+    size = len({device.slice_index for device in group}) if collective.dcn else len(group)
+    around = (size - 1) / size * collective.bytes
+    if collective.dcn:
+        moved = {"all-reduce": 2 * around, "collective-permute": collective.bytes}.get(collective.kind, around)
+        return moved * collective.count / (hardware.dcn_bandwidth or math.nan)
+    link = hardware.ici_bandwidth or math.nan
     if collective.kind == "collective-permute":
-        # A pair may cross slices while others do not: the slowest one counts.
-        crosses = any(len({getattr(devices[i], "slice_index", None) or 0 for i in pair}) > 1 for pair in collective.groups)
-        per_run = (0.0, collective.bytes / dcn) if crosses else (collective.bytes / ici, 0.0)
-    elif collective.kind in ("all-to-all", "ragged-all-to-all"):
-        coordinates = np.array([tuple(getattr(device, "coords", (i,))) for i, device in enumerate(group)])
-        rings = [n for n in (len(set(column)) for column in coordinates.T.tolist()) if n > 1] or [1]
-        inside = collective.bytes * sum(rings) / 4 / (2 * len(rings) * ici) if rings != [1] else 0.0
-        per_run = (inside, moved(slices, collective.bytes) / dcn if slices > 1 else 0.0)
-    else:
-        within = size // slices
-        inside = moved(within, collective.bytes) / (2 * ici) if within > 1 else 0.0
-        per_run = (inside, moved(slices, collective.bytes / within) / dcn if slices > 1 else 0.0)
-    return per_run[0] * collective.count, per_run[1] * collective.count
+        return collective.bytes * collective.count / link
+    if collective.kind in ("all-to-all", "ragged-all-to-all"):
+        rings = [n for n in (len(set(places)) for places in zip(*(device.coords for device in group))) if n > 1] or [1]
+        # A quarter of a ring is the mean way of what goes the shorter way round; each ring has two links.
+        return collective.bytes * sum(rings) / 4 / (2 * len(rings)) * collective.count / link
+    return (2 * around if collective.kind == "all-reduce" else around) / 2 * collective.count / link
 
 
 def estimate(shape: Shape, state_bytes: float, collectives: Sequence[Collective], devices: Sequence, hardware: Hardware):
     """Times in seconds, MFU and arithmetic intensity of a step, as a dict that goes into JSON."""
     work, traffic = flops(shape), hbm_bytes(shape, state_bytes)
     compute, hbm = work["hardware"] / hardware.flops, sum(traffic.values()) / hardware.hbm_bandwidth
-    ici: dict[str, dict[str, float]] = {}
-    dcn = {"asynchronous": 0.0, "synchronous": 0.0}
+    networks: dict[str, dict[str, float]] = {}
     for collective in collectives:
-        kind = "asynchronous" if collective.asynchronous else "synchronous"
         axes = "+".join(axes_of(collective.groups, shape.mesh)) or "none"
-        inside, across = transfer_seconds(collective, devices, hardware)
-        axis = ici.setdefault(axes, {"asynchronous": 0.0, "synchronous": 0.0})
-        axis[kind] += inside
-        dcn[kind] += across
-    hidden = [axis["asynchronous"] for axis in ici.values()] + [dcn["asynchronous"]]
-    exposed = sum(axis["synchronous"] for axis in ici.values()) + dcn["synchronous"]
+        network = networks.setdefault("DCN" if collective.dcn else f"ICI {axes}", {"asynchronous": 0.0, "synchronous": 0.0})
+        kind = "asynchronous" if collective.asynchronous else "synchronous"
+        network[kind] += transfer_seconds(collective, devices, hardware)
+    hidden = [network["asynchronous"] for network in networks.values()]
+    exposed = sum(network["synchronous"] for network in networks.values())
+    links = [sum(network.values()) for network in networks.values()]
     longest = lambda *times: float(np.max(times))  # keeps nan, where a figure of the hardware is not known
     seconds = longest(compute, hbm, *hidden) + exposed
-    links = [sum(axis.values()) for axis in ici.values()] + [sum(dcn.values())]
     mfu = lambda t: work["useful"] / hardware.flops / t
     return {
         "flops": work,
@@ -239,8 +226,7 @@ def estimate(shape: Shape, state_bytes: float, collectives: Sequence[Collective]
         "intensity_of_the_hardware": hardware.flops / hardware.hbm_bandwidth,
         "compute_seconds": compute,
         "hbm_seconds": hbm,
-        "ici_seconds": ici,
-        "dcn_seconds": dcn,
+        "network_seconds": networks,
         "step_seconds": seconds,
         "step_seconds_bounds": [longest(compute, hbm, *links), compute + hbm + sum(links)],
         "mfu": mfu(seconds),
