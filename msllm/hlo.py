@@ -210,9 +210,8 @@ def read(text: str, devices: Sequence[Any]) -> Program:
     for collective, chain in found:
         if chain is None:
             result.append(collective)
-        elif chain not in pieces or collective.count < pieces[chain].count:
-            # The steps of a chain may lie in an inner loop, its start and end do not: the lowest count is the chain's.
-            pieces[chain] = collective
+        else:
+            pieces.setdefault(chain, collective)  # the first piece starts it; later ones may lie in an inner loop
     return Program(result + list(pieces.values()), unknown)
 
 

@@ -149,7 +149,7 @@ def chain_piece(name, chain, channel=1):
 
 @pytest.mark.parametrize("chained", [True, False])
 def test_pieces_of_an_asynchronous_gather_count_once_also_if_its_steps_lie_in_an_inner_loop(chained):
-    piece = lambda name, chain: chain_piece(name, chain if chained else "", channel=chain)
+    piece = lambda name, chain: chain_piece(name, chain if chained else "", channel=1 if chained else chain)
     pieces = piece("start.1", 1) + piece("async_collective_fusion.1", 1) + piece("done.1", 1)
     pieces += piece("start.2", 2) + piece("async_collective_fusion.2", 2) + piece("done.2", 2)
     fusion = lambda name, callee: f"%{name} = f32[16,16]{{1,0}} fusion(%x), kind=kCustom, calls=%{callee}"
@@ -265,14 +265,13 @@ OUTER, INNER, ROWS, WIDTH = 3, 5, 256, 1024
 BLOCK = ROWS * WIDTH * 2  # bytes of the activations, bfloat16
 
 
-def compiled(topology, num_slices, sizes, function):
+def compiled(topology, num_slices, sizes, function, slices_along="data"):
     """The text of `function`, run on each device of a mesh with activations [ROWS, WIDTH] and weights, and the mesh."""
     every = topology_devices(topology, num_slices)
-    inside = (sizes[0] // num_slices, *sizes[1:])
     if num_slices > 1:
-        place = mesh_utils.create_hybrid_device_mesh(
-            inside, (num_slices, 1, 1, 1), devices=every, allow_split_physical_axes=True
-        )
+        across = [num_slices if axis == slices_along else 1 for axis in AXES]
+        inside = [size // slices for size, slices in zip(sizes, across)]
+        place = mesh_utils.create_hybrid_device_mesh(inside, across, devices=every, allow_split_physical_axes=True)
     else:
         place = mesh_utils.create_device_mesh(sizes, devices=every, allow_split_physical_axes=True)
     mesh = Mesh(place, AXES)
@@ -347,6 +346,15 @@ def test_a_compiled_program_moves_what_it_was_written_to_move(topology, num_slic
 def test_transfers_between_slices_are_collectives_over_dcn(function, kind, size):
     run = lambda x, w, mesh: jnp.tanh(function(jnp.tanh(x), mesh["data"]))
     assert sums(*compiled("v5e:2x2", 2, (2, 2, 2, 1), run)) == {(kind, ("data",), True): (1, size)}
+
+
+@needs_libtpu
+def test_groups_are_those_of_one_slice_wherever_its_devices_lie_in_the_mesh():
+    run = lambda x, w, mesh: jnp.tanh(lax.psum(jnp.tanh(lax.psum(jnp.tanh(x), "fsdp")), "data"))
+    assert sums(*compiled("v5e:2x2", 2, (2, 2, 2, 1), run, slices_along="stream")) == {
+        ("all-reduce", ("fsdp",), False): (1, BLOCK),
+        ("all-reduce", ("data",), False): (1, BLOCK),
+    }
 
 
 @needs_libtpu
