@@ -226,7 +226,7 @@ def budget_of(report: dict[str, Any], topology: str) -> dict[str, Any]:
         "topology": topology,
         "num_slices": report["slices"],
         "memory_gib": round(report["memory"]["total"] / GIB, 3),
-        "collective_bytes": report["collectives"]["bytes_by_kind"],
+        "collective_bytes": dict(report["collectives"]["bytes_by_kind"]),
     }
 
 
