@@ -3,13 +3,12 @@
     python -m msllm.aot --config=configs/quickstart.py --config.model.vocab_size=256 --topology=v5e:4x4 [--num_slices=2]
       [--json=FILE] [--html=FILE] [--hlo=FILE] [--sweep] [--budget=FILE [--write_budget]]
 
-The step is the one that trains, the compiler is the real one (libtpu); docs/aot.md explains the report. Exit status: 0 if
-the program fits and is within its budget, 1 if not, 2 for bad input.
+The step is the one that trains, the compiler is the real one (libtpu); docs/aot.md explains the report. Exit status: 0
+if the program fits and is within its budget, 1 if not, 2 for bad input.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -46,8 +45,8 @@ def topology_devices(name: str, num_slices: int = 1) -> list[Any]:
     if num_slices < 1:
         raise UserError(f"--num_slices is {num_slices}: must be at least 1")
     # libtpu reads these when it is loaded: it must not look for a TPU, nor for other processes that use one.
-    for variable, value in (("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"), ("TPU_WORKER_HOSTNAMES", "localhost")):
-        os.environ.setdefault(variable, value)
+    for variable in ("TPU_SKIP_MDS_QUERY=1", "ALLOW_MULTIPLE_LIBTPU_LOAD=1", "TPU_WORKER_HOSTNAMES=localhost"):
+        os.environ.setdefault(*variable.split("="))
     from jax.experimental import topologies
 
     options = {"num_slices": num_slices} if num_slices > 1 else {}
@@ -83,15 +82,16 @@ def analyse(config: Config, devices: Sequence[Any]) -> Analysis:
         )
     hardware = lookup(devices[0].device_kind)
     if hardware is None:
-        raise UserError(f"no figures for the device {devices[0].device_kind!r}: msllm/hardware.py knows {', '.join(TABLE)}")
+        raise UserError(
+            f"no figures for the device {devices[0].device_kind!r}: msllm/hardware.py knows {', '.join(TABLE)}"
+        )
     streams = StreamSpec.from_config(config.streams)
     mesh = make_mesh(config.mesh, devices)
     program = Program(config, streams, mesh)
     batch = abstract_batch((config.data.batch_size, config.data.rows, streams.size), batch_shardings(mesh))
     shape = roofline.Shape(config, streams, dict(mesh.shape))
-    state_bytes = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.abstract_state)
-    )
+    local_bytes = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    state_bytes = sum(map(local_bytes, jax.tree.leaves(program.abstract_state)))
     report = {
         "device_kind": devices[0].device_kind,
         "devices": len(devices),
@@ -167,8 +167,16 @@ def _collectives(found: hlo.Program, shape: roofline.Shape) -> dict[str, Any]:
         row["bytes"] += one.total_bytes
         kind = f"{one.kind} over DCN" if one.dcn else one.kind
         by_kind[kind] = by_kind.get(kind, 0) + one.total_bytes
-        single = {**described, "count": one.count, "bytes": one.bytes, "shapes": list(one.shapes)[:8], "source": one.source}
-        if any(tuple(n for n in dims if n > 1) == whole_table for text in one.shapes for _, dims in hlo.shapes_of(text)):
+        single = {
+            **described,
+            "count": one.count,
+            "bytes": one.bytes,
+            "shapes": list(one.shapes)[:8],
+            "source": one.source,
+        }
+        if any(
+            tuple(n for n in dims if n > 1) == whole_table for text in one.shapes for _, dims in hlo.shapes_of(text)
+        ):
             tables.append(single)
         if one.kind == "all-reduce" and (largest is None or one.bytes > largest["bytes"]):
             largest = single
@@ -193,8 +201,10 @@ def _finite(value):
     return value
 
 
-def sweep(config: Config, devices: Sequence[Any], multiples: Sequence[int] = (1, 2, 4), say=lambda row: None) -> list[dict]:
-    """One row per remat policy and batch size; goes on after what fails. `say` is called with each row as it is known."""
+def sweep(
+    config: Config, devices: Sequence[Any], multiples: Sequence[int] = (1, 2, 4), say=lambda row: None
+) -> list[dict]:
+    """One row per remat policy and batch size; goes on after what fails. `say` gets each row as soon as it is known."""
     rows = []
     for remat in ("none", "dots", "full"):
         failed = False
@@ -235,7 +245,9 @@ def over_budget(report: dict[str, Any], topology: str, budget: dict[str, Any]) -
     now = budget_of(report, topology)
     for key in ("topology", "num_slices"):
         if budget.get(key) != now[key]:
-            raise UserError(f"the budget is for {key} {budget.get(key)!r}: this is {now[key]!r}; use its own or --write_budget")
+            raise UserError(
+                f"the budget is for {key} {budget.get(key)!r}: this is {now[key]!r}; use its own or --write_budget"
+            )
     lines = []
     if now["memory_gib"] > budget["memory_gib"] * (1 + EXCESS):
         lines.append(f"memory: {now['memory_gib']:.3f} GiB, the budget is {budget['memory_gib']:.3f} GiB")
@@ -258,10 +270,16 @@ def _main() -> None:
     num_slices = flags.DEFINE_integer("num_slices", 1, "Slices of that topology, joined by the data centre's network.")
     files = {
         name: flags.DEFINE_string(name, None, f"Where to write {what}.")
-        for name, what in (("json", "the report as JSON"), ("html", "the report as a page"), ("hlo", "the program's text"))
+        for name, what in (
+            ("json", "the report as JSON"),
+            ("html", "the report as a page"),
+            ("hlo", "the program's text"),
+        )
     }
     sweeping = flags.DEFINE_boolean("sweep", False, "Try remat policies and 1, 2 and 4 times the batch.")
-    budget = flags.DEFINE_string("budget", None, "File of limits: fail if memory or collectives exceed them by over 2 %.")
+    budget = flags.DEFINE_string(
+        "budget", None, "File of limits: fail if memory or collectives exceed them by over 2 %."
+    )
     write_budget = flags.DEFINE_boolean("write_budget", False, "Write --budget from this program instead of comparing.")
     flags.mark_flags_as_required(["config", "topology"])
 
@@ -272,13 +290,14 @@ def _main() -> None:
     def main(_) -> int:
         if write_budget.value and not budget.value:
             raise UserError("--write_budget needs --budget=FILE: the file to write")
+        if sweeping.value and (budget.value or files["html"].value or files["hlo"].value):
+            raise UserError("--sweep compiles many programs: it goes with --json, not with --budget, --html or --hlo")
         limits = None
         if budget.value and not write_budget.value:
-            with contextlib.ExitStack() as stack:
-                try:
-                    limits = json.load(stack.enter_context(open(budget.value, encoding="utf-8")))
-                except (OSError, ValueError) as error:
-                    raise UserError(f"--budget is {budget.value!r}: {error}; --write_budget makes one") from error
+            try:
+                limits = json.loads(pathlib.Path(budget.value).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise UserError(f"--budget is {budget.value!r}: {error}; --write_budget makes one") from error
         # The default backend must not be an accelerator that someone else is using, and what a compile costs must show.
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_enable_compilation_cache", False)
@@ -294,8 +313,8 @@ def _main() -> None:
         report = {"config": name, "topology": topology.value, **analysis.report}
         print(page.text(report))
         status = 0 if analysis.fits else 1
-        if budget.value and "total" in report["memory"]:
-            if limits is None:
+        if budget.value and analysis.hlo:
+            if write_budget.value:
                 content = json.dumps(budget_of(report, topology.value), indent=2) + "\n"
                 pathlib.Path(budget.value).write_text(content, encoding="utf-8")
             else:

@@ -1,8 +1,8 @@
 """The collectives of a compiled program, read from its HLO text: what moves, how often, along which mesh axes.
 
 Bytes of a collective are those of the larger side, operands or result, on one device: of an all-gather the gathered
-array, of a reduce-scatter the array before it is scattered, otherwise the operands. They are computed from the operands,
-so that a synchronous, an asynchronous and a fused form of one collective give the same number.
+array, of a reduce-scatter the array before it is scattered, otherwise the operands. They follow from the operands, so
+that a synchronous, an asynchronous and a fused form of one collective give the same number.
 
 A program for several TPU slices is the program of one slice: its groups number the devices of that slice, and what goes
 to other slices, over the data centre's network, is a pair of `send` and `recv` with attributes that tell what it is.

@@ -47,8 +47,8 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
     return [
         f"{report['devices']} devices ({report['device_kind']}), mesh {mesh}",
         f"{report['parameters'] / 1e6:,.1f} M parameters; {report['batch_size']} tables of {report['rows']} rows x "
-        f"{report['streams']} streams a step in {report['accumulate']} part(s): {report['cells_per_device']:,.0f} cells a "
-        f"device; remat {report['remat']}",
+        f"{report['streams']} streams a step in {report['accumulate']} part(s): {report['cells_per_device']:,.0f} cells "
+        f"a device; remat {report['remat']}",
         f"compiled in {report['compile_seconds']:.0f} s ({report['compile_cpu_seconds']:.0f} CPU-s) by libtpu "
         f"{report['libtpu']}, jax {report['jax']}",
     ]
@@ -95,9 +95,12 @@ def _estimate_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("HBM traffic", _size(memory["total"])),
         (
             "FLOP per byte",
-            f"{estimate['arithmetic_intensity']:,.0f} (compute-bound above {estimate['intensity_of_the_hardware']:,.0f})",
+            f"{estimate['arithmetic_intensity']:,.0f} (of the hardware: {estimate['intensity_of_the_hardware']:,.0f})",
         ),
-        ("step time, ms", f"{_ms(estimate['step_seconds'])} ({' to '.join(map(_ms, estimate['step_seconds_bounds']))})"),
+        (
+            "step time, ms",
+            f"{_ms(estimate['step_seconds'])} ({' to '.join(map(_ms, estimate['step_seconds_bounds']))})",
+        ),
         ("MFU", f"{_percent(estimate['mfu'])} ({' to '.join(map(_percent, estimate['mfu_bounds']))})"),
     ]
     speed = estimate["tokens_per_second_and_device"]
@@ -138,9 +141,7 @@ def text(report: Mapping[str, Any]) -> str:
         collectives = report["collectives"]
         lines += ["", f"Collectives of one step ({collectives['definition']})"]
         rows = [("kind", "mesh axes", "network", "times", "bytes")]
-        rows += [
-            (r["kind"], r["axes"], _how(r), f"{r['count']:,}", _size(r["bytes"])) for r in collectives["rows"]
-        ]
+        rows += [(r["kind"], r["axes"], _how(r), f"{r['count']:,}", _size(r["bytes"])) for r in collectives["rows"]]
         lines += _table(rows, (3, 4))
         lines += [f"  {note}" for note in _notes(collectives)]
         lines += ["", "Estimate for one device and step (lower and upper bound)"]
@@ -176,15 +177,18 @@ _STYLE = """
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 980px; margin: 0 auto; padding: 32px 20px 64px; }
 h1 { font-size: 24px; line-height: 1.25; margin: 0 0 6px; } h2 { font-size: 17px; margin: 0 0 12px; }
-p { margin: 2px 0; } .soft, figcaption, li { color: var(--soft); } .good { color: var(--good); } .bad { color: var(--bad); }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 20px; margin-top: 18px; }
+p { margin: 2px 0; } .soft, li { color: var(--soft); } .good { color: var(--good); } .bad { color: var(--bad); }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 20px;
+  margin-top: 18px; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 14px; margin-top: 18px; }
 .figures div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px; }
 .figures b { display: block; font-size: 22px; font-weight: 600; } .figures span { color: var(--soft); font-size: 13px; }
 .scroll { overflow-x: auto; } svg { display: block; width: 100%; min-width: 560px; height: auto; }
+svg.mark { display: inline; width: 12px; min-width: 12px; } .note { margin-top: 8px; }
 svg text { fill: var(--ink); font: 13px system-ui, sans-serif; } svg .soft { fill: var(--soft); }
 .track { fill: var(--track); } .limit { stroke: var(--ink); stroke-width: 1.5; stroke-dasharray: 4 3; }
-.c1 { fill: var(--c1); } .c2 { fill: var(--c2); } .c3 { fill: var(--c3); } .c4 { fill: var(--c4); } .c5 { fill: var(--c5); }
+.c1 { fill: var(--c1); } .c2 { fill: var(--c2); } .c3 { fill: var(--c3); } .c4 { fill: var(--c4); }
+.c5 { fill: var(--c5); }
 table { border-collapse: collapse; width: 100%; margin-top: 14px; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 500; } td.n, th.n { text-align: right; }
@@ -220,7 +224,8 @@ def _memory_picture(memory: Mapping[str, Any]) -> str:
     for name, size, colour in parts:
         title = f"<title>{name}: {_size(size)}</title>"
         gap = 2 if size * scale > 4 else 0  # a line of background between neighbours
-        body += f'<rect class="{colour}" x="{x:.1f}" y="26" width="{max(size * scale - gap, 0):.1f}" height="44">{title}</rect>'
+        shown = max(size * scale - gap, 0)
+        body += f'<rect class="{colour}" x="{x:.1f}" y="26" width="{shown:.1f}" height="44">{title}</rect>'
         x += size * scale
         legend += f'<rect class="{colour}" x="{legend_x}" y="88" width="12" height="12" rx="2"/>'
         legend += f'<text x="{legend_x + 18}" y="99">{name} {_size(size)}</text>'
@@ -247,8 +252,12 @@ def _bars(rows: Sequence[tuple[str, float, str, str]], label: str) -> str:
 
 
 def _legend(entries: Mapping[str, str]) -> str:
-    mark = lambda colour: f'<svg style="display:inline;width:12px;min-width:12px" viewBox="0 0 12 12"><rect class="{colour}" width="12" height="12" rx="2"/></svg>'
-    return "<p class=soft>" + " &nbsp; ".join(f"{mark(colour)} {name}" for name, colour in entries.items()) + "</p>"
+    square = '<svg class="mark" viewBox="0 0 12 12"><rect class="{}" width="12" height="12" rx="2"/></svg>'
+    return (
+        "<p class=soft>"
+        + " &nbsp; ".join(f"{square.format(colour)} {name}" for name, colour in entries.items())
+        + "</p>"
+    )
 
 
 def html(report: Mapping[str, Any]) -> str:
@@ -265,7 +274,9 @@ def html(report: Mapping[str, Any]) -> str:
             "ms a step, estimated": _ms(estimate["step_seconds"]),
             "MFU, estimated": _percent(estimate["mfu"]),
         }
-        part.append("<div class=figures>" + "".join(f"<div><b>{v}</b><span>{k}</span></div>" for k, v in figures.items()))
+        part.append(
+            "<div class=figures>" + "".join(f"<div><b>{v}</b><span>{k}</span></div>" for k, v in figures.items())
+        )
         part.append("</div>")
     part.append(f"<section><h2>Memory of one device</h2><p class={tone}>{escape.escape(_verdict(memory))}</p>")
     if "total" in memory:
@@ -273,7 +284,10 @@ def html(report: Mapping[str, Any]) -> str:
         part.append(_rows((), [(name, _size(size)) for name, size in _memory_rows(memory)], (1,)))
     if "compiler_says" in memory:
         part.append(f"<pre>{escape.escape(memory['compiler_says'])}</pre>")
-    part += [f"<p><b>Change {'first' if i == 0 else 'then'}:</b> {escape.escape(r)}</p>" for i, r in enumerate(memory["remedies"])]
+    part += [
+        f"<p><b>Change {'first' if i == 0 else 'then'}:</b> {escape.escape(r)}</p>"
+        for i, r in enumerate(memory["remedies"])
+    ]
     formula = sorted(memory["parts_by_formula"].items(), key=lambda item: -item[1])
     part.append("<h2 style='margin-top:20px'>The largest uses, by formula</h2>")
     part.append(_bars([(_PARTS[k], v, _size(v), "c1") for k, v in formula], "memory by formula") + "</section>")
@@ -281,7 +295,12 @@ def html(report: Mapping[str, Any]) -> str:
         collectives = report["collectives"]
         colours = {True: "c3", False: "c4"}
         bars = [
-            (f"{r['kind']}, {r['axes']}", r["bytes"], _size(r["bytes"]), colours[r["asynchronous"]])
+            (
+                f"{r['kind']}, {r['axes']}{' (DCN)' if r['network'] == 'DCN' else ''}",
+                r["bytes"],
+                _size(r["bytes"]),
+                colours[r["asynchronous"]],
+            )
             for r in collectives["rows"]
             if r["bytes"] * 500 > collectives["rows"][0]["bytes"]
         ]
@@ -290,7 +309,7 @@ def html(report: Mapping[str, Any]) -> str:
         rows = [(r["kind"], r["axes"], _how(r), f"{r['count']:,}", _size(r["bytes"])) for r in collectives["rows"]]
         part.append(_rows(("kind", "mesh axes", "network", "times", "bytes"), rows, (3, 4)))
         part += [f"<p class='soft note'>{escape.escape(note)}</p>" for note in _notes(collectives)]
-        part.append(f"<p class=soft>Bytes: {escape.escape(collectives['definition'])}.</p></section>")
+        part.append(f"<p class='soft note'>Counted are {escape.escape(collectives['definition'])}.</p></section>")
         times = [(n, s or 0.0, f"{_ms(s)} ms", colour) for n, s, colour in _time_rows(report["estimate"])]
         part.append("<section><h2>Where the time of a step would go</h2>" + _bars(times, "time by resource"))
         part.append(_rows((), _estimate_rows(report), ()))

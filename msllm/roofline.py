@@ -20,19 +20,20 @@ from msllm.sharding import RULES
 from msllm.streams import StreamSpec
 
 ASSUMPTIONS = (
-    "Useful FLOPs count what the visibility rule needs for full tables (msllm/flops.py); MFU is useful FLOPs over peak.",
-    "Hardware FLOPs add what is computed again or in vain: the layer under remat=full (all but its last product), scores "
-    "in the backward pass of blockwise attention, the head for streams without weight that share a program with others. "
-    "Masked pairs inside an attention block are not counted.",
+    "Useful FLOPs are what the visibility rule needs for full tables (msllm/flops.py). MFU is their share of the peak.",
+    "Hardware FLOPs add what is computed again or in vain: the layer under remat=full (all but its last product), "
+    "scores in the backward pass of blockwise attention, the head for streams without weight that share a program "
+    "with others. Masked pairs inside an attention block are not counted.",
     "Compute runs at the dense bfloat16 peak, also where an operand is float32.",
-    "HBM traffic: state read and written once, gradients once per micro-batch; gathered weights written and read once per pass; operands "
-    "and results of each product once per pass; logits five times, tables once per chunk of the loss.",
-    "ICI: every mesh axis is a ring on one axis of the torus with both directions in use; different axes do not disturb "
-    "each other. All-gather and reduce-scatter move (n-1)/n of their bytes, all-reduce twice that, all-to-all a quarter "
-    "of a ring's length times its bytes per torus axis, a permute its bytes over one link.",
-    "DCN: what the compiler sends between slices, at each device's part of the network, asynchronously.",
-    "Step time: asynchronous collectives hide behind compute and HBM traffic, which hide behind each other; synchronous "
-    "ones add to it. The bounds are everything hidden, and nothing hidden.",
+    "HBM traffic: state read and written once, gradients once per micro-batch; gathered weights written and read once "
+    "per pass; operands and results of each product once per pass; logits five times, tables once per chunk of the "
+    "loss.",
+    "ICI: every mesh axis is a ring on one axis of the torus with both directions in use; different axes do not "
+    "disturb each other. All-gather and reduce-scatter move (n-1)/n of their bytes, all-reduce twice that, all-to-all "
+    "a quarter of a ring's length times its bytes per torus axis, a permute its bytes over one link.",
+    "DCN: what the compiler sends between slices, at each device's part of the network.",
+    "Step time: asynchronous collectives hide behind compute and HBM traffic, which hide behind each other; "
+    "synchronous ones add to it. The bounds are everything hidden, and nothing hidden.",
     "A loop whose length depends on the data counts once.",
 )
 
@@ -84,7 +85,9 @@ class Shape:
     def layer_weights(self) -> float:
         """Values of one layer's matrices after they are gathered."""
         model = self.config.model
-        attention = model.d_model * (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim / self.parts("heads")
+        attention = (
+            model.d_model * (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim / self.parts("heads")
+        )
         return attention + 3 * model.d_model * model.d_ff / self.parts("mlp")
 
     @property
@@ -145,11 +148,15 @@ def memory_parts(shape: Shape, state_bytes: float) -> dict[str, float]:
     config, model, item = shape.config, shape.config.model, shape.item
     q, kv = (n * model.head_dim / shape.parts("heads") for n in (model.num_heads, 2 * model.num_kv_heads))
     f = model.d_ff / shape.parts("mlp")
-    kept = {
-        "full": model.d_model,
-        "dots": 2 * model.d_model + 2 * q + kv + 2 * f,
-        "none": _layer_values(shape),
-    }[model.remat] * shape.cells * item
+    kept = (
+        {
+            "full": model.d_model,
+            "dots": 2 * model.d_model + 2 * q + kv + 2 * f,
+            "none": _layer_values(shape),
+        }[model.remat]
+        * shape.cells
+        * item
+    )
     kept += shape.layer_weights * item if model.remat == "none" else 0  # gathered weights stay as well
     vocab = model.vocab_size / shape.parts("vocab")
     return {
@@ -179,7 +186,9 @@ def remedies(shape: Shape, state_bytes: float) -> list[str]:
     if shape.config.model.remat == "full":
         named["kept_activations"] = named["one_layer"]
     ordered = sorted(parts, key=parts.get, reverse=True)
-    return list(dict.fromkeys(f"{named[part]} ({part}: {parts[part] / 2**30:.2f} GiB by formula)" for part in ordered))[:3]
+    return list(dict.fromkeys(f"{named[part]} ({part}: {parts[part] / 2**30:.2f} GiB by formula)" for part in ordered))[
+        :3
+    ]
 
 
 def transfer_seconds(collective: Collective, devices: Sequence, hardware: Hardware) -> float:
@@ -203,14 +212,18 @@ def transfer_seconds(collective: Collective, devices: Sequence, hardware: Hardwa
     return (2 * around if collective.kind == "all-reduce" else around) / 2 * collective.count / link
 
 
-def estimate(shape: Shape, state_bytes: float, collectives: Sequence[Collective], devices: Sequence, hardware: Hardware):
+def estimate(
+    shape: Shape, state_bytes: float, collectives: Sequence[Collective], devices: Sequence, hardware: Hardware
+):
     """Times in seconds, MFU and arithmetic intensity of a step, as a dict that goes into JSON."""
     work, traffic = flops(shape), hbm_bytes(shape, state_bytes)
     compute, hbm = work["hardware"] / hardware.flops, sum(traffic.values()) / hardware.hbm_bandwidth
     networks: dict[str, dict[str, float]] = {}
     for collective in collectives:
         axes = "+".join(axes_of(collective.groups, shape.mesh)) or "none"
-        network = networks.setdefault("DCN" if collective.dcn else f"ICI {axes}", {"asynchronous": 0.0, "synchronous": 0.0})
+        network = networks.setdefault(
+            "DCN" if collective.dcn else f"ICI {axes}", {"asynchronous": 0.0, "synchronous": 0.0}
+        )
         kind = "asynchronous" if collective.asynchronous else "synchronous"
         network[kind] += transfer_seconds(collective, devices, hardware)
     hidden = [network["asynchronous"] for network in networks.values()]

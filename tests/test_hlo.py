@@ -68,7 +68,7 @@ def test_bytes_are_those_of_the_larger_side(line, kind, size):
 
 
 def test_what_a_wrapper_starts_is_asynchronous():
-    wrapped = f"%w (p: f32[8,16]) -> f32[4,16] {{\n  %p = f32[8,16]{{1,0}} parameter(0)\n  ROOT %r = f32[4,16]{{1,0}} " + (
+    wrapped = "%w (p: f32[8,16]) -> f32[4,16] {\n  %p = f32[8,16]{1,0} parameter(0)\n  ROOT %r = f32[4,16]{1,0} " + (
         f"reduce-scatter(%p), {GROUPS}, dimensions={{0}}\n}}\n"
     )
     start = "%s = ((f32[8,16]{1,0}), f32[4,16]{1,0}, u32[]) async-start(%x), calls=%w"
@@ -130,19 +130,24 @@ def test_a_loop_of_unknown_length_counts_once_and_is_named():
 
 
 def test_of_branches_the_larger_one_counts():
-    branch = lambda name, line: f"%{name} (x: f32[8,16]) -> f32[8,16] {{\n  %x = f32[8,16]{{1,0}} parameter(0)\n  {line}\n}}\n"
+    branch = lambda name, line: (
+        f"%{name} (x: f32[8,16]) -> f32[8,16] {{\n  %x = f32[8,16]{{1,0}} parameter(0)\n  {line}\n}}\n"
+    )
     two = f"%z = f32[8,16]{{1,0}} all-reduce(%x), {GROUPS}, to_apply=%add"
-    text = branch("small", REDUCE) + branch("large", f"{REDUCE}\n  {two}") + branch("none", "ROOT %n = f32[8,16] copy(%x)")
+    text = (
+        branch("small", REDUCE) + branch("large", f"{REDUCE}\n  {two}") + branch("none", "ROOT %n = f32[8,16] copy(%x)")
+    )
     line = "%c = f32[8,16]{1,0} conditional(%i, %x, %x, %x), branch_computations={%small, %large, %none}"
     assert len(read(module(line, computations=text), devices(4)).collectives) == 2
 
 
 def chain_piece(name, chain, channel=1):
     attribute = f', frontend_attributes={{chain_id="{chain}"}}' if chain else ""
+    groups = "replica_groups={{0,2},{1,3}}, dimensions={0}"
     return f"""
 %{name} (p: f32[8,16]) -> f32[16,16] {{
   %p = f32[8,16]{{1,0}} parameter(0)
-  ROOT %g = f32[16,16]{{1,0}} all-gather(%p), channel_id={channel}, replica_groups={{{{0,2}},{{1,3}}}}, dimensions={{0}}{attribute}
+  ROOT %g = f32[16,16]{{1,0}} all-gather(%p), channel_id={channel}, {groups}{attribute}
 }}
 """
 
@@ -278,7 +283,11 @@ def compiled(topology, num_slices, sizes, function, slices_along="data"):
     spread, weights = PartitionSpec(("data", "fsdp", "stream")), PartitionSpec(None, "fsdp")
     abstract = lambda shape, spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
     run = jax.shard_map(
-        lambda x, w: function(x, w, mesh.shape), mesh=mesh, in_specs=(spread, weights), out_specs=spread, check_vma=False
+        lambda x, w: function(x, w, mesh.shape),
+        mesh=mesh,
+        in_specs=(spread, weights),
+        out_specs=spread,
+        check_vma=False,
     )
     lowered = jax.jit(run).lower(abstract((ROWS * mesh.size, WIDTH), spread), abstract((INNER, WIDTH, WIDTH), weights))
     return lowered.compile().as_text(), mesh
@@ -316,7 +325,12 @@ def sums(text, mesh):
 @needs_libtpu
 @pytest.mark.parametrize(
     ("topology", "num_slices", "sizes"),
-    [("v5e:2x2", 1, (1, 2, 2, 1)), ("v5e:4x4", 1, (2, 4, 2, 1)), ("v5p:2x2x2", 1, (1, 2, 4, 1)), ("v5e:2x2", 2, (2, 2, 2, 1))],
+    [
+        ("v5e:2x2", 1, (1, 2, 2, 1)),
+        ("v5e:4x4", 1, (2, 4, 2, 1)),
+        ("v5p:2x2x2", 1, (1, 2, 4, 1)),
+        ("v5e:2x2", 2, (2, 2, 2, 1)),
+    ],
 )
 def test_a_compiled_program_moves_what_it_was_written_to_move(topology, num_slices, sizes):
     expected = {
@@ -359,7 +373,9 @@ def test_groups_are_those_of_one_slice_wherever_its_devices_lie_in_the_mesh():
 
 @needs_libtpu
 def test_a_sum_over_all_axes_has_a_part_inside_and_a_part_between_slices():
-    text, mesh = compiled("v5e:2x4", 2, (4, 2, 2, 1), lambda x, w, mesh: jnp.tanh(lax.psum(jnp.tanh(x), ("data", "fsdp"))))
+    text, mesh = compiled(
+        "v5e:2x4", 2, (4, 2, 2, 1), lambda x, w, mesh: jnp.tanh(lax.psum(jnp.tanh(x), ("data", "fsdp")))
+    )
     assert sums(text, mesh) == {
         ("reduce-scatter", ("data", "fsdp"), False): (1, BLOCK),
         ("all-reduce", ("data",), True): (1, BLOCK // 4),

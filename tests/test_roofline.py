@@ -86,7 +86,11 @@ def test_micro_batches_shrink_activations_and_read_weights_again():
     ("changes", "state", "part"),
     [
         ({"model": {"remat": "none", "num_layers": 100}}, 1e3, "kept_activations"),
-        ({"model": {"vocab_size": 1 << 20}, "loss": {"chunk_tokens": 1 << 20}, "data": {"batch_size": 64}}, 1e3, "logits"),
+        (
+            {"model": {"vocab_size": 1 << 20}, "loss": {"chunk_tokens": 1 << 20}, "data": {"batch_size": 64}},
+            1e3,
+            "logits",
+        ),
         ({"model": {"vocab_size": 1 << 20}, "loss": {"chunk_tokens": 2}}, 1e3, "tables"),
         ({}, 1e12, "state"),
         ({"data": {"batch_size": 4096}, "model": {"remat": "full"}}, 1e3, "one_layer"),
