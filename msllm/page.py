@@ -47,8 +47,8 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
     return [
         f"{report['devices']} devices ({report['device_kind']}), mesh {mesh}",
         f"{report['parameters'] / 1e6:,.1f} M parameters; {report['batch_size']} tables of {report['rows']} rows x "
-        f"{report['streams']} streams a step in {report['accumulate']} part(s): {report['cells_per_device']:,.0f} cells "
-        f"a device; remat {report['remat']}",
+        f"{report['streams']} streams a step in {report['accumulate']} part(s): "
+        f"{report['cells_per_device']:,.0f} cells a device; remat {report['remat']}",
         f"compiled in {report['compile_seconds']:.0f} s ({report['compile_cpu_seconds']:.0f} CPU-s) by libtpu "
         f"{report['libtpu']}, jax {report['jax']}",
     ]
