@@ -12,6 +12,7 @@ _PARTS = {
     "gradients": "gradients",
     "kept_activations": "activations kept for the backward pass",
     "one_layer": "one layer at work",
+    "gathered_weights": "gathered weights",
     "logits": "logits of one chunk",
     "tables": "embedding and head",
 }

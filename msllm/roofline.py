@@ -157,13 +157,14 @@ def memory_parts(shape: Shape, state_bytes: float) -> dict[str, float]:
         * shape.cells
         * item
     )
-    kept += shape.layer_weights * item if model.remat == "none" else 0  # gathered weights stay as well
     vocab = model.vocab_size / shape.parts("vocab")
     return {
         "state": state_bytes,
         "gradients": state_bytes / 3,
         "kept_activations": model.num_layers * kept,
-        "one_layer": (_layer_values(shape) * shape.cells + 2 * shape.layer_weights) * item,
+        "one_layer": _layer_values(shape) * shape.cells * item,
+        # Two layers', one in use and one on its way; without remat those of all layers stay for the backward pass.
+        "gathered_weights": (model.num_layers if model.remat == "none" else 2) * shape.layer_weights * item,
         "logits": min(config.loss.chunk_tokens, shape.head_cells) * vocab * (8 + item),
         "tables": shape.table * (4 + item + 4),  # embedding float32, head in the compute dtype, gradient float32
     }
@@ -174,6 +175,7 @@ REMEDIES = {
     "gradients": "more devices along mesh.fsdp (or mesh.stream): gradients are spread over them",
     "kept_activations": "config.model.remat='full'",
     "one_layer": "fewer tables a device: a smaller data.batch_size or a larger optim.accumulate",
+    "gathered_weights": "more devices along mesh.tensor: it divides heads and ffn",
     "logits": "a smaller config.loss.chunk_tokens",
     "tables": "more devices along mesh.tensor: it divides the vocabulary",
 }
@@ -182,13 +184,15 @@ REMEDIES = {
 def remedies(shape: Shape, state_bytes: float) -> list[str]:
     """What to change, that of the largest part first."""
     parts = memory_parts(shape, state_bytes)
-    named = dict(REMEDIES)
-    if shape.config.model.remat == "full":
+    named, remat = dict(REMEDIES), shape.config.model.remat
+    if remat == "full":
         named["kept_activations"] = named["one_layer"]
-    ordered = sorted(parts, key=parts.get, reverse=True)
-    return list(dict.fromkeys(f"{named[part]} ({part}: {parts[part] / 2**30:.2f} GiB by formula)" for part in ordered))[
-        :3
-    ]
+    if remat == "none":
+        named["gathered_weights"] = named["kept_activations"]
+    lines: dict[str, str] = {}
+    for part in sorted(parts, key=parts.get, reverse=True):
+        lines.setdefault(named[part], f"{named[part]} ({part}: {parts[part] / 2**30:.2f} GiB by formula)")
+    return list(lines.values())[:3]
 
 
 def transfer_seconds(collective: Collective, devices: Sequence, hardware: Hardware) -> float:

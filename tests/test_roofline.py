@@ -93,6 +93,7 @@ def test_micro_batches_shrink_activations_and_read_weights_again():
         ),
         ({"model": {"vocab_size": 1 << 20}, "loss": {"chunk_tokens": 2}}, 1e3, "tables"),
         ({}, 1e12, "state"),
+        ({"model": {"remat": "dots", "d_ff": 1 << 20, "vocab_size": 32}, "data": {"rows": 2}}, 1e3, "gathered_weights"),
         ({"data": {"batch_size": 4096}, "model": {"remat": "full"}}, 1e3, "one_layer"),
     ],
 )
@@ -101,8 +102,13 @@ def test_the_first_remedy_is_that_of_the_largest_part(changes, state, part):
     for section, values in changes.items():
         config = replace(config, section, **values)
     assert remedies(shape(config), state)[0].startswith(REMEDIES[part])
+
+
+def test_a_remedy_is_not_what_is_already_so():
     kept = replace(CONFIG, "model", remat="full", num_layers=100_000)
-    assert "full" not in remedies(shape(kept), 1.0)[0]  # it is that already
+    assert remedies(shape(kept), 1.0)[0].startswith("fewer tables")
+    gathered = replace(CONFIG, "model", remat="none", num_layers=100_000, d_ff=1 << 20)
+    assert remedies(shape(gathered), 1.0)[0].startswith("config.model.remat='full'")
 
 
 def places(slices=1, ring=4):
