@@ -31,7 +31,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
-        "test": ["hypothesis", "matplotlib", "psutil", "pytest", "pytest-xdist"],
+        # With the TPU compiler that belongs to the installed jax: it needs no TPU.
+        "test": ["hypothesis", "jax[tpu]>=0.10", "matplotlib", "psutil", "pytest", "pytest-xdist"],
         "notebooks": ["ipykernel", "matplotlib", "nbclient", "nbformat"],
     },
 )

@@ -25,10 +25,12 @@ data data.dictation data.tables data.packing data.records data.converters data.l
 step
 checkpoint
 metrics flops
+hardware hlo roofline page
 hf
 load
 decode
 train prepare score generate evaluate bench
+aot
 """.split()
 # Imports inside functions, by (module, imported module), with the reason.
 NESTED = {

@@ -1,0 +1,187 @@
+"""The command that compiles for a pod, as a user runs it, and what it says about bad input."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from msllm import aot, page
+from msllm.errors import UserError
+from msllm.sharding import make_mesh
+from runs import four_streams, make_config, replace, write_config_file
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason='the TPU compiler is not installed: pip install "jax[tpu]"'
+)
+SIZES = {
+    "model.vocab_size": 160,
+    "model.compute_dtype": "bfloat16",
+    "mesh.fsdp": 2,
+    "mesh.stream": 2,
+}
+
+
+def command(path, *arguments):
+    """Runs the command with a config file made for the tests."""
+    config = write_config_file(path / "config.py", four_streams(**SIZES))
+    line = [sys.executable, "-m", "msllm.aot", f"--config={config}", *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_program_that_fits_is_reported_in_all_forms_and_held_to_its_budget(tmp_path):
+    files = {name: tmp_path / f"out.{name}" for name in ("json", "html", "hlo")}
+    budget = tmp_path / "budget.json"
+    outputs = [f"--{name}={path}" for name, path in files.items()]
+    done = command(tmp_path, "--topology=v5e:2x2", *outputs, f"--budget={budget}", "--write_budget")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(files["json"].read_text())
+    assert report["topology"] == "v5e:2x2" and report["device_kind"] == "TPU v5 lite" and report["devices"] == 4
+    assert report["mesh"] == {"data": 1, "fsdp": 2, "stream": 2, "tensor": 1}
+    assert report["jax"] == jax.__version__ and report["compile_cpu_seconds"] > 0
+
+    memory = report["memory"]
+    assert memory["fits"] and memory["limit"] == 15.75 * 2**30
+    parts = [memory[name] for name in ("arguments", "outputs", "temporaries", "code")]
+    assert all(part > 0 for part in parts) and memory["total"] == sum(parts) - memory["aliased"]
+    # The state is donated: parameters and two moments in float32, spread over four devices, and little else.
+    assert memory["aliased"] >= 3 * 4 * report["parameters"] / 4
+
+    collectives = report["collectives"]
+    axes = lambda *kinds: {row["axes"] for row in collectives["rows"] if row["kind"] in kinds}
+    for axis in ("fsdp", "stream"):  # over which weights are gathered and gradients reduced
+        assert axis in axes("all-gather") and axis in axes("reduce-scatter", "all-reduce")
+    assert all(set(row["axes"].split("+")) <= {"fsdp", "stream"} for row in collectives["rows"])
+    assert sum(collectives["bytes_by_kind"].values()) == sum(row["bytes"] for row in collectives["rows"])
+    assert collectives["largest_all_reduce"]["bytes"] > 0
+    assert 0 < report["estimate"]["mfu"] < 1 and report["assumptions"]
+
+    assert "all-gather" in files["hlo"].read_text()
+    for told in ("fits", "all-gather", "fsdp", "MFU", "Assumptions", "libtpu"):
+        assert told in done.stdout
+    html = files["html"].read_text()
+    assert html.count("<svg") >= 4 and "prefers-color-scheme: dark" in html and "nan" not in html
+    assert not re.search(r"<script|<link|https?:|url\(|@import|src=", html)
+
+    limits = json.loads(budget.read_text())
+    assert limits["collective_bytes"] == collectives["bytes_by_kind"]
+    limits["collective_bytes"]["all-gather"] *= 0.97
+    budget.write_text(json.dumps(limits))
+    done = command(tmp_path, "--topology=v5e:2x2", f"--budget={budget}")
+    assert done.returncode == 1
+    over = [line for line in done.stdout.splitlines() if line.startswith("over budget: ")]
+    assert len(over) == 1 and "all-gather" in over[0]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_program_that_does_not_fit_says_what_to_change(tmp_path):
+    done = command(tmp_path, "--topology=v5e:2x2", "--config.model.d_model=16384", "--config.model.d_ff=65536")
+    assert done.returncode == 1, done.stderr
+    assert "does not fit" in done.stdout and re.search("change first: more devices along mesh.fsdp", done.stdout)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_two_slices_talk_over_the_network_of_the_data_centre(tmp_path):
+    devices = aot.topology_devices("v5e:2x2", 2)
+    try:
+        make_mesh(four_streams(**SIZES, **{"mesh.data": 2}).mesh, devices)
+    except ValueError as error:
+        pytest.xfail(f"make_mesh makes no mesh of several slices: {error}")
+    done = command(tmp_path, "--topology=v5e:2x2", "--num_slices=2", f"--json={tmp_path / 'out.json'}")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["slices"] == 2 and report["mesh"]["data"] == 2
+    networks = {(row["network"], row["axes"]) for row in report["collectives"]["rows"]}
+    assert ("DCN", "data") in networks and all("data" not in axes for network, axes in networks if network == "ICI")
+    assert report["estimate"]["network_seconds"]["DCN"]["asynchronous"] > 0
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:3x7"])
+def test_an_unknown_topology_is_named_with_examples(name):
+    with pytest.raises(UserError, match=f"{name}.*examples: v5e:2x2"):
+        aot.topology_devices(name)
+
+
+@needs_libtpu
+def test_topologies_have_the_devices_that_a_pod_has():
+    assert len(aot.topology_devices("v5e:16x16")) == 256
+    assert len(aot.topology_devices("v4:2x2x1")) == 4  # a chip of v4 is one device
+    assert len(aot.topology_devices("v5e:1x1")) == 1
+    assert len({device.slice_index for device in aot.topology_devices("v5e:2x2", 2)}) == 2
+    with pytest.raises(UserError, match="num_slices is 0"):
+        aot.topology_devices("v5e:2x2", 0)
+
+
+def test_a_missing_compiler_is_named_with_its_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"jax\[tpu\]"):
+        aot.topology_devices("v5e:2x2")
+
+
+@needs_libtpu
+def test_a_config_that_cannot_be_compiled_is_refused_before_it_is():
+    devices = aot.topology_devices("v5e:2x2")
+    with pytest.raises(UserError, match="vocab_size is 0"):
+        aot.analyse(make_config(), devices)
+    with pytest.raises(UserError, match="does not fit 4 devices"):
+        aot.analyse(replace(four_streams(), "mesh", fsdp=3, data=1), devices)
+    with pytest.raises(UserError, match="no figures for the device 'abacus'"):
+        aot.analyse(four_streams(), [SimpleNamespace(device_kind="abacus")])
+
+
+def test_a_budget_allows_two_percent():
+    report = {
+        "slices": 1,
+        "memory": {"total": 2**30},
+        "collectives": {"bytes_by_kind": {"all-gather": 1000, "all-reduce": 10}},
+    }
+    budget = aot.budget_of(report, "v5e:2x2")
+    assert budget == {
+        "topology": "v5e:2x2",
+        "num_slices": 1,
+        "memory_gib": 1.0,
+        "collective_bytes": {"all-gather": 1000, "all-reduce": 10},
+    }
+    assert aot.over_budget(report, "v5e:2x2", budget) == []
+    report["memory"]["total"] = int(1.019 * 2**30)
+    report["collectives"]["bytes_by_kind"]["all-gather"] = 1019
+    assert aot.over_budget(report, "v5e:2x2", budget) == []
+    report["memory"]["total"] = int(1.03 * 2**30)
+    report["collectives"]["bytes_by_kind"] |= {"all-gather": 1030, "all-to-all": 1}
+    lines = aot.over_budget(report, "v5e:2x2", budget)
+    assert [line.split(":")[0] for line in lines] == ["memory", "all-gather", "all-to-all"]
+    with pytest.raises(UserError, match="topology"):
+        aot.over_budget(report, "v5e:4x4", budget)
+
+
+def test_a_sweep_goes_on_after_what_does_not_fit(monkeypatch):
+    def analyse(config, devices):
+        if config.data.batch_size > 16:
+            raise UserError("the batch is odd")
+        fits = config.model.remat != "none"
+        report = {"memory": {"fits": fits, "total": 2**30}, "compile_seconds": 1.0}
+        report["estimate"] = {"step_seconds": 0.1, "mfu": 0.4, "tokens_per_second_and_device": 5.0}
+        return SimpleNamespace(report=report)
+
+    monkeypatch.setattr(aot, "analyse", analyse)
+    said = []
+    rows = aot.sweep(four_streams(), [], say=said.append)
+    assert said == rows and [(row["remat"], row["batch_size"], row["fits"]) for row in rows] == [
+        *(("none", 8, False), ("none", 16, False), ("none", 32, False)),
+        *(("dots", 8, True), ("dots", 16, True), ("dots", 32, False)),
+        *(("full", 8, True), ("full", 16, True), ("full", 32, False)),
+    ]
+    assert "not tried" in rows[1]["error"] and "the batch is odd" in rows[5]["error"]
+    lines = [page.sweep_line(row) for row in rows]
+    assert "40.0%" in lines[3] and "the batch is odd" in lines[5]
