@@ -237,8 +237,11 @@ def _visit(computations, name, count, caller, unknown, places) -> list[tuple[Col
             listed = re.search(r"branch_computations=\{(.*?)\}", attributes)
             branches = re.findall(r"%?([\w.\-]+)", listed[1]) if listed else called("(?:true|false)_computation")
             result += max(map(visit, branches), key=lambda found: sum(c.total_bytes for c, _ in found), default=[])
-        elif opcode in ("fusion", "call", "async-start", "custom-call"):
-            for child in called("(?:calls|to_apply|called_computation)"):
+        elif opcode.removesuffix("-start") in ("fusion", "call", "custom-call", "async"):
+            # With `-start`: a computation that runs beside this one, for instance on a TPU's sparse cores.
+            listed = re.search(r"called_computations=\{(.*?)\}", attributes)
+            several = re.findall(r"%?([\w.\-]+)", listed[1]) if listed else []
+            for child in called("(?:calls|to_apply)") + several:
                 result += visit(child)
     return result
 
@@ -265,7 +268,7 @@ def _collective(computation, computation_name, instruction, count, caller, place
     if chain is None and re.search(r"async[_-]collective", around):
         # Without a number of the chain its pieces have channel, groups and types in common.
         chain = str((_first(r"channel_id=(\d+)", attributes), kind, shapes, groups.tolist()))
-    started = instruction.opcode.endswith("-start") or (caller is not None and caller.opcode == "async-start")
+    started = instruction.opcode.endswith("-start") or (caller is not None and caller.opcode.endswith("-start"))
     source = _first(r'op_name="([^"]*)"', attributes)
     return _make(kind, shapes, groups, count, started or chain is not None, False, source), chain
 

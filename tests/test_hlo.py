@@ -67,12 +67,16 @@ def test_bytes_are_those_of_the_larger_side(line, kind, size):
     assert found(module(started, done)) == {(kind, ("fsdp",), True): (1, size)}
 
 
-def test_what_a_wrapper_starts_is_asynchronous():
+@pytest.mark.parametrize(
+    ("opcode", "attribute"),
+    [("async", "calls=%w"), ("call", "to_apply=%w"), ("custom-call", "called_computations={%w}")],
+)
+def test_what_a_wrapper_starts_is_asynchronous(opcode, attribute):
     wrapped = "%w (p: f32[8,16]) -> f32[4,16] {\n  %p = f32[8,16]{1,0} parameter(0)\n  ROOT %r = f32[4,16]{1,0} " + (
         f"reduce-scatter(%p), {GROUPS}, dimensions={{0}}\n}}\n"
     )
-    start = "%s = ((f32[8,16]{1,0}), f32[4,16]{1,0}, u32[]) async-start(%x), calls=%w"
-    text = module(start, "%d = f32[4,16]{1,0} async-done(%s), calls=%w", computations=wrapped)
+    start = f"%s = ((f32[8,16]{{1,0}}), f32[4,16]{{1,0}}, u32[]) {opcode}-start(%x), {attribute}"
+    text = module(start, f"%d = f32[4,16]{{1,0}} {opcode}-done(%s), {attribute}", computations=wrapped)
     assert found(text) == {("reduce-scatter", ("fsdp",), True): (1, 512)}
 
 
@@ -329,6 +333,8 @@ def sums(text, mesh):
         ("v5e:2x2", 1, (1, 2, 2, 1)),
         ("v5e:4x4", 1, (2, 4, 2, 1)),
         ("v5p:2x2x2", 1, (1, 2, 4, 1)),
+        ("v6e:2x4", 1, (1, 4, 2, 1)),
+        ("tpu7x:2x2x1", 1, (1, 4, 2, 1)),
         ("v5e:2x2", 2, (2, 2, 2, 1)),
     ],
 )
