@@ -60,6 +60,7 @@ class Program(NamedTuple):
 
     collectives: list[Collective]
     unknown_loops: list[str]  # loops with collectives whose trip count the text does not tell: counted as one
+    unreached: list[str]  # computations with collectives that nothing known here calls: not counted
 
 
 def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
@@ -204,7 +205,9 @@ def read(text: str, devices: Sequence[Any]) -> Program:
     """
     computations, entry = parse(text)
     unknown: list[str] = []
-    found = _visit(computations, entry, 1, None, unknown, _Places(devices))
+    reached: set[str] = set()
+    found = _visit(computations, entry, 1, None, unknown, reached, _Places(devices))
+    holders = [name for name, lines in computations.items() if any(map(_is_collective, lines.values()))]
     pieces: dict[str, Collective] = {}
     result = []
     for collective, chain in found:
@@ -212,17 +215,22 @@ def read(text: str, devices: Sequence[Any]) -> Program:
             result.append(collective)
         else:
             pieces.setdefault(chain, collective)  # the first piece starts it; later ones may lie in an inner loop
-    return Program(result + list(pieces.values()), unknown)
+    return Program(result + list(pieces.values()), unknown, [name for name in holders if name not in reached])
 
 
-def _visit(computations, name, count, caller, unknown, places) -> list[tuple[Collective, str | None]]:
+def _is_collective(instruction: Instruction) -> bool:
+    return instruction.opcode.removesuffix("-start") in KINDS
+
+
+def _visit(computations, name, count, caller, unknown, reached, places) -> list[tuple[Collective, str | None]]:
     """[(collective, chain)] of a computation and those that it calls. `chain`: the same for all pieces of one."""
     result = []
+    reached.add(name)
     for instruction in computations.get(name, {}).values():
         opcode, attributes = instruction.opcode, instruction.attributes
         called = lambda key: re.findall(rf"\b{key}=%?([\w.\-]+)", attributes)
-        visit = lambda child, times=count: _visit(computations, child, times, instruction, unknown, places)
-        if opcode.removesuffix("-start") in KINDS:
+        visit = lambda child, times=count: _visit(computations, child, times, instruction, unknown, reached, places)
+        if _is_collective(instruction):
             result.append(_collective(computations[name], name, instruction, count, caller, places))
         elif opcode == "send" and "_xla_megascale_transfer_type" in attributes:
             result.append((_transfer(computations[name], instruction, count, places), None))

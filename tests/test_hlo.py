@@ -389,6 +389,19 @@ def test_a_sum_over_all_axes_has_a_part_inside_and_a_part_between_slices():
     }
 
 
+def test_a_computation_that_is_called_in_an_unknown_way_is_named():
+    text = chain_piece("piece", "1")
+    line = "%n = f32[16,16]{1,0} novel-call(%x), runs=%piece"
+    program = read(module(line, computations=text), devices(4))
+    assert program.collectives == [] and program.unreached == ["piece"]
+    assert (
+        read(
+            module(line.replace("novel-call", "call").replace("runs", "to_apply"), computations=text), devices(4)
+        ).unreached
+        == []
+    )
+
+
 def test_every_instruction_of_a_text_has_its_computation():
     computations, entry = parse(module(REDUCE, computations=loop("2", REDUCE, "loop")[1]))
     assert entry == "main" and set(computations) == {"main", "loop_condition", "loop_body"}
