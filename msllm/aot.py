@@ -185,6 +185,7 @@ def _collectives(found: hlo.Program, shape: roofline.Shape) -> dict[str, Any]:
         "largest_all_reduce": largest,
         "whole_embedding_tables": tables,
         "loops_of_unknown_length": found.unknown_loops,
+        "not_counted": found.unreached,
     }
 
 

@@ -60,6 +60,7 @@ class Program(NamedTuple):
 
     collectives: list[Collective]
     unknown_loops: list[str]  # loops with collectives whose trip count the text does not tell: counted as one
+    unreached: list[str]  # computations with collectives that nothing known here calls: not counted
 
 
 def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
@@ -204,7 +205,9 @@ def read(text: str, devices: Sequence[Any]) -> Program:
     """
     computations, entry = parse(text)
     unknown: list[str] = []
-    found = _visit(computations, entry, 1, None, unknown, _Places(devices))
+    reached: set[str] = set()
+    found = _visit(computations, entry, 1, None, unknown, reached, _Places(devices))
+    holders = [name for name, lines in computations.items() if any(map(_is_collective, lines.values()))]
     pieces: dict[str, Collective] = {}
     result = []
     for collective, chain in found:
@@ -212,17 +215,22 @@ def read(text: str, devices: Sequence[Any]) -> Program:
             result.append(collective)
         else:
             pieces.setdefault(chain, collective)  # the first piece starts it; later ones may lie in an inner loop
-    return Program(result + list(pieces.values()), unknown)
+    return Program(result + list(pieces.values()), unknown, [name for name in holders if name not in reached])
 
 
-def _visit(computations, name, count, caller, unknown, places) -> list[tuple[Collective, str | None]]:
+def _is_collective(instruction: Instruction) -> bool:
+    return instruction.opcode.removesuffix("-start") in KINDS
+
+
+def _visit(computations, name, count, caller, unknown, reached, places) -> list[tuple[Collective, str | None]]:
     """[(collective, chain)] of a computation and those that it calls. `chain`: the same for all pieces of one."""
     result = []
+    reached.add(name)
     for instruction in computations.get(name, {}).values():
         opcode, attributes = instruction.opcode, instruction.attributes
         called = lambda key: re.findall(rf"\b{key}=%?([\w.\-]+)", attributes)
-        visit = lambda child, times=count: _visit(computations, child, times, instruction, unknown, places)
-        if opcode.removesuffix("-start") in KINDS:
+        visit = lambda child, times=count: _visit(computations, child, times, instruction, unknown, reached, places)
+        if _is_collective(instruction):
             result.append(_collective(computations[name], name, instruction, count, caller, places))
         elif opcode == "send" and "_xla_megascale_transfer_type" in attributes:
             result.append((_transfer(computations[name], instruction, count, places), None))
@@ -237,8 +245,11 @@ def _visit(computations, name, count, caller, unknown, places) -> list[tuple[Col
             listed = re.search(r"branch_computations=\{(.*?)\}", attributes)
             branches = re.findall(r"%?([\w.\-]+)", listed[1]) if listed else called("(?:true|false)_computation")
             result += max(map(visit, branches), key=lambda found: sum(c.total_bytes for c, _ in found), default=[])
-        elif opcode in ("fusion", "call", "async-start", "custom-call"):
-            for child in called("(?:calls|to_apply|called_computation)"):
+        elif opcode.removesuffix("-start") in ("fusion", "call", "custom-call", "async"):
+            # With `-start`: a computation that runs beside this one, for instance on a TPU's sparse cores.
+            listed = re.search(r"called_computations=\{(.*?)\}", attributes)
+            several = re.findall(r"%?([\w.\-]+)", listed[1]) if listed else []
+            for child in called("(?:calls|to_apply)") + several:
                 result += visit(child)
     return result
 
@@ -265,7 +276,7 @@ def _collective(computation, computation_name, instruction, count, caller, place
     if chain is None and re.search(r"async[_-]collective", around):
         # Without a number of the chain its pieces have channel, groups and types in common.
         chain = str((_first(r"channel_id=(\d+)", attributes), kind, shapes, groups.tolist()))
-    started = instruction.opcode.endswith("-start") or (caller is not None and caller.opcode == "async-start")
+    started = instruction.opcode.endswith("-start") or (caller is not None and caller.opcode.endswith("-start"))
     source = _first(r'op_name="([^"]*)"', attributes)
     return _make(kind, shapes, groups, count, started or chain is not None, False, source), chain
 

@@ -81,6 +81,8 @@ def _notes(collectives: Mapping[str, Any]) -> list[str]:
     notes += [f"whole embedding table or head: {one(table)}" for table in collectives["whole_embedding_tables"]]
     for loop in collectives["loops_of_unknown_length"]:
         notes.append(f"the length of the loop {loop} depends on the data: what it holds counts once")
+    for name in collectives["not_counted"]:
+        notes.append(f"NOT COUNTED: collectives in {name}, which is called in a way that msllm/hlo.py does not know")
     return notes
 
 

@@ -61,7 +61,7 @@ def test_a_program_that_fits_is_reported_in_all_forms_and_held_to_its_budget(tmp
         assert axis in axes("all-gather") and axis in axes("reduce-scatter", "all-reduce")
     assert all(set(row["axes"].split("+")) <= {"fsdp", "stream"} for row in collectives["rows"])
     assert sum(collectives["bytes_by_kind"].values()) == sum(row["bytes"] for row in collectives["rows"])
-    assert collectives["largest_all_reduce"]["bytes"] > 0
+    assert collectives["largest_all_reduce"]["bytes"] > 0 and collectives["not_counted"] == []
     assert 0 < report["estimate"]["mfu"] < 1 and report["assumptions"]
 
     assert "all-gather" in files["hlo"].read_text()

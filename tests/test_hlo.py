@@ -67,12 +67,16 @@ def test_bytes_are_those_of_the_larger_side(line, kind, size):
     assert found(module(started, done)) == {(kind, ("fsdp",), True): (1, size)}
 
 
-def test_what_a_wrapper_starts_is_asynchronous():
+@pytest.mark.parametrize(
+    ("opcode", "attribute"),
+    [("async", "calls=%w"), ("call", "to_apply=%w"), ("custom-call", "called_computations={%w}")],
+)
+def test_what_a_wrapper_starts_is_asynchronous(opcode, attribute):
     wrapped = "%w (p: f32[8,16]) -> f32[4,16] {\n  %p = f32[8,16]{1,0} parameter(0)\n  ROOT %r = f32[4,16]{1,0} " + (
         f"reduce-scatter(%p), {GROUPS}, dimensions={{0}}\n}}\n"
     )
-    start = "%s = ((f32[8,16]{1,0}), f32[4,16]{1,0}, u32[]) async-start(%x), calls=%w"
-    text = module(start, "%d = f32[4,16]{1,0} async-done(%s), calls=%w", computations=wrapped)
+    start = f"%s = ((f32[8,16]{{1,0}}), f32[4,16]{{1,0}}, u32[]) {opcode}-start(%x), {attribute}"
+    text = module(start, f"%d = f32[4,16]{{1,0}} {opcode}-done(%s), {attribute}", computations=wrapped)
     assert found(text) == {("reduce-scatter", ("fsdp",), True): (1, 512)}
 
 
@@ -329,6 +333,8 @@ def sums(text, mesh):
         ("v5e:2x2", 1, (1, 2, 2, 1)),
         ("v5e:4x4", 1, (2, 4, 2, 1)),
         ("v5p:2x2x2", 1, (1, 2, 4, 1)),
+        ("v6e:2x4", 1, (1, 4, 2, 1)),
+        ("tpu7x:2x2x1", 1, (1, 4, 2, 1)),
         ("v5e:2x2", 2, (2, 2, 2, 1)),
     ],
 )
@@ -381,6 +387,19 @@ def test_a_sum_over_all_axes_has_a_part_inside_and_a_part_between_slices():
         ("all-reduce", ("data",), True): (1, BLOCK // 4),
         ("all-gather", ("data", "fsdp"), False): (1, BLOCK),
     }
+
+
+def test_a_computation_that_is_called_in_an_unknown_way_is_named():
+    text = chain_piece("piece", "1")
+    line = "%n = f32[16,16]{1,0} novel-call(%x), runs=%piece"
+    program = read(module(line, computations=text), devices(4))
+    assert program.collectives == [] and program.unreached == ["piece"]
+    assert (
+        read(
+            module(line.replace("novel-call", "call").replace("runs", "to_apply"), computations=text), devices(4)
+        ).unreached
+        == []
+    )
 
 
 def test_every_instruction_of_a_text_has_its_computation():
