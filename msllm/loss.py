@@ -99,13 +99,17 @@ def _losses(hidden, head, targets, weights, options: LossConfig, whole, with_gra
         """Of the rows of this device's head from `start` on."""
         logits = jnp.einsum("nd,vd->nv", hidden, table, preferred_element_type=jnp.float32)
         row = start + jnp.arange(table.shape[0])
+        token = axis_index("tensor") * head.shape[0] + row
+        every = logits
         if added:
-            logits = jnp.where(row < head.shape[0], logits, MASKED)
+            real = row < head.shape[0]
+            token = jnp.where(real, token, -1)
+            every, logits = jnp.where(real, logits, 0.0), jnp.where(real, logits, MASKED)
         # A comparison instead of a gather: each device looks in its own part of the vocabulary.
-        is_target = targets[:, None] == axis_index("tensor") * head.shape[0] + row
+        is_target = targets[:, None] == token
         top = logits.max(-1)
         target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-        every = jnp.where(row < head.shape[0], logits, 0.0).sum(-1) if smooth else jnp.zeros_like(top)
+        every = every.sum(-1) if smooth else jnp.zeros_like(top)
         return logits, is_target, _Sums(top, jnp.exp(logits - top[:, None]).sum(-1), target, every)
 
     def values(sums, weights):

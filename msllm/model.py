@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -59,12 +60,20 @@ class MultiStreamLM(nnx.Module):
         if not config.tie_embeddings:
             self.head = parameter(rngs, (config.vocab_size, config.d_model), table, config.d_model**-0.5)
 
-    def __call__(self, tokens: jax.Array, cells: Cells, position: jax.Array, cache: Cache | None = None):
+    def __call__(
+        self,
+        tokens: jax.Array,
+        cells: Cells,
+        position: jax.Array,
+        cache: Cache | None = None,
+        kernel: Callable | None = None,
+    ):
         """The hidden states from which each cell's next row is predicted.
 
         Args:
           tokens: [B, T, S] int32. cells: of these rows. position: RoPE positions, [B, T] (or [B, T, S]) int32.
           cache: keys and values of earlier rows; the rows in `tokens` are appended to it. Not sharded.
+          kernel: attention's backend, as training chooses it; None: one that runs everywhere. Not with a cache.
 
         Returns: hidden [B, T, S, D] after the final norm, in the compute dtype; with a cache (hidden, cache).
         """
@@ -73,11 +82,12 @@ class MultiStreamLM(nnx.Module):
         angles = rope_angles(position, config)
         graph, weights = nnx.split(self.blocks)
 
+        anywhere = backend("reference" if config.attention == "reference" else "chunked")
+
         if cache is None:
-            name = "chunked" if config.attention == "auto" else config.attention  # training has chosen by now
 
             def layer(x, weights):
-                attend = lambda q, k, v: attention(q, k, v, cells, self.streams.lag_array, name)
+                attend = lambda q, k, v: attention(q, k, v, cells, self.streams.lag_array, kernel or anywhere)
                 if config.remat == "full":  # the gathered keys and values must not wait for the backward of the MLP
                     attend = jax.checkpoint(attend, policy=jax.checkpoint_policies.save_only_these_names("attention"))
                 return nnx.merge(graph, weights)(x, angles, attend), None
@@ -91,7 +101,7 @@ class MultiStreamLM(nnx.Module):
         lag, streams = jnp.asarray(self.streams.lag_array), jnp.arange(self.streams.size)
 
         # The scores of one row are few: no blocks.
-        kernel = backend("chunked" if config.attention != "reference" and tokens.shape[1] > 1 else "reference")
+        kernel = anywhere if tokens.shape[1] > 1 else backend("reference")
 
         def cached_layer(carry, layer):
             x, k_all, v_all = carry

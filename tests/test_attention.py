@@ -10,7 +10,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from msllm.attention import attention
+from msllm.attention import attention, backend
 from msllm.attention.chunked import chunked_attention
 from msllm.attention.reference import reference_attention
 from msllm.config import MeshConfig
@@ -76,21 +76,21 @@ def test_chunked_equals_reference(seed, rows, streams, groups, preset, segments,
 
 
 @pytest.mark.parametrize("sizes", [(2, 1, 4, 1), (1, 2, 2, 2), (1, 1, 8, 1)], ids=str)
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
-def test_sharded_equals_unsharded(sizes, backend):
+@pytest.mark.parametrize("name", ["chunked", "reference"])
+def test_sharded_equals_unsharded(sizes, name):
     q, k, v, cells = random_inputs(1, 2, 9, 8, 4, 2)
-    lag = jnp.asarray(random_lag(2, 8))
+    lag = random_lag(2, 8)
     heads = partition("batch", "row", "stream", "heads", "head_dim")
     table, row = partition("batch", "row", "stream"), partition("batch", "row")
     sharded = jax.shard_map(
-        lambda q, k, v, cells, lag: attention(q, k, v, cells, lag, backend),
+        lambda q, k, v, cells: attention(q, k, v, cells, lag, backend(name)),
         mesh=make_mesh(MeshConfig(*sizes)),
-        in_specs=(heads, heads, heads, Cells(row, row, table, table), partition("replicated", "replicated")),
+        in_specs=(heads, heads, heads, Cells(row, row, table, table)),
         out_specs=heads,
         check_vma=False,
     )
-    ours = outputs_and_gradients(lambda q, k, v: sharded(q, k, v, cells, lag), q, k, v)
-    assert_same(ours, outputs_and_gradients(lambda q, k, v: attention(q, k, v, cells, lag, backend), q, k, v))
+    ours = outputs_and_gradients(lambda q, k, v: sharded(q, k, v, cells), q, k, v)
+    assert_same(ours, outputs_and_gradients(lambda q, k, v: attention(q, k, v, cells, lag, backend(name)), q, k, v))
 
 
 def test_chunked_memory_is_linear_in_rows():

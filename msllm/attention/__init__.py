@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,13 +23,13 @@ log = logging.getLogger("msllm")
 BACKENDS = {"splash": "tpu", "gpu": "gpu", "chunked": "", "reference": ""}
 
 
-def backend(name: str):
+def backend(name: str) -> Callable:
     """The function of a backend; its signature is that of `reference_attention`."""
-    return getattr(importlib.import_module(f"msllm.attention.{name}"), f"{name}_attention")
+    return getattr(_module(name), f"{name}_attention")
 
 
-def choose(config: ModelConfig, lag: np.ndarray, rows: int, mesh) -> str:
-    """The backend for tables of `rows` rows on `mesh`. Logs it, and why the better ones were passed over.
+def choose(config: ModelConfig, lag: np.ndarray, rows: int, mesh) -> Callable:
+    """The backend's function for tables of `rows` rows on `mesh`. Logs it, and why the better ones were passed over.
 
     Raises UserError when the config asks for one that declines.
     """
@@ -41,7 +43,8 @@ def choose(config: ModelConfig, lag: np.ndarray, rows: int, mesh) -> str:
         reason = declines(name, case)
         if reason is None:
             log.info("attention: %s%s", name, "".join(f"; not {other}: {why}" for other, why in passed))
-            return name
+            options = getattr(_module(name), "options", lambda case: {})(case)
+            return functools.partial(backend(name), **options)
         passed.append((name, reason))
     raise UserError(f"config.model.attention is {config.attention!r}: {reason}; set it to 'auto' or another backend")
 
@@ -51,10 +54,14 @@ def declines(name: str, case: Case) -> str | None:
     needs = BACKENDS[name]
     if needs and case.platform != needs:
         return f"it needs a {needs.upper()}, and the devices are of platform {case.platform}"
-    return importlib.import_module(f"msllm.attention.{name}").declines(case) if needs else None
+    return _module(name).declines(case) if needs else None
 
 
-def attention(q, k, v, cells: Cells, lag, name: str):
+def _module(name: str):
+    return importlib.import_module(f"msllm.attention.{name}")
+
+
+def attention(q, k, v, cells: Cells, lag, kernel: Callable):
     """Every cell attends to the cells that it sees.
 
     Inside `shard_map` each device holds some tables, some streams and some heads; it gathers the keys and values of all
@@ -64,7 +71,7 @@ def attention(q, k, v, cells: Cells, lag, name: str):
     Args:
       q: [B, T, S, N, H]. k, v: [B, T, S, K, H]. cells: of the same tables. lag: [S, S] int32 of all streams, without
         those that fill up the mesh axis.
-      name: of a backend.
+      kernel: the function of a backend, from `choose` or `backend`.
 
     Returns: [B, T, S, N, H] in q's dtype.
     """
@@ -72,4 +79,4 @@ def attention(q, k, v, cells: Cells, lag, name: str):
     k_cells = cells._replace(present=gather_streams(cells.present), seen=gather_streams(cells.seen))
     streams = axis_index("stream") * size + jnp.arange(size)
     lag = pad_lag(lag, size * axis_size("stream"))
-    return backend(name)(q, gather_streams(k), gather_streams(v), cells, k_cells, lag, streams)
+    return kernel(q, gather_streams(k), gather_streams(v), cells, k_cells, lag, streams)

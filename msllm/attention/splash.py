@@ -80,6 +80,11 @@ def declines(case: Case) -> str | None:
     return None
 
 
+def options(case: Case) -> dict[str, Any]:
+    """Keyword arguments of `splash_attention` for a device."""
+    return {"blocks": blocks_for(case.device_kind)}
+
+
 def splash_attention(
     q, k, v, q_cells: Cells, k_cells: Cells, lag, q_streams, *, interpret: bool = False, blocks: Blocks | None = None
 ):
