@@ -49,6 +49,7 @@ class ModelConfig:
     rope_scaling: RopeScalingConfig = RopeScalingConfig()
     compute_dtype: str = "float32"  # float32 | bfloat16; parameters are float32 always
     attention: str = "auto"  # auto | splash (TPU) | gpu | chunked (anywhere) | reference (O(L^2) memory: for tests)
+    kv_parts: int = 1  # parts of the kv heads whose keys and values are gathered over streams at a time; more: less memory
     remat: str = "dots"  # none (keep all) | dots (keep matrix products and attention) | full (keep layer inputs only)
 
 
@@ -254,6 +255,12 @@ def _validate(config: Config) -> None:
         "model.num_kv_heads",
         model.num_kv_heads,
         f"must divide model.num_heads={model.num_heads}",
+    )
+    _check(
+        model.kv_parts > 0 and model.num_kv_heads % model.kv_parts == 0,
+        "model.kv_parts",
+        model.kv_parts,
+        f"must divide model.num_kv_heads={model.num_kv_heads}",
     )
     _check(model.head_dim % 2 == 0, "model.head_dim", model.head_dim, "must be even (rotary pairs)")
     _check(config.steps > 0, "steps", config.steps, "must be positive")

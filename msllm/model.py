@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from msllm.attention import attention, backend
+from msllm.attention import KEEP_OUTPUT, attention, backend
 from msllm.config import ModelConfig
 from msllm.layers import SAVED, Mlp, Projections, constant, parameter, rms_norm, rope_angles, whole
 from msllm.sharding import FSDP, axis_index, gather, gather_streams, mesh_axes, named, rows_to_cells, total
@@ -87,9 +87,10 @@ class MultiStreamLM(nnx.Module):
         if cache is None:
 
             def layer(x, weights):
-                attend = lambda q, k, v: attention(q, k, v, cells, self.streams.lag_array, kernel or anywhere)
+                rule = (cells, self.streams.lag_array, kernel or anywhere, config.kv_parts)
+                attend = lambda q, k, v: attention(q, k, v, *rule)
                 if config.remat == "full":  # the gathered keys and values must not wait for the backward of the MLP
-                    attend = jax.checkpoint(attend, policy=jax.checkpoint_policies.save_only_these_names("attention"))
+                    attend = jax.checkpoint(attend, policy=KEEP_OUTPUT)
                 return nnx.merge(graph, weights)(x, angles, attend), None
 
             x, _ = jax.lax.scan(_remat(layer, config.remat), x, weights)

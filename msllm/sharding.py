@@ -87,7 +87,7 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
     lengths = {
         "batch": (config.data.batch_size // config.optim.accumulate, "data.batch_size / optim.accumulate"),
         "heads": (model.num_heads, "model.num_heads"),
-        "kv_heads": (model.num_kv_heads, "model.num_kv_heads"),
+        "kv_heads": (model.num_kv_heads // model.kv_parts, "model.num_kv_heads / model.kv_parts"),
         "mlp": (model.d_ff, "model.d_ff"),
         "embed": (model.d_model, "model.d_model"),
         "vocab": (model.vocab_size, "model.vocab_size"),

@@ -31,6 +31,8 @@ LAYOUTS = {
         "loss.z_loss": 1e-2,
         "streams.loss_weights": (1.0, 0.0, 1.0, 1.0),
         "model.attention": "reference",
+        "model.kv_parts": 2,
+        "model.remat": "full",
     },
 }
 MESHES = [
@@ -39,7 +41,7 @@ MESHES = [
     ("lags", {"fsdp": 2, "stream": 2, "tensor": 2}),
     ("accumulated", {"data": 8}),
     ("accumulated", {"fsdp": 8}),
-    ("accumulated", {"data": 2, "stream": 2, "tensor": 2}),
+    ("accumulated", {"data": 2, "fsdp": 2, "stream": 2}),
 ]
 
 

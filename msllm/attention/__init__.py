@@ -7,6 +7,7 @@ import importlib
 import logging
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -61,7 +62,11 @@ def _module(name: str):
     return importlib.import_module(f"msllm.attention.{name}")
 
 
-def attention(q, k, v, cells: Cells, lag, kernel: Callable):
+# Values that a checkpointed attention keeps: with a kernel's output and log-sum-exp it need not run again.
+KEEP_OUTPUT = jax.checkpoint_policies.save_only_these_names("attention")
+
+
+def attention(q, k, v, cells: Cells, lag, kernel: Callable, kv_parts: int = 1):
     """Every cell attends to the cells that it sees.
 
     Inside `shard_map` each device holds some tables, some streams and some heads; it gathers the keys and values of all
@@ -72,6 +77,8 @@ def attention(q, k, v, cells: Cells, lag, kernel: Callable):
       q: [B, T, S, N, H]. k, v: [B, T, S, K, H]. cells: of the same tables. lag: [S, S] int32 of all streams, without
         those that fill up the mesh axis.
       kernel: the function of a backend, from `choose` or `backend`.
+      kv_parts: how many times to gather, some heads each time. Each part's keys and values are gathered again backward,
+        so that 1 / kv_parts of them exist at a time.
 
     Returns: [B, T, S, N, H] in q's dtype.
     """
@@ -79,4 +86,9 @@ def attention(q, k, v, cells: Cells, lag, kernel: Callable):
     k_cells = cells._replace(present=gather_streams(cells.present), seen=gather_streams(cells.seen))
     streams = axis_index("stream") * size + jnp.arange(size)
     lag = pad_lag(lag, size * axis_size("stream"))
-    return kernel(q, gather_streams(k), gather_streams(v), cells, k_cells, lag, streams)
+    all_keys = lambda q, k, v: kernel(q, gather_streams(k), gather_streams(v), cells, k_cells, lag, streams)
+    if kv_parts == 1:
+        return all_keys(q, k, v)
+    split = lambda x: jnp.moveaxis(x.reshape(*x.shape[:3], kv_parts, -1, x.shape[-1]), 3, 0)
+    out = jax.lax.map(lambda part: jax.checkpoint(all_keys, policy=KEEP_OUTPUT)(*part), (split(q), split(k), split(v)))
+    return jnp.moveaxis(out, 0, 3).reshape(q.shape)
