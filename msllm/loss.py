@@ -60,7 +60,7 @@ def _scan_chunks(hidden, table, targets, weights, options: LossConfig, with_grad
 
     def chunk(carry, xs):
         loss, d_table = carry
-        hidden, targets, weights = xs
+        hidden, hidden_t, targets, weights = xs
         logits = jnp.einsum("nd,vd->nv", hidden, table, preferred_element_type=jnp.float32)
         top = lax.stop_gradient(logits.max(-1))
         if axis_size("tensor") > 1:
@@ -82,16 +82,18 @@ def _scan_chunks(hidden, table, targets, weights, options: LossConfig, with_grad
         d_logits -= weights[:, None] * (jnp.where(is_target, 1.0 - smooth, 0.0) + smooth / vocab)
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("nv,vd->nd", d_logits, table)
-        d_table = d_table + jnp.einsum("nv,nd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+        d_table = d_table + jnp.einsum("dn,nv->dv", hidden_t, d_logits, preferred_element_type=jnp.float32)
         return (loss, d_table), (nll, d_hidden)
 
-    init = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape if with_gradient else (), jnp.float32))
-    xs = (chunks(hidden, hidden.shape[-1:]), chunks(targets, ()), chunks(weights, ()))
+    init = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape[::-1] if with_gradient else (), jnp.float32))
+    hidden_chunks = chunks(hidden, hidden.shape[-1:])
+    # Transposed beforehand: XLA:CPU would transpose the much larger d_logits in memory.
+    xs = (hidden_chunks, hidden_chunks.swapaxes(1, 2), chunks(targets, ()), chunks(weights, ()))
     (loss, d_table), (nll, d_hidden) = lax.scan(chunk, init, xs)
     nll = nll.reshape(-1)[:cells].reshape(targets.shape)
     if not with_gradient:
         return loss, nll, None, None
-    return loss, nll, d_hidden.reshape(-1, hidden.shape[-1])[:cells].reshape(hidden.shape), d_table.astype(table.dtype)
+    return loss, nll, d_hidden.reshape(-1, hidden.shape[-1])[:cells].reshape(hidden.shape), d_table.T.astype(table.dtype)
 
 
 def _forward(hidden, table, targets, weights, options):
