@@ -45,7 +45,7 @@ def test_a_program_that_fits_is_reported_in_all_forms_and_held_to_its_budget(tmp
     assert done.returncode == 0, done.stderr
     report = json.loads(files["json"].read_text())
     assert report["topology"] == "v5e:2x2" and report["device_kind"] == "TPU v5 lite" and report["devices"] == 4
-    assert report["mesh"] == {"data": 1, "fsdp": 2, "stream": 2, "tensor": 1}
+    assert report["mesh"] == {"data": 1, "fsdp": 2, "fsdp_inner": 1, "stream": 2, "tensor": 1}
     assert report["jax"] == jax.__version__ and report["compile_cpu_seconds"] > 0
 
     memory = report["memory"]
