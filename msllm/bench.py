@@ -37,7 +37,7 @@ flags.DEFINE_integer("head_dim", 64, "H.")
 flags.DEFINE_enum("compute_dtype", "float32", ["float32", "bfloat16"], "Of matrix products and activations.")
 flags.DEFINE_string("attention", "auto", "train: the backend, as in config.model.attention.")
 flags.DEFINE_list("backends", [], "attention: the backends to measure; none: all that run on this device.")
-flags.DEFINE_float("memory_gib", 8.0, "attention: a backend whose temporaries take more is not run.")
+flags.DEFINE_float("memory_gib", 4.0, "attention: a backend whose temporaries take more is not run.")
 flags.DEFINE_enum("remat", "dots", ["none", "dots", "full"], "Remat policy.")
 flags.DEFINE_integer("chunk_tokens", 1024, "Cells whose logits exist at one time.")
 

@@ -35,7 +35,7 @@ def attention_case(case: dict) -> list[dict]:
         result = results[name] = {"benchmark": "attention", "backend": name, **case}
         functions = _compiled(kernel, lag, inputs)
         temporary = {what: compiled.memory_analysis().temp_size_in_bytes for what, compiled in functions.items()}
-        result.update({f"{what}_temporary_mib": round(size / 2**20, 1) for what, size in temporary.items()})
+        result.update({f"{what}_temporary_mib": round(size / 2**20, 3) for what, size in temporary.items()})
         if max(temporary.values()) > case["memory_gib"] * 2**30:
             result["not_run"] = f"its temporaries take more than --memory_gib={case['memory_gib']}"
         else:

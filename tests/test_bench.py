@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import types
 
+import jax
 import pytest
 
 from msllm import bench_attention
@@ -49,19 +51,16 @@ def test_what_does_not_fit_is_compiled_and_not_run():
     assert (dense["backend"], chunked["backend"]) == ("reference", "chunked")
     assert dense["not_run"] == "its temporaries take more than --memory_gib=0.015"
     assert dense["both_temporary_mib"] > 15.4 > chunked["both_temporary_mib"]
-    assert "both_wall_seconds" in chunked and not {"both_wall_seconds", "both_speedup"} & set(dense) | (
-        {"both_speedup"} & set(chunked)
-    )
+    assert "both_wall_seconds" in chunked and "both_wall_seconds" not in dense
+    assert "both_speedup" not in chunked  # there is nothing to compare it with
 
 
 def test_rates_are_useful_work_by_time_and_peak(monkeypatch):
     """On a stand-in for a card, with times that are known."""
-    import types
-
     card = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
-    cpu, calls = bench_attention.jax.devices(), []
     monkeypatch.setattr(bench_attention, "_kernels", lambda case, lag: {"reference": None, "gpu": None})
-    compiled = lambda *_: {what: bench_attention.jax.jit(lambda x: x).lower(1.0).compile() for what in ("forward", "both")}
+    nothing = jax.jit(lambda x: x).lower(1.0).compile()
+    compiled = lambda *_: {"forward": nothing, "both": nothing}
     monkeypatch.setattr(bench_attention, "_compiled", compiled)
     times = {("reference", "forward"): (4e-3, 1.0), ("gpu", "forward"): (1e-3, 1.0)}
     times |= {("reference", "both"): (9e-3, 1.0), ("gpu", "both"): (2e-3, 1.0)}
