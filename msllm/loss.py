@@ -118,6 +118,7 @@ def _losses(hidden, head, targets, weights, options: LossConfig, whole, with_gra
         return jnp.sum(weights * (value + z * jnp.square(sums.log_total) if z else value)), nll
 
     hidden_chunks, targets, weights = chunks(hidden, width), chunks(targets), chunks(weights)
+    transposed = hidden_chunks.swapaxes(1, 2)  # beforehand: XLA:CPU would transpose the much larger d_logits in memory
 
     def part_sums(rows, start):
         """_Sums [count, size] of one part of the vocabulary."""
@@ -130,7 +131,7 @@ def _losses(hidden, head, targets, weights, options: LossConfig, whole, with_gra
 
         def chunk(carry, xs):
             loss, d_table = carry
-            hidden, targets, weights, sums = xs
+            hidden, hidden_t, targets, weights, sums = xs
             logits, is_target, own = logits_and_sums(table, start, hidden, targets)
             sums = own.over_devices() if sums is None else sums
             value, nll = values(sums, weights)
@@ -141,11 +142,11 @@ def _losses(hidden, head, targets, weights, options: LossConfig, whole, with_gra
             d_logits -= weights[:, None] * (jnp.where(is_target, 1.0 - smooth, 0.0) + smooth / vocab)
             d_logits = d_logits.astype(hidden.dtype)
             d_hidden = jnp.einsum("nv,vd->nd", d_logits, table)
-            d_table = d_table + jnp.einsum("nv,nd->dv", d_logits, hidden, preferred_element_type=jnp.float32)
+            d_table = d_table + jnp.einsum("dn,nv->dv", hidden_t, d_logits, preferred_element_type=jnp.float32)
             return (loss + value, d_table), (nll, d_hidden)
 
         init = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape[::-1] if with_gradient else (), jnp.float32))
-        (loss, d_table), (nll, d_hidden) = lax.scan(chunk, init, (hidden_chunks, targets, weights, sums))
+        (loss, d_table), (nll, d_hidden) = lax.scan(chunk, init, (hidden_chunks, transposed, targets, weights, sums))
         d_rows = to_rows(d_table.T.astype(table.dtype))[0] if with_gradient else None
         return loss, nll, d_hidden, d_rows
 

@@ -44,10 +44,12 @@ def test_round_trips():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_file_is_valid(path):
-    settings = runpy.run_path(str(path))["get_config"]()
+    module = runpy.run_path(str(path))
+    settings = module["get_config"]()
     assert isinstance(settings, ml_collections.ConfigDict) and settings.is_locked
     config = from_config_dict(settings)
-    assert config.data.dir and StreamSpec.from_config(config.streams).size == len(config.streams.names)
+    assert StreamSpec.from_config(config.streams).size == len(config.streams.names)
+    assert config.data.dir or "--config.data.dir=" in module["__doc__"]  # then it is for the user's own data
 
 
 def test_a_misspelt_key_raises():

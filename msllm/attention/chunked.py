@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from msllm.streams import NEVER, Cells, visible_between
 
-BLOCK_CELLS = 384  # cells of a block: matrix products large enough for a CPU core, scores small enough for its cache
+BLOCK_CELLS = 256  # cells of a block: matrix products large enough for a CPU core, scores small enough for its cache
 # Score of a pair that is not visible. Finite: a query that has seen no key yet must not give inf - inf. What it adds up
 # meanwhile is multiplied by exp(MASKED - score) = 0 at the latest when it comes to itself.
 MASKED = -1e30
@@ -164,12 +164,12 @@ def _backward(q_rows, k_rows, saved, d_out):
     q, k, v, q_cells, k_cells, lag, q_streams, out, lse, reach = saved
     kv_heads, head_dim = k.shape[3:]
     keys = (_head_blocks(k, k_rows, kv_heads), _head_blocks(v, k_rows, kv_heads), _cell_blocks(k_cells, k_rows))
-    d_out = _head_blocks(d_out, q_rows, kv_heads)
+    q_blocks, d_out = _head_blocks(q, q_rows, kv_heads), _head_blocks(d_out, q_rows, kv_heads)
     # The part of the softmax's gradient that all keys of a query share.
     shared = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1).reshape(lse.shape)
 
     def query_block(d_keys, block):
-        q_block, cells, lse, shared, d_out, first, end, full = block
+        q_block, q_t, cells, lse, shared, d_out, d_out_t, first, end, full = block
 
         def key_block(j, carry):
             d_q, d_keys, d_values = carry
@@ -180,8 +180,8 @@ def _backward(q_rows, k_rows, saved, d_out):
             d_scores = weights * (d_weights.reshape(weights.shape) - shared[..., None]) * head_dim**-0.5
             d_scores = d_scores.reshape(d_weights.shape).astype(q.dtype)
             weights = weights.reshape(d_weights.shape).astype(q.dtype)
-            d_v = jnp.einsum("bkqt,bkqh->bkth", weights, d_out, preferred_element_type=jnp.float32)
-            d_k = jnp.einsum("bkqt,bkqh->bkth", d_scores, q_block, preferred_element_type=jnp.float32)
+            d_v = jnp.einsum("bkhq,bkqt->bkht", d_out_t, weights, preferred_element_type=jnp.float32)
+            d_k = jnp.einsum("bkhq,bkqt->bkht", q_t, d_scores, preferred_element_type=jnp.float32)
             d_q += jnp.einsum("bkqt,bkth->bkqh", d_scores, k_block, preferred_element_type=jnp.float32)
             add = lambda total, x: lax.dynamic_update_index_in_dim(total, _at(total, j) + x, j, 0)
             return d_q, add(d_keys, d_k), add(d_values, d_v)
@@ -189,9 +189,14 @@ def _backward(q_rows, k_rows, saved, d_out):
         d_q, *d_keys = lax.fori_loop(first, end, key_block, (jnp.zeros(q_block.shape, jnp.float32), *d_keys))
         return tuple(d_keys), d_q.astype(q.dtype)
 
-    zeros = jnp.zeros(keys[0].shape, jnp.float32)
-    blocks = (_head_blocks(q, q_rows, kv_heads), _cell_blocks(q_cells, q_rows), lse, shared, d_out, *reach)
+    # The gradients of keys and values are made transposed, out of transposed q and d_out: in the other order XLA:CPU
+    # would transpose the much larger weights and scores in memory.
+    flip = lambda x: x.swapaxes(3, 4)
+    zeros = jnp.zeros(flip(keys[0]).shape, jnp.float32)
+    cells = _cell_blocks(q_cells, q_rows)
+    blocks = (q_blocks, flip(q_blocks), cells, lse, shared, d_out, flip(d_out), *reach)
     (d_k, d_v), d_q = lax.scan(query_block, (zeros, zeros), blocks)
+    d_k, d_v = flip(d_k), flip(d_v)
     gradients = (_unblock(d_q, q.shape), _unblock(d_k, k.shape).astype(k.dtype), _unblock(d_v, v.shape).astype(v.dtype))
     return (*gradients, None, None, None, None)
 
