@@ -9,10 +9,13 @@ import sys
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from msllm import aot, page
+from msllm.config import MeshConfig
 from msllm.errors import UserError
+from msllm.sharding import make_mesh
 from runs import four_streams, make_config, replace, write_config_file
 
 needs_libtpu = pytest.mark.skipif(
@@ -117,6 +120,26 @@ def test_topologies_have_the_devices_that_a_pod_has():
     assert len({device.slice_index for device in aot.topology_devices("v5e:2x2", 2)}) == 2
     with pytest.raises(UserError, match="num_slices is 0"):
         aot.topology_devices("v5e:2x2", 0)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "axes", "stages"),
+    [
+        ("v5e:4x4", {"fsdp": 16}, (4, 4)),
+        ("v5e:4x4", {"fsdp": 4, "stream": 4}, (4, 1)),
+        ("v5e:16x16", {"fsdp": 32, "stream": 8}, (16, 2)),
+        ("v5e:16x16", {"fsdp": 256}, (16, 16)),
+        ("v5p:4x4x4", {"fsdp": 64}, (16, 4)),
+    ],
+)
+def test_each_stage_of_a_gather_has_physical_axes_of_its_own(topology, axes, stages):
+    mesh = make_mesh(MeshConfig(**{"data": 1} | axes), aot.topology_devices(topology))
+    assert (mesh.shape["fsdp"], mesh.shape["fsdp_inner"]) == stages
+    places = np.vectorize(lambda device: tuple(device.coords), otypes=[object])(mesh.devices)
+    varies = lambda group: {i for i in range(3) if len({place[i] for place in group.flat}) > 1}
+    outer, inner = varies(places[0, :, 0, 0, 0]), varies(places[0, 0])
+    assert len(inner) == 1 and not outer & inner
 
 
 def test_a_missing_compiler_is_named_with_its_package(monkeypatch):
