@@ -16,14 +16,14 @@ def get_config():
     config.steps = 100000
     config.model.update(QWEN3["8b"])
     config.model.compute_dtype = "bfloat16"
-    config.model.remat = "full"
+    config.model.remat = "dots"
     config.streams.names = ("system", "user", "tool", "observer", "thought", "plan", "output", "action")
     config.streams.kinds = ("input",) * 4 + ("thought",) * 2 + ("output",) * 2
     config.data.rows = 1024
-    config.data.batch_size = 256
+    config.data.batch_size = 128
     config.loss.vocab_chunks = 16
     config.loss.chunk_tokens = 8192
     config.optim.lr = 3e-4
     config.optim.warmup_steps = 2000
-    config.mesh.data, config.mesh.fsdp, config.mesh.stream = 1, 16, 4
+    config.mesh.data, config.mesh.fsdp, config.mesh.stream = 1, 64, 1
     return config

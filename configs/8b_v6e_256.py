@@ -26,5 +26,5 @@ def get_config():
     config.loss.chunk_tokens = 8192
     config.optim.lr = 3e-4
     config.optim.warmup_steps = 2000
-    config.mesh.data, config.mesh.fsdp, config.mesh.stream = 1, 32, 8
+    config.mesh.data, config.mesh.fsdp, config.mesh.stream = 1, 256, 1
     return config

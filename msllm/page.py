@@ -12,6 +12,7 @@ _PARTS = {
     "gradients": "gradients",
     "kept_activations": "activations kept for the backward pass",
     "one_layer": "one layer at work",
+    "gathered_keys": "gathered keys and values",
     "gathered_weights": "gathered weights",
     "logits": "logits of one chunk",
     "tables": "embedding and head",
@@ -49,7 +50,7 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
         f"{report['devices']} devices ({report['device_kind']}), mesh {mesh}",
         f"{report['parameters'] / 1e6:,.1f} M parameters; {report['batch_size']} tables of {report['rows']} rows x "
         f"{report['streams']} streams a step in {report['accumulate']} part(s): "
-        f"{report['cells_per_device']:,.0f} cells a device; remat {report['remat']}",
+        f"{report['cells_per_device']:,.0f} cells a device; remat {report['remat']}, attention {report['attention']}",
         f"compiled in {report['compile_seconds']:.0f} s ({report['compile_cpu_seconds']:.0f} CPU-s) by libtpu "
         f"{report['libtpu']}, jax {report['jax']}",
     ]
@@ -58,15 +59,17 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
 def _memory_rows(memory: Mapping[str, Any]) -> list[tuple[str, float]]:
     names = {"arguments": "arguments", "outputs": "outputs", "aliased": "aliased (donated)"}
     rows = [(names.get(key, key), memory[key]) for key in ("arguments", "outputs", "aliased", "temporaries", "code")]
-    return [(name, -size if name.startswith("aliased") else size) for name, size in rows]
+    rows = [(name, -size if name.startswith("aliased") else size) for name, size in rows]
+    return [*rows, ("sum of these", memory["total"]), ("peak", memory["peak"])]
 
 
 def _verdict(memory: Mapping[str, Any]) -> str:
+    limit = _gib(memory["limit"])
     if "total" not in memory:
-        return f"does not fit: the compiler refused it (HBM for a program: {_gib(memory['limit'])} GiB)"
-    spare = memory["limit"] - memory["total"]
-    state = f"fits, {_gib(spare)} GiB to spare" if memory["fits"] else f"does not fit, by {_gib(-spare)} GiB"
-    return f"{_gib(memory['total'])} of {_gib(memory['limit'])} GiB: {state}"
+        return f"does not fit: the compiler refused it (HBM for a program: {limit} GiB)"
+    verdict = f"fits: at most {_gib(memory['peak'])} of {limit} GiB at a time"
+    over = memory["total"] - memory["limit"]
+    return verdict if over <= 0 else f"{verdict}, but without room for fragments: the sum is {_gib(over)} GiB more"
 
 
 def _how(row: Mapping[str, Any]) -> str:
@@ -91,7 +94,9 @@ def _estimate_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     work = estimate["flops"]
     rows = [("useful TFLOP", f"{work['useful'] / 1e12:,.3g}")]
     extra = {"remat": "recomputed: remat", "attention_scores_again": "recomputed: attention scores"}
+    extra["logits_again"] = "recomputed: logits"
     extra["head_without_weight"] = "head of streams without weight"
+    extra["absent_streams"] = "streams that fill up the mesh axis"
     rows += [(f"+ {label}", f"{work[key] / 1e12:,.3g}") for key, label in extra.items() if work[key]]
     rows += [
         ("hardware TFLOP", f"{work['hardware'] / 1e12:,.3g}"),
@@ -156,7 +161,7 @@ def text(report: Mapping[str, Any]) -> str:
 
 def sweep_header() -> str:
     """Column names of `sweep_line`."""
-    return "remat  tables  fits    GiB  step ms    MFU  compile s"
+    return "remat  tables  fits   peak  step ms    MFU  compile s"
 
 
 def sweep_line(row: Mapping[str, Any]) -> str:
@@ -272,7 +277,7 @@ def html(report: Mapping[str, Any]) -> str:
     if "estimate" in report:
         estimate, moved = report["estimate"], sum(report["collectives"]["bytes_by_kind"].values())
         figures = {
-            "GiB of memory": f"{_gib(memory['total'])} / {_gib(memory['limit'])}",
+            "GiB of memory at the peak": f"{_gib(memory['peak'])} / {_gib(memory['limit'])}",
             "GiB in collectives": _gib(moved),
             "ms a step, estimated": _ms(estimate["step_seconds"]),
             "MFU, estimated": _percent(estimate["mfu"]),

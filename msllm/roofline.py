@@ -22,12 +22,14 @@ from msllm.streams import StreamSpec
 ASSUMPTIONS = (
     "Useful FLOPs are what the visibility rule needs for full tables (msllm/flops.py). MFU is their share of the peak.",
     "Hardware FLOPs add what is computed again or in vain: the layer under remat=full (all but its last product), "
-    "scores in the backward pass of blockwise attention, the head for streams without weight that share a program "
-    "with others. Masked pairs inside an attention block are not counted.",
+    "scores in the backward pass of blockwise attention (the kernels of splash: once more, and the gradients of the "
+    "weights of the softmax twice), logits twice where the head comes in parts, the head for streams without weight "
+    "that share a program with others, all products for streams that only fill up the mesh axis. Masked pairs inside an "
+    "attention block are not counted.",
     "Compute runs at the dense bfloat16 peak, also where an operand is float32.",
     "HBM traffic: state read and written once, gradients once per micro-batch; gathered weights written and read once "
-    "per pass; operands and results of each product once per pass; logits five times, tables once per chunk of the "
-    "loss.",
+    "per pass; operands and results of each product once per pass; logits five times and the head once per chunk of "
+    "the loss, both more often where the head comes in parts. The rows of the embedding are not counted.",
     "ICI: every mesh axis is a ring on one axis of the torus with both directions in use; different axes do not "
     "disturb each other. All-gather and reduce-scatter move (n-1)/n of their bytes, all-reduce twice that, all-to-all "
     "a quarter of a ring's length times its bytes per torus axis, a permute its bytes over one link.",
@@ -45,6 +47,7 @@ class Shape:
     config: Config
     streams: StreamSpec
     mesh: Mapping[str, int]
+    attention: str  # the backend that computes it
 
     def parts(self, axis: str) -> int:
         """Devices over which a logical axis is spread."""
@@ -62,19 +65,24 @@ class Shape:
     @property
     def cells(self) -> float:
         """Cells of one micro-batch on one device."""
-        return self.tables * self.config.data.rows * self.streams.size / self.parts("stream")
+        return self.tables * self.config.data.rows * self.streams_per_device
+
+    @property
+    def streams_per_device(self) -> int:
+        """Streams on one device, with the absent ones that fill up the mesh axis."""
+        return -(-self.streams.size // self.parts("stream"))
 
     @property
     def head_streams(self) -> int:
         """Streams for which the head is computed: all devices of the stream axis run the same program."""
-        size = self.streams.size // self.parts("stream")
+        size = self.streams_per_device
         kept = sum(any(self.streams.loss_weights[s::size]) for s in range(size))
         return kept * self.parts("stream")
 
     @property
     def head_cells(self) -> float:
         """Cells of one micro-batch on one device for which the head is computed."""
-        return self.cells * self.head_streams / self.streams.size
+        return self.tables * self.config.data.rows * self.head_streams / self.parts("stream")
 
     @property
     def item(self) -> int:
@@ -99,22 +107,24 @@ class Shape:
 def flops(shape: Shape) -> dict[str, float]:
     """FLOPs of a step on one device: `useful`, what is added by each kind of extra work, and `hardware`, their sum."""
     model, data, streams = shape.config.model, shape.config.data, shape.streams
-    cells = data.batch_size * data.rows * streams.size
+    rows = data.batch_size * data.rows
+    absent = shape.streams_per_device * shape.parts("stream") - streams.size
     pairs = data.batch_size * visible_pairs(streams.lag_array, data.rows)
     attention = 4 * model.num_heads * model.head_dim * pairs  # forward: scores, and their product with the values
     heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    layer = 2 * cells * model.d_model * (heads + 2 * model.d_ff) + attention  # without the MLP's last product
+    up_to_down = 2 * rows * model.d_model * (heads + 2 * model.d_ff)  # of one stream, without the MLP's last product
+    forward = up_to_down + 2 * rows * model.d_model * model.d_ff
+    head = 2 * rows * model.d_model * model.vocab_size  # of one stream, forward
     trained = sum(weight > 0 for weight in streams.loss_weights)
+    full = model.remat == "full"
+    again = {"reference": 0, "splash": 3}.get(shape.attention, 1)  # products as large as that of the scores
     total = {
         "useful": train_flops(model, streams, data.batch_size, data.rows),
-        "remat": model.num_layers * layer if model.remat == "full" else 0,
-        "attention_scores_again": model.num_layers * attention // 2 if model.attention != "reference" else 0,
-        "head_without_weight": 6
-        * (shape.head_streams - trained)
-        * data.batch_size
-        * data.rows
-        * model.d_model
-        * model.vocab_size,
+        "remat": model.num_layers * (streams.size * up_to_down + attention) if full else 0,
+        "attention_scores_again": again * model.num_layers * attention // 2,
+        "logits_again": shape.head_streams * head if shape.config.loss.vocab_chunks > 1 else 0,
+        "head_without_weight": 3 * (shape.head_streams - trained) * head,
+        "absent_streams": absent * model.num_layers * (3 * forward + (up_to_down if full else 0)),
     }
     result = {name: value / shape.devices for name, value in total.items()}
     return {**result, "hardware": sum(result.values())}
@@ -134,12 +144,17 @@ def hbm_bytes(shape: Shape, state_bytes: float) -> dict[str, float]:
     config, item, micro = shape.config, shape.item, shape.config.optim.accumulate
     again = config.model.remat == "full"
     chunks = math.ceil(shape.head_cells / min(config.loss.chunk_tokens, shape.head_cells))
-    vocab = config.model.vocab_size / shape.parts("vocab")
+    vocab, parts = config.model.vocab_size / shape.parts("vocab"), config.loss.vocab_chunks
+    logits, table = 4 * 4 + item, 3 * item + 8  # bytes moved for each value of them
+    head = shape.head_cells * vocab * logits + chunks * shape.table * table
+    if parts > 1:  # logits once more, and for each part the hidden states twice and their gradient in float32
+        head += shape.head_cells * vocab * 8 + chunks * shape.table * item
+        head += parts * shape.head_cells * config.model.d_model * (2 * item + 8)
     return {
         "state": 2 * state_bytes + 2 * micro * state_bytes / 3,  # a third of it is parameters, as many gradients
         "weights": micro * config.model.num_layers * (6 + 2 * again) * shape.layer_weights * item,
         "activations": micro * config.model.num_layers * (3 + again) * _layer_values(shape) * shape.cells * item,
-        "head": micro * (shape.head_cells * vocab * (4 * 4 + item) + chunks * shape.table * (3 * item + 8)),
+        "head": micro * head,
     }
 
 
@@ -157,16 +172,20 @@ def memory_parts(shape: Shape, state_bytes: float) -> dict[str, float]:
         * shape.cells
         * item
     )
-    vocab = model.vocab_size / shape.parts("vocab")
+    vocab, head_parts = model.vocab_size / shape.parts("vocab"), config.loss.vocab_chunks
+    gathered_keys = 2 * shape.cells * shape.parts("stream") * kv * item  # and values, and gradients of both
+    # Of all layers if nothing is computed again.
+    layers = lambda count: model.num_layers if model.remat == "none" else count
     return {
         "state": state_bytes,
         "gradients": state_bytes / 3,
         "kept_activations": model.num_layers * kept,
         "one_layer": _layer_values(shape) * shape.cells * item,
-        # Two layers', one in use and one on its way; without remat those of all layers stay for the backward pass.
-        "gathered_weights": (model.num_layers if model.remat == "none" else 2) * shape.layer_weights * item,
-        "logits": min(config.loss.chunk_tokens, shape.head_cells) * vocab * (8 + item),
-        "tables": shape.table * (4 + item + 4),  # embedding float32, head in the compute dtype, gradient float32
+        "gathered_keys": (1 if model.kv_parts > 1 else layers(1)) * gathered_keys / model.kv_parts,
+        "gathered_weights": layers(2) * shape.layer_weights * item,  # those in use, and those on their way
+        "logits": min(config.loss.chunk_tokens, shape.head_cells) * vocab / head_parts * (8 + item),
+        # Gathered, its gradient in float32, and that in the compute dtype on its way; the rows of the embedding.
+        "tables": shape.table / head_parts * (2 * item + 4) + shape.cells * model.d_model * (2 * item + 4),
     }
 
 
@@ -175,9 +194,10 @@ REMEDIES = {
     "gradients": "more devices along mesh.fsdp (or mesh.stream): gradients are spread over them",
     "kept_activations": "config.model.remat='full'",
     "one_layer": "fewer tables a device: a smaller data.batch_size or a larger optim.accumulate",
+    "gathered_keys": "a larger config.model.kv_parts: keys and values are gathered in so many parts",
     "gathered_weights": "more devices along mesh.tensor: it divides heads and ffn",
     "logits": "a smaller config.loss.chunk_tokens",
-    "tables": "more devices along mesh.tensor: it divides the vocabulary",
+    "tables": "a larger config.loss.vocab_chunks: the head is gathered in so many parts",
 }
 
 

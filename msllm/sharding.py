@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from msllm.config import Config, MeshConfig
@@ -76,7 +77,7 @@ def _shared_fsdp(devices: Sequence[Any], fsdp: int, within: int) -> int:
     if not hasattr(devices[0], "coords"):
         return 1
     for length in sorted({1 + max(device.coords[i] for device in devices) for i in range(len(devices[0].coords))}):
-        if length % within == 0 and fsdp % (length // within) == 0:
+        if length > 1 and length % within == 0 and fsdp % (length // within) == 0:
             return length // within
     return 1
 
@@ -138,8 +139,8 @@ def _used(stage: str | Sequence[str]) -> tuple[str, ...]:
 def gather(x: jax.Array, axis: int, stages: Sequence[str | tuple[str, ...]]) -> jax.Array:
     """The whole of an array whose dimension `axis` is sharded over `stages` (items of RULES), the innermost first.
 
-    Backward, each stage becomes a reduce-scatter. Its dimension is made the first one: scattering another, XLA:TPU
-    often falls back to an all-reduce of the whole array.
+    Backward, each stage becomes a reduce-scatter. Its dimension is made the first one, also in memory: scattering
+    another, XLA:TPU often falls back to an all-reduce of the whole array.
     """
     used = [names for stage in reversed(stages) if (names := _used(stage))]
     if not used:
@@ -150,7 +151,16 @@ def gather(x: jax.Array, axis: int, stages: Sequence[str | tuple[str, ...]]) -> 
         x = x.reshape(x.shape[0], -1, x.shape[-1])
     for names in used:
         x = jax.lax.all_gather(x, names, tiled=True)
+        x = _row_major_gradient(x) if x.ndim == 2 else x
     return jnp.moveaxis(x.reshape(-1, *inner), 0, axis)
+
+
+@jax.custom_vjp
+def _row_major_gradient(x):
+    return x
+
+
+_row_major_gradient.defvjp(lambda x: (x, None), lambda _, gradient: (with_layout_constraint(gradient, Layout((0, 1))),))
 
 
 def gather_streams(x: jax.Array) -> jax.Array:

@@ -35,7 +35,7 @@ class Program:
     """The compiled functions of a run.
 
     Attributes:
-      config, streams, mesh, silence_id: what it was made for.
+      config, streams, mesh, silence_id: what it was made for. kernel: attention's backend.
       graph: graphdef of the model. parameter_names: paths, in the order of the gradient norms.
       state_shardings, abstract_state: layout and shapes of the TrainState.
       abstract_batch: shapes and layout of a batch: tables [B, T, S'], where S' is S and the absent streams that make it
@@ -55,7 +55,7 @@ class Program:
         kinds = {"tokens": (tables, jnp.int32), "present": (tables, bool), "segment": (tables[:2], jnp.int32)}
         batches = {name: named(mesh, *axes) for name, axes in BATCH_AXES.items()}
         self.abstract_batch = {k: jax.ShapeDtypeStruct(*kinds[k], sharding=batches[k]) for k in BATCH_AXES}
-        self._kernel = choose(config.model, streams.lag_array, config.data.rows, mesh)
+        self.kernel = choose(config.model, streams.lag_array, config.data.rows, mesh)
         self.graph, shapes, axes = abstract_model(config.model, streams)
         self.parameter_names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
         self._specs = jax.tree.map(lambda a: partition(*a), axes, is_leaf=lambda a: isinstance(a, tuple))
@@ -103,7 +103,7 @@ class Program:
             mine = axis_index("stream") * size + jnp.arange(size)
             silent = tokens == self.silence_id
             cells = make_cells(batch["present"], batch["segment"], silent if streams.skip_silence else None)
-            hidden = model(tokens, cells, positions(batch["segment"]), kernel=self._kernel)
+            hidden = model(tokens, cells, positions(batch["segment"]), kernel=self.kernel)
             targets, counted, weights = targets_and_weights(batch, self._loss_weights[mine])
             # The same program runs for all parts of the stream axis: a place is left out if it has weight 0 in each.
             kept = [s for s in range(size) if all_streams or any(streams.loss_weights[s::size])]

@@ -10,9 +10,7 @@ import pytest
 from msllm.hardware import TABLE, lookup
 from msllm.hlo import Collective
 from msllm.roofline import REMEDIES, Shape, estimate, flops, hbm_bytes, memory_parts, remedies, transfer_seconds
-from msllm.sharding import batch_shardings
 from msllm.streams import StreamSpec
-from msllm.train import abstract_batch
 from runs import make_config, make_program, replace
 
 ONE = {"data": 1, "fsdp": 1, "stream": 1, "tensor": 1}
@@ -34,16 +32,15 @@ CONFIG = make_config(
 V5E = TABLE["TPU v5 lite"]
 
 
-def shape(config=CONFIG, **mesh):
-    return Shape(config, StreamSpec.from_config(config.streams), ONE | mesh)
+def shape(config=CONFIG, attention="reference", **mesh):
+    return Shape(config, StreamSpec.from_config(config.streams), ONE | mesh, attention)
 
 
 def test_remat_recomputes_what_xla_counts():
     def counted(remat):
         config = replace(CONFIG, "model", remat=remat)
         program = make_program(config)
-        batch = abstract_batch((4, 8, 2), batch_shardings(program.mesh))
-        return program.step.lower(program.abstract_state, batch).cost_analysis()["flops"]
+        return program.step.lower(program.abstract_state, program.abstract_batch).cost_analysis()["flops"]
 
     work = {remat: flops(shape(replace(CONFIG, "model", remat=remat)))["remat"] for remat in ("none", "dots", "full")}
     assert work["none"] == work["dots"] == 0
@@ -54,8 +51,10 @@ def test_remat_recomputes_what_xla_counts():
 
 def test_scores_are_computed_again_by_blockwise_attention_only():
     pairs = 4 * (8 * 9 // 2) * 4  # four tables, a triangle of rows for each pair of streams
-    blockwise = flops(shape(replace(CONFIG, "model", attention="chunked")))
+    blockwise = flops(shape(attention="chunked"))
     assert blockwise["attention_scores_again"] == 2 * 4 * 16 * pairs
+    # Two backward kernels: each computes the scores and the gradients of the softmax's weights.
+    assert flops(shape(attention="splash"))["attention_scores_again"] == 3 * 2 * 4 * 16 * pairs
     assert flops(shape())["attention_scores_again"] == 0
     assert blockwise["hardware"] == sum(value for name, value in blockwise.items() if name != "hardware")
 
@@ -65,6 +64,25 @@ def test_the_head_of_a_stream_without_weight_counts_where_it_shares_a_program():
     assert flops(shape(config))["head_without_weight"] == 0
     # One stream on each device: both run the program that has the head.
     assert flops(shape(config, stream=2))["head_without_weight"] == 6 * 4 * 8 * 64 * 64 / 2
+
+
+def test_a_head_in_parts_computes_logits_twice_and_holds_less():
+    parts = replace(CONFIG, "loss", vocab_chunks=4)
+    assert flops(shape(parts))["logits_again"] == 2 * 4 * 8 * 2 * 64 * 64 and flops(shape())["logits_again"] == 0
+    assert hbm_bytes(shape(parts), 1.0)["head"] > hbm_bytes(shape(), 1.0)["head"]
+    assert memory_parts(shape(parts), 1.0)["logits"] == memory_parts(shape(), 1.0)["logits"] / 4
+    assert memory_parts(shape(parts), 1.0)["tables"] < memory_parts(shape(), 1.0)["tables"]
+
+
+def test_streams_that_fill_up_the_mesh_axis_cost_as_others_do():
+    # Three streams on two devices are four.
+    streams = {"names": ("a", "b", "c"), "kinds": ("output",) * 3}
+    three = flops(shape(replace(CONFIG, "streams", **streams), stream=2))
+    layer = 2 * 4 * 8 * (64 * (2 * 4 + 2 * 2) * 16 + 3 * 64 * 512)  # forward, of one stream
+    assert three["absent_streams"] == 3 * layer / 2
+    assert three["head_without_weight"] == 6 * 4 * 8 * 64 * 64 / 2
+    assert flops(shape(stream=2))["absent_streams"] == 0
+    assert shape(replace(CONFIG, "streams", **streams), stream=2).cells == 4 * 8 * 2
 
 
 def test_devices_share_flops_activations_and_weights():
@@ -92,6 +110,7 @@ def test_micro_batches_shrink_activations_and_read_weights_again():
             "logits",
         ),
         ({"model": {"vocab_size": 1 << 20}, "loss": {"chunk_tokens": 2}}, 1e3, "tables"),
+        ({"model": {"num_heads": 8, "num_kv_heads": 8, "d_ff": 8}, "mesh": {"stream": 32}}, 1e3, "gathered_keys"),
         ({}, 1e12, "state"),
         ({"model": {"remat": "dots", "d_ff": 1 << 20, "vocab_size": 32}, "data": {"rows": 2}}, 1e3, "gathered_weights"),
         ({"data": {"batch_size": 4096}, "model": {"remat": "full"}}, 1e3, "one_layer"),
@@ -101,7 +120,7 @@ def test_the_first_remedy_is_that_of_the_largest_part(changes, state, part):
     config = CONFIG
     for section, values in changes.items():
         config = replace(config, section, **values)
-    assert remedies(shape(config), state)[0].startswith(REMEDIES[part])
+    assert remedies(shape(config, **changes.get("mesh", {})), state)[0].startswith(REMEDIES[part])
 
 
 def test_a_remedy_is_not_what_is_already_so():

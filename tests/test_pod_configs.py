@@ -1,0 +1,85 @@
+"""The configs for pods: what their headers say is so, and one of them compiles within its budget."""
+
+import json
+import math
+import os
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+from msllm.config import from_config_dict
+from test_aot import needs_libtpu
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+WITHOUT_BUDGET = ["1b_h100_8"]  # no compiler that runs without a GPU
+
+
+def pods():
+    """{name: (header, Config)} of the configs that are for several devices."""
+    found = {}
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        module = runpy.run_path(str(path))
+        config = from_config_dict(module["get_config"]())
+        if max(config.mesh.fsdp, config.mesh.stream, config.mesh.tensor) > 1:
+            found[path.stem] = (module["__doc__"], config)
+    return found
+
+
+PODS = pods()
+
+
+def budget_of(name):
+    return json.loads((ROOT / f"configs/{name}.budget.json").read_text())
+
+
+def test_every_pod_config_but_those_named_has_a_budget_and_every_budget_a_config():
+    budgets = {path.name.removesuffix(".budget.json") for path in (ROOT / "configs").glob("*.budget.json")}
+    assert len(PODS) > 5 and budgets == set(PODS) - set(WITHOUT_BUDGET)
+    assert all("No budget: " in PODS[name][0] for name in WITHOUT_BUDGET)
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_a_header_says_what_the_config_does(name):
+    header, config = PODS[name]
+    mesh, data = config.mesh, config.data
+    devices = mesh.data * mesh.fsdp * mesh.stream * mesh.tensor
+    cells = data.batch_size * data.rows * len(config.streams.names)
+    assert f"--config=configs/{name}.py" in header
+    text = " ".join(header.split())
+    tables = f"{data.batch_size:,} tables x {data.rows:,} rows x {len(config.streams.names)} streams"
+    assert f"Tokens per step: {tables} = {cells:,}, {cells // devices:,} a " in text
+    assert "Mesh: " in header and config.model.vocab_size > 0
+    if name in WITHOUT_BUDGET:
+        return
+    budget = budget_of(name)
+    topology, slices = budget["topology"], budget["num_slices"]
+    assert f"Topology: {topology}." in header or f"Topology: {slices} slices of {topology}." in header
+    assert math.prod(map(int, re.findall(r"\d+", topology.split(":")[1]))) * slices == devices
+    assert mesh.data % slices == 0
+    assert f"Expected memory: {budget['peak_gib']:.1f} GiB a chip at the peak" in text
+
+
+@pytest.mark.parametrize("name", sorted(set(PODS) - set(WITHOUT_BUDGET)))
+def test_a_budget_leaves_no_room_to_reduce_whole_gradients(name):
+    # Norms and counts are summed over all devices; the gradients of weights are scattered, except between slices.
+    layer = PODS[name][1].model.d_model * PODS[name][1].model.d_ff * 2
+    assert budget_of(name)["collective_bytes"]["all-reduce"] < layer
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_pod_config_compiles_within_its_budget(tmp_path):
+    name = "1b_v5e_16"
+    line = [sys.executable, "-m", "msllm.aot", f"--config=configs/{name}.py", f"--json={tmp_path / 'report.json'}"]
+    line += [f"--topology={budget_of(name)['topology']}", f"--budget=configs/{name}.budget.json"]
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["attention"] == "splash"
+    collectives = report["collectives"]
+    assert collectives["largest_all_reduce"]["bytes"] < 2**20 and collectives["whole_embedding_tables"] == []
