@@ -3,10 +3,10 @@
     python -m msllm.bench train [--rows=102,512] [--batch=4,1] [--streams=10] [--steps=5] [--d_model=256 ...]
     python -m msllm.bench attention [--rows=102,512] [--batch=4,1] [--backends=chunked,reference] [--head_dim=64 ...]
 
-`train`: the train step (forward, backward, AdamW) on random tokens. `attention`: the backends alone, forward and with the
-backward pass, in turn. Each case runs in a new process, on whatever devices jax finds. CPU-seconds are those of the
-process (user + system), so that other work on the machine matters less than in wall time. With --compute_dtype=bfloat16,
-what is reached on an accelerator is given as a share of its peak (msllm/hardware.py).
+`train`: the train step (forward, backward, AdamW) on random tokens. `attention`: the backends alone, in turn, forward
+and with the backward pass. Each case runs in a new process, on whatever devices jax finds. CPU-seconds are those of the
+process (user + system), so that other work on the machine matters less than in wall time. What is reached on an
+accelerator with --compute_dtype=bfloat16 is given as a share of its peak (msllm/hardware.py).
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ flags.DEFINE_integer("chunk_tokens", 1024, "Cells whose logits exist at one time
 HEADS = ("num_heads", "num_kv_heads", "head_dim", "compute_dtype")
 SHAPE = ("vocab_size", "d_model", "d_ff", "num_layers", *HEADS, "remat", "attention")
 # Per benchmark, the flags that make a case, besides rows and batch.
-CASES = {"train": (*SHAPE, "streams", "steps", "chunk_tokens"), "attention": (*HEADS, "streams", "steps", "backends", "memory_gib")}
+CASES = {
+    "train": (*SHAPE, "streams", "steps", "chunk_tokens"),
+    "attention": (*HEADS, "streams", "steps", "backends", "memory_gib"),
+}
 
 
 def matmul_flops_per_cpu_second(size: int = 2048, repeats: int = 5) -> float:
@@ -64,7 +67,7 @@ def matmul_flops_per_cpu_second(size: int = 2048, repeats: int = 5) -> float:
 
 
 def accelerator_rates(device, flops_per_second: float, compute_dtype: str) -> dict:
-    """What a device reaches, and where its peak is known that as a share of it (MFU: PaLM, arXiv 2204.02311, app. B)."""
+    """What a device reaches and, where its peak is known, its share of that (MFU: PaLM, arXiv 2204.02311, app. B)."""
     from msllm.hardware import lookup
 
     rates, hardware = {"tflop_per_second_per_device": round(flops_per_second / 1e12, 2)}, lookup(device.device_kind)

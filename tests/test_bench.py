@@ -79,7 +79,8 @@ def test_rates_are_useful_work_by_time_and_peak(monkeypatch):
 def test_train_says_what_the_machine_reaches():
     sizes = ("--d_model=16", "--d_ff=32", "--num_layers=1", "--head_dim=8", "--vocab_size=64")
     (line,), errors, status = bench(
-        "train", "--rows=8", "--batch=8", "--streams=2", "--steps=2", "--compute_dtype=bfloat16", "--attention=reference", *sizes
+        *("train", "--rows=8", "--batch=8", "--streams=2", "--steps=2", *sizes),
+        *("--compute_dtype=bfloat16", "--attention=reference"),
     )
     assert status == 0, errors
     assert (line["compute_dtype"], line["attention"], line["device_kind"]) == ("bfloat16", "reference", "cpu")

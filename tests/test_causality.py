@@ -82,7 +82,8 @@ def influences(model, kernel, cases):
         def scalars(embedding):
             """One number of each cell's logits."""
             bound = bind(model.graph, parameters | {"embedding": embedding})
-            return bound.logits(bound(tokens, cells, positions(segment), kernel=kernel)).reshape(-1, tokens.size) @ weights
+            hidden = bound(tokens, cells, positions(segment), kernel=kernel)
+            return bound.logits(hidden).reshape(-1, tokens.size) @ weights
 
         pull_back = jax.vjp(scalars, parameters["embedding"])[1]
         return jax.lax.map(lambda cell: pull_back(cell)[0], jnp.eye(tokens.size))

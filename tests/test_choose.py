@@ -65,7 +65,7 @@ def test_a_hopper_card_gets_its_kernels(caplog):
     [
         (HOPPER, {"head_dim": 96}, "not gpu: it needs a head_dim of 16, 32, 64 or 128, and this is 96"),
         (HOPPER, {"compute_dtype": "float32"}, "not gpu: .* and the model computes in float32"),
-        (HOPPER, {"lag": np.arange(9, dtype=np.int32).reshape(3, 3)}, "not gpu: it handles 8 distinct lags, .* holds 9"),
+        (HOPPER, {"lag": np.arange(9, dtype=np.int32).reshape(3, 3)}, "not gpu: it handles 8 distinct lags, .* 9"),
         (("gpu", "NVIDIA A100-SXM4-40GB"), {}, "not gpu: it is made for H100, .* this is NVIDIA A100-SXM4-40GB"),
         (TPU, {"head_dim": 512}, "not splash: it needs a head_dim of at most 256, and this is 512"),
     ],

@@ -11,9 +11,9 @@ from test_attention import BFLOAT16_ERROR, SMALL_TILES, assert_same, bfloat16_er
 from test_attention import outputs_and_gradients, random_inputs, random_lag
 
 from msllm.attention.case import Case
-from msllm.attention.gpu import Tile, Tiles, _blocks_to_visit, _vectors, declines, gpu_attention
+from msllm.attention.gpu import Tile, _blocks_to_visit, _vectors, declines, gpu_attention
 from msllm.attention.reference import reference_attention
-from msllm.streams import NEVER, PRESETS, Cells, lag_matrix, make_cells
+from msllm.streams import NEVER, Cells, lag_matrix, make_cells
 
 pytestmark = pytest.mark.slow
 

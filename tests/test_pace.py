@@ -14,8 +14,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def watch_steps(monkeypatch):
-    """watch_steps(before, after): a step is given the state that before(number, state, batch) returns, and the loop what
-    after(number, old state, state, metrics) returns."""
+    """watch_steps(before, after): a step is given the state that before(number, state, batch) returns, and the loop
+    gets what after(number, old state, state, metrics) returns."""
     compile_step = train_lib.compile_step
 
     def watch(before, after):
