@@ -3,9 +3,12 @@
     python -m msllm.train --config=configs/1b_v5e_16.py --config.data.dir=DATA --workdir=WORKDIR
 
 Topology: v5e:4x4. Tokens per step: 16 tables x 1,024 rows x 8 streams = 131,072, 8,192 a chip.
-Expected memory: see 1b_v5e_16.budget.json, which continuous integration checks.
-Mesh: fsdp 4 x stream 4, one physical axis of the torus each: weights are gathered, and their gradients scattered, along
-one axis at a time; keys and values travel along `stream` only. Each chip holds 2 of the 8 streams.
+Expected memory: 3.4 GiB a chip at the peak, of 15.75 (compiled, not run; 1b_v5e_16.budget.json,
+launch/check_budgets.sh).
+Mesh: a chip holds 2 of the 8 streams of 4 tables: stream 4 is one physical axis of the torus, fsdp 4 the other.
+Weights are gathered, and their gradients scattered, along one axis at a time; keys and values travel along `stream`
+only. It shows how streams are sharded, and runs tables of four times the rows with a quarter of the batch; at this
+length fsdp 16 and stream 1 moves half as many bytes (docs/benchmarks.md).
 """
 
 from msllm.config import default_config

@@ -9,13 +9,15 @@ import sys
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
-from msllm import aot, page
+from msllm import aot, hlo, page
 from msllm.config import MeshConfig
 from msllm.errors import UserError
-from msllm.sharding import make_mesh
+from msllm.sharding import RULES, gather, make_mesh, partition
 from runs import four_streams, make_config, replace, write_config_file
 
 needs_libtpu = pytest.mark.skipif(
@@ -140,6 +142,31 @@ def test_each_stage_of_a_gather_has_physical_axes_of_its_own(topology, axes, sta
     varies = lambda group: {i for i in range(3) if len({place[i] for place in group.flat}) > 1}
     outer, inner = varies(places[0, :, 0, 0, 0]), varies(places[0, 0])
     assert len(inner) == 1 and not outer & inner
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v6e:4x4"])
+def test_the_gradient_of_a_gathered_weight_is_scattered(topology):
+    # A product with the transposed weight makes a gradient that lies column by column on a v6e.
+    mesh = make_mesh(MeshConfig(data=1, fsdp=16), aot.topology_devices(topology))
+
+    def loss(x, up, down):
+        up, down = (gather(weight.astype("bfloat16"), 0, RULES["embed"]) for weight in (up, down))
+        return jnp.square((x + jax.nn.silu(x @ up) @ down.T).astype("float32")).sum()
+
+    weight, rows = partition("embed"), partition("batch")
+    gradients = jax.shard_map(
+        lambda *xs: jax.grad(loss, (1, 2))(*xs), mesh=mesh, in_specs=(rows, weight, weight), out_specs=weight
+    )
+    shaped = lambda *shape, dtype="float32", spec=weight: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=NamedSharding(mesh, spec)
+    )
+    arguments = shaped(16 * 512, 2048, dtype="bfloat16", spec=rows), shaped(2048, 1024), shaped(2048, 1024)
+    text = jax.jit(gradients).lower(*arguments).compile().as_text()
+    found = hlo.read(text, list(mesh.devices.flat)).collectives
+    scattered = sorted(hlo.axes_of(one.groups, mesh.shape) for one in found if one.kind == "reduce-scatter")
+    assert scattered == [("fsdp",)] * 2 + [("fsdp_inner",)] * 2
+    assert not [one for one in found if one.kind == "all-reduce"]
 
 
 def test_a_missing_compiler_is_named_with_its_package(monkeypatch):
