@@ -1,9 +1,12 @@
 """Benchmarks as JSON lines; `docs/benchmarks.md` keeps results.
 
     python -m msllm.bench train [--rows=102,512] [--batch=4,1] [--streams=10] [--steps=5] [--d_model=256 ...]
+    python -m msllm.bench attention [--rows=102,512] [--batch=4,1] [--backends=chunked,reference] [--head_dim=64 ...]
 
-`train`: the train step (forward, backward, AdamW) on random tokens, each case in a new process. CPU-seconds are those of
-the process (user + system), so that other work on the machine matters less than in wall time.
+`train`: the train step (forward, backward, AdamW) on random tokens. `attention`: the backends alone, in turn, forward
+and with the backward pass. Each case runs in a new process, on whatever devices jax finds. CPU-seconds are those of the
+process (user + system), so that other work on the machine matters less than in wall time. What is reached on an
+accelerator with --compute_dtype=bfloat16 is given as a share of its peak (msllm/hardware.py).
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from msllm.errors import UserError, run
 flags.DEFINE_list("rows", ["102", "512"], "T of each case.")
 flags.DEFINE_list("batch", ["4", "1"], "Tables of each case.")
 flags.DEFINE_integer("streams", 10, "S.")
-flags.DEFINE_integer("steps", 5, "Steps measured, after the first.")
+flags.DEFINE_integer("steps", 5, "Steps (or repetitions) measured, after the first.")
 flags.DEFINE_integer("vocab_size", 8192, "V.")
 flags.DEFINE_integer("d_model", 256, "D.")
 flags.DEFINE_integer("d_ff", 768, "F.")
@@ -31,10 +34,20 @@ flags.DEFINE_integer("num_layers", 4, "Layers.")
 flags.DEFINE_integer("num_heads", 4, "N.")
 flags.DEFINE_integer("num_kv_heads", 2, "K.")
 flags.DEFINE_integer("head_dim", 64, "H.")
+flags.DEFINE_enum("compute_dtype", "float32", ["float32", "bfloat16"], "Of matrix products and activations.")
+flags.DEFINE_string("attention", "auto", "train: the backend, as in config.model.attention.")
+flags.DEFINE_list("backends", [], "attention: the backends to measure; none: all that run on this device.")
+flags.DEFINE_float("memory_gib", 4.0, "attention: a backend whose temporaries take more is not run.")
 flags.DEFINE_enum("remat", "dots", ["none", "dots", "full"], "Remat policy.")
 flags.DEFINE_integer("chunk_tokens", 1024, "Cells whose logits exist at one time.")
 
-SHAPE = ("vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "head_dim", "remat")
+HEADS = ("num_heads", "num_kv_heads", "head_dim", "compute_dtype")
+SHAPE = ("vocab_size", "d_model", "d_ff", "num_layers", *HEADS, "remat", "attention")
+# Per benchmark, the flags that make a case, besides rows and batch.
+CASES = {
+    "train": (*SHAPE, "streams", "steps", "chunk_tokens"),
+    "attention": (*HEADS, "streams", "steps", "backends", "memory_gib"),
+}
 
 
 def matmul_flops_per_cpu_second(size: int = 2048, repeats: int = 5) -> float:
@@ -51,6 +64,16 @@ def matmul_flops_per_cpu_second(size: int = 2048, repeats: int = 5) -> float:
         product(a, a).block_until_ready()
         seconds.append(time.process_time() - begin)
     return 2 * size**3 / min(seconds)
+
+
+def accelerator_rates(device, flops_per_second: float, compute_dtype: str) -> dict:
+    """What a device reaches and, where its peak is known, its share of that (MFU: PaLM, arXiv 2204.02311, app. B)."""
+    from msllm.hardware import lookup
+
+    rates, hardware = {"tflop_per_second_per_device": round(flops_per_second / 1e12, 2)}, lookup(device.device_kind)
+    if hardware and compute_dtype == "bfloat16":
+        rates["mfu"] = round(flops_per_second / hardware.flops, 4)
+    return rates
 
 
 def train_case(case: dict) -> dict:
@@ -90,10 +113,19 @@ def train_case(case: dict) -> dict:
         jax.block_until_ready((state, metrics))
         cpu.append(time.process_time() - begin)
         wall.append(time.perf_counter() - begin_wall)
-    peak_mib = memory_mib()
-    matmul = matmul_flops_per_cpu_second()
+    device = jax.devices()[0]
+    peak_mib = (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**20 or memory_mib()
     seconds = statistics.median(cpu)
     flops = train_flops(config.model, streams, batch, rows)
+    if device.platform == "cpu":
+        matmul = matmul_flops_per_cpu_second()
+        reached = {
+            "useful_gflop_per_cpu_second": round(flops / seconds / 1e9, 1),
+            "matmul_gflop_per_cpu_second": round(matmul / 1e9, 1),
+            "share_of_matmul": round(flops / seconds / matmul, 3),
+        }
+    else:
+        reached = accelerator_rates(device, flops / statistics.median(wall) / jax.device_count(), case["compute_dtype"])
     return {
         "benchmark": "train",
         **case,
@@ -102,38 +134,45 @@ def train_case(case: dict) -> dict:
         "cpu_seconds_per_step": round(seconds, 4),
         "wall_seconds_per_step": round(statistics.median(wall), 4),
         "tokens_per_cpu_second": round(batch * rows * size / seconds, 1),
+        "tokens_per_second": round(batch * rows * size / statistics.median(wall), 1),
         "start_to_first_step_cpu_seconds": round(start_to_first_step, 2),
         "peak_memory_mib": round(peak_mib, 1),
         "useful_gflop_per_step": round(flops / 1e9, 1),
-        "useful_gflop_per_cpu_second": round(flops / seconds / 1e9, 1),
-        "matmul_gflop_per_cpu_second": round(matmul / 1e9, 1),
-        "share_of_matmul": round(flops / seconds / matmul, 3),
+        **reached,
         "loss": round(float(metrics["loss"]), 4),
-        "device": jax.devices()[0].device_kind,
+        "device_kind": device.device_kind,
+        "devices": jax.device_count(),
         "jax": jax.__version__,
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
     }
 
 
-def _cases() -> list[dict]:
+def measure(benchmark: str, case: dict) -> None:
+    """Runs one case in this process and prints its lines."""
+    from msllm.bench_attention import attention_case
+
+    for result in attention_case(case) if benchmark == "attention" else [train_case(case)]:
+        print(json.dumps(result), flush=True)
+
+
+def _cases(benchmark: str) -> list[dict]:
     rows, batches = flags.FLAGS.rows, flags.FLAGS.batch
     if len(rows) != len(batches) or not all(x.isdigit() and int(x) > 0 for x in rows + batches):
         raise UserError(f"--rows is {rows} and --batch is {batches}: both need as many positive numbers as there are cases")
-    common = {name: flags.FLAGS[name].value for name in (*SHAPE, "streams", "steps", "chunk_tokens")}
+    common = {name: flags.FLAGS[name].value for name in CASES[benchmark]}
     return [{"rows": int(t), "batch": int(b), **common} for t, b in zip(rows, batches)]
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs each case in a process of its own, with the settings of launch/env.sh."""
-    if argv[1:] != ["train"]:
-        raise UserError(f"what to measure is {argv[1:]}: must be train")
-    for case in _cases():
+    if len(argv) != 2 or argv[1] not in CASES:
+        raise UserError(f"what to measure is {argv[1:]}: must be one of {', '.join(CASES)}")
+    for case in _cases(argv[1]):
         environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ}
-        code = "import json, sys; from msllm.bench import train_case; print(json.dumps(train_case(json.loads(sys.argv[1]))))"
-        done = subprocess.run([sys.executable, "-c", code, json.dumps(case)], env=environment, stdout=subprocess.PIPE)
+        code = "import json, sys; from msllm.bench import measure; measure(sys.argv[1], json.loads(sys.argv[2]))"
+        done = subprocess.run([sys.executable, "-c", code, argv[1], json.dumps(case)], env=environment)
         if done.returncode:
             raise UserError(f"the case {case} ended with status {done.returncode}: see above")
-        print(done.stdout.decode().strip(), flush=True)
 
 
 if __name__ == "__main__":

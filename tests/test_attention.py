@@ -1,5 +1,9 @@
-"""Chunked attention against the dense reference, spread over a mesh, and its memory."""
+"""Every backend against the dense reference, spread over a mesh, and the memory of the chunked one.
 
+The kernels run in Pallas' interpret mode; test_splash.py and test_gpu_attention.py hold what is particular to them.
+"""
+
+import functools
 import math
 import re
 
@@ -12,7 +16,9 @@ from hypothesis import strategies as st
 
 from msllm.attention import attention, backend
 from msllm.attention.chunked import chunked_attention
+from msllm.attention.gpu import Tile, Tiles
 from msllm.attention.reference import reference_attention
+from msllm.attention.splash import Blocks
 from msllm.config import MeshConfig
 from msllm.sharding import make_mesh, partition
 from msllm.streams import NEVER, PRESETS, Cells, lag_matrix, make_cells
@@ -55,42 +61,92 @@ def assert_same(ours, theirs):
         assert np.abs(gradient - expected).max() <= 1e-4 * largest
 
 
+SMALL_TILES = Tiles(Tile(16, 8, 4, 2), Tile(8, 16, 4, 2), Tile(16, 32, 4, 2))
+# Options of each backend, with blocks so small that tables of tests fill several.
+OPTIONS = {
+    "chunked": [{"block_cells": cells} for cells in (5, 1, 16, 1000)],
+    "splash": [{"interpret": True, "blocks": blocks} for blocks in (Blocks(128, 128), Blocks(256, 128))],
+    "gpu": [
+        {"interpret": True, "tiles": tiles}
+        for tiles in (SMALL_TILES, Tiles(Tile(8, 8, 4, 2), Tile(8, 8, 4, 2), Tile(4, 4, 4, 2)))
+    ],
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
 @settings(max_examples=8, phases=(Phase.explicit, Phase.generate))  # each example compiles twice: no shrinking
 @given(
     seed=st.integers(0, 1 << 16),
     rows=st.integers(1, 20),
-    streams=st.integers(1, 4),
+    streams=st.sampled_from([1, 2, 3, 4, 10]),
     groups=st.sampled_from([1, 2, 3]),
     preset=st.sampled_from([*PRESETS, "random"]),
     segments=st.integers(1, 4),
     absent=st.sampled_from([0.0, 0.3, 0.9]),
     silent=st.sampled_from([0.0, 0.5]),
-    block_cells=st.sampled_from([1, 5, 16, 1000]),
+    data=st.data(),
 )
-def test_chunked_equals_reference(seed, rows, streams, groups, preset, segments, absent, silent, block_cells):
+def test_equals_reference_on_random_tables(name, seed, rows, streams, groups, preset, segments, absent, silent, data):
+    options = data.draw(st.sampled_from(OPTIONS[name]))
     q, k, v, cells = random_inputs(seed, 2, rows, streams, 2 * groups, 2, 4, absent, silent, segments)
     lag = random_lag(seed, streams) if preset == "random" else lag_matrix(preset, streams)
-    rest = (cells, cells, jnp.asarray(lag), jnp.arange(streams))
-    ours = outputs_and_gradients(lambda q, k, v: chunked_attention(q, k, v, *rest, block_cells), q, k, v)
+    rest = (cells, cells, lag, jnp.arange(streams))
+    ours = outputs_and_gradients(lambda q, k, v: backend(name)(q, k, v, *rest, **options), q, k, v)
     assert_same(ours, outputs_and_gradients(lambda q, k, v: reference_attention(q, k, v, *rest), q, k, v))
 
 
+def bfloat16_errors(function, q, k, v, cells, lag):
+    """Largest error of the output and of each gradient in bfloat16, as a part of the largest value; against the
+    reference in float32 on the same rounded inputs."""
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
+    weight = jnp.asarray(np.random.default_rng(9).standard_normal(q.shape), jnp.bfloat16)
+
+    def run(function, dtype):
+        @jax.jit
+        def outputs(q, k, v, q_streams):
+            attend = lambda q, k, v: function(q, k, v, cells, cells, lag, q_streams)
+            out, pull_back = jax.vjp(attend, *(x.astype(dtype) for x in (q, k, v)))
+            results = out, *pull_back(weight.astype(dtype))
+            assert all(x.dtype == dtype for x in results)
+            return results
+
+        with jax.default_matmul_precision("highest"):
+            return [np.asarray(x, np.float32) for x in outputs(q, k, v, jnp.arange(lag.shape[0]))]
+
+    pairs = zip(run(function, jnp.bfloat16), run(reference_attention, jnp.float32))
+    return [np.abs(ours - expected).max() / np.abs(expected).max() for ours, expected in pairs]
+
+
+# It has 8 bits (0.4 %), and the operands of products (q / sqrt(H), weights) are rounded before the result is.
+BFLOAT16_ERROR = 0.01
+
+
+@pytest.mark.parametrize("visibility", ["block_causal", "random"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_bfloat16(name, visibility):
+    q, k, v, cells = random_inputs(8, 2, 24, 4, 4, 2, 16)
+    lag = random_lag(4, 4) if visibility == "random" else lag_matrix(visibility, 4)
+    errors = bfloat16_errors(functools.partial(backend(name), **OPTIONS[name][0]), q, k, v, cells, lag)
+    assert max(errors) < BFLOAT16_ERROR
+
+
 @pytest.mark.parametrize("sizes", [(2, 1, 4, 1), (1, 2, 2, 2), (1, 1, 8, 1)], ids=str)
-@pytest.mark.parametrize("name", ["chunked", "reference"])
+@pytest.mark.parametrize("name", ["chunked", "reference", "gpu"])
 def test_sharded_equals_unsharded(sizes, name):
+    kernel = functools.partial(backend(name), **OPTIONS.get(name, [{}])[0])
     q, k, v, cells = random_inputs(1, 2, 9, 8, 4, 2)
     lag = random_lag(2, 8)
     heads = partition("batch", "row", "stream", "heads", "head_dim")
     table, row = partition("batch", "row", "stream"), partition("batch", "row")
     sharded = jax.shard_map(
-        lambda q, k, v, cells: attention(q, k, v, cells, lag, backend(name)),
+        lambda q, k, v, cells: attention(q, k, v, cells, lag, kernel),
         mesh=make_mesh(MeshConfig(*sizes)),
         in_specs=(heads, heads, heads, Cells(row, row, table, table)),
         out_specs=heads,
         check_vma=False,
     )
     ours = outputs_and_gradients(lambda q, k, v: sharded(q, k, v, cells), q, k, v)
-    assert_same(ours, outputs_and_gradients(lambda q, k, v: attention(q, k, v, cells, lag, backend(name)), q, k, v))
+    assert_same(ours, outputs_and_gradients(lambda q, k, v: attention(q, k, v, cells, lag, kernel), q, k, v))
 
 
 def test_chunked_memory_is_linear_in_rows():

@@ -29,7 +29,7 @@ hardware hlo roofline page
 hf
 load
 decode
-train prepare score generate evaluate bench
+train prepare score generate evaluate bench_attention bench
 aot
 """.split()
 # Imports inside functions, by (module, imported module), with the reason.

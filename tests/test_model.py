@@ -1,4 +1,4 @@
-"""The model: who influences whom, S = 1, permuted streams, meshes, recomputation."""
+"""The model: S = 1, permuted streams, meshes, recomputation."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from msllm.config import MeshConfig
 from msllm.load import from_parameters
 from msllm.model import abstract_model, bind
 from msllm.sharding import make_mesh, partition
-from msllm.streams import NEVER, Cells, make_cells, positions, visibility_table
+from msllm.streams import NEVER, Cells, make_cells, positions
 
 
 def table(rows, streams, batch=1, vocab_size=32, seed=0, absent=0.0, segments=1, silence=None):
@@ -27,31 +27,6 @@ def table(rows, streams, batch=1, vocab_size=32, seed=0, absent=0.0, segments=1,
 def forward(model, tokens, cells, position, parameters=None):
     bound = bind(model.graph, model.parameters if parameters is None else parameters)
     return bound.logits(bound(tokens, cells, position))
-
-
-LAG = np.array([[1, NEVER, 2], [0, 1, NEVER], [3, 0, 1]], np.int32)
-
-
-@pytest.mark.parametrize("rule", ["block_causal", "same_row", "isolated", LAG], ids=["causal", "same", "own", "lag"])
-@pytest.mark.parametrize("layers, backend", [(1, "chunked"), (1, "reference"), (2, "chunked")])
-def test_influence_is_visibility(make_model, rule, layers, backend):
-    rows, streams = 6, 3
-    settings = {"visibility": rule} if isinstance(rule, str) else {"lag": rule}
-    size = rows * streams
-    model = make_model(streams, vocab_size=size, num_layers=layers, tie_embeddings=False, attention=backend, **settings)
-    _, cells, position = table(rows, streams, seed=4, absent=0.2, segments=2, silence=3)
-    tokens = np.arange(size, dtype=np.int32).reshape(1, rows, streams)  # each cell has an embedding of its own
-
-    def scalar(embedding):
-        logits = forward(model, tokens, cells, position, dict(model.parameters, embedding=embedding))
-        return jnp.sum(logits.reshape(size, size) * jnp.cos(jnp.arange(size)), axis=-1)
-
-    jacobian = np.asarray(jax.jit(jax.jacrev(scalar))(model.parameters["embedding"]))  # [cell, cell, D]
-    influences = np.any(jacobian != 0, axis=-1)
-    seen = visibility_table(cells, model.streams.lag_array).reshape(size, size)
-    for _ in range(layers - 1):
-        seen = (seen.astype(int) @ visibility_table(cells, model.streams.lag_array).reshape(size, size)) > 0
-    np.testing.assert_array_equal(influences, seen)
 
 
 def plain_decoder(config, parameters, tokens):

@@ -228,13 +228,13 @@ def test_damaged_data_stops_the_run_before_it_starts(config, data_dir, tmp_path,
 @pytest.mark.parametrize(
     "section, changes, message",
     [
-        ("mesh", {"data": 4, "fsdp": 1, "stream": 2}, "does not divide the number of streams: 3 over stream=2"),
+        ("mesh", {"data": 2, "fsdp": 1, "tensor": 4}, "does not divide model.num_kv_heads .*: 2 over tensor=4"),
         ("mesh", {"data": 16}, "does not fit 8 devices"),
         ("data", {"rows": 48}, r"config.data.rows is 48, but .* was prepared with 32"),
         ("streams", {"names": ("user", "thought", "answer")}, r"config.streams.names is .*'answer'.*prepared with"),
         ("model", {"vocab_size": 20}, r"vocab_size is 20: the data's tokenizer has \d+ pieces; set it to 0"),
     ],
-    ids=["streams", "devices", "rows", "names", "vocabulary"],
+    ids=["heads", "devices", "rows", "names", "vocabulary"],
 )
 def test_a_config_that_does_not_fit_stops_the_run_before_it_starts(config, tmp_path, section, changes, message):
     with pytest.raises(UserError, match=message):

@@ -1,0 +1,102 @@
+"""Benchmarks, tiny: what a line says, and that its numbers fit together."""
+
+import json
+import subprocess
+import sys
+import types
+
+import jax
+import pytest
+
+from msllm import bench_attention
+from msllm.bench import accelerator_rates
+from msllm.flops import attention_flops, visible_pairs
+from msllm.streams import lag_matrix
+
+pytestmark = pytest.mark.slow
+
+
+def bench(*options):
+    """(lines, standard error, exit status) of the command."""
+    line = [sys.executable, "-m", "msllm.bench", *options]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    return [json.loads(text) for text in done.stdout.splitlines()], done.stderr, done.returncode
+
+
+def test_attention_compares_what_runs_here():
+    lines, errors, status = bench("attention", "--rows=9,4", "--batch=2,1", "--streams=3", "--steps=2", "--head_dim=8")
+    assert status == 0, errors
+    assert [(line["rows"], line["backend"]) for line in lines] == [
+        (rows, name) for rows in (9, 4) for name in ("chunked", "reference")
+    ]
+    for line in lines:
+        assert line["device_kind"] == "cpu" and line["visible_pairs"] == line["batch"] * visible_pairs(
+            lag_matrix("block_causal", 3), line["rows"]
+        )
+        assert line["both_temporary_mib"] > 0 and line["both_wall_seconds"] > 0
+        nanoseconds = line["both_cpu_seconds"] / line["visible_pairs"] * 1e9
+        assert line["both_cpu_ns_per_pair"] == pytest.approx(nanoseconds, rel=1e-3)
+        assert "both_share_of_peak" not in line  # nobody publishes a peak of this machine
+    assert [line["both_speedup"] for line in lines if line["backend"] == "reference"] == [1.0, 1.0]
+
+
+CASE = {
+    **{"rows": 16, "batch": 1, "streams": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8},
+    **{"compute_dtype": "bfloat16", "steps": 3, "backends": ["reference", "chunked"], "memory_gib": 1.0},
+}
+
+
+def test_what_does_not_fit_is_compiled_and_not_run():
+    dense, chunked = bench_attention.attention_case(CASE | {"rows": 512, "memory_gib": 0.015})
+    assert (dense["backend"], chunked["backend"]) == ("reference", "chunked")
+    assert dense["not_run"] == "its temporaries take more than --memory_gib=0.015"
+    assert dense["both_temporary_mib"] > 15.4 > chunked["both_temporary_mib"]
+    assert "both_wall_seconds" in chunked and "both_wall_seconds" not in dense
+    assert "both_speedup" not in chunked  # there is nothing to compare it with
+
+
+def test_rates_are_useful_work_by_time_and_peak(monkeypatch):
+    """On a stand-in for a card, with times that are known."""
+    card = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(bench_attention, "_kernels", lambda case, lag: {"reference": None, "gpu": None})
+    nothing = jax.jit(lambda x: x).lower(1.0).compile()
+    compiled = lambda *_: {"forward": nothing, "both": nothing}
+    monkeypatch.setattr(bench_attention, "_compiled", compiled)
+    times = {("reference", "forward"): (4e-3, 1.0), ("gpu", "forward"): (1e-3, 1.0)}
+    times |= {("reference", "both"): (9e-3, 1.0), ("gpu", "both"): (2e-3, 1.0)}
+    monkeypatch.setattr(bench_attention, "_interleaved", lambda *_: times)
+    monkeypatch.setattr(bench_attention, "_device", lambda: card)
+    _, line = bench_attention.attention_case(CASE)
+    flops = attention_flops(2, 8, lag_matrix("block_causal", 2), 1, 16)
+    assert flops == 2 * 2 * 2 * 8 * (4 * 15 * 16 // 2 + 32)
+    assert line["both_gflop_per_second"] == round(3 * flops / 2e-3 / 1e9, 1)
+    assert line["both_share_of_peak"] == round(3 * flops / 2e-3 / 989.5e12, 4)
+    assert (line["forward_speedup"], line["both_speedup"]) == (4.0, 4.5)
+    assert accelerator_rates(card, 494.75e12, "bfloat16") == {"tflop_per_second_per_device": 494.75, "mfu": 0.5}
+    assert "mfu" not in accelerator_rates(card, 494.75e12, "float32")
+
+
+def test_train_says_what_the_machine_reaches():
+    sizes = ("--d_model=16", "--d_ff=32", "--num_layers=1", "--head_dim=8", "--vocab_size=64")
+    (line,), errors, status = bench(
+        *("train", "--rows=8", "--batch=8", "--streams=2", "--steps=2", *sizes),
+        *("--compute_dtype=bfloat16", "--attention=reference"),
+    )
+    assert status == 0, errors
+    assert (line["compute_dtype"], line["attention"], line["device_kind"]) == ("bfloat16", "reference", "cpu")
+    assert line["tokens_per_step"] == 128 and line["tokens_per_second"] > 0 and line["share_of_matmul"] > 0
+    assert "mfu" not in line
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("decode",), "what to measure is ['decode']: must be one of train, attention"),
+        (("attention", "--rows=4", "--batch=1,2"), "both need as many positive numbers as there are cases"),
+        (("attention", "--rows=4", "--batch=1", "--backends=splash"), "'splash': it needs a TPU"),
+    ],
+    ids=["what", "cases", "backend"],
+)
+def test_wrong_options_are_refused(options, message):
+    lines, errors, status = bench(*options)
+    assert lines == [] and status == 2 and message in errors

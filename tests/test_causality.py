@@ -1,0 +1,122 @@
+"""Causality by gradient: through the whole model, a cell's logits depend on exactly the cells that it may see.
+
+With one layer these are the cells that the rule of docs/semantics.md names; with more, those that they see in turn. The
+rule is written once more here, cell by cell.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msllm.attention import backend
+from msllm.attention.gpu import Tile, Tiles
+from msllm.attention.splash import Blocks
+from msllm.model import bind
+from msllm.streams import NEVER, PRESETS, make_cells, positions
+from runs import compile_once  # noqa: F401
+
+pytestmark = pytest.mark.slow
+
+# Blocks so small that the cells below fill several, where the kernel allows that.
+KERNELS = {
+    "reference": backend("reference"),
+    "chunked": functools.partial(backend("chunked"), block_cells=6),
+    "splash": functools.partial(backend("splash"), interpret=True, blocks=Blocks(128, 128)),
+    "gpu": functools.partial(backend("gpu"), interpret=True, tiles=Tiles(*[Tile(8, 8, 4, 2)] * 3)),
+}
+ROWS = 8
+SEGMENT = np.array([[1] * ROWS, [1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 2, 2]], np.int32)
+LAGS = {
+    "block_causal": lambda reader, source: 1,
+    "same_row": lambda reader, source: 0,
+    "isolated": lambda reader, source: 1 if reader == source else NEVER,
+    "random": lambda reader, source: [[1, NEVER, 4], [0, 2, NEVER], [3, 0, 1]][reader][source],
+}
+
+
+def tables(streams):
+    """(present, silent) of one table of all cells, one with absent and silent ones, one with silent ones only."""
+    rng = np.random.default_rng(streams)
+    shape = (len(SEGMENT), ROWS, streams)
+    absent, silent = rng.random(shape) < 0.25, rng.random(shape) < 0.3
+    absent[[0, 2]], silent[0] = False, False
+    return ~absent, silent
+
+
+def sees(visibility, skip_silence, present, silent, query, key):
+    """The rule: of `query` and `key`, each (table, row, stream), does the first see the second?"""
+    if query == key:
+        return True
+    (table, row, stream), (k_table, k_row, k_stream) = query, key
+    segment, k_segment = SEGMENT[table, row], SEGMENT[k_table, k_row]
+    both = present[query] and present[key] and segment > 0 and table == k_table and segment == k_segment
+    return both and not (skip_silence and silent[key]) and k_row <= row - LAGS[visibility](stream, k_stream)
+
+
+def dependence(visibility, skip_silence, layers, streams):
+    """[cell, cell] bool: the logits of the first depend on the input of the second; cells of all tables."""
+    present, silent = tables(streams)
+    cells = list(itertools.product(*map(range, present.shape)))
+    rule = np.array([[sees(visibility, skip_silence, present, silent, q, k) for k in cells] for q in cells])
+    return np.linalg.matrix_power(rule.astype(np.int64), layers) > 0
+
+
+def influences(model, kernel, cases):
+    """The same, measured, for each of `cases` (layers, skip_silence); compiled once for all of them.
+
+    Each cell has an embedding of its own, and the head is not tied to it. A layer whose outputs are multiplied by 0 is
+    no layer.
+    """
+    present, silent = tables(model.streams.size)
+    tokens = jnp.arange(present.size, dtype=jnp.int32).reshape(present.shape)
+    weights = jnp.asarray(np.random.default_rng(0).standard_normal(present.size), jnp.float32)
+
+    @jax.jit
+    def run(parameters, present, silent, segment):
+        cells = make_cells(present, segment, silent)
+
+        def scalars(embedding):
+            """One number of each cell's logits."""
+            bound = bind(model.graph, parameters | {"embedding": embedding})
+            hidden = bound(tokens, cells, positions(segment), kernel=kernel)
+            return bound.logits(hidden).reshape(-1, tokens.size) @ weights
+
+        pull_back = jax.vjp(scalars, parameters["embedding"])[1]
+        return jax.lax.map(lambda cell: pull_back(cell)[0], jnp.eye(tokens.size))
+
+    for layers, skip_silence in cases:
+        parameters = jax.tree.map(lambda x: x, model.parameters)
+        for part, weight in (("attention", "o"), ("mlp", "down")):
+            parameters["blocks"][part][weight] = parameters["blocks"][part][weight].at[layers:].set(0)
+        jacobian = np.asarray(run(parameters, present, silent & skip_silence, SEGMENT))  # [cell, cell, D]
+        assert np.isfinite(jacobian).all()
+        yield np.any(jacobian != 0, axis=-1)
+
+
+@pytest.mark.parametrize("visibility, streams", [*((name, 3) for name in LAGS), ("block_causal", 1), ("same_row", 1)])
+@pytest.mark.parametrize("name", KERNELS)
+def test_influence_is_visibility(make_model, name, visibility, streams):
+    lag = [[LAGS[visibility](reader, source) for source in range(streams)] for reader in range(streams)]
+    sizes = {"vocab_size": SEGMENT.size * streams, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
+    model = make_model(streams, lag=lag, tie_embeddings=False, remat="none", **sizes)
+    cases = [(1, True), (2, False)]
+    for (layers, skip_silence), measured in zip(cases, influences(model, KERNELS[name], cases)):
+        assert_same(measured, dependence(visibility, skip_silence, layers, streams))
+
+
+def assert_same(measured, expected):
+    for wrong, what in ((measured & ~expected, "not seen but felt"), (expected & ~measured, "seen but not felt")):
+        assert not wrong.any(), f"{what}: cells {np.argwhere(wrong)[:5].tolist()} and others"
+
+
+def test_the_cases_tell_rules_apart():
+    """Every preset is here, and the tables are such that silence, layers and lags make a difference."""
+    assert set(PRESETS) <= set(LAGS)
+    for visibility in LAGS:
+        assert (dependence(visibility, True, 1, 3) != dependence(visibility, False, 1, 3)).any()
+    assert (dependence("random", False, 2, 3) > dependence("random", False, 1, 3)).any()
+    assert (dependence("random", True, 2, 3) > dependence("random", True, 1, 3)).any()
