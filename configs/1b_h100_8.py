@@ -6,6 +6,9 @@ Tokens per step: 32 tables x 1,024 rows x 8 streams = 262,144, 32,768 a card.
 Expected memory: parameters and optimizer 2.4 GiB a card; the rest has not been measured on such a node.
 No budget: there is no compiler for GPUs that runs without one.
 No budget: there is no compiler for GPUs that runs without one.
+No budget: there is no compiler for GPUs that runs without one.
+No budget: there is no compiler for GPUs that runs without one.
+No budget: there is no compiler for GPUs that runs without one.
 Mesh: fsdp only. Within a node every card reaches every other at the same speed, and one card holds all streams of its
 tables, so no keys and values travel.
 """

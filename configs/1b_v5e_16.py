@@ -7,8 +7,8 @@ Expected memory: 3.4 GiB a chip at the peak, of 15.75 (compiled, not run; 1b_v5e
 launch/check_budgets.sh).
 Mesh: a chip holds 2 of the 8 streams of 4 tables: stream 4 is one physical axis of the torus, fsdp 4 the other.
 Weights are gathered, and their gradients scattered, along one axis at a time; keys and values travel along `stream`
-only. It shows how streams are sharded, and runs tables of four times the rows with a quarter of the batch; at this
-length fsdp 16 and stream 1 moves half as many bytes (docs/benchmarks.md).
+only. Longer tables need such a mesh; at this length, fsdp 16 and stream 1 moves half as many bytes
+(docs/benchmarks.md).
 """
 
 from msllm.config import default_config

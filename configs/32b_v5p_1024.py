@@ -25,5 +25,5 @@ def get_config():
     config.loss.chunk_tokens = 8192
     config.optim.lr = 1.5e-4
     config.optim.warmup_steps = 2000
-    config.mesh.data, config.mesh.fsdp, config.mesh.stream = 1, 128, 8
+    config.mesh.data, config.mesh.fsdp, config.mesh.stream = 16, 64, 1
     return config

@@ -6,7 +6,8 @@ Topology: v5e:16x16. Tokens per step: 256 tables x 1,024 rows x 8 streams = 2,09
 Expected memory: 4.3 GiB a chip at the peak, of 15.75 (compiled, not run; 8b_v5e_256.budget.json,
 launch/check_budgets.sh).
 Mesh: a chip holds one stream of 8 tables: stream 8 and a factor 2 of fsdp lie along one physical axis of the torus,
-the other 16 of fsdp along the other, so that every weight's gradient is a reduce-scatter.
+the other 16 of fsdp along the other, so that every weight's gradient is a reduce-scatter. Longer tables need such a
+mesh; at this length, fsdp 256 and stream 1 moves little more than half as many bytes (docs/benchmarks.md).
 """
 
 from msllm.config import default_config

@@ -1,11 +1,12 @@
-"""Qwen3-8B with 8 streams on two slices of TPU v5e-256, 512 chips.
+"""Qwen3-8B with 8 streams on two slices of 256 chips of TPU v5e.
 
     python -m msllm.train --config=configs/8b_v5e_256x2_slices.py --config.data.dir=DATA --workdir=WORKDIR
 
-Topology: v5e:16x16, two slices. Tokens per step: 512 tables x 1,024 rows x 8 streams = 4,194,304, 8,192 a chip.
-Expected memory: see 8b_v5e_256x2_slices.budget.json, which continuous integration checks.
-Mesh: within a slice as 8b_v5e_256; `data` 2 are the slices. Only gradients that are already scattered cross the data centre
-network, once a step.
+Topology: 2 slices of v5e:16x16. Tokens per step: 512 tables x 1,024 rows x 8 streams = 4,194,304, 8,192 a chip.
+Expected memory: 4.3 GiB a chip at the peak, of 15.75 (compiled, not run; 8b_v5e_256x2_slices.budget.json,
+launch/check_budgets.sh).
+Mesh: within a slice as 8b_v5e_256; `data` 2 are the slices. Only gradients that are already scattered cross the data
+centre's network, once a step.
 """
 
 from msllm.config import default_config
