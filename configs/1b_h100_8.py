@@ -9,6 +9,7 @@ No budget: there is no compiler for GPUs that runs without one.
 No budget: there is no compiler for GPUs that runs without one.
 No budget: there is no compiler for GPUs that runs without one.
 No budget: there is no compiler for GPUs that runs without one.
+No budget: there is no compiler for GPUs that runs without one.
 Mesh: fsdp only. Within a node every card reaches every other at the same speed, and one card holds all streams of its
 tables, so no keys and values travel.
 """

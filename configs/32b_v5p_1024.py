@@ -3,8 +3,11 @@
     python -m msllm.train --config=configs/32b_v5p_1024.py --config.data.dir=DATA --workdir=WORKDIR
 
 Topology: v5p:8x8x16. Tokens per step: 1,024 tables x 1,024 rows x 8 streams = 8,388,608, 8,192 a chip.
-Expected memory: see 32b_v5p_1024.budget.json, which continuous integration checks.
-Mesh: a chip holds one stream; stream 8 is one physical axis of the torus, fsdp 128 the other two.
+Expected memory: 16.9 GiB a chip at the peak, of 95.7 (compiled, not run; 32b_v5p_1024.budget.json,
+launch/check_budgets.sh).
+Mesh: data 16 and both factors of fsdp, 8 and 8, are one physical axis of the torus each. Over all 1,024 chips each
+would hold 5 rows of a weight, too few for XLA to scatter; 80 of 5,120 rows make 5.7 GiB of state, and there is room. A
+chip holds whole tables, so no keys and values travel; over `data` scattered gradients are summed once a step.
 """
 
 from msllm.config import default_config
