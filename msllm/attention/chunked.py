@@ -17,14 +17,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from msllm.streams import NEVER, Cells, visible_between
 
-BLOCK_CELLS = 256  # cells of a block: matrix products large enough for a CPU core, scores small enough for its cache
+BLOCK_CELLS = 320  # at most, in a block: matrix products large enough for a CPU core, scores small enough for its cache
 # Score of a pair that is not visible. Finite: a query that has seen no key yet must not give inf - inf. What it adds up
 # meanwhile is multiplied by exp(MASKED - score) = 0 at the latest when it comes to itself.
 MASKED = -1e30
 
 
 def chunked_attention(q, k, v, q_cells: Cells, k_cells: Cells, lag, q_streams, block_cells: int = BLOCK_CELLS):
-    """As `reference_attention`, without ever holding [L, L]. Same arguments; `block_cells`: cells in a block."""
+    """As `reference_attention`, without ever holding [L, L]. Same arguments; `block_cells`: at most, in a block."""
     q_rows, k_rows = _block_rows(q.shape[1], q.shape[2], block_cells), _block_rows(k.shape[1], k.shape[2], block_cells)
     # Rows that fill up the last block: absent, and where they do not widen the reach of their block. Queries repeat the
     # last row (their output is cut off); keys lie beyond all rows, so that nobody takes them for itself.
@@ -35,9 +35,12 @@ def chunked_attention(q, k, v, q_cells: Cells, k_cells: Cells, lag, q_streams, b
 
 
 def _block_rows(rows: int, streams: int, block_cells: int) -> int:
-    """Rows of a block: the number of blocks that `block_cells` asks for, evenly filled."""
-    blocks = -(-rows * streams // block_cells)
-    return -(-rows // min(blocks, rows))
+    """Rows of a block: a divisor of `rows` if one comes near `block_cells`, else blocks as evenly filled as they can be."""
+    most = max(1, block_cells // streams)
+    divisor = max(n for n in range(1, min(most, rows) + 1) if rows % n == 0)
+    if 2 * divisor >= min(most, rows):
+        return divisor  # rows that fill up the last block cost more than smaller blocks: 12 % at 512 rows of 10 streams
+    return -(-rows // -(-rows // most))
 
 
 def _pad_rows(x, block_rows: int, mode: str = "constant"):
