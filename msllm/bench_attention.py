@@ -42,7 +42,7 @@ def attention_case(case: dict) -> list[dict]:
             runs.update({(name, what): compiled for what, compiled in functions.items()})
 
     times = _interleaved(runs, inputs, case["steps"])
-    flops = attention_flops(case["num_heads"], case["head_dim"], lag, case["batch"], case["rows"])
+    flops = attention_flops(case["num_heads"], case["head_dim"], case["batch"] * visible_pairs(lag, case["rows"]))
     pairs, hardware = case["batch"] * visible_pairs(lag, case["rows"]), lookup(device.device_kind)
     for name, result in results.items():
         result |= {"device_kind": device.device_kind, "jax": jax.__version__, "visible_pairs": pairs}

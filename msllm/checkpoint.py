@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -21,8 +22,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
 
+from msllm import cluster
 from msllm.config import CheckpointConfig, Config, from_config_dict, to_json
-from msllm.errors import UserError
+from msllm.errors import RunError, UserError
 from msllm.model import abstract_model
 from msllm.optim import path_name
 from msllm.step import Program, TrainState
@@ -51,6 +53,10 @@ def checksums(tree: Any) -> dict[str, int]:
 def _split(state: TrainState) -> dict[str, Any]:
     rest = {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped, "in_row": state.skipped_in_row}
     return {"parameters": state.parameters, "rest": rest}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _digest(description: dict[str, Any]) -> str:
@@ -91,7 +97,28 @@ class Checkpoints:
         }
         description["digest"] = _digest(description)
         save = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        self._manager.save(step, args=ocp.args.Composite(description=ocp.args.JsonSave(description), **save))
+        begin = time.monotonic()
+        try:
+            self._manager.save(step, args=ocp.args.Composite(description=ocp.args.JsonSave(description), **save))
+        except Exception as error:  # see check
+            raise self._not_written(error) from error
+        log.info("checkpoint of step %d: training waited %.2f s, the rest is written beside it", step, time.monotonic() - begin)
+
+    def check(self) -> None:
+        """Raises RunError if a checkpoint that was being written in the background could not be."""
+        try:
+            self._manager.check_for_errors()
+        except Exception as error:  # whatever orbax and tensorstore say of a disk that is full or gone
+            raise self._not_written(error) from error
+
+    def _not_written(self, error: Exception) -> RunError:
+        reason = _first_line(error)
+        good = max((int(path.name) for path in self.directory.iterdir() if path.name.isdigit()), default=None)
+        kept = f"the one of step {good} is good" if good is not None else "there is none yet"
+        return RunError(
+            f"a checkpoint could not be written to {self.directory} ({reason}): {kept}; make room or repair the storage, "
+            "and the same command continues from there"
+        )
 
     def restore(self, program: Program, tokenizer: Tokenizer) -> TrainState | None:
         """The newest good checkpoint, laid out for the program's mesh; None where there is no checkpoint at all.
@@ -109,7 +136,7 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as error:  # whatever orbax, tensorstore or json say of damaged files
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                reason = _first_line(error)
                 problems.append(f"step {step}: {reason}")
                 log.warning("checkpoint of step %d is damaged and not used: %s", step, reason)
                 continue
@@ -126,27 +153,39 @@ class Checkpoints:
     def _restore_step(self, step: int, program: Program, tokenizer: Tokenizer) -> TrainState:
         description = _read_description(self.directory / str(step))
         _check_same_run(description, program.config, tokenizer, self.directory / str(step))
-        abstract = _split(program.abstract_state)
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
-        )
-        for name in abstract:
-            _check_sums(restored[name], description["checksums"][name])
+        # Without the manager: it makes all processes wait for one that cannot read its part.
+        path, restored, error = self.directory / str(step), {}, None
+        try:
+            for name, tree in _split(program.abstract_state).items():
+                handler = ocp.StandardCheckpointHandler()
+                restored[name] = handler.restore(path / name, args=ocp.args.StandardRestore(tree))
+        except Exception as problem:  # see restore
+            error = _first_line(problem)
+        if any(errors := cluster.share(error)):
+            raise ValueError(next(filter(None, errors)))
+        for name, tree in restored.items():
+            _check_sums(tree, description["checksums"][name])
         rest = restored["rest"]
         return TrainState(rest["step"], restored["parameters"], rest["opt_state"], rest["skipped"], rest["in_row"])
 
     def _move_aside(self, step: int) -> None:
         target = self.directory / "damaged" / str(step)
-        target.parent.mkdir(exist_ok=True)
-        if target.exists():
-            target.rmtree()
-        (self.directory / str(step)).rename(target)
+        if cluster.is_first():
+            target.parent.mkdir(exist_ok=True)
+            if target.exists():
+                target.rmtree()
+            (self.directory / str(step)).rename(target)
+        cluster.share(None)  # the others wait for it
         self._manager.reload()
 
     def close(self) -> None:
-        """Waits until everything is written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until everything is written. Raises RunError if it cannot be."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # see check
+            raise self._not_written(error) from error
+        finally:
+            self._manager.close()
 
 
 def _read_description(path: epath.Path) -> dict[str, Any]:
@@ -228,7 +267,7 @@ def load_model(path: str | pathlib.Path) -> Loaded:
         except UserError:
             raise
         except Exception as error:  # see Checkpoints.restore
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            reason = _first_line(error)
             problems.append(f"{candidate.name}: {reason}")
             log.warning("checkpoint %s is damaged and not used: %s", candidate, reason)
     raise UserError(f"no checkpoint in {path} can be read ({'; '.join(problems)}): restore one from a copy")

@@ -6,6 +6,7 @@ import ctypes
 import functools
 
 import jax
+from etils import epath
 
 OPTIONS: dict[str, dict[str, int | bool | str]] = {
     # The loops that matter run in libraries, so what makes LLVM's work less makes the start quicker and steps no slower:
@@ -34,6 +35,18 @@ def _exists(platform: str, option: dict[str, int | bool | str]) -> bool:
             return False
         raise
     return True
+
+
+def keep_compiled(setting: str, default: epath.Path) -> None:
+    """Keeps compiled programs for the next start, in the directory `setting`; `auto`: in `default`; `none`: nowhere.
+
+    A directory that the user has given to JAX stays. In a run of several processes, the first one writes it.
+    """
+    if setting == "none" or jax.config.jax_compilation_cache_dir:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(default if setting == "auto" else setting))
+    # By default JAX keeps only what takes a second: here, a restart should compile nothing.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def compile_step(function, *arguments):

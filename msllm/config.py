@@ -140,8 +140,20 @@ class CheckpointConfig:
     """When checkpoints are written and which ones stay."""
 
     every: int = 1000  # steps; 0: only the last step
+    every_minutes: float = 0.0  # and so many minutes after the last one; 0: by steps only
     keep_last: int = 3
     keep_every: int = 0  # steps whose checkpoints stay for good; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class MonitorConfig:
+    """What a run tells of itself besides its metrics."""
+
+    slow_step: float = 5.0  # steps that take this many times the median are reported, with the process that was late
+    examples: bool = False  # log the ids of the examples of every step, in WORKDIR/examples
+    profile_start: int = 0  # trace for XProf, in WORKDIR/profile: the first step of it; 0: none
+    profile_steps: int = 3
+    wandb_project: str = ""  # write metrics to Weights & Biases, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +172,8 @@ class Config:
     loss: LossConfig = LossConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    compilation_cache: str = "auto"  # a directory for compiled programs; auto: WORKDIR/compiled; none: compile always
 
     def __post_init__(self):
         _validate(self)
@@ -284,4 +298,7 @@ def _validate(config: Config) -> None:
     sizes = dataclasses.astuple(config.mesh)
     _check(all(n > 0 or n == -1 for n in sizes), "mesh", sizes, "axes must be positive, or -1 for all that remain")
     _check(sizes.count(-1) <= 1, "mesh", sizes, "only one axis may be -1")
+    _check(config.checkpoint.every_minutes >= 0, "checkpoint.every_minutes", config.checkpoint.every_minutes, "must be >= 0")
+    _check(config.monitor.slow_step > 1, "monitor.slow_step", config.monitor.slow_step, "must be over 1")
+    _check(config.monitor.profile_steps > 0, "monitor.profile_steps", config.monitor.profile_steps, "must be positive")
     _check(config.checkpoint.keep_last > 0, "checkpoint.keep_last", config.checkpoint.keep_last, "must be positive")

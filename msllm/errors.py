@@ -12,8 +12,12 @@ class UserError(ValueError):
     """Bad input. The message names the value, the rule that it breaks and the remedy."""
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on, though its input is good. The message says what happened and how to continue."""
+
+
 def run(main: Callable[[Sequence[str]], int | None], positional: int = 0) -> None:
-    """Runs `main(argv)` under absl; a `UserError` becomes one line on stderr and exit status 2.
+    """Runs `main(argv)` under absl; a `UserError` becomes one line on stderr and exit status 2, a `RunError` status 1.
 
     `positional`: arguments without a name that `main` takes.
     """
@@ -27,9 +31,9 @@ def run(main: Callable[[Sequence[str]], int | None], positional: int = 0) -> Non
             if len(argv) > 1 + positional:
                 raise UserError(f"unexpected arguments {list(argv[1 + positional :])}: write options as --name=value")
             return main(argv) or 0
-        except UserError as error:
+        except (UserError, RunError) as error:
             print(f"error: {error}", file=sys.stderr)
-            return 2
+            return 2 if isinstance(error, UserError) else 1
 
     def parse(argv: Sequence[str]) -> Sequence[str]:
         try:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import pathlib
 import resource
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
+from msllm.cluster import is_first
+from msllm.errors import UserError
 from msllm.streams import StreamSpec
 
 
@@ -42,35 +46,100 @@ def memory_mib() -> float:
 
 
 class Writer:
-    """Writes named numbers to TensorBoard event files and to `metrics.jsonl`, one line a call, in a workdir."""
+    """Writes named numbers to TensorBoard event files and to `metrics.jsonl`, one line a call, in a workdir; and to
+    Weights & Biases if asked to. In a run of several processes, the first one writes.
 
-    def __init__(self, workdir: pathlib.Path):
-        from tensorboardX import SummaryWriter  # imported here: only a run needs it
+    Attributes:
+      first: whether this process writes.
+    """
 
-        workdir.mkdir(parents=True, exist_ok=True)
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
-        self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")
+    def __init__(self, workdir: epath.Path, wandb_project: str = ""):
+        """Raises UserError if Weights & Biases is asked for and not installed."""
+        self.first, self._sinks = is_first(), []
+        if self.first:
+            self._sinks = [_Lines(workdir / "metrics.jsonl"), _TensorBoard(workdir / "tensorboard")]
+            self._sinks += [_Wandb(wandb_project, workdir)] if wandb_project else []
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """`step`: steps done when the values were measured."""
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
-        # JSON has no NaN: what is not finite becomes null.
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        for sink in self._sinks:
+            sink.write(step, values)
 
     def close(self) -> None:
-        self._tensorboard.close()
-        self._file.close()
+        for sink in self._sinks:
+            sink.close()
+
+
+class _Lines:
+    """A file of JSON lines. Object stores cannot append: there it is written anew, now and then."""
+
+    def __init__(self, path: epath.Path, seconds: float = 30.0):
+        self._path, self._remote = path, "://" in str(path)
+        self._text = path.read_text() if self._remote and path.exists() else ""
+        self._seconds, self._written = seconds, 0.0
+        self._file = None if self._remote else path.open("a")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        # JSON has no NaN: what is not finite becomes null.
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = json.dumps({"step": step, **finite}) + "\n"
+        if self._file:
+            self._file.write(line)
+            self._file.flush()
+            return
+        self._text += line
+        if time.monotonic() - self._written > self._seconds:
+            self.close()
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+        else:
+            self._path.write_text(self._text)
+            self._written = time.monotonic()
+
+
+class _TensorBoard:
+    def __init__(self, path: epath.Path):
+        from tensorboardX import SummaryWriter  # imported here: only a run needs it
+
+        self._writer = SummaryWriter(str(path))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, project: str, workdir: epath.Path):
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                f"config.monitor.wandb_project is {project!r}, and wandb is not installed: `pip install wandb`, or leave "
+                "it empty"
+            ) from error
+        # The workdir names the run: the same command continues it there, too.
+        name = hashlib.sha256(str(workdir).encode()).hexdigest()[:16]
+        self._run = wandb.init(project=project, name=workdir.name, id=name, resume="allow")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 class Progress:
-    """A progress bar with loss, tokens/s and ETA on a terminal; plain lines elsewhere."""
+    """A progress bar with loss, tokens/s and ETA on a terminal; plain lines elsewhere. Of several processes, the first
+    shows it."""
 
     def __init__(self, start: int, stop: int):
-        self._stop, self._bar = stop, None
-        if sys.stderr.isatty():
+        self._stop, self._bar, self._shown = stop, None, is_first()
+        if self._shown and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=stop, initial=start, unit="step", dynamic_ncols=True)
@@ -80,7 +149,7 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s")
             self._bar.update(step - self._bar.n)
-        else:
+        elif self._shown:
             minutes, seconds = divmod(int((self._stop - step) * values["step_seconds"]), 60)
             print(
                 f"step {step}/{self._stop}  loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s  "
@@ -90,7 +159,10 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the bar."""
-        self._bar.write(text) if self._bar is not None else print(text, flush=True)
+        if self._bar is not None:
+            self._bar.write(text)
+        elif self._shown:
+            print(text, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

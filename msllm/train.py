@@ -2,29 +2,35 @@
 
     python -m msllm.train --config=configs/quickstart.py --workdir=runs/quickstart [--config.optim.lr=1e-3 ...]
 
-The same command again continues where the run was. Ctrl-C (or SIGTERM) ends the step, saves and exits.
+The same command again continues where the run was. Ctrl-C, SIGTERM or a preemption notice ends the step, saves and
+exits; on a cluster, every process runs the same command (docs/pods.md).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
-import math
+import os
 import pathlib
-import signal
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
-from msllm.compiler import compile_step
-from msllm.config import Config, to_json
-from msllm.data.loader import Loader
+import msllm
+from msllm import cluster
+from msllm.compiler import compile_step, keep_compiled
+from msllm.config import Config, to_config_dict, to_json
+from msllm.data.loader import Batch, Loader
+from msllm.data.records import file_hash
 from msllm.errors import UserError
-from msllm.metrics import Progress, Writer, memory_mib, named_losses
+from msllm.goodput import Goodput
+from msllm.meter import Meter
+from msllm.metrics import Progress, Writer, named_losses
 from msllm.sharding import make_mesh
 from msllm.step import Program, TrainState
 from msllm.streams import StreamSpec
@@ -32,60 +38,136 @@ from msllm.streams import StreamSpec
 log = logging.getLogger("msllm")
 
 
-def train(config: Config, workdir: str | pathlib.Path) -> TrainState:
-    """Trains, or continues, the run in `workdir` up to `config.steps`. Raises UserError."""
+def train(
+    config: Config, workdir: str | os.PathLike, stop: cluster.Stop | None = None, seconds_before: float = 0.0
+) -> TrainState:
+    """Trains, or continues, the run in `workdir` up to `config.steps`. Raises UserError, RunError.
+
+    In a run of several processes (`cluster.connect`) all call it, with the same config and a workdir that they share.
+
+    Args:
+      stop: hears the wish to stop early. seconds_before: how long this process has been running, for the goodput.
+    """
     from msllm.checkpoint import Checkpoints  # orbax is slow to import, and not every use of this module needs it
 
-    workdir = pathlib.Path(workdir)
+    workdir = epath.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    goodput = Goodput(workdir / "goodput.json", seconds_before)
+    keep_compiled(config.compilation_cache, workdir / "compiled")
     streams = StreamSpec.from_config(config.streams)
-    loader = Loader(config.data, "train", streams)
+    loader = _open_data(config, streams)
     config = with_vocabulary(config, loader.tokenizer.vocab_size)
     mesh = make_mesh(config.mesh)
     program = Program(config, streams, mesh, loader.tokenizer.silence_id)
     evaluation = _Evaluation(program) if config.eval_every and config.data.eval_percent else None
 
     checkpoints = Checkpoints(workdir, config.checkpoint)
-    state = checkpoints.restore(program, loader.tokenizer)
-    if state is None:
-        state = program.init()
-        log.info("starting a new run in %s", workdir)
-    else:
-        log.info("continuing at step %d of %s", int(state.step), workdir)
+    with goodput.inside("restore"):
+        state = checkpoints.restore(program, loader.tokenizer)
+        if state is None:
+            state = program.init()
+            log.info("starting a new run in %s", workdir)
+        else:
+            log.info("continuing at step %d of %s", int(state.step), workdir)
     start = int(state.step)
+    goodput.restored(start)
     if start >= config.steps:
         log.info("nothing to do: the run is at step %d of %d", start, config.steps)
         checkpoints.close()
         return state
-    (workdir / "config.json").write_text(to_json(config))
+    if cluster.is_first():
+        (workdir / "config.json").write_text(to_json(config))
 
-    writer, progress = Writer(workdir), Progress(start, config.steps)
-    step_function = compile_step(program.step, program.abstract_state, program.abstract_batch)
-    batches = _prefetched(program, loader, start, config.steps)
-    meter = _Meter(program, writer, progress)
-    with _stop_signal() as stop, contextlib.ExitStack() as stack:
+    with goodput.inside("compile"):
+        step_function = compile_step(program.step, program.abstract_state, program.abstract_batch)
+    writer, progress = Writer(workdir, config.monitor.wandb_project), Progress(start, config.steps)
+    meter = Meter(program, writer, progress, goodput, cluster.Clocks())
+    batches = _batches(program, loader, start, config.steps)
+    examples = _examples_log(program, loader, workdir) if config.monitor.examples else None
+    last_save = 0
+    with stop or cluster.Stop() as stop, contextlib.ExitStack() as stack, cluster.errors_end_this_process():
+        stack.callback(goodput.write)
         stack.callback(writer.close)
         stack.callback(progress.close)
         stack.callback(checkpoints.close)
+        goodput.begin("steps")
         for step in range(start, config.steps):
-            with meter.waiting_for_data():
-                batch = next(batches)
+            _profile(config, step, start, workdir)
+            with goodput.inside("data"):
+                tables, batch = next(batches)
             state, metrics = step_function(state, batch)
+            if examples:
+                examples(step)
             # The numbers of this step are read after the next one has been dispatched: the device never waits for us.
-            meter.dispatched(step + 1, metrics)
-            done, stopping = step + 1, stop.is_set  # a signal after this line ends the next step: that one saves
-            if stopping or done == config.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
+            meter.dispatched(step + 1, metrics, tables)
+            done, stopping = step + 1, stop.at(step + 1)  # a signal after this line ends the next step: that one saves
+            checkpoints.check()
+            if stopping or done == config.steps or _due(config, done, meter.clock - last_save):
                 meter.flush()
-                checkpoints.save(state, config, loader.tokenizer)
+                with goodput.inside("checkpoint"):
+                    checkpoints.save(state, config, loader.tokenizer)
+                goodput.saved(done)
+                last_save = meter.clock
             if evaluation and (done % config.eval_every == 0 or done == config.steps):
                 meter.flush()
-                values = evaluation(state.parameters)
+                with goodput.inside("evaluation"):
+                    values = evaluation(state.parameters)
                 writer.write(done, values)
                 progress.say(f"step {done}  evaluation: " + "  ".join(f"{k[5:]} {v:.4f}" for k, v in values.items()))
             if stopping and done < config.steps:
                 progress.say(f"stopped at step {done}, saved; the same command continues here")
                 break
         meter.flush()
+        goodput.begin("checkpoint")  # it is not finished before the last one is written
     return state
+
+
+def _open_data(config: Config, streams: StreamSpec) -> Loader:
+    """The loader of the training data, once all processes have found the same data, config and code."""
+    loader, facts, error = None, {}, None
+    try:
+        loader = Loader(config.data, "train", streams)
+        package = pathlib.Path(msllm.__file__).parent
+        facts = {
+            "config": to_config_dict(config).to_dict(),
+            "code": {str(path.relative_to(package)): file_hash(path) for path in sorted(package.rglob("*.py"))},
+            "jax version": jax.__version__,
+            "tokenizer": loader.tokenizer.hash,
+            "data manifest": loader.manifest,
+        }
+    except UserError as problem:
+        error = str(problem)
+    cluster.agree(facts, error)
+    return loader
+
+
+def _due(config: Config, done: int, milliseconds: int) -> bool:
+    """Whether a checkpoint is due after `done` steps, the last one being so old."""
+    every, minutes = config.checkpoint.every, config.checkpoint.every_minutes
+    return bool(every and done % every == 0) or bool(minutes and milliseconds >= minutes * 60_000)
+
+
+def _profile(config: Config, step: int, start: int, workdir: epath.Path) -> None:
+    """Starts and ends the trace that `config.monitor` asks for."""
+    first = config.monitor.profile_start
+    if first and step == max(first, start):
+        jax.profiler.start_trace(str(workdir / "profile"))
+    if first and step == max(first, start) + config.monitor.profile_steps:
+        jax.profiler.stop_trace()
+
+
+def _examples_log(program: Program, loader: Loader, workdir: epath.Path):
+    """A function that logs which examples this process reads for a step: a JSON line with the tables and their ids."""
+    folder, rows = workdir / "examples", host_rows(program)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / f"process-{jax.process_index():05d}.jsonl").open("a")
+
+    def write(step: int) -> None:
+        ids = loader.example_ids(step, rows)
+        file.write(json.dumps({"step": step, "rows": [rows.start, rows.stop], "examples": ids}) + "\n")
+        file.flush()
+
+    return write
 
 
 def with_vocabulary(config: Config, size: int) -> Config:
@@ -126,10 +208,11 @@ def to_devices(program: Program, batch: Mapping[str, np.ndarray], first_row: int
     return {name: place(name, abstract) for name, abstract in program.abstract_batch.items()}
 
 
-def _prefetched(program: Program, loader: Loader, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
+def _batches(program: Program, loader: Loader, start: int, stop: int) -> Iterator[tuple[Batch, dict[str, jax.Array]]]:
+    """This host's tables and the global arrays of each batch; the former are made ahead of time."""
     rows = host_rows(program)
-    for batch in loader.iterate(start, stop, rows):
-        yield to_devices(program, batch, rows.start)
+    for tables in loader.iterate(start, stop, rows):
+        yield tables, to_devices(program, tables, rows.start)
 
 
 class _Evaluation:
@@ -142,104 +225,12 @@ class _Evaluation:
 
     def __call__(self, parameters) -> dict[str, float]:
         totals = None
-        for batch in _prefetched(self._program, self._loader, 0, self._batches):
+        for _, batch in _batches(self._program, self._loader, 0, self._batches):
             sums = self._program.evaluate(parameters, batch)
             sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
             totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
         values = {"loss": float(totals["loss"] / max(totals["weight"], 1)), **named_losses(totals, self._program.streams)}
         return {f"eval/{name}": value for name, value in values.items()}
-
-
-class _Meter:
-    """Reads the metrics of a step once the next one is under way, writes them, and stops a run that has gone wrong."""
-
-    def __init__(self, program: Program, writer: Writer, progress: Progress):
-        self._program, self._writer, self._progress = program, writer, progress
-        self._pending: tuple[int, Any] | None = None
-        self._since, self._steps, self._data_seconds = time.perf_counter(), 0, 0.0
-        self._cells = self._spoken = 0.0
-
-    @contextlib.contextmanager
-    def waiting_for_data(self):
-        """Counts the time inside as time that training waited for data."""
-        begin = time.perf_counter()
-        yield
-        self._data_seconds += time.perf_counter() - begin
-
-    def dispatched(self, step: int, metrics) -> None:
-        """Takes the metrics of a step that is under way, and reads those of the one before."""
-        pending, self._pending = self._pending, (step, metrics)
-        if pending:
-            self._read(*pending)
-
-    def flush(self) -> None:
-        """Reads what is pending."""
-        pending, self._pending = self._pending, None
-        if pending:
-            self._read(*pending)
-
-    def _read(self, step: int, metrics) -> None:
-        metrics = jax.device_get(metrics)
-        self._steps += 1
-        self._cells += float(metrics["cells"])
-        self._spoken += float(metrics["spoken"])
-        if metrics["skipped_in_row"]:
-            self._report_skip(step, metrics)
-        config = self._program.config
-        if step % config.log_every == 0 or step == config.steps:
-            self._write(step, metrics)
-
-    def _write(self, step: int, metrics) -> None:
-        now = time.perf_counter()
-        seconds = now - self._since
-        values = {
-            "loss": float(metrics["loss"]),
-            **named_losses(metrics, self._program.streams),
-            **{k: float(metrics[k]) for k in ("gradient_norm", "parameter_norm", "update_norm", "learning_rate")},
-            "skipped_updates": float(metrics["skipped"]),
-            "tokens_per_second": self._cells / seconds,
-            "spoken_tokens_per_second": self._spoken / seconds,
-            "step_seconds": seconds / self._steps,
-            "data_wait_share": self._data_seconds / seconds,
-            "memory_mib": memory_mib(),
-        }
-        self._writer.write(step, values)
-        self._progress.update(step, values)
-        self._since, self._steps, self._cells, self._spoken, self._data_seconds = now, 0, 0.0, 0.0, 0.0
-
-    def _report_skip(self, step: int, metrics) -> None:
-        norms = metrics["gradient_norms"]
-        bad = [name for name, norm in zip(self._program.parameter_names, norms) if not math.isfinite(norm)]
-        what = f"the gradients of {', '.join(bad[:5])}{' and others' if len(bad) > 5 else ''} were" if bad else "the loss was"
-        in_row, limit = int(metrics["skipped_in_row"]), self._program.config.optim.max_skipped
-        self._progress.say(f"step {step}: {what} not finite; update skipped ({in_row} in a row, {metrics['skipped']} in all)")
-        if in_row >= limit:
-            raise UserError(
-                f"{in_row} updates in a row were skipped because {what} not finite (config.optim.max_skipped is "
-                f"{limit}); the last one was step {step}: lower config.optim.lr or look at the data of these steps"
-            )
-
-
-class _StopFlag:
-    is_set = False
-
-
-@contextlib.contextmanager
-def _stop_signal():
-    """A flag that Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts at once."""
-    flag, previous = _StopFlag(), {}
-
-    def handle(number, frame):
-        flag.is_set = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    with contextlib.suppress(ValueError):  # not in the main thread (a notebook's worker): no handlers
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield flag
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
 
 
 def _main() -> None:
@@ -250,11 +241,23 @@ def _main() -> None:
     from msllm.errors import run
 
     settings = config_flags.DEFINE_config_file("config", None, "Settings of the run, e.g. configs/quickstart.py.")
-    workdir = flags.DEFINE_string("workdir", None, "Directory for checkpoints and metrics.")
+    workdir = flags.DEFINE_string("workdir", None, "Directory for checkpoints and metrics, shared by all processes.")
+    address = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where JAX detects no cluster.")
+    processes = flags.DEFINE_integer("num_processes", None, "How many there are; 1: this one alone, on a cluster too.")
+    number = flags.DEFINE_integer("process_id", None, "Which of them this one is.")
+    wait = flags.DEFINE_integer("initialization_timeout", 300, "Seconds to wait for the other processes.")
+    heartbeat = flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds after which a silent process counts as dead.")
     flags.mark_flags_as_required(["config", "workdir"])
 
-    def main(_):
-        train(from_config_dict(settings.value), workdir.value)
+    def main(_) -> int:
+        begin = time.process_time()  # imports, mostly: as good as wall time
+        config = from_config_dict(settings.value)
+        cluster.connect(workdir.value, address.value, processes.value, number.value, wait.value, heartbeat.value)
+        if jax.process_count() > 1:
+            logging.basicConfig(format=f"[{jax.process_index()}] %(message)s", force=True)
+        with cluster.errors_end_this_process(), cluster.Stop() as stop:
+            state = train(config, workdir.value, stop, begin)
+            return cluster.STOPPED if int(state.step) < config.steps and not stop.interrupted else 0
 
     run(main)
 

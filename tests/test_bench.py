@@ -67,7 +67,7 @@ def test_rates_are_useful_work_by_time_and_peak(monkeypatch):
     monkeypatch.setattr(bench_attention, "_interleaved", lambda *_: times)
     monkeypatch.setattr(bench_attention, "_device", lambda: card)
     _, line = bench_attention.attention_case(CASE)
-    flops = attention_flops(2, 8, lag_matrix("block_causal", 2), 1, 16)
+    flops = attention_flops(2, 8, visible_pairs(lag_matrix("block_causal", 2), 16))
     assert flops == 2 * 2 * 2 * 8 * (4 * 15 * 16 // 2 + 32)
     assert line["both_gflop_per_second"] == round(3 * flops / 2e-3 / 1e9, 1)
     assert line["both_share_of_peak"] == round(3 * flops / 2e-3 / 989.5e12, 4)

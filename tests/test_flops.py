@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msllm.config import ModelConfig, StreamsConfig
-from msllm.flops import train_flops, visible_pairs
+from msllm.flops import batch_pairs, train_flops, visible_pairs
 from msllm.streams import NEVER, StreamSpec, make_cells, visibility_table
 
 
@@ -15,6 +15,19 @@ def test_visible_pairs_counts_the_rule(rows, lags):
     lag = np.array(lags, np.int32).reshape(3, 3)
     cells = make_cells(np.ones((1, rows, 3), bool), np.ones((1, rows), np.int32))
     assert visible_pairs(lag, rows) == visibility_table(cells, lag).sum()
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1), st.lists(st.sampled_from([0, 1, 2, 5, NEVER]), min_size=9, max_size=9), st.booleans()
+)
+def test_batch_pairs_counts_the_rule_in_packed_tables_with_absent_and_silent_cells(seed, lags, skip_silence):
+    rng, lag = np.random.default_rng(seed), np.array(lags, np.int32).reshape(3, 3)
+    segment = np.sort(rng.integers(1, 4, (2, 9)), 1)
+    present, silent = rng.random((2, 2, 9, 3)) < 0.7
+    cells = make_cells(present, segment, silent if skip_silence else None)
+    expected = sum(visibility_table(cells, lag, batch).sum() for batch in range(2))
+    assert batch_pairs(lag, present, cells.seen, segment) == expected
 
 
 def test_one_stream_costs_six_operations_per_weight_and_token_and_the_causal_triangle():

@@ -13,7 +13,7 @@ ORDER = """
 errors shapes
 config
 streams
-compiler
+compiler cluster
 sharding
 attention.case attention.blocks attention.reference attention.chunked attention.gpu attention.splash attention
 layers
@@ -25,7 +25,8 @@ data data.dictation data.tables data.packing data.records data.converters data.l
 step
 checkpoint
 metrics flops
-hardware hlo roofline page
+hardware goodput meter
+hlo roofline page
 hf
 load
 decode

@@ -14,13 +14,16 @@ import pytest
 from msllm import train as train_lib
 from msllm.checkpoint import Checkpoints, load_model
 from msllm.errors import UserError
+from msllm.goodput import KINDS, PAST
+from msllm.meter import Meter
 from msllm.train import train
 from runs import compile_once, data_dir, dictation, host, metrics, replace, write_config_file  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
 AGAIN = "run `python -m msllm.prepare` again into an empty directory"
-TIMES = ("tokens_per_second", "spoken_tokens_per_second", "step_seconds", "data_wait_share", "memory_mib")
+TIMES = ("tokens_per_second", "spoken_tokens_per_second", "step_seconds", "data_wait_share", "memory_mib", "goodput")
+TIMES += tuple(f"time/{kind}" for kind in (*KINDS, *PAST))
 
 
 @pytest.fixture
@@ -44,14 +47,14 @@ def reproducible(workdir):
 
 def stop_after(monkeypatch, step):
     """Ctrl-C while the step after `step` is being dispatched."""
-    dispatched = train_lib._Meter.dispatched
+    dispatched = Meter.dispatched
 
-    def interrupting(self, done, values):
+    def interrupting(self, done, *rest):
         if done == step:
             signal.raise_signal(signal.SIGINT)
-        dispatched(self, done, values)
+        dispatched(self, done, *rest)
 
-    monkeypatch.setattr(train_lib._Meter, "dispatched", interrupting)
+    monkeypatch.setattr(Meter, "dispatched", interrupting)
 
 
 def same_parameters(workdir, other):

@@ -1,0 +1,77 @@
+"""Where the time of a run goes: training, and everything else by name, over all its attempts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+
+from etils import epath
+
+# What this process does, second by second: nothing is counted twice or left out. `steps` is the productive part.
+KINDS = ("startup", "restore", "compile", "steps", "data", "checkpoint", "evaluation")
+PAST = ("lost", "down")  # of earlier attempts: steps that had to be repeated; time in which no process ran
+
+
+class Goodput:
+    """A stopwatch with one hand and several scales, kept in a file beside the metrics.
+
+    Attributes:
+      seconds: {kind: seconds}, of all attempts so far. attempts: how often the run was started.
+    """
+
+    def __init__(self, path: epath.Path, before: float = 0.0):
+        """`path`: where earlier attempts left their times. `before`: seconds that this process has run already."""
+        self._path, self._now = path, time.monotonic()
+        self._kind = "startup"
+        past = json.loads(path.read_text()) if path.exists() else {}
+        self.seconds = dict.fromkeys((*KINDS, *PAST), 0.0) | past.get("seconds", {})
+        self.attempts = past.get("attempts", 0) + 1
+        self._marks = past.get("steps_seconds_at", {})  # {step: seconds of `steps` when it was saved}
+        self.seconds["startup"] += before
+        if "time" in past:
+            self.seconds["down"] += max(0.0, time.time() - before - past["time"])
+
+    def restored(self, step: int) -> None:
+        """The run goes on from `step`: what earlier attempts did after it is lost."""
+        kept = min(self._marks.get(str(step), 0.0), self.seconds["steps"])
+        self.seconds["lost"] += self.seconds["steps"] - kept
+        self.seconds["steps"] = kept
+        self._marks = {at: seconds for at, seconds in self._marks.items() if int(at) <= step}
+
+    @contextlib.contextmanager
+    def inside(self, kind: str) -> Iterator[None]:
+        """Counts the time inside as `kind`, one of KINDS."""
+        outer = self._switch(kind)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+
+    def begin(self, kind: str) -> None:
+        """Counts the time from now on as `kind`."""
+        self._switch(kind)
+
+    def _switch(self, kind: str) -> str:
+        now, outer = time.monotonic(), self._kind
+        self.seconds[outer] += now - self._now
+        self._now, self._kind = now, kind
+        return outer
+
+    def saved(self, step: int) -> None:
+        """A checkpoint of `step` is on its way."""
+        self._switch(self._kind)
+        self._marks[str(step)] = self.seconds["steps"]
+
+    def values(self) -> dict[str, float]:
+        """`goodput`, the productive share of all time, and `time/KIND` in seconds."""
+        self._switch(self._kind)
+        total = sum(self.seconds.values())
+        return {"goodput": self.seconds["steps"] / total, **{f"time/{kind}": s for kind, s in self.seconds.items()}}
+
+    def write(self) -> None:
+        """Keeps the times for the next attempt."""
+        self._switch(self._kind)
+        state = {"seconds": self.seconds, "attempts": self.attempts, "steps_seconds_at": self._marks, "time": time.time()}
+        self._path.write_text(json.dumps(state))
