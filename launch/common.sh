@@ -61,7 +61,8 @@ need_config() {
 quoted() {
   local word line=
   for word in "$@"; do
-    [[ $word =~ ^[A-Za-z0-9_./:=,@%+~^-]+$ ]] || printf -v word '%q' "$word"
+    # shellcheck disable=SC1003
+    [[ $word =~ ^[A-Za-z0-9_./:=,@%+^-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
     line+=" $word"
   done
   printf '%s\n' "${line# }"
