@@ -7,9 +7,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() {
   cat <<'EOF'
-usage: launch/on_host.sh install | start [VARIABLE=VALUE ...] -- ARGUMENT ... | status | stop
+usage: launch/on_host.sh install [DATA] | start [VARIABLE=VALUE ...] -- ARGUMENT ... | status | stop
 
-  install   makes .venv with msllm in it, with a Python of its own if the host has none that is new enough
+  install   makes .venv with msllm in it, with a Python of its own if the host has none that is new enough; copies the
+            folder DATA (gs://BUCKET/FOLDER) to data/FOLDER
   start     ends what is running, then runs `python -m msllm.train ARGUMENT ...` in the background
   status    prints none, running, stopped or "exit STATUS"
   stop      ends what is running: the step is finished and saved
@@ -67,6 +68,11 @@ case ${1:---help} in
       python3 -m uv venv -q --seed --python 3.12 .venv
     fi
     use_environment tpu
+    if [[ -n ${2:-} ]]; then
+      folder=data/$(basename "$2")
+      mkdir -p "$folder"
+      gcloud storage rsync --recursive "$2" "$folder"
+    fi
     ;;
   start)
     shift

@@ -107,22 +107,19 @@ EOF
   line=$(quoted "$python" -m msllm.train --config="$config" --workdir="$workdir" ${passed[@]+"${passed[@]}"})
   cat <<EOF
 
+# The time limit is near, or the job is preempted: the signal came to this script alone. scancel passes it on to all
+# processes; they finish the step, save and end with status 75.
+trap 'scancel --signal=TERM "\$SLURM_JOB_ID"' TERM
+
 # If one process ends, the others get a while to end by themselves: they may be saving.
 srun --kill-on-bad-exit=0 --wait=$grace $line &
 EOF
   cat <<'EOF'
 srun=$!
-
-# The time limit is near, or the job is preempted: the signal came to this script alone, and goes on to all processes.
-# It is the first one that counts; they finish the step, save and end with status 75.
-trap 'scancel --signal=TERM "$SLURM_JOB_ID"' TERM
-
+wait "$srun"
+while kill -0 "$srun" 2>/dev/null; do wait "$srun"; done # a signal interrupts wait
 wait "$srun"
 status=$?
-while kill -0 "$srun" 2>/dev/null; do # a signal interrupts wait
-  wait "$srun"
-  status=$?
-done
 
 case $status in
   0 | 2)

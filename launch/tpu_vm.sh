@@ -25,6 +25,8 @@ Options:
   --type=TYPE               accelerator type, e.g. v5litepod-256, v6e-256, v5p-128 (create, run)
   --config=FILE             a config of this repository (start, run)
   --workdir=PLACE           gs://BUCKET/FOLDER, or a folder that all hosts share (start, run)
+  --data=gs://BUCKET/FOLDER prepared data: install copies them to data/FOLDER of the repository on every host, which is
+                            what --config.data.dir must then name
   --slices=N                slices of that type; default 1
   --spot                    VMs that may be preempted
   --reserved                from a reservation
@@ -48,7 +50,7 @@ Exit status of run: 0 complete; 2 bad input; 75 stopped with `stop`, start conti
 EOF
 }
 
-command='' name='' zone='' project='' type='' config='' workdir='' slices=1 spot='' reserved='' runtime=''
+command='' name='' zone='' project='' type='' config='' workdir='' data='' slices=1 spot='' reserved='' runtime=''
 service_account='' network='' subnetwork='' commit=HEAD repository='' slice=0 worker=0 poll=60 restarts=20 keep='' dry_run=''
 variables=() ssh_options=() passed=()
 for argument in "$@"; do
@@ -64,6 +66,7 @@ for argument in "$@"; do
     --type=*) type=$value ;;
     --config=*) config=$value ;;
     --workdir=*) workdir=$value ;;
+    --data=*) data=$value ;;
     --slices=*) slices=$value ;;
     --spot) spot=1 ;;
     --reserved) reserved=1 ;;
@@ -100,6 +103,7 @@ for needed in name zone project; do
 done
 [[ $name =~ ^[a-z]([a-z0-9-]{0,40}[a-z0-9])?$ ]] ||
   fail "--name is '$name': lower-case letters, digits and hyphens, a letter first, at most 42 (the nodes are named after it)"
+[[ -z $data || $data == gs://?*/?* ]] || fail "--data is '$data': must be gs://BUCKET/FOLDER"
 need_number --slices "$slices" 1
 need_number --slice "$slice" 0
 need_number --worker "$worker" 0
@@ -171,10 +175,10 @@ delete() {
 }
 
 install() {
-  local archive
+  local archive make="bash msllm/launch/on_host.sh install${data:+ $(quoted "${data%/}")}"
   if [[ -n $repository ]]; then
     on_hosts all all "if [ ! -d msllm/.git ]; then git clone -q $(quoted "$repository") msllm; fi && \
-git -C msllm fetch -q origin && git -C msllm checkout -q $revision && bash msllm/launch/on_host.sh install"
+git -C msllm fetch -q origin && git -C msllm checkout -q $revision && $make"
     return
   fi
   archive=${TMPDIR:-/tmp}/msllm-$revision.tar.gz
@@ -182,7 +186,7 @@ git -C msllm fetch -q origin && git -C msllm checkout -q $revision && bash msllm
     queued_resources scp "$archive" "$name:msllm.tar.gz" --node=all --worker=all ${ssh_options[@]+"${ssh_options[@]}"} &&
     do_or_say rm -f "$archive" &&
     on_hosts all all "mkdir -p msllm && find msllm -mindepth 1 -maxdepth 1 ! -name .venv ! -name data -exec rm -rf {} + && \
-tar -xzf msllm.tar.gz -C msllm && bash msllm/launch/on_host.sh install"
+tar -xzf msllm.tar.gz -C msllm && $make"
 }
 
 start() {
