@@ -279,12 +279,16 @@ exit "$status"
 
 
 @pytest.fixture
-def cloud(tmp_path):
+def cloud(tmp_path, monkeypatch):
     program(tmp_path / "bin" / "gcloud", GCLOUD)
     program(tmp_path / "host" / "msllm" / ".venv" / "bin" / "python", TRAINING)
     stamp = tmp_path / "host" / "msllm" / ".venv" / "installed-tpu"  # nothing to install
     stamp.touch()
     os.utime(stamp, (2**32, 2**32))
+    # What is installed is a commit: one of the files as they are, which leaves them and all branches alone.
+    who = {f"GIT_{role}_{what}": "test" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    commit = launch("git", "stash", "create", **who).stdout.strip() or "HEAD"
+    monkeypatch.setattr(sys.modules[__name__], "TPU_VM", (*TPU_VM, f"--commit={commit}"))
     return tmp_path, {"CLOUD": tmp_path, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "TMPDIR": tmp_path}
 
 
