@@ -54,7 +54,7 @@ need_number() {
 # need_config FILE: fails unless it is a config of this repository, which every host will have under the same name.
 need_config() {
   [[ -n $1 ]] || fail "--config is missing: name a file, e.g. --config=configs/quickstart.py (see --help)"
-  [[ -f $1 ]] || fail "the config is '$1': there is no such file; name one from the repository's root, e.g. configs/quickstart.py"
+  [[ -f $1 ]] || fail "the config is '$1': there is no such file; name one, e.g. configs/quickstart.py, from the root"
 }
 
 # quoted WORD ...: the words as one line that a shell reads back.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The rehearsal of a pod: several processes of msllm.train on this machine, each with CPU devices, restarted as on a pod.
+# The rehearsal of a pod: several processes of msllm.train on this machine, with CPU devices, restarted as on a pod.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=/dev/null
@@ -11,13 +11,13 @@ usage: launch/local_pod.sh PROCESSES CONFIG [OPTION ...]
 
 Trains CONFIG (e.g. configs/quickstart.py) with PROCESSES processes, joined over the loopback as the hosts of a pod are.
 The output of process I of the K-th start is in WORKDIR/logs/attempt-K/process-I.log, its process id in process-I.pid;
-that of process 0 is also shown here. If a process dies, the others get a while to end by themselves, then they are killed.
+that of process 0 is also shown here. If a process dies, the others get a while to end by themselves and are killed.
 
   --devices=D               CPU devices of every process; default 1
   --workdir=DIR             checkpoints, metrics, logs; default runs/local_pod
-  --restarts=R              starts again up to R times after a process has died or the run was preempted; default 0. Never
-                            after status 2, nor when you stop it
-  --grace=SECONDS           how long the other processes may take to end once one has died, or once you stop the run; the
+  --restarts=R              starts again up to R times after a process has died or the run was preempted; default 0.
+                            Never after status 2, nor when you stop it
+  --grace=SECONDS           how long the other processes may take to end once one has died, or once you stop it; the
                             default, 150, is more than the heartbeat timeout, after which a host is known to be lost
   --config.KEY=VALUE        overrides a setting; so do --initialization_timeout=SECONDS and --heartbeat_timeout=SECONDS
   --python=PROGRAM          runs msllm, instead of that of .venv, which is made if need be
@@ -56,7 +56,7 @@ for argument in "$@"; do
       ;;
   esac
 done
-[[ -n $config ]] || fail "PROCESSES and CONFIG are missing, e.g. launch/local_pod.sh 4 configs/quickstart.py (see --help)"
+[[ -n $config ]] || fail "PROCESSES or CONFIG are missing: launch/local_pod.sh 4 configs/quickstart.py (see --help)"
 need_number PROCESSES "$processes" 1
 need_number --devices "$devices" 1
 need_number --restarts "$restarts" 0
@@ -103,7 +103,7 @@ if [[ -z $python ]]; then
   use_environment
   python=.venv/bin/python
 fi
-command -v "$python" >/dev/null || fail "--python is '$python': there is no such program; name one that has msllm installed"
+command -v "$python" >/dev/null || fail "--python is '$python': no such program; name a Python that has msllm"
 # shellcheck source=/dev/null
 . launch/env.sh
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on the GPUs of a Slurm cluster: writes the job's script and submits it; the job requeues itself until it is done.
+# Trains on the GPUs of a Slurm cluster: submits a job that saves in time and requeues itself until it is done.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=/dev/null
@@ -17,8 +17,8 @@ died, up to a number of times. Run from the repository, in a folder that all nod
   --nodes=N                 default 1
   --gpus=G                  cards of a node; default 8
   --per=node|gpu            one process per node (default) or per card. Per node, the data are read once and one Python
-                            drives all cards. Per card, each Python has less to do and is bound to its own cores: try it if
-                            cards wait for the host, or if collectives hang with several cards in a process
+                            drives all cards. Per card, each Python has less to do and is bound to its own cores: try it
+                            if cards wait for the host, or if collectives hang with several cards in a process
   --time=[D-]HH:MM:SS       time limit; default 24:00:00
   --save-seconds=S          how long before the time limit the job is told to save; default 300. A step, the checkpoint
                             and the way to storage must fit
@@ -37,7 +37,8 @@ died, up to a number of times. Run from the repository, in a folder that all nod
 EOF
 }
 
-config='' workdir='' nodes=1 gpus=8 per=node time=24:00:00 save=300 grace=150 requeues=10 name=msllm python='' dry_run=''
+config='' workdir='' nodes=1 gpus=8 per=node time=24:00:00 save=300 grace=150 requeues=10 name=msllm python=''
+dry_run=''
 options=() variables=() passed=()
 for argument in "$@"; do
   value=${argument#*=}
@@ -73,7 +74,7 @@ need_number --save-seconds "$save" 1
 need_number --grace "$grace" 1
 need_number --requeues "$requeues" 0
 [[ $per == node || $per == gpu ]] || fail "--per is '$per': must be node or gpu (one process for each)"
-[[ $time =~ ^([0-9]+-)?[0-9]{1,2}:[0-9]{2}:[0-9]{2}$ ]] || fail "--time is '$time': must be [DAYS-]HOURS:MINUTES:SECONDS"
+[[ $time =~ ^([0-9]+-)?[0-9]{1,2}:[0-9]{2}:[0-9]{2}$ ]] || fail "--time is '$time': must be [D-]HH:MM:SS"
 [[ $name =~ ^[A-Za-z0-9._-]+$ ]] || fail "--name is '$name': letters, digits, dots, hyphens and underscores only"
 for option in ${options[@]+"${options[@]}"}; do
   [[ $option == -* ]] || fail "--sbatch is '$option': must be an option of sbatch, e.g. --sbatch=--partition=gpu"
@@ -88,7 +89,8 @@ script() {
   if [[ $per == gpu ]]; then tasks=$gpus; fi
   echo "#!/usr/bin/env bash"
   for option in --job-name="$name" --nodes="$nodes" --ntasks-per-node="$tasks" --gpus-per-node="$gpus" --time="$time" \
-    --signal="B:TERM@$save" --requeue --open-mode=append --output="$workdir/slurm-%j.log" ${options[@]+"${options[@]}"}; do
+    --signal="B:TERM@$save" --requeue --open-mode=append \
+    --output="$workdir/slurm-%j.log" ${options[@]+"${options[@]}"}; do
     echo "#SBATCH $option"
   done
   cat <<EOF

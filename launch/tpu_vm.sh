@@ -17,9 +17,9 @@ Commands; each can be repeated:
   logs      follows the log of one host
   stop      ends training on every host: the step is finished and saved
   delete    deletes the TPU VMs and the queued resource
-  run       all of it: creates, waits, installs, starts, watches. After a preemption it asks for new VMs, after a crash it
-            starts again; it deletes the VMs when the run is complete or its input is bad. If it is interrupted training
-            goes on, and the same command watches it again
+  run       all of it: creates, waits, installs, starts, watches. After a preemption it asks for new VMs, after a crash
+            it starts again; it deletes the VMs when the run is complete or its input is bad. If it is interrupted
+            training goes on, and the same command watches it again
 
 Options:
   --type=TYPE               accelerator type, e.g. v5litepod-256, v6e-256, v5p-128 (create, run)
@@ -51,7 +51,8 @@ EOF
 }
 
 command='' name='' zone='' project='' type='' config='' workdir='' data='' slices=1 spot='' reserved='' runtime=''
-service_account='' network='' subnetwork='' commit=HEAD repository='' slice=0 worker=0 poll=60 restarts=20 keep='' dry_run=''
+service_account='' network='' subnetwork='' commit=HEAD repository='' slice=0 worker=0 poll=60 restarts=20 keep=''
+dry_run=''
 variables=() ssh_options=() passed=()
 for argument in "$@"; do
   value=${argument#*=}
@@ -102,7 +103,7 @@ for needed in name zone project; do
   [[ -n ${!needed} ]] || fail "--$needed is missing: every command needs --name, --zone and --project (see --help)"
 done
 [[ $name =~ ^[a-z]([a-z0-9-]{0,40}[a-z0-9])?$ ]] ||
-  fail "--name is '$name': lower-case letters, digits and hyphens, a letter first, at most 42 (the nodes are named after it)"
+  fail "--name is '$name': lower-case letters, digits and hyphens, a letter first, at most 42"
 [[ -z $data || $data == gs://?*/?* ]] || fail "--data is '$data': must be gs://BUCKET/FOLDER"
 need_number --slices "$slices" 1
 need_number --slice "$slice" 0
@@ -113,20 +114,21 @@ for variable in ${variables[@]+"${variables[@]}"}; do
   [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "--env is '$variable': must be VARIABLE=VALUE"
 done
 if [[ $command == create || $command == run ]]; then
-  [[ $type =~ ^[a-z0-9]+-[0-9]+$ ]] || fail "--type is '$type': must be an accelerator type such as v5litepod-256 (see --help)"
+  [[ $type =~ ^[a-z0-9]+-[0-9]+$ ]] || fail "--type is '$type': must be an accelerator type, e.g. v5litepod-256"
   runtime=${runtime:-$(awk -v type="${type%-*}" '$1 !~ /^#/ && $2 == type { print $3 }' launch/tpus.txt)}
-  [[ -n $runtime ]] || fail "--type is '$type': launch/tpus.txt has no runtime version for it; give one with --runtime=VERSION"
+  [[ -n $runtime ]] || fail "--type is '$type': launch/tpus.txt has no runtime version for it; give --runtime=VERSION"
   [[ -z $spot || -z $reserved ]] || fail "--spot and --reserved exclude each other: choose one"
 fi
 if [[ $command == start || $command == run ]]; then
   need_config "$config"
   [[ $workdir == gs://?* || $workdir == /* ]] ||
-    fail "--workdir is '$workdir': every host must see the same place; give gs://BUCKET/FOLDER or a shared folder's full path"
+    fail "--workdir is '$workdir': every host must see the same place; give gs://BUCKET/FOLDER or a shared folder"
 fi
 if [[ $command == install || $command == run ]]; then
-  revision=$(git rev-parse --verify --quiet "$commit^{commit}") || fail "--commit is '$commit': git knows no such commit here"
+  revision=$(git rev-parse --verify --quiet "$commit^{commit}") || fail "--commit is '$commit': git knows no such commit"
 fi
-[[ -n $dry_run ]] || command -v gcloud >/dev/null || fail "gcloud is not installed: see https://cloud.google.com/sdk/docs/install"
+[[ -n $dry_run ]] || command -v gcloud >/dev/null ||
+  fail "gcloud is not installed: see https://cloud.google.com/sdk/docs/install"
 
 queued_resources() {
   local verb=$1
@@ -185,7 +187,8 @@ git -C msllm fetch -q origin && git -C msllm checkout -q $revision && $make"
   do_or_say git archive --format=tar.gz --output="$archive" "$revision" &&
     queued_resources scp "$archive" "$name:msllm.tar.gz" --node=all --worker=all ${ssh_options[@]+"${ssh_options[@]}"} &&
     do_or_say rm -f "$archive" &&
-    on_hosts all all "mkdir -p msllm && find msllm -mindepth 1 -maxdepth 1 ! -name .venv ! -name data -exec rm -rf {} + && \
+    on_hosts all all "mkdir -p msllm && \
+find msllm -mindepth 1 -maxdepth 1 ! -name .venv ! -name data -exec rm -rf {} + && \
 tar -xzf msllm.tar.gz -C msllm && $make"
 }
 
@@ -265,7 +268,9 @@ run() {
     fi
     say "training: $outcome"
     # One host may know better than the first why all have ended.
-    if [[ $outcome == "exit "* && $outcome != "exit 0" ]] && statuses all all | grep -qx "exit 2"; then outcome="exit 2"; fi
+    if [[ $outcome == "exit "* && $outcome != "exit 0" ]] && statuses all all | grep -qx "exit 2"; then
+      outcome="exit 2"
+    fi
     case $outcome in
       "exit 0") finish 0 ;;
       "exit 2")

@@ -91,7 +91,7 @@ def test_help_names_what_there_is(script):
     [
         (("launch/local_pod.sh", "0", "configs/quickstart.py"), "PROCESSES is '0': must be a whole number"),
         (("launch/local_pod.sh", "2", "configs/none.py"), "'configs/none.py': there is no such file"),
-        (("launch/local_pod.sh", "2"), "CONFIG are missing"),
+        (("launch/local_pod.sh", "2"), "CONFIG are missing:"),
         (("launch/local_pod.sh", "2", "configs/quickstart.py", "--restarts=x"), "--restarts is 'x'"),
         (("launch/local_pod.sh", "2", "configs/quickstart.py", "--workdir=gs://a/b"), "are local files"),
         (("launch/local_pod.sh", "2", "configs/quickstart.py", "--lr=1"), "unknown argument --lr=1"),
@@ -114,7 +114,11 @@ def test_help_names_what_there_is(script):
 )
 def test_bad_arguments_end_with_status_2(command, message):
     found = launch(*command, "--dry-run")
-    assert found.returncode == 2 and message in found.stderr and found.stderr.startswith(("error: ", "Failed to find host"))
+    assert (
+        found.returncode == 2
+        and message in found.stderr
+        and found.stderr.startswith(("error: ", "Failed to find host"))
+    )
 
 
 def test_jaxlib_knows_the_flags_of_xla():
@@ -137,7 +141,14 @@ busy() { while true; do sleep 0.1; done; }
 
 def local_pod(tmp_path, body, *options):
     stub = program(tmp_path / "stub", STUB + body)
-    return ("launch/local_pod.sh", "3", "configs/quickstart.py", f"--python={stub}", f"--workdir={tmp_path}/run", *options)
+    return (
+        "launch/local_pod.sh",
+        "3",
+        "configs/quickstart.py",
+        f"--python={stub}",
+        f"--workdir={tmp_path}/run",
+        *options,
+    )
 
 
 def logs(tmp_path, attempt):
@@ -178,8 +189,13 @@ def test_local_pod_does_not_repeat_bad_input(tmp_path):
 def test_local_pod_starts_again_after_a_death(tmp_path):
     # The first time process 1 dies, process 2 notices and process 0 hangs.
     body = """
-    if [[ -e $workdir/again ]]; then exit 0; fi
-    case $id in 0) trap '' TERM; busy ;; 1) touch "$workdir/again"; kill -KILL $$ ;; 2) sleep 0.4; echo noticed; exit 1 ;; esac
+    if [[ -e $workdir/again-$id ]]; then exit 0; fi
+    touch "$workdir/again-$id"
+    case $id in
+      0) trap '' TERM; busy ;;
+      1) kill -KILL $$ ;;
+      2) sleep 0.4; echo noticed; exit 1 ;;
+    esac
     """
     found = launch(*local_pod(tmp_path, body, "--restarts=1", "--grace=1"))
     assert found.returncode == 0, found.stderr
@@ -196,7 +212,9 @@ def test_local_pod_gives_up(tmp_path):
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGINT, 0)])
 def test_local_pod_passes_signals_on(tmp_path, number, status):
     command = local_pod(tmp_path, "echo ready; busy", "--restarts=3")
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True) as pod:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    ) as pod:
         wait_for(lambda: sum("ready" in log for log in logs(tmp_path, 1)) == 3)
         os.killpg(pod.pid, number) if number == signal.SIGINT else pod.send_signal(number)
         assert pod.wait(10) == status
@@ -231,7 +249,11 @@ def test_tpu_vm_asks_for_one_slice_and_for_several():
     options = ("--slices=2", "--spot", "--service-account=me@x")
     assert shown_commands(*TPU_VM, "create", *options) == [[*resources, "create", "pod", *several, *place]]
     assert shown_commands(*TPU_VM, "delete") == [[*resources, "delete", "pod", "--force", "--quiet", *place]]
-    for type_, runtime in (("v6e-256", "v2-alpha-tpuv6e"), ("v5p-128", "v2-alpha-tpuv5"), ("v4-128", "tpu-ubuntu2204-base")):
+    for type_, runtime in (
+        ("v6e-256", "v2-alpha-tpuv6e"),
+        ("v5p-128", "v2-alpha-tpuv5"),
+        ("v4-128", "tpu-ubuntu2204-base"),
+    ):
         assert f"--runtime-version={runtime}" in shown_commands(*TPU_VM, "create", f"--type={type_}")[0]
 
 
@@ -246,7 +268,9 @@ def test_tpu_vm_quotes_what_a_host_shall_read():
 def test_tpu_vm_run_prints_the_whole_course():
     verbs = [command[4] if command[0] == "gcloud" else command[0] for command in shown_commands(*TPU_VM, "run")]
     assert verbs == ["create", "list", "git", "scp", "rm", "ssh", "ssh", "ssh", "delete"]
-    assert "delete" not in [command[4] for command in shown_commands(*TPU_VM, "run", "--keep") if command[0] == "gcloud"]
+    assert "delete" not in [
+        command[4] for command in shown_commands(*TPU_VM, "run", "--keep") if command[0] == "gcloud"
+    ]
 
 
 # One host, which is a folder, and a queued resource, whose state is a file. Training ends with the next of `statuses`.
@@ -325,7 +349,9 @@ def test_tpu_vm_gives_up_after_crashes_and_keeps_the_machines(cloud):
 def test_tpu_vm_stop_saves_and_ends_the_watch(cloud):
     folder, environment = cloud
     (folder / "statuses").write_text("wait\n0\n")
-    watch = subprocess.Popen([*TPU_VM, "run", "--poll=1"], cwd=ROOT, env=os.environ | {k: str(v) for k, v in environment.items()})
+    watch = subprocess.Popen(
+        [*TPU_VM, "run", "--poll=1"], cwd=ROOT, env=os.environ | {k: str(v) for k, v in environment.items()}
+    )
     try:
         wait_for(lambda: (folder / "host" / "msllm-run" / "train.log").exists())
         assert launch(*TPU_VM, "status", **environment).stdout.split() == ["ACTIVE", "1", "running"]
@@ -377,9 +403,18 @@ def job(cluster, **environment):
 
 
 def test_slurm_job_asks_for_what_is_needed(tmp_path):
-    per_node = launch(*SLURM, "--workdir=runs/x", "--nodes=2", "--sbatch=--partition=gpu", "--dry-run", "--env=A=b c").stdout
+    per_node = launch(
+        *SLURM, "--workdir=runs/x", "--nodes=2", "--sbatch=--partition=gpu", "--dry-run", "--env=A=b c"
+    ).stdout
     options = set(re.findall(r"^#SBATCH (.*)", per_node, re.M))
-    wanted = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8", "--signal=B:TERM@300", "--requeue", "--partition=gpu")
+    wanted = (
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--gpus-per-node=8",
+        "--signal=B:TERM@300",
+        "--requeue",
+        "--partition=gpu",
+    )
     assert {*wanted, "--open-mode=append", "--time=24:00:00", f"--output={ROOT}/runs/x/slurm-%j.log"} <= options
     assert "export JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7\n" in per_node and "export A='b c'\n" in per_node
     assert all(f"export {key}={value}\n" in per_node for key, value in values_of("gpu").items())
@@ -552,12 +587,12 @@ def test_jobset_restarts_what_is_worth_it(jobset, code, disrupted, action):
     shape = jobset.Slice("tpu-v6e-slice", "2x4", hosts=2, chips_per_host=4)
     manifest = jobset.manifest("mine", "image", [], shape, 1, 90, 5)
     reason, message = "BackoffLimitExceeded", ""
-    for index, rule in enumerate(validated(manifest)["podFailurePolicy"]["rules"]):
+    for rule in validated(manifest)["podFailurePolicy"]["rules"]:
         if code in rule.get("onExitCodes", {}).get("values", []):
             # The words of pkg/controller/job/pod_failure_policy.go of kubernetes.
-            message = f"Container msllm for pod default/mine-slice-0-0 failed with exit code {code} matching FailJob rule at index {index}"
+            message = f"Container msllm for pod default/p failed with exit code {code} matching FailJob rule at index 0"
         elif disrupted and "onPodConditions" in rule:
-            message = f"Pod default/mine-slice-0-0 has condition DisruptionTarget matching FailJob rule at index {index}"
+            message = "Pod default/p has condition DisruptionTarget matching FailJob rule at index 2"
         if message:
             reason = "PodFailurePolicy"
             break

@@ -3,7 +3,7 @@
     python launch/gke/jobset.py --config=configs/8b_v5e_256.py --topology=v5e:16x16 --image=IMAGE --name=mine \
       --workdir=gs://BUCKET/mine [--num_slices=2] [--config.optim.lr=1e-3 ...] | kubectl apply -f -
 
-A slice is a Job, a host of it a pod. Needs JobSet 0.10.1 or later in the cluster, for the patterns of its failure policy.
+A slice is a Job, a host of it a pod. Needs JobSet 0.10.1 or later in the cluster (patterns of its failure policy).
 Overrides of the config go into the manifest. docs/pods.md leads through the rest.
 """
 
@@ -29,7 +29,11 @@ from msllm.streams import StreamSpec
 
 LAUNCH = pathlib.Path(__file__).resolve().parent.parent
 JOB = "slice"  # the name of the replicated job; the host that coordinates is NAME-slice-0-0.NAME
-PORTS = {"tpu": 8471, "jax": 8482, "megascale": 8080}  # libtpu's, jax's (cloud_tpu_cluster.py) and libtpu's between slices
+PORTS = {
+    "tpu": 8471,
+    "jax": 8482,
+    "megascale": 8080,
+}  # libtpu's, jax's (cloud_tpu_cluster.py) and libtpu's between slices
 # To finish a step and to gather everybody before the checkpoint is written; what a host writes at least, bytes/s.
 STEP_SECONDS, HOST_WRITES = 60, 50e6
 
@@ -72,7 +76,9 @@ def environment(num_slices: int, name: str) -> list[dict[str, Any]]:
     GKE tells every pod its place within the slice (TPU_WORKER_ID, TPU_WORKER_HOSTNAMES). Of slices, jax and libtpu read
     the MEGASCALE variables (jax/_src/clusters/cloud_tpu_cluster.py); the index of a slice is that of its Job.
     """
-    lines = [line.removeprefix("tpu ") for line in (LAUNCH / "flags.env").read_text().splitlines() if line[:4] == "tpu "]
+    lines = [
+        line.removeprefix("tpu ") for line in (LAUNCH / "flags.env").read_text().splitlines() if line[:4] == "tpu "
+    ]
     variables = [{"name": key, "value": value} for key, _, value in (line.partition("=") for line in lines)]
     if num_slices > 1:
         index = {"fieldRef": {"fieldPath": "metadata.annotations['jobset.sigs.k8s.io/job-index']"}}
@@ -215,7 +221,9 @@ def _main() -> None:
     num_slices = flags.DEFINE_integer("num_slices", 1, "Slices of that topology.")
     restarts = flags.DEFINE_integer("restarts", 20, "Restarts after a process has died; preemptions do not count.")
     grace = flags.DEFINE_integer(
-        "grace", None, "Seconds in which a pod that must end may finish its step and save; default: by the config's size."
+        "grace",
+        None,
+        "Seconds in which a pod that must end may finish its step and save; default: by the config's size.",
     )
     spot = flags.DEFINE_boolean("spot", False, "Run on Spot VMs.")
     host_network = flags.DEFINE_boolean(
@@ -234,7 +242,7 @@ def _main() -> None:
                 raise UserError(f"--{flag.name} is {flag.value}: must be at least {least}")
         if not re.match(r"gs://.|/.", text["workdir"].value):
             raise UserError(
-                f"--workdir is {text['workdir'].value!r}: all pods must see the same place; give gs://BUCKET/FOLDER, or "
+                f"--workdir is {text['workdir'].value!r}: all pods must see the same place; give gs://BUCKET/FOLDER or "
                 "the full path of a volume that the image mounts"
             )
         jax.config.update("jax_platforms", "cpu")
@@ -242,7 +250,7 @@ def _main() -> None:
         shape = describe(text["topology"].value, devices, num_slices.value)
         if num_slices.value > 1 and shape.hosts == 1:
             raise UserError(
-                f"--num_slices is {num_slices.value}: GKE joins slices of several hosts, {text['topology'].value} has one"
+                f"--num_slices is {num_slices.value}: GKE joins slices of many hosts; {text['topology'].value} has one"
             )
         config = from_config_dict(settings.value)
         make_mesh(config.mesh, devices)  # the mesh must fit these devices
