@@ -17,8 +17,8 @@ died, up to a number of times. Run from the repository, in a folder that all nod
   --nodes=N                 default 1
   --gpus=G                  cards of a node; default 8
   --per=node|gpu            one process per node (default) or per card. Per node, the data are read once and one Python
-                            drives all cards. Per card, each Python has less to do and is bound to its own cores: try it
-                            if cards wait for the host, or if collectives hang with several cards in a process
+                            drives all cards. Per card, each Python has less to do: try it if cards wait for the
+                            host, or if collectives hang with several cards in a process
   --time=[D-]HH:MM:SS       time limit; default 24:00:00
   --save-seconds=S          how long before the time limit the job is told to save; default 300. A step, the checkpoint
                             and the way to storage must fit

@@ -204,6 +204,12 @@ def test_local_pod_starts_again_after_a_death(tmp_path):
     no_orphans(tmp_path)
 
 
+def test_local_pod_starts_again_after_a_preemption(tmp_path):
+    body = 'if [[ -e $workdir/again-$id ]]; then exit 0; fi; touch "$workdir/again-$id"; exit 75'
+    found = launch(*local_pod(tmp_path, body, "--restarts=1"))
+    assert found.returncode == 0 and len(logs(tmp_path, 2)) == 3 and not logs(tmp_path, 3)
+
+
 def test_local_pod_gives_up(tmp_path):
     found = launch(*local_pod(tmp_path, "if [[ $id == 0 ]]; then exit 9; fi; exit 75", "--restarts=1"))
     assert found.returncode == 9 and logs(tmp_path, 2) and not logs(tmp_path, 3)
@@ -346,21 +352,22 @@ def test_tpu_vm_gives_up_after_crashes_and_keeps_the_machines(cloud):
     assert "delete" not in calls(folder)
 
 
-def test_tpu_vm_stop_saves_and_ends_the_watch(cloud):
+def test_tpu_vm_goes_on_watching_and_ends_after_stop(cloud):
     folder, environment = cloud
     (folder / "statuses").write_text("wait\n0\n")
-    watch = subprocess.Popen(
-        [*TPU_VM, "run", "--poll=1"], cwd=ROOT, env=os.environ | {k: str(v) for k, v in environment.items()}
-    )
-    try:
+    variables = os.environ | {key: str(value) for key, value in environment.items()}
+    with subprocess.Popen([*TPU_VM, "run", "--poll=1"], cwd=ROOT, env=variables, start_new_session=True) as watch:
         wait_for(lambda: (folder / "host" / "msllm-run" / "train.log").exists())
-        assert launch(*TPU_VM, "status", **environment).stdout.split() == ["ACTIVE", "1", "running"]
-        assert launch(*TPU_VM, "stop", **environment).returncode == 0
-        assert watch.wait(15) == 75
-    finally:
-        watch.kill()
-        watch.wait()
-    assert "delete" not in calls(folder)
+        os.killpg(watch.pid, signal.SIGINT)
+    assert launch(*TPU_VM, "status", **environment).stdout.split() == ["ACTIVE", "1", "running"]
+    with subprocess.Popen([*TPU_VM, "run", "--poll=1"], cwd=ROOT, env=variables, start_new_session=True) as watch:
+        try:
+            time.sleep(1)
+            assert launch(*TPU_VM, "stop", **environment).returncode == 0
+            assert watch.wait(15) == 75
+        finally:
+            watch.kill()
+    assert calls(folder).count("scp") == 1 and "delete" not in calls(folder)
     assert not running((folder / "host" / "msllm-run" / "pid").read_text())
     # The same command goes on with the machines that are there.
     assert launch(*TPU_VM, "run", "--poll=1", **environment).returncode == 0
