@@ -197,7 +197,7 @@ def test_local_pod_starts_again_after_a_death(tmp_path):
       2) sleep 0.4; echo noticed; exit 1 ;;
     esac
     """
-    found = launch(*local_pod(tmp_path, body, "--restarts=1", "--grace=1"))
+    found = launch(*local_pod(tmp_path, body, "--restarts=1", "--grace=3"))
     assert found.returncode == 0, found.stderr
     assert "noticed" in logs(tmp_path, 1)[2] and "killing 1 process" in found.stderr and len(logs(tmp_path, 2)) == 3
     assert "process 1 ended with status 137" in found.stderr
