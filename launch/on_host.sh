@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# What tpu_vm.sh runs on every host of a pod: installs msllm, and keeps one process of training in the background.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=/dev/null
+. launch/common.sh
+
+usage() {
+  cat <<'EOF'
+usage: launch/on_host.sh install [DATA] | start [VARIABLE=VALUE ...] -- ARGUMENT ... | status | stop
+
+  install   makes .venv with msllm in it, with a Python of its own if the host has none that is new enough; copies the
+            folder DATA (gs://BUCKET/FOLDER) to data/FOLDER
+  start     ends what is running, then runs `python -m msllm.train ARGUMENT ...` in the background
+  status    prints none, running, stopped or "exit STATUS"
+  stop      ends what is running: the step is finished and saved
+
+The log is ~/msllm-run/train.log, which a new start continues.
+EOF
+}
+
+state=$HOME/msllm-run
+
+# A process id means nothing after the host was started again.
+boot() {
+  cat /proc/sys/kernel/random/boot_id 2>/dev/null || true
+}
+
+alive() {
+  [[ -e $state/pid && $(cat "$state/boot" 2>/dev/null) == "$(boot)" ]] && kill -0 "$(cat "$state/pid")" 2>/dev/null
+}
+
+# end_process SECONDS: SIGTERM to the process; after that time SIGKILL to all that it has started.
+end_process() {
+  local waited
+  if ! alive; then return; fi
+  kill -TERM "$(cat "$state/pid")" 2>/dev/null || true
+  for ((waited = 0; waited < $1 * 5; waited++)); do
+    if ! alive; then return; fi
+    sleep 0.2
+  done
+  kill -KILL -- "-$(cat "$state/session")" 2>/dev/null || true
+  echo 137 >"$state/exit-status"
+}
+
+# Runs in a session of its own: waits for the process and writes down how it ended.
+supervise() {
+  local pid status=0
+  trap '' TERM INT HUP # a host that shuts down signals everybody: the process saves, this one waits for it
+  echo $$ >"$state/session"
+  (
+    trap - TERM INT HUP
+    exec .venv/bin/python -m msllm.train "$@"
+  ) &
+  pid=$!
+  echo "$pid" >"$state/pid"
+  wait "$pid" || status=$?
+  echo "$status" >"$state/exit-status.new"
+  mv "$state/exit-status.new" "$state/exit-status"
+}
+
+case ${1:---help} in
+  --help | -h) usage ;;
+  install)
+    if ! .venv/bin/python -c '' 2>/dev/null && ! find_python >/dev/null 2>&1; then
+      # The images of Cloud TPU are Ubuntu 22.04, with Python 3.10.
+      python3 -m pip install -q --user uv
+      python3 -m uv venv -q --seed --python 3.12 .venv
+    fi
+    use_environment tpu
+    if [[ -n ${2:-} ]]; then
+      folder=data/$(basename "$2")
+      mkdir -p "$folder"
+      gcloud storage rsync --recursive "$2" "$folder"
+    fi
+    ;;
+  start)
+    shift
+    mkdir -p "$state"
+    end_process 60
+    rm -f "$state"/{exit-status,stopped,pid,session}
+    boot >"$state/boot"
+    while read -r line; do export "${line?}"; done < <(environment_of tpu)
+    while [[ ${1:---} != -- ]]; do
+      export "${1?}"
+      shift
+    done
+    shift
+    setsid -f bash launch/on_host.sh supervise "$@" </dev/null >>"$state/train.log" 2>&1
+    for _ in {1..50}; do
+      if [[ -e $state/pid ]]; then exit; fi
+      sleep 0.1
+    done
+    fail "the process did not start: see $state/train.log"
+    ;;
+  supervise)
+    shift
+    supervise "$@"
+    ;;
+  status)
+    if [[ -e $state/stopped ]] && ! alive; then
+      echo stopped
+    elif [[ -e $state/exit-status ]]; then
+      echo "exit $(cat "$state/exit-status")"
+    elif alive; then
+      echo running
+    elif [[ -e $state/pid ]]; then
+      echo "exit 137" # the host was started again, or the process killed with its supervisor
+    else
+      echo none
+    fi
+    ;;
+  stop)
+    mkdir -p "$state"
+    touch "$state/stopped"
+    end_process 300
+    ;;
+  *) fail "unknown command $1 (see --help)" ;;
+esac

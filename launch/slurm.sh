@@ -1,0 +1,164 @@
+#!/usr/bin/env bash
+# Trains on the GPUs of a Slurm cluster: submits a job that saves in time and requeues itself until it is done.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=/dev/null
+. launch/common.sh
+
+usage() {
+  cat <<'EOF'
+usage: launch/slurm.sh --config=FILE --workdir=DIR [OPTION ...]
+
+Submits a job that trains. Before its time limit it is told to save, and requeues itself; so it does when a process has
+died, up to a number of times. Run from the repository, in a folder that all nodes see.
+
+  --config=FILE             e.g. configs/1b_h100_8.py
+  --workdir=DIR             checkpoints, metrics, log, in a folder that all nodes see
+  --nodes=N                 default 1
+  --gpus=G                  cards of a node; default 8
+  --per=node|gpu            one process per node (default) or per card. Per node, the data are read once and one Python
+                            drives all cards. Per card, each Python has less to do: try it if cards wait for the
+                            host, or if collectives hang with several cards in a process
+  --time=[D-]HH:MM:SS       time limit; default 24:00:00
+  --save-seconds=S          how long before the time limit the job is told to save; default 300. A step, the checkpoint
+                            and the way to storage must fit
+  --grace=SECONDS           how long the other processes may take to end once one has ended; default 150, more than the
+                            heartbeat timeout
+  --requeues=R              how often the job requeues itself after a crash; default 10. Time limits and preemptions do
+                            not count
+  --name=NAME               of the job; default msllm
+  --sbatch=OPTION           for sbatch, e.g. --sbatch=--partition=gpu; may be repeated
+  --env=VARIABLE=VALUE      set for the processes; may be repeated. What launch/flags.env sets for gpu is set already
+  --python=PROGRAM          runs msllm on the nodes, instead of that of .venv, which is made if need be
+  --config.KEY=VALUE, --initialization_timeout=SECONDS, --heartbeat_timeout=SECONDS
+                            passed on to msllm.train
+  --dry-run                 prints the job's script, and submits nothing
+  --help                    this text
+EOF
+}
+
+config='' workdir='' nodes=1 gpus=8 per=node time=24:00:00 save=300 grace=150 requeues=10 name=msllm python=''
+dry_run=''
+options=() variables=() passed=()
+for argument in "$@"; do
+  value=${argument#*=}
+  case $argument in
+    --help | -h)
+      usage
+      exit
+      ;;
+    --config=*) config=$value ;;
+    --workdir=*) workdir=$value ;;
+    --nodes=*) nodes=$value ;;
+    --gpus=*) gpus=$value ;;
+    --per=*) per=$value ;;
+    --time=*) time=$value ;;
+    --save-seconds=*) save=$value ;;
+    --grace=*) grace=$value ;;
+    --requeues=*) requeues=$value ;;
+    --name=*) name=$value ;;
+    --sbatch=*) options+=("$value") ;;
+    --env=*) variables+=("$value") ;;
+    --python=*) python=$value ;;
+    --dry-run) dry_run=1 ;;
+    --config.?*=* | --initialization_timeout=* | --heartbeat_timeout=*) passed+=("$argument") ;;
+    *) fail "unknown argument $argument (see --help)" ;;
+  esac
+done
+need_config "$config"
+[[ -n $workdir && $workdir != *://* ]] || fail "--workdir is '$workdir': must be a folder that all nodes see"
+[[ $workdir == /* ]] || workdir=$PWD/$workdir
+need_number --nodes "$nodes" 1
+need_number --gpus "$gpus" 1
+need_number --save-seconds "$save" 1
+need_number --grace "$grace" 1
+need_number --requeues "$requeues" 0
+[[ $per == node || $per == gpu ]] || fail "--per is '$per': must be node or gpu (one process for each)"
+[[ $time =~ ^([0-9]+-)?[0-9]{1,2}:[0-9]{2}:[0-9]{2}$ ]] || fail "--time is '$time': must be [D-]HH:MM:SS"
+[[ $name =~ ^[A-Za-z0-9._-]+$ ]] || fail "--name is '$name': letters, digits, dots, hyphens and underscores only"
+for option in ${options[@]+"${options[@]}"}; do
+  [[ $option == -* ]] || fail "--sbatch is '$option': must be an option of sbatch, e.g. --sbatch=--partition=gpu"
+done
+for variable in ${variables[@]+"${variables[@]}"}; do
+  [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "--env is '$variable': must be VARIABLE=VALUE"
+done
+
+# The job's script. jax finds the other processes, and the coordinator, from the variables of Slurm by itself.
+script() {
+  local option line tasks=1
+  if [[ $per == gpu ]]; then tasks=$gpus; fi
+  echo "#!/usr/bin/env bash"
+  for option in --job-name="$name" --nodes="$nodes" --ntasks-per-node="$tasks" --gpus-per-node="$gpus" --time="$time" \
+    --signal="B:TERM@$save" --requeue --open-mode=append \
+    --output="$workdir/slurm-%j.log" ${options[@]+"${options[@]}"}; do
+    echo "#SBATCH $option"
+  done
+  cat <<EOF
+
+cd $(quoted "$PWD") || exit 2
+requeues=$requeues
+crashes_file=$(quoted "$workdir")/slurm-\$SLURM_JOB_ID.crashes
+
+EOF
+  while read -r line; do echo "export ${line%%=*}=$(quoted "${line#*=}")"; done < <(environment_of gpu)
+  if [[ $per == node ]]; then
+    echo "# Under Slurm, jax gives every process the one card of its number on the node, unless told which."
+    echo "export JAX_LOCAL_DEVICE_IDS=$(seq -s , 0 $((gpus - 1)))"
+  fi
+  for line in ${variables[@]+"${variables[@]}"}; do echo "export ${line%%=*}=$(quoted "${line#*=}")"; done
+  line=$(quoted "$python" -m msllm.train --config="$config" --workdir="$workdir" ${passed[@]+"${passed[@]}"})
+  cat <<EOF
+
+# The time limit is near, or the job is preempted: the signal came to this script alone. scancel passes it on to all
+# processes; they finish the step, save and end with status 75.
+trap 'scancel --signal=TERM "\$SLURM_JOB_ID"' TERM
+
+# If one process ends, the others get a while to end by themselves: they may be saving.
+srun --kill-on-bad-exit=0 --wait=$grace $line &
+EOF
+  cat <<'EOF'
+srun=$!
+wait "$srun"
+while kill -0 "$srun" 2>/dev/null; do wait "$srun"; done # a signal interrupts wait
+wait "$srun"
+status=$?
+
+case $status in
+  0 | 2)
+    rm -f "$crashes_file"
+    exit "$status" # complete; or bad input, which no restart makes better
+    ;;
+  75) echo "slurm: saved" ;;
+  *)
+    crashes=$(($(cat "$crashes_file" 2>/dev/null || echo 0) + 1))
+    echo "$crashes" >"$crashes_file"
+    echo "slurm: ended with status $status, crash $crashes"
+    if ((crashes > requeues)); then
+      echo "slurm: more than $requeues crashes: giving up"
+      exit "$status"
+    fi
+    ;;
+esac
+
+# A job that was cancelled, or that shall not be requeued (scontrol update JobId=ID Requeue=0), stays ended.
+job=$(scontrol show job "$SLURM_JOB_ID")
+if [[ $job == *JobState=RUNNING* && $job == *Requeue=1* ]]; then
+  echo "slurm: requeueing"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
+EOF
+}
+
+if [[ -n $dry_run ]]; then
+  python=${python:-$PWD/.venv/bin/python}
+  script
+  exit
+fi
+command -v sbatch >/dev/null || fail "sbatch is not installed here: run this on a login node of the cluster"
+if [[ -z $python ]]; then
+  use_environment cuda
+  python=$PWD/.venv/bin/python
+fi
+mkdir -p "$workdir"
+sbatch < <(script)

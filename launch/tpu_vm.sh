@@ -1,0 +1,330 @@
+#!/usr/bin/env bash
+# Trains on Cloud TPU VMs: one slice or several, through a queued resource, until the run is complete.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=/dev/null
+. launch/common.sh
+
+usage() {
+  cat <<'EOF'
+usage: launch/tpu_vm.sh COMMAND --name=NAME --zone=ZONE --project=PROJECT [OPTION ...]
+
+Commands; each can be repeated:
+  create    asks for the TPU VMs (a queued resource), unless they are there or asked for
+  install   copies this repository at --commit to every host and installs it
+  start     starts training on every host, in the background; ends what was running there
+  status    prints the state of the queued resource, and how many hosts are running or have ended
+  logs      follows the log of one host
+  stop      ends training on every host: the step is finished and saved
+  delete    deletes the TPU VMs and the queued resource
+  run       all of it: creates, waits, installs, starts, watches. After a preemption it asks for new VMs, after a crash
+            it starts again; it deletes the VMs when the run is complete or its input is bad. If it is interrupted
+            training goes on, and the same command watches it again
+
+Options:
+  --type=TYPE               accelerator type, e.g. v5litepod-256, v6e-256, v5p-128 (create, run)
+  --config=FILE             a config of this repository (start, run)
+  --workdir=PLACE           gs://BUCKET/FOLDER, or a folder that all hosts share (start, run)
+  --data=gs://BUCKET/FOLDER prepared data: install copies them to data/FOLDER of the repository on every host, which is
+                            what --config.data.dir must then name
+  --slices=N                slices of that type; default 1
+  --spot                    VMs that may be preempted
+  --reserved                from a reservation
+  --runtime=VERSION         runtime version; default by type: launch/tpus.txt
+  --service-account=EMAIL, --network=NAME, --subnetwork=NAME
+                            of the VMs; default: those of the project
+  --commit=REVISION         what is installed; default HEAD
+  --repository=URL          cloned on the hosts, instead of a copy from here
+  --env=VARIABLE=VALUE      set on the hosts; may be repeated. What launch/flags.env sets for tpu is set already
+  --ssh-option=OPTION       for gcloud's ssh and scp, e.g. --ssh-option=--tunnel-through-iap; may be repeated
+  --slice=I, --worker=J     the host whose log is shown; default 0 and 0
+  --poll=SECONDS            between two looks at the state; default 60
+  --restarts=R              how often run starts again after a crash; default 20. Preemptions do not count
+  --keep                    run does not delete the VMs
+  --config.KEY=VALUE, --initialization_timeout=SECONDS, --heartbeat_timeout=SECONDS
+                            passed on to msllm.train
+  --dry-run                 prints the commands and runs none
+  --help                    this text
+
+Exit status of run: 0 complete; 2 bad input; 75 stopped with `stop`, start continues; 1 otherwise.
+EOF
+}
+
+command='' name='' zone='' project='' type='' config='' workdir='' data='' slices=1 spot='' reserved='' runtime=''
+service_account='' network='' subnetwork='' commit=HEAD repository='' slice=0 worker=0 poll=60 restarts=20 keep=''
+dry_run=''
+variables=() ssh_options=() passed=()
+for argument in "$@"; do
+  value=${argument#*=}
+  case $argument in
+    --help | -h)
+      usage
+      exit
+      ;;
+    --name=*) name=$value ;;
+    --zone=*) zone=$value ;;
+    --project=*) project=$value ;;
+    --type=*) type=$value ;;
+    --config=*) config=$value ;;
+    --workdir=*) workdir=$value ;;
+    --data=*) data=$value ;;
+    --slices=*) slices=$value ;;
+    --spot) spot=1 ;;
+    --reserved) reserved=1 ;;
+    --runtime=*) runtime=$value ;;
+    --service-account=*) service_account=$value ;;
+    --network=*) network=$value ;;
+    --subnetwork=*) subnetwork=$value ;;
+    --commit=*) commit=$value ;;
+    --repository=*) repository=$value ;;
+    --env=*) variables+=("$value") ;;
+    --ssh-option=*) ssh_options+=("$value") ;;
+    --slice=*) slice=$value ;;
+    --worker=*) worker=$value ;;
+    --poll=*) poll=$value ;;
+    --restarts=*) restarts=$value ;;
+    --keep) keep=1 ;;
+    --dry-run) dry_run=1 ;;
+    --config.?*=* | --initialization_timeout=* | --heartbeat_timeout=*) passed+=("$argument") ;;
+    -*) fail "unknown argument $argument (see --help)" ;;
+    *)
+      [[ -z $command ]] || fail "unexpected argument '$argument': the command is already $command (see --help)"
+      command=$argument
+      ;;
+  esac
+done
+
+case $command in
+  create | install | start | status | logs | stop | delete | run) ;;
+  '') fail "the command is missing: create, install, start, status, logs, stop, delete or run (see --help)" ;;
+  *) fail "unknown command '$command': one of create, install, start, status, logs, stop, delete, run (see --help)" ;;
+esac
+for needed in name zone project; do
+  [[ -n ${!needed} ]] || fail "--$needed is missing: every command needs --name, --zone and --project (see --help)"
+done
+[[ $name =~ ^[a-z]([a-z0-9-]{0,40}[a-z0-9])?$ ]] ||
+  fail "--name is '$name': lower-case letters, digits and hyphens, a letter first, at most 42"
+[[ -z $data || $data == gs://?*/?* ]] || fail "--data is '$data': must be gs://BUCKET/FOLDER"
+need_number --slices "$slices" 1
+need_number --slice "$slice" 0
+need_number --worker "$worker" 0
+need_number --poll "$poll" 1
+need_number --restarts "$restarts" 0
+for variable in ${variables[@]+"${variables[@]}"}; do
+  [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "--env is '$variable': must be VARIABLE=VALUE"
+done
+if [[ $command == create || $command == run ]]; then
+  [[ $type =~ ^[a-z0-9]+-[0-9]+$ ]] || fail "--type is '$type': must be an accelerator type, e.g. v5litepod-256"
+  runtime=${runtime:-$(awk -v type="${type%-*}" '$1 !~ /^#/ && $2 == type { print $3 }' launch/tpus.txt)}
+  [[ -n $runtime ]] || fail "--type is '$type': launch/tpus.txt has no runtime version for it; give --runtime=VERSION"
+  [[ -z $spot || -z $reserved ]] || fail "--spot and --reserved exclude each other: choose one"
+fi
+if [[ $command == start || $command == run ]]; then
+  need_config "$config"
+  [[ $workdir == gs://?* || $workdir == /* ]] ||
+    fail "--workdir is '$workdir': every host must see the same place; give gs://BUCKET/FOLDER or a shared folder"
+fi
+if [[ $command == install || $command == run ]]; then
+  revision=$(git rev-parse --verify --quiet "$commit^{commit}") || fail "--commit is '$commit': git knows no such commit"
+fi
+[[ -n $dry_run ]] || command -v gcloud >/dev/null ||
+  fail "gcloud is not installed: see https://cloud.google.com/sdk/docs/install"
+
+queued_resources() {
+  local verb=$1
+  shift
+  do_or_say gcloud compute tpus queued-resources "$verb" "$@" --zone="$zone" --project="$project"
+}
+
+# on_hosts SLICE WORKER COMMAND: runs a shell command on one host, or on `all`.
+on_hosts() {
+  queued_resources ssh "$name" --node="$1" --worker="$2" --command="$3" ${ssh_options[@]+"${ssh_options[@]}"}
+}
+
+# Prints the state of the queued resource, MISSING if there is none; fails if nobody answers.
+state() {
+  local answer
+  answer=$(queued_resources list --filter="name ~ /queuedResources/$name\$" --format="value(state.state)") || return 1
+  printf '%s\n' "${answer:-MISSING}"
+}
+
+# statuses SLICE WORKER: the word of on_host.sh from each of the hosts; fails if one does not answer.
+statuses() {
+  local answer
+  answer=$(on_hosts "$1" "$2" \
+    'if [ -e msllm/launch/on_host.sh ]; then bash msllm/launch/on_host.sh status; else echo none; fi') || return 1
+  if [[ -n $dry_run ]]; then printf '%s\n' "$answer"; fi
+  grep -xE 'none|running|stopped|exit [0-9]+' <<<"$answer"
+}
+
+create() {
+  local options=(--accelerator-type="$type" --runtime-version="$runtime")
+  if ((slices > 1)); then
+    options+=(--node-count="$slices" --node-prefix="$name")
+  else
+    options+=(--node-id="$name")
+  fi
+  if [[ -n $spot ]]; then options+=(--spot); fi
+  if [[ -n $reserved ]]; then options+=(--reserved); fi
+  if [[ -n $service_account ]]; then options+=(--service-account="$service_account"); fi
+  if [[ -n $network ]]; then options+=(--network="$network"); fi
+  if [[ -n $subnetwork ]]; then options+=(--subnetwork="$subnetwork"); fi
+  queued_resources create "$name" "${options[@]}"
+}
+
+delete() {
+  queued_resources delete "$name" --force --quiet
+}
+
+install() {
+  local archive make="bash msllm/launch/on_host.sh install${data:+ $(quoted "${data%/}")}"
+  if [[ -n $repository ]]; then
+    on_hosts all all "if [ ! -d msllm/.git ]; then git clone -q $(quoted "$repository") msllm; fi && \
+git -C msllm fetch -q origin && git -C msllm checkout -q $revision && $make"
+    return
+  fi
+  archive=${TMPDIR:-/tmp}/msllm-$revision.tar.gz
+  do_or_say git archive --format=tar.gz --output="$archive" "$revision" &&
+    queued_resources scp "$archive" "$name:msllm.tar.gz" --node=all --worker=all ${ssh_options[@]+"${ssh_options[@]}"} &&
+    do_or_say rm -f "$archive" &&
+    on_hosts all all "mkdir -p msllm && \
+find msllm -mindepth 1 -maxdepth 1 ! -name .venv ! -name data -exec rm -rf {} + && \
+tar -xzf msllm.tar.gz -C msllm && $make"
+}
+
+start() {
+  local words=(${variables[@]+"${variables[@]}"} -- --config="$config" --workdir="$workdir" ${passed[@]+"${passed[@]}"})
+  on_hosts all all "bash msllm/launch/on_host.sh start $(quoted "${words[@]}")"
+}
+
+show_logs() { # show_logs LINES [follow]
+  on_hosts "$slice" "$worker" "tail -n $1 ${2:+-F }msllm-run/train.log"
+}
+
+say() {
+  echo "tpu_vm: $(date -u +%H:%M:%S) $*" >&2
+}
+
+# Returns once the VMs are there; asks for them, and for new ones where they were taken away.
+bring_up() {
+  local now before=
+  while true; do
+    now=$(state) || now=unknown
+    if [[ $now != "$before" ]]; then say "$name is $now"; fi
+    before=$now
+    case $now in
+      ACTIVE) return ;;
+      MISSING) create || say "could not ask for it; trying again" ;;
+      SUSPENDED | FAILED)
+        delete || true
+        continue
+        ;;
+      *) ;; # on its way to one of these
+    esac
+    sleep "$poll"
+  done
+}
+
+# Sets `outcome` once training has ended: a status of on_host.sh, preempted or lost.
+watch() {
+  local now silent=0
+  while true; do
+    sleep "$poll"
+    now=$(state) || continue # nobody answers here: that says nothing of the pod
+    if [[ $now != ACTIVE ]]; then
+      outcome=preempted
+      return
+    fi
+    if outcome=$(statuses 0 0); then
+      silent=0
+      if [[ $outcome != running ]]; then return; fi
+    elif ((++silent >= 10)); then
+      outcome=lost
+      return
+    fi
+  done
+}
+
+finish() { # finish STATUS
+  if [[ -z $keep ]]; then delete || say "could not delete $name: it still costs, delete it"; fi
+  exit "$1"
+}
+
+run() {
+  local crashes=0 outcome
+  while true; do
+    bring_up
+    if [[ $(statuses 0 0) != running ]]; then
+      say "installing and starting $revision"
+      if ! { install && start; }; then
+        outcome="not started"
+        sleep "$poll"
+      else
+        watch
+      fi
+    else
+      say "training is running"
+      watch
+    fi
+    say "training: $outcome"
+    # One host may know better than the first why all have ended.
+    if [[ $outcome == "exit "* && $outcome != "exit 0" ]] && statuses all all | grep -qx "exit 2"; then
+      outcome="exit 2"
+    fi
+    case $outcome in
+      "exit 0") finish 0 ;;
+      "exit 2")
+        show_logs 50 >&2 || true
+        finish 2
+        ;;
+      stopped) exit 75 ;;
+      "exit 75" | preempted) ;; # saved, or taken away: go on as soon as there are VMs
+      *)
+        if ((++crashes > restarts)); then
+          show_logs 50 >&2 || true
+          say "more than $restarts crashes; $name is still there and costs: delete it or run again"
+          exit 1
+        fi
+        if [[ $outcome == lost ]]; then delete || true; fi
+        ;;
+    esac
+  done
+}
+
+case $command in
+  create)
+    now=$(if [[ -z $dry_run ]]; then state; else echo MISSING; fi) || exit 1
+    if [[ $now == MISSING ]]; then
+      create
+    else
+      say "$name is already there: $now"
+    fi
+    ;;
+  install) install ;;
+  start) start ;;
+  status)
+    if [[ -n $dry_run ]]; then
+      queued_resources list --filter="name ~ /queuedResources/$name\$" --format="value(state.state)"
+      statuses all all || true
+    else
+      now=$(state) || exit 1
+      echo "$now"
+      if [[ $now == ACTIVE ]]; then statuses all all | sort | uniq -c; fi
+    fi
+    ;;
+  logs) show_logs 200 follow ;;
+  stop) on_hosts all all "bash msllm/launch/on_host.sh stop" ;;
+  delete) delete ;;
+  run)
+    if [[ -n $dry_run ]]; then
+      create
+      queued_resources list --filter="name ~ /queuedResources/$name\$" --format="value(state.state)"
+      install
+      start
+      statuses 0 0 || true
+      if [[ -z $keep ]]; then delete; fi
+    else
+      run
+    fi
+    ;;
+esac

@@ -1,0 +1,638 @@
+"""The launchers: what they would run, and their loops with real processes and signals around programs that stand in."""
+
+import importlib.util
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import psutil
+import pytest
+import yaml
+
+from msllm import aot
+from msllm.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LAUNCH = ROOT / "launch"
+POD = ("--name=pod", "--zone=us-west4-a", "--project=mine")
+TRAIN = ("--config=configs/8b_v5e_256.py", "--workdir=gs://bucket/run")
+TPU_VM = ("launch/tpu_vm.sh", *POD, *TRAIN, "--type=v5litepod-256")
+SLURM = ("launch/slurm.sh", "--config=configs/1b_h100_8.py")
+JOBSET = (sys.executable, "launch/gke/jobset.py", "--image=here/msllm:1", "--name=mine", "--workdir=gs://bucket/run")
+
+
+def launch(*command, timeout=30, **environment):
+    """Runs a command from the root; what the launchers set must not come from outside."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS", "SLURM_JOB_ID")}
+    clean["PYTHONPATH"] = str(ROOT)
+    clean |= {key: str(value) for key, value in environment.items()}
+    return subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=timeout)
+
+
+def program(path, text):
+    """Makes an executable shell script."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/usr/bin/env bash\n" + text)
+    path.chmod(0o755)
+    return path
+
+
+def wait_for(condition, seconds=15):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def running(pid):
+    try:
+        return psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def values_of(hardware):
+    lines = [line.split(" ", 1) for line in (LAUNCH / "flags.env").read_text().splitlines() if line[:1] != "#"]
+    return dict(value.split("=", 1) for name, value in lines if name == hardware)
+
+
+# All scripts
+
+
+def test_shellcheck_finds_nothing(tmp_path):
+    job = tmp_path / "job.sh"
+    job.write_text(launch(*SLURM, f"--workdir={tmp_path}", "--per=node", "--dry-run").stdout)
+    folder = pathlib.Path(sys.executable).parent
+    checker = shutil.which("shellcheck", path=f"{folder}:{os.environ['PATH']}")
+    found = launch(checker, *sorted(map(str, LAUNCH.rglob("*.sh"))), str(job))
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("script", ["local_pod.sh", "tpu_vm.sh", "on_host.sh", "slurm.sh", "gke/jobset.py"])
+def test_help_names_what_there_is(script):
+    command = [sys.executable] if script.endswith(".py") else []
+    shown = launch(*command, f"launch/{script}", "--help")
+    assert shown.stdout and "error" not in shown.stderr
+    if script in ("local_pod.sh", "tpu_vm.sh", "slurm.sh"):
+        assert shown.returncode == 0
+        accepted = set(re.findall(r"^    (--[a-z-]+)(?:=\*)?(?: \||\))", (LAUNCH / script).read_text(), re.M))
+        assert accepted and accepted <= set(re.findall(r"--[a-z-]+", shown.stdout))
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (("launch/local_pod.sh", "0", "configs/quickstart.py"), "PROCESSES is '0': must be a whole number"),
+        (("launch/local_pod.sh", "2", "configs/none.py"), "'configs/none.py': there is no such file"),
+        (("launch/local_pod.sh", "2"), "CONFIG are missing:"),
+        (("launch/local_pod.sh", "2", "configs/quickstart.py", "--restarts=x"), "--restarts is 'x'"),
+        (("launch/local_pod.sh", "2", "configs/quickstart.py", "--workdir=gs://a/b"), "are local files"),
+        (("launch/local_pod.sh", "2", "configs/quickstart.py", "--lr=1"), "unknown argument --lr=1"),
+        (("launch/tpu_vm.sh", "fly", *POD), "unknown command 'fly'"),
+        (("launch/tpu_vm.sh", "create", "--name=pod", "--zone=z"), "--project is missing"),
+        ((*TPU_VM, "create", "--name=Pod"), "--name is 'Pod': lower-case"),
+        ((*TPU_VM, "create", "--type=v5e"), "--type is 'v5e': must be an accelerator type"),
+        ((*TPU_VM, "create", "--type=v9-8"), "has no runtime version for it"),
+        ((*TPU_VM, "create", "--spot", "--reserved"), "exclude each other"),
+        ((*TPU_VM, "start", "--workdir=runs/x"), "every host must see the same place"),
+        ((*TPU_VM, "install", "--commit=none"), "git knows no such commit"),
+        ((*TPU_VM, "start", "--env=3=4"), "--env is '3=4'"),
+        ((*SLURM, "--workdir=/tmp/x", "--per=core"), "--per is 'core': must be node or gpu"),
+        ((*SLURM, "--workdir=/tmp/x", "--time=9"), "--time is '9'"),
+        (SLURM, "--workdir is ''"),
+        ((*JOBSET, "--topology=v5e:16x16"), "--config is missing"),
+        ((*JOBSET, "--config=configs/8b_v5e_256.py", "--topology=v5e:4x4"), "does not fit 16 devices"),
+        ((*JOBSET, "--config=configs/8b_v5e_256.py", "--topology=v5e:16x16", "--restarts=-1"), "--restarts is -1"),
+    ],
+)
+def test_bad_arguments_end_with_status_2(command, message):
+    found = launch(*command, "--dry-run")
+    assert (
+        found.returncode == 2
+        and message in found.stderr
+        and found.stderr.startswith(("error: ", "Failed to find host"))
+    )
+
+
+def test_jaxlib_knows_the_flags_of_xla():
+    flags = " ".join(values_of(hardware)["XLA_FLAGS"] for hardware in ("cpu", "gpu"))
+    show = "import jax; print(len(jax.devices()))"  # an unknown flag ends the process
+    assert launch(sys.executable, "-c", show, XLA_FLAGS=flags, JAX_PLATFORMS="cpu").stdout == "1\n"
+
+
+# local_pod.sh
+
+STUB = """
+for argument; do
+  case $argument in --process_id=*) id=${argument#*=} ;; --workdir=*) workdir=${argument#*=} ;; esac
+done
+saved() { echo saved; exit 75; }
+trap saved TERM
+busy() { while true; do sleep 0.1; done; }
+"""
+
+
+def local_pod(tmp_path, body, *options):
+    stub = program(tmp_path / "stub", STUB + body)
+    return (
+        "launch/local_pod.sh",
+        "3",
+        "configs/quickstart.py",
+        f"--python={stub}",
+        f"--workdir={tmp_path}/run",
+        *options,
+    )
+
+
+def logs(tmp_path, attempt):
+    folder = tmp_path / "run" / "logs" / f"attempt-{attempt}"
+    return [path.read_text() for path in sorted(folder.glob("*.log"))]
+
+
+def no_orphans(tmp_path):
+    pids = [path.read_text() for path in tmp_path.rglob("*.pid")]
+    assert pids and not any(map(running, pids))
+
+
+def test_local_pod_prints_its_commands(tmp_path):
+    shown = launch(*local_pod(tmp_path, "", "--devices=4", "--config.steps=3", "--dry-run"))
+    commands = [shlex.split(line) for line in shown.stdout.splitlines()]
+    assert shown.returncode == 0 and len(commands) == 3 and not (tmp_path / "run").exists()
+    for i, command in enumerate(commands):
+        assert {"--num_processes=3", f"--process_id={i}", "--config.steps=3", "JAX_PLATFORMS=cpu"} <= set(command)
+        assert any(word.endswith("--xla_force_host_platform_device_count=4") for word in command)
+    ports = {word for command in commands for word in command if word.startswith("--coordinator_address=127.0.0.1:")}
+    assert len(ports) == 1
+
+
+def test_local_pod_ends_well(tmp_path):
+    body = 'echo "process $id of $XLA_FLAGS on $JAX_PLATFORMS"'
+    found = launch(*local_pod(tmp_path, body, "--devices=2"), XLA_FLAGS="--mine=1")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == logs(tmp_path, 1)[0] and "count=2 --mine=1 on cpu" in found.stdout
+    assert [line.split(" of ")[0] for line in logs(tmp_path, 1)] == ["process 0", "process 1", "process 2"]
+
+
+def test_local_pod_does_not_repeat_bad_input(tmp_path):
+    found = launch(*local_pod(tmp_path, "if [[ $id == 1 ]]; then exit 2; fi; sleep 0.4; exit 1", "--restarts=3"))
+    assert found.returncode == 2 and len(logs(tmp_path, 1)) == 3 and not logs(tmp_path, 2)
+    no_orphans(tmp_path)
+
+
+def test_local_pod_starts_again_after_a_death(tmp_path):
+    # The first time process 1 dies, process 2 notices and process 0 hangs.
+    body = """
+    if [[ -e $workdir/again-$id ]]; then exit 0; fi
+    touch "$workdir/again-$id"
+    case $id in
+      0) trap '' TERM; busy ;;
+      1) kill -KILL $$ ;;
+      2) sleep 0.4; echo noticed; exit 1 ;;
+    esac
+    """
+    found = launch(*local_pod(tmp_path, body, "--restarts=1", "--grace=3"))
+    assert found.returncode == 0, found.stderr
+    assert "noticed" in logs(tmp_path, 1)[2] and "killing 1 process" in found.stderr and len(logs(tmp_path, 2)) == 3
+    assert "process 1 ended with status 137" in found.stderr
+    no_orphans(tmp_path)
+
+
+def test_local_pod_starts_again_after_a_preemption(tmp_path):
+    body = 'if [[ -e $workdir/again-$id ]]; then exit 0; fi; touch "$workdir/again-$id"; exit 75'
+    found = launch(*local_pod(tmp_path, body, "--restarts=1"))
+    assert found.returncode == 0 and len(logs(tmp_path, 2)) == 3 and not logs(tmp_path, 3)
+
+
+def test_local_pod_gives_up(tmp_path):
+    found = launch(*local_pod(tmp_path, "if [[ $id == 0 ]]; then exit 9; fi; exit 75", "--restarts=1"))
+    assert found.returncode == 9 and logs(tmp_path, 2) and not logs(tmp_path, 3)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGINT, 0)])
+def test_local_pod_passes_signals_on(tmp_path, number, status):
+    command = local_pod(tmp_path, "echo ready; busy", "--restarts=3")
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    ) as pod:
+        wait_for(lambda: sum("ready" in log for log in logs(tmp_path, 1)) == 3)
+        os.killpg(pod.pid, number) if number == signal.SIGINT else pod.send_signal(number)
+        assert pod.wait(10) == status
+    assert all("saved" in log for log in logs(tmp_path, 1)) and not logs(tmp_path, 2)
+    no_orphans(tmp_path)
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv (util-linux)")
+def test_local_pod_leaves_nothing_when_it_is_killed(tmp_path):
+    with subprocess.Popen(local_pod(tmp_path, "echo ready; busy"), cwd=ROOT, stdout=subprocess.DEVNULL) as pod:
+        wait_for(lambda: sum("ready" in log for log in logs(tmp_path, 1)) == 3)
+        pod.kill()
+    wait_for(lambda: all("saved" in log for log in logs(tmp_path, 1)))
+    wait_for(lambda: not any(running(path.read_text()) for path in tmp_path.rglob("*.pid")))
+
+
+# tpu_vm.sh
+
+
+def shown_commands(*command):
+    shown = launch(*command, "--dry-run")
+    assert shown.returncode == 0, shown.stderr
+    return [shlex.split(line) for line in shown.stdout.splitlines()]
+
+
+def test_tpu_vm_asks_for_one_slice_and_for_several():
+    resources = ["gcloud", "compute", "tpus", "queued-resources"]
+    place = ["--zone=us-west4-a", "--project=mine"]
+    what = ["--accelerator-type=v5litepod-256", "--runtime-version=v2-alpha-tpuv5-lite"]
+    assert shown_commands(*TPU_VM, "create") == [[*resources, "create", "pod", *what, "--node-id=pod", *place]]
+    several = [*what, "--node-count=2", "--node-prefix=pod", "--spot", "--service-account=me@x"]
+    options = ("--slices=2", "--spot", "--service-account=me@x")
+    assert shown_commands(*TPU_VM, "create", *options) == [[*resources, "create", "pod", *several, *place]]
+    assert shown_commands(*TPU_VM, "delete") == [[*resources, "delete", "pod", "--force", "--quiet", *place]]
+    for type_, runtime in (
+        ("v6e-256", "v2-alpha-tpuv6e"),
+        ("v5p-128", "v2-alpha-tpuv5"),
+        ("v4-128", "tpu-ubuntu2204-base"),
+    ):
+        assert f"--runtime-version={runtime}" in shown_commands(*TPU_VM, "create", f"--type={type_}")[0]
+
+
+def test_tpu_vm_quotes_what_a_host_shall_read():
+    lags = "--config.streams.lags=(('output', 'user', '3'),)"
+    (command,) = shown_commands(*TPU_VM, "start", lags, "--env=A=b c", "--ssh-option=--tunnel-through-iap")
+    assert {"--node=all", "--worker=all", "--tunnel-through-iap"} <= set(command)
+    (sent,) = [word.removeprefix("--command=") for word in command if word.startswith("--command=")]
+    assert shlex.split(sent) == ["bash", "msllm/launch/on_host.sh", "start", "A=b c", "--", *TRAIN, lags]
+
+
+def test_tpu_vm_run_prints_the_whole_course():
+    verbs = [command[4] if command[0] == "gcloud" else command[0] for command in shown_commands(*TPU_VM, "run")]
+    assert verbs == ["create", "list", "git", "scp", "rm", "ssh", "ssh", "ssh", "delete"]
+    assert "delete" not in [
+        command[4] for command in shown_commands(*TPU_VM, "run", "--keep") if command[0] == "gcloud"
+    ]
+
+
+# One host, which is a folder, and a queued resource, whose state is a file. Training ends with the next of `statuses`.
+GCLOUD = """
+echo "$4 $*" >>"$CLOUD/calls"
+for argument; do case $argument in --command=*) sent=${argument#*=} ;; --filter=*) filter=${argument#*=} ;; esac; done
+case $4 in
+  list)
+    [[ $filter == 'name ~ /queuedResources/pod$' ]] || exit 1
+    cat "$CLOUD/state" 2>/dev/null
+    if [[ $(cat "$CLOUD/state" 2>/dev/null) == WAITING_FOR_RESOURCES ]]; then echo ACTIVE >"$CLOUD/state"; fi
+    ;;
+  create) [[ ! -e $CLOUD/state ]] || exit 1; echo WAITING_FOR_RESOURCES >"$CLOUD/state" ;;
+  delete) rm "$CLOUD/state" ;;
+  scp) cp "$5" "$CLOUD/host/${6#pod:}" ;;
+  ssh) cd "$CLOUD/host" && HOME=$CLOUD/host bash -c "$sent" ;;
+  *) exit 1 ;;
+esac
+"""
+TRAINING = """
+if [[ $1 == -c ]]; then exit 0; fi
+echo "train $* $JAX_PLATFORMS"
+trap 'exit 75' TERM
+status=$(head -n 1 "$CLOUD/statuses")
+sed -i 1d "$CLOUD/statuses"
+if [[ $status == wait ]]; then while true; do sleep 0.1; done; fi
+if [[ $status == preempted ]]; then echo SUSPENDED >"$CLOUD/state"; exit 75; fi
+exit "$status"
+"""
+
+
+@pytest.fixture
+def cloud(tmp_path, monkeypatch):
+    program(tmp_path / "bin" / "gcloud", GCLOUD)
+    program(tmp_path / "host" / "msllm" / ".venv" / "bin" / "python", TRAINING)
+    stamp = tmp_path / "host" / "msllm" / ".venv" / "installed-tpu"  # nothing to install
+    stamp.touch()
+    os.utime(stamp, (2**32, 2**32))
+    # What is installed is a commit: one of the files as they are, which leaves them and all branches alone.
+    who = {f"GIT_{role}_{what}": "test" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    commit = launch("git", "stash", "create", **who).stdout.strip() or "HEAD"
+    monkeypatch.setattr(sys.modules[__name__], "TPU_VM", (*TPU_VM, f"--commit={commit}"))
+    return tmp_path, {"CLOUD": tmp_path, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "TMPDIR": tmp_path}
+
+
+def calls(folder):
+    return [line.split()[0] for line in (folder / "calls").read_text().splitlines()]
+
+
+def test_tpu_vm_runs_until_complete(cloud):
+    folder, environment = cloud
+    (folder / "statuses").write_text("preempted\n1\n0\n")
+    found = launch(*TPU_VM, "run", "--poll=1", "--env=MINE=1", timeout=60, **environment)
+    assert found.returncode == 0, found.stderr
+    assert calls(folder).count("create") == calls(folder).count("delete") == 2 and not (folder / "state").exists()
+    log = (folder / "host" / "msllm-run" / "train.log").read_text().splitlines()
+    assert log == [f"train -m msllm.train {' '.join(TRAIN)} tpu,cpu"] * 3
+
+
+def test_tpu_vm_stops_at_bad_input(cloud):
+    folder, environment = cloud
+    (folder / "statuses").write_text("2\n")
+    found = launch(*TPU_VM, "run", "--poll=1", **environment)
+    assert found.returncode == 2 and "train -m msllm.train" in found.stderr
+    assert calls(folder).count("create") == calls(folder).count("delete") == 1
+
+
+def test_tpu_vm_gives_up_after_crashes_and_keeps_the_machines(cloud):
+    folder, environment = cloud
+    (folder / "statuses").write_text("1\n134\n0\n")
+    found = launch(*TPU_VM, "run", "--poll=1", "--restarts=1", **environment)
+    assert found.returncode == 1 and "it still costs" not in found.stderr and "still there and costs" in found.stderr
+    assert "delete" not in calls(folder)
+
+
+def test_tpu_vm_goes_on_watching_and_ends_after_stop(cloud):
+    folder, environment = cloud
+    (folder / "statuses").write_text("wait\n0\n")
+    variables = os.environ | {key: str(value) for key, value in environment.items()}
+    with subprocess.Popen([*TPU_VM, "run", "--poll=1"], cwd=ROOT, env=variables, start_new_session=True) as watch:
+        wait_for(lambda: (folder / "host" / "msllm-run" / "train.log").exists())
+        os.killpg(watch.pid, signal.SIGINT)
+    assert launch(*TPU_VM, "status", **environment).stdout.split() == ["ACTIVE", "1", "running"]
+    with subprocess.Popen([*TPU_VM, "run", "--poll=1"], cwd=ROOT, env=variables, start_new_session=True) as watch:
+        try:
+            time.sleep(1)
+            assert launch(*TPU_VM, "stop", **environment).returncode == 0
+            assert watch.wait(15) == 75
+        finally:
+            watch.kill()
+    assert calls(folder).count("scp") == 1 and "delete" not in calls(folder)
+    assert not running((folder / "host" / "msllm-run" / "pid").read_text())
+    # The same command goes on with the machines that are there.
+    assert launch(*TPU_VM, "run", "--poll=1", **environment).returncode == 0
+    assert calls(folder).count("create") == 1
+
+
+# slurm.sh
+
+SRUN = """
+echo "srun $*"
+case $MODE in
+  signal) trap 'exit 75' TERM; echo $$ >"$CLUSTER/pid"; for i in {1..100}; do sleep 0.1; done; exit 1 ;;
+  *) exit "$MODE" ;;
+esac
+"""
+SCONTROL = """
+echo "scontrol $*" >>"$CLUSTER/calls"
+if [[ $1 == show ]]; then echo "   JobState=${STATE:-RUNNING} Reason=None Requeue=1 Restarts=0"; fi
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    program(tmp_path / "bin" / "sbatch", 'cat >"$CLUSTER/job.sh"')
+    program(tmp_path / "bin" / "srun", SRUN)
+    program(tmp_path / "bin" / "scontrol", SCONTROL)
+    program(tmp_path / "bin" / "scancel", '[[ $* == "--signal=TERM 7" ]] && kill -TERM "$(cat "$CLUSTER/pid")"')
+    environment = {"CLUSTER": tmp_path, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    submitted = launch(*SLURM, f"--workdir={tmp_path}/run", "--requeues=1", "--python=/opt/python", **environment)
+    assert submitted.returncode == 0, submitted.stderr
+    return tmp_path, environment | {"SLURM_JOB_ID": "7"}
+
+
+def job(cluster, **environment):
+    """(status of the job, whether it was requeued)"""
+    folder, base = cluster
+    (folder / "calls").write_text("")
+    found = launch("bash", f"{folder}/job.sh", **base, **environment)
+    return found.returncode, "scontrol requeue 7" in (folder / "calls").read_text()
+
+
+def test_slurm_job_asks_for_what_is_needed(tmp_path):
+    per_node = launch(
+        *SLURM, "--workdir=runs/x", "--nodes=2", "--sbatch=--partition=gpu", "--dry-run", "--env=A=b c"
+    ).stdout
+    options = set(re.findall(r"^#SBATCH (.*)", per_node, re.M))
+    wanted = (
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--gpus-per-node=8",
+        "--signal=B:TERM@300",
+        "--requeue",
+        "--partition=gpu",
+    )
+    assert {*wanted, "--open-mode=append", "--time=24:00:00", f"--output={ROOT}/runs/x/slurm-%j.log"} <= options
+    assert "export JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7\n" in per_node and "export A='b c'\n" in per_node
+    assert all(f"export {key}={value}\n" in per_node for key, value in values_of("gpu").items())
+    per_gpu = launch(*SLURM, "--workdir=runs/x", "--per=gpu", "--gpus=4", "--dry-run").stdout
+    assert "#SBATCH --ntasks-per-node=4\n" in per_gpu and "JAX_LOCAL_DEVICE_IDS" not in per_gpu
+    assert per_node.index("\ntrap ") < per_node.index("\nsrun ")
+
+
+@pytest.mark.parametrize("mode, requeued", [("0", False), ("2", False), ("75", True)])
+def test_slurm_job_requeues_what_was_saved(cluster, mode, requeued):
+    assert job(cluster, MODE=mode) == (int(mode), requeued)
+
+
+def test_slurm_job_gives_up_after_crashes(cluster):
+    assert [job(cluster, MODE="137") for _ in range(2)] == [(137, True), (137, False)]
+    assert job(cluster, MODE="75") == (75, True)
+
+
+def test_slurm_job_stays_cancelled(cluster):
+    assert job(cluster, MODE="75", STATE="CANCELLED") == (75, False)
+
+
+def test_slurm_job_saves_before_its_time_limit(cluster):
+    folder, base = cluster
+    environment = os.environ | {key: str(value) for key, value in base.items()} | {"MODE": "signal"}
+    with subprocess.Popen(["bash", f"{folder}/job.sh"], env=environment, stdout=subprocess.DEVNULL) as batch:
+        wait_for((folder / "pid").exists)
+        batch.send_signal(signal.SIGTERM)  # to the script alone
+        assert batch.wait(10) == 75
+    assert "scontrol requeue 7" in (folder / "calls").read_text()
+
+
+# gke/jobset.py
+
+OBJECT = {"type": "object", "additionalProperties": False}
+TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+RULE = OBJECT | {
+    "required": ["name", "action"],
+    "properties": {
+        "name": {"type": "string", "pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"},
+        "action": {"enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]},
+        "onJobFailureReasons": {
+            "type": "array",
+            "items": {"enum": ["BackoffLimitExceeded", "DeadlineExceeded", "PodFailurePolicy"]},
+        },
+        "onJobFailureMessagePatterns": {"type": "array", "items": {"type": "string"}},
+    },
+}
+# The part of jobset.x-k8s.io/v1alpha2 that is used (api/jobset/v1alpha2/jobset_types.go of kubernetes-sigs/jobset).
+JOBSET_SCHEMA = OBJECT | {
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "properties": {
+        "apiVersion": {"const": "jobset.x-k8s.io/v1alpha2"},
+        "kind": {"const": "JobSet"},
+        "metadata": OBJECT | {"required": ["name"], "properties": {"name": {"type": "string"}, "annotations": TEXTS}},
+        "spec": OBJECT
+        | {
+            "required": ["replicatedJobs"],
+            "properties": {
+                "failurePolicy": OBJECT
+                | {
+                    "properties": {
+                        "maxRestarts": {"type": "integer", "minimum": 0},
+                        "restartStrategy": {"enum": ["Recreate", "BlockingRecreate", "InPlaceRestart"]},
+                        "rules": {"type": "array", "items": RULE},
+                    }
+                },
+                "network": OBJECT
+                | {
+                    "properties": {
+                        "enableDNSHostnames": {"type": "boolean"},
+                        "publishNotReadyAddresses": {"type": "boolean"},
+                    }
+                },
+                "replicatedJobs": {
+                    "type": "array",
+                    "items": OBJECT
+                    | {
+                        "required": ["name", "template"],
+                        "properties": {
+                            "name": {"type": "string"},
+                            "replicas": {"type": "integer", "minimum": 1},
+                            "template": OBJECT | {"properties": {"spec": {"type": "object"}}},  # a Job's: below
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def jobset():
+    spec = importlib.util.spec_from_file_location("jobset", LAUNCH / "gke" / "jobset.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["jobset"] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def validated(manifest):
+    """The Job's spec, after all of the manifest was held to its schemas."""
+    import jsonschema
+    import kubernetes_validate
+
+    jsonschema.validate(manifest, JOBSET_SCHEMA)
+    (replicated,) = manifest["spec"]["replicatedJobs"]
+    spec = replicated["template"]["spec"]
+    whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}, "spec": spec}
+    kubernetes_validate.validate(whole, "1.35", strict=True)
+    # A rule of the API server that no schema has: with a pod failure policy, pods are never restarted.
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"
+    return spec
+
+
+def test_jobset_of_a_slice(tmp_path):
+    out = tmp_path / "job.yaml"
+    options = ("--config=configs/8b_v5e_256.py", "--topology=v5e:16x16", "--config.optim.lr=1e-3", f"--out={out}")
+    made = launch(*JOBSET, *options)
+    assert made.returncode == 0, made.stderr
+    manifest = yaml.safe_load(out.read_text())
+    job = validated(manifest)
+    assert manifest["metadata"]["annotations"] == {
+        "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+    }
+    assert (job["parallelism"], job["completions"], job["backoffLimit"]) == (64, 64, 0)
+    pod = job["template"]["spec"]
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "16x16",
+    }
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert container["command"] == ["python", "-m", "msllm.train", *TRAIN, "--config.optim.lr=1e-3"]
+    assert {entry["name"]: entry["value"] for entry in container["env"]} == values_of("tpu")
+    # 8.2e9 parameters, 12 bytes each, over 64 hosts at 50 MB/s: 31 s, in halves of a minute, and a minute for the step.
+    assert pod["terminationGracePeriodSeconds"] == 60 + 60
+
+
+def test_jobset_of_several_slices(jobset):
+    shape = jobset.Slice("tpu-v6e-slice", "16x16", hosts=64, chips_per_host=4)
+    options = dict(service_account="trainer", data_bucket="data", spot=True, host_network=True)
+    manifest = jobset.manifest("mine", "image", ["--workdir=gs://b/r"], shape, 3, 90, 5, **options)
+    pod = validated(manifest)["template"]["spec"]
+    assert manifest["spec"]["replicatedJobs"][0]["replicas"] == 3
+    variables = {entry["name"]: entry for entry in pod["containers"][0]["env"]}
+    assert variables["MEGASCALE_NUM_SLICES"]["value"] == "3"
+    assert variables["MEGASCALE_COORDINATOR_ADDRESS"]["value"] == "mine-slice-0-0.mine"
+    index = "metadata.annotations['jobset.sigs.k8s.io/job-index']"
+    assert variables["MEGASCALE_SLICE_ID"]["valueFrom"]["fieldRef"]["fieldPath"] == index
+    assert pod["serviceAccountName"] == "trainer" and pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    assert pod["hostNetwork"] and pod["dnsPolicy"] == "ClusterFirstWithHostNet"
+    assert [mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]] == ["/dev/shm", "/data"]
+
+
+@pytest.mark.parametrize(
+    "code, disrupted, action",
+    [
+        (2, False, "FailJobSet"),
+        (75, False, "RestartJobSetAndIgnoreMaxRestarts"),
+        (75, True, "RestartJobSetAndIgnoreMaxRestarts"),
+        (137, True, "RestartJobSetAndIgnoreMaxRestarts"),
+        (137, False, None),  # the default: RestartJobSet, which counts
+        (1, False, None),
+    ],
+)
+def test_jobset_restarts_what_is_worth_it(jobset, code, disrupted, action):
+    """The way of an exit status through both policies, as their controllers take it."""
+    shape = jobset.Slice("tpu-v6e-slice", "2x4", hosts=2, chips_per_host=4)
+    manifest = jobset.manifest("mine", "image", [], shape, 1, 90, 5)
+    reason, message = "BackoffLimitExceeded", ""
+    for rule in validated(manifest)["podFailurePolicy"]["rules"]:
+        if code in rule.get("onExitCodes", {}).get("values", []):
+            # The words of pkg/controller/job/pod_failure_policy.go of kubernetes.
+            message = f"Container msllm for pod default/p failed with exit code {code} matching FailJob rule at index 0"
+        elif disrupted and "onPodConditions" in rule:
+            message = "Pod default/p has condition DisruptionTarget matching FailJob rule at index 2"
+        if message:
+            reason = "PodFailurePolicy"
+            break
+    for rule in manifest["spec"]["failurePolicy"]["rules"]:
+        patterns = rule.get("onJobFailureMessagePatterns", [""])
+        if reason in rule["onJobFailureReasons"] and any(re.search(pattern, message) for pattern in patterns):
+            assert rule["action"] == action
+            return
+    assert action is None
+
+
+def test_jobset_knows_hosts_and_generations(jobset):
+    def devices(hosts, chips=4, slices=1):
+        return [
+            types.SimpleNamespace(process_index=s * hosts + h, slice_index=s)
+            for s in range(slices)
+            for h in range(hosts)
+            for _ in range(chips)
+        ]
+
+    assert jobset.describe("v5p:4x4x4", devices(16), 1) == jobset.Slice("tpu-v5p-slice", "4x4x4", 16, 4)
+    assert jobset.describe("tpu7x:4x4x4", devices(16, chips=8), 1) == jobset.Slice("tpu7x", "4x4x4", 16, 4)
+    assert jobset.describe("v5e:4x4", devices(4, slices=2), 2) == jobset.Slice("tpu-v5-lite-podslice", "4x4", 4, 4)
+    for example in aot.EXAMPLES.split(", "):
+        assert jobset.describe(example, devices(1), 1).accelerator
+    with pytest.raises(UserError, match="launch/tpus.txt"):
+        jobset.describe("v3:4x4", devices(4), 1)
+
+
+def test_jobset_name_leaves_room_for_pods(jobset):
+    shape = jobset.Slice("tpu-v6e-slice", "2x4", hosts=2, chips_per_host=4)
+    longest = "a" * (63 - len("-slice-0-1-abcde"))
+    jobset.manifest(longest, "image", [], shape, 1, 90, 5)
+    for name in (longest + "a", "Mine", "mine-"):
+        with pytest.raises(UserError, match="--name is"):
+            jobset.manifest(name, "image", [], shape, 1, 90, 5)
