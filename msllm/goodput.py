@@ -19,11 +19,13 @@ class Goodput:
 
     Attributes:
       seconds: {kind: seconds}, of all attempts so far. attempts: how often the run was started.
+      began: when this attempt did, by `time.monotonic`.
     """
 
     def __init__(self, path: epath.Path, before: float = 0.0):
         """`path`: where earlier attempts left their times. `before`: seconds that this process has run already."""
         self._path, self._now = path, time.monotonic()
+        self.began = self._now - before
         self._kind = "startup"
         past = json.loads(path.read_text()) if path.exists() else {}
         self.seconds = dict.fromkeys((*KINDS, *PAST), 0.0) | past.get("seconds", {})

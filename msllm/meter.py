@@ -4,6 +4,7 @@ that were slow and updates that were skipped, and stops a run that has gone wron
 from __future__ import annotations
 
 import collections
+import logging
 import math
 import statistics
 import time
@@ -20,6 +21,8 @@ from msllm.goodput import Goodput
 from msllm.hardware import lookup
 from msllm.metrics import Progress, Writer, memory_mib, named_losses
 from msllm.step import Program
+
+log = logging.getLogger("msllm")
 
 
 class Meter:
@@ -38,6 +41,7 @@ class Meter:
         self._peak = hardware.flops * jax.device_count() if hardware else None
         self._kept = {kind: goodput.seconds[kind] for kind in ("steps", "data")}
         self._counts: collections.Counter[str] = collections.Counter()
+        self._started = False
         self._ready: float | None = None  # when the step before was done
         self._durations: collections.deque[float] = collections.deque(maxlen=101)
         self._slow: tuple[int, float, np.ndarray] | None = None
@@ -115,6 +119,10 @@ class Meter:
         """Reports a step that took far longer than others, once it is known who was late for it or the one after it."""
         now, before = time.monotonic(), self._ready
         self._ready = now
+        if not self._started:
+            self._started = True
+            passed = now - self._goodput.began
+            log.info("first step done %.1f s after the start (%.1f CPU-s)", passed, time.process_time())
         if self._slow:
             at, seconds, then = self._slow
             self._slow = None
