@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from msllm.cluster import is_first
+
 # What this process does, second by second: nothing is counted twice or left out. `steps` is the productive part.
 KINDS = ("startup", "restore", "compile", "steps", "data", "checkpoint", "evaluation")
 PAST = ("lost", "down")  # of earlier attempts: steps that had to be repeated; time in which no process ran
@@ -73,7 +75,9 @@ class Goodput:
         return {"goodput": self.seconds["steps"] / total, **{f"time/{kind}": s for kind, s in self.seconds.items()}}
 
     def write(self) -> None:
-        """Keeps the times for the next attempt."""
+        """Keeps the times for the next attempt. In a run of several processes, those of the first one."""
+        if not is_first():
+            return
         self._switch(self._kind)
         state = {"seconds": self.seconds, "attempts": self.attempts, "steps_seconds_at": self._marks, "time": time.time()}
         self._path.write_text(json.dumps(state))

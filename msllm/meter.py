@@ -96,7 +96,7 @@ class Meter:
             values |= {name: flops / seconds / self._peak for name, flops in self._flops(tables).items()}
         self._writer.write(step, values)
         self._progress.update(step, values)
-        self._goodput.write() if self._writer.first else None
+        self._goodput.write()
         self._kept = {kind: goodput[f"time/{kind}"] for kind in passed}
         self._counts.clear()
 

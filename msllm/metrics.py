@@ -47,16 +47,12 @@ def memory_mib() -> float:
 
 class Writer:
     """Writes named numbers to TensorBoard event files and to `metrics.jsonl`, one line a call, in a workdir; and to
-    Weights & Biases if asked to. In a run of several processes, the first one writes.
-
-    Attributes:
-      first: whether this process writes.
-    """
+    Weights & Biases if asked to. In a run of several processes, the first one writes."""
 
     def __init__(self, workdir: epath.Path, wandb_project: str = ""):
         """Raises UserError if Weights & Biases is asked for and not installed."""
-        self.first, self._sinks = is_first(), []
-        if self.first:
+        self._sinks = []
+        if is_first():
             self._sinks = [_Lines(workdir / "metrics.jsonl"), _TensorBoard(workdir / "tensorboard")]
             self._sinks += [_Wandb(wandb_project, workdir)] if wandb_project else []
 

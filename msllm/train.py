@@ -71,6 +71,7 @@ def train(
             log.info("continuing at step %d of %s", int(state.step), workdir)
     start = int(state.step)
     goodput.restored(start)
+    goodput.write()
     if start >= config.steps:
         log.info("nothing to do: the run is at step %d of %d", start, config.steps)
         checkpoints.close()
