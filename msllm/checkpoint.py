@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-import pathlib
+import os
 import time
 from typing import Any
 
@@ -55,6 +55,11 @@ def _split(state: TrainState) -> dict[str, Any]:
     return {"parameters": state.parameters, "rest": rest}
 
 
+def _absolute(path: str | os.PathLike) -> epath.Path:
+    path = epath.Path(path)
+    return path if "://" in str(path) else path.resolve()  # of an address in an object store that makes a local path
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
@@ -67,8 +72,8 @@ def _digest(description: dict[str, Any]) -> str:
 class Checkpoints:
     """The checkpoints of one workdir."""
 
-    def __init__(self, workdir: str | pathlib.Path, config: CheckpointConfig):
-        self.directory = epath.Path(workdir).resolve() / DIRECTORY
+    def __init__(self, workdir: str | os.PathLike, config: CheckpointConfig):
+        self.directory = _absolute(workdir) / DIRECTORY
         self.directory.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep_last, keep_period=config.keep_every or None, create=True
@@ -114,7 +119,8 @@ class Checkpoints:
 
     def _not_written(self, error: Exception) -> RunError:
         reason = _first_line(error)
-        good = max((int(path.name) for path in self.directory.iterdir() if path.name.isdigit()), default=None)
+        complete = [path for path in self.directory.iterdir() if path.name.isdigit()]
+        good = max((int(path.name) for path in complete if ocp.utils.is_checkpoint_finalized(path)), default=None)
         kept = f"the one of step {good} is good" if good is not None else "there is none yet"
         return RunError(
             f"a checkpoint could not be written to {self.directory} ({reason}): {kept}; make room or repair the storage, "
@@ -256,12 +262,12 @@ class Loaded:
     parameters: dict[str, Any]
 
 
-def load_model(path: str | pathlib.Path) -> Loaded:
+def load_model(path: str | os.PathLike) -> Loaded:
     """Loads parameters and description from a checkpoint: a step's directory, or the newest good one of a workdir.
 
     Raises UserError.
     """
-    path = epath.Path(path).resolve()
+    path = _absolute(path)
     if (path / DIRECTORY).is_dir():
         path = path / DIRECTORY
     if (path / "description").is_dir():

@@ -50,8 +50,7 @@ def train(
     """
     from msllm.checkpoint import Checkpoints  # orbax is slow to import, and not every use of this module needs it
 
-    workdir = epath.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir = _open_workdir(workdir)
     goodput = Goodput(workdir / "goodput.json", seconds_before)
     keep_compiled(config.compilation_cache, workdir / "compiled")
     streams = StreamSpec.from_config(config.streams)
@@ -121,6 +120,16 @@ def train(
         meter.flush()
         goodput.begin("checkpoint")  # it is not finished before the last one is written
     return state
+
+
+def _open_workdir(path: str | os.PathLike) -> epath.Path:
+    workdir = epath.Path(path)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except (ImportError, OSError) as error:
+        remedy = "install msllm[gcs] for gs://, and see that this host may write there" if "://" in str(path) else "name another"
+        raise UserError(f"--workdir is {path}, which cannot be made ({error}): {remedy}") from error
+    return workdir
 
 
 def _open_data(config: Config, streams: StreamSpec) -> Loader:
@@ -253,6 +262,7 @@ def _main() -> None:
     def main(_) -> int:
         begin = time.process_time()  # imports, mostly: as good as wall time
         config = from_config_dict(settings.value)
+        _open_workdir(workdir.value)
         cluster.connect(workdir.value, address.value, processes.value, number.value, wait.value, heartbeat.value)
         if jax.process_count() > 1:
             logging.basicConfig(format=f"[{jax.process_index()}] %(message)s", force=True)

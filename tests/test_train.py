@@ -197,6 +197,12 @@ def test_commands_that_cannot_run_say_so_in_one_line(config, data_dir, tmp_path)
     assert "unknown key lrr: did you mean lr?" in done.stderr
 
 
+def test_a_workdir_that_cannot_be_made_is_refused(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--workdir is .*file/run, which cannot be made \(.*\): name another"):
+        train(config, tmp_path / "file" / "run")
+
+
 def changed_data(data_dir, tmp_path, change):
     """A copy of the data, changed."""
     copy = tmp_path / "data"

@@ -1,0 +1,82 @@
+"""A workdir in Google Cloud Storage, by its emulator: what a machine without the cloud can try of it.
+
+The emulator's answers lack what TensorStore's writes rest on, generations and conditions on them: they are added here.
+"""
+
+import contextlib
+import http
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from runs import compile_once, data_dir, dictation, write_config_file  # noqa: F401
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """gs://bucket in a server of this process; yields the environment in which programs find it."""
+    from gcp_storage_emulator.handlers import objects
+
+    def generation(storage, bucket, name):
+        with contextlib.suppress(Exception):  # there is no such object
+            return storage.get_file_obj(bucket, name)["generation"]
+        return "0"
+
+    def download(request, response, storage, *rest, inner=objects.download):
+        inner(request, response, storage, *rest)
+        response["x-goog-generation"] = generation(storage, request.params["bucket_name"], request.params["object_id"])
+
+    def insert(request, response, storage, *rest, inner=objects.insert):
+        wanted, name = request.query.get("ifGenerationMatch"), request.query.get("name")
+        if wanted and name and generation(storage, request.params["bucket_name"], name[0]) != wanted[0]:
+            response.status = http.HTTPStatus.PRECONDITION_FAILED
+        else:
+            inner(request, response, storage, *rest)
+
+    monkeypatch.setattr(objects, "download", download)
+    monkeypatch.setattr(objects, "insert", insert)
+    sys.modules.pop("gcp_storage_emulator.server", None)  # its routes hold the functions
+    from gcp_storage_emulator.server import create_server
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    server = create_server("localhost", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    address = f"http://localhost:{port}"
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+    yield {**os.environ, "TENSORSTORE_GCS_HTTP_URL": address}
+    server.stop()
+
+
+def run(environment, module, *arguments):
+    line = [sys.executable, "-m", f"msllm.{module}", *arguments]
+    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_run_lives_in_a_bucket_and_continues_there(data_dir, bucket, tmp_path):  # noqa: F811
+    from etils import epath
+
+    config = dictation(**{"data.dir": data_dir, "mesh.data": 8, "steps": 3, "eval_every": 0})
+    arguments = [f"--config={write_config_file(tmp_path / 'config.py', config)}", "--workdir=gs://bucket/run"]
+    first = run(bucket, "train", *arguments)
+    assert first.returncode == 0, first.stderr
+    second = run(bucket, "train", *arguments, "--config.steps=5")
+    assert second.returncode == 0 and "continuing at step 3 of gs://bucket/run" in second.stderr, second.stderr
+
+    workdir = epath.Path("gs://bucket/run")
+    names = {path.name for path in workdir.iterdir()}
+    assert names >= {"checkpoints", "config.json", "goodput.json", "metrics.jsonl", "tensorboard"}
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"3", "4", "5"}
+    assert not (tmp_path / "gs:").exists()
+
+    shown = run(bucket, "generate", "--checkpoint=gs://bucket/run", "--rows=2", "--input=user=please take 2")
+    assert shown.returncode == 0 and "please" in shown.stdout, shown.stderr
