@@ -36,7 +36,8 @@ def batch_pairs(lag: np.ndarray, queries: np.ndarray, keys: np.ndarray, segment:
     for value in np.unique(lag[lag < rows]):
         end = np.maximum(np.minimum(row + 1 - value, rows), first)  # rows first..end-1 are seen
         visible = np.take_along_axis(before, end[:, :, None], 1) - np.take_along_axis(before, first[:, :, None], 1)
-        pairs += int(np.einsum("bts,bto,so->", queries, visible, lag == value, optimize=True))
+        seen = np.einsum("bto,so->bts", visible, (lag == value).astype(np.int64))
+        pairs += int(seen[queries].sum())
     return pairs + int((queries & ~(keys & (np.diagonal(lag) <= 0))).sum())  # itself, where that is not counted yet
 
 
