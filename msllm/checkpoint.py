@@ -64,6 +64,13 @@ def _digest(description: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        # The training loop alone asks that. Orbax would ask it again when a checkpoint is complete, for its old step: the
+        # preemption service takes that for how far this process is, and if the notice comes then, the stop for the past.
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one workdir."""
 
@@ -73,7 +80,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep_last, keep_period=config.keep_every or None, create=True
         )
-        self._manager = ocp.CheckpointManager(self.directory, item_names=ITEMS, options=options)
+        self._manager = _Manager(self.directory, item_names=ITEMS, options=options)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -128,8 +135,7 @@ class Checkpoints:
         """
         for leftover in self.directory.glob("*orbax-checkpoint-tmp*"):
             log.warning("incomplete checkpoint %s: its writing was interrupted; it is not used", leftover.name)
-        steps = self.steps()
-        problems = []
+        steps, problems = cluster.share(self.steps())[0], []
         for step in reversed(steps):
             try:
                 state = self._restore_step(step, program, tokenizer)
@@ -151,14 +157,16 @@ class Checkpoints:
         return None
 
     def _restore_step(self, step: int, program: Program, tokenizer: Tokenizer) -> TrainState:
-        description = _read_description(self.directory / str(step))
-        _check_same_run(description, program.config, tokenizer, self.directory / str(step))
         # Without the manager: it makes all processes wait for one that cannot read its part.
         path, restored, error = self.directory / str(step), {}, None
         try:
+            description = _read_description(path)
+            _check_same_run(description, program.config, tokenizer, path)
             for name, tree in _split(program.abstract_state).items():
                 handler = ocp.StandardCheckpointHandler()
                 restored[name] = handler.restore(path / name, args=ocp.args.StandardRestore(tree))
+        except UserError:
+            raise
         except Exception as problem:  # see restore
             error = _first_line(problem)
         if any(errors := cluster.share(error)):
@@ -189,8 +197,7 @@ class Checkpoints:
 
 
 def _read_description(path: epath.Path) -> dict[str, Any]:
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        description = reader.restore(path / "description")
+    description = ocp.JsonCheckpointHandler().restore(path / "description")
     if not isinstance(description, dict) or _digest(description) != description.get("digest"):
         raise ValueError("its description does not match its digest")
     if description["format"] != FORMAT:

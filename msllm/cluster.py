@@ -189,9 +189,11 @@ def errors_end_this_process() -> Iterator[None]:
     out, would be to wait for others, who wait for this one or are gone."""
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if jax.process_count() == 1:
             raise
+        if isinstance(error, KeyboardInterrupt):
+            leave(f"process {jax.process_index()} was interrupted", 128 + signal.SIGINT)
         if isinstance(error, UserError | RunError):
             leave(str(error), 2 if isinstance(error, UserError) else 1)
         if not isinstance(error, jax.errors.JaxRuntimeError):
@@ -211,7 +213,7 @@ class Stop:
     A context manager: inside it, signals are heard and not obeyed; a second Ctrl-C interrupts at once.
 
     Attributes:
-      interrupted: somebody pressed Ctrl-C here, so nobody should start the run again.
+      interrupted: somebody pressed Ctrl-C, in any of the processes, so nobody should start the run again.
     """
 
     def __init__(self):
@@ -244,7 +246,10 @@ class Stop:
         """Whether the run stops after `step`: the same answer in all processes. To be called once for every step."""
         if jax.process_count() == 1:
             return self._heard
-        return multihost_utils.reached_preemption_sync_point(step)
+        reached = multihost_utils.reached_preemption_sync_point(step)
+        if reached:
+            self.interrupted = any(share(self.interrupted))
+        return reached
 
 
 class Clocks:
