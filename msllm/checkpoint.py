@@ -14,7 +14,7 @@ import json
 import logging
 import pathlib
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +108,7 @@ class Checkpoints:
         try:
             self._manager.save(step, args=ocp.args.Composite(description=ocp.args.JsonSave(description), **save))
         except Exception as error:  # see check
-            raise self._not_written(error) from error
+            self._raise_not_written(error)
         log.info("checkpoint of step %d: training waited %.2f s, the rest is written beside it", step, time.monotonic() - begin)
 
     def check(self) -> None:
@@ -116,16 +116,18 @@ class Checkpoints:
         try:
             self._manager.check_for_errors()
         except Exception as error:  # whatever orbax and tensorstore say of a disk that is full or gone
-            raise self._not_written(error) from error
+            self._raise_not_written(error)
 
-    def _not_written(self, error: Exception) -> RunError:
+    def _raise_not_written(self, error: Exception) -> NoReturn:
+        if cluster.is_of_others(error):
+            raise error
         reason = _first_line(error)
         good = max((int(path.name) for path in self.directory.iterdir() if path.name.isdigit()), default=None)
         kept = f"the one of step {good} is good" if good is not None else "there is none yet"
-        return RunError(
+        raise RunError(
             f"a checkpoint could not be written to {self.directory} ({reason}): {kept}; make room or repair the storage, "
             "and the same command continues from there"
-        )
+        ) from error
 
     def restore(self, program: Program, tokenizer: Tokenizer) -> TrainState | None:
         """The newest good checkpoint, laid out for the program's mesh; None where there is no checkpoint at all.
@@ -191,7 +193,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # see check
-            raise self._not_written(error) from error
+            self._raise_not_written(error)
         finally:
             self._manager.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -99,9 +101,11 @@ class Pod:
         prefix: Sequence[str] = (),
         limits: Callable[[], None] | None = None,
         wait_seconds: int = 60,
+        pipe: int | None = None,
     ):
         """`files`: of `make_files`. `absent`: processes that never come. `own`, `folders`: options, and the working folder
-        instead of `files`, of single processes. `prefix`: words before each command. `limits`: called in each process."""
+        instead of `files`, of single processes. `prefix`: words before each command. `limits`: called in each process.
+        `pipe`: the process whose output `hold_output` can hold."""
         self.files, self.workdir, self.options = files, workdir, options
         flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
@@ -109,7 +113,7 @@ class Pod:
         logs = workdir.parent / f"{workdir.name}-logs"
         logs.mkdir(parents=True, exist_ok=True)
         attempt = len({path.name.split("-")[0] for path in logs.iterdir()}) + 1
-        self._started = time.time()
+        self._started, self._pipe = time.time(), None
         self._processes: dict[int, subprocess.Popen] = {}
         self._paths = {i: logs / f"{attempt:03d}-process-{i}.log" for i in range(processes)}
         port = _free_port()
@@ -119,7 +123,8 @@ class Pod:
             if processes > 1:
                 command += [f"--coordinator_address=127.0.0.1:{port}", f"--process_id={i}"]
             command += [f"--initialization_timeout={wait_seconds}", *options, *(own or {}).get(i, ())]
-            with self._paths[i].open("w") as log:
+            with _Pipe(self._paths[i]) if i == pipe else self._paths[i].open("w") as log:
+                self._pipe = log if i == pipe else self._pipe
                 self._processes[i] = subprocess.Popen(
                     command,
                     cwd=(folders or {}).get(i, files),
@@ -165,6 +170,10 @@ class Pod:
             lines = file.read().split(b"\n")
         return json.loads(lines[-2])["step"] if len(lines) > 1 and lines[-2].startswith(b'{"step"') else -1
 
+    def hold_output(self, seconds: float) -> None:
+        """For so long, nobody reads the output of the process with a pipe."""
+        self._pipe.hold(seconds)
+
     def reach(self, step: int, seconds: float = START, process: int = 0) -> None:
         """Waits until a process has given `step` to its devices."""
         self.wait_for(lambda: self.step(process) >= step, seconds, f"step {step} in process {process}")
@@ -173,6 +182,19 @@ class Pod:
         """Whether a checkpoint is being written."""
         folder = self.workdir / "checkpoints"
         return folder.exists() and any("orbax-checkpoint-tmp" in name for name in os.listdir(folder))
+
+    def stop_while_writing(self) -> None:
+        """Stops all processes (SIGSTOP) at a moment when a checkpoint is begun and not complete."""
+
+        def stopped() -> bool:
+            self.wait_for(self.writing, 60, "a checkpoint being written")
+            self.signal(signal.SIGSTOP)
+            time.sleep(0.02)  # it takes effect a little later
+            if not self.writing():
+                self.signal(signal.SIGCONT)
+            return self.writing()
+
+        self.wait_for(stopped, 60, "all processes stopped while they write a checkpoint")
 
     def wait_for(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
         """Waits for a condition; fails, with the logs, if it does not come or all processes end before."""
@@ -202,6 +224,43 @@ class Pod:
                  for status, expected in zip(found, statuses, strict=True)]  # fmt: skip
         assert all(right), f"statuses are {found}, not {statuses}\n{self.told()}"
         return self.logs
+
+
+class _Pipe:
+    """What is written to it arrives in a file, by way of a pipe that can be held."""
+
+    def __init__(self, path: pathlib.Path):
+        self._read, self._write = os.pipe()
+        self._path, self._open = path, threading.Event()
+        self._open.set()
+        threading.Thread(target=self._copy, daemon=True).start()
+
+    def fileno(self) -> int:
+        return self._write
+
+    def __enter__(self) -> _Pipe:
+        return self
+
+    def __exit__(self, *_) -> None:
+        os.close(self._write)  # the process has its own
+
+    def _copy(self) -> None:
+        with self._path.open("wb", buffering=0) as file, open(self._read, "rb", buffering=0) as pipe:
+            while self._open.wait() and (text := pipe.read(65536)):
+                file.write(text.replace(b"\0", b""))
+
+    def hold(self, seconds: float) -> None:
+        self._open.clear()
+        filling = os.open(f"/proc/self/fd/{self._read}", os.O_WRONLY | os.O_NONBLOCK)
+        try:
+            begin = time.monotonic()
+            while time.monotonic() - begin < seconds:
+                with contextlib.suppress(BlockingIOError):  # it is full
+                    os.write(filling, bytes(4096))
+                time.sleep(0.01)
+        finally:
+            os.close(filling)
+            self._open.set()
 
 
 def _free_port() -> int:

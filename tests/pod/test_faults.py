@@ -102,25 +102,26 @@ def test_who_is_asked_to_stop_saves_and_continues(files, reference, tmp_path):
 def test_the_dead_are_noticed_and_the_run_continues_where_it_was_saved(files, reference, tmp_path):
     workdir = tmp_path / "run"
 
-    def die(*which, when):
+    def die(*which, step, writing=False):
+        """SIGKILL to `which` after a step, if asked in the middle of a checkpoint; the log of who survives."""
         with Pod(files, workdir) as pod:
-            pod.wait_for(lambda: when(pod), 90, "the moment to die")
+            pod.reach(step, process=which[-1])
+            if writing:
+                pod.stop_while_writing()
             pod.signal(signal.SIGKILL, *which)
-            expected = [-signal.SIGKILL if i in which or not which else LOST for i in range(2)]
+            pod.signal(signal.SIGCONT)
+            expected = [-signal.SIGKILL if i in which else LOST for i in range(2)]
             logs = pod.ended(*expected, seconds=NOTICED)
-        return [log for log, status in zip(logs, expected) if status == LOST]
+        assert bool(leftovers(workdir)) or not writing
+        return "".join(log for log, status in zip(logs, expected) if status == LOST)
 
-    (log,) = die(1, when=lambda pod: pod.step(1) >= 6)
-    assert says_that_one_is_gone(log)
-    (log,) = die(0, when=lambda pod: pod.step(0) >= 6)
-    assert says_that_one_is_gone(log)
+    assert says_that_one_is_gone(die(1, step=6))
+    assert says_that_one_is_gone(die(0, step=6))
     before = saved(workdir)
-    (log,) = die(0, when=lambda pod: pod.step(0) >= 7 and pod.writing())  # process 0 completes checkpoints
-    assert says_that_one_is_gone(log) and leftovers(workdir)
-    (log,) = die(1, when=lambda pod: pod.step(1) >= 7 and pod.writing())
-    assert says_that_one_is_gone(log) and leftovers(workdir)
-    die(when=lambda pod: pod.step(0) >= 7 and pod.writing())
-    assert leftovers(workdir) and saved(workdir) == before
+    assert says_that_one_is_gone(die(0, step=before[-1] + 2, writing=True))  # process 0 completes checkpoints
+    assert says_that_one_is_gone(die(1, step=before[-1] + 2, writing=True))
+    die(0, 1, step=before[-1] + 2, writing=True)
+    assert saved(workdir) == before
     with Pod(files, workdir) as pod:
         logs = pod.ended(0, 0)
     assert "its writing was interrupted; it is not used" in logs[0] and f"continuing at step {before[-1]}" in logs[0]
@@ -161,13 +162,14 @@ def test_a_run_goes_on_with_more_and_fewer_processes_and_other_meshes(files, ref
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(files, tmp_path):
     """(folder, words before a command so that it sees a disk of 1 MB there); None where nobody may mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = f"mount -t tmpfs -o size=1m tmpfs {folder} && echo mounted && exec sleep 600"
     holder = subprocess.Popen(["unshare", "-rm", "sh", "-c", mount], stdout=subprocess.PIPE, text=True)
     enter = ("nsenter", f"--target={holder.pid}", "--user", "--mount", "--preserve-credentials")
+    enter += ("env", f"--chdir={files}")
     try:
         yield (folder, enter) if holder.stdout.readline() == "mounted\n" else None
     finally:
@@ -184,14 +186,15 @@ def test_a_full_disk_ends_the_run_and_it_continues_when_there_is_room(files, ref
     folder, prefix = small_disk or (tmp_path / "disk", ())
     with Pod(files, folder / "run", prefix=prefix, limits=limit) as pod:
         logs = pod.ended((1, *LOST), (1, *LOST), seconds=90 + NOTICED)
-    written = rf"error: a checkpoint could not be written to {folder}/run/checkpoints \(.+\): (.*); make room or repair"
-    kept = [found for log in logs for found in re.findall(written, log)]
-    assert kept and set(kept) <= {"the one of step 8 is good", "the one of step 4 is good", "there is none yet"}
+    # Whatever is written next finds it full: the checkpoint, or a line of metrics.
+    failed = rf"error: a checkpoint could not be written to {folder}/run/checkpoints \(.+\): the one of step \d+ is good; make "
+    failed += r"room or repair the storage|error: process \d: .* (No space left on device|File too large).*: repair the storage"
+    assert any(re.search(failed, log) for log in logs), logs
     if small_disk:
         subprocess.run([*prefix, "mount", "-o", "remount,size=50m", str(folder)], check=True)
     with Pod(files, folder / "run", prefix=prefix) as pod:
         logs = pod.ended(0, 0)
-    assert "none" in kept[0] or f"continuing at step {re.search('[0-9]+', kept[0])[0]}" in logs[0]
+    assert re.search(r"continuing at step (4|8|12)\b", logs[0])
     subprocess.run([*prefix, "cp", "-r", str(folder / "run"), str(tmp_path / "copy")], check=True)
     same(tmp_path / "copy", reference, exact=True)
 
@@ -243,11 +246,11 @@ def test_bad_input_of_one_ends_all_before_the_first_step(files, uninterrupted, t
     refused(f"{host} has another config than process 0 on .*: {digest} {rate}", {1: ["--config.optim.lr=2e-3"]})
 
     shutil.rmtree(hosts[1] / "data")
-    make_files(hosts[1], **{"data.options": {"examples": 1200, "seed": 1}})
+    make_files(hosts[1], **{"data.eval_percent": 6.0})
     refused(f"{host} has another data manifest than process 0 on .*: {digest} .*")
 
     shutil.rmtree(hosts[1] / "data")
-    make_files(hosts[1], **{"data.tokenizer.vocab_size": 64})
+    make_files(hosts[1], **{"data.options": {"examples": 1200, "seed": 1}})
     refused(f"{host} has another tokenizer than process 0 on .*: {digest}; start all with the same")
 
 
@@ -259,14 +262,17 @@ def test_who_never_comes_is_named(files, tmp_path):
 
 def test_the_late_are_named_and_the_frozen_given_up(files, reference, tmp_path):
     workdir = tmp_path / "run"
-    by_time = ("--config.checkpoint.every=0", "--config.checkpoint.every_minutes=0.02")
-    with Pod(files, workdir, *by_time) as pod:
-        pod.reach(12, process=1)
-        pod.signal(signal.SIGSTOP, 1)
+    with Pod(files, workdir, "--config.checkpoint.every=16", pipe=0) as pod:
+        pod.reach(6)
+        pod.hold_output(3)  # process 0 waits for whoever reads its output
+        late = r"step \d+ took \d\.\d s, \d+ times the median: process 0 on \S+ gave it to its devices \d\.\d s after"
+        pod.wait_for(lambda: re.search(late, pod.logs[0]), 20, "the report of who was late")
+        pod.reach(10)
+        pod.signal(signal.SIGSTOP, 1)  # all of it, and its device
         time.sleep(3)
         pod.signal(signal.SIGCONT, 1)
-        late = r"step \d+ took [34]\.\d s, \d+ times the median: process 1 on \S+ gave it to its devices [23]\.\d s after"
-        pod.wait_for(lambda: re.search(late, pod.logs[0]), 20, "the report of who was late")
+        slow = r"step \d+ took [3-9]\.\d s, \d+ times the median: (process 1|all processes gave it to their devices in time)"
+        pod.wait_for(lambda: re.search(slow, pod.logs[0]), 20, "the report of a slow step")
         pod.signal(signal.SIGSTOP, 1)
         begin = time.monotonic()
         wait_for(lambda: pod.alive == [1], NOTICED, "the end of process 0")
@@ -274,8 +280,9 @@ def test_the_late_are_named_and_the_frozen_given_up(files, reference, tmp_path):
         pod.signal(signal.SIGCONT, 1)  # it finds out that it was given up
         logs = pod.ended(LOST, LOST, seconds=NOTICED)
     assert all(map(says_that_one_is_gone, logs))
+    by_time = ("--config.checkpoint.every=0", "--config.checkpoint.every_minutes=0.01")
+    with Pod(files, workdir, *by_time) as pod:
+        logs = pod.ended(0, 0)
     steps = [re.findall(r"checkpoint of step (\d+)", log) for log in logs]
-    assert steps[0] == steps[1] and len(steps[0]) >= 2
-    with Pod(files, workdir) as pod:
-        pod.ended(0, 0)
+    assert steps[0] == steps[1] and len(steps[0]) >= 3  # the clock of process 0 counts
     same(workdir, reference, exact=True)
