@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,13 @@ def _digest(description: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        # The training loop alone asks that. Orbax would ask it again when a checkpoint is complete, for its old step: the
+        # preemption service takes that for how far this process is, and if the notice comes then, the stop for the past.
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one workdir."""
 
@@ -79,7 +86,7 @@ class Checkpoints:
             max_to_keep=config.keep_last, keep_period=config.keep_every or None, create=True
         )
         handlers = {name: _array_handler() for name in ITEMS[:-1]} | {ITEMS[-1]: ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options)
+        self._manager = _Manager(self.directory, item_handlers=handlers, options=options)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -107,7 +114,7 @@ class Checkpoints:
         try:
             self._manager.save(step, args=ocp.args.Composite(description=ocp.args.JsonSave(description), **save))
         except Exception as error:  # see check
-            raise self._not_written(error) from error
+            self._raise_not_written(error)
         log.info("checkpoint of step %d: training waited %.2f s, the rest is written beside it", step, time.monotonic() - begin)
 
     def check(self) -> None:
@@ -115,17 +122,19 @@ class Checkpoints:
         try:
             self._manager.check_for_errors()
         except Exception as error:  # whatever orbax and tensorstore say of a disk that is full or gone
-            raise self._not_written(error) from error
+            self._raise_not_written(error)
 
-    def _not_written(self, error: Exception) -> RunError:
+    def _raise_not_written(self, error: Exception) -> NoReturn:
+        if cluster.is_of_others(error):
+            raise error
         reason = _first_line(error)
         complete = [path for path in self.directory.iterdir() if path.name.isdigit()]
         good = max((int(path.name) for path in complete if ocp.utils.is_checkpoint_finalized(path)), default=None)
         kept = f"the one of step {good} is good" if good is not None else "there is none yet"
-        return RunError(
+        raise RunError(
             f"a checkpoint could not be written to {self.directory} ({reason}): {kept}; make room or repair the storage, "
             "and the same command continues from there"
-        )
+        ) from error
 
     def restore(self, program: Program, tokenizer: Tokenizer) -> TrainState | None:
         """The newest good checkpoint, laid out for the program's mesh; None where there is no checkpoint at all.
@@ -135,8 +144,7 @@ class Checkpoints:
         """
         for leftover in self.directory.glob("*orbax-checkpoint-tmp*"):
             log.warning("incomplete checkpoint %s: its writing was interrupted; it is not used", leftover.name)
-        steps = self.steps()
-        problems = []
+        steps, problems = cluster.share(self.steps())[0], []
         for step in reversed(steps):
             try:
                 state = self._restore_step(step, program, tokenizer)
@@ -158,13 +166,15 @@ class Checkpoints:
         return None
 
     def _restore_step(self, step: int, program: Program, tokenizer: Tokenizer) -> TrainState:
-        description = _read_description(self.directory / str(step))
-        _check_same_run(description, program.config, tokenizer, self.directory / str(step))
         # Without the manager: it makes all processes wait for one that cannot read its part.
         path, restored, error = self.directory / str(step), {}, None
         try:
+            description = _read_description(path)
+            _check_same_run(description, program.config, tokenizer, path)
             for name, tree in _split(program.abstract_state).items():
                 restored[name] = _read_arrays(path / name, tree)
+        except UserError:
+            raise
         except Exception as problem:  # see restore
             error = _first_line(problem)
         if any(errors := cluster.share(error)):
@@ -189,7 +199,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # see check
-            raise self._not_written(error) from error
+            self._raise_not_written(error)
         finally:
             self._manager.close()
 
@@ -206,8 +216,7 @@ def _read_arrays(path: epath.Path, abstract: Any) -> Any:
 
 
 def _read_description(path: epath.Path) -> dict[str, Any]:
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        description = reader.restore(path / "description")
+    description = ocp.JsonCheckpointHandler().restore(path / "description")
     if not isinstance(description, dict) or _digest(description) != description.get("digest"):
         raise ValueError("its description does not match its digest")
     if description["format"] != FORMAT:

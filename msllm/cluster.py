@@ -99,8 +99,8 @@ class _RollCall:
             mine, beat = self._folder / str(state.process_id), beat + 1
             mine.write_text(f"{socket.gethostname()} {os.getpid()} {beat}")
             for path in self._folder.iterdir():
-                said = path.read_text() if path.exists() else ""
-                if seen.setdefault(path.name, said) != said:
+                said = _text(path)
+                if said and seen.setdefault(path.name, said) != said:
                     alive[path.name] = said.split()[0]
                 seen[path.name] = said
             if time.monotonic() - begin > self._seconds:
@@ -116,6 +116,13 @@ class _RollCall:
         else:
             what = f"all {count} processes are here ({here}) but do not reach {state.coordinator_address}: is its port open?"
         leave(f"waited {self._seconds:.0f} s in vain: {what}", LOST)
+
+
+def _text(path: epath.Path) -> str:
+    try:
+        return path.read_text()
+    except FileNotFoundError:  # whose owner has just joined
+        return ""
 
 
 def leave(message: str, status: int) -> None:
@@ -183,18 +190,32 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     return {name: leaf for key in value for name, leaf in _flat(value[key], f"{path}.{key}" if path else key).items()}
 
 
+def is_of_others(error: BaseException | None) -> bool:
+    """Whether an error comes from a computation or a barrier of several processes that did not come about."""
+    while error is not None and jax.process_count() > 1:
+        # On CPU a jitted function may fail at once, in Gloo, and with another type.
+        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+            return not str(error).startswith(("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"))  # devices too small, our mistakes
+        error = error.__cause__ or error.__context__
+    return False
+
+
 @contextlib.contextmanager
 def errors_end_this_process() -> Iterator[None]:
     """In a run of several processes, an error inside ends this process at once: to clean up, as Python does on its way
     out, would be to wait for others, who wait for this one or are gone."""
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if jax.process_count() == 1:
             raise
+        if isinstance(error, KeyboardInterrupt):
+            leave(f"process {jax.process_index()} was interrupted", 128 + signal.SIGINT)
         if isinstance(error, UserError | RunError):
             leave(str(error), 2 if isinstance(error, UserError) else 1)
-        if not isinstance(error, jax.errors.JaxRuntimeError):
+        if isinstance(error, OSError):
+            leave(f"process {jax.process_index()}: {error}: repair the storage, and the same command continues", 1)
+        if not is_of_others(error):
             traceback.print_exc()
             leave(f"{type(error).__name__} in process {jax.process_index()}: see above", 1)
         reason = (str(error).strip().splitlines() or [""])[0][:300]
@@ -211,7 +232,7 @@ class Stop:
     A context manager: inside it, signals are heard and not obeyed; a second Ctrl-C interrupts at once.
 
     Attributes:
-      interrupted: somebody pressed Ctrl-C here, so nobody should start the run again.
+      interrupted: somebody pressed Ctrl-C, in any of the processes, so nobody should start the run again.
     """
 
     def __init__(self):
@@ -244,7 +265,10 @@ class Stop:
         """Whether the run stops after `step`: the same answer in all processes. To be called once for every step."""
         if jax.process_count() == 1:
             return self._heard
-        return multihost_utils.reached_preemption_sync_point(step)
+        reached = multihost_utils.reached_preemption_sync_point(step)
+        if reached:
+            self.interrupted = any(share(self.interrupted))
+        return reached
 
 
 class Clocks:

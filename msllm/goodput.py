@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Iterator
 
@@ -14,6 +15,8 @@ from msllm.cluster import is_first
 # What this process does, second by second: nothing is counted twice or left out. `steps` is the productive part.
 KINDS = ("startup", "restore", "compile", "steps", "data", "checkpoint", "evaluation")
 PAST = ("lost", "down")  # of earlier attempts: steps that had to be repeated; time in which no process ran
+
+log = logging.getLogger("msllm")
 
 
 class Goodput:
@@ -29,7 +32,7 @@ class Goodput:
         self._path, self._now = path, time.monotonic()
         self.began = self._now - before
         self._kind = "startup"
-        past = json.loads(path.read_text()) if path.exists() else {}
+        past = _read(path)
         self.seconds = dict.fromkeys((*KINDS, *PAST), 0.0) | past.get("seconds", {})
         self.attempts = past.get("attempts", 0) + 1
         self._marks = past.get("steps_seconds_at", {})  # {step: seconds of `steps` when it was saved}
@@ -80,4 +83,17 @@ class Goodput:
             return
         self._switch(self._kind)
         state = {"seconds": self.seconds, "attempts": self.attempts, "steps_seconds_at": self._marks, "time": time.time()}
-        self._path.write_text(json.dumps(state))
+        # Never half written: who is killed, or finds the disk full, leaves the times of before.
+        new = self._path.with_name(f"{self._path.name}.new")
+        new.write_text(json.dumps(state))
+        new.replace(self._path)
+
+
+def _read(path: epath.Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        log.warning("%s is damaged: the times of earlier attempts are lost", path)
+        return {}

@@ -96,14 +96,25 @@ class _Lines:
 
 
 class _TensorBoard:
-    def __init__(self, path: epath.Path):
-        from tensorboardX import SummaryWriter  # imported here: only a run needs it
+    """Written at once and not by tensorboardX's thread: when that cannot write, the run waits for it and says nothing."""
 
-        self._writer = SummaryWriter(str(path))
+    def __init__(self, path: epath.Path, seconds: float = 30.0):
+        from tensorboardX.event_file_writer import EventsWriter  # imported here: only a run needs it
+        from tensorboardX.record_writer import directory_check
+
+        directory_check(str(path))
+        self._writer = EventsWriter(str(path / "events"))
+        self._seconds, self._flushed = seconds, time.monotonic()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+        if time.monotonic() - self._flushed > self._seconds:
+            self._writer.flush()
+            self._flushed = time.monotonic()
 
     def close(self) -> None:
         self._writer.close()

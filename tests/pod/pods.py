@@ -1,0 +1,319 @@
+"""Pods on one machine: real processes of `python -m msllm.train` over the loopback, signals, and what they leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from msllm.config import Config, default_config, from_config_dict, to_json
+from msllm.prepare import prepare
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+STEPS = 24
+HEARTBEAT = 10  # seconds
+START = 90  # seconds that a start may take on a busy machine, compiling included
+LOST = (76, -signal.SIGABRT)  # how a process ends when another one is gone: told so, or aborted by JAX's runtime
+SETTINGS = {
+    "steps": STEPS,
+    "log_every": 1,
+    "eval_every": STEPS,
+    "eval_batches": 1,
+    "data.converter": "dictation",
+    "data.options": {"examples": 1200},
+    "data.tokenizer.model_type": "word",
+    "data.tokenizer.vocab_size": 128,
+    "data.rows": 96,
+    "data.batch_size": 8,
+    "data.eval_percent": 5.0,
+    "model.d_model": 32,
+    "model.num_layers": 1,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 2,
+    "model.head_dim": 8,
+    "model.d_ff": 64,
+    "model.vocab_size": 128,
+    "optim.lr": 1e-3,
+    "optim.warmup_steps": 5,
+    "mesh.data": 1,
+    "mesh.fsdp": -1,  # parameters over all devices: every process writes a part of each checkpoint
+    "checkpoint.every": 4,
+    "checkpoint.keep_last": 4,
+    "monitor.examples": True,
+}
+
+
+def make_config(**dotted) -> Config:
+    """The config of all pods, with changes."""
+    result = default_config()
+    result.update_from_flattened_dict(SETTINGS | dotted)
+    return from_config_dict(result)
+
+
+def make_files(folder: pathlib.Path, **dotted) -> pathlib.Path:
+    """Prepares data in `folder`/data and writes `folder`/config.py, whose paths are relative to `folder`."""
+    config = make_config(**{"compilation_cache": str(folder / "compiled")} | dotted)
+    prepare(dataclasses.replace(config, data=dataclasses.replace(config.data, dir=str(folder / "data"))), folder / "data")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir="data"))
+    (folder / "config.py").write_text(
+        "import json\nfrom msllm.config import from_config_dict, to_config_dict\n\n\n"
+        f"def get_config():\n    return to_config_dict(from_config_dict(json.loads({to_json(config)!r})))\n"
+    )
+    return folder
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.002)
+
+
+class Pod:
+    """Processes of one run. A context manager: on the way out, what still runs is killed.
+
+    Attributes:
+      logs: of each process, stdout and stderr together.
+    """
+
+    def __init__(
+        self,
+        files: pathlib.Path,
+        workdir: pathlib.Path,
+        *options: str,
+        processes: int = 2,
+        devices: int = 1,
+        absent: Sequence[int] = (),
+        own: dict[int, Sequence[str]] | None = None,
+        folders: dict[int, pathlib.Path] | None = None,
+        prefix: Sequence[str] = (),
+        limits: Callable[[], None] | None = None,
+        wait_seconds: int = 60,
+        pipe: int | None = None,
+    ):
+        """`files`: of `make_files`. `absent`: processes that never come. `own`, `folders`: options, and the working folder
+        instead of `files`, of single processes. `prefix`: words before each command. `limits`: called in each process.
+        `pipe`: the process whose output `hold_output` can hold."""
+        self.files, self.workdir, self.options = files, workdir, options
+        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+        environment = inherited | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+        logs = workdir.parent / f"{workdir.name}-logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        attempt = len({path.name.split("-")[0] for path in logs.iterdir()}) + 1
+        self._started, self._pipe = time.time(), None
+        self._processes: dict[int, subprocess.Popen] = {}
+        self._paths = {i: logs / f"{attempt:03d}-process-{i}.log" for i in range(processes)}
+        port = _free_port()
+        for i in set(range(processes)) - set(absent):
+            command = [*prefix, sys.executable, "-m", "msllm.train", f"--config={files / 'config.py'}"]
+            command += [f"--workdir={workdir}", f"--num_processes={processes}", f"--heartbeat_timeout={HEARTBEAT}"]
+            if processes > 1:
+                command += [f"--coordinator_address=127.0.0.1:{port}", f"--process_id={i}"]
+            command += [f"--initialization_timeout={wait_seconds}", *options, *(own or {}).get(i, ())]
+            with _Pipe(self._paths[i]) if i == pipe else self._paths[i].open("w") as log:
+                self._pipe = log if i == pipe else self._pipe
+                self._processes[i] = subprocess.Popen(
+                    command,
+                    cwd=(folders or {}).get(i, files),
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=limits,
+                )
+
+    def __enter__(self) -> Pod:
+        return self
+
+    def __exit__(self, *_) -> None:
+        for process in self._processes.values():
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+    @property
+    def logs(self) -> list[str]:
+        return [path.read_text() if path.exists() else "" for path in self._paths.values()]
+
+    @property
+    def alive(self) -> list[int]:
+        """Ids of the processes that run."""
+        return [i for i, process in self._processes.items() if process.poll() is None]
+
+    def signal(self, number: int, *which: int) -> None:
+        """Sends a signal to some of the processes; to all where none is named."""
+        for i in which or self._processes:
+            if self._processes[i].poll() is None:
+                self._processes[i].send_signal(number)
+
+    def step(self, process: int) -> int:
+        """The last step that a process gave to its devices since this start; -1 before the first one."""
+        path = self.workdir / "examples" / f"process-{process:05d}.jsonl"
+        if not path.exists() or path.stat().st_mtime < self._started:
+            return -1
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 8192))
+            lines = file.read().split(b"\n")
+        return json.loads(lines[-2])["step"] if len(lines) > 1 and lines[-2].startswith(b'{"step"') else -1
+
+    def hold_output(self, seconds: float) -> None:
+        """For so long, nobody reads the output of the process with a pipe."""
+        self._pipe.hold(seconds)
+
+    def reach(self, step: int, seconds: float = START, process: int = 0) -> None:
+        """Waits until a process has given `step` to its devices."""
+        self.wait_for(lambda: self.step(process) >= step, seconds, f"step {step} in process {process}")
+
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written."""
+        folder = self.workdir / "checkpoints"
+        return folder.exists() and any("orbax-checkpoint-tmp" in name for name in os.listdir(folder))
+
+    def stop_while_writing(self) -> None:
+        """Stops all processes (SIGSTOP) at a moment when a checkpoint is begun and not complete."""
+
+        def stopped() -> bool:
+            self.wait_for(self.writing, 60, "a checkpoint being written")
+            self.signal(signal.SIGSTOP)
+            time.sleep(0.02)  # it takes effect a little later
+            if not self.writing():
+                self.signal(signal.SIGCONT)
+            return self.writing()
+
+        self.wait_for(stopped, 60, "all processes stopped while they write a checkpoint")
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
+        """Waits for a condition; fails, with the logs, if it does not come or all processes end before."""
+        try:
+            wait_for(lambda: condition() or not self.alive, seconds, what)
+            assert condition(), f"all processes have ended before: {what}"
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.told()}") from None
+
+    def wait(self, seconds: float = START) -> list[int]:
+        """Exit statuses, by process id; a negative one is a signal. Fails if they have not ended in time."""
+        try:
+            wait_for(lambda: not self.alive, seconds, f"the end of processes {self.alive}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.told()}") from None
+        return [process.returncode for process in self._processes.values()]
+
+    def told(self) -> str:
+        """The end of all logs."""
+        statuses = {i: process.poll() for i, process in self._processes.items()}
+        return "\n".join(f"--- process {i}, status {statuses.get(i)}:\n{log[-3000:]}" for i, log in enumerate(self.logs))
+
+    def ended(self, *statuses: int | tuple[int, ...], seconds: float = START) -> list[str]:
+        """Checks the statuses by process id, a tuple of them where several are right; returns the logs."""
+        found = self.wait(seconds)
+        right = [status in expected if isinstance(expected, tuple) else status == expected
+                 for status, expected in zip(found, statuses, strict=True)]  # fmt: skip
+        assert all(right), f"statuses are {found}, not {statuses}\n{self.told()}"
+        return self.logs
+
+
+class _Pipe:
+    """What is written to it arrives in a file, by way of a pipe that can be held."""
+
+    def __init__(self, path: pathlib.Path):
+        self._read, self._write = os.pipe()
+        self._path, self._open = path, threading.Event()
+        self._open.set()
+        threading.Thread(target=self._copy, daemon=True).start()
+
+    def fileno(self) -> int:
+        return self._write
+
+    def __enter__(self) -> _Pipe:
+        return self
+
+    def __exit__(self, *_) -> None:
+        os.close(self._write)  # the process has its own
+
+    def _copy(self) -> None:
+        with self._path.open("wb", buffering=0) as file, open(self._read, "rb", buffering=0) as pipe:
+            while self._open.wait() and (text := pipe.read(65536)):
+                file.write(text.replace(b"\0", b""))
+
+    def hold(self, seconds: float) -> None:
+        self._open.clear()
+        filling = os.open(f"/proc/self/fd/{self._read}", os.O_WRONLY | os.O_NONBLOCK)
+        try:
+            begin = time.monotonic()
+            while time.monotonic() - begin < seconds:
+                with contextlib.suppress(BlockingIOError):  # it is full
+                    os.write(filling, bytes(4096))
+                time.sleep(0.01)
+        finally:
+            os.close(filling)
+            self._open.set()
+
+
+def _free_port() -> int:
+    """One below the range from which the kernel takes ports by itself."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as tried:
+            if tried.connect_ex(("127.0.0.1", port)):
+                return port
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run left: examples[step][row] is a set of tuples of ids, losses[step] and evaluations[step] lists of what was
+    reported, once for every time that the step was done."""
+
+    examples: dict[int, dict[int, set[tuple[str, ...]]]]
+    losses: dict[int, list[float]]
+    evaluations: dict[int, list[float]]
+    checksums: dict[str, dict[str, int]]  # of the last checkpoint
+
+
+def read(workdir: pathlib.Path) -> Run:
+    run = Run({}, {}, {}, {})
+    for path in sorted((workdir / "examples").iterdir()):
+        for line in path.read_text().splitlines():
+            said = json.loads(line)
+            rows = run.examples.setdefault(said["step"], {})
+            for row, ids in zip(range(*said["rows"]), said["examples"], strict=True):
+                rows.setdefault(row, set()).add(tuple(ids))
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        said = json.loads(line)
+        for name, values in (("loss", run.losses), ("eval/loss", run.evaluations)):
+            if name in said:
+                values.setdefault(said["step"], []).append(said[name])
+    last = max((path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+    run.checksums = json.loads((last / "description" / "metadata").read_text())["checksums"]
+    return run
+
+
+def same(workdir: pathlib.Path, reference: Run, exact: bool) -> Run:
+    """Checks that a finished run has consumed the examples of `reference`, step by step, and come to the same losses.
+
+    exact: bit by bit, the last checkpoint's arrays included; else within the noise of other orders of summation.
+    """
+    run = read(workdir)
+    assert run.examples == reference.examples  # also those of steps that were done again
+    for name in ("losses", "evaluations"):
+        found, expected = getattr(run, name), getattr(reference, name)
+        assert found.keys() == expected.keys(), name
+        for step, values in found.items():
+            wanted = expected[step][:1] * len(values)
+            np.testing.assert_allclose(values, wanted, rtol=0 if exact else 1e-4, err_msg=f"{name} of step {step}")
+    if exact:
+        assert run.checksums == reference.checksums
+    return run
