@@ -77,15 +77,31 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpoints:
-    """The checkpoints of one workdir."""
+    """The checkpoints of one workdir; or quicker ones of the same run, on the disks of its hosts.
 
-    def __init__(self, workdir: str | os.PathLike, config: CheckpointConfig):
-        self.directory = _absolute(workdir) / DIRECTORY
+    The latter outlive the processes, not the hosts: each process writes what its devices hold, and all must have theirs
+    for a restart, on the same mesh.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, config: CheckpointConfig, local: bool = False):
+        """`local`: those in `config.local_dir`, of which the last two stay: a process may die before it has its part."""
+        self._local, self.directory = local, _absolute(workdir) / DIRECTORY
+        if local:
+            run = hashlib.sha256(str(self.directory).encode()).hexdigest()[:12]
+            self.directory = _absolute(config.local_dir) / run / f"{jax.process_index()}-of-{jax.process_count()}"
         self.directory.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep_last, keep_period=config.keep_every or None, create=True
+        processes = ocp.options.MultiprocessingOptions(
+            primary_host=None if local else 0, barrier_sync_key_prefix="local" if local else None
         )
-        handlers = {name: _array_handler() for name in ITEMS[:-1]} | {ITEMS[-1]: ocp.JsonCheckpointHandler()}
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2 if local else config.keep_last,
+            keep_period=config.keep_every or None if not local else None,
+            create=not local,
+            multiprocessing_options=processes,
+        )
+        self._processes = processes
+        handlers = {name: _array_handler(processes) for name in ITEMS[:-1]}
+        handlers[ITEMS[-1]] = ocp.JsonCheckpointHandler(multiprocessing_options=processes)
         self._manager = _Manager(self.directory, item_handlers=handlers, options=options)
 
     def steps(self) -> list[int]:
@@ -101,6 +117,7 @@ class Checkpoints:
             "format": FORMAT,
             "step": step,
             "config": json.loads(to_json(config)),
+            "layout": _layout(state),
             "tokenizer": {
                 "kind": tokenizer.kind,
                 "silence": tokenizer.silence,
@@ -115,7 +132,8 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(description=ocp.args.JsonSave(description), **save))
         except Exception as error:  # see check
             self._raise_not_written(error)
-        log.info("checkpoint of step %d: training waited %.2f s, the rest is written beside it", step, time.monotonic() - begin)
+        said = ("local " if self._local else "", step, time.monotonic() - begin)
+        log.info("%scheckpoint of step %d: training waited %.2f s, the rest is written beside it", *said)
 
     def check(self) -> None:
         """Raises RunError if a checkpoint that was being written in the background could not be."""
@@ -136,15 +154,20 @@ class Checkpoints:
             "and the same command continues from there"
         ) from error
 
-    def restore(self, program: Program, tokenizer: Tokenizer) -> TrainState | None:
-        """The newest good checkpoint, laid out for the program's mesh; None where there is no checkpoint at all.
+    def restore(self, program: Program, tokenizer: Tokenizer, after: int = -1) -> TrainState | None:
+        """The newest good checkpoint, laid out for the program's mesh; None where there is no checkpoint at all, or none
+        of a step after `after`.
 
         Damaged ones are moved aside, to `checkpoints/damaged/`, and reported. Raises UserError if the checkpoints
         belong to another model or tokenizer, or if there are some but none is good: a run never starts over silently.
+        Local ones are given up without more ado: they are deleted, and those in the workdir decide.
         """
         for leftover in self.directory.glob("*orbax-checkpoint-tmp*"):
             log.warning("incomplete checkpoint %s: its writing was interrupted; it is not used", leftover.name)
-        steps, problems = cluster.share(self.steps())[0], []
+        everyone, problems = cluster.share([step for step in self.steps() if step > after]), []
+        if self._local:
+            return self._restore_local(sorted(set(everyone[0]).intersection(*everyone)), program, tokenizer)
+        steps = everyone[0]
         for step in reversed(steps):
             try:
                 state = self._restore_step(step, program, tokenizer)
@@ -165,14 +188,31 @@ class Checkpoints:
             )
         return None
 
+    def _restore_local(self, steps: list[int], program: Program, tokenizer: Tokenizer) -> TrainState | None:
+        state = None
+        while steps and state is None:
+            step = steps.pop()
+            try:
+                state = self._restore_step(step, program, tokenizer)
+            except ValueError as error:
+                log.warning("local checkpoint of step %d is not used: %s", step, _first_line(error))
+        # What one process has and another lacks would be written anew by the other alone, which would wait for the first.
+        for path in self.directory.iterdir():
+            if state is None or path.name != str(step):
+                path.rmtree()
+        self._manager.reload()
+        return state
+
     def _restore_step(self, step: int, program: Program, tokenizer: Tokenizer) -> TrainState:
         # Without the manager: it makes all processes wait for one that cannot read its part.
         path, restored, error = self.directory / str(step), {}, None
         try:
             description = _read_description(path)
             _check_same_run(description, program.config, tokenizer, path)
+            if self._local and description["layout"] != _layout(program.abstract_state):
+                raise ValueError("it was written by other processes or another mesh")
             for name, tree in _split(program.abstract_state).items():
-                restored[name] = _read_arrays(path / name, tree)
+                restored[name] = _read_arrays(path / name, tree, self._processes)
         except UserError:
             raise
         except Exception as problem:  # see restore
@@ -204,15 +244,29 @@ class Checkpoints:
             self._manager.close()
 
 
-def _array_handler() -> ocp.PyTreeCheckpointHandler:
-    # Float32 that has been trained hardly compresses: to try takes ten times the CPU time of writing, for 8 % of the size.
-    return ocp.PyTreeCheckpointHandler(use_compression=False)
+def _array_handler(processes: ocp.options.MultiprocessingOptions) -> ocp.PyTreeCheckpointHandler:
+    types = ocp.type_handlers.create_type_handler_registry(
+        # Where every process keeps a folder of its own, each one writes all that it holds, replicas too.
+        (jax.Array, ocp.type_handlers.ArrayHandler(primary_host=None, replica_id=None, use_replica_parallel=False))
+    )
+    return ocp.PyTreeCheckpointHandler(
+        # Float32 that has been trained hardly compresses: to try takes ten times the CPU time of writing, for 8 %.
+        use_compression=False,
+        multiprocessing_options=processes,
+        **({"type_handler_registry": types} if processes.primary_host is None else {}),
+    )
 
 
-def _read_arrays(path: epath.Path, abstract: Any) -> Any:
+def _read_arrays(path: epath.Path, abstract: Any, processes=ocp.options.MultiprocessingOptions()) -> Any:
     """The arrays in `path`, in the shapes and layout of `abstract`; only this process reads, and waits for no other."""
     arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
-    return _array_handler().restore(path, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments))
+    return _array_handler(processes).restore(path, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments))
+
+
+def _layout(state: Any) -> dict[str, Any]:
+    """What a local checkpoint must have in common with the run that reads it."""
+    mesh = state.step.sharding.mesh
+    return {"mesh": dict(mesh.shape), "devices": [[d.process_index, d.id] for d in mesh.devices.flat]}
 
 
 def _read_description(path: epath.Path) -> dict[str, Any]:

@@ -141,6 +141,8 @@ class CheckpointConfig:
 
     every: int = 1000  # steps; 0: only the last step
     every_minutes: float = 0.0  # and so many minutes after the last one; 0: by steps only
+    local_dir: str = ""  # a disk of each host, e.g. /mnt/ssd, for quick checkpoints beside those in the workdir
+    local_every: int = 100  # steps between them; two stay
     keep_last: int = 3
     keep_every: int = 0  # steps whose checkpoints stay for good; 0: none
 
@@ -299,6 +301,7 @@ def _validate(config: Config) -> None:
     _check(all(n > 0 or n == -1 for n in sizes), "mesh", sizes, "axes must be positive, or -1 for all that remain")
     _check(sizes.count(-1) <= 1, "mesh", sizes, "only one axis may be -1")
     _check(config.checkpoint.every_minutes >= 0, "checkpoint.every_minutes", config.checkpoint.every_minutes, "must be >= 0")
+    _check(config.checkpoint.local_every > 0, "checkpoint.local_every", config.checkpoint.local_every, "must be positive")
     _check(config.monitor.slow_step > 1, "monitor.slow_step", config.monitor.slow_step, "must be over 1")
     _check(config.monitor.profile_steps > 0, "monitor.profile_steps", config.monitor.profile_steps, "must be positive")
     _check(config.checkpoint.keep_last > 0, "checkpoint.keep_last", config.checkpoint.keep_last, "must be positive")

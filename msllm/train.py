@@ -61,8 +61,12 @@ def train(
     evaluation = _Evaluation(program) if config.eval_every and config.data.eval_percent else None
 
     checkpoints = Checkpoints(workdir, config.checkpoint)
+    local = Checkpoints(workdir, config.checkpoint, local=True) if config.checkpoint.local_dir else None
+    tiers = [checkpoints, local] if local else [checkpoints]
     with goodput.inside("restore"):
-        state = checkpoints.restore(program, loader.tokenizer)
+        state = local.restore(program, loader.tokenizer, max(checkpoints.steps(), default=-1)) if local else None
+        if state is None:
+            state = checkpoints.restore(program, loader.tokenizer)
         if state is None:
             state = program.init()
             log.info("starting a new run in %s", workdir)
@@ -73,7 +77,8 @@ def train(
     goodput.write()
     if start >= config.steps:
         log.info("nothing to do: the run is at step %d of %d", start, config.steps)
-        checkpoints.close()
+        for tier in tiers:
+            tier.close()
         return state
     if cluster.is_first():
         (workdir / "config.json").write_text(to_json(config))
@@ -89,7 +94,8 @@ def train(
         stack.callback(goodput.write)
         stack.callback(writer.close)
         stack.callback(progress.close)
-        stack.callback(checkpoints.close)
+        for tier in tiers:
+            stack.callback(tier.close)
         goodput.begin("steps")
         for step in range(start, config.steps):
             _profile(config, step, start, workdir)
@@ -101,13 +107,19 @@ def train(
             # The numbers of this step are read after the next one has been dispatched: the device never waits for us.
             meter.dispatched(step + 1, metrics, tables)
             done, stopping = step + 1, stop.at(step + 1)  # a signal after this line ends the next step: that one saves
-            checkpoints.check()
+            for tier in tiers:
+                tier.check()
             if stopping or done == config.steps or _due(config, done, meter.clock - last_save):
                 meter.flush()
                 with goodput.inside("checkpoint"):
                     checkpoints.save(state, config, loader.tokenizer)
                 goodput.saved(done)
                 last_save = meter.clock
+            elif local and done % config.checkpoint.local_every == 0:
+                meter.flush()
+                with goodput.inside("checkpoint"):
+                    local.save(state, config, loader.tokenizer)
+                goodput.saved(done)
             if evaluation and (done % config.eval_every == 0 or done == config.steps):
                 meter.flush()
                 with goodput.inside("evaluation"):

@@ -221,6 +221,36 @@ def test_which_checkpoints_stay(tmp_path, program, state, tokenizer):
     assert kept == {"3", "6", "7"}
 
 
+def test_local_checkpoints_serve_the_mesh_that_wrote_them(tmp_path, program, state, tokenizer, caplog):
+    config = CheckpointConfig(local_dir=str(tmp_path / "disk"))
+
+    def opened(action, workdir=tmp_path / "run"):
+        checkpoints = Checkpoints(workdir, config, local=True)
+        try:
+            return action(checkpoints)
+        finally:
+            checkpoints.close()
+
+    def restored(program, after=-1):
+        with caplog.at_level(logging.WARNING, "msllm"):
+            return opened(lambda local: local.restore(program, tokenizer, after))
+
+    for step in (2, 4, 6):
+        opened(lambda local: local.save(at_step(program, state, step), program.config, tokenizer))
+    assert opened(lambda local: local.steps()) == [4, 6]  # the disk is small
+    assert opened(lambda local: local.steps(), tmp_path / "another run") == []
+    (newest,) = (tmp_path / "disk").glob("*/0-of-1/6")
+    damage_arrays(newest / "parameters", flip_a_bit)
+    check_restored(restored(program), program, state, 4)
+    assert "local checkpoint of step 6 is not used: " in caplog.text
+    assert restored(make_program(program.config, 8, fsdp=8)) is None
+    assert "local checkpoint of step 4 is not used: it was written by other processes or another mesh" in caplog.text
+    assert opened(lambda local: local.steps()) == []  # the run comes to these steps again
+    opened(lambda local: local.save(at_step(program, state, 6), program.config, tokenizer))
+    check_restored(restored(program, after=5), program, state, 6)
+    assert restored(program, after=6) is None
+
+
 def test_saving_a_step_again_changes_nothing(workdir, program, state, tokenizer):
     checkpoints = Checkpoints(workdir, CheckpointConfig())
     checkpoints.save(at_step(program, state, 30)._replace(skipped=np.int32(5)), program.config, tokenizer)

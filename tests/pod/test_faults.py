@@ -286,3 +286,25 @@ def test_the_late_are_named_and_the_frozen_given_up(files, reference, tmp_path):
     steps = [re.findall(r"checkpoint of step (\d+)", log) for log in logs]
     assert steps[0] == steps[1] and len(steps[0]) >= 3  # the clock of process 0 counts
     same(workdir, reference, exact=True)
+
+
+def test_checkpoints_on_the_hosts_own_disks_are_taken_where_all_have_newer_ones(files, reference, tmp_path):
+    workdir, disk = tmp_path / "run", tmp_path / "disk"
+    options = ["--config.checkpoint.every=10", "--config.checkpoint.local_every=3", f"--config.checkpoint.local_dir={disk}"]
+
+    def newest():
+        kept = [{int(p.name) for p in disk.glob(f"*/{i}-of-2/*") if p.name.isdigit()} for i in range(2)]
+        return max(set.intersection(*kept))
+
+    for step in (14, 19):
+        with Pod(files, workdir, *options) as pod:
+            pod.reach(step)
+            pod.signal(signal.SIGKILL, 1)
+            first, _ = pod.wait(NOTICED) and pod.logs
+        assert newest() > 10 and saved(workdir) == [10]
+        if step == 14:
+            shutil.rmtree(next(disk.glob("*/1-of-2")))  # a new host
+    assert "continuing at step 10" in first
+    with Pod(files, workdir, *options) as pod:
+        assert f"continuing at step {newest()}" in pod.ended(0, 0)[0]
+    same(workdir, reference, exact=True)
