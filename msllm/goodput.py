@@ -91,9 +91,9 @@ class Goodput:
 
 def _read(path: epath.Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        return dict(json.loads(path.read_text()))
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (TypeError, ValueError):
         log.warning("%s is damaged: the times of earlier attempts are lost", path)
         return {}

@@ -10,6 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from msllm import tokenizer as tokenizer_lib
 from msllm.checkpoint import Checkpoints, load_model
@@ -66,6 +67,14 @@ def save(workdir, program, state, tokenizer, steps, config=CheckpointConfig()):
     for step in steps:
         checkpoints.save(at_step(program, state, step), program.config, tokenizer)
     checkpoints.close()
+
+
+def test_saving_asks_no_preemption_service(tmp_path, program, state, tokenizer, monkeypatch):
+    """It would take the step of a checkpoint that is complete for the one that this process has come to."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    save(tmp_path, program, state, tokenizer, (10, 20))
+    assert not asked
 
 
 def restore(workdir, program, tokenizer):

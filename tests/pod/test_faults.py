@@ -267,7 +267,7 @@ def test_the_late_are_named_and_the_frozen_given_up(files, reference, tmp_path):
         pod.hold_output(3)  # process 0 waits for whoever reads its output
         late = r"step \d+ took \d\.\d s, \d+ times the median: process 0 on \S+ gave it to its devices \d\.\d s after"
         pod.wait_for(lambda: re.search(late, pod.logs[0]), 20, "the report of who was late")
-        pod.reach(10)
+        pod.reach(13)
         pod.signal(signal.SIGSTOP, 1)  # all of it, and its device
         time.sleep(3)
         pod.signal(signal.SIGCONT, 1)

@@ -1,0 +1,148 @@
+"""Runs that are killed, stopped, frozen and moved at random until the time is over, and compared with undisturbed ones.
+
+    PYTHONPATH=. python -m tests.pod.soak --minutes=30 [--seed=S] [--processes=2..4]
+
+Every run is disturbed a few times and then left to finish. Half of them keep their processes and mesh, and must come to
+the same bits. The others change both between starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import pathlib
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # as in the tests
+
+from pods import HEARTBEAT, LOST, START, STEPS, Pod, make_files, read, same  # noqa: E402
+
+NOTICED = HEARTBEAT + 40  # seconds; more than in the tests: hours on busy machines see everything
+SPARE = 2  # steps before the last one that are not disturbed: whoever is asked to stop then completes the run instead
+
+
+def layouts(most: int) -> list[tuple[int, int, tuple[str, ...]]]:
+    """(processes, devices of each, options)."""
+    meshes = lambda **axes: tuple(f"--config.mesh.{axis}={size}" for axis, size in axes.items())
+    every = [
+        (2, 1, ()),
+        (1, 2, ()),
+        (1, 4, meshes(data=2, fsdp=2)),
+        (2, 2, meshes(data=2, fsdp=1, tensor=2)),
+        (2, 2, meshes(data=4, fsdp=1)),
+        (3, 1, meshes(data=1, fsdp=1, stream=3)),
+        (4, 1, ()),
+        (4, 1, meshes(data=2, fsdp=2)),
+    ]
+    return [layout for layout in every if layout[0] <= most]
+
+
+def disturb(pod: Pod, count: int, rng: random.Random) -> tuple[str, bool]:
+    """One fault at a random moment, and how the processes ended: (kind, whether the run was complete before it).
+
+    Raises AssertionError where a process did not end in time, or not with the status that it should.
+    """
+    one = rng.randrange(count)
+    step = max(0, pod_start(pod) + rng.randrange(STEPS - SPARE - pod_start(pod)))
+    kinds = ["SIGKILL of one", "SIGKILL of all", "SIGTERM to one", "SIGTERM to all", "SIGINT to one", "SIGKILL at the start"]
+    kinds += ["SIGKILL of one in a checkpoint", "SIGKILL of all in a checkpoint", "SIGSTOP of one", "SIGSTOP for a while"]
+    kind = rng.choice(kinds)
+    which = tuple(range(count)) if "of all" in kind or "to all" in kind else (one,)
+    if kind == "SIGKILL at the start":
+        time.sleep(rng.uniform(0, 12))
+    elif "checkpoint" in kind:
+        pod.wait_for(lambda: pod.step(one) >= min(step, STEPS - 6), START, "a step")
+        pod.stop_while_writing()
+    else:
+        pod.wait_for(lambda: pod.step(one) >= step, START, f"step {step} in process {one}")
+        time.sleep(rng.uniform(0, 0.2))
+    number = {"SIGK": signal.SIGKILL, "SIGT": signal.SIGTERM, "SIGI": signal.SIGINT, "SIGS": signal.SIGSTOP}[kind[:4]]
+    pod.signal(number, *which)
+    if "checkpoint" in kind:
+        pod.signal(signal.SIGCONT)
+    if kind == "SIGSTOP for a while":
+        time.sleep(rng.uniform(0.5, HEARTBEAT / 2))
+        pod.signal(signal.SIGCONT)
+        pod.signal(signal.SIGTERM, one)
+        number = signal.SIGTERM
+    if number == signal.SIGSTOP:
+        pod.wait_for(lambda: pod.alive == [one], NOTICED, "the end of all but the frozen process")
+        pod.signal(signal.SIGKILL, one)
+    statuses = pod.wait(NOTICED if kind != "SIGKILL at the start" else NOTICED + 60)
+    if set(statuses) == {0} and number != signal.SIGINT:
+        return f"{kind}, too late", True
+    for i, status in enumerate(statuses):
+        if number in (signal.SIGTERM, signal.SIGINT):
+            right = {75 if number == signal.SIGTERM else 0}
+        elif i in which:
+            right = {-signal.SIGKILL}
+        else:
+            right = {*LOST, 0} if "start" not in kind else {*LOST}
+        assert status in right, f"{kind} (process {one}): statuses are {statuses}\n{pod.told()}"
+    return kind, False
+
+
+def pod_start(pod: Pod) -> int:
+    folder = pod.workdir / "checkpoints"
+    return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0) if folder.exists() else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=4, choices=(2, 3, 4), help="the most at a time")
+    arguments = parser.parse_args()
+    rng, end = random.Random(arguments.seed), time.monotonic() + 60 * arguments.minutes
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="soak-"))
+    print(f"in {folder}, seed {arguments.seed}", flush=True)
+    files, every = make_files(folder), layouts(arguments.processes)
+    with Pod(files, folder / "undisturbed") as pod:
+        pod.ended(0, 0)
+    reference, counts, kinds = read(folder / "undisturbed"), collections.Counter(), collections.Counter()
+    number = 0
+    try:
+        while time.monotonic() < end:
+            number += 1
+            workdir, moves = folder / f"run-{number}", number % 2 == 0
+            for _ in range(rng.randrange(2, 6)):
+                processes, devices, options = rng.choice(every) if moves else every[0]
+                with Pod(files, workdir, *options, processes=processes, devices=devices, wait_seconds=40) as pod:
+                    if pod_start(pod) >= STEPS - SPARE - 1:
+                        break
+                    kind, complete = disturb(pod, processes, rng)
+                counts["starts"] += 1
+                kinds[kind] += 1
+                print(f"run {number}: {processes} processes of {devices} {' '.join(options)}: {kind}", flush=True)
+                if complete:
+                    break
+            processes, devices, options = rng.choice(every) if moves else every[0]
+            with Pod(files, workdir, *options, processes=processes, devices=devices) as pod:
+                pod.ended(*[0] * processes)
+            counts["starts"] += 1
+            run = same(workdir, reference, exact=not moves)
+            counts["runs", "moved" if moves else "same bits"] += 1
+            counts["steps"] += STEPS
+            counts["steps done again"] += sum(len(losses) - 1 for losses in run.losses.values())
+            print(f"run {number}: complete, as the undisturbed one{'' if moves else ', bit by bit'}", flush=True)
+            shutil.rmtree(workdir)
+    except AssertionError as error:
+        print(f"FAILED in run {number}, kept in {folder}: {error}", flush=True)
+        return 1
+    shutil.rmtree(folder)
+    print(
+        f"passed: {counts['starts']} starts, {sum(kinds.values())} faults ({', '.join(f'{n} {k}' for k, n in sorted(kinds.items()))}); "
+        f"{number} runs finished with the examples and losses of the undisturbed one, {counts['runs', 'same bits']} of them bit by "
+        f"bit, {counts['runs', 'moved']} with other processes and meshes; {counts['steps']} steps and "
+        f"{counts['steps done again']} done again"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

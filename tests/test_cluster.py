@@ -1,0 +1,82 @@
+"""What survives of a process that was killed while it wrote, and errors that come from other processes."""
+
+import json
+import logging
+
+import jax
+import pytest
+from etils import epath
+from jax._src.distributed import global_state
+
+from msllm import cluster
+from msllm.goodput import Goodput
+
+
+@pytest.mark.parametrize("text", ["", '{"seconds": {"st', "null"])
+def test_damaged_times_are_reported_and_do_not_stop_a_run(tmp_path, text, caplog):
+    path = epath.Path(tmp_path / "goodput.json")
+    path.write_text(text)
+    with caplog.at_level(logging.WARNING, "msllm"):
+        goodput = Goodput(path)
+    assert goodput.attempts == 1 and f"{path} is damaged: the times of earlier attempts are lost" in caplog.text
+    goodput.write()
+    assert Goodput(path).attempts == 2
+
+
+def test_times_are_never_half_written(tmp_path, monkeypatch):
+    path = epath.Path(tmp_path / "goodput.json")
+    Goodput(path, 5.0).write()
+    before = json.loads(path.read_text())
+
+    def full(self, text):
+        with self.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(path), "write_text", full)
+    with pytest.raises(OSError):
+        Goodput(path).write()
+    assert json.loads(path.read_text()) == before
+
+
+def test_the_roll_call_passes_over_files_that_are_empty_or_go_away(tmp_path, monkeypatch):
+    """Files of processes that just write, or have just joined."""
+    folder = tmp_path / "waiting"
+    folder.mkdir()
+    (folder / "1").write_text("host-1 7 1")
+    (folder / "3").write_text("")
+    monkeypatch.setattr(global_state, "num_processes", 4)
+    monkeypatch.setattr(global_state, "process_id", 0)
+    left = []
+
+    def leave(message, status):
+        left.append((message, status))
+        call._done.set()
+
+    monkeypatch.setattr(cluster, "leave", leave)
+    read, texts = cluster._text, iter(["host-1 7 2", "", "host-1 7 3"])
+    monkeypatch.setattr(cluster, "_text", lambda path: next(texts, "host-1 7 4") if path.name == "1" else read(path))
+    assert read(epath.Path(folder / "5")) == ""
+    call = cluster._RollCall(epath.Path(folder), 2.5)
+    with call:
+        call._thread.join(20)
+    ((message, status),) = left
+    assert status == cluster.LOST and "of 4 processes these have not come: 2, 3 (here: 0 on " in message
+
+
+@pytest.mark.parametrize(
+    "error, others",
+    [
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed"), True),
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), False),
+        (ValueError("RESOURCE_EXHAUSTED: Error writing local file: No space left on device"), False),
+    ],
+)
+def test_what_other_processes_are_to_blame_for(monkeypatch, error, others):
+    assert not cluster.is_of_others(error)  # there are none
+    monkeypatch.setattr(cluster.jax, "process_count", lambda: 2)
+    assert cluster.is_of_others(error) == others
+    wrapped = TimeoutError("a barrier")
+    wrapped.__cause__ = error
+    assert cluster.is_of_others(wrapped) == others
