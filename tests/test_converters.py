@@ -9,7 +9,8 @@ from hypothesis import given, settings, strategies as st
 
 from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
 from msllm.data import dictation
-from msllm.data.converters import CLOSING_ROWS, convert, texts
+from msllm.data.converters import convert, texts
+from msllm.data.converters.layout import CLOSING_ROWS
 from msllm.errors import UserError
 from msllm.streams import StreamSpec
 from msllm.tokenizer import train
@@ -123,7 +124,7 @@ def test_text_predicts_each_character_once(folder, content, rows):
     path = folder / "plain.txt"
     path.write_text(content, newline="")
     one = StreamsConfig(names=("text",), kinds=("output",))
-    pieces = run(make_config("text", path, streams=one, rows=rows), CHARACTERS)
+    pieces = run(make_config("single", path, streams=one, rows=rows), CHARACTERS)
     columns = [piece.tokens[:, 0].tolist() for piece in pieces]
     assert CHARACTERS.decode(columns[0][:1] + [token for column in columns for token in column[1:]]) == content
     assert all(a[-1] == b[0] for a, b in zip(columns, columns[1:]))
@@ -133,9 +134,9 @@ def test_text_predicts_each_character_once(folder, content, rows):
 def test_text_is_the_same_in_small_blocks(tmp_path, monkeypatch):
     path = tmp_path / "plain.txt"
     path.write_text("a b\nc ä\n" * 50)
-    config = make_config("text", path, streams=StreamsConfig(names=("text",), kinds=("output",)), rows=7)
+    config = make_config("single", path, streams=StreamsConfig(names=("text",), kinds=("output",)), rows=7)
     whole = run(config, CHARACTERS)
-    monkeypatch.setattr("msllm.data.converters.BLOCK_CHARACTERS", 5)
+    monkeypatch.setattr("msllm.data.sources.BLOCK_CHARACTERS", 5)
     assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(whole, run(config, CHARACTERS), strict=True))
 
 
@@ -244,7 +245,7 @@ BAD = [
     ("tables", [{"streams": {"user": 5}}], r"jsonl:1: stream 'user' is 5"),
     ("chat", [{"messages": "hi"}], r"records.jsonl:1: must be"),
     ("chat", [{"messages": [{"role": "bot", "content": "a"}]}], r"jsonl:1: role 'bot' .*options.roles"),
-    ("text", ["a"], r"exactly one stream"),
+    ("single", ["a"], r"exactly one stream"),
 ]
 
 
@@ -257,7 +258,7 @@ def test_bad_records_are_named(tmp_path, converter, records, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"converter": "gsm9k"}, "config.data.converter is 'gsm9k': must be one of gsm8k"),
+        ({"converter": "gsm9k"}, "config.data.converter is 'gsm9k': must be one of chat, .*gsm8k, .*package.module:function"),
         ({"options": {"think": 1}}, "config.data.options.think: gsm8k knows think_after"),
         ({"options": {"think_after": "1"}}, "think_after is '1': expected int"),
         ({"options": {"think_after": -2}}, "think_after is -2"),
@@ -272,5 +273,5 @@ def test_bad_settings_are_named(tmp_path, changes, message):
 
 def test_not_utf8(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'{"question": "\xff\xfe"}\n')
-    with pytest.raises(UserError, match="x.jsonl, after line 0: not UTF-8"):
+    with pytest.raises(UserError, match="x.jsonl:1: not UTF-8"):
         run(make_config("gsm8k", tmp_path / "x.jsonl"))
