@@ -374,5 +374,4 @@ def _share(total: int, part: Part) -> range:
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, (str, bytes)) else repr(value)
-    return repr(text[:40])
+    return repr(value[:40]) if isinstance(value, (str, bytes)) else repr(value)[:40]

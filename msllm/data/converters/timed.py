@@ -20,8 +20,8 @@ OPTIONS = {"row_seconds": 0.25, "roles": {}, "longest_silence": 0, "ignored": []
 def convert(layout: Layout, record: Record) -> Iterator[Table]:
     """From {"utterances": [{"start": seconds, "end": seconds, "speaker": role, "text": text}, ...]}, a recording.
 
-    `roles` maps speakers to streams ("*": all others); several may share one. Row r is the time from
-    r * `row_seconds` on, counted from the first utterance. The n tokens of an utterance are spread evenly over its
+    `roles` maps speakers to streams ("*": all others); several may share one. Row r is the time from r * `row_seconds`
+    to (r + 1) * `row_seconds`, counted from the first utterance. The n tokens of an utterance are spread evenly over its
     time, each in the row in which its n-th part of the time ends; where that row is taken, in the next free one: a
     stream with more tokens than rows falls behind, and catches up in a silence.
     `longest_silence`: rows that remain of a longer time in which no stream says anything (0: all).
@@ -51,7 +51,7 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     for start, end, name, text in said:
         tokens, column = layout.tokenizer.encode(text), cells[name]
         for i, token in enumerate(tokens, 1):
-            row = math.floor((start - first + (end - start) * i / len(tokens)) / seconds)
+            row = math.ceil((start - first + (end - start) * i / len(tokens)) / seconds) - 1
             column.append((max(row, column[-1][0] + 1 if column else 0), token))
     rows = sorted({row for column in cells.values() for row, _ in column})
     shorter = _shorten(rows, layout.options["longest_silence"])
