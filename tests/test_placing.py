@@ -120,16 +120,19 @@ def test_wait_k_tokens(run, source, target, k):
     assert span(found, pair["target"], 2) == (start, start + target)
 
 
-@given(source=st.lists(LENGTHS, min_size=1, max_size=5), target=st.lists(LENGTHS, min_size=1, max_size=5), k=st.integers(-1, 6))
+SENTENCE = st.lists(LENGTHS, min_size=1, max_size=5)
+
+
+@given(source=SENTENCE, target=SENTENCE, k=st.integers(-1, 6))
 def test_wait_k_words(run, source, target, k):
     pair = {"source": " ".join("w" * n for n in source), "target": " ".join("w" * n for n in target)}
     (table,) = run("wait_k", [pair], tokenizer=CHARACTERS, options={"k": k, "unit": "word"})
     silent = table.tokens == CHARACTERS.silence_id
     rows = [np.flatnonzero(~silent[:, stream]).tolist() for stream in (0, 2)]
     assert [CHARACTERS.decode(table.tokens[r, s]) for r, s in zip(rows, (0, 2))] == list(pair.values())
-    # The row in which a word begins (with the space before it), and the row after its last character.
-    begins, ends = ([np.cumsum([0, lengths[0], *(n + 1 for n in lengths[1:])]) for lengths in (source, target)] for _ in "be")
-    for j, (first, last) in enumerate(zip(begins[1][:-1], ends[1][1:])):
+    # Rows or characters after each word and none; the space between two belongs to the second.
+    ends = [np.cumsum([0, lengths[0], *(n + 1 for n in lengths[1:])]) for lengths in (source, target)]
+    for j, (first, last) in enumerate(zip(ends[1], ends[1][1:])):
         read = len(source) if k < 0 else min(j + k, len(source))
         free = rows[1][first - 1] + 1 if first else 0
         assert rows[1][first] == max(free, ends[0][read])
@@ -204,11 +207,13 @@ def test_timed_recordings_go_on_in_the_next_table(run):
     (whole,) = run("timed", [{"utterances": said}], options=options, rows=100)
     parts = run("timed", [{"utterances": said}], options=options, rows=16, streams=StreamsConfig(delays=(0, 0, 3)))
     assert max(len(part.tokens) for part in parts) == 16 and len(parts) > 3  # with the rows that delays take
-    assert {part.example[:12] for part in parts} == {whole.example[:12]} and len({p.example for p in parts}) == len(parts)
+    assert {part.example[:12] for part in parts} == {whole.example[:12]}
+    assert len({part.example for part in parts}) == len(parts)
     for stream, delay in enumerate((0, 0, 3)):
         columns = [part.tokens[delay : len(part.tokens) - 3 + delay, stream].tolist() for part in parts]
         assert all(a[-1] == b[0] for a, b in zip(columns, columns[1:]))
-        assert columns[0][:1] + [token for column in columns for token in column[1:]] == whole.tokens[:, stream].tolist()
+        joined = columns[0] + [token for column in columns[1:] for token in column[1:]]
+        assert joined == whole.tokens[:, stream].tolist()
 
 
 def test_timed_leaves_out_what_it_is_told_to(run):
@@ -236,9 +241,8 @@ def test_tools(run, rounds, latency, after):
     words, messages = iter(WORDS), []
     for asked, calls, speaks, backwards in rounds:
         messages.append({"role": "user", "content": text(words, asked)})
-        made = [
-            {"id": next(words), "function": {"name": next(words), "arguments": text(words, length)}} for length, _ in calls
-        ]
+        called = [{"name": next(words), "arguments": text(words, length)} for length, _ in calls]
+        made = [{"id": str(len(messages) + i), "function": function} for i, function in enumerate(called)]
         content = text(words, 2) if speaks or not made else None
         messages.append({"role": "assistant", "content": content, "tool_calls": made})
         results = [
@@ -282,12 +286,14 @@ def test_tools(run, rounds, latency, after):
 
 
 def test_arguments_as_an_object_and_ids_that_nobody_gave(run):
-    call = {"function": {"name": "w1", "arguments": {"a": "ü"}}}
-    messages = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "w2"}]
-    (table,) = run("tools", [{"messages": messages}], TOOLS, options={"calls": ["call_1"], "results": ["result_1"]})
-    said = table.tokens != TOKENIZER.silence_id
-    assert np.flatnonzero(said[:, 1]).tolist() == [0, 1, 2]  # w1 {"a": "ü"}
-    assert np.flatnonzero(said[:, 3]).tolist() == [3] and not said[:, [0, 2, 4, 5]].any()
+    said = 'f {"a": "ü"}'
+    tokenizer = train([said], TokenizerConfig(model_type="char", vocab_size=64))
+    call = {"function": {"name": "f", "arguments": {"a": "ü"}}}
+    messages = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "a"}]
+    options = {"calls": ["call_1"], "results": ["result_1"]}
+    (table,) = run("tools", [{"messages": messages}], TOOLS, tokenizer, options=options)
+    assert tokenizer.decode(table.tokens[:, 1]) == said
+    assert np.flatnonzero(table.tokens[:, 3] != tokenizer.silence_id).tolist() == [len(said)]
 
 
 # Bad input.
@@ -300,7 +306,7 @@ BAD = [
     ("timed", {"utterances": [TALK | {"start": 2}]}, "1, utterance 0: ends at 1, before it starts at 2"),
     ("timed", {"utterances": [TALK, TALK | {"speaker": "Z"}]}, "1, utterance 1: role 'Z' is none of"),
     ("tools", {"messages": [{"content": "w1"}]}, "1, message 0: 'role' is None"),
-    ("tools", {"messages": [{"role": "tool", "content": "w1", "tool_call_id": "7"}]}, "1, message 0: 'tool_call_id' is '7'"),
+    ("tools", {"messages": [{"role": "tool", "content": "w1", "tool_call_id": 7}]}, "1, message 0: 'tool_call_id' is"),
     ("tools", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "1, message 0: 'name' is None"),
     ("aligned", {"rows": [[1, 2]]}, "1: 'rows' must be a list of rows, each a list of 3 items"),
     ("aligned", {"rows": [[1, {}, "w1"]]}, "1, user, row 0: '1' is"),

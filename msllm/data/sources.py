@@ -140,7 +140,8 @@ def parts(path: str, format: str = "", other: str = "jsonl", count: int = 1) -> 
     compressed files, `json`, `text`, and files with a reader of the user's own.
     """
     if ":" not in format and format not in ("", *FORMATS):
-        raise UserError(f"config.data.format is {format!r}: must be empty, package.module:function, or one of {FORMATS}")
+        choices = f"package.module:function, or one of {', '.join(FORMATS)}"
+        raise UserError(f"config.data.format is {format!r}: must be empty, {choices}")
     found = []
     for file in input_files(path):
         ending = _COMPRESSED.sub("", file).rpartition(".")[2].lower()

@@ -17,8 +17,9 @@ OPTIONS = {"roles": {}, "overlap": Choice(0, least=0), "wait": Choice(-1, least=
 def convert(layout: Layout, record: Record) -> Iterator[Table]:
     """From {"messages": [{"role", "content"}, ...]}.
 
-    `roles` maps roles to streams ("*": all others; a role left out is a stream's name). A turn starts when the one before it has ended;
-    turns of inputs always do, when all turns have. Others may come earlier, never before the turn before them starts:
+    `roles` maps roles to streams ("*": all others; a role left out is a stream's name). A turn starts when the one
+    before it has ended, a turn of an input when all have. Turns of other streams may come earlier, though never before
+    the turn that they follow starts:
 
     overlap: so many rows before that turn ends.
     wait: so many rows after the last turn of an input started (-1: no matter); it still follows other turns.

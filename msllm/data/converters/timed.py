@@ -21,8 +21,8 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     """From {"utterances": [{"start": seconds, "end": seconds, "speaker": role, "text": text}, ...]}, a recording.
 
     `roles` maps speakers to streams ("*": all others); several may share one. Row r is the time from r * `row_seconds`
-    to (r + 1) * `row_seconds`, counted from the first utterance. The n tokens of an utterance are spread evenly over its
-    time, each in the row in which its n-th part of the time ends; where that row is taken, in the next free one: a
+    to (r + 1) * `row_seconds`, counted from the first utterance. The n tokens of an utterance are spread evenly over
+    its time, each in the row in which its n-th part of the time ends; where that row is taken, in the next free one: a
     stream with more tokens than rows falls behind, and catches up in a silence.
     `longest_silence`: rows that remain of a longer time in which no stream says anything (0: all).
     `ignored`: texts that are left out, such as "[silence]".

@@ -92,5 +92,6 @@ def _of_call(made: Mapping[str, tuple[int, int]], message: Mapping[str, Any], wh
     """Place and end of the call whose result a message is."""
     identity = str(message.get("tool_call_id", ""))
     if identity not in made:
-        raise BadRecord(f"{where}: 'tool_call_id' is {identity!r}: no call before it has this id ({', '.join(made) or 'none'})")
+        known = ", ".join(made) or "none"
+        raise BadRecord(f"{where}: 'tool_call_id' is {identity!r}: must be the id of a call before it ({known})")
     return made[identity]
