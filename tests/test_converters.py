@@ -11,6 +11,7 @@ from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
 from msllm.data import dictation
 from msllm.data.converters import convert, texts
 from msllm.data.converters.layout import CLOSING_ROWS
+from msllm.data.tables import example_hash
 from msllm.errors import UserError
 from msllm.streams import StreamSpec
 from msllm.tokenizer import train
@@ -275,3 +276,35 @@ def test_not_utf8(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'{"question": "\xff\xfe"}\n')
     with pytest.raises(UserError, match="x.jsonl:1: not UTF-8"):
         run(make_config("gsm8k", tmp_path / "x.jsonl"))
+
+
+# What the configs make of a text is kept: prepared data and checkpoints of earlier versions go on being comparable.
+
+SOLVED = {"question": "A pen costs 2. How much are 3?", "answer": "2*3=<<2*3=6>>6\nSo it is 6.\n#### 6"}
+KEPT = {
+    "quickstart": ("dictation", {"examples": 300}, "word", "5fba788acf5a4d5f"),
+    "quickstart_single": ("dictation_single", {"examples": 300}, "word", "a2cac5aec0e38a39"),
+    "gsm8k": ("gsm8k", {}, "char", "1c5ef32274f3e73c"),
+    "shakespeare": ("single", {}, "char", "1e20ef509ce52350"),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_the_tables_of_the_configs_are_kept(tmp_path, name):
+    converter, options, model_type, expected = KEPT[name]
+    (tmp_path / "x.jsonl").write_text(json.dumps(SOLVED) + "\n" + json.dumps(SOLVED | {"question": "And 1+1?"}))
+    (tmp_path / "x.txt").write_text("First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak.\n" * 9)
+    path = tmp_path / ("x.txt" if converter == "single" else "x.jsonl")
+    streams = StreamsConfig() if name in ("quickstart", "gsm8k") else StreamsConfig(names=("text",), kinds=("output",))
+    config = make_config(converter, path, streams=streams, options=options, rows=65)
+    tokenizer = train(
+        texts(config, StreamSpec.from_config(streams)), TokenizerConfig(model_type=model_type, vocab_size=256)
+    )
+    kept = [
+        [[tokenizer.piece(token) for token in row] for row in table.tokens.tolist()]
+        + [table.present.tolist(), table.example]
+        for table in run(config, tokenizer)
+    ]
+    if converter == "single":  # an example's id is made of token ids, which another sentencepiece may number otherwise
+        kept = [table[:-1] for table in kept]
+    assert example_hash(json.dumps(kept)) == expected

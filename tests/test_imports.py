@@ -109,7 +109,7 @@ def test_data_and_model_import_no_slow_library():
         return set(subprocess.run(line, capture_output=True, text=True, check=True).stdout.split())
 
     core = loaded("msllm.step, msllm.data.converters, msllm.data.records")
-    assert "flax" in core and not {"orbax.checkpoint", "tensorboardX", "grain", "pyarrow", "zstandard"} & core
+    assert "flax" in core and not {"orbax.checkpoint", "tensorboardX", "grain", "pyarrow"} & core
     # grain, which the loader needs, imports orbax where it is installed.
     train = loaded("msllm.train")
     assert "grain" in train and not {"tensorboardX", "msllm.checkpoint"} & train

@@ -9,8 +9,8 @@
 | `text` | | the whole file, a text (`texts` reads it without keeping it in memory) |
 
 A file of another name is `text` where the converter reads texts, else `jsonl`; `config.data.format` overrides the name.
-There, `package.module:function` is a reader of the user's own: a function from a file's path to its records. All but
-`array_record` may be compressed (`.gz`, `.zst` after the name) and remote (`gs://` and others, through etils).
+There, `package.module:function` is a reader of the user's own: a function from a file's path to its records. `jsonl`,
+`json` and `text` may be compressed (`.gz`, `.zst` after the name), all but `array_record` remote (`gs://`, by etils).
 """
 
 from __future__ import annotations
@@ -245,16 +245,14 @@ def _array_record(part: Part) -> Iterator[tuple[int, Any]]:
         raise UserError(f"{part.file}: ArrayRecord files are read from disk only: copy it, or use jsonl or parquet")
     try:
         reader = array_record_module.ArrayRecordReader(part.file)
-    except Exception as error:  # its errors have no common class
-        raise UserError(f"{part.file} is no ArrayRecord file ({error}): correct config.data.path") from error
-    try:
         rows = _share(reader.num_records(), part)
         for start in range(rows.start, rows.stop, 256):
             stop = min(start + 256, rows.stop)
             for number, content in enumerate(reader.read(start, stop), start + 1):
                 yield number, _parse(content, f"{part.file}:{number}")
-    finally:
-        reader.close()
+        reader.close()  # tells what was wrong with a file that seemed empty
+    except Exception as error:  # its errors have no common class
+        raise UserError(f"{part.file}: cannot be read ({error}): correct config.data.path") from error
 
 
 def _own(part: Part) -> Iterator[tuple[int, Any]]:
@@ -271,18 +269,16 @@ _READERS = {
 }
 
 
-def _parse(content: str | bytes, where: str) -> Any:
+def _parse(content: bytes, where: str) -> Any:
     """The JSON object of a line or record; a BadRecord if it is none."""
     try:
-        if isinstance(content, bytes):
-            content = content.decode()
-        value = json.loads(content)
+        value = json.loads(content.decode())
     except UnicodeDecodeError as error:
         return BadRecord(f"{where}: not UTF-8 ({error}): convert the file to UTF-8")
     except json.JSONDecodeError as error:
         return BadRecord(f"{where}: invalid JSON ({error}): each line must be a JSON object")
     if not isinstance(value, dict):
-        return BadRecord(f"{where}: {_short(content.strip())}: each line must be a JSON object")
+        return BadRecord(f"{where}: {_short(content.decode().strip())}: each line must be a JSON object")
     return value
 
 
@@ -338,14 +334,43 @@ def _open(file: str) -> Iterator[BinaryIO]:
             with gzip.open(raw) as stream:
                 yield stream
         elif file.endswith(".zst"):
-            zstandard = _need("zstandard", file)
-            try:
-                with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
-                    yield io.BufferedReader(stream)
-            except zstandard.ZstdError as error:
-                raise UserError(f"{file}: cannot be read ({error}): correct config.data.path") from error
+            yield io.BufferedReader(_Blocks(_decompress(raw, file)), 1 << 16)
         else:
             yield raw
+
+
+def _decompress(raw: BinaryIO, file: str) -> Iterator[bytes]:
+    """The bytes of a .zst file. (The library's own reader takes a file that was cut off for a whole one.)"""
+    zstandard = _need("zstandard", file)
+    frame = None
+    try:
+        while block := raw.read(1 << 16):
+            while block:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(block)
+                block = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+    except zstandard.ZstdError as error:
+        raise UserError(f"{file}: cannot be read ({error}): correct config.data.path") from error
+    if frame is not None:
+        raise EOFError("it ends in the middle of a frame")
+
+
+class _Blocks(io.RawIOBase):
+    """Blocks of bytes as a file."""
+
+    def __init__(self, blocks: Iterator[bytes]):
+        self._blocks, self._rest = blocks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._rest and (block := next(self._blocks, None)) is not None:
+            self._rest = memoryview(block)
+        size = min(len(buffer), len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+        return size
 
 
 @contextlib.contextmanager
@@ -375,4 +400,4 @@ def _share(total: int, part: Part) -> range:
 
 
 def _short(value: Any) -> str:
-    return repr(value[:40]) if isinstance(value, (str, bytes)) else repr(value)[:40]
+    return repr(value[:40]) if isinstance(value, str) else repr(value)[:40]

@@ -152,7 +152,7 @@ def data_spec(config: Config, spec: StreamSpec) -> StreamSpec:
             " (they are silent if nothing is written to them)"
         )
     kinds = tuple(spec.kinds[spec.index(name)] if name in spec.names else "input" for name in names)
-    return StreamSpec.from_config(StreamsConfig(names=names, kinds=kinds))
+    return StreamSpec.from_config(StreamsConfig(names=names, kinds=kinds, loss_weights=(1.0,) * len(names)))
 
 
 def texts(config: Config, spec: StreamSpec) -> Iterator[str]:
