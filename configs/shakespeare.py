@@ -27,7 +27,7 @@ def get_config():
 
     shared = pathlib.Path(os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared")
     config.data.dir = "data/shakespeare"
-    config.data.converter = "text"
+    config.data.converter = "single"
     config.data.path = str(shared / "data/tinyshakespeare/input.txt")
     config.data.tokenizer.model_type = "char"
     config.data.tokenizer.vocab_size = 256

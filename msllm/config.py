@@ -77,13 +77,28 @@ class TokenizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class VaryConfig:
+    """What is done to every table after its converter. Of several values each example draws one, by its id."""
+
+    lead: tuple[int, ...] = (0,)  # silent rows before the example
+    pause_percent: float = 0.0  # of the rows: before them all streams pause
+    pause_rows: tuple[int, ...] = (1,)  # lengths of pauses
+    permute: tuple[str, ...] = ()  # streams whose contents change places at random
+    delays: tuple[tuple[int, ...], ...] = ()  # in place of streams.delays, each a number of rows per stream
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where tables come from and how they are packed and batched."""
 
     dir: str = ""  # the prepared data: what `prepare` writes and `train` reads
-    converter: str = ""  # see msllm/data/converters.py
+    converter: str = ""  # see docs/data.md; or package.module:function
     path: str = ""  # input of the converter: a file or a glob
+    format: str = ""  # of the input (msllm/data/sources.py); empty: by the names of the files
+    bad_percent: float = 0.0  # share of the records that may be bad: they are left out
     options: typing.Mapping[str, Any] = dataclasses.field(default_factory=dict)  # arguments of the converter
+    streams: tuple[str, ...] = ()  # those the converter writes, of which streams.names are taken; empty: the same
+    vary: VaryConfig = VaryConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     rows: int = 512  # T: rows of a packed table
     batch_size: int = 8  # B: tables per step, over all hosts
@@ -285,6 +300,16 @@ def _validate(config: Config) -> None:
     _check(data.batch_size > 0, "data.batch_size", data.batch_size, "must be positive")
     _check(data.shards > 0, "data.shards", data.shards, "must be positive")
     _check(0 <= data.eval_percent < 100, "data.eval_percent", data.eval_percent, "must be in [0, 100)")
+    _check(0 <= data.bad_percent < 100, "data.bad_percent", data.bad_percent, "must be in [0, 100)")
+    vary, size = data.vary, len(config.streams.names)
+    for name in ("lead", "pause_rows"):
+        values = getattr(vary, name)
+        _check(values and min(values) >= 0, f"data.vary.{name}", values, "must be one number of rows >= 0, or more")
+    _check(0 <= vary.pause_percent <= 100, "data.vary.pause_percent", vary.pause_percent, "must be in [0, 100]")
+    known = set(vary.permute) <= set(config.streams.names)
+    _check(known, "data.vary.permute", vary.permute, f"must be of streams.names={config.streams.names}")
+    fit = all(len(delays) == size and min(delays) >= 0 for delays in vary.delays)
+    _check(fit, "data.vary.delays", vary.delays, f"each must be {size} numbers of rows >= 0, one per stream")
     _check(optim.lr > 0, "optim.lr", optim.lr, "must be positive")
     _check(optim.accumulate > 0, "optim.accumulate", optim.accumulate, "must be positive")
     _check(

@@ -7,6 +7,7 @@ Reads or generates examples, trains or takes a tokenizer, splits, packs, and wri
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 import sys
 import time
@@ -18,9 +19,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from msllm import errors, tokenizer as tokenizer_lib
-from msllm.config import Config, from_config_dict
-from msllm.data import converters, records
+from msllm.config import Config, DataConfig, from_config_dict
+from msllm.data import converters, records, sources
 from msllm.data.packing import Packer
+from msllm.data.sources import BadRecords
 from msllm.data.tables import Table, held_out
 from msllm.errors import UserError
 from msllm.streams import StreamSpec
@@ -61,7 +63,8 @@ def prepare(config: Config, out: str | pathlib.Path) -> dict[str, Any]:
 
     packers = {split: Packer(config.data.rows) for split in SPLITS}
     writers = {split: records.SplitWriter(out, split, config.data.shards, spec.size, tokenizer) for split in SPLITS}
-    for split, table in _split(config, spec, tokenizer):
+    bad = BadRecords(config.data.bad_percent, show=True)
+    for split, table in _split(config, spec, tokenizer, bad):
         for packed in packers[split].add(table):
             writers[split].write(packed)
     for split in SPLITS:
@@ -83,6 +86,8 @@ def prepare(config: Config, out: str | pathlib.Path) -> dict[str, Any]:
         },
         "splits": {split: _split_report(packers[split], writers[split], spec) for split in SPLITS},
     }
+    if config.data.bad_percent:
+        manifest["bad"] = {"records": bad.records, "bad": bad.bad, "shown": bad.shown}
     if not any(part["tables"] for part in manifest["splits"].values()):
         raise UserError(f"config.data.path is {config.data.path!r}: it gave no example of at least 2 rows")
     records.write_manifest(out, manifest)
@@ -97,24 +102,34 @@ def _settings(config: Config, spec: StreamSpec) -> dict[str, Any]:
     tokenizer = dataclasses.asdict(data.tokenizer)
     if data.tokenizer.path:
         tokenizer = {"sha256": Tokenizer.load(data.tokenizer.path, data.tokenizer.silence).hash}
-    files = converters.input_files(data.path) if converter.reads_files else []
+    files = sources.input_files(data.path) if converter.reads else []
+    # Newer settings are named where they are set: data prepared before there were any is still the same.
+    defaults = dataclasses.asdict(DataConfig())
+    newer = {field: dataclasses.asdict(data)[field] for field in ("format", "bad_percent", "streams", "vary")}
+    own = {"converter": data.converter, "format": data.format}
     return {
         **{field: getattr(data, field) for field in fields},
         "options": options,
         "tokenizer": tokenizer | {"silence": data.tokenizer.silence},
         "streams": [list(spec.names), list(spec.kinds), list(spec.delays)],
-        "inputs": [[pathlib.Path(file).name, records.file_hash(file)] for file in files],
+        "inputs": [[pathlib.Path(file).name, sources.file_hash(file)] for file in files],
+        **{field: _as_json(value) for field, value in newer.items() if value != defaults[field]},
+        **{f"{k}_code": sources.function_hash(v, f"config.data.{k}") for k, v in own.items() if ":" in v},
     }
 
 
-def _split(config: Config, spec: StreamSpec, tokenizer: Tokenizer) -> Iterator[tuple[str, Table]]:
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _split(config: Config, spec: StreamSpec, tokenizer: Tokenizer, bad: BadRecords) -> Iterator[tuple[str, Table]]:
     """("train" or "eval", table) of every example, in input order."""
     percent = config.data.eval_percent
     first = None
     if config.data.split == "tail":  # a pass to count them: memory must not grow with the corpus
         total = sum(1 for _ in converters.convert(config, spec, tokenizer))
         first = total - round(total * percent / 100)
-    examples = _progress(converters.convert(config, spec, tokenizer), "tables", "examples")
+    examples = _progress(converters.convert(config, spec, tokenizer, bad), "tables", "examples")
     for number, table in enumerate(examples):
         out = held_out(table.example, percent) if first is None else number >= first
         yield ("eval" if out else "train"), table
@@ -164,6 +179,9 @@ def describe(manifest: dict[str, Any]) -> str:
         for what in ("cut", "dropped"):
             if part[what]["examples"]:
                 lines.append(f"  {what}: {part[what]['examples']:,} examples ({part[what]['reason']})")
+    if manifest.get("bad", {}).get("bad"):
+        lines.append(f"left out: {manifest['bad']['bad']:,} bad records of {manifest['bad']['records']:,}")
+        lines += [f"  {message}" for message in manifest["bad"]["shown"]]
     return "\n".join(lines)
 
 

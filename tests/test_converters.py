@@ -9,7 +9,9 @@ from hypothesis import given, settings, strategies as st
 
 from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
 from msllm.data import dictation
-from msllm.data.converters import CLOSING_ROWS, convert, texts
+from msllm.data.converters import convert, texts
+from msllm.data.converters.layout import CLOSING_ROWS
+from msllm.data.tables import example_hash
 from msllm.errors import UserError
 from msllm.streams import StreamSpec
 from msllm.tokenizer import train
@@ -123,7 +125,7 @@ def test_text_predicts_each_character_once(folder, content, rows):
     path = folder / "plain.txt"
     path.write_text(content, newline="")
     one = StreamsConfig(names=("text",), kinds=("output",))
-    pieces = run(make_config("text", path, streams=one, rows=rows), CHARACTERS)
+    pieces = run(make_config("single", path, streams=one, rows=rows), CHARACTERS)
     columns = [piece.tokens[:, 0].tolist() for piece in pieces]
     assert CHARACTERS.decode(columns[0][:1] + [token for column in columns for token in column[1:]]) == content
     assert all(a[-1] == b[0] for a, b in zip(columns, columns[1:]))
@@ -133,9 +135,9 @@ def test_text_predicts_each_character_once(folder, content, rows):
 def test_text_is_the_same_in_small_blocks(tmp_path, monkeypatch):
     path = tmp_path / "plain.txt"
     path.write_text("a b\nc ä\n" * 50)
-    config = make_config("text", path, streams=StreamsConfig(names=("text",), kinds=("output",)), rows=7)
+    config = make_config("single", path, streams=StreamsConfig(names=("text",), kinds=("output",)), rows=7)
     whole = run(config, CHARACTERS)
-    monkeypatch.setattr("msllm.data.converters.BLOCK_CHARACTERS", 5)
+    monkeypatch.setattr("msllm.data.sources.BLOCK_CHARACTERS", 5)
     assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(whole, run(config, CHARACTERS), strict=True))
 
 
@@ -244,7 +246,7 @@ BAD = [
     ("tables", [{"streams": {"user": 5}}], r"jsonl:1: stream 'user' is 5"),
     ("chat", [{"messages": "hi"}], r"records.jsonl:1: must be"),
     ("chat", [{"messages": [{"role": "bot", "content": "a"}]}], r"jsonl:1: role 'bot' .*options.roles"),
-    ("text", ["a"], r"exactly one stream"),
+    ("single", ["a"], r"exactly one stream"),
 ]
 
 
@@ -257,7 +259,7 @@ def test_bad_records_are_named(tmp_path, converter, records, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"converter": "gsm9k"}, "config.data.converter is 'gsm9k': must be one of gsm8k"),
+        ({"converter": "gsm9k"}, "config.data.converter is 'gsm9k': must be one of chat, .*gsm8k, .*package.module:function"),
         ({"options": {"think": 1}}, "config.data.options.think: gsm8k knows think_after"),
         ({"options": {"think_after": "1"}}, "think_after is '1': expected int"),
         ({"options": {"think_after": -2}}, "think_after is -2"),
@@ -272,5 +274,37 @@ def test_bad_settings_are_named(tmp_path, changes, message):
 
 def test_not_utf8(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'{"question": "\xff\xfe"}\n')
-    with pytest.raises(UserError, match="x.jsonl, after line 0: not UTF-8"):
+    with pytest.raises(UserError, match="x.jsonl:1: not UTF-8"):
         run(make_config("gsm8k", tmp_path / "x.jsonl"))
+
+
+# What the configs make of a text is kept: prepared data and checkpoints of earlier versions go on being comparable.
+
+SOLVED = {"question": "A pen costs 2. How much are 3?", "answer": "2*3=<<2*3=6>>6\nSo it is 6.\n#### 6"}
+KEPT = {
+    "quickstart": ("dictation", {"examples": 300}, "word", "5fba788acf5a4d5f"),
+    "quickstart_single": ("dictation_single", {"examples": 300}, "word", "a2cac5aec0e38a39"),
+    "gsm8k": ("gsm8k", {}, "char", "1c5ef32274f3e73c"),
+    "shakespeare": ("single", {}, "char", "1e20ef509ce52350"),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_the_tables_of_the_configs_are_kept(tmp_path, name):
+    converter, options, model_type, expected = KEPT[name]
+    (tmp_path / "x.jsonl").write_text(json.dumps(SOLVED) + "\n" + json.dumps(SOLVED | {"question": "And 1+1?"}))
+    (tmp_path / "x.txt").write_text("First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak.\n" * 9)
+    path = tmp_path / ("x.txt" if converter == "single" else "x.jsonl")
+    streams = StreamsConfig() if name in ("quickstart", "gsm8k") else StreamsConfig(names=("text",), kinds=("output",))
+    config = make_config(converter, path, streams=streams, options=options, rows=65)
+    tokenizer = train(
+        texts(config, StreamSpec.from_config(streams)), TokenizerConfig(model_type=model_type, vocab_size=256)
+    )
+    kept = [
+        [[tokenizer.piece(token) for token in row] for row in table.tokens.tolist()]
+        + [table.present.tolist(), table.example]
+        for table in run(config, tokenizer)
+    ]
+    if converter == "single":  # an example's id is made of token ids, which another sentencepiece may number otherwise
+        kept = [table[:-1] for table in kept]
+    assert example_hash(json.dumps(kept)) == expected

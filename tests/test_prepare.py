@@ -120,7 +120,7 @@ def test_text_holds_out_the_tail(tmp_path):
     path.write_text(content)
     tokenizer = TokenizerConfig(model_type="char", vocab_size=64)
     data = DataConfig(
-        converter="text", path=str(path), tokenizer=tokenizer, rows=33, split="tail", eval_percent=10.0, batch_size=4
+        converter="single", path=str(path), tokenizer=tokenizer, rows=33, split="tail", eval_percent=10.0, batch_size=4
     )
     config = Config(streams=ONE, data=data)
     manifest = prepare(config, tmp_path / "out")

@@ -47,7 +47,7 @@ class Packer:
         if length > self.table_rows:
             self.cut += 1
             self.cut_rows += length - self.table_rows
-            table = Table(table.tokens[: self.table_rows], table.present[: self.table_rows], table.example)
+            table = table._replace(tokens=table.tokens[: self.table_rows], present=table.present[: self.table_rows])
         self.examples += 1
         self.rows += len(table.tokens)
         self._window.append(table)

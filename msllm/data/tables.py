@@ -15,6 +15,7 @@ class Table(NamedTuple):
     tokens: np.ndarray  # [T, S] int32; 0 where absent
     present: np.ndarray  # [T, S] bool: False where the cell is absent
     example: str = ""  # id of the example: example_hash of what it was made from
+    source: str = ""  # "file:line" of the record it was made from
 
 
 class Placement(NamedTuple):
@@ -62,7 +63,7 @@ def shift(table: Table, delays: Sequence[int]) -> Table:
     for stream, delay in enumerate(delays):
         tokens[delay : delay + rows, stream] = table.tokens[:, stream]
         present[delay : delay + rows, stream] = table.present[:, stream]
-    return Table(tokens, present, table.example)
+    return table._replace(tokens=tokens, present=present)
 
 
 def unshift(table: Table, delays: Sequence[int]) -> Table:

@@ -1,0 +1,32 @@
+"""GSM8K: the user asks, the thought works, the output gives the number."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from msllm.data.converters.layout import Choice, Layout, each_record
+from msllm.data.sources import BadRecord, Record
+from msllm.data.tables import Table
+
+OPTIONS = {"think_after": Choice(-1, least=-1)}
+_CALCULATOR = re.compile(r"<<[^>]*>>")
+
+
+@each_record
+def convert(layout: Layout, record: Record) -> Iterator[Table]:
+    """From {"question", "answer"}.
+
+    The thought starts `think_after` rows after the question does (-1: when it has ended); the output starts when
+    question and thought have both ended.
+    """
+    question, answer = record.text("question"), record.text("answer")
+    worked, mark, number = answer.rpartition("####")
+    if not mark:
+        raise BadRecord(f"{record.where}: the answer has no last line '#### number': correct the record")
+    asked = layout.say("user", 0, question)
+    think_after = layout.draw("think_after", question)
+    start = asked.end if think_after < 0 else think_after
+    thought = layout.say("thought", start, _CALCULATOR.sub("", worked).rstrip("\n"))
+    output = layout.say("output", max(asked.end, thought.end), number.strip())
+    yield layout.table([asked, thought, output], question)

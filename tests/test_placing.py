@@ -1,0 +1,372 @@
+"""Converters that place text in time: nothing is lost, the order in a stream is kept, nothing comes before its cause.
+
+Every word of an example is another one, so that a test finds the cell of each.
+"""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
+from msllm.data.converters import convert
+from msllm.errors import UserError
+from msllm.streams import StreamSpec
+from msllm.tokenizer import train
+
+WORDS = [f"w{i}" for i in range(250)]
+TOKENIZER = train([" ".join(WORDS)], TokenizerConfig(model_type="word", vocab_size=300))
+CHARACTERS = train([" ".join(WORDS)], TokenizerConfig(model_type="char", vocab_size=64))
+THREE = StreamsConfig()
+LENGTHS = st.integers(1, 4)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """run(converter, records, streams, tokenizer, **data settings): the tables of records."""
+    folder = tmp_path_factory.mktemp("data")  # module scope, because hypothesis runs a test many times
+
+    def run(converter, records, streams=THREE, tokenizer=TOKENIZER, **data):
+        path = folder / "records.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        config = Config(streams=streams, data=DataConfig(converter=converter, path=str(path), **data))
+        return list(convert(config, StreamSpec.from_config(streams), tokenizer))
+
+    return run
+
+
+def text(words, length):
+    """The next words of an iterator, as a text."""
+    return " ".join(itertools.islice(words, length))
+
+
+def cells(table):
+    """{word: (row, stream)}; fails if a word comes twice, or after a later word of its stream."""
+    found = {}
+    for row, stream in zip(*np.nonzero(table.present & (table.tokens != TOKENIZER.silence_id))):
+        word = TOKENIZER.decode([table.tokens[row, stream]])
+        assert word not in found
+        found[word] = int(row), int(stream)
+    return found
+
+
+def span(found, text, stream):
+    """(first row, row after the last) of a text, all of it in a stream, in order."""
+    rows = [found[word][0] for word in text.split()]
+    assert {found[word][1] for word in text.split()} == {stream} and rows == sorted(rows)
+    return rows[0], rows[-1] + 1
+
+
+def assert_complete(found, texts):
+    assert sorted(found) == sorted(word for text in texts for word in text.split())
+
+
+# chat
+
+
+@given(
+    turns=st.lists(st.tuples(st.sampled_from(["user", "thought", "output"]), LENGTHS), min_size=1, max_size=8),
+    overlap=st.integers(0, 3),
+    wait=st.integers(-1, 4),
+    thoughts=st.sampled_from(["before", "beside"]),
+)
+def test_chat(run, turns, overlap, wait, thoughts):
+    words = iter(WORDS)
+    messages = [{"role": role, "content": text(words, length)} for role, length in turns]
+    options = {"overlap": overlap, "wait": wait, "thoughts": thoughts}
+    (table,) = run("chat", [{"messages": messages}], options=options)
+    found, spans, followed, heard = cells(table), [], None, False
+    assert_complete(found, [message["content"] for message in messages])
+    for message in messages:
+        stream = THREE.names.index(message["role"])
+        start, end = span(found, message["content"], stream)
+        earlier = [last for first, last in spans]
+        own = [last for (_, last), other in zip(spans, messages) if other["role"] == message["role"]]
+        if message["role"] == "user":
+            assert start == max(earlier, default=0)
+        elif followed is None:
+            assert start == max(own, default=0)
+        else:
+            first, last = followed
+            early = min(first + wait, last) if heard and wait >= 0 else max(last - overlap, first)
+            assert start == max([early, *own]) and end - start == len(message["content"].split())
+        spans.append((start, end))
+        if message["role"] != "thought" or thoughts == "before":
+            followed, heard = (start, end), message["role"] == "user"
+
+
+def test_chat_settings(run):
+    messages = [{"role": "user", "content": "w1 w2 w3"}, {"role": "bot", "content": "w4"}]
+    (table,) = run("chat", [{"messages": messages}], options={"roles": {"*": "output"}})
+    assert cells(table)["w4"] == (3, 2)
+    with pytest.raises(UserError, match="thoughts is 'after': must be before or beside"):
+        run("chat", [{"messages": messages}], options={"thoughts": "after"})
+
+
+# wait_k
+
+
+@given(source=LENGTHS, target=LENGTHS, k=st.integers(-1, 6))
+def test_wait_k_tokens(run, source, target, k):
+    words = iter(WORDS)
+    pair = {"source": text(words, source), "target": text(words, target)}
+    (table,) = run("wait_k", [pair], options={"k": k})
+    found = cells(table)
+    assert_complete(found, pair.values())
+    assert span(found, pair["source"], 0) == (0, source)
+    start = source if k < 0 else min(k, source)
+    assert span(found, pair["target"], 2) == (start, start + target)
+
+
+SENTENCE = st.lists(LENGTHS, min_size=1, max_size=5)
+
+
+@given(source=SENTENCE, target=SENTENCE, k=st.integers(-1, 6))
+def test_wait_k_words(run, source, target, k):
+    pair = {"source": " ".join("w" * n for n in source), "target": " ".join("w" * n for n in target)}
+    (table,) = run("wait_k", [pair], tokenizer=CHARACTERS, options={"k": k, "unit": "word"})
+    silent = table.tokens == CHARACTERS.silence_id
+    rows = [np.flatnonzero(~silent[:, stream]).tolist() for stream in (0, 2)]
+    assert [CHARACTERS.decode(table.tokens[r, s]) for r, s in zip(rows, (0, 2))] == list(pair.values())
+    # Rows or characters after each word and none; the space between two belongs to the second.
+    ends = [np.cumsum([0, lengths[0], *(n + 1 for n in lengths[1:])]) for lengths in (source, target)]
+    for j, (first, last) in enumerate(zip(ends[1], ends[1][1:])):
+        read = len(source) if k < 0 else min(j + k, len(source))
+        free = rows[1][first - 1] + 1 if first else 0
+        assert rows[1][first] == max(free, ends[0][read])
+        assert rows[1][last - 1] - rows[1][first] == last - first - 1  # a word is not torn
+
+
+def test_drawn_numbers(run):
+    pairs = [{"source": f"{a} {b} w0", "target": "w1"} for a, b in itertools.permutations(WORDS[2:10], 2)]
+    tables = run("wait_k", pairs, options={"k": [0, 2, -1]})
+    starts = [cells(table)["w1"][0] for table in tables]
+    assert all(starts.count(k) > 8 for k in (0, 2, 3)) and len(starts) == len(pairs)
+    again = run("wait_k", pairs[::-1], options={"k": [0, 2, -1]})
+    assert [cells(table)["w1"][0] for table in again][::-1] == starts
+    with pytest.raises(UserError, match=r"options.k is \[1, -2\]: must be at least -1"):
+        run("wait_k", pairs, options={"k": (1, -2)})
+    with pytest.raises(UserError, match=r"options.k is \[\]: expected int, or a list"):
+        run("wait_k", pairs, options={"k": []})
+
+
+# timed
+
+UTTERANCES = st.lists(
+    st.tuples(st.integers(0, 40), st.integers(0, 12), st.sampled_from(["A", "B", "C"]), LENGTHS), min_size=1, max_size=8
+)
+SPEAKERS = {"A": "user", "B": "output", "C": "output"}
+
+
+def recording(utterances):
+    words = iter(WORDS)
+    return [
+        {"start": start / 4, "end": (start + length) / 4, "speaker": speaker, "text": text(words, count)}
+        for start, length, speaker, count in utterances
+    ]
+
+
+@given(utterances=UTTERANCES, row=st.sampled_from([0.25, 0.5, 1]))
+def test_timed(run, utterances, row):
+    said = recording(utterances)
+    (table,) = run("timed", [{"utterances": said}], options={"row_seconds": row, "roles": SPEAKERS})
+    found = cells(table)
+    assert_complete(found, [utterance["text"] for utterance in said])
+    first, free = min(utterance["start"] for utterance in said), {"user": 0, "output": 0}
+    for utterance in sorted(said, key=lambda u: (u["start"], u["end"])):
+        name, words = SPEAKERS[utterance["speaker"]], utterance["text"].split()
+        for number, word in enumerate(words, 1):
+            moment = utterance["start"] - first + (utterance["end"] - utterance["start"]) * number / len(words)
+            place, stream = found[word]
+            assert stream == THREE.names.index(name)
+            assert (place + 1) * row >= moment - 1e-9  # never before it was said
+            assert place == free[name] or place * row <= moment + 1e-9  # and no later than it must
+            assert place >= free[name]
+            free[name] = place + 1
+    assert (table.tokens[:, 1] == TOKENIZER.silence_id).all() and table.present.all()
+
+
+@given(utterances=UTTERANCES, longest=st.integers(1, 3))
+def test_timed_with_short_silences(run, utterances, longest):
+    record, options = {"utterances": recording(utterances)}, {"roles": SPEAKERS}
+    (whole,) = run("timed", [record], options=options)
+    (short,) = run("timed", [record], options=options | {"longest_silence": longest})
+    before, after = cells(whole), cells(short)
+    assert {word: stream for word, (_, stream) in before.items()} == {w: stream for w, (_, stream) in after.items()}
+    moved = sorted({(before[word][0], after[word][0]) for word in before})  # a row goes to one row, in order
+    assert len(moved) == len({old for old, _ in moved}) == len({new for _, new in moved})
+    gaps = [(b[0] - a[0] - 1, b[1] - a[1] - 1) for a, b in zip([(-1, -1), *moved], moved)]
+    assert all(new == min(old, longest) for old, new in gaps)
+
+
+def test_timed_recordings_go_on_in_the_next_table(run):
+    said = [{"start": i, "end": i + 1, "speaker": "AB"[i % 2], "text": WORDS[i]} for i in range(40)]
+    options = {"roles": SPEAKERS, "row_seconds": 1.0}
+    (whole,) = run("timed", [{"utterances": said}], options=options, rows=100)
+    parts = run("timed", [{"utterances": said}], options=options, rows=16, streams=StreamsConfig(delays=(0, 0, 3)))
+    assert max(len(part.tokens) for part in parts) == 16 and len(parts) > 3  # with the rows that delays take
+    assert {part.example[:12] for part in parts} == {whole.example[:12]}
+    assert len({part.example for part in parts}) == len(parts)
+    for stream, delay in enumerate((0, 0, 3)):
+        columns = [part.tokens[delay : len(part.tokens) - 3 + delay, stream].tolist() for part in parts]
+        assert all(a[-1] == b[0] for a, b in zip(columns, columns[1:]))
+        joined = columns[0] + [token for column in columns[1:] for token in column[1:]]
+        assert joined == whole.tokens[:, stream].tolist()
+
+
+def test_timed_leaves_out_what_it_is_told_to(run):
+    said = [{"start": 0, "end": 1, "speaker": "A", "text": t} for t in ("[silence]", "w1")]
+    options = {"roles": SPEAKERS, "ignored": ["[silence]"]}
+    (table,) = run("timed", [{"utterances": said}, {"utterances": []}], options=options)
+    assert list(cells(table)) == ["w1"]
+
+
+# tools
+
+TOOLS = StreamsConfig(
+    names=("user", "call_1", "call_2", "result_1", "result_2", "output"),
+    kinds=("input", "output", "output", "input", "input", "output"),
+)
+ROUNDS = st.lists(
+    st.tuples(LENGTHS, st.lists(st.tuples(LENGTHS, st.integers(0, 3)), max_size=4), st.booleans(), st.booleans()),
+    min_size=1,
+    max_size=3,
+)
+
+
+@given(rounds=ROUNDS, latency=st.integers(0, 2), after=st.integers(-1, 3))
+def test_tools(run, rounds, latency, after):
+    words, messages = iter(WORDS), []
+    for asked, calls, speaks, backwards in rounds:
+        messages.append({"role": "user", "content": text(words, asked)})
+        called = [{"name": next(words), "arguments": text(words, length)} for length, _ in calls]
+        made = [{"id": str(len(messages) + i), "function": function} for i, function in enumerate(called)]
+        content = text(words, 2) if speaks or not made else None
+        messages.append({"role": "assistant", "content": content, "tool_calls": made})
+        results = [
+            {"role": "tool", "tool_call_id": call["id"], "content": text(words, length)}
+            for call, (_, length) in zip(made, calls)
+            if length
+        ]
+        messages += results[::-1] if backwards else results
+    options = {"roles": {"assistant": "output"}, "latency": latency, "call_after": after}
+    streams = {"calls": ["call_1", "call_2"], "results": ["result_1", "result_2"]}
+    (table,) = run("tools", [{"messages": messages}], TOOLS, options=options | streams)
+    found = cells(table)
+    said = lambda call: f"{call['function']['name']} {call['function']['arguments']}"
+    everything = [m["content"] for m in messages if m["content"]]
+    assert_complete(found, everything + [said(call) for m in messages for call in m.get("tool_calls", ())])
+
+    last, known, heard, calls = 0, 0, 0, {}  # row after all before; after all results; start of the question
+    for message in messages:
+        now = last
+        if message["role"] == "tool":
+            stream, end = calls[message["tool_call_id"]]
+            start, stop = span(found, message["content"], stream + 2)
+            assert start >= end + latency
+            known, last = max(known, stop), max(last, stop)
+            continue
+        if message["content"]:
+            start, stop = span(found, message["content"], 0 if message["role"] == "user" else 5)
+            assert start == now  # speech waits for all before it, and for nothing else
+            last = max(last, stop)
+        if message["role"] == "user":
+            heard, known = start, now
+        starts = []
+        for call in message.get("tool_calls", ()):
+            stream = found[call["function"]["name"]][1]
+            start, stop = span(found, said(call), stream)
+            calls[call["id"]], last = (stream, stop), max(last, stop)
+            starts.append(start)
+        earliest = now if after < 0 else min(now, max(heard + after, known))
+        assert all(start >= earliest for start in starts)
+        assert starts[:2] == [earliest] * len(starts[:2])  # calls run at once, as far as there are streams
+
+
+def test_arguments_as_an_object_and_ids_that_nobody_gave(run):
+    said = 'f {"a": "ü"}'
+    tokenizer = train([said], TokenizerConfig(model_type="char", vocab_size=64))
+    call = {"function": {"name": "f", "arguments": {"a": "ü"}}}
+    messages = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "a"}]
+    options = {"calls": ["call_1"], "results": ["result_1"]}
+    (table,) = run("tools", [{"messages": messages}], TOOLS, tokenizer, options=options)
+    assert tokenizer.decode(table.tokens[:, 1]) == said
+    assert np.flatnonzero(table.tokens[:, 3] != tokenizer.silence_id).tolist() == [len(said)]
+
+
+# Bad input.
+
+TALK = {"speaker": "A", "text": "w1", "start": 0, "end": 1}
+BAD = [
+    ("wait_k", {"source": "w1"}, "1: 'target' is None"),
+    ("timed", {"utterances": "w1"}, r"1: must be \{\"utterances\""),
+    ("timed", {"utterances": [TALK | {"end": None}]}, "1, utterance 0: 'end' is None: must be a time"),
+    ("timed", {"utterances": [TALK | {"start": 2}]}, "1, utterance 0: ends at 1, before it starts at 2"),
+    ("timed", {"utterances": [TALK, TALK | {"speaker": "Z"}]}, "1, utterance 1: role 'Z' is none of"),
+    ("tools", {"messages": [{"content": "w1"}]}, "1, message 0: 'role' is None"),
+    ("tools", {"messages": [{"role": "tool", "content": "w1", "tool_call_id": 7}]}, "1, message 0: 'tool_call_id' is"),
+    ("tools", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "1, message 0: 'name' is None"),
+    ("aligned", {"rows": [[1, 2]]}, "1: 'rows' must be a list of rows, each a list of 3 items"),
+    ("aligned", {"rows": [[1, {}, "w1"]]}, "1, user, row 0: '1' is"),
+    ("aligned", {"rows": [["w1", {}, "w1"]]}, "1, thought, row 0: {} is no cell"),
+]
+OPTIONS = {"timed": {"roles": SPEAKERS}, "tools": {"calls": ["output"], "results": ["user"]}}
+
+
+@pytest.mark.parametrize("converter, record, message", BAD, ids=[str(i) for i in range(len(BAD))])
+def test_bad_records_are_named(run, converter, record, message):
+    with pytest.raises(UserError, match=f"records.jsonl:{message}"):
+        run(converter, [record], options=OPTIONS.get(converter, {}))
+
+
+@pytest.mark.parametrize(
+    "converter, options, message",
+    [
+        ("wait_k", {"unit": "letter"}, "unit is 'letter': must be token or word"),
+        ("wait_k", {"target_stream": "speech"}, "no stream 'speech'"),
+        ("timed", {"row_seconds": 0}, "row_seconds is 0.0: must be positive"),
+        ("tools", {"calls": ["output"], "results": []}, "give as many"),
+    ],
+)
+def test_bad_options_are_named(run, converter, options, message):
+    record = {"source": "w1", "target": "w2", "utterances": [], "messages": []}
+    with pytest.raises(UserError, match=message):
+        run(converter, [record], options=options)
+
+
+# aligned and parallel_documents
+
+
+@given(
+    rows=st.lists(st.tuples(*[st.sampled_from(["w1", "w2", "", None, -1, -7])] * 3), min_size=2, max_size=20),
+    size=st.integers(2, 9),
+)
+def test_aligned(run, rows, size):
+    parts = run("aligned", [{"rows": rows}], options={"silence": [-1, -7]}, rows=size)
+    assert all(len(part.tokens) <= size for part in parts)
+    joined = parts[0].tokens.tolist() + [row for part in parts[1:] for row in part.tokens[1:].tolist()]
+    present = parts[0].present.tolist() + [row for part in parts[1:] for row in part.present[1:].tolist()]
+    ids = {"w1": TOKENIZER.encode("w1")[0], "w2": TOKENIZER.encode("w2")[0], None: 0}
+    assert joined == [[ids.get(item, TOKENIZER.silence_id) for item in row] for row in rows]
+    assert present == [[item is not None for item in row] for row in rows]
+
+
+@given(lengths=st.lists(st.integers(0, 20), max_size=8), size=st.integers(2, 7), streams=st.integers(1, 3))
+def test_parallel_documents(run, lengths, size, streams):
+    words = iter(WORDS)
+    documents = [text(words, length) for length in lengths]
+    spec = StreamsConfig(names=tuple("abc"[:streams]), kinds=("output",) * streams)
+    tables = run("parallel_documents", [{"text": document} for document in documents], spec, rows=size)
+    pairs, ends = [], 0
+    for table in tables:
+        assert len(table.tokens) <= size
+        for column, present in zip(table.tokens.T, table.present.T):
+            assert not present[int(present.sum()) :].any()  # absent from somewhere on
+            said = [TOKENIZER.decode([token]) for token in column[present]]
+            pairs += [pair for pair in zip(said, said[1:]) if all(pair)]
+            ends += said.count("")
+    split = [document.split() for document in documents]
+    assert sorted(pairs) == sorted(pair for document in split for pair in zip(document, document[1:]))
+    assert ends <= sum(length > 1 for length in lengths)

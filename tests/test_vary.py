@@ -1,0 +1,180 @@
+"""Variations of tables: drawn by the example's id, without losing, reordering or hastening anything."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig, VaryConfig, from_config_dict
+from msllm.data.converters import convert, vary
+from msllm.data.tables import Table, example_hash, held_out
+from msllm.errors import UserError
+from msllm.prepare import prepare
+from msllm.streams import StreamSpec
+from msllm.tokenizer import train
+
+SILENCE = 99
+TOKENIZER = train([" ".join(f"w{i}" for i in range(50))], TokenizerConfig(model_type="word", vocab_size=64))
+TABLES = st.builds(
+    lambda cells, name: Table(np.array(cells, np.int32), np.array(cells) > 0, example_hash(name)),
+    st.lists(st.tuples(*[st.integers(0, 5)] * 3), min_size=1, max_size=20),  # 0: absent
+    st.text("abc", max_size=4),
+)
+
+
+@given(
+    table=TABLES,
+    lead=st.lists(st.integers(0, 3), min_size=1, max_size=3),
+    percent=st.sampled_from([0.0, 30.0, 100.0]),
+    lengths=st.lists(st.integers(0, 3), min_size=1, max_size=3),
+)
+def test_silence_is_put_in_between_rows(table, lead, percent, lengths):
+    settings = VaryConfig(tuple(lead), percent, tuple(lengths))
+    longer = vary.insert_silence(table, settings, SILENCE)
+    again = vary.insert_silence(table, settings, SILENCE)
+    assert np.array_equal(longer.tokens, again.tokens) and longer.example == table.example
+    # The old rows, in order, are those that are not pauses; count the pauses before each.
+    old, pauses = 0, [0]
+    for tokens, present in zip(longer.tokens, longer.present):
+        fits = old < len(table.tokens) and np.array_equal(tokens, table.tokens[old])
+        if fits and np.array_equal(present, table.present[old]):
+            old += 1
+            pauses.append(0)
+        else:
+            assert (tokens == np.where(present, SILENCE, 0)).all()  # nobody speaks
+            neighbours = table.present[old] & table.present[max(old - 1, 0)]
+            assert np.array_equal(present, neighbours)
+            pauses[-1] += 1
+    if table.present.any(axis=1).all():  # else an absent row looks like a pause of absent streams
+        assert old == len(table.tokens) and pauses.pop() == 0
+        assert pauses[0] in lead
+        allowed = {*lengths, 0} if percent == 30 else set(lengths) if percent else {0}
+        assert set(pauses[1:]) <= allowed
+
+
+def test_draws_differ_between_examples():
+    table = lambda i: Table(np.ones((9, 3), np.int32), np.ones((9, 3), bool), example_hash(str(i)))
+    settings = VaryConfig(lead=(0, 1, 5))
+    lengths = [len(vary.insert_silence(table(i), settings, SILENCE).tokens) - 9 for i in range(90)]
+    assert all(lengths.count(n) > 15 for n in (0, 1, 5))
+    settings = VaryConfig(pause_percent=25.0)
+    lengths = [len(vary.insert_silence(table(i), settings, SILENCE).tokens) - 9 for i in range(90)]
+    assert np.mean(lengths) / 8 == pytest.approx(0.25, abs=0.06) and len(set(lengths)) > 3
+
+
+@given(table=TABLES)
+def test_permuted_streams_change_places_whole(table):
+    after = vary.permute(table, (0, 2))
+    columns = [[table.tokens[:, s].tolist(), table.present[:, s].tolist()] for s in range(3)]
+    found = [[after.tokens[:, s].tolist(), after.present[:, s].tolist()] for s in range(3)]
+    assert found in ([columns[0], columns[1], columns[2]], [columns[2], columns[1], columns[0]])
+
+
+@given(table=TABLES, rows=st.integers(2, 8), percent=st.integers(0, 100))
+def test_pieces_share_one_row_and_one_side_of_the_split(table, rows, percent):
+    parts = list(vary.pieces(table, rows))
+    joined = np.concatenate([parts[0].tokens, *(part.tokens[1:] for part in parts[1:])])
+    assert np.array_equal(joined, table.tokens) and all(len(part.tokens) <= rows for part in parts)
+    assert all(np.array_equal(a.tokens[-1], b.tokens[0]) for a, b in zip(parts, parts[1:]))
+    assert len({held_out(part.example, percent) for part in parts}) == 1
+    assert len({part.example for part in parts}) == len(parts) and all(len(part.tokens) > 1 for part in parts[1:])
+
+
+# In `convert`, from the config.
+
+
+def run(tmp_path, records, model, **data):
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = Config(streams=model, data=DataConfig(converter="aligned", path=str(path), **data))
+    return list(convert(config, StreamSpec.from_config(model), TOKENIZER))
+
+
+def said(table):
+    piece = lambda token, present: TOKENIZER.decode([token]) or "." if present else "-"
+    return ["".join(map(piece, *column)).replace("w", "") for column in zip(table.tokens.T, table.present.T)]
+
+
+ROWS = {"rows": [["w1", "w2", "w3"], ["w4", "w5", "w6"]]}
+TWO = StreamsConfig(names=("c", "a"), kinds=("input", "output"))
+
+
+def test_streams_are_chosen_by_name_and_delayed(tmp_path):
+    (table,) = run(tmp_path, [ROWS], TWO, streams=("a", "b", "c"))
+    assert said(table) == ["36", "14"] and table.source == f"{tmp_path}/t.jsonl:1"
+    vary = VaryConfig(lead=(1,), delays=((0, 1),))
+    (table,) = run(tmp_path, [ROWS], dataclasses.replace(TWO, delays=(5, 0)), streams=("a", "b", "c"), vary=vary)
+    assert said(table) == [".36-", "-.14"]
+    with pytest.raises(UserError, match=r"config.data.streams is \('b', 'c'\): it lacks a"):
+        run(tmp_path, [ROWS], TWO, streams=("b", "c"))
+
+
+def test_delays_and_sides_are_drawn(tmp_path):
+    records = [{"rows": [[f"w{i}", f"w{i + 1}"], ["w1", "w2"]]} for i in range(40)]
+    tables = run(tmp_path, records, TWO, vary=VaryConfig(delays=((0, 0), (0, 2))))
+    assert sorted({len(table.tokens) for table in tables}) == [2, 4]
+    assert 10 < sum(len(table.tokens) == 4 for table in tables) < 30
+    swapped = run(tmp_path, records, TWO, vary=VaryConfig(permute=("a", "c")))
+    assert {said(table)[0][-1] for table in swapped} == {"1", "2"}
+    with pytest.raises(UserError, match=r"config.data.rows is 3: delays of \(\(0, 2\),\) rows leave none"):
+        run(tmp_path, records, TWO, vary=VaryConfig(delays=((0, 2),)), rows=3)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"lead": ()}, r"data.vary.lead is \(\)"),
+        ({"pause_rows": (1, -1)}, "data.vary.pause_rows"),
+        ({"pause_percent": 101.0}, "data.vary.pause_percent"),
+        ({"permute": ("user", "nobody")}, "data.vary.permute"),
+        ({"delays": ((0, 0),)}, "data.vary.delays .*must be 3 numbers"),
+    ],
+)
+def test_bad_settings_are_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        from_config_dict({"data": {"vary": changes}})
+
+
+# A converter of the user's own.
+
+OWN = '''
+from msllm.data.sources import BadRecord
+
+def convert(layout, record):
+    if "text" not in record.value:
+        raise BadRecord(f"{record.where}: no text")
+    words = record.value["text"].split()
+    heard = layout.say("user", 0, " ".join(words))
+    yield layout.table([heard, layout.say("output", layout.options["after"], " ".join(words))], record.value["text"])
+'''
+
+
+def test_own_converter(tmp_path, monkeypatch):
+    module = tmp_path / "own_converter.py"
+    module.write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "t.jsonl"
+    lines = [json.dumps({"text": f"w{i} w{i + 1} w{i + 2}"}) for i in range(30)]
+    path.write_text("\n".join(lines + ['{"txt": 1}', "{"]))
+    word = TokenizerConfig(model_type="word", vocab_size=64)
+    data = DataConfig(converter="own_converter:convert", path=str(path), options={"after": 2}, rows=16, tokenizer=word)
+    config = Config(data=dataclasses.replace(data, bad_percent=10.0))
+    manifest = prepare(config, tmp_path / "out")
+    assert manifest["bad"]["bad"] == 2 and manifest["bad"]["records"] == 32
+    assert "no text" in manifest["bad"]["shown"][0]
+    assert sum(part["tokens"]["output"] for part in manifest["splits"].values()) == 90
+    assert prepare(config, tmp_path / "out") == manifest
+    module.write_text(OWN + "\n")
+    with pytest.raises(UserError, match=r"other settings \(converter_code differ"):
+        prepare(config, tmp_path / "out")
+    with pytest.raises(UserError, match="t.jsonl:31: no text"):
+        prepare(Config(data=data), tmp_path / "strict")
+    path.write_text('{"text": 5}')
+    with pytest.raises(AttributeError) as failure:
+        prepare(config, tmp_path / "crash")
+    assert failure.value.__notes__ == [f"in {path}:1"]
+    for name in ("own_converter:nothing", "nowhere:convert"):
+        with pytest.raises(UserError, match=f"config.data.converter is '{name}': cannot be imported"):
+            prepare(Config(data=dataclasses.replace(data, converter=name)), tmp_path / "none")
