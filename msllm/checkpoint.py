@@ -71,8 +71,8 @@ def _digest(description: dict[str, Any]) -> str:
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        # The training loop alone asks that. Orbax would ask it again when a checkpoint is complete, for its old step: the
-        # preemption service takes that for how far this process is, and if the notice comes then, the stop for the past.
+        # The training loop alone asks that. Orbax asks again when a checkpoint is complete, for its old step: JAX takes
+        # that for how far this process is, and if the notice comes then, agrees on a stop that this process has passed.
         return False
 
 

@@ -7,6 +7,7 @@ it is nearly nothing: the same calls, no waiting.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -30,6 +31,9 @@ from msllm.errors import RunError, UserError
 # Exit statuses besides 0 (complete) and 2 (bad input): after both, the same command continues the run. Out of sysexits.h.
 STOPPED = 75  # asked to stop (SIGTERM, preemption): the step was finished and saved
 LOST = 76  # another process did not come, or is gone
+
+# Errors of storage that is full, gone or broken: nothing is wrong with the program.
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 def connect(
@@ -195,7 +199,8 @@ def is_of_others(error: BaseException | None) -> bool:
     while error is not None and jax.process_count() > 1:
         # On CPU a jitted function may fail at once, in Gloo, and with another type.
         if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
-            return not str(error).startswith(("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"))  # devices too small, our mistakes
+            # These two are of this process: devices that are too small, and mistakes.
+            return not str(error).startswith(("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"))
         error = error.__cause__ or error.__context__
     return False
 
@@ -207,14 +212,15 @@ def errors_end_this_process() -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, OSError) and error.errno in STORAGE:
+            advice = "make room or repair the storage, and the same command continues from the last checkpoint"
+            error = RunError(f"process {jax.process_index()} could not write ({error}): {advice}")
         if jax.process_count() == 1:
-            raise
+            raise error
         if isinstance(error, KeyboardInterrupt):
             leave(f"process {jax.process_index()} was interrupted", 128 + signal.SIGINT)
         if isinstance(error, UserError | RunError):
             leave(str(error), 2 if isinstance(error, UserError) else 1)
-        if isinstance(error, OSError):
-            leave(f"process {jax.process_index()}: {error}: repair the storage, and the same command continues", 1)
         if not is_of_others(error):
             traceback.print_exc()
             leave(f"{type(error).__name__} in process {jax.process_index()}: see above", 1)

@@ -96,7 +96,7 @@ class _Lines:
 
 
 class _TensorBoard:
-    """Written at once and not by tensorboardX's thread: when that cannot write, the run waits for it and says nothing."""
+    """Written at once and not in tensorboardX's thread: when that cannot write, the run waits for it for ever."""
 
     def __init__(self, path: epath.Path, seconds: float = 30.0):
         from tensorboardX.event_file_writer import EventsWriter  # imported here: only a run needs it

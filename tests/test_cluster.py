@@ -80,3 +80,19 @@ def test_what_other_processes_are_to_blame_for(monkeypatch, error, others):
     wrapped = TimeoutError("a barrier")
     wrapped.__cause__ = error
     assert cluster.is_of_others(wrapped) == others
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_full_storage_is_told_from_mistakes(monkeypatch, processes):
+    monkeypatch.setattr(cluster.jax, "process_count", lambda: processes)
+    monkeypatch.setattr(cluster, "leave", lambda message, status: _raise(message))
+    with pytest.raises(RuntimeError, match=r"process 0 could not write \(.*No space left.*\): make room or repair the"):
+        with cluster.errors_end_this_process():
+            raise OSError(28, "No space left on device", "metrics.jsonl")
+    with pytest.raises((FileNotFoundError, RuntimeError), match="No such file|FileNotFoundError in process 0: see above"):
+        with cluster.errors_end_this_process():
+            raise FileNotFoundError(2, "No such file or directory", "gone")
+
+
+def _raise(message):
+    raise RuntimeError(message)

@@ -1,4 +1,4 @@
-"""Pods on one machine: real processes of `python -m msllm.train` over the loopback, signals, and what they leave behind."""
+"""Pods on one machine: real processes of `python -m msllm.train` over the loopback, signals, and what they leave."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def make_config(**dotted) -> Config:
 def make_files(folder: pathlib.Path, **dotted) -> pathlib.Path:
     """Prepares data in `folder`/data and writes `folder`/config.py, whose paths are relative to `folder`."""
     config = make_config(**{"compilation_cache": str(folder / "compiled")} | dotted)
-    prepare(dataclasses.replace(config, data=dataclasses.replace(config.data, dir=str(folder / "data"))), folder / "data")
+    prepare(config, folder / "data")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir="data"))
     (folder / "config.py").write_text(
         "import json\nfrom msllm.config import from_config_dict, to_config_dict\n\n\n"
@@ -103,9 +103,14 @@ class Pod:
         wait_seconds: int = 60,
         pipe: int | None = None,
     ):
-        """`files`: of `make_files`. `absent`: processes that never come. `own`, `folders`: options, and the working folder
-        instead of `files`, of single processes. `prefix`: words before each command. `limits`: called in each process.
-        `pipe`: the process whose output `hold_output` can hold."""
+        """Starts them; `wait` is for their end.
+
+        Args:
+          files: of `make_files`. absent: processes that never come.
+          own, folders: options, and the working folder instead of `files`, of single processes.
+          prefix: words before each command. limits: called in each process.
+          pipe: the process whose output `hold_output` can hold.
+        """
         self.files, self.workdir, self.options = files, workdir, options
         flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
@@ -215,7 +220,8 @@ class Pod:
     def told(self) -> str:
         """The end of all logs."""
         statuses = {i: process.poll() for i, process in self._processes.items()}
-        return "\n".join(f"--- process {i}, status {statuses.get(i)}:\n{log[-3000:]}" for i, log in enumerate(self.logs))
+        ends = [f"--- process {i}, status {statuses.get(i)}:\n{log[-3000:]}" for i, log in enumerate(self.logs)]
+        return "\n".join(ends)
 
     def ended(self, *statuses: int | tuple[int, ...], seconds: float = START) -> list[str]:
         """Checks the statuses by process id, a tuple of them where several are right; returns the logs."""
@@ -274,13 +280,24 @@ def _free_port() -> int:
 
 @dataclasses.dataclass
 class Run:
-    """What a run left: examples[step][row] is a set of tuples of ids, losses[step] and evaluations[step] lists of what was
-    reported, once for every time that the step was done."""
+    """What a run left.
+
+    Attributes:
+      examples: [step][row] the ids of the table's examples; a set of them, of one if nothing is wrong.
+      losses, evaluations: [step] what was reported, once for every time that the step was done.
+      checksums: of the arrays of the last checkpoint.
+    """
 
     examples: dict[int, dict[int, set[tuple[str, ...]]]]
     losses: dict[int, list[float]]
     evaluations: dict[int, list[float]]
-    checksums: dict[str, dict[str, int]]  # of the last checkpoint
+    checksums: dict[str, dict[str, int]]
+
+
+def saved(workdir: pathlib.Path) -> list[int]:
+    """Steps of the complete checkpoints."""
+    folder = workdir / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
 
 
 def read(workdir: pathlib.Path) -> Run:
@@ -296,7 +313,7 @@ def read(workdir: pathlib.Path) -> Run:
         for name, values in (("loss", run.losses), ("eval/loss", run.evaluations)):
             if name in said:
                 values.setdefault(said["step"], []).append(said[name])
-    last = max((path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+    last = workdir / "checkpoints" / str(saved(workdir)[-1])
     run.checksums = json.loads((last / "description" / "metadata").read_text())["checksums"]
     return run
 

@@ -1,9 +1,6 @@
-"""Pods of real processes that are stopped, killed, frozen and starved: what they say, how soon they end, and that the run
-which continues is the run that nobody disturbed."""
+"""Pods of real processes that are stopped, killed, frozen and starved: what they say, how soon they end, and that the
+run which continues is the run that nobody disturbed."""
 
-import itertools
-import json
-import os
 import re
 import resource
 import shutil
@@ -15,7 +12,7 @@ import pytest
 
 from msllm.data.loader import Loader
 from msllm.streams import StreamSpec
-from pods import HEARTBEAT, LOST, STEPS, Pod, make_config, make_files, read, same, wait_for
+from pods import HEARTBEAT, LOST, STEPS, Pod, make_config, make_files, read, same, saved, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +39,7 @@ def reference(uninterrupted):
 
 
 def cut_back(uninterrupted, workdir, step):
-    """A copy of the undisturbed run as it was when it had saved `step` (of its metrics and examples, nothing is kept)."""
+    """A workdir with the checkpoints of the undisturbed run up to `step`, and nothing else."""
     shutil.copytree(uninterrupted / "checkpoints", workdir / "checkpoints")
     for path in (workdir / "checkpoints").iterdir():
         if path.name.isdigit() and int(path.name) > step:
@@ -61,11 +58,6 @@ def continues_like(workdir, reference, first, exact=True):
         reference.checksums,
     )
     same(workdir, rest, exact)
-
-
-def saved(workdir):
-    """Steps of the complete checkpoints."""
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
 
 def test_the_undisturbed_run_consumes_each_example_once(files, reference):
@@ -166,6 +158,9 @@ def small_disk(files, tmp_path):
     """(folder, words before a command so that it sees a disk of 1 MB there); None where nobody may mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
+    if not shutil.which("unshare"):
+        yield None
+        return
     mount = f"mount -t tmpfs -o size=1m tmpfs {folder} && echo mounted && exec sleep 600"
     holder = subprocess.Popen(["unshare", "-rm", "sh", "-c", mount], stdout=subprocess.PIPE, text=True)
     enter = ("nsenter", f"--target={holder.pid}", "--user", "--mount", "--preserve-credentials")
@@ -187,14 +182,14 @@ def test_a_full_disk_ends_the_run_and_it_continues_when_there_is_room(files, ref
     with Pod(files, folder / "run", prefix=prefix, limits=limit) as pod:
         logs = pod.ended((1, *LOST), (1, *LOST), seconds=90 + NOTICED)
     # Whatever is written next finds it full: the checkpoint, or a line of metrics.
-    failed = rf"error: a checkpoint could not be written to {folder}/run/checkpoints \(.+\): the one of step \d+ is good; make "
-    failed += r"room or repair the storage|error: process \d: .* (No space left on device|File too large).*: repair the storage"
+    failed = rf"error: a checkpoint could not be written to {folder}/run/checkpoints \(.+\): .*; make room or repair|"
+    failed += r"error: process \d could not write \(.*(No space left on device|File too large).*\): make room or repair"
     assert any(re.search(failed, log) for log in logs), logs
     if small_disk:
         subprocess.run([*prefix, "mount", "-o", "remount,size=50m", str(folder)], check=True)
     with Pod(files, folder / "run", prefix=prefix) as pod:
         logs = pod.ended(0, 0)
-    assert re.search(r"continuing at step (4|8|12)\b", logs[0])
+    assert re.search(r"continuing at step (4|8|12)\b" if small_disk else "starting a new run", logs[0])
     subprocess.run([*prefix, "cp", "-r", str(folder / "run"), str(tmp_path / "copy")], check=True)
     same(tmp_path / "copy", reference, exact=True)
 
@@ -202,9 +197,11 @@ def test_a_full_disk_ends_the_run_and_it_continues_when_there_is_room(files, ref
 def test_damaged_checkpoints_are_passed_over_by_all_alike(files, uninterrupted, reference, tmp_path):
     workdir = cut_back(uninterrupted, tmp_path / "run", 20)
     newest = saved(workdir)[-3:]
-    own = lambda step, process: max(
-        (workdir / "checkpoints" / str(step)).glob(f"parameters/ocdbt.process_{process}/d/*"), key=lambda p: p.stat().st_size
-    )
+
+    def own(step, process):
+        files = (workdir / "checkpoints" / str(step)).glob(f"parameters/ocdbt.process_{process}/d/*")
+        return max(files, key=lambda path: path.stat().st_size)
+
     cut = own(newest[2], 1)  # what one process has written, the other need not read
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
     flipped = own(newest[1], 0)
@@ -256,8 +253,8 @@ def test_bad_input_of_one_ends_all_before_the_first_step(files, uninterrupted, t
 
 def test_who_never_comes_is_named(files, tmp_path):
     with Pod(files, tmp_path / "run", processes=3, absent=[1], wait_seconds=8) as pod:
-        for log in pod.ended(76, 76, seconds=8 + 20)[::2]:
-            assert re.search(r"waited 8 s in vain: of 3 processes these have not come: 1 \(here: 0 on \S+, 2 on \S+\)", log)
+        told = r"waited 8 s in vain: of 3 processes these have not come: 1 \(here: 0 on \S+, 2 on \S+\)"
+        assert all(re.search(told, log) for log in pod.ended(76, 76, seconds=8 + 20)[::2])
 
 
 def test_the_late_are_named_and_the_frozen_given_up(files, reference, tmp_path):
@@ -271,7 +268,7 @@ def test_the_late_are_named_and_the_frozen_given_up(files, reference, tmp_path):
         pod.signal(signal.SIGSTOP, 1)  # all of it, and its device
         time.sleep(3)
         pod.signal(signal.SIGCONT, 1)
-        slow = r"step \d+ took [3-9]\.\d s, \d+ times the median: (process 1|all processes gave it to their devices in time)"
+        slow = r"step \d+ took [3-9]\.\d s, \d+ times the median: (process 1|all processes gave it to their devices in)"
         pod.wait_for(lambda: re.search(slow, pod.logs[0]), 20, "the report of a slow step")
         pod.signal(signal.SIGSTOP, 1)
         begin = time.monotonic()
