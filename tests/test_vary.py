@@ -78,7 +78,7 @@ def test_pieces_share_one_row_and_one_side_of_the_split(table, rows, percent):
     joined = np.concatenate([parts[0].tokens, *(part.tokens[1:] for part in parts[1:])])
     assert np.array_equal(joined, table.tokens) and all(len(part.tokens) <= rows for part in parts)
     assert all(np.array_equal(a.tokens[-1], b.tokens[0]) for a, b in zip(parts, parts[1:]))
-    assert len({held_out(part.example, percent) for part in parts}) == 1
+    assert {held_out(part.example, percent) for part in parts} == {held_out(table.example, percent)}
     assert len({part.example for part in parts}) == len(parts) and all(len(part.tokens) > 1 for part in parts[1:])
 
 

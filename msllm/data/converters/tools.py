@@ -46,7 +46,7 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     free = dict.fromkeys(layout.spec.names, 0)  # the row after the last token of each stream
     made: dict[str, tuple[int, int]] = {}  # id of a call: (place in `calls`, row after its last token)
     heard = 0  # the row in which the last speech of an input started
-    known = 0  # the row after all that was said when that speech started, and after the results since
+    known = 0  # the row after the results so far
 
     def say(name: str, start: int, text: str) -> Placement:
         placements.append(layout.say(name, max(start, free[name]), text))
@@ -65,7 +65,7 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
             name = layout.stream_of(role, where)
             start = say(name, now, text_of(message, "content", where)).start
             if layout.spec.kinds[layout.spec.index(name)] == "input":
-                heard, known = start, now
+                heard = start
         if call_after >= 0:
             now = min(max(heard + call_after, known), now)
         for name, identity, arguments in _calls(message, where):
