@@ -37,6 +37,8 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     calls, results = layout.options["calls"], layout.options["results"]
     if len(calls) != len(results) or not calls:
         raise UserError(f"config.data.options.calls is {calls}, results is {results}: give as many, one or more")
+    for name in (*calls, *results):
+        layout.spec.index(name)  # raises UserError
     messages = record.value.get("messages") if isinstance(record.value, dict) else None
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise BadRecord(f'{record.where}: must be {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
