@@ -21,7 +21,8 @@ def write(path, content):
 
 
 def test_switchboard(tmp_path):
-    path = write(tmp_path / "calls", "0.0 1.5 hi there\n1.5 3.0 [silence] \n2.0 3.0 [silence] \n\n0.0 1.0 [silence]\n1.0 3.0 hello\n")
+    lines = "0.0 1.5 hi there\n1.5 3.0 [silence] \n2.0 3.0 [silence] \n\n0.0 1.0 [silence]\n1.0 3.0 hello\n"
+    path = write(tmp_path / "calls", lines)
     (call,) = corpora.switchboard(path)
     assert call["utterances"] == [
         {"start": 0.0, "end": 1.5, "speaker": "A", "text": "hi there"},

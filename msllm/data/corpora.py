@@ -96,10 +96,10 @@ def bfcl(file: str) -> Iterator[dict[str, Any]]:
     known = {answer["id"]: answer["ground_truth"] for answer in answers}
     for line in path.read_text().splitlines():
         question = json.loads(line)
-        calls = [
-            {"function": {"name": name, "arguments": {key: right[0] for key, right in values.items() if right[0] != ""}}}
-            for call in known[question["id"]]
-            for name, values in call.items()
-        ]
+        calls = []
+        for name, values in (item for call in known[question["id"]] for item in call.items()):
+            arguments = {key: right[0] for key, right in values.items() if right[0] != ""}
+            calls.append({"function": {"name": name, "arguments": arguments}})
         system = {"role": "system", "content": json.dumps(question["function"], ensure_ascii=False)}
-        yield {"messages": [system, *question["question"][0], {"role": "assistant", "content": None, "tool_calls": calls}]}
+        answer = {"role": "assistant", "content": None, "tool_calls": calls}
+        yield {"messages": [system, *question["question"][0], answer]}
