@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,6 +30,7 @@ from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
 
 SPLITS = ("train", "eval")
+_FOLDER = re.compile(r"^.*/(?=[^/]*?:\d)")  # of "folder/file:line": the manifest does not say where files lie
 REPORT_SECONDS = 10.0  # between progress lines where there is no terminal
 
 
@@ -43,7 +45,8 @@ def prepare(config: Config, out: str | pathlib.Path) -> dict[str, Any]:
     settings = _settings(config, spec)
     if (out / records.MANIFEST).exists():
         manifest = records.read_manifest(out)
-        changed = [name for name in settings if manifest["settings"].get(name) != settings[name]]
+        known = manifest["settings"]
+        changed = [name for name in {**settings, **known} if settings.get(name) != known.get(name)]
         if changed:
             names = ", ".join(changed)
             raise UserError(f"{out} holds data of other settings ({names} differ): give another --out, or delete it")
@@ -87,7 +90,8 @@ def prepare(config: Config, out: str | pathlib.Path) -> dict[str, Any]:
         "splits": {split: _split_report(packers[split], writers[split], spec) for split in SPLITS},
     }
     if config.data.bad_percent:
-        manifest["bad"] = {"records": bad.records, "bad": bad.bad, "shown": bad.shown}
+        shown = [_FOLDER.sub("", message) for message in bad.shown]
+        manifest["bad"] = {"records": bad.records, "bad": bad.bad, "shown": shown}
     if not any(part["tables"] for part in manifest["splits"].values()):
         raise UserError(f"config.data.path is {config.data.path!r}: it gave no example of at least 2 rows")
     records.write_manifest(out, manifest)
@@ -113,7 +117,7 @@ def _settings(config: Config, spec: StreamSpec) -> dict[str, Any]:
         "tokenizer": tokenizer | {"silence": data.tokenizer.silence},
         "streams": [list(spec.names), list(spec.kinds), list(spec.delays)],
         "inputs": [[pathlib.Path(file).name, sources.file_hash(file)] for file in files],
-        **{field: _as_json(value) for field, value in newer.items() if value != defaults[field]},
+        **{f"data.{field}": _as_json(value) for field, value in newer.items() if value != defaults[field]},
         **{f"{k}_code": sources.function_hash(v, f"config.data.{k}") for k, v in own.items() if ":" in v},
     }
 

@@ -259,7 +259,7 @@ def test_bad_records_are_named(tmp_path, converter, records, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"converter": "gsm9k"}, "config.data.converter is 'gsm9k': must be one of chat, .*gsm8k, .*package.module:function"),
+        ({"converter": "gsm9k"}, "config.data.converter is 'gsm9k': must be one of chat, .*package.module:function"),
         ({"options": {"think": 1}}, "config.data.options.think: gsm8k knows think_after"),
         ({"options": {"think_after": "1"}}, "think_after is '1': expected int"),
         ({"options": {"think_after": -2}}, "think_after is -2"),
@@ -293,7 +293,8 @@ KEPT = {
 def test_the_tables_of_the_configs_are_kept(tmp_path, name):
     converter, options, model_type, expected = KEPT[name]
     (tmp_path / "x.jsonl").write_text(json.dumps(SOLVED) + "\n" + json.dumps(SOLVED | {"question": "And 1+1?"}))
-    (tmp_path / "x.txt").write_text("First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak.\n" * 9)
+    play = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak.\n"
+    (tmp_path / "x.txt").write_text(play * 9)
     path = tmp_path / ("x.txt" if converter == "single" else "x.jsonl")
     streams = StreamsConfig() if name in ("quickstart", "gsm8k") else StreamsConfig(names=("text",), kinds=("output",))
     config = make_config(converter, path, streams=streams, options=options, rows=65)

@@ -21,7 +21,7 @@ model
 loss
 optim
 tokenizer
-data data.sources data.dictation data.tables data.packing data.records data.loader
+data data.sources data.corpora data.dictation data.tables data.packing data.records data.loader
 data.converters.layout data.converters.vary
 data.converters.chat data.converters.wait_k data.converters.timed data.converters.tools data.converters.aligned
 data.converters.single data.converters.parallel_documents data.converters.gsm8k data.converters.tables
@@ -48,7 +48,10 @@ CORE = (
     *("attention", "data"),
 )
 # For one kind of hardware or of data each, behind an interface that the core holds: nobody needs them to follow a step.
-OUTSIDE = ("attention.blocks", "attention.gpu", "attention.splash", "data.sources", "data.converters", "data.dictation")
+OUTSIDE = (
+    *("attention.blocks", "attention.gpu", "attention.splash"),
+    *("data.sources", "data.corpora", "data.converters", "data.dictation"),
+)
 
 
 def modules():

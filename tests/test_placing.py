@@ -8,7 +8,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
 from msllm.data.converters import convert
@@ -66,6 +66,7 @@ def assert_complete(found, texts):
 # chat
 
 
+@settings(max_examples=100)
 @given(
     turns=st.lists(st.tuples(st.sampled_from(["user", "thought", "output"]), LENGTHS), min_size=1, max_size=8),
     overlap=st.integers(0, 3),
@@ -230,17 +231,18 @@ TOOLS = StreamsConfig(
     kinds=("input", "output", "output", "input", "input", "output"),
 )
 ROUNDS = st.lists(
-    st.tuples(LENGTHS, st.lists(st.tuples(LENGTHS, st.integers(0, 3)), max_size=4), st.booleans(), st.booleans()),
+    st.tuples(st.integers(0, 4), st.lists(st.tuples(LENGTHS, st.integers(0, 3)), max_size=4), *[st.booleans()] * 2),
     min_size=1,
     max_size=3,
 )
 
 
+@settings(max_examples=100)
 @given(rounds=ROUNDS, latency=st.integers(0, 2), after=st.integers(-1, 3))
 def test_tools(run, rounds, latency, after):
     words, messages = iter(WORDS), []
     for asked, calls, speaks, backwards in rounds:
-        messages.append({"role": "user", "content": text(words, asked)})
+        messages += [{"role": "user", "content": text(words, asked)}] * (asked > 0)
         called = [{"name": next(words), "arguments": text(words, length)} for length, _ in calls]
         made = [{"id": str(len(messages) + i), "function": function} for i, function in enumerate(called)]
         content = text(words, 2) if speaks or not made else None
@@ -259,7 +261,7 @@ def test_tools(run, rounds, latency, after):
     everything = [m["content"] for m in messages if m["content"]]
     assert_complete(found, everything + [said(call) for m in messages for call in m.get("tool_calls", ())])
 
-    last, known, heard, calls = 0, 0, 0, {}  # row after all before; after all results; start of the question
+    last, known, heard, calls = 0, 0, 0, {}  # row after all before; after the results; start of the question
     for message in messages:
         now = last
         if message["role"] == "tool":
@@ -273,7 +275,7 @@ def test_tools(run, rounds, latency, after):
             assert start == now  # speech waits for all before it, and for nothing else
             last = max(last, stop)
         if message["role"] == "user":
-            heard, known = start, now
+            heard = start
         starts = []
         for call in message.get("tool_calls", ()):
             stream = found[call["function"]["name"]][1]
@@ -328,6 +330,7 @@ def test_bad_records_are_named(run, converter, record, message):
         ("wait_k", {"target_stream": "speech"}, "no stream 'speech'"),
         ("timed", {"row_seconds": 0}, "row_seconds is 0.0: must be positive"),
         ("tools", {"calls": ["output"], "results": []}, "give as many"),
+        ("tools", {}, "no stream 'call'"),
     ],
 )
 def test_bad_options_are_named(run, converter, options, message):
@@ -370,3 +373,12 @@ def test_parallel_documents(run, lengths, size, streams):
     split = [document.split() for document in documents]
     assert sorted(pairs) == sorted(pair for document in split for pair in zip(document, document[1:]))
     assert ends <= sum(length > 1 for length in lengths)
+
+
+def test_parallel_documents_fill_the_fullest_stream(run):
+    words = iter(WORDS)
+    documents = [{"text": text(words, length)} for length in (5, 6, 2, 3)]
+    spec = StreamsConfig(names=("a", "b"), kinds=("output",) * 2)
+    (table,) = run("parallel_documents", documents, spec, rows=9)
+    assert cells(table)["w11"] == (7, 1) and cells(table)["w13"] == (6, 0)
+    assert table.present[:, 0].all() and table.present.sum() == 18

@@ -78,7 +78,7 @@ def test_pieces_share_one_row_and_one_side_of_the_split(table, rows, percent):
     joined = np.concatenate([parts[0].tokens, *(part.tokens[1:] for part in parts[1:])])
     assert np.array_equal(joined, table.tokens) and all(len(part.tokens) <= rows for part in parts)
     assert all(np.array_equal(a.tokens[-1], b.tokens[0]) for a, b in zip(parts, parts[1:]))
-    assert len({held_out(part.example, percent) for part in parts}) == 1
+    assert {held_out(part.example, percent) for part in parts} == {held_out(table.example, percent)}
     assert len({part.example for part in parts}) == len(parts) and all(len(part.tokens) > 1 for part in parts[1:])
 
 
@@ -137,6 +137,28 @@ def test_bad_settings_are_named(changes, message):
         from_config_dict({"data": {"vary": changes}})
 
 
+def test_prepared_data_is_told_apart_by_them(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps({"rows": [[f"w{i}", "w1", "w2"], ["w1", "w2", "w3"]]}) + "\n" for i in range(9)))
+    word = TokenizerConfig(model_type="word", vocab_size=64)
+    data = DataConfig(converter="aligned", path=str(path), streams=("a", "b", "c"), rows=16, tokenizer=word)
+    plain = DataConfig(converter="aligned", path=str(path), rows=16, tokenizer=word)
+    prepare(Config(streams=StreamsConfig(), data=dataclasses.replace(plain, bad_percent=1.0)), tmp_path / "bad")
+    with pytest.raises(UserError, match=r"other settings \(data.bad_percent differ"):
+        prepare(Config(streams=StreamsConfig(), data=plain), tmp_path / "bad")
+    manifest = prepare(Config(streams=TWO, data=data), tmp_path / "out")
+    assert manifest["settings"]["streams"] == [["c", "a"], ["input", "output"], [0, 0]]
+    assert prepare(Config(streams=TWO, data=data), tmp_path / "out") == manifest
+    for name, value in {
+        "streams": ("b", "a", "c"),
+        "vary": VaryConfig(lead=(1,)),
+        "format": "jsonl",
+        "bad_percent": 1.0,
+    }.items():
+        with pytest.raises(UserError, match=rf"other settings \(data.{name} differ"):
+            prepare(Config(streams=TWO, data=dataclasses.replace(data, **{name: value})), tmp_path / "out")
+
+
 # A converter of the user's own.
 
 OWN = '''
@@ -163,7 +185,7 @@ def test_own_converter(tmp_path, monkeypatch):
     config = Config(data=dataclasses.replace(data, bad_percent=10.0))
     manifest = prepare(config, tmp_path / "out")
     assert manifest["bad"]["bad"] == 2 and manifest["bad"]["records"] == 32
-    assert "no text" in manifest["bad"]["shown"][0]
+    assert manifest["bad"]["shown"][0] == "t.jsonl:31: no text"
     assert sum(part["tokens"]["output"] for part in manifest["splits"].values()) == 90
     assert prepare(config, tmp_path / "out") == manifest
     module.write_text(OWN + "\n")

@@ -20,7 +20,6 @@ import glob
 import gzip
 import hashlib
 import importlib
-import inspect
 import io
 import json
 import re
@@ -196,8 +195,9 @@ def load_function(path: str, setting: str) -> Callable:
 
 
 def function_hash(path: str, setting: str) -> str:
-    """sha256 (hex) of the file in which a function of the user's own is written: what it makes depends on it."""
-    return file_hash(inspect.getsourcefile(load_function(path, setting)))
+    """sha256 (hex) of the module that a function of the user's own comes from: what it makes depends on it."""
+    load_function(path, setting)
+    return file_hash(sys.modules[path.partition(":")[0]].__file__)
 
 
 # Readers: part -> (number, value) of every record; a value that is a BadRecord could not be read.

@@ -37,6 +37,8 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     calls, results = layout.options["calls"], layout.options["results"]
     if len(calls) != len(results) or not calls:
         raise UserError(f"config.data.options.calls is {calls}, results is {results}: give as many, one or more")
+    for name in (*calls, *results):
+        layout.spec.index(name)  # raises UserError
     messages = record.value.get("messages") if isinstance(record.value, dict) else None
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise BadRecord(f'{record.where}: must be {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
@@ -46,7 +48,7 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     free = dict.fromkeys(layout.spec.names, 0)  # the row after the last token of each stream
     made: dict[str, tuple[int, int]] = {}  # id of a call: (place in `calls`, row after its last token)
     heard = 0  # the row in which the last speech of an input started
-    known = 0  # the row after all that was said when that speech started, and after the results since
+    known = 0  # the row after the results so far
 
     def say(name: str, start: int, text: str) -> Placement:
         placements.append(layout.say(name, max(start, free[name]), text))
@@ -65,7 +67,7 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
             name = layout.stream_of(role, where)
             start = say(name, now, text_of(message, "content", where)).start
             if layout.spec.kinds[layout.spec.index(name)] == "input":
-                heard, known = start, now
+                heard = start
         if call_after >= 0:
             now = min(max(heard + call_after, known), now)
         for name, identity, arguments in _calls(message, where):

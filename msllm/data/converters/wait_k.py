@@ -30,20 +30,21 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     options = layout.options
     source, target = record.text(options["source"]), record.text(options["target"])
     k = layout.draw("k", source)
-    read = layout.say(options["source_stream"], 0, source)
-    written = layout.spec.index(options["target_stream"])
     if options["unit"] not in ("token", "word"):
         raise UserError(f"config.data.options.unit is {options['unit']!r}: must be token or word")
-    if k < 0 or options["unit"] == "token":
+    if options["unit"] == "token":
+        read = layout.say(options["source_stream"], 0, source)
         start = read.end if k < 0 else min(k, read.end)
         yield layout.table([read, layout.say(options["target_stream"], start, target)], source)
         return
+    reader, writer = (layout.spec.index(options[name]) for name in ("source_stream", "target_stream"))
     placements, ends = [], [0]  # rows after the source's words; none is read at row 0
     for word in layout.words(source):
-        placements.append(Placement(read.stream, ends[-1], word))
+        placements.append(Placement(reader, ends[-1], word))
         ends.append(placements[-1].end)
     free = 0
     for i, word in enumerate(layout.words(target)):
-        placements.append(Placement(written, max(free, ends[min(i + k, len(ends) - 1)]), word))
+        known = len(ends) - 1 if k < 0 else min(i + k, len(ends) - 1)
+        placements.append(Placement(writer, max(free, ends[known]), word))
         free = placements[-1].end
     yield layout.table(placements, source)

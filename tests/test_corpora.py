@@ -1,0 +1,124 @@
+"""Readers of public corpora: on a few lines in the form of each, and on the whole where it is at hand."""
+
+import dataclasses
+import json
+
+import golden_cases
+import pytest
+
+from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
+from msllm.data import corpora
+from msllm.data.converters import convert, texts
+from msllm.data.sources import parts, read
+from msllm.streams import StreamSpec
+from msllm.tokenizer import train
+
+
+def write(path, content):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def test_switchboard(tmp_path):
+    lines = "0.0 1.5 hi there\n1.5 3.0 [silence] \n2.0 3.0 [silence] \n\n0.0 1.0 [silence]\n1.0 3.0 hello\n"
+    path = write(tmp_path / "calls", lines)
+    (call,) = corpora.switchboard(path)
+    assert call["utterances"] == [
+        {"start": 0.0, "end": 1.5, "speaker": "A", "text": "hi there"},
+        {"start": 1.0, "end": 3.0, "speaker": "B", "text": "hello"},
+    ]
+
+
+def test_apollo13(tmp_path):
+    said = lambda start, text: {"id": 1, "start": start, "end": 9, "source": "CDR", "message": text}
+    write(tmp_path / "b-loop.json", [said(3, "two")])
+    path = write(tmp_path / "a-loop.json", [said(2, "one"), said(None, "lost")])
+    (recording,) = corpora.apollo13(path)
+    assert [(u["speaker"], u["start"], u["text"]) for u in recording["utterances"]] == [
+        ("a/CDR", 2, "one"),
+        ("b/CDR", 3, "two"),
+    ]
+
+
+def test_taskmaster4(tmp_path):
+    note = lambda name, value, context: {"name": name, "value": value, "context": context}
+    notes = [note("api_call", "get", "api_call_0"), note("request", "{1}", "api_call_0")]
+    notes += [note("api_response", "get", "api_response_0"), note("response", "{2}", "api_response_0")]
+    turns = [{"speaker": "user", "text": "a", "annotations": notes}, {"speaker": "assistant", "text": "b"}]
+    (dialogue,) = corpora.taskmaster4(write(tmp_path / "d.json", [{"utterances": turns}]))
+    call = {"id": "0", "function": {"name": "get", "arguments": "{1}"}}
+    assert dialogue["messages"] == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "0", "content": "{2}"},
+        {"role": "assistant", "content": "b"},
+    ]
+
+
+def test_bfcl(tmp_path):
+    question = {"id": "x", "question": [[{"role": "user", "content": "q"}]], "function": [{"name": "f"}]}
+    calls = [{"f": {"a": [1, 2], "b": ["", 3]}}, {"g": {}}]
+    path = write(tmp_path / "BFCL.json", question)
+    write(tmp_path / "answer_BFCL.json", {"id": "x", "ground_truth": calls})
+    (record,) = corpora.bfcl(path)
+    assert [message["role"] for message in record["messages"]] == ["system", "user", "assistant"]
+    made = [call["function"] for call in record["messages"][-1]["tool_calls"]]
+    assert made == [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]
+
+
+# The whole corpora: how much there is of each, as counted without these readers.
+
+CALLS = lambda record: sum(len(message.get("tool_calls") or ()) for message in record["messages"])
+WHOLE = {
+    "switchboard": ("timed_switchboard_sample/timed-transcript", 36, 8881 - 2944, lambda r: len(r["utterances"])),
+    "apollo13": ("apollo13_loops/air-ground-loop.json", 1, 4172 + 1104, lambda r: len(r["utterances"])),
+    "tatoeba": ("translation_tatoeba/eng-swe.txt", 25286, 25286, lambda r: 1),
+    "chorales_train": ("jsb_chorales/Jsb16thSeparated.json", 229, 55228, lambda r: len(r["rows"])),
+    "chorales_valid": ("jsb_chorales/Jsb16thSeparated.json", 76, 18408, lambda r: len(r["rows"])),
+    "chorales_test": ("jsb_chorales/Jsb16thSeparated.json", 77, 18900, lambda r: len(r["rows"])),
+    "taskmaster4": ("dialogue_taskmaster4/data_0[67].json", 710, 2873, CALLS),
+    "bfcl": ("tools_bfcl/BFCL_v4_parallel.json", 200, 540, CALLS),
+}
+MODEL = {
+    "switchboard": ("timed", ("A", "B"), {}),
+    "apollo13": ("timed", ("air-ground", "flight"), {"roles": {"*": "flight"}, "row_seconds": 1, "longest_silence": 4}),
+    "tatoeba": ("wait_k", ("user", "output"), {"k": [1, 3, -1], "unit": "word"}),
+    "chorales_test": ("aligned", ("soprano", "alto", "tenor", "bass"), {}),
+    "taskmaster4": ("tools", ("user", "assistant", "call", "result"), {}),
+    "bfcl": ("tools", ("system", "user", "c", "d", "r"), {"calls": ["c", "d"], "results": ["r", "r"]}),
+}
+
+
+def whole(name):
+    path = golden_cases.shared_folder() / "data" / WHOLE[name][0]
+    if not path.parent.is_dir():
+        pytest.skip(f"{path.parent} is missing: set MSLLM_SHARED")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_corpora(name):
+    _, records, items, count = WHOLE[name]
+    found = [record.value for part in parts(whole(name), f"msllm.data.corpora:{name}") for record in read(part)]
+    assert len(found) == records and sum(map(count, found)) == items
+
+
+@pytest.mark.parametrize("name", MODEL)
+def test_the_converters_take_whole_corpora(name):
+    """Every token of every text is in a table once: as many as the tokenizer makes of the texts."""
+    converter, names, options = MODEL[name]
+    streams = StreamsConfig(names=names, kinds=("output",) * len(names))
+    format, kind = f"msllm.data.corpora:{name}", "char" if name in ("tatoeba", "bfcl") else "word"
+    data = DataConfig(converter=converter, path=whole(name), format=format, options=options, rows=1 << 20)
+    data = dataclasses.replace(data, max_examples=300)
+    config, spec = Config(streams=streams, data=data), StreamSpec.from_config(streams)
+    said = list(texts(config, spec))
+    tokenizer = train(said, TokenizerConfig(model_type=kind, vocab_size=30000))
+    tables = list(convert(config, spec, tokenizer))
+    placed = sum(int((table.present & (table.tokens != tokenizer.silence_id)).sum()) for table in tables)
+    if converter == "aligned":  # an item that occurred before is not encoded again
+        items = [item for song in corpora.chorales_test(data.path) for row in song["rows"] for item in row]
+        assert placed == sum(item != -1 for item in items)
+    else:
+        assert placed == sum(len(tokenizer.encode(text)) for text in said) > 5000
