@@ -91,8 +91,7 @@ def train(
     examples = _examples_log(program, loader, workdir) if config.monitor.examples else None
     last_save = 0
     with stop or cluster.Stop() as stop, contextlib.ExitStack() as stack, cluster.errors_end_this_process():
-        if writer.first:
-            stack.callback(goodput.write)
+        stack.callback(goodput.write)
         stack.callback(writer.close)
         stack.callback(progress.close)
         for tier in tiers:
