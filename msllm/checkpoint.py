@@ -64,6 +64,12 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
+def _is_no_damage(error: Exception) -> bool:
+    """Whether reading a checkpoint failed for another reason than its files: those give whatever orbax, tensorstore and
+    json say of them."""
+    return isinstance(error, UserError | jax.errors.JaxRuntimeError) or cluster.is_of_others(error)
+
+
 def _digest(description: dict[str, Any]) -> str:
     content = {key: value for key, value in description.items() if key != "digest"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -171,15 +177,14 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 state = self._restore_step(step, program, tokenizer)
-            except UserError:
-                raise
-            except Exception as error:  # whatever orbax, tensorstore or json say of damaged files
+            except Exception as error:
+                if _is_no_damage(error):
+                    raise
                 reason = _first_line(error)
                 problems.append(f"step {step}: {reason}")
                 log.warning("checkpoint of step %d is damaged and not used: %s", step, reason)
                 continue
-            for bad in (s for s in steps if s > step):
-                self._move_aside(bad)
+            self._move_aside([bad for bad in steps if bad > step])
             return state
         if problems:
             raise UserError(
@@ -213,9 +218,9 @@ class Checkpoints:
                 raise ValueError("it was written by other processes or another mesh")
             for name, tree in _split(program.abstract_state).items():
                 restored[name] = _read_arrays(path / name, tree, self._processes)
-        except UserError:
-            raise
-        except Exception as problem:  # see restore
+        except Exception as problem:
+            if _is_no_damage(problem):
+                raise
             error = _first_line(problem)
         if any(errors := cluster.share(error)):
             raise ValueError(next(filter(None, errors)))
@@ -224,14 +229,17 @@ class Checkpoints:
         rest = restored["rest"]
         return TrainState(rest["step"], restored["parameters"], rest["opt_state"], rest["skipped"], rest["in_row"])
 
-    def _move_aside(self, step: int) -> None:
-        target = self.directory / "damaged" / str(step)
+    def _move_aside(self, steps: list[int]) -> None:
+        if not steps:
+            return
         if cluster.is_first():
-            target.parent.mkdir(exist_ok=True)
-            if target.exists():
-                target.rmtree()
-            (self.directory / str(step)).rename(target)
-        cluster.share(None)  # the others wait for it
+            for step in steps:
+                target = self.directory / "damaged" / str(step)
+                target.parent.mkdir(exist_ok=True)
+                if target.exists():
+                    target.rmtree()
+                (self.directory / str(step)).rename(target)
+        cluster.share(None)  # nobody looks for what is there while it changes
         self._manager.reload()
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
+from msllm import cluster
 from msllm import tokenizer as tokenizer_lib
 from msllm.checkpoint import Checkpoints, load_model
 from msllm.config import CheckpointConfig, TokenizerConfig
@@ -155,6 +157,25 @@ def test_a_damaged_checkpoint_is_moved_aside(workdir, program, state, tokenizer,
     assert [path.name for path in (folder / "damaged").iterdir()] == ["30"]
     save(workdir, program, state, tokenizer, (30,))  # the run goes on and comes to this step again
     check_restored(restore(workdir, program, tokenizer), program, state, 30)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"),
+        ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"),
+    ],
+    ids=["no memory", "another process died"],
+)
+def test_checkpoints_are_not_to_blame_for_other_failures(workdir, program, tokenizer, monkeypatch, error):
+    def failing(self, *_):
+        raise error
+
+    monkeypatch.setattr(Checkpoints, "_restore_step", failing)
+    monkeypatch.setattr(cluster, "is_of_others", lambda error: "Gloo" in str(error))
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        restore(workdir, program, tokenizer)
+    assert {path.name for path in (workdir / "checkpoints").iterdir() if path.is_dir()} == {"10", "20", "30"}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

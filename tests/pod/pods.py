@@ -24,7 +24,7 @@ from msllm.prepare import prepare
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 STEPS = 24
 HEARTBEAT = 10  # seconds
-START = 90  # seconds that a start may take on a busy machine, compiling included
+START = 180  # seconds that a start may take on a busy machine, compiling included
 LOST = (76, -signal.SIGABRT)  # how a process ends when another one is gone: told so, or aborted by JAX's runtime
 SETTINGS = {
     "steps": STEPS,
