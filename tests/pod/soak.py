@@ -47,7 +47,7 @@ def layouts(most: int) -> list[tuple[int, int, tuple[str, ...]]]:
         (1, 4, meshes(data=2, fsdp=2)),
         (2, 2, meshes(data=2, fsdp=1, tensor=2)),
         (2, 2, meshes(data=4, fsdp=1)),
-        (3, 1, meshes(data=1, fsdp=1, stream=3)),
+        (4, 1, meshes(data=1, fsdp=1, stream=4)),  # of three streams: one place is filled with absent cells
         (4, 1, ()),
         (4, 1, meshes(data=2, fsdp=2)),
     ]
