@@ -95,6 +95,8 @@ class DataConfig:
     converter: str = ""  # see docs/data.md; or package.module:function
     path: str = ""  # input of the converter: a file or a glob
     format: str = ""  # of the input (msllm/data/sources.py); empty: by the names of the files
+    eval_path: str = ""  # input of the held-out split, if it has one of its own; then all of `path` is trained on
+    eval_format: str = ""  # and its format
     bad_percent: float = 0.0  # share of the records that may be bad: they are left out
     options: typing.Mapping[str, Any] = dataclasses.field(default_factory=dict)  # arguments of the converter
     streams: tuple[str, ...] = ()  # those the converter writes, of which streams.names are taken; empty: the same
@@ -300,6 +302,8 @@ def _validate(config: Config) -> None:
     _check(data.batch_size > 0, "data.batch_size", data.batch_size, "must be positive")
     _check(data.shards > 0, "data.shards", data.shards, "must be positive")
     _check(0 <= data.eval_percent < 100, "data.eval_percent", data.eval_percent, "must be in [0, 100)")
+    own = bool(data.eval_path) or not data.eval_format
+    _check(own, "data.eval_format", data.eval_format, "needs data.eval_path: which file to read")
     _check(0 <= data.bad_percent < 100, "data.bad_percent", data.bad_percent, "must be in [0, 100)")
     vary, size = data.vary, len(config.streams.names)
     for name in ("lead", "pause_rows"):

@@ -109,17 +109,24 @@ def _settings(config: Config, spec: StreamSpec) -> dict[str, Any]:
     files = sources.input_files(data.path) if converter.reads else []
     # Newer settings are named where they are set: data prepared before there were any is still the same.
     defaults = dataclasses.asdict(DataConfig())
-    newer = {field: dataclasses.asdict(data)[field] for field in ("format", "bad_percent", "streams", "vary")}
-    own = {"converter": data.converter, "format": data.format}
+    fields_since = ("format", "bad_percent", "streams", "vary", "eval_format")
+    newer = {field: dataclasses.asdict(data)[field] for field in fields_since}
+    own = {"converter": data.converter, "format": data.format, "eval_format": data.eval_format}
+    evaluated = sources.input_files(data.eval_path) if data.eval_path else []
     return {
         **{field: getattr(data, field) for field in fields},
         "options": options,
         "tokenizer": tokenizer | {"silence": data.tokenizer.silence},
         "streams": [list(spec.names), list(spec.kinds), list(spec.delays)],
-        "inputs": [[pathlib.Path(file).name, sources.file_hash(file)] for file in files],
+        "inputs": _named_hashes(files),
+        **({"eval_inputs": _named_hashes(evaluated)} if evaluated else {}),
         **{f"data.{field}": _as_json(value) for field, value in newer.items() if value != defaults[field]},
         **{f"{k}_code": sources.function_hash(v, f"config.data.{k}") for k, v in own.items() if ":" in v},
     }
+
+
+def _named_hashes(files: list[str]) -> list[list[str]]:
+    return [[pathlib.Path(file).name, sources.file_hash(file)] for file in files]
 
 
 def _as_json(value: Any) -> Any:
@@ -128,6 +135,12 @@ def _as_json(value: Any) -> Any:
 
 def _split(config: Config, spec: StreamSpec, tokenizer: Tokenizer, bad: BadRecords) -> Iterator[tuple[str, Table]]:
     """("train" or "eval", table) of every example, in input order."""
+    if config.data.eval_path:
+        evaluated = dataclasses.replace(config.data, path=config.data.eval_path, format=config.data.eval_format)
+        for split, data in (("train", config.data), ("eval", evaluated)):
+            tables = converters.convert(dataclasses.replace(config, data=data), spec, tokenizer, bad)
+            yield from ((split, table) for table in _progress(tables, split, "examples"))
+        return
     percent = config.data.eval_percent
     first = None
     if config.data.split == "tail":  # a pass to count them: memory must not grow with the corpus

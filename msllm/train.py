@@ -58,7 +58,7 @@ def train(
     config = with_vocabulary(config, loader.tokenizer.vocab_size)
     mesh = make_mesh(config.mesh)
     program = Program(config, streams, mesh, loader.tokenizer.silence_id)
-    evaluation = _Evaluation(program) if config.eval_every and config.data.eval_percent else None
+    evaluation = _Evaluation(program) if config.eval_every and (config.data.eval_percent or config.data.eval_path) else None
 
     checkpoints = Checkpoints(workdir, config.checkpoint)
     local = Checkpoints(workdir, config.checkpoint, local=True) if config.checkpoint.local_dir else None

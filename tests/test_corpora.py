@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import golden_cases
+import numpy as np
 import pytest
 
 from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
@@ -77,6 +78,7 @@ WHOLE = {
     "chorales_train": ("jsb_chorales/Jsb16thSeparated.json", 229, 55228, lambda r: len(r["rows"])),
     "chorales_valid": ("jsb_chorales/Jsb16thSeparated.json", 76, 18408, lambda r: len(r["rows"])),
     "chorales_test": ("jsb_chorales/Jsb16thSeparated.json", 77, 18900, lambda r: len(r["rows"])),
+    "quarter_chorales_test": ("jsb_chorales/Jsb16thSeparated.json", 77, 4725, lambda r: len(r["rows"])),
     "taskmaster4": ("dialogue_taskmaster4/data_0[67].json", 710, 2873, CALLS),
     "bfcl": ("tools_bfcl/BFCL_v4_parallel.json", 200, 540, CALLS),
 }
@@ -122,3 +124,15 @@ def test_the_converters_take_whole_corpora(name):
         assert placed == sum(item != -1 for item in items)
     else:
         assert placed == sum(len(tokenizer.encode(text)) for text in said) > 5000
+
+
+def test_transposed_chorales_keep_every_interval():
+    file = whole("chorales_train")
+    original = {json.dumps(song["rows"]) for song in corpora.quarter_chorales_train(file)}
+    transposed = [np.array(song["rows"]) for song in corpora.quarter_chorales_train_transposed(file)]
+    assert {json.dumps(song.tolist()) for song in transposed} >= original and len(transposed) > 9 * len(original)
+    intervals = lambda song: np.where(song == -1, -1, song - song[song >= 0].min())
+    known = {json.dumps(intervals(np.array(json.loads(song))).tolist()) for song in original}
+    assert all(json.dumps(intervals(song).tolist()) in known for song in transposed)
+    pitches = np.concatenate(transposed)
+    assert pitches[pitches >= 0].min() == corpora.LOWEST and pitches.max() == corpora.HIGHEST

@@ -132,6 +132,35 @@ def test_text_holds_out_the_tail(tmp_path):
     assert all(text in content[int(0.85 * len(content)) :] for text in texts)
 
 
+def test_a_held_out_split_of_its_own(tmp_path):
+    for name, words in (("train", "abc"), ("official", "xy")):
+        lines = [json.dumps({"streams": {"user": [word, word], "output": ["", word]}}) + "\n" for word in words]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    (tmp_path / "tokenizer.txt").write_text("a b c x y")
+    words = dataclasses.replace(WORD, path=str(tmp_path / "words/tokenizer.model"))
+    data = DataConfig(converter="single", path=str(tmp_path / "tokenizer.txt"), tokenizer=WORD, rows=8, eval_percent=0.0)
+    prepare(Config(streams=ONE, data=data), tmp_path / "words")
+    data = DataConfig(
+        converter="tables",
+        path=str(tmp_path / "train.jsonl"),
+        eval_path=str(tmp_path / "official.jsonl"),
+        tokenizer=words,
+        rows=4,
+        eval_percent=50.0,  # of no effect: the split is given
+    )
+    manifest = prepare(Config(data=data), tmp_path / "out")
+    for split, count in (("train", 3), ("eval", 2)):
+        found, loader = examples(Config(data=data), tmp_path / "out", split)
+        assert len(found) == count == manifest["splits"][split]["examples"]
+        said = {loader.tokenizer.decode(table.tokens[:, 0]) for table in found.values()}
+        assert said == ({"a a", "b b", "c c"} if split == "train" else {"x x", "y y"})
+    (tmp_path / "official.jsonl").write_text('{"streams": {"user": ["a", "b"]}}\n')
+    with pytest.raises(UserError, match=r"other settings \(eval_inputs differ\)"):
+        prepare(Config(data=data), tmp_path / "out")
+    with pytest.raises(UserError, match="config.data.eval_format is 'jsonl': needs data.eval_path"):
+        Config(data=DataConfig(eval_format="jsonl"))
+
+
 def test_an_existing_directory_is_kept_if_it_is_the_same_and_refused_if_not(tmp_path, capsys):
     path = tmp_path / "t.jsonl"
     path.write_text('{"streams": {"user": "a b", "output": "c"}}\n')

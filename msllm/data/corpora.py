@@ -52,15 +52,31 @@ def tatoeba(file: str) -> Iterator[dict[str, Any]]:
             yield {"source": source, "target": target, "attribution": attribution}
 
 
-def _chorales(part: str, file: str) -> Iterator[dict[str, Any]]:
-    """For `aligned`: one part (train, valid or test) of the JSB chorales with separate voices, from the top down."""
+LOWEST, HIGHEST = 36, 81  # pitches of all chorales
+TRANSPOSITIONS = range(-6, 6)  # semitones: every key once
+
+
+def _chorales(part: str, every: int, transpose: bool, file: str) -> Iterator[dict[str, Any]]:
+    """For `aligned`: one part (train, valid or test) of the JSB chorales with separate voices, from the top down.
+
+    `every`: of the 16th notes one in so many. `transpose`: every song in all keys in which it stays within the range of
+    the corpus.
+    """
     for song in json.loads(pathlib.Path(file).read_text())[part]:
-        yield {"rows": song}
+        pitches = [pitch for row in song for pitch in row if pitch >= 0]  # -1 is silence
+        for shift in TRANSPOSITIONS if transpose else (0,):
+            if LOWEST <= min(pitches) + shift and max(pitches) + shift <= HIGHEST:
+                yield {"rows": [[pitch + shift if pitch >= 0 else pitch for pitch in row] for row in song[::every]]}
 
 
-chorales_train = functools.partial(_chorales, "train")
-chorales_valid = functools.partial(_chorales, "valid")
-chorales_test = functools.partial(_chorales, "test")
+chorales_train = functools.partial(_chorales, "train", 1, False)
+chorales_train_transposed = functools.partial(_chorales, "train", 1, True)
+chorales_valid = functools.partial(_chorales, "valid", 1, False)
+chorales_test = functools.partial(_chorales, "test", 1, False)
+quarter_chorales_train = functools.partial(_chorales, "train", 4, False)
+quarter_chorales_train_transposed = functools.partial(_chorales, "train", 4, True)
+quarter_chorales_valid = functools.partial(_chorales, "valid", 4, False)
+quarter_chorales_test = functools.partial(_chorales, "test", 4, False)
 
 
 def taskmaster4(file: str) -> Iterator[dict[str, Any]]:
