@@ -1,0 +1,51 @@
+"""Reading while solving: GSM8K, the thought starts k rows after the question does.
+
+    python -m msllm.prepare --config=configs/reading.py
+    python -m msllm.train --config=configs/reading.py --workdir=runs/reading
+    python -m msllm.prepare --config=configs/reading.py:8
+    python -m msllm.likelihood --checkpoint=runs/reading --data=data/reading_8
+
+Data: data/gsm8k/train.jsonl in the folder named by MSLLM_SHARED, else in the folder `shared` beside the repository. One
+model for all k, of which every example draws one; the word after the colon gives all examples the same k (-1: when the
+question has ended), to measure what a thought loses that does not know the question yet. Cost: 1.3 M parameters, about
+20 CPU-minutes. Figures: docs/results.md.
+"""
+
+import os
+import pathlib
+
+from msllm.config import default_config
+
+STARTS = [0, 8, 32, -1]
+
+
+def get_config(k=""):
+    """All settings of the run."""
+    config = default_config()
+    config.steps = 900
+    config.log_every = 20
+    config.eval_every = 300
+
+    config.streams.names = ("user", "thought", "output")
+    config.streams.kinds = ("input", "thought", "output")
+
+    shared = pathlib.Path(os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared")
+    config.data.dir = f"data/reading_{k}" if k else "data/reading"
+    config.data.converter = "gsm8k"
+    config.data.path = str(shared / "data/gsm8k/train.jsonl")
+    config.data.options = {"think_after": int(k) if k else STARTS}
+    config.data.tokenizer.path = "data/reading/tokenizer.model" if k else ""
+    config.data.tokenizer.vocab_size = 2048
+    config.data.rows = 512
+    config.data.batch_size = 4
+    config.data.eval_percent = 4.0
+
+    config.model.d_model = 160
+    config.model.num_layers = 4
+    config.model.num_heads = 5
+    config.model.num_kv_heads = 5
+    config.model.head_dim = 32
+    config.model.d_ff = 480
+
+    config.optim.lr = 2e-3
+    return config

@@ -1,0 +1,126 @@
+"""Likelihoods of prepared data: that they are probabilities, what they sum over, and what the intervals say."""
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from runs import data_dir, dictation  # noqa: F401
+
+from msllm.checkpoint import Loaded
+from msllm.data.loader import Loader
+from msllm.data.tables import Table, shift, unpack
+from msllm.errors import UserError
+from msllm.likelihood import Units, _nll, best, describe, difference, measure, report
+from msllm.load import from_parameters
+from msllm.score import score
+from msllm.sharding import make_mesh
+from msllm.step import Program
+from msllm.streams import StreamSpec, lag_matrix
+from msllm.train import train, with_vocabulary
+
+SILENCE = 0
+
+
+@pytest.mark.parametrize("delays", [(0, 0, 0), (0, 1, 2)])
+def test_the_probabilities_of_all_tables_sum_to_one(make_model, delays):
+    """Every table of two frames of three voices, silence among the pitches, after a silent row that is given."""
+    pitches, frames = 3, 2
+    model = make_model(streams=3, lag=lag_matrix("same_row", 3), vocab_size=pitches)
+    tables = []
+    for cells in itertools.product(range(pitches), repeat=frames * 3):
+        rows = [[SILENCE] * 3, *np.reshape(cells, (frames, 3)).tolist()]
+        tables.append(shift(Table(np.array(rows, np.int32), np.ones((frames + 1, 3), bool)), delays))
+    tokens, present = (np.stack([getattr(table, name) for table in tables]) for name in ("tokens", "present"))
+    batch = {"tokens": tokens, "present": present, "segment": np.ones(tokens.shape[:2], np.int32)}
+    nll, _, _, counted = map(np.asarray, _nll(model.graph, SILENCE, model.parameters, batch))
+    assert (counted.sum((1, 2)) == frames * 3).all()  # every voice of every frame is predicted, once
+    probability = np.exp(-(nll * counted).sum((1, 2), dtype=np.float64))
+    assert probability.sum() == pytest.approx(1, abs=1e-4)
+    assert probability.max() > 2 * probability.min()  # a model that says something
+
+
+@pytest.fixture
+def loaded(data_dir):  # noqa: F811
+    config = dataclasses.replace(dictation(), data=dataclasses.replace(dictation().data, dir=data_dir))
+    streams = StreamSpec.from_config(config.streams)
+    loader = Loader(config.data, "eval", streams)
+    config = with_vocabulary(config, loader.tokenizer.vocab_size)
+    program = Program(config, streams, make_mesh(config.mesh), loader.tokenizer.silence_id)
+    return Loaded("", 0, config, streams, loader.tokenizer, program.graph, program.init().parameters)
+
+
+def test_sums_are_those_of_score(loaded):
+    loader = Loader(loaded.config.data, "eval", loaded.streams)
+    examples = [t for step in range(loader.num_batches) for t in unpack(loader.batch(step))]
+    model = from_parameters(loaded.config.model, loaded.streams, loaded.parameters, loaded.tokenizer)
+    units = measure(loaded)
+    assert len(units.nll) == len(examples)
+    for i in (0, 1, len(examples) - 1):
+        table = examples[i]
+        (found,) = score(model, {"tokens": table.tokens[None], "present": table.present[None]})
+        logprob = np.where(np.isnan(found["logprob"][0]), 0, found["logprob"][0])
+        np.testing.assert_allclose(units.nll[i], -logprob.sum(0), rtol=1e-4)
+        assert units.targets[i].tolist() == [len(table.tokens) - 1] * 3
+        spoken = table.tokens[1:] != loaded.tokenizer.silence_id
+        assert units.targets_spoken[i].tolist() == spoken.sum(0).tolist()
+        np.testing.assert_allclose(units.nll_spoken[i], -(logprob[:-1] * spoken).sum(0), rtol=1e-4)
+        logits = found["logits"][0, :-1].astype(np.float64)
+        logits[..., loaded.tokenizer.silence_id] = -np.inf
+        chosen = np.take_along_axis(logits, table.tokens[1:, :, None], -1)[..., 0]
+        words = np.log(np.exp(logits).sum(-1)) - np.where(spoken, chosen, 0)
+        np.testing.assert_allclose(units.nll_words[i], (words * spoken).sum(0), rtol=1e-4)
+
+    blocks = measure(loaded, block=4)
+    assert len(blocks.nll) > len(units.nll)
+    for whole, parts in zip(units, blocks):
+        np.testing.assert_allclose(whole.sum(0), parts.sum(0), rtol=1e-6)
+    isolated = measure(loaded, visibility="isolated")
+    assert np.abs(isolated.nll - units.nll).max() > 1e-3 and (isolated.targets == units.targets).all()
+
+
+def test_intervals_and_differences():
+    rng = np.random.default_rng(0)
+    targets = rng.integers(1, 50, (400, 2)).astype(float)
+    nll = targets * rng.normal((1.0, 3.0), 0.5, (400, 2))
+    units = Units(nll, targets, targets, nll, nll)
+    result = report(units, ("a", "b"))
+    for s, name in enumerate("ab"):
+        mean = nll[:, s].sum() / targets[:, s].sum()
+        error = np.sqrt(np.sum((nll[:, s] - mean * targets[:, s]) ** 2)) / targets[:, s].sum()  # of a ratio
+        assert result[name]["nll"] == pytest.approx(mean)
+        assert result[name]["low"] == pytest.approx(mean - 1.96 * error, abs=0.3 * error)
+        assert result[name]["high"] == pytest.approx(mean + 1.96 * error, abs=0.3 * error)
+    assert result["row"]["nll"] == pytest.approx(result["a"]["nll"] + result["b"]["nll"])
+    assert result["all"]["nll"] == pytest.approx(nll.sum() / targets.sum())
+    assert "a      " in describe(result) and len(describe(result).splitlines()) == 5
+
+    worse = units._replace(nll=nll + 0.01 * targets)  # a small difference, but the same in every unit
+    found = report(difference(units, worse), ("a", "b"))["all"]
+    assert found["low"] == pytest.approx(0.01) and found["high"] == pytest.approx(0.01)
+    with pytest.raises(UserError, match="predict different cells"):
+        difference(units, Units(*(x[:5] for x in units)))
+
+
+def test_the_best_checkpoint_and_the_command(tmp_path, data_dir):  # noqa: F811
+    config = dictation(**{"data.dir": data_dir, "steps": 4, "eval_every": 1, "checkpoint.every": 1, "checkpoint.keep_every": 1})
+    train(config, tmp_path / "run")
+    lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    losses = {line["step"]: line["eval/loss"] for line in lines if "eval/loss" in line}
+    assert best(str(tmp_path / "run")).endswith(f"/{min(losses, key=losses.get)}")
+    out = tmp_path / "out.json"
+    command = ["-m", "msllm.likelihood", f"--checkpoint={tmp_path / 'run'}", "--best", f"--json={out}"]
+    done = subprocess.run([sys.executable, *command, f"--against={tmp_path / 'run'}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert result["against"]["worse"]["all"]["nll"] == 0 and "is worse by" in done.stdout
+    weighted = [name for name, weight in zip(config.streams.names, StreamSpec.from_config(config.streams).loss_weights) if weight]
+    found = [result["nll"][name] for name in weighted]
+    mean = sum(entry["nll"] * entry["targets"] for entry in found) / sum(entry["targets"] for entry in found)
+    assert mean == pytest.approx(min(losses.values()), rel=1e-4)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no checkpoint of a step that was evaluated"):
+        best(str(tmp_path / "empty"))
