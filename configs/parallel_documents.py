@@ -21,7 +21,7 @@ def get_config(streams="4"):
     """All settings of the run."""
     size = int(streams)
     config = default_config()
-    config.steps = 1500
+    config.steps = 1000
     config.log_every = 50
     config.eval_every = 500
 

@@ -22,9 +22,9 @@ STARTS = [0, 8, 32, -1]
 def get_config(k=""):
     """All settings of the run."""
     config = default_config()
-    config.steps = 900
+    config.steps = 600
     config.log_every = 20
-    config.eval_every = 300
+    config.eval_every = 200
 
     config.streams.names = ("user", "thought", "output")
     config.streams.kinds = ("input", "thought", "output")

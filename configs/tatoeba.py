@@ -22,7 +22,7 @@ WAITS = [1, 3, 5, 7, -1]
 def get_config(k=""):
     """All settings of the run."""
     config = default_config()
-    config.steps = 2500
+    config.steps = 2000
     config.log_every = 50
     config.eval_every = 500
 
