@@ -8,7 +8,7 @@
 Data: data/gsm8k/train.jsonl in the folder named by MSLLM_SHARED, else in the folder `shared` beside the repository. One
 model for all k, of which every example draws one; the word after the colon gives all examples the same k (-1: when the
 question has ended), to measure what a thought loses that does not know the question yet. Cost: 1.3 M parameters, about
-20 CPU-minutes. Figures: docs/results.md.
+12 CPU-minutes. Figures: docs/results.md.
 """
 
 import os
@@ -22,7 +22,7 @@ STARTS = [0, 8, 32, -1]
 def get_config(k=""):
     """All settings of the run."""
     config = default_config()
-    config.steps = 600
+    config.steps = 800
     config.log_every = 20
     config.eval_every = 200
 
@@ -37,7 +37,7 @@ def get_config(k=""):
     config.data.tokenizer.path = "data/reading/tokenizer.model" if k else ""
     config.data.tokenizer.vocab_size = 2048
     config.data.rows = 512
-    config.data.batch_size = 4
+    config.data.batch_size = 2
     config.data.eval_percent = 4.0
 
     config.model.d_model = 160
