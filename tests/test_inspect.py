@@ -274,9 +274,14 @@ class Page(html.parser.HTMLParser):
 
 def test_page_holds_every_cell(tmp_path):
     streams = StreamsConfig(names=("<b>", "output"), kinds=("input", "output"), delays=(0, 1))
-    said = ["<", "&", '"', "\n", "\u65e5", ">", "'", "", None]
+    said = ["<i>", "&amp;", '"', "\n", "\u65e5", "</td>", "'", "", None]
     lines = [[said[i:] + said[:i], [*"abcdefgh", ""]] for i in range(7)]
-    directory, _ = prepared(tmp_path, lines, streams, model_type="char", rows=24, shards=2)
+    pieces = {piece: i for i, piece in enumerate(["<silence>", "<unk>", *said[:7], *"abcdefgh"])}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(pieces, "<unk>"))
+    model.add_special_tokens(["<silence>"])
+    model.save(str(tmp_path / "given.json"))
+    given = TokenizerConfig(path=str(tmp_path / "given.json"))
+    directory, _ = prepared(tmp_path, lines, streams, tokenizer=given, rows=24, shards=2)
     file = tmp_path / "page.html"
     assert shown(directory, file=file) == f"wrote {file}\n"
     assert sorted(path.name for path in tmp_path.glob("page*")) == ["page.html"]
