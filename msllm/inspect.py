@@ -37,7 +37,8 @@ PAGE_TABLES = 20  # tables of a page, if nothing is said
 FIRST = 5  # items of a long list in the settings
 _HASH = re.compile(r"[0-9a-f]{64}")
 _STYLE = """
-main { max-width: none; } section { max-width: max-content; min-width: min(100%, 980px); }
+main { max-width: none; } .figures { max-width: 980px; }
+section { max-width: max-content; min-width: min(100%, 980px); }
 details { margin-top: 14px; } summary { cursor: pointer; }
 """
 
@@ -236,7 +237,7 @@ def page(data: Split, found: Overlap, drawings: Sequence[Drawing], limit: int | 
         f"tables of {data.manifest['rows']} rows": f"{len(data):,}",
         "of the rows filled": f"{data.part['packing_efficiency']:.1%}",
         "of the cells silent": f"{data.part['silence_rate']:.1%}",
-        **({"of the rows with several streams that speak": share} if len(data.columns.names) > 1 else {}),
+        **({"of the rows overlap": share} if len(data.columns.names) > 1 else {}),
     }
     parts = [f"<h1>{html.escape(heading(data))}</h1>", markup.figures(figures)]
     parts.append(f"<section><h2>Streams</h2>{markup.table(STREAM_COLUMNS, stream_rows(data), range(2, 7))}</section>")
