@@ -37,8 +37,11 @@ setup(
         # Launchers: shellcheck, and schemas for manifests. Workdirs in a bucket: an emulator.
         "test": [
             "hypothesis",
+            "ipykernel",
             "jax[tpu]>=0.10",
             "matplotlib",
+            "nbclient",
+            "nbformat",
             "psutil",
             "pyarrow",
             "pytest",

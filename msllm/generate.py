@@ -13,13 +13,12 @@ import rich.console
 import rich.text
 from absl import flags, logging
 
-from msllm import errors
-from msllm.decode import DecodeOptions, DecodeSession, Row
+from msllm import cells, errors
+from msllm.decode import DecodeOptions, DecodeSession
 from msllm.errors import UserError
 from msllm.load import LoadedModel, load_any
 from msllm.streams import StreamSpec
 
-SILENT, ABSENT = "\N{MIDDLE DOT}", ""
 WIDTH = 14  # characters of a column
 
 
@@ -52,18 +51,6 @@ def per_stream(flag: str, values: Sequence[str], streams: StreamSpec, kind: Call
     return tuple(result)
 
 
-def cell_text(model: LoadedModel, row: Row, stream: int) -> rich.text.Text:
-    """How a cell of the first table is printed."""
-    if not row.present[0, stream]:
-        return rich.text.Text(ABSENT)
-    token = int(row.tokens[0, stream])
-    if token == model.tokenizer.silence_id:
-        return rich.text.Text(SILENT, style="dim")
-    piece = model.tokenizer.piece(token).replace("\u2581", " ").strip(" ") or "\u2423"  # sentencepiece's mark of a space
-    piece = piece.replace("\n", "\\n")
-    return rich.text.Text(piece, style="cyan" if model.streams.kinds[stream] == "input" else "")
-
-
 def run(
     model: LoadedModel, inputs: dict[str, str], rows: int, options: DecodeOptions, console: rich.console.Console
 ) -> None:
@@ -75,25 +62,18 @@ def run(
     session = DecodeSession(model, options, max_rows=rows)
     for name, text in inputs.items():
         session.feed(name, model.tokenizer.encode(text))
-    names = [rich.text.Text(name, style="bold") for name in model.streams.names]
-    _print_line(console, rich.text.Text("row", style="bold"), names)
+    streams, widths = model.streams, [5] + [WIDTH] * model.streams.size
+    cells.print_line(console, [rich.text.Text(name, style="bold") for name in ("row", *streams.names)], widths)
     for _ in range(rows):
         row = session.step()
-        cells = [cell_text(model, row, stream) for stream in range(model.streams.size)]
-        _print_line(console, rich.text.Text(str(row.index), style="dim"), cells)
+        texts = [
+            cells.cell(model.tokenizer, int(row.tokens[0, stream]), bool(row.present[0, stream]), kind)
+            for stream, kind in enumerate(streams.kinds)
+        ]
+        cells.print_line(console, [rich.text.Text(str(row.index), style="dim"), *texts], widths)
     tokens, present = session.transcript()
     console.print()
-    for stream, name in enumerate(model.streams.names):
-        text = model.tokenizer.decode(tokens[0, present[0, :, stream], stream])
-        console.print(rich.text.Text.assemble((f"{name}: ", "bold"), text))
-
-
-def _print_line(console: rich.console.Console, first: rich.text.Text, cells: Sequence[rich.text.Text]) -> None:
-    line = rich.text.Text()
-    for text, width in zip([first, *cells], [5] + [WIDTH] * len(cells)):
-        text.truncate(width, overflow="ellipsis", pad=True)
-        line.append_text(text).append(" ")
-    console.print(line, overflow="ignore", no_wrap=True, crop=False)
+    cells.print_texts(console, model.tokenizer, streams.names, tokens[0], present[0])
 
 
 def _inputs(streams: StreamSpec) -> list[str]:
@@ -113,7 +93,7 @@ def main(_) -> None:
         silence_penalty=per_stream("silence_penalty", flag.silence_penalty, streams, float, 0.0),
         seed=flag.seed,
     )
-    run(model, parse_inputs(flag.input, streams), flag.rows, options, rich.console.Console(highlight=False))
+    run(model, parse_inputs(flag.input, streams), flag.rows, options, cells.console())
 
 
 if __name__ == "__main__":

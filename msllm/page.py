@@ -6,6 +6,8 @@ import html as escape
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from msllm.markup import aligned, document, figures, size_text, table
+
 GIB = 2**30
 _PARTS = {
     "state": "parameters and moments",
@@ -21,14 +23,6 @@ _PARTS = {
 
 def _gib(size: float | None) -> str:
     return "?" if size is None else f"{size / GIB:,.2f}"
-
-
-def _size(size: float) -> str:
-    """Bytes in a unit that shows three digits."""
-    for unit, factor in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(size) >= factor:
-            return f"{size / factor:,.2f} {unit}"
-    return f"{size:,.0f} B"
 
 
 def _ms(seconds: float | None) -> str:
@@ -78,7 +72,7 @@ def _how(row: Mapping[str, Any]) -> str:
 
 def _notes(collectives: Mapping[str, Any]) -> list[str]:
     notes = []
-    one = lambda c: f"{c['kind']} over {c['axes']}, {_size(c['bytes'])} x {c['count']}: {', '.join(c['shapes'])}"
+    one = lambda c: f"{c['kind']} over {c['axes']}, {size_text(c['bytes'])} x {c['count']}: {', '.join(c['shapes'])}"
     if largest := collectives["largest_all_reduce"]:
         notes.append(f"largest all-reduce: {one(largest)}")
     notes += [f"whole embedding table or head: {one(table)}" for table in collectives["whole_embedding_tables"]]
@@ -100,7 +94,7 @@ def _estimate_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows += [(f"+ {label}", f"{work[key] / 1e12:,.3g}") for key, label in extra.items() if work[key]]
     rows += [
         ("hardware TFLOP", f"{work['hardware'] / 1e12:,.3g}"),
-        ("HBM traffic", _size(memory["total"])),
+        ("HBM traffic", size_text(memory["total"])),
         (
             "FLOP per byte",
             f"{estimate['arithmetic_intensity']:,.0f} (of the hardware: {estimate['intensity_of_the_hardware']:,.0f})",
@@ -125,36 +119,29 @@ def _time_rows(estimate: Mapping[str, Any]) -> list[tuple[str, float | None, str
     return rows
 
 
-def _table(rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> list[str]:
-    """Lines of a table with aligned columns; `numbers`: the columns that are aligned to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    cell = lambda text, i: text.rjust(widths[i]) if i in numbers else text.ljust(widths[i])
-    return ["  " + "  ".join(cell(text, i) for i, text in enumerate(row)).rstrip() for row in rows]
-
-
 def text(report: Mapping[str, Any]) -> str:
     """The report for a terminal."""
     memory = report["memory"]
     lines = [_title(report), *("  " + fact for fact in _facts(report)), "", "Memory of one device"]
     if "total" in memory:
-        lines += _table([(name, _size(size)) for name, size in _memory_rows(memory)], (1,))
+        lines += aligned([(name, size_text(size)) for name, size in _memory_rows(memory)], (1,))
     lines.append(f"  {_verdict(memory)}")
     if "compiler_says" in memory:
         lines += ["", *("  " + line for line in memory["compiler_says"].splitlines())]
     parts = memory["parts_by_formula"]
     largest = sorted(parts, key=parts.get, reverse=True)
-    lines += ["  by formula: " + ", ".join(f"{_PARTS[part]} {_size(parts[part])}" for part in largest)]
+    lines += ["  by formula: " + ", ".join(f"{_PARTS[part]} {size_text(parts[part])}" for part in largest)]
     lines += [f"  change {'first' if i == 0 else 'then'}: {line}" for i, line in enumerate(memory["remedies"])]
     if "collectives" in report:
         collectives = report["collectives"]
         lines += ["", f"Collectives of one step ({collectives['definition']})"]
         rows = [("kind", "mesh axes", "network", "times", "bytes")]
-        rows += [(r["kind"], r["axes"], _how(r), f"{r['count']:,}", _size(r["bytes"])) for r in collectives["rows"]]
-        lines += _table(rows, (3, 4))
+        rows += [(r["kind"], r["axes"], _how(r), f"{r['count']:,}", size_text(r["bytes"])) for r in collectives["rows"]]
+        lines += aligned(rows, (3, 4))
         lines += [f"  {note}" for note in _notes(collectives)]
         lines += ["", "Estimate for one device and step (lower and upper bound)"]
-        lines += _table(_estimate_rows(report), ())
-        lines += _table([(name, f"{_ms(seconds)} ms") for name, seconds, _ in _time_rows(report["estimate"])], (1,))
+        lines += aligned(_estimate_rows(report), ())
+        lines += aligned([(name, f"{_ms(seconds)} ms") for name, seconds, _ in _time_rows(report["estimate"])], (1,))
         lines += ["", "Assumptions", *(f"  - {line}" for line in report["assumptions"])]
     return "\n".join(lines)
 
@@ -175,40 +162,13 @@ def sweep_line(row: Mapping[str, Any]) -> str:
 
 
 _STYLE = """
-:root { color-scheme: light dark; --page: #fbfbf9; --card: #ffffff; --ink: #16181d; --soft: #5c6270; --line: #e3e4e0;
-  --c1: #2a6fdb; --c2: #14936a; --c3: #c98500; --c4: #d2453f; --c5: #6b4fc4; --good: #14793f; --bad: #b3261e;
-  --track: #eeeeea; }
-@media (prefers-color-scheme: dark) { :root { --page: #131417; --card: #1b1d21; --ink: #eceef2; --soft: #a1a7b3;
-  --line: #2e3138; --c1: #5b97f2; --c2: #38b88a; --c3: #e0a52f; --c4: #f0716a; --c5: #9c86ea; --good: #56c98a;
-  --bad: #ff8f86; --track: #26282e; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 980px; margin: 0 auto; padding: 32px 20px 64px; }
-h1 { font-size: 24px; line-height: 1.25; margin: 0 0 6px; } h2 { font-size: 17px; margin: 0 0 12px; }
-p { margin: 2px 0; } .soft, li { color: var(--soft); } .good { color: var(--good); } .bad { color: var(--bad); }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 20px;
-  margin-top: 18px; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 14px; margin-top: 18px; }
-.figures div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px; }
-.figures b { display: block; font-size: 22px; font-weight: 600; } .figures span { color: var(--soft); font-size: 13px; }
-.scroll { overflow-x: auto; } svg { display: block; width: 100%; min-width: 560px; height: auto; }
-svg.mark { display: inline; width: 12px; min-width: 12px; } .note { margin-top: 8px; }
+svg { display: block; width: 100%; min-width: 560px; height: auto; }
+svg.mark { display: inline; width: 12px; min-width: 12px; }
 svg text { fill: var(--ink); font: 13px system-ui, sans-serif; } svg .soft { fill: var(--soft); }
 .track { fill: var(--track); } .limit { stroke: var(--ink); stroke-width: 1.5; stroke-dasharray: 4 3; }
 .c1 { fill: var(--c1); } .c2 { fill: var(--c2); } .c3 { fill: var(--c3); } .c4 { fill: var(--c4); }
 .c5 { fill: var(--c5); }
-table { border-collapse: collapse; width: 100%; margin-top: 14px; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 500; } td.n, th.n { text-align: right; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; } .note { overflow-wrap: anywhere; }
 """
-
-
-def _rows(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> str:
-    cell = lambda tag, i, value: f"<{tag}{' class=n' if i in numbers else ''}>{escape.escape(value)}</{tag}>"
-    line = lambda tag, values: "<tr>" + "".join(cell(tag, i, v) for i, v in enumerate(values)) + "</tr>"
-    body = "".join(line("td", row) for row in rows)
-    return f"<div class=scroll><table>{line('th', header) if header else ''}{body}</table></div>"
 
 
 def _svg(width: int, height: int, label: str, body: str) -> str:
@@ -230,14 +190,14 @@ def _memory_picture(memory: Mapping[str, Any]) -> str:
     body = f'<rect class="track" x="{left}" y="26" width="{memory["limit"] * scale:.1f}" height="44" rx="4"/>'
     x, legend_x, legend = float(left), left, ""
     for name, size, colour in parts:
-        title = f"<title>{name}: {_size(size)}</title>"
+        title = f"<title>{name}: {size_text(size)}</title>"
         gap = 2 if size * scale > 4 else 0  # a line of background between neighbours
         shown = max(size * scale - gap, 0)
         body += f'<rect class="{colour}" x="{x:.1f}" y="26" width="{shown:.1f}" height="44">{title}</rect>'
         x += size * scale
         legend += f'<rect class="{colour}" x="{legend_x}" y="88" width="12" height="12" rx="2"/>'
-        legend += f'<text x="{legend_x + 18}" y="99">{name} {_size(size)}</text>'
-        legend_x += 18 + int(7.4 * len(f"{name} {_size(size)}")) + 16
+        legend += f'<text x="{legend_x + 18}" y="99">{name} {size_text(size)}</text>'
+        legend_x += 18 + int(7.4 * len(f"{name} {size_text(size)}")) + 16
     at = left + memory["limit"] * scale
     body += f'<line class="limit" x1="{at:.1f}" x2="{at:.1f}" y1="18" y2="78"/>'
     body += f'<text class="soft" x="{at:.1f}" y="13" text-anchor="end">HBM {_gib(memory["limit"])} GiB</text>'
@@ -276,20 +236,17 @@ def html(report: Mapping[str, Any]) -> str:
     part += [f"<p class=soft>{escape.escape(fact)}</p>" for fact in _facts(report)]
     if "estimate" in report:
         estimate, moved = report["estimate"], sum(report["collectives"]["bytes_by_kind"].values())
-        figures = {
+        first = {
             "GiB of memory at the peak": f"{_gib(memory['peak'])} / {_gib(memory['limit'])}",
             "GiB in collectives": _gib(moved),
             "ms a step, estimated": _ms(estimate["step_seconds"]),
             "MFU, estimated": _percent(estimate["mfu"]),
         }
-        part.append(
-            "<div class=figures>" + "".join(f"<div><b>{v}</b><span>{k}</span></div>" for k, v in figures.items())
-        )
-        part.append("</div>")
+        part.append(figures(first))
     part.append(f"<section><h2>Memory of one device</h2><p class={tone}>{escape.escape(_verdict(memory))}</p>")
     if "total" in memory:
         part.append(_memory_picture(memory))
-        part.append(_rows((), [(name, _size(size)) for name, size in _memory_rows(memory)], (1,)))
+        part.append(table((), [(name, size_text(size)) for name, size in _memory_rows(memory)], (1,)))
     if "compiler_says" in memory:
         part.append(f"<pre>{escape.escape(memory['compiler_says'])}</pre>")
     part += [
@@ -298,7 +255,7 @@ def html(report: Mapping[str, Any]) -> str:
     ]
     formula = sorted(memory["parts_by_formula"].items(), key=lambda item: -item[1])
     part.append("<h2 style='margin-top:20px'>The largest uses, by formula</h2>")
-    part.append(_bars([(_PARTS[k], v, _size(v), "c1") for k, v in formula], "memory by formula") + "</section>")
+    part.append(_bars([(_PARTS[k], v, size_text(v), "c1") for k, v in formula], "memory by formula") + "</section>")
     if "collectives" in report:
         collectives = report["collectives"]
         colours = {True: "c3", False: "c4"}
@@ -306,7 +263,7 @@ def html(report: Mapping[str, Any]) -> str:
             (
                 f"{r['kind']}, {r['axes']}{' (DCN)' if r['network'] == 'DCN' else ''}",
                 r["bytes"],
-                _size(r["bytes"]),
+                size_text(r["bytes"]),
                 colours[r["asynchronous"]],
             )
             for r in collectives["rows"]
@@ -314,15 +271,12 @@ def html(report: Mapping[str, Any]) -> str:
         ]
         part.append("<section><h2>Collectives of one step, by kind and mesh axis</h2>")
         part.append(_legend({"asynchronous": "c3", "synchronous": "c4"}) + _bars(bars, "bytes of collectives"))
-        rows = [(r["kind"], r["axes"], _how(r), f"{r['count']:,}", _size(r["bytes"])) for r in collectives["rows"]]
-        part.append(_rows(("kind", "mesh axes", "network", "times", "bytes"), rows, (3, 4)))
+        rows = [(r["kind"], r["axes"], _how(r), f"{r['count']:,}", size_text(r["bytes"])) for r in collectives["rows"]]
+        part.append(table(("kind", "mesh axes", "network", "times", "bytes"), rows, (3, 4)))
         part += [f"<p class='soft note'>{escape.escape(note)}</p>" for note in _notes(collectives)]
         part.append(f"<p class='soft note'>Counted are {escape.escape(collectives['definition'])}.</p></section>")
         times = [(n, s or 0.0, f"{_ms(s)} ms", colour) for n, s, colour in _time_rows(report["estimate"])]
         part.append("<section><h2>Where the time of a step would go</h2>" + _bars(times, "time by resource"))
-        part.append(_rows((), _estimate_rows(report), ()))
+        part.append(table((), _estimate_rows(report), ()))
         part.append("<ul>" + "".join(f"<li>{escape.escape(a)}</li>" for a in report["assumptions"]) + "</ul></section>")
-    title = escape.escape(_title(report))
-    head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-    head += f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
-    return f"{head}<body><main>{''.join(part)}</main></body></html>\n"
+    return document(_title(report), "".join(part), _STYLE)

@@ -6,7 +6,7 @@ import io
 import pytest
 import rich.console
 
-from msllm import generate, tokenizer
+from msllm import cells, generate, tokenizer
 from msllm.config import TokenizerConfig
 from msllm.decode import DecodeOptions
 from msllm.errors import UserError
@@ -30,8 +30,8 @@ def test_table_shows_every_row(model):
     assert lines[0].split() == ["row", "user", "thought", "output"]
     rows = [line.split() for line in lines[1:7]]
     assert [row[0] for row in rows] == list("012345")
-    assert [row[1] for row in rows] == ["a", "b", "c"] + [generate.SILENT] * 3
-    assert {row[2] for row in rows} == {generate.SILENT}
+    assert [row[1] for row in rows] == ["a", "b", "c"] + [cells.SILENT] * 3
+    assert {row[2] for row in rows} == {cells.SILENT}
     assert lines[8] == "user: abc"
 
 

@@ -21,6 +21,7 @@ model
 loss
 optim
 tokenizer
+cells
 data data.sources data.corpora data.dictation data.tables data.packing data.records data.loader
 data.converters.layout data.converters.vary
 data.converters.chat data.converters.wait_k data.converters.timed data.converters.tools data.converters.aligned
@@ -30,11 +31,11 @@ step
 checkpoint
 metrics flops
 hardware goodput meter
-hlo roofline page
+hlo roofline markup page
 hf
 load
 decode
-train prepare score generate evaluate likelihood bench_attention bench
+train prepare drawing inspect score generate evaluate likelihood bench_attention bench
 aot
 """.split()
 # Imports inside functions, by (module, imported module), with the reason.
