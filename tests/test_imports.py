@@ -21,7 +21,7 @@ model
 loss
 optim
 tokenizer
-data data.sources data.corpora data.dictation data.tables data.packing data.records data.loader
+data data.sources data.corpora data.dictation data.tables data.packing data.records data.mixture data.loader
 data.converters.layout data.converters.vary
 data.converters.chat data.converters.wait_k data.converters.timed data.converters.tools data.converters.aligned
 data.converters.single data.converters.parallel_documents data.converters.gsm8k data.converters.tables

@@ -7,11 +7,14 @@ The manifest is written last: a directory without one is unfinished.
 
 from __future__ import annotations
 
+import bisect
 import concurrent.futures
 import hashlib
+import itertools
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import msgpack
@@ -154,3 +157,32 @@ def _check_shard(directory: pathlib.Path, shard: dict[str, Any]) -> None:
         raise UserError(f"{path} has {size} bytes, {MANIFEST} says {shard['bytes']}: restore it, or {_AGAIN}")
     if file_hash(path) != shard["sha256"]:
         raise UserError(f"{path} is corrupt (sha256 differs from {MANIFEST}): restore it, or {_AGAIN}")
+
+
+class Reader:
+    """The records of several shards, one after the other, by number, from any thread.
+
+    Each record is read as a range of one, without threads of the library: reading a list of records, as
+    `grain.sources.ArrayRecordDataSource` does, takes time in proportion to the records of the shard (2.9 ms of CPU for one
+    of 1,000,000, instead of 6 us).
+    """
+
+    _OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+
+    def __init__(self, paths: Sequence[str]):
+        self._paths = paths
+        open_shard = lambda path: array_record_module.ArrayRecordReader(path, self._OPTIONS, file_reader_buffer_size=1 << 14)
+        self._readers = [open_shard(path) for path in paths]
+        self._ends = list(itertools.accumulate(reader.num_records() for reader in self._readers))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> bytes:
+        """Record `index`, 0 <= index < len. Raises UserError naming the shard if it is damaged."""
+        shard = bisect.bisect_right(self._ends, index)
+        place = index - (self._ends[shard - 1] if shard else 0)
+        try:
+            return self._readers[shard].read(place, place + 1)[0]
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise UserError(f"{self._paths[shard]} is corrupt at record {place} ({error}): restore it, or {_AGAIN}") from error
