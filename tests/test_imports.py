@@ -50,7 +50,7 @@ CORE = (
 # For one kind of hardware or of data each, behind an interface that the core holds: nobody needs them to follow a step.
 OUTSIDE = (
     *("attention.blocks", "attention.gpu", "attention.splash"),
-    *("data.sources", "data.corpora", "data.converters", "data.dictation"),
+    *("data.sources", "data.corpora", "data.converters", "data.dictation", "data.mixture"),
 )
 
 
