@@ -152,7 +152,7 @@ def _open_data(config: Config, streams: StreamSpec) -> tuple[Loader, dict[str, L
     evaluate; once all processes have found the same data, config and code."""
     loader, held_out, facts, error = None, {}, {}, None
     try:
-        loader = Loader(config.data, "train", streams)
+        loader = Loader(config.data, "train", streams, (jax.process_index(), jax.process_count()))
         if config.eval_every and (config.data.eval_percent or config.data.eval_path):
             held_out = _open_held_out(config, loader, streams)
         package = pathlib.Path(msllm.__file__).parent
@@ -177,7 +177,7 @@ def _open_held_out(config: Config, loader: Loader, streams: StreamSpec) -> dict[
         if empty:
             log.warning("nothing is held out of %s: not evaluated", ", ".join(empty))
         parts = {name: part for name, part in parts.items() if name not in empty}
-    return {name: Loader(part, "eval", streams) for name, part in parts.items()}
+    return {name: Loader(part, "eval", streams, (jax.process_index(), jax.process_count())) for name, part in parts.items()}
 
 
 def _due(config: Config, done: int, milliseconds: int) -> bool:

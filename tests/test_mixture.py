@@ -3,6 +3,7 @@
 import dataclasses
 from fractions import Fraction
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -14,9 +15,12 @@ from msllm.data.mixture import Plan, Turns, by_source, chosen_tokens
 from msllm.errors import UserError
 from msllm.evaluate import evaluate
 from msllm.prepare import prepare
+from msllm.metrics import weighted_mean
+from msllm.sharding import make_mesh
+from msllm.step import Program
 from msllm.streams import StreamSpec
-from msllm.train import host_rows, train
-from runs import compile_once, dictation, make_config, metrics, replace  # noqa: F401
+from msllm.train import _Evaluation, train
+from runs import compile_once, dictation, metrics, replace  # noqa: F401
 from test_loader import key, same
 from test_train import reproducible, same_parameters, stop_after
 
@@ -225,16 +229,20 @@ def test_a_run_logs_shares_and_evaluates_each_source(config, uninterrupted):
 
 
 @pytest.mark.slow
-def test_each_source_is_evaluated_on_its_own_split(directories, tmp_path):
-    alone = dictation(**{"data.dir": str(directories / "second"), "steps": 1, "eval_every": 1, "mesh.data": 8})
-    train(alone, tmp_path / "alone")
-    # The same parameters after one step only if the step saw the same tables: so of the second source alone.
-    both = mixed(directories, weights=(0.0, 1.0), steps=1, eval_every=1, **{"mesh.data": 8, "optim.lr": 1e-12})
-    train(replace(alone, "optim", lr=1e-12), tmp_path / "still")
-    train(both, tmp_path / "both")
-    still, line = metrics(tmp_path / "still")[-1], metrics(tmp_path / "both")[-1]
-    assert line["eval/second/loss"] == pytest.approx(still["eval/loss"], rel=1e-6)
-    assert line["eval/loss"] == line["eval/second/loss"] != line["eval/first/loss"]
+def test_each_source_is_evaluated_on_its_own_split(config, uninterrupted, directories):
+    loaded, line = load_model(uninterrupted), metrics(uninterrupted)[-1]
+    for name in ("first", "second"):
+        alone = replace(loaded.config, "data", dir=str(directories / name), mixture=MixtureConfig())
+        program = Program(alone, loaded.streams, make_mesh(alone.mesh), loaded.tokenizer.silence_id)
+        place = lambda array, abstract: jax.device_put(array, abstract.sharding)
+        parameters = jax.tree.map(place, loaded.parameters, program.abstract_state.parameters)
+        values = _Evaluation(program, {"": Loader(alone.data, "eval", SPEC)})(parameters)
+        assert values["eval/loss"] == pytest.approx(line[f"eval/{name}/loss"], rel=1e-5)
+
+
+def test_the_whole_is_weighted():
+    parts = {"a": {"loss": 1.0, "nll/x": 2.0}, "b": {"loss": 4.0}, "c": {"loss": 100.0, "nll/y": 1.0}}
+    assert weighted_mean(parts, {"a": 2.0, "b": 1.0, "c": 0.0}) == {"loss": 2.0, "nll/x": 2.0}
 
 
 @pytest.mark.slow

@@ -36,12 +36,16 @@ class Loader:
       num_batches: batches that hold so many tables, the last of them perhaps in part.
     """
 
-    def __init__(self, config: DataConfig, split: str, spec: StreamSpec):
-        """Opens and checks the data. Raises UserError where it is damaged, empty, or does not fit the config."""
+    def __init__(self, config: DataConfig, split: str, spec: StreamSpec, part: tuple[int, int] = (0, 1)):
+        """Opens and checks the data. Raises UserError where it is damaged, empty, or does not fit the config.
+
+        Args:
+          part: (i, n) of a process that shares the checking with others: see `records.open_prepared`.
+        """
         if config.mixture.dirs and split != "train":
             raise ValueError(f"split {split!r} of a mixture: open it for each source alone (mixture.by_source)")
         self._config, self._split, self._streams = config, split, spec.size
-        sources = {name: _Source(part, split, spec) for name, part in mixture.by_source(config).items()}
+        sources = {name: _Source(alone, split, spec, part) for name, alone in mixture.by_source(config).items()}
         self._sources = list(sources.values())
         self.manifests = {name: source.manifest for name, source in sources.items()}
         self.manifest = self._sources[0].manifest
@@ -115,9 +119,9 @@ class Loader:
 class _Source:
     """The tables of one split of a prepared directory, in the order in which they are read."""
 
-    def __init__(self, config: DataConfig, split: str, spec: StreamSpec):
+    def __init__(self, config: DataConfig, split: str, spec: StreamSpec, part: tuple[int, int]):
         self.directory, self._streams = config.dir, spec.size
-        self.manifest, paths = records.open_prepared(config.dir, split)
+        self.manifest, paths = records.open_prepared(config.dir, split, part)
         _check(config, self.manifest, spec)
         self.num_tables = self.manifest["splits"][split]["tables"]
         if not self.num_tables:
