@@ -153,7 +153,7 @@ def _open_data(config: Config, streams: StreamSpec) -> tuple[Loader, dict[str, L
     loader, held_out, facts, error = None, {}, {}, None
     try:
         loader = Loader(config.data, "train", streams, (jax.process_index(), jax.process_count()))
-        if config.eval_every and (config.data.eval_percent or config.data.eval_path):
+        if config.eval_every and (loader.plan or config.data.eval_percent or config.data.eval_path):
             held_out = _open_held_out(config, loader, streams)
         package = pathlib.Path(msllm.__file__).parent
         facts = {

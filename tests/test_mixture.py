@@ -115,9 +115,9 @@ def mixed(directories, names=("first", "second"), weights=(3.0, 1.0), **settings
 
 @pytest.fixture
 def config(directories):
-    """Half of the spoken outputs from each, and three quarters from the second after step 5."""
+    """Half of what users and outputs say from each, and three quarters from the second after step 5."""
     schedule = ((5, (1.0, 3.0)),)
-    settings = {"data.mixture.schedule": schedule, "data.mixture.streams": ("output",)}
+    settings = {"data.mixture.schedule": schedule, "data.mixture.streams": ("user", "output")}
     return mixed(directories, weights=(1.0, 1.0), **settings)
 
 
@@ -217,7 +217,7 @@ def test_a_run_logs_shares_and_evaluates_each_source(config, uninterrupted):
     assert steps[-1]["mixture/second/epoch"] == loader.plan.counts(64)[1] / loader.manifests["second"]["splits"]["train"]["tables"]
     for line in steps:
         batch, sources = loader.batch(line["step"] - 1), np.array(loader.sources(line["step"] - 1))
-        said = (batch["present"] & (batch["tokens"] != loader.tokenizer.silence_id))[:, :, 2].sum(1)
+        said = (batch["present"] & (batch["tokens"] != loader.tokenizer.silence_id))[:, :, [0, 2]].sum((1, 2))
         assert line["mixture/second/share"] == pytest.approx(said[sources == 1].sum() / said.sum())
         assert line["mixture/first/share"] + line["mixture/second/share"] == pytest.approx(1)
     evaluated = [line for line in lines if "eval/loss" in line]
