@@ -130,8 +130,14 @@ def test_every_table_is_the_next_of_its_source(config):
         batch, sources = loader.batch(step), loader.sources(step)
         assert [key(batch, i) for i in range(8)] == [orders[source].pop(0) for source in sources]
     assert loader.plan.counts(96) == [96 - len(order) for order in orders]
-    moved = dataclasses.replace(config.data, seed=1)
-    assert [data.seed for data in by_source(moved).values()] != [data.seed for data in by_source(config.data).values()]
+
+
+def test_a_source_has_a_seed_of_its_own(directories):
+    seeds = lambda config: {name: data.seed for name, data in by_source(config.data).items()}
+    both = seeds(mixed(directories))
+    assert both["first"] != both["second"]
+    assert seeds(mixed(directories, ("second", "other", "first"), (1.0, 1.0, 1.0))).items() >= both.items()
+    assert not both.items() & seeds(mixed(directories, **{"data.seed": 1})).items()
 
 
 @settings(max_examples=10)

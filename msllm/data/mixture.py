@@ -1,7 +1,7 @@
 """Mixtures: which source gives each table of a run, as a pure function of the table's index (design: contract 4).
 
 grain's own mix is not used: it rounds the shares down to whole percents of the smallest one, so that 0.7 and 0.3 become
-233 and 100, can neither leave a source out nor change shares at a step, and strays by up to three tables among eight.
+233 and 100, can neither leave a source out nor change shares at a step, and strays by up to three tables among six sources.
 """
 
 from __future__ import annotations
