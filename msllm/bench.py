@@ -5,9 +5,10 @@
     python -m msllm.bench loader [--tables=4000] [--sources=1] [--silence=60] [--epochs=4]
 
 `train`: the train step (forward, backward, AdamW) on random tokens. `attention`: the backends alone, in turn, forward
-and with the backward pass. `loader`: prepared tables from disk to batches, T = 512, B = 32, S = 1, 3 and 10. Each case runs in a new process, on whatever devices jax finds. CPU-seconds are those of the
-process (user + system), so that other work on the machine matters less than in wall time. What is reached on an
-accelerator with --compute_dtype=bfloat16 is given as a share of its peak (msllm/hardware.py).
+and with the backward pass. `loader`: prepared tables from disk to batches, T = 512, B = 32, S = 1, 3 and 10. Each case
+runs in a new process, on whatever devices jax finds. CPU-seconds are those of the process (user + system), so that other
+work on the machine matters less than in wall time. What is reached on an accelerator with --compute_dtype=bfloat16 is
+given as a share of its peak (msllm/hardware.py).
 """
 
 from __future__ import annotations

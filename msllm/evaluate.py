@@ -50,7 +50,8 @@ def evaluate(loaded: Loaded, data: str = "", examples: int = 500) -> dict[str, f
     """
     trained = loaded.config.data
     if trained.mixture.dirs and not data:
-        raise UserError(f"the checkpoint was trained on a mixture of {', '.join(trained.mixture.dirs)}: choose one, --data=DIR")
+        sources = ", ".join(trained.mixture.dirs)
+        raise UserError(f"the checkpoint was trained on a mixture of {sources}: choose one, --data=DIR")
     config = dataclasses.replace(trained, dir=data or trained.dir, mixture=MixtureConfig())
     loader = Loader(config, "eval", loaded.streams)
     if loader.tokenizer.hash != loaded.tokenizer.hash:

@@ -126,8 +126,11 @@ class Plan:
             shares = []
             for name, path, weight, tables, count in zip(self.names, mixture.dirs, weights, self._tables, tokens):
                 if weight and not count:
-                    streams = f"config.data.mixture.streams {', '.join(mixture.streams)}" if mixture.streams else "all streams"
-                    raise UserError(f"source {name!r} ({path}) has weight {weight} and only silence in {streams}: set it to 0")
+                    chosen = ", ".join(mixture.streams)
+                    where = f"config.data.mixture.streams {chosen}" if chosen else "all streams"
+                    raise UserError(
+                        f"source {name!r} ({path}) has weight {weight} and only silence in {where}: set it to 0"
+                    )
                 shares.append(Fraction(repr(weight)) * tables / count if weight else Fraction(0))
             start = step * config.batch_size
             before = self.counts(start) if self._phases else [0] * len(self.names)

@@ -192,4 +192,5 @@ class Reader:
         try:
             return self._readers[shard].read(place, place + 1)[0]
         except (ValueError, RuntimeError, IndexError) as error:
-            raise UserError(f"{self._paths[shard]} is corrupt at record {place} ({error}): restore it, or {_AGAIN}") from error
+            what = f"is corrupt at record {place} ({error})"
+            raise UserError(f"{self._paths[shard]} {what}: restore it, or {_AGAIN}") from error
