@@ -2,11 +2,13 @@
 
     python -m msllm.bench train [--rows=102,512] [--batch=4,1] [--streams=10] [--steps=5] [--d_model=256 ...]
     python -m msllm.bench attention [--rows=102,512] [--batch=4,1] [--backends=chunked,reference] [--head_dim=64 ...]
+    python -m msllm.bench loader [--tables=4000] [--sources=1] [--silence=60] [--epochs=4]
 
 `train`: the train step (forward, backward, AdamW) on random tokens. `attention`: the backends alone, in turn, forward
-and with the backward pass. Each case runs in a new process, on whatever devices jax finds. CPU-seconds are those of the
-process (user + system), so that other work on the machine matters less than in wall time. What is reached on an
-accelerator with --compute_dtype=bfloat16 is given as a share of its peak (msllm/hardware.py).
+and with the backward pass. `loader`: prepared tables from disk to batches, T = 512, B = 32, S = 1, 3 and 10. Each case
+runs in a new process, on whatever devices jax finds. CPU-seconds are those of the process (user + system), so that other
+work on the machine matters less than in wall time. What is reached on an accelerator with --compute_dtype=bfloat16 is
+given as a share of its peak (msllm/hardware.py).
 """
 
 from __future__ import annotations
@@ -40,6 +42,10 @@ flags.DEFINE_list("backends", [], "attention: the backends to measure; none: all
 flags.DEFINE_float("memory_gib", 4.0, "attention: a backend whose temporaries take more is not run.")
 flags.DEFINE_enum("remat", "dots", ["none", "dots", "full"], "Remat policy.")
 flags.DEFINE_integer("chunk_tokens", 1024, "Cells whose logits exist at one time.")
+flags.DEFINE_integer("tables", 4000, "loader: tables of each source.")
+flags.DEFINE_integer("sources", 1, "loader: sources; several are mixed.")
+flags.DEFINE_integer("silence", 60, "loader: percent of the cells that are silent, where there are several streams.")
+flags.DEFINE_integer("epochs", 4, "loader: measured, after the first.")
 
 HEADS = ("num_heads", "num_kv_heads", "head_dim", "compute_dtype")
 SHAPE = ("vocab_size", "d_model", "d_ff", "num_layers", *HEADS, "remat", "attention")
@@ -47,6 +53,7 @@ SHAPE = ("vocab_size", "d_model", "d_ff", "num_layers", *HEADS, "remat", "attent
 CASES = {
     "train": (*SHAPE, "streams", "steps", "chunk_tokens"),
     "attention": (*HEADS, "streams", "steps", "backends", "memory_gib"),
+    "loader": ("tables", "sources", "silence", "epochs"),
 }
 
 
@@ -150,16 +157,20 @@ def train_case(case: dict) -> dict:
 def measure(benchmark: str, case: dict) -> None:
     """Runs one case in this process and prints its lines."""
     from msllm.bench_attention import attention_case
+    from msllm.bench_loader import loader_case
 
-    for result in attention_case(case) if benchmark == "attention" else [train_case(case)]:
+    run_case = {"train": lambda case: [train_case(case)], "attention": attention_case, "loader": loader_case}[benchmark]
+    for result in run_case(case):
         print(json.dumps(result), flush=True)
 
 
 def _cases(benchmark: str) -> list[dict]:
+    common = {name: flags.FLAGS[name].value for name in CASES[benchmark]}
+    if benchmark == "loader":
+        return [{"rows": 512, "batch": 32, "streams": size, **common} for size in (1, 3, 10)]
     rows, batches = flags.FLAGS.rows, flags.FLAGS.batch
     if len(rows) != len(batches) or not all(x.isdigit() and int(x) > 0 for x in rows + batches):
         raise UserError(f"--rows is {rows} and --batch is {batches}: both need as many positive numbers as there are cases")
-    common = {name: flags.FLAGS[name].value for name in CASES[benchmark]}
     return [{"rows": int(t), "batch": int(b), **common} for t, b in zip(rows, batches)]
 
 

@@ -277,25 +277,36 @@ class Stop:
         return reached
 
 
-class Clocks:
-    """When each process gave a step to its devices. The times travel as a small computation behind the step, so that
-    nobody waits for them."""
+class Gather:
+    """Small arrays of every process, for every process. They travel as a small computation of their own behind the step
+    that was given to the devices before, so that nobody waits for them."""
 
     def __init__(self):
-        """All processes must call it, at the same time: their clocks start here."""
-        self.hosts = share(socket.gethostname())
         devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
         mesh = Mesh(np.array(devices).reshape(jax.process_count(), -1), ("process", "device"))
         self._mine = NamedSharding(mesh, PartitionSpec("process"))
         self._gather = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def __call__(self, mine: np.ndarray) -> jax.Array | np.ndarray:
+        """[1, ...] of this process -> [processes, ...], on its way: read it after the next step is dispatched."""
+        count = jax.process_count()
+        if count == 1:
+            return mine
+        return self._gather(jax.make_array_from_process_local_data(self._mine, mine, (count, *mine.shape[1:])))
+
+
+class Clocks:
+    """When each process gave a step to its devices."""
+
+    def __init__(self):
+        """All processes must call it, at the same time: their clocks start here."""
+        self.hosts = share(socket.gethostname())
+        self._gather = Gather()
         self._zero = time.monotonic()
 
     def read(self) -> jax.Array | np.ndarray:
         """[processes] int32 milliseconds since the start; on its way, so read it after the next step is dispatched."""
-        now = np.array([(time.monotonic() - self._zero) * 1000], np.int32)
-        if len(self.hosts) == 1:
-            return now
-        return self._gather(jax.make_array_from_process_local_data(self._mine, now, (len(self.hosts),)))
+        return self._gather(np.array([(time.monotonic() - self._zero) * 1000], np.int32))
 
     def latest(self, times: np.ndarray) -> tuple[str, float]:
         """(name of the last process, seconds it came after the median of the others)."""

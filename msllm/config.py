@@ -10,6 +10,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
+import pathlib
+import re
 import typing
 from typing import Any
 
@@ -88,10 +91,26 @@ class VaryConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MixtureConfig:
+    """Several prepared directories to train on at once, all of the same streams, rows and tokenizer."""
+
+    dirs: tuple[str, ...] = ()  # one per source; empty: data.dir alone
+    names: tuple[str, ...] = ()  # of the sources, in metrics; empty: those of the directories
+    weights: tuple[float, ...] = ()  # shares of the tokens that the sources should have, of any sum
+    schedule: tuple[tuple[int, tuple[float, ...]], ...] = ()  # (step, weights from this step on), ...
+    streams: tuple[str, ...] = ()  # those whose tokens, silence left out, the weights share out; empty: all
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        return self.names or tuple(pathlib.PurePath(path).name for path in self.dirs)
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where tables come from and how they are packed and batched."""
 
-    dir: str = ""  # the prepared data: what `prepare` writes and `train` reads
+    dir: str = ""  # the prepared data: what `prepare` writes and, without a mixture, `train` reads
+    mixture: MixtureConfig = MixtureConfig()
     converter: str = ""  # see docs/data.md; or package.module:function
     path: str = ""  # input of the converter: a file or a glob
     format: str = ""  # of the input (msllm/data/sources.py); empty: by the names of the files
@@ -305,6 +324,7 @@ def _validate(config: Config) -> None:
     own = bool(data.eval_path) or not data.eval_format
     _check(own, "data.eval_format", data.eval_format, "needs data.eval_path: which file to read")
     _check(0 <= data.bad_percent < 100, "data.bad_percent", data.bad_percent, "must be in [0, 100)")
+    _validate_mixture(data.mixture, config.streams.names)
     vary, size = data.vary, len(config.streams.names)
     for name in ("lead", "pause_rows"):
         values = getattr(vary, name)
@@ -334,3 +354,27 @@ def _validate(config: Config) -> None:
     _check(config.monitor.slow_step > 1, "monitor.slow_step", config.monitor.slow_step, "must be over 1")
     _check(config.monitor.profile_steps > 0, "monitor.profile_steps", config.monitor.profile_steps, "must be positive")
     _check(config.checkpoint.keep_last > 0, "checkpoint.keep_last", config.checkpoint.keep_last, "must be positive")
+
+
+def _validate_mixture(mixture: MixtureConfig, streams: tuple[str, ...]) -> None:
+    size, names = len(mixture.dirs), mixture.source_names
+
+    def check(ok: bool, field: str, rule: str, value: Any = None) -> None:
+        _check(ok, f"data.mixture.{field}", getattr(mixture, field) if value is None else value, rule)
+
+    if not size:
+        for field in ("names", "weights", "schedule", "streams"):
+            check(not getattr(mixture, field), field, "needs data.mixture.dirs: the sources")
+        return
+    check(len(names) == size, "names", f"must be one per directory, of which there are {size}")
+    # A name becomes part of a metric's: eval/NAME/loss must not be that of a stream.
+    fit = all(re.fullmatch(r"[\w.-]+", name) and name not in ("nll", "nll_spoken") for name in names)
+    rule = "must be different, of letters, digits and _ . -, and not nll or nll_spoken"
+    rule += "" if mixture.names else " (they are those of data.mixture.dirs: set data.mixture.names)"
+    check(fit and len(set(names)) == size, "names", rule, names)
+    for field, weights in (("weights", mixture.weights), *(("schedule", weights) for _, weights in mixture.schedule)):
+        ok = len(weights) == size and all(0 <= w < math.inf for w in weights) and sum(weights) > 0
+        check(ok, field, f"weights must be {size} numbers >= 0, one per directory, one of them positive")
+    steps = [0, *(step for step, _ in mixture.schedule)]
+    check(all(a < b for a, b in zip(steps, steps[1:])), "schedule", "its steps must be positive and grow")
+    check(set(mixture.streams) <= set(streams), "streams", f"must be of streams.names={streams}")

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from msllm.checkpoint import Loaded, load_model
+from msllm.config import MixtureConfig
 from msllm.data.dictation import QUESTION_END, expected_answer, question_end
 from msllm.data.loader import Loader
 from msllm.data.tables import Table, unpack
@@ -47,7 +48,11 @@ def evaluate(loaded: Loaded, data: str = "", examples: int = 500) -> dict[str, f
     Returns: examples, exact_match, and medians rows_to_first and rows_to_last token of the answer, and
       one_stream_rows: the same as rows_to_first if each question were read, thought about and answered in one stream.
     """
-    config = dataclasses.replace(loaded.config.data, dir=data or loaded.config.data.dir)
+    trained = loaded.config.data
+    if trained.mixture.dirs and not data:
+        sources = ", ".join(trained.mixture.dirs)
+        raise UserError(f"the checkpoint was trained on a mixture of {sources}: choose one, --data=DIR")
+    config = dataclasses.replace(trained, dir=data or trained.dir, mixture=MixtureConfig())
     loader = Loader(config, "eval", loaded.streams)
     if loader.tokenizer.hash != loaded.tokenizer.hash:
         raise UserError(f"{config.dir} was prepared with another tokenizer than the checkpoint's: give its data, --data=DIR")

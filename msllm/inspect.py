@@ -54,7 +54,7 @@ class Split:
     def __init__(self, directory: str | pathlib.Path, split: str):
         """Raises UserError where there is no such data, or no table in it."""
         self.directory, self.split = pathlib.Path(directory), split
-        self.manifest, self._paths = records.open_prepared(directory, split, lazy=True)
+        self.manifest, self._paths = records.open_prepared(directory, split, part=None)
         self.part = self.manifest["splits"][split]
         stored, streams = self.manifest["tokenizer"], self.manifest["streams"]
         tokenizer = Tokenizer.load(self.directory / stored["file"], stored["silence"])
@@ -77,7 +77,7 @@ class Split:
                 if self._reader is not None:
                     self._reader.close()
                 self._shard, self._reader = None, None
-                records.check_shard(self.directory, self.part["shards"][shard], size_only=True)
+                records.check_shard(self.directory, self.part["shards"][shard], whole=False)
                 # Records are read alone: what lies behind one is not read ahead.
                 self._reader = array_record_module.ArrayRecordReader(self._paths[shard], "readahead_buffer_size:0")
                 self._shard = shard

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msllm.checkpoint import Loaded, load_model
-from msllm.config import LossConfig
+from msllm.config import LossConfig, MixtureConfig
 from msllm.data.loader import Loader
 from msllm.errors import UserError
 from msllm.load import from_parameters
@@ -47,7 +47,10 @@ def measure(loaded: Loaded, data: str = "", split: str = "eval", visibility: str
       data: the prepared directory; empty: the one that the checkpoint was trained on.
       visibility: a preset in place of the checkpoint's own. block: rows of a unit; 0: examples are the units.
     """
-    config = dataclasses.replace(loaded.config.data, dir=data or loaded.config.data.dir)
+    config = loaded.config.data
+    if config.mixture.dirs and not data:
+        raise UserError("the checkpoint was trained on a mixture: say which of its sources to measure, --data=DIR")
+    config = dataclasses.replace(config, dir=data or config.dir, mixture=MixtureConfig())
     loader = Loader(config, split, loaded.streams)
     if loader.tokenizer.hash != loaded.tokenizer.hash:
         raise UserError(f"{config.dir} was prepared with another tokenizer than the checkpoint's: give its data, --data=DIR")

@@ -8,7 +8,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from msllm.errors import UserError
 from msllm.flops import batch_pairs, step_flops
 from msllm.goodput import Goodput
 from msllm.hardware import lookup
-from msllm.metrics import Progress, Writer, memory_mib, named_losses
+from msllm.metrics import Progress, Shares, Writer, memory_mib, named_losses
 from msllm.step import Program
 
 log = logging.getLogger("msllm")
@@ -33,9 +33,18 @@ class Meter:
         the same in all processes.
     """
 
-    def __init__(self, program: Program, writer: Writer, progress: Progress, goodput: Goodput, clocks: Clocks):
+    def __init__(
+        self,
+        program: Program,
+        writer: Writer,
+        progress: Progress,
+        goodput: Goodput,
+        clocks: Clocks,
+        shares: Shares | None = None,
+    ):
+        """`shares`: of a mixture."""
         self._program, self._writer, self._progress = program, writer, progress
-        self._goodput, self._clocks = goodput, clocks
+        self._goodput, self._clocks, self._shares = goodput, clocks, shares
         self._pending: tuple | None = None
         hardware = lookup(jax.devices()[0].device_kind)
         self._peak = hardware.flops * jax.device_count() if hardware else None
@@ -47,9 +56,16 @@ class Meter:
         self._slow: tuple[int, float, np.ndarray] | None = None
         self.clock = 0
 
-    def dispatched(self, step: int, metrics: Any, tables: Mapping[str, np.ndarray]) -> None:
-        """Takes the metrics of a step that is under way and this host's tables; reads those of the step before."""
-        pending, self._pending = self._pending, (step, metrics, tables, self._clocks.read())
+    def dispatched(
+        self, step: int, metrics: Any, tables: Mapping[str, np.ndarray], sources: Sequence[int] | None = None
+    ) -> None:
+        """Takes the metrics of a step that is under way and this host's tables; reads those of the step before.
+
+        Args:
+          sources: the number of each table's source in a mixture.
+        """
+        counts = self._shares.read(tables, sources) if self._shares else None
+        pending, self._pending = self._pending, (step, metrics, tables, self._clocks.read(), counts)
         if pending:
             self._read(*pending)
 
@@ -60,8 +76,10 @@ class Meter:
             self._read(*pending)
         self._ready = None
 
-    def _read(self, step: int, metrics: Any, tables: Mapping[str, np.ndarray], times: Any) -> None:
-        metrics, times = jax.device_get((metrics, times))
+    def _read(self, step: int, metrics: Any, tables: Mapping[str, np.ndarray], times: Any, counts: Any) -> None:
+        metrics, times, counts = jax.device_get((metrics, times, counts))
+        if self._shares:
+            self._shares.add(step - 1, counts)
         self.clock = int(times[0])
         self._time(step, times)
         trained = np.array(self._program.streams.loss_weights) > 0
@@ -91,6 +109,7 @@ class Meter:
             "data_wait_share": passed["data"] / seconds,
             "memory_mib": memory_mib(),
             **goodput,
+            **(self._shares.values(step) if self._shares else {}),
         }
         if self._peak:
             values |= {name: flops / seconds / self._peak for name, flops in self._flops(tables).items()}

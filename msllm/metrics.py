@@ -8,14 +8,15 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from msllm.cluster import is_first
+from msllm.cluster import Gather, is_first
+from msllm.data.mixture import Plan
 from msllm.errors import UserError
 from msllm.streams import StreamSpec
 
@@ -33,6 +34,54 @@ def named_losses(sums: Mapping[str, Any], streams: StreamSpec) -> dict[str, floa
     spoken = float(np.sum(weights * np.asarray(sums["targets_spoken"])))
     if spoken > 0:
         result["loss_spoken"] = float(np.sum(weights * np.asarray(sums["nll_spoken"]))) / spoken
+    return result
+
+
+class Shares:
+    """Counts which source of a mixture the chosen tokens of the steps come from, over all processes."""
+
+    def __init__(self, plan: Plan, chosen: Sequence[str], streams: StreamSpec, silence_id: int):
+        """`chosen`: the streams whose tokens count; empty: all."""
+        self._plan, self._silence_id = plan, silence_id
+        self._columns = [streams.names.index(name) for name in chosen or streams.names]
+        self._gather = Gather()
+        self._counts, self._targets, self._steps = np.zeros(len(plan.names)), np.zeros(len(plan.names)), 0
+
+    def read(self, tables: Mapping[str, np.ndarray], sources: Sequence[int]) -> Any:
+        """[processes, sources] int32: chosen tokens of a step by source, on their way.
+
+        Args:
+          tables: tokens and present [b, T, S], those of this process. sources: [b] the number of each one's source.
+        """
+        spoken = tables["present"] & (tables["tokens"] != self._silence_id)
+        counts = np.bincount(sources, spoken[:, :, self._columns].sum((1, 2)), len(self._plan.names))
+        return self._gather(counts.astype(np.int32)[None])
+
+    def add(self, step: int, counts: np.ndarray) -> None:
+        """Takes what `read` gave for a step."""
+        self._counts += counts.sum(0)
+        self._targets += self._plan.targets(step)
+        self._steps += 1
+
+    def values(self, done: int) -> dict[str, float]:
+        """Of each source: its share of the chosen tokens of the steps since the last call, what that should be, and how
+        often it has been read after `done` steps."""
+        share, target = self._counts / max(1, self._counts.sum()), self._targets / self._steps
+        per_source = {"share": share, "target": target, "epoch": self._plan.epochs(done)}
+        self._counts, self._targets, self._steps = 0 * self._counts, 0 * self._targets, 0
+        names = self._plan.names
+        return {f"mixture/{name}/{kind}": float(x[k]) for k, name in enumerate(names) for kind, x in per_source.items()}
+
+
+def weighted_mean(parts: Mapping[str, Mapping[str, float]], weights: Mapping[str, float]) -> dict[str, float]:
+    """The mean of the values of several sources {name: {metric: value}} by their weights. A metric that not all have is
+    the mean of those that have it; one for which all weights are 0 is left out."""
+    result = {}
+    for metric in dict.fromkeys(metric for values in parts.values() for metric in values):
+        having = [name for name in parts if metric in parts[name]]
+        total = sum(weights[name] for name in having)
+        if total:
+            result[metric] = sum(weights[name] * parts[name][metric] for name in having) / total
     return result
 
 

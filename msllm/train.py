@@ -26,11 +26,12 @@ from msllm import cluster
 from msllm.compiler import compile_step, keep_compiled
 from msllm.config import Config, to_config_dict, to_json
 from msllm.data.loader import Batch, Loader
+from msllm.data.mixture import by_source
 from msllm.data.records import file_hash
 from msllm.errors import UserError
 from msllm.goodput import Goodput
 from msllm.meter import Meter
-from msllm.metrics import Progress, Writer, named_losses
+from msllm.metrics import Progress, Shares, Writer, named_losses, weighted_mean
 from msllm.sharding import make_mesh
 from msllm.step import Program, TrainState
 from msllm.streams import StreamSpec
@@ -54,11 +55,11 @@ def train(
     goodput = Goodput(workdir / "goodput.json", seconds_before)
     keep_compiled(config.compilation_cache, workdir / "compiled")
     streams = StreamSpec.from_config(config.streams)
-    loader = _open_data(config, streams)
+    loader, held_out = _open_data(config, streams)
     config = with_vocabulary(config, loader.tokenizer.vocab_size)
     mesh = make_mesh(config.mesh)
     program = Program(config, streams, mesh, loader.tokenizer.silence_id)
-    evaluation = _Evaluation(program) if config.eval_every and (config.data.eval_percent or config.data.eval_path) else None
+    evaluation = _Evaluation(program, held_out) if held_out else None
 
     checkpoints = Checkpoints(workdir, config.checkpoint)
     local = Checkpoints(workdir, config.checkpoint, local=True) if config.checkpoint.local_dir else None
@@ -86,7 +87,9 @@ def train(
     with goodput.inside("compile"):
         step_function = compile_step(program.step, program.abstract_state, program.abstract_batch)
     writer, progress = Writer(workdir, config.monitor.wandb_project), Progress(start, config.steps)
-    meter = Meter(program, writer, progress, goodput, cluster.Clocks())
+    shares = Shares(loader.plan, config.data.mixture.streams, streams, program.silence_id) if loader.plan else None
+    meter = Meter(program, writer, progress, goodput, cluster.Clocks(), shares)
+    rows = host_rows(program)
     batches = _batches(program, loader, start, config.steps)
     examples = _examples_log(program, loader, workdir) if config.monitor.examples else None
     last_save = 0
@@ -105,7 +108,7 @@ def train(
             if examples:
                 examples(step)
             # The numbers of this step are read after the next one has been dispatched: the device never waits for us.
-            meter.dispatched(step + 1, metrics, tables)
+            meter.dispatched(step + 1, metrics, tables, loader.sources(step, rows) if loader.plan else None)
             done, stopping = step + 1, stop.at(step + 1)  # a signal after this line ends the next step: that one saves
             for tier in tiers:
                 tier.check()
@@ -144,23 +147,37 @@ def _open_workdir(path: str | os.PathLike) -> epath.Path:
     return workdir
 
 
-def _open_data(config: Config, streams: StreamSpec) -> Loader:
-    """The loader of the training data, once all processes have found the same data, config and code."""
-    loader, facts, error = None, {}, None
+def _open_data(config: Config, streams: StreamSpec) -> tuple[Loader, dict[str, Loader]]:
+    """The loader of the training data and those of the held-out splits by source, which are none if there is nothing to
+    evaluate; once all processes have found the same data, config and code."""
+    loader, held_out, facts, error = None, {}, {}, None
     try:
-        loader = Loader(config.data, "train", streams)
+        loader = Loader(config.data, "train", streams, (jax.process_index(), jax.process_count()))
+        if config.eval_every and (loader.plan or config.data.eval_percent or config.data.eval_path):
+            held_out = _open_held_out(config, loader, streams)
         package = pathlib.Path(msllm.__file__).parent
         facts = {
             "config": to_config_dict(config).to_dict(),
             "code": {str(path.relative_to(package)): file_hash(path) for path in sorted(package.rglob("*.py"))},
             "jax version": jax.__version__,
             "tokenizer": loader.tokenizer.hash,
-            "data manifest": loader.manifest,
+            **{f"data manifest{name and f' of {name}'}": manifest for name, manifest in loader.manifests.items()},
         }
     except UserError as problem:
         error = str(problem)
     cluster.agree(facts, error)
-    return loader
+    return loader, held_out
+
+
+def _open_held_out(config: Config, loader: Loader, streams: StreamSpec) -> dict[str, Loader]:
+    """The loader of each source's held-out split, by name; in a mixture not every source must have one."""
+    parts = by_source(config.data)
+    if loader.plan:
+        empty = [name for name in parts if not loader.manifests[name]["splits"]["eval"]["tables"]]
+        if empty:
+            log.warning("nothing is held out of %s: not evaluated", ", ".join(empty))
+        parts = {name: part for name, part in parts.items() if name not in empty}
+    return {name: Loader(part, "eval", streams, (jax.process_index(), jax.process_count())) for name, part in parts.items()}
 
 
 def _due(config: Config, done: int, milliseconds: int) -> bool:
@@ -238,21 +255,28 @@ def _batches(program: Program, loader: Loader, start: int, stop: int) -> Iterato
 
 
 class _Evaluation:
-    """Losses on the held-out split."""
+    """Losses on the held-out split of each source, and their mean by the weights that a mixture begins with."""
 
-    def __init__(self, program: Program):
-        config = program.config
-        self._program, self._loader = program, Loader(config.data, "eval", program.streams)
-        self._batches = min(config.eval_batches or self._loader.num_batches, self._loader.num_batches)
+    def __init__(self, program: Program, loaders: Mapping[str, Loader]):
+        self._program, self._loaders = program, loaders
+        mixture = program.config.data.mixture
+        self._weights = dict(zip(mixture.source_names, mixture.weights))
 
     def __call__(self, parameters) -> dict[str, float]:
+        by_name = {name: self._losses(parameters, loader) for name, loader in self._loaders.items()}
+        values = weighted_mean(by_name, self._weights) if self._weights else by_name.pop("")
+        for name, losses in by_name.items():
+            values |= {f"{name}/{kind}": value for kind, value in losses.items()}
+        return {f"eval/{name}": value for name, value in values.items()}
+
+    def _losses(self, parameters, loader: Loader) -> dict[str, float]:
+        batches = min(self._program.config.eval_batches or loader.num_batches, loader.num_batches)
         totals = None
-        for _, batch in _batches(self._program, self._loader, 0, self._batches):
+        for _, batch in _batches(self._program, loader, 0, batches):
             sums = self._program.evaluate(parameters, batch)
             sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
             totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
-        values = {"loss": float(totals["loss"] / max(totals["weight"], 1)), **named_losses(totals, self._program.streams)}
-        return {f"eval/{name}": value for name, value in values.items()}
+        return {"loss": float(totals["loss"] / max(totals["weight"], 1)), **named_losses(totals, self._program.streams)}
 
 
 def _main() -> None:

@@ -8,7 +8,7 @@ import types
 import jax
 import pytest
 
-from msllm import bench_attention
+from msllm import bench_attention, bench_loader
 from msllm.bench import accelerator_rates
 from msllm.flops import attention_flops, visible_pairs
 from msllm.streams import lag_matrix
@@ -86,6 +86,16 @@ def test_train_says_what_the_machine_reaches():
     assert (line["compute_dtype"], line["attention"], line["device_kind"]) == ("bfloat16", "reference", "cpu")
     assert line["tokens_per_step"] == 128 and line["tokens_per_second"] > 0 and line["share_of_matmul"] > 0
     assert "mfu" not in line
+
+
+@pytest.mark.parametrize("sources", [1, 2])
+def test_the_loader_is_measured_by_what_its_batches_hold(sources):
+    case = {"rows": 64, "batch": 8, "streams": 3, "tables": 50, "sources": sources, "silence": 60, "epochs": 2}
+    (line,) = bench_loader.loader_case(case)
+    assert 180 < line["cells_per_table"] <= 192 and line["bytes_per_table"] > 0
+    assert line["spoken_per_table"] == pytest.approx(0.4 * line["cells_per_table"], rel=0.1)
+    rate = line["spoken_per_table"] / line["cpu_us_per_table"] * 1e6
+    assert line["spoken_tokens_per_cpu_second"] == pytest.approx(rate, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
 """Contract 4: a batch is a pure function of the step, the same for any split over hosts, epoch after epoch."""
 
 import dataclasses
+import shutil
 import threading
 import time
 
+import grain
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
+from msllm.data import records
 from msllm.data.loader import Loader
 from msllm.errors import UserError
 from msllm.prepare import prepare
@@ -81,6 +84,36 @@ def test_every_epoch_is_another_permutation(config, loader):
 def test_a_new_loader_gives_the_same_batches(config, loader):
     again = Loader(config, "train", SPEC)
     assert all(same(loader.batch(step), again.batch(step)) for step in (0, 7, 100_000))
+
+
+def test_one_source_is_read_in_grains_order(config, loader):
+    """The order and the bytes are those of grain's shuffle and of its source, whatever reads them faster."""
+    paths = records.open_prepared(config.dir, "train")[1]
+    source = grain.sources.ArrayRecordDataSource(paths)
+    order = grain.MapDataset.range(len(source)).shuffle(seed=config.seed).repeat()
+    for index in range(0, 200):
+        table = records.decode_record(source[order[index]], SPEC.size, loader.tokenizer.vocab_size)
+        batch = loader.batch(index // 8, range(index % 8, index % 8 + 1))
+        assert all(np.array_equal(batch[name][0], getattr(table, name)) for name in batch)
+
+
+def test_processes_share_the_checking_and_still_name_every_damage(config, tmp_path):
+    shutil.copytree(config.dir, tmp_path / "data")
+    damaged = dataclasses.replace(config, dir=str(tmp_path / "data"))
+    shard = tmp_path / "data/train-00002-of-00004.array_record"
+    content = bytearray(shard.read_bytes())
+    content[2000] ^= 1
+    shard.write_bytes(content)
+    for part in ((0, 1), (0, 2), (2, 3), (2, 5)):
+        with pytest.raises(UserError, match="train-00002-of-00004.array_record is corrupt .sha256 differs"):
+            Loader(damaged, "train", SPEC, part)
+    for part in ((1, 2), (1, 3), (4, 5)):
+        loader = Loader(damaged, "train", SPEC, part)
+        with pytest.raises(UserError, match=r"train-00002-of-00004.array_record is corrupt at record \d+ .*hash mismatch"):
+            list(loader.iterate(0, 8))
+    shard.write_bytes(content[:-1])
+    with pytest.raises(UserError, match="train-00002-of-00004.array_record has .* bytes, manifest.json says"):
+        Loader(damaged, "train", SPEC, (1, 2))
 
 
 def test_batch_size_does_not_change_the_order(config, loader):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import grain
 import numpy as np
 
 from msllm.config import DataConfig
-from msllm.data import records
+from msllm.data import mixture, records
+from msllm.data.packing import Packed
 from msllm.errors import UserError
 from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
@@ -18,47 +20,51 @@ Batch = dict[str, np.ndarray]
 
 
 class Loader:
-    """Reads one split of a prepared directory.
+    """Reads one split of a prepared directory, or the training tables of a mixture of them.
 
     Row i of batch `step` has the flat index `step * B + i`. Split `train`: every run of N indices that starts at a
-    multiple of N (an epoch) is a permutation of the N tables, another one each epoch, given by `config.seed`. Other
-    splits: the tables as stored, once; the last batch is filled up with empty tables (segment 0).
+    multiple of N (an epoch) is a permutation of the N tables, another one each epoch, given by `config.seed`; in a
+    mixture this holds for each source and the indices of its own tables, which `plan` places among those of the others.
+    Other splits: the tables as stored, once; the last batch is filled up with empty tables (segment 0).
 
     Attributes:
-      manifest: the prepared directory's manifest.
-      tokenizer: the tokenizer it was made with.
-      num_tables: N.
-      num_batches: batches that hold all tables once, the last of them perhaps in part.
+      manifests: the prepared directory's manifest, of a mixture each source's: {name: manifest}; alone it is named "".
+      manifest: the first of them.
+      plan: which source has which place, in a mixture; else None.
+      tokenizer: the tokenizer that all were made with.
+      num_tables: N, over all sources.
+      num_batches: batches that hold so many tables, the last of them perhaps in part.
     """
 
-    def __init__(self, config: DataConfig, split: str, spec: StreamSpec):
-        """Opens and checks the data. Raises UserError where it is damaged, empty, or does not fit the config."""
-        self._config, self._split = config, split
-        self.manifest, paths = records.open_prepared(config.dir, split)
-        self._check(spec)
+    def __init__(self, config: DataConfig, split: str, spec: StreamSpec, part: tuple[int, int] = (0, 1)):
+        """Opens and checks the data. Raises UserError where it is damaged, empty, or does not fit the config.
+
+        Args:
+          part: (i, n) of a process that shares the checking with others: see `records.open_prepared`.
+        """
+        if config.mixture.dirs and split != "train":
+            raise ValueError(f"split {split!r} of a mixture: open it for each source alone (mixture.by_source)")
+        self._config, self._split, self._streams = config, split, spec.size
+        sources = {name: _Source(alone, split, spec, part) for name, alone in mixture.by_source(config).items()}
+        self._sources = list(sources.values())
+        self.manifests = {name: source.manifest for name, source in sources.items()}
+        self.manifest = self._sources[0].manifest
+        mixture.check_alike({source.directory: source.manifest for source in self._sources})
+        self.plan = mixture.Plan(config, self.manifests) if config.mixture.dirs else None
         stored = self.manifest["tokenizer"]
-        self.tokenizer = Tokenizer.load(pathlib.Path(config.dir) / stored["file"], stored["silence"])
-        self.num_tables = self.manifest["splits"][split]["tables"]
-        if not self.num_tables:
-            raise UserError(
-                f"split {split!r} of {config.dir} holds no table: prepare more examples, or change"
-                f" config.data.eval_percent ({self.manifest['settings']['eval_percent']} held out)"
-            )
+        self.tokenizer = Tokenizer.load(pathlib.Path(self._sources[0].directory) / stored["file"], stored["silence"])
+        self.num_tables = sum(source.num_tables for source in self._sources)
         self.num_batches = -(-self.num_tables // config.batch_size)
-        self._source = grain.sources.ArrayRecordDataSource(paths)
-        order = grain.MapDataset.range(self.num_tables)
-        self._order = order.shuffle(seed=config.seed).repeat() if split == "train" else order
 
     def batch(self, step: int, rows: range | slice | None = None) -> Batch:
         """The batch of a step, or the part `rows` (of step 1, within 0..B) of it.
 
         Returns: tokens [b, T, S] int32 (0 where absent), present [b, T, S] bool, segment [b, T] int32.
         """
-        indices = self._indices(step, rows)
-        length, streams = self._config.rows, len(self.manifest["streams"]["names"])
+        indices, length = self._indices(step, rows), self._config.rows
         batch = {
-            "tokens": np.zeros((len(indices), length, streams), np.int32),
-            "present": np.zeros((len(indices), length, streams), bool),
+            "tokens": np.zeros((len(indices), length, self._streams), np.int32),
+            "present": np.zeros((len(indices), length, self._streams), bool),
             "segment": np.zeros((len(indices), length), np.int32),
         }
         for i, index in enumerate(indices):
@@ -71,6 +77,10 @@ class Loader:
     def example_ids(self, step: int, rows: range | slice | None = None) -> list[list[str]]:
         """The ids of the examples in each table of a batch, in the order of their segments."""
         return [self._read(index).examples if self._holds(index) else [] for index in self._indices(step, rows)]
+
+    def sources(self, step: int, rows: range | slice | None = None) -> list[int]:
+        """The number of the source of each table of a mixture's batch."""
+        return [self.plan.place(index)[0] for index in self._indices(step, rows)]
 
     def iterate(self, start_step: int, stop_step: int, rows: range | slice | None = None) -> Iterator[Batch]:
         """`batch(step, rows)` for each step, made ahead of time in threads; abandoning the iterator ends them."""
@@ -101,20 +111,43 @@ class Loader:
     def _holds(self, index: int) -> bool:
         return self._split == "train" or index < self.num_tables
 
-    def _read(self, index: int):
-        names, tokenizer = self.manifest["streams"]["names"], self.manifest["tokenizer"]
-        return records.decode_record(self._source[self._order[index]], len(names), tokenizer["vocab_size"])
+    def _read(self, index: int) -> Packed:
+        source, index = self.plan.place(index) if self.plan else (0, index)
+        return self._sources[source].read(index)
 
-    def _check(self, spec: StreamSpec) -> None:
-        """Raises UserError where the config is not the one that the data was prepared with."""
-        wanted = {"data.rows": self._config.rows}
-        stored = {"data.rows": self.manifest["rows"]}
-        for field in ("names", "kinds", "delays"):
-            wanted[f"streams.{field}"] = tuple(getattr(spec, field))
-            stored[f"streams.{field}"] = tuple(self.manifest["streams"][field])
-        for name, value in stored.items():
-            if wanted[name] != value:
-                raise UserError(
-                    f"config.{name} is {wanted[name]}, but {self._config.dir} was prepared with {value}: change it, or"
-                    " prepare into another config.data.dir"
-                )
+
+class _Source:
+    """The tables of one split of a prepared directory, in the order in which they are read."""
+
+    def __init__(self, config: DataConfig, split: str, spec: StreamSpec, part: tuple[int, int]):
+        self.directory, self._streams = config.dir, spec.size
+        self.manifest, paths = records.open_prepared(config.dir, split, part)
+        _check(config, self.manifest, spec)
+        self.num_tables = self.manifest["splits"][split]["tables"]
+        if not self.num_tables:
+            raise UserError(
+                f"split {split!r} of {config.dir} holds no table: prepare more examples, or change"
+                f" config.data.eval_percent ({self.manifest['settings']['eval_percent']} held out)"
+            )
+        self._vocab_size = self.manifest["tokenizer"]["vocab_size"]
+        self._records = records.Reader(paths)
+        order = grain.MapDataset.range(self.num_tables)
+        self._order = order.shuffle(seed=config.seed).repeat() if split == "train" else order
+
+    def read(self, index: int) -> Packed:
+        return records.decode_record(self._records[self._order[index]], self._streams, self._vocab_size)
+
+
+def _check(config: DataConfig, manifest: Mapping[str, Any], spec: StreamSpec) -> None:
+    """Raises UserError where the config is not the one that the data was prepared with."""
+    wanted = {"data.rows": config.rows}
+    stored = {"data.rows": manifest["rows"]}
+    for field in ("names", "kinds", "delays"):
+        wanted[f"streams.{field}"] = tuple(getattr(spec, field))
+        stored[f"streams.{field}"] = tuple(manifest["streams"][field])
+    for name, value in stored.items():
+        if wanted[name] != value:
+            raise UserError(
+                f"config.{name} is {wanted[name]}, but {config.dir} was prepared with {value}: change it, or"
+                " prepare into another config.data.dir"
+            )

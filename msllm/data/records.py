@@ -7,11 +7,14 @@ The manifest is written last: a directory without one is unfinished.
 
 from __future__ import annotations
 
+import bisect
 import concurrent.futures
 import hashlib
+import itertools
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import msgpack
@@ -124,10 +127,16 @@ def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
     return manifest
 
 
-def open_prepared(directory: str | pathlib.Path, split: str, lazy: bool = False) -> tuple[dict[str, Any], list[str]]:
+def open_prepared(
+    directory: str | pathlib.Path, split: str, part: tuple[int, int] | None = (0, 1)
+) -> tuple[dict[str, Any], list[str]]:
     """The manifest, and the paths of a split's shards after checking them and the tokenizer byte by byte.
 
-    `lazy`: shards are left to `check_shard`. Raises UserError naming the file that is missing, damaged or foreign.
+    Raises UserError naming the file where something is missing, damaged or of another run.
+
+    Args:
+      part: (i, n): as one of n processes, read only every n-th shard from i on; of the others check the size. (What is
+        damaged in those is still found when it is used: records have checksums.) None: all are left to `check_shard`.
     """
     directory = pathlib.Path(directory)
     manifest = read_manifest(directory)
@@ -140,18 +149,50 @@ def open_prepared(directory: str | pathlib.Path, split: str, lazy: bool = False)
     if file_hash(path) != tokenizer["sha256"]:
         raise UserError(f"{path} is not the tokenizer of this data (sha256 differs): restore it, or {_AGAIN}")
     shards = manifest["splits"][split]["shards"]
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # hashing runs outside the interpreter lock
-        list(pool.map(lambda shard: check_shard(directory, shard), [] if lazy else shards))
+    if part is not None:
+        whole = [number % part[1] == part[0] for number in range(len(shards))]
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:  # hashing runs outside the interpreter lock
+            list(pool.map(lambda shard, whole: check_shard(directory, shard, whole), shards, whole))
     return manifest, [str(directory / shard["file"]) for shard in shards]
 
 
-def check_shard(directory: pathlib.Path, shard: dict[str, Any], size_only: bool = False) -> None:
-    """Raises UserError unless a shard is there as the manifest has it; `size_only`: without reading it."""
+def check_shard(directory: pathlib.Path, shard: dict[str, Any], whole: bool = True) -> None:
+    """Raises UserError unless a shard is there as the manifest has it; not `whole`: without reading it."""
     path = directory / shard["file"]
     if not path.is_file():
         raise UserError(f"{path} is missing ({MANIFEST} lists it): restore it, or {_AGAIN}")
     size = path.stat().st_size
     if size != shard["bytes"]:
         raise UserError(f"{path} has {size} bytes, {MANIFEST} says {shard['bytes']}: restore it, or {_AGAIN}")
-    if not size_only and file_hash(path) != shard["sha256"]:
+    if whole and file_hash(path) != shard["sha256"]:
         raise UserError(f"{path} is corrupt (sha256 differs from {MANIFEST}): restore it, or {_AGAIN}")
+
+
+class Reader:
+    """The records of several shards, one after the other, by number, from any thread.
+
+    Each record is read as a range of one, without threads of the library: reading a list of records, as
+    `grain.sources.ArrayRecordDataSource` does, takes time in proportion to the records of the shard (2.9 ms of CPU for one
+    of 1,000,000, instead of 6 us).
+    """
+
+    _OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+
+    def __init__(self, paths: Sequence[str]):
+        self._paths = paths
+        open_shard = lambda path: array_record_module.ArrayRecordReader(path, self._OPTIONS, file_reader_buffer_size=1 << 14)
+        self._readers = [open_shard(path) for path in paths]
+        self._ends = list(itertools.accumulate(reader.num_records() for reader in self._readers))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> bytes:
+        """Record `index`, 0 <= index < len. Raises UserError naming the shard if it is damaged."""
+        shard = bisect.bisect_right(self._ends, index)
+        place = index - (self._ends[shard - 1] if shard else 0)
+        try:
+            return self._readers[shard].read(place, place + 1)[0]
+        except (ValueError, RuntimeError, IndexError) as error:
+            what = f"is corrupt at record {place} ({error})"
+            raise UserError(f"{self._paths[shard]} {what}: restore it, or {_AGAIN}") from error

@@ -1,0 +1,272 @@
+"""Mixtures: exact shares of the chosen tokens, at any step, for any number of hosts; each source with its own split."""
+
+import dataclasses
+from fractions import Fraction
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from msllm.checkpoint import load_model
+from msllm.config import Config, DataConfig, MixtureConfig, StreamsConfig, TokenizerConfig, from_config_dict
+from msllm.data.loader import Loader
+from msllm.data.mixture import Plan, Turns, by_source, chosen_tokens
+from msllm.errors import UserError
+from msllm.evaluate import evaluate
+from msllm.prepare import prepare
+from msllm.metrics import weighted_mean
+from msllm.sharding import make_mesh
+from msllm.step import Program
+from msllm.streams import StreamSpec
+from msllm.train import _Evaluation, train
+from runs import compile_once, dictation, metrics, replace  # noqa: F401
+from test_loader import key, same
+from test_train import reproducible, same_parameters, stop_after
+
+WEIGHTS = st.lists(st.integers(0, 1000).map(lambda x: x / 1000), min_size=1, max_size=8).filter(any)
+
+
+@given(weights=WEIGHTS, tables=st.lists(st.integers(1, 9999), min_size=8, max_size=8), begin=st.integers(0, 10**12))
+def test_turns_are_exact_at_any_place(weights, tables, begin):
+    """Also after 10^12 tables, where a float would have lost count."""
+    shares = [Fraction(repr(w)) / n for w, n in zip(weights, tables)]
+    turns, total, size = Turns(shares), sum(shares), len(shares)
+    counts = turns.counts(begin)
+    for index in range(begin, begin + 200):
+        source, before = turns.turn(index)
+        assert before == counts[source] and shares[source] > 0
+        counts[source] += 1
+        assert counts == turns.counts(index + 1)
+        halvings = (size - 1).bit_length()
+        assert all(abs(n - share / total * (index + 1)) <= Fraction(halvings, 2) for n, share in zip(counts, shares))
+
+
+def manifest(tables, **tokens):
+    return {"splits": {"train": {"tables": tables, "tokens": tokens}}}
+
+
+def plan(weights, manifests, batch_size=8, schedule=(), streams=()):
+    names = [f"s{i}" for i in range(len(manifests))]
+    mixture = MixtureConfig(tuple(names), (), tuple(weights), schedule, streams)
+    return Plan(DataConfig(batch_size=batch_size, mixture=mixture), dict(zip(names, manifests)))
+
+
+@given(
+    weights=st.lists(st.floats(0.001, 100), min_size=2, max_size=4),
+    sizes=st.lists(st.tuples(st.integers(1, 10**6), st.integers(1, 10**9)), min_size=4, max_size=4),
+    index=st.integers(0, 10**9),
+)
+def test_shares_of_tokens_are_within_a_table_of_the_target(weights, sizes, index):
+    manifests = [manifest(tables, user=0, output=tokens) for tables, tokens in sizes[: len(weights)]]
+    counts = plan(weights, manifests).counts(index)
+    assert sum(counts) == index
+    per_table = [Fraction(tokens, tables) for tables, tokens in sizes]
+    wanted = [Fraction(repr(w)) / mean for w, mean in zip(weights, per_table)]
+    assert all(abs(n - index * w / sum(wanted)) <= 1 for n, w in zip(counts, wanted))
+
+
+def test_weights_count_the_tokens_of_chosen_streams():
+    manifests = [manifest(10, user=100, output=100), manifest(10, user=300, output=50)]
+    assert plan((1.0, 1.0), manifests).counts(2 * 750) == [2 * 350 * 15 // 11 + 1, 2 * 200 * 15 // 11]
+    assert plan((1.0, 1.0), manifests, streams=("output",)).counts(900) == [300, 600]
+    assert plan((1.0, 1.0), manifests, streams=("user",)).counts(800) == [600, 200]
+    assert plan((3.0, 1.0), manifests, streams=("user",)).counts(1000) == [900, 100]
+    silent = [manifest(10, user=100, output=0), manifest(10, user=300, output=50)]
+    rule = r"source 's0' \(s0\) has weight 1.0 and only silence in config.data.mixture.streams output"
+    with pytest.raises(UserError, match=rule):
+        plan((1.0, 1.0), silent, streams=("output",))
+    assert plan((0.0, 1.0), silent, streams=("output",)).counts(9) == [0, 9]
+
+
+def test_a_schedule_goes_on_where_each_source_was():
+    alike = [manifest(10, output=100), manifest(20, output=200)]
+    scheduled = plan((1.0, 0.0), alike, batch_size=4, schedule=((3, (0.5, 0.5)), (10, (1.0, 3.0))))
+    places = [scheduled.place(i) for i in range(80)]
+    for source in (0, 1):
+        mine = [count for s, count in places if s == source]
+        assert mine == list(range(len(mine)))
+    sources = [source for source, _ in places]
+    assert sources[:12] == [0] * 12 and sum(sources[12:40]) == 14 and sum(sources[40:80]) == 30
+    assert scheduled.counts(80) == [80 - 44, 44] and scheduled.counts(12) == [12, 0]
+    assert [scheduled.targets(step) for step in (0, 2, 3, 9, 10)] == [[1, 0]] * 2 + [[0.5, 0.5]] * 2 + [[0.25, 0.75]]
+    assert scheduled.epochs(20) == [36 / 10, 44 / 20]
+
+
+SPEC = StreamSpec.from_config(StreamsConfig())
+
+
+@pytest.fixture(scope="session")
+def directories(tmp_path_factory):
+    """Three prepared directories: two dictations with one tokenizer, and one with another."""
+    base = tmp_path_factory.mktemp("mixture")
+    first = dictation(**{"data.options": {"examples": 200}})
+    prepare(first, base / "first")
+    given = dataclasses.replace(first.data.tokenizer, path=str(base / "first/tokenizer.model"))
+    second = replace(first, "data", options={"examples": 90, "seed": 7}, tokenizer=given)
+    prepare(second, base / "second")
+    prepare(replace(first, "data", options={"examples": 40, "seed": 5}), base / "other")
+    return base
+
+
+def mixed(directories, names=("first", "second"), weights=(3.0, 1.0), **settings):
+    dirs = tuple(str(directories / name) for name in names)
+    return dictation(**{"data.mixture.dirs": dirs, "data.mixture.weights": weights, **settings})
+
+
+@pytest.fixture
+def config(directories):
+    """Half of what users and outputs say from each, and three quarters from the second after step 5."""
+    schedule = ((5, (1.0, 3.0)),)
+    settings = {"data.mixture.schedule": schedule, "data.mixture.streams": ("user", "output")}
+    return mixed(directories, weights=(1.0, 1.0), **settings)
+
+
+def test_every_table_is_the_next_of_its_source(config):
+    loader = Loader(config.data, "train", SPEC)
+    alone = [Loader(data, "train", SPEC) for data in by_source(config.data).values()]
+    assert list(by_source(config.data)) == ["first", "second"] == list(loader.manifests)
+    orders = [[key(b, i) for b in map(one.batch, range(12)) for i in range(8)] for one in alone]
+    for step in range(12):
+        batch, sources = loader.batch(step), loader.sources(step)
+        assert [key(batch, i) for i in range(8)] == [orders[source].pop(0) for source in sources]
+    assert loader.plan.counts(96) == [96 - len(order) for order in orders]
+
+
+def test_a_source_has_a_seed_of_its_own(directories):
+    seeds = lambda config: {name: data.seed for name, data in by_source(config.data).items()}
+    both = seeds(mixed(directories))
+    assert both["first"] != both["second"]
+    assert seeds(mixed(directories, ("second", "other", "first"), (1.0, 1.0, 1.0))).items() >= both.items()
+    assert not both.items() & seeds(mixed(directories, **{"data.seed": 1})).items()
+
+
+@settings(max_examples=10)
+@given(step=st.integers(0, 40), hosts=st.sampled_from([2, 4, 8]))
+def test_hosts_together_hold_the_batch(directories, step, hosts):
+    loader = Loader(mixed(directories, **{"data.mixture.schedule": ((7, (1.0, 1.0)),)}).data, "train", SPEC)
+    whole, size = loader.batch(step), 8 // hosts
+    parts = [loader.batch(step, range(host * size, (host + 1) * size)) for host in range(hosts)]
+    assert same(whole, {name: np.concatenate([part[name] for part in parts]) for name in whole})
+    sources = [loader.sources(step, range(host * size, (host + 1) * size)) for host in range(hosts)]
+    assert loader.sources(step) == sum(sources, [])
+    assert all(same(a, loader.batch(s)) for s, a in enumerate(loader.iterate(step, step + 3), step))
+
+
+def test_the_tokens_that_are_read_have_the_shares(directories):
+    """Counted in the tables, over whole epochs of the first source."""
+    for streams in ((), ("thought",), ("user", "output")):
+        loader = Loader(mixed(directories, **{"data.mixture.streams": streams}).data, "train", SPEC)
+        columns = [SPEC.names.index(name) for name in streams or SPEC.names]
+        counts = np.zeros(2)
+        for step in range(60):
+            batch = loader.batch(step)
+            spoken = batch["present"] & (batch["tokens"] != loader.tokenizer.silence_id)
+            counts += np.bincount(loader.sources(step), spoken[:, :, columns].sum((1, 2)), 2)
+        assert counts[0] / counts.sum() == pytest.approx(0.75, abs=0.01)
+
+
+def test_sources_that_do_not_fit_each_other(directories, tmp_path):
+    remedy = "prepare it with --config.data.tokenizer.path=.*first/tokenizer.model --config.data.tokenizer.silence="
+    rule = "other was prepared with another tokenizer than .*first .sha256 is"
+    with pytest.raises(UserError, match=f"{rule} .*{remedy}'<silence>'"):
+        Loader(mixed(directories, ("first", "other")).data, "train", SPEC)
+    long = dictation(**{"data.rows": 64})
+    prepare(long, tmp_path / "long")
+    with pytest.raises(UserError, match="config.data.rows is 32, but .*long was prepared with 64"):
+        Loader(mixed(directories, ("first", tmp_path / "long")).data, "train", SPEC)
+    delayed = StreamSpec.from_config(StreamsConfig(delays=(0, 1, 1)))
+    with pytest.raises(UserError, match="config.streams.delays is .*, but .*first was prepared with"):
+        Loader(mixed(directories).data, "train", delayed)
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        Loader(mixed(directories, ("first", "nowhere")).data, "train", SPEC)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"weights": (1.0,)}, "weights must be 2 numbers >= 0, one per directory"),
+        ({"weights": (0.0, 0.0)}, r"config.data.mixture.weights is \(0.0, 0.0\): .* one of them positive"),
+        ({"weights": (1.0, float("nan"))}, "weights must be 2 numbers >= 0"),
+        ({"weights": (-1.0, 2.0)}, "weights must be 2 numbers >= 0"),
+        ({"schedule": ((3, (1.0,)),)}, "config.data.mixture.schedule .* weights must be 2 numbers"),
+        ({"schedule": ((3, (1.0, 1.0)), (3, (1.0, 1.0)))}, "its steps must be positive and grow"),
+        ({"schedule": ((0, (1.0, 1.0)),)}, "its steps must be positive and grow"),
+        ({"streams": ("output", "speech")}, "config.data.mixture.streams .* must be of streams.names"),
+        ({"names": ("a",)}, "must be one per directory, of which there are 2"),
+        ({"names": ("a", "a")}, "config.data.mixture.names is .*must be different"),
+        ({"names": ("nll", "b")}, "not nll or nll_spoken"),
+        ({"dirs": ("x/a", "y/a")}, r"names is \('a', 'a'\): must be different.*set data.mixture.names"),
+        ({"dirs": ()}, "needs data.mixture.dirs"),
+    ],
+)
+def test_wrong_mixtures_are_refused(changes, message):
+    right = {"dirs": ("x/a", "y/b"), "weights": (1.0, 2.0)}
+    assert from_config_dict({"data": {"mixture": right}}).data.mixture.source_names == ("a", "b")
+    with pytest.raises(UserError, match=message):
+        from_config_dict({"data": {"mixture": right | changes}})
+
+
+@pytest.fixture
+def uninterrupted(config, tmp_path_factory):
+    """The workdir of a finished run with a mixture whose weights change at step 5; the same for all tests of a session."""
+    workdir = tmp_path_factory.getbasetemp() / "uninterrupted_mixture"
+    if not workdir.exists():
+        train(replace(config, "mesh", data=2, fsdp=4), workdir)
+    return workdir
+
+
+@pytest.mark.slow
+def test_a_run_logs_shares_and_evaluates_each_source(config, uninterrupted):
+    lines = metrics(uninterrupted)
+    steps = [line for line in lines if "loss" in line]
+    loader = Loader(config.data, "train", SPEC)
+    assert [line["mixture/second/target"] for line in steps] == [0.5] * 5 + [0.75] * 3
+    tables = loader.manifests["second"]["splits"]["train"]["tables"]
+    assert steps[-1]["mixture/second/epoch"] == loader.plan.counts(64)[1] / tables
+    for line in steps:
+        batch, sources = loader.batch(line["step"] - 1), np.array(loader.sources(line["step"] - 1))
+        said = (batch["present"] & (batch["tokens"] != loader.tokenizer.silence_id))[:, :, [0, 2]].sum((1, 2))
+        assert line["mixture/second/share"] == pytest.approx(said[sources == 1].sum() / said.sum())
+        assert line["mixture/first/share"] + line["mixture/second/share"] == pytest.approx(1)
+    evaluated = [line for line in lines if "eval/loss" in line]
+    assert [line["step"] for line in evaluated] == [4, 8]
+    for line in evaluated:
+        for kind in ("loss", "loss_spoken", "nll/output", "nll_spoken/user"):
+            parts = [line[f"eval/{name}/{kind}"] for name in ("first", "second")]
+            assert parts[0] != parts[1] and line[f"eval/{kind}"] == pytest.approx(np.mean(parts))
+
+
+@pytest.mark.slow
+def test_each_source_is_evaluated_on_its_own_split(config, uninterrupted, directories):
+    loaded, line = load_model(uninterrupted), metrics(uninterrupted)[-1]
+    for name in ("first", "second"):
+        alone = replace(loaded.config, "data", dir=str(directories / name), mixture=MixtureConfig())
+        program = Program(alone, loaded.streams, make_mesh(alone.mesh), loaded.tokenizer.silence_id)
+        place = lambda array, abstract: jax.device_put(array, abstract.sharding)
+        parameters = jax.tree.map(place, loaded.parameters, program.abstract_state.parameters)
+        values = _Evaluation(program, {"": Loader(alone.data, "eval", SPEC)})(parameters)
+        assert values["eval/loss"] == pytest.approx(line[f"eval/{name}/loss"], rel=1e-5)
+
+
+def test_the_whole_is_weighted():
+    parts = {"a": {"loss": 1.0, "nll/x": 2.0}, "b": {"loss": 4.0}, "c": {"loss": 100.0, "nll/y": 1.0}}
+    assert weighted_mean(parts, {"a": 2.0, "b": 1.0, "c": 0.0}) == {"loss": 2.0, "nll/x": 2.0}
+
+
+@pytest.mark.slow
+def test_a_stopped_run_continues_bit_for_bit(config, uninterrupted, tmp_path, monkeypatch):
+    config = replace(config, "mesh", data=2, fsdp=4)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        assert int(train(config, tmp_path).step) == 4
+    train(config, tmp_path)
+    assert reproducible(tmp_path) == reproducible(uninterrupted)
+    same_parameters(tmp_path, uninterrupted)
+
+
+@pytest.mark.slow
+def test_evaluate_wants_one_source(uninterrupted, directories):
+    with pytest.raises(UserError, match="trained on a mixture of .*first, .*second: choose one, --data=DIR"):
+        evaluate(load_model(uninterrupted))
+    assert evaluate(load_model(uninterrupted), str(directories / "second"), 2)["examples"] == 2
