@@ -39,6 +39,19 @@ class Case(NamedTuple):
     one_stream_rows: int  # rows from the end of the question to the answer if it were told in one stream
 
 
+def open_data(loaded: Loaded, data: str = "", split: str = "eval") -> Loader:
+    """A split of prepared data for a checkpoint; `data`: empty: what it was trained on. Raises UserError."""
+    trained = loaded.config.data
+    if trained.mixture.dirs and not data:
+        sources = ", ".join(trained.mixture.dirs)
+        raise UserError(f"the checkpoint was trained on a mixture of {sources}: choose one, --data=DIR")
+    config = dataclasses.replace(trained, dir=data or trained.dir, mixture=MixtureConfig())
+    loader = Loader(config, split, loaded.streams)
+    if loader.tokenizer.hash != loaded.tokenizer.hash:
+        raise UserError(f"{config.dir} was prepared with another tokenizer than the checkpoint's: give its data, --data=DIR")
+    return loader
+
+
 def evaluate(loaded: Loaded, data: str = "", examples: int = 500) -> dict[str, float | int]:
     """Exact match and rows to the answer on held-out examples.
 
@@ -48,20 +61,13 @@ def evaluate(loaded: Loaded, data: str = "", examples: int = 500) -> dict[str, f
     Returns: examples, exact_match, and medians rows_to_first and rows_to_last token of the answer, and
       one_stream_rows: the same as rows_to_first if each question were read, thought about and answered in one stream.
     """
-    trained = loaded.config.data
-    if trained.mixture.dirs and not data:
-        sources = ", ".join(trained.mixture.dirs)
-        raise UserError(f"the checkpoint was trained on a mixture of {sources}: choose one, --data=DIR")
-    config = dataclasses.replace(trained, dir=data or trained.dir, mixture=MixtureConfig())
-    loader = Loader(config, "eval", loaded.streams)
-    if loader.tokenizer.hash != loaded.tokenizer.hash:
-        raise UserError(f"{config.dir} was prepared with another tokenizer than the checkpoint's: give its data, --data=DIR")
+    loader = open_data(loaded, data)
     tables = []
     for step in range(loader.num_batches):
         tables += unpack(loader.batch(step))
         if len(tables) >= examples:
             break
-    make_case = _single_case if config.converter == "dictation_single" else _streams_case
+    make_case = _single_case if loaded.config.data.converter == "dictation_single" else _streams_case
     cases = [make_case(table, loaded) for table in tables[:examples]]
     # All batches of one shape: decoding compiles once.
     rows = max(len(case.prompt) for case in cases) + SLACK

@@ -8,7 +8,6 @@ interval holds the middle 95 % of the resampled means. A comparison resamples th
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import pathlib
@@ -19,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from msllm.checkpoint import Loaded, load_model
-from msllm.config import LossConfig, MixtureConfig
-from msllm.data.loader import Loader
+from msllm.config import LossConfig
 from msllm.errors import UserError
+from msllm.evaluate import open_data
 from msllm.load import from_parameters
 from msllm.loss import next_row_loss, targets_and_weights
 from msllm.model import bind
@@ -47,19 +46,13 @@ def measure(loaded: Loaded, data: str = "", split: str = "eval", visibility: str
       data: the prepared directory; empty: the one that the checkpoint was trained on.
       visibility: a preset in place of the checkpoint's own. block: rows of a unit; 0: examples are the units.
     """
-    config = loaded.config.data
-    if config.mixture.dirs and not data:
-        raise UserError("the checkpoint was trained on a mixture: say which of its sources to measure, --data=DIR")
-    config = dataclasses.replace(config, dir=data or config.dir, mixture=MixtureConfig())
-    loader = Loader(config, split, loaded.streams)
-    if loader.tokenizer.hash != loaded.tokenizer.hash:
-        raise UserError(f"{config.dir} was prepared with another tokenizer than the checkpoint's: give its data, --data=DIR")
+    loader, size = open_data(loaded, data, split), loaded.config.data.batch_size
     model = from_parameters(loaded.config.model, loaded.streams, loaded.parameters, loaded.tokenizer)
     model = model.with_visibility(visibility) if visibility else model
     silence = loaded.tokenizer.silence_id
     sums: dict[tuple[int, int, int], np.ndarray] = {}
-    for step in range(-(-loader.num_tables // config.batch_size)):
-        held = min(config.batch_size, loader.num_tables - step * config.batch_size)  # a last batch is filled up
+    for step in range(-(-loader.num_tables // size)):
+        held = min(size, loader.num_tables - step * size)  # a last batch is filled up
         batch = loader.batch(step)
         nll, words, targets, counted = map(np.asarray, _nll(model.graph, silence, model.parameters, batch))
         spoken = counted & (targets != silence)
@@ -71,9 +64,9 @@ def measure(loaded: Loaded, data: str = "", split: str = "eval", visibility: str
                 rows = np.flatnonzero(segment == number)
                 for start in range(0, len(rows) - 1, block or len(rows)):
                     part = rows[start : start + (block or len(rows))]
-                    sums[step * config.batch_size + b, number, start] = values[b, part].sum(0)
+                    sums[step * size + b, number, start] = values[b, part].sum(0)
     if not sums:
-        raise UserError(f"split {split!r} of {config.dir} holds no example of two rows: prepare more")
+        raise UserError(f"split {split!r} of {data or loaded.config.data.dir} holds no example of two rows: prepare more")
     return Units(*np.moveaxis(np.stack(list(sums.values())), 1, 0))
 
 
