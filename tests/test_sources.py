@@ -74,7 +74,8 @@ def test_a_line_belongs_to_exactly_one_part(tmp_path_factory, lines, count):
     path.write_bytes(b"\n".join(lines))
     whole = list(sources._lines(str(path)))
     assert b"".join(line for _, line in whole) == path.read_bytes()
-    assert [item for i in range(count) for item in sources._lines(str(path), i, count)] == whole
+    before = sources._lines_before(str(path), count)
+    assert [item for i in range(count) for item in sources._lines(str(path), i, count, before[i])] == whole
 
 
 def test_a_text_is_one_document_read_in_blocks(tmp_path, monkeypatch):
