@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -87,8 +88,10 @@ class Tokenizer:
         return Tokenizer, (self.kind, self._data, self.silence)
 
     def save(self, path: str | pathlib.Path) -> None:
-        """Writes the tokenizer file."""
-        pathlib.Path(path).write_bytes(self._data)
+        """Writes the tokenizer file, atomically."""
+        temporary = pathlib.Path(f"{path}.tmp")
+        temporary.write_bytes(self._data)
+        os.replace(temporary, path)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, never silence. U+2581, sentencepiece's mark for a space, comes back as a space."""

@@ -10,7 +10,7 @@ import msllm
 PACKAGE = pathlib.Path(msllm.__file__).parent
 # A module imports only modules of lines above its own, or of its own line those to its left.
 ORDER = """
-errors shapes
+errors shapes workers progress
 config
 streams
 compiler cluster
@@ -25,7 +25,7 @@ data data.sources data.corpora data.dictation data.tables data.packing data.reco
 data.converters.layout data.converters.vary
 data.converters.chat data.converters.wait_k data.converters.timed data.converters.tools data.converters.aligned
 data.converters.single data.converters.parallel_documents data.converters.gsm8k data.converters.tables
-data.converters.dictation data.converters
+data.converters.dictation data.converters data.duplicates data.build
 step
 checkpoint
 metrics flops
@@ -50,7 +50,7 @@ CORE = (
 # For one kind of hardware or of data each, behind an interface that the core holds: nobody needs them to follow a step.
 OUTSIDE = (
     *("attention.blocks", "attention.gpu", "attention.splash"),
-    *("data.sources", "data.corpora", "data.converters", "data.dictation"),
+    *("data.sources", "data.corpora", "data.converters", "data.dictation", "data.duplicates", "data.build"),
 )
 
 

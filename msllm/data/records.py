@@ -16,15 +16,13 @@ from typing import Any
 
 import msgpack
 import numpy as np
-from array_record.python import array_record_module
 
 from msllm.data.packing import Packed
 from msllm.errors import UserError
-from msllm.tokenizer import Tokenizer
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-_WRITER_OPTIONS = "group_size:1,zstd:1"  # one record a chunk: any record is read alone
+WRITER_OPTIONS = "group_size:1,zstd:1"  # one record a chunk: any record is read alone
 _AGAIN = "run `python -m msllm.prepare` again into an empty directory"
 
 
@@ -53,43 +51,6 @@ def decode_record(record: bytes, streams: int, vocab_size: int) -> Packed:
     tokens = np.frombuffer(fields["tokens"], token_dtype(vocab_size)).reshape(shape)
     present = np.unpackbits(np.frombuffer(fields["present"], np.uint8), count=tokens.size).view(bool).reshape(shape)
     return Packed(tokens, present, segment, fields["examples"])
-
-
-class SplitWriter:
-    """Writes the packed tables of one split to shards, in turns, and counts what it writes."""
-
-    def __init__(self, directory: pathlib.Path, split: str, shards: int, streams: int, tokenizer: Tokenizer):
-        self._names = [f"{split}-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
-        self._directory, self._tokenizer = directory, tokenizer
-        self._writers: list[Any] = []
-        self.tables = self.rows = self.examples = 0
-        self.tokens, self.silence = np.zeros(streams, np.int64), np.zeros(streams, np.int64)
-
-    def write(self, table: Packed) -> None:
-        """Appends one table."""
-        shard = self.tables % len(self._names)
-        if shard == len(self._writers):  # opened when needed: a small split has fewer shards
-            path = self._directory / f"{self._names[shard]}.tmp"
-            self._writers.append(array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS))
-        self._writers[shard].write(encode_record(table, self._tokenizer.vocab_size))
-        silent = table.present & (table.tokens == self._tokenizer.silence_id)
-        self.silence += silent.sum(axis=0)
-        self.tokens += (table.present & ~silent).sum(axis=0)
-        self.tables += 1
-        self.rows += int((table.segment > 0).sum())
-        self.examples += len(table.examples)
-
-    def close(self) -> list[dict[str, Any]]:
-        """Puts the shards in place; their manifest entries: file, records, bytes, sha256."""
-        shards = []
-        for i, writer in enumerate(self._writers):
-            writer.close()
-            path = self._directory / self._names[i]
-            os.replace(f"{path}.tmp", path)
-            records = len(range(i, self.tables, len(self._names)))
-            size = path.stat().st_size
-            shards.append({"file": path.name, "records": records, "bytes": size, "sha256": file_hash(path)})
-        return shards
 
 
 def file_hash(path: str | pathlib.Path) -> str:
@@ -141,11 +102,12 @@ def open_prepared(directory: str | pathlib.Path, split: str) -> tuple[dict[str, 
         raise UserError(f"{path} is not the tokenizer of this data (sha256 differs): restore it, or {_AGAIN}")
     shards = manifest["splits"][split]["shards"]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:  # hashing runs outside the interpreter lock
-        list(pool.map(lambda shard: _check_shard(directory, shard), shards))
+        list(pool.map(lambda shard: check_shard(directory, shard), shards))
     return manifest, [str(directory / shard["file"]) for shard in shards]
 
 
-def _check_shard(directory: pathlib.Path, shard: dict[str, Any]) -> None:
+def check_shard(directory: pathlib.Path, shard: dict[str, Any]) -> None:
+    """Checks the bytes of a shard against its manifest entry. Raises UserError."""
     path = directory / shard["file"]
     if not path.is_file():
         raise UserError(f"{path} is missing ({MANIFEST} lists it): restore it, or {_AGAIN}")

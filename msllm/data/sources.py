@@ -27,7 +27,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 from array_record.python import array_record_module
@@ -65,26 +65,30 @@ class BadRecords:
     def add(self, error: BadRecord) -> None:
         """Notes a bad record. Raises `error` if none may be bad, UserError if there were too many."""
         self.bad += 1
-        if len(self.shown) < SHOWN:
-            self._tell(str(error))
+        self.tell(str(error))
         self._check(LEAST_RECORDS, error)
 
-    def merge(self, other: BadRecords) -> None:
-        """Adds what another one counted of the records that follow."""
-        for error in other.shown[: SHOWN - len(self.shown)]:
-            self._tell(error)
-        self.records += other.records
-        self.bad += other.bad
-        self.empty += other.empty
+    def tell(self, message: str) -> None:
+        """Keeps the message of a bad record, and prints it if so asked, if it is one of the first."""
+        if len(self.shown) < SHOWN:
+            self.shown.append(message)
+            if self._show and self._percent:
+                print(f"left out: {message}", file=sys.stderr, flush=True)
+
+    def counts(self) -> dict[str, Any]:
+        """Its attributes, for `merge`."""
+        return {name: getattr(self, name) for name in ("records", "bad", "empty", "shown")}
+
+    def merge(self, counts: Mapping[str, Any]) -> None:
+        """Adds the `counts()` of the records that follow."""
+        for message in counts["shown"]:
+            self.tell(message)
+        for name in ("records", "bad", "empty"):
+            setattr(self, name, getattr(self, name) + counts[name])
 
     def finish(self) -> None:
         """To be called when all records were read. Raises UserError if too many of them were bad."""
         self._check(0, None)
-
-    def _tell(self, message: str) -> None:
-        self.shown.append(message)
-        if self._show and self._percent:
-            print(f"left out: {message}", file=sys.stderr, flush=True)
 
     def _check(self, least: int, error: BadRecord | None) -> None:
         if self.bad <= max(self.records, least) * self._percent / 100:
