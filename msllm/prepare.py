@@ -72,6 +72,7 @@ def prepare(config: Config, out: str | pathlib.Path, processes: int = 1) -> dict
         bad.finish()  # of a part of the input, it would say less
     splits = {split: _split_report([report["splits"][split] for report in reports], config, spec) for split in SPLITS}
     if not any(part["tables"] for part in splits.values()):
+        shutil.rmtree(out / build.WORK)  # there is nothing to continue
         raise UserError(f"config.data.path is {config.data.path!r}: it gave no example of at least 2 rows")
     manifest = {
         "format": records.FORMAT,

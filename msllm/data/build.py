@@ -100,7 +100,7 @@ def place(config: Config, portions: Sequence[Portion], counts: Sequence[int]) ->
         for portion, found in mine:
             if start < total or not most:
                 tail = max(first_held_out - start, 0) if config.data.split == "tail" and not split else None
-                cut = total - start if start + found > total else None
+                cut = most - start if most and start + found >= most else None
                 placed.append(portion._replace(examples=cut, held_out_from=tail))
             start += found
     return placed
