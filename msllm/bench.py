@@ -2,9 +2,10 @@
 
     python -m msllm.bench train [--rows=102,512] [--batch=4,1] [--streams=10] [--steps=5] [--d_model=256 ...]
     python -m msllm.bench attention [--rows=102,512] [--batch=4,1] [--backends=chunked,reference] [--head_dim=64 ...]
+    python -m msllm.bench prepare [--size_mb=64,256] [--converter=chat] [--processes=2]
 
 `train`: the train step (forward, backward, AdamW) on random tokens. `attention`: the backends alone, in turn, forward
-and with the backward pass. Each case runs in a new process, on whatever devices jax finds. CPU-seconds are those of the
+and with the backward pass. `prepare`: `msllm.prepare` on a made corpus of each size, its memory too. Each case runs in a new process, on whatever devices jax finds. CPU-seconds are those of the
 process (user + system), so that other work on the machine matters less than in wall time. What is reached on an
 accelerator with --compute_dtype=bfloat16 is given as a share of its peak (msllm/hardware.py).
 """
@@ -41,12 +42,17 @@ flags.DEFINE_float("memory_gib", 4.0, "attention: a backend whose temporaries ta
 flags.DEFINE_enum("remat", "dots", ["none", "dots", "full"], "Remat policy.")
 flags.DEFINE_integer("chunk_tokens", 1024, "Cells whose logits exist at one time.")
 
+flags.DEFINE_list("size_mb", ["64", "256"], "prepare: MB of text of each case.")
+flags.DEFINE_enum("converter", "chat", ["chat", "wait_k", "parallel_documents"], "prepare: what makes streams of it.")
+flags.DEFINE_integer("processes", 2, "prepare: worker processes.", lower_bound=1)
+
 HEADS = ("num_heads", "num_kv_heads", "head_dim", "compute_dtype")
 SHAPE = ("vocab_size", "d_model", "d_ff", "num_layers", *HEADS, "remat", "attention")
 # Per benchmark, the flags that make a case, besides rows and batch.
 CASES = {
     "train": (*SHAPE, "streams", "steps", "chunk_tokens"),
     "attention": (*HEADS, "streams", "steps", "backends", "memory_gib"),
+    "prepare": ("converter", "processes"),
 }
 
 
@@ -149,17 +155,30 @@ def train_case(case: dict) -> dict:
 
 def measure(benchmark: str, case: dict) -> None:
     """Runs one case in this process and prints its lines."""
-    from msllm.bench_attention import attention_case
+    if benchmark == "attention":
+        from msllm.bench_attention import attention_case
 
-    for result in attention_case(case) if benchmark == "attention" else [train_case(case)]:
+        results = attention_case(case)
+    elif benchmark == "prepare":
+        from msllm.bench_prepare import prepare_case
+
+        results = [prepare_case(case)]
+    else:
+        results = [train_case(case)]
+    for result in results:
         print(json.dumps(result), flush=True)
 
 
 def _cases(benchmark: str) -> list[dict]:
+    common = {name: flags.FLAGS[name].value for name in CASES[benchmark]}
+    if benchmark == "prepare":
+        sizes = flags.FLAGS.size_mb
+        if not all(x.isdigit() and int(x) > 0 for x in sizes):
+            raise UserError(f"--size_mb is {sizes}: must be positive numbers, one a case")
+        return [{"size_mb": int(size), **common} for size in sizes]
     rows, batches = flags.FLAGS.rows, flags.FLAGS.batch
     if len(rows) != len(batches) or not all(x.isdigit() and int(x) > 0 for x in rows + batches):
         raise UserError(f"--rows is {rows} and --batch is {batches}: both need as many positive numbers as there are cases")
-    common = {name: flags.FLAGS[name].value for name in CASES[benchmark]}
     return [{"rows": int(t), "batch": int(b), **common} for t, b in zip(rows, batches)]
 
 

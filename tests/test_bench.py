@@ -91,7 +91,7 @@ def test_train_says_what_the_machine_reaches():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("decode",), "what to measure is ['decode']: must be one of train, attention"),
+        (("decode",), "what to measure is ['decode']: must be one of train, attention, prepare"),
         (("attention", "--rows=4", "--batch=1,2"), "both need as many positive numbers as there are cases"),
         (("attention", "--rows=4", "--batch=1", "--backends=splash"), "'splash': it needs a TPU"),
     ],

@@ -34,7 +34,7 @@ hlo roofline page
 hf
 load
 decode
-train prepare score generate evaluate bench_attention bench
+train prepare score generate evaluate bench_attention bench_prepare bench
 aot
 """.split()
 # Imports inside functions, by (module, imported module), with the reason.
