@@ -74,6 +74,7 @@ class TokenizerConfig:
     model_type: str = "unigram"  # unigram | bpe | word | char
     vocab_size: int = 4096
     silence: str = "<silence>"  # the piece that means "this stream says nothing now"
+    reserved: tuple[str, ...] = ()  # further pieces that no text gives, for a tokenizer trained here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,7 @@ class DataConfig:
     eval_percent: float = 5.0  # share of the examples held out
     split: str = "hash"  # hash (held out by the hash of each example) | tail (the last ones, in input order)
     max_examples: int = 0  # 0: all
-    shards: int = 4
+    shards: int = 4  # of each split; large inputs give more of them
     seed: int = 0  # order of the tables
     prefetch: int = 4  # batches made ahead by the loader
 
@@ -305,6 +306,10 @@ def _validate(config: Config) -> None:
     own = bool(data.eval_path) or not data.eval_format
     _check(own, "data.eval_format", data.eval_format, "needs data.eval_path: which file to read")
     _check(0 <= data.bad_percent < 100, "data.bad_percent", data.bad_percent, "must be in [0, 100)")
+    reserved = data.tokenizer.reserved
+    new = all(reserved) and len({*reserved, data.tokenizer.silence, "\n"}) == len(reserved) + 2 and not data.tokenizer.path
+    rule = "must be different pieces, without that of silence, for a tokenizer that is trained (data.tokenizer.path empty)"
+    _check(new or not reserved, "data.tokenizer.reserved", reserved, rule)
     vary, size = data.vary, len(config.streams.names)
     for name in ("lead", "pause_rows"):
         values = getattr(vary, name)

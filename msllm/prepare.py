@@ -64,7 +64,7 @@ def prepare(config: Config, out: str | pathlib.Path, processes: int = 1) -> dict
     placed = _placed(config, spec, tokenizer, out, portions, processes)
     _build(functools.partial(build.build, config, spec, tokenizer, out), out, placed, processes, config.data.bad_percent)
 
-    reports = [build.finished(out, portion) for portion in placed]
+    reports = [build.read_report(out, portion) for portion in placed]
     bad = BadRecords(config.data.bad_percent)
     for report in reports:
         bad.merge(report["bad"])
@@ -195,7 +195,7 @@ def _placed(
 
 def _build(work, out: pathlib.Path, portions: Sequence[Portion], processes: int, bad_percent: float) -> None:
     """Builds the portions that are not finished; says how it goes, and what it cost."""
-    left = [portion for portion in portions if not build.finished(out, portion)]
+    left = [portion for portion in portions if not build.is_finished(out, portion)]
     before = len(portions) - len(left)
     if before:
         print(f"{out} holds {before} of {len(portions)} portions: making the rest")
@@ -230,7 +230,9 @@ def _settings(config: Config, spec: StreamSpec) -> dict[str, Any]:
     data = config.data
     converter, options = converters.get_converter(data.converter, data.options)
     fields = ("converter", "rows", "eval_percent", "split", "max_examples", "shards")
-    tokenizer = dataclasses.asdict(data.tokenizer)
+    tokenizer = _as_json(dataclasses.asdict(data.tokenizer))
+    if not data.tokenizer.reserved:
+        del tokenizer["reserved"]  # as in `newer` below
     if data.tokenizer.path:
         tokenizer = {"sha256": Tokenizer.load(data.tokenizer.path, data.tokenizer.silence).hash}
     files = sources.input_files(data.path) if converter.reads else []

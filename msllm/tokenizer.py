@@ -1,6 +1,7 @@
 """Text to token ids and back: sentencepiece models (trained here or given) and imported `tokenizers` files.
 
-Silence ("this stream says nothing now") is a control symbol: no text encodes to it, and decoding drops it.
+Silence ("this stream says nothing now") is a control symbol: no text encodes to it, and decoding drops it. More of them
+may be reserved for uses of one's own.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Tokenizer:
     Attributes:
       kind: "sentencepiece" or "tokenizers".
       silence: the piece that means silence; `silence_id` is its id.
+      control: ids by piece of all that no text gives, silence among them.
       vocab_size: V.
       unknown_id: the id of text that the vocabulary does not cover, or None.
       hash: sha256 (hex) of the tokenizer file's bytes.
@@ -63,7 +65,8 @@ class Tokenizer:
                 f"{source} has no control (special) symbol {silence!r} for silence: add it, or name an unused one with"
                 f" config.data.tokenizer.silence (it has: {', '.join(sorted(control)) or 'none'})"
             )
-        self.silence_id = self._pieces.index(silence)
+        self.control = {piece: self._pieces.index(piece) for piece in sorted(control)}
+        self.silence_id = self.control[silence]
 
     @classmethod
     def load(cls, path: str | pathlib.Path, silence: str = TokenizerConfig.silence) -> Tokenizer:
@@ -120,7 +123,7 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     whole_words = config.model_type == "word"
     covers_bytes = config.model_type in ("unigram", "bpe")
     # A list, because sentencepiece would hide the errors of an iterator; its length is bounded.
-    lines = list(_training_lines(texts, config.silence))
+    lines = list(_training_lines(texts, (config.silence, *config.reserved)))
     if not lines:
         raise UserError("there is no text to train a tokenizer on: give one with config.data.tokenizer.path")
     model = io.BytesIO()
@@ -139,7 +142,7 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
             remove_extra_whitespaces=whole_words,
             add_dummy_prefix=whole_words,  # so that a word is the same piece at the start of a text
             allow_whitespace_only_pieces=not whole_words,
-            control_symbols=[config.silence],
+            control_symbols=[config.silence, *config.reserved],
             user_defined_symbols=[] if whole_words else ["\n"],
             bos_id=-1,
             eos_id=-1,
@@ -155,9 +158,10 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     return Tokenizer("sentencepiece", model.getvalue(), config.silence)
 
 
-def _training_lines(texts: Iterable[str], silence: str) -> Iterator[str]:
+def _training_lines(texts: Iterable[str], control: Sequence[str]) -> Iterator[str]:
     for text in texts:
-        text = text.replace(silence, "\n".join(silence))  # else the trainer would not see these characters
+        for piece in control:
+            text = text.replace(piece, "\n".join(piece))  # else the trainer would not see these characters
         for line in text.split("\n"):
             for start in range(0, len(line), LINE_CHARACTERS):
                 yield line[start : start + LINE_CHARACTERS]

@@ -136,19 +136,22 @@ def build(config: Config, spec: StreamSpec, tokenizer: Tokenizer, out: pathlib.P
     yield tell()
 
 
-def finished(out: pathlib.Path, portion: Portion) -> dict[str, Any] | None:
-    """The report of a portion whose shards are in place and whole, else None."""
-    path = _report_path(out, portion)
-    if not path.is_file():
-        return None
-    report = json.loads(path.read_text())
+def is_finished(out: pathlib.Path, portion: Portion) -> bool:
+    """Whether a portion has a report, and its shards are whole."""
+    if not _report_path(out, portion).is_file():
+        return False
     try:
-        for split in SPLITS:
-            for shard in report["splits"][split]["shards"]:
+        for part in read_report(out, portion)["splits"].values():
+            for shard in part["shards"]:
                 records.check_shard(out, shard)
     except UserError:  # damaged since: it is made again
-        return None
-    return report
+        return False
+    return True
+
+
+def read_report(out: pathlib.Path, portion: Portion) -> dict[str, Any]:
+    """What `build` counted in a portion: splits (counts and shards of each) and bad (`BadRecords.counts`)."""
+    return json.loads(_report_path(out, portion).read_text())
 
 
 def ids_files(out: pathlib.Path, split: str) -> list[pathlib.Path]:

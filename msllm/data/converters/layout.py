@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -92,6 +93,7 @@ class Recorder:
 
     def __init__(self):
         self.texts: list[str] = []
+        self.control: Mapping[str, int] = collections.defaultdict(int)
 
     def encode(self, text: str) -> list[int]:
         self.texts.append(text)
