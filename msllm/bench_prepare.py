@@ -23,7 +23,7 @@ from msllm.prepare import prepare
 
 WORDS = 40_000  # of the made language
 VOCAB_SIZE = 8192
-SAMPLE_BYTES = 2 << 20  # of the corpus, that the tokenizer is trained on
+SAMPLE_BYTES = 1 << 19  # of the corpus, that the tokenizer is trained on
 SAMPLE_SECONDS = 0.1  # between two looks at the memory of workers
 # Per converter: the streams, and how a record holds two texts.
 FORMS = {
