@@ -5,9 +5,10 @@
     python -m msllm.bench prepare [--size_mb=64,256] [--converter=chat] [--processes=2]
 
 `train`: the train step (forward, backward, AdamW) on random tokens. `attention`: the backends alone, in turn, forward
-and with the backward pass. `prepare`: `msllm.prepare` on a made corpus of each size, its memory too. Each case runs in a new process, on whatever devices jax finds. CPU-seconds are those of the
-process (user + system), so that other work on the machine matters less than in wall time. What is reached on an
-accelerator with --compute_dtype=bfloat16 is given as a share of its peak (msllm/hardware.py).
+and with the backward pass. `prepare`: preparing a made corpus of each size, and the memory that it takes. Each case runs
+in a new process, on whatever devices jax finds. CPU-seconds are those of the process (user + system; `prepare`: and of
+its workers), so that other work on the machine matters less than in wall time. What is reached on an accelerator with
+--compute_dtype=bfloat16 is given as a share of its peak (msllm/hardware.py).
 """
 
 from __future__ import annotations

@@ -100,7 +100,8 @@ def make(folder: str, case: dict) -> None:
 
 def _texts(rng: np.random.Generator) -> Iterator[str]:
     """Texts of 10 to 200 words, as frequent as those of a language (Zipf), with sentences and numbers."""
-    syllables = [c + v + e for c in "b c d f g l m n p r s t v th st".split() for v in "aeiou" for e in ("", "n", "r", "s")]
+    starts = "b c d f g l m n p r s t v th st".split()
+    syllables = [start + vowel + end for start in starts for vowel in "aeiou" for end in ("", "n", "r", "s")]
     words = ["".join(rng.choice(syllables, size)) for size in rng.integers(1, 5, WORDS)]
     words = np.array([f"{word}{mark}" for word in words for mark in ("", "", "", "", "", ",", ".", ".\n")], object)
     frequency = np.repeat(1 / np.arange(10, WORDS + 10), 8)

@@ -307,9 +307,9 @@ def _validate(config: Config) -> None:
     _check(own, "data.eval_format", data.eval_format, "needs data.eval_path: which file to read")
     _check(0 <= data.bad_percent < 100, "data.bad_percent", data.bad_percent, "must be in [0, 100)")
     reserved = data.tokenizer.reserved
-    new = all(reserved) and len({*reserved, data.tokenizer.silence, "\n"}) == len(reserved) + 2 and not data.tokenizer.path
-    rule = "must be different pieces, without that of silence, for a tokenizer that is trained (data.tokenizer.path empty)"
-    _check(new or not reserved, "data.tokenizer.reserved", reserved, rule)
+    different = all(reserved) and len({*reserved, data.tokenizer.silence, "\n"}) == len(reserved) + 2
+    rule = "must be different pieces, none that of silence, of a tokenizer that is trained (data.tokenizer.path empty)"
+    _check(not reserved or (different and not data.tokenizer.path), "data.tokenizer.reserved", reserved, rule)
     vary, size = data.vary, len(config.streams.names)
     for name in ("lead", "pause_rows"):
         values = getattr(vary, name)

@@ -35,7 +35,6 @@ from msllm.tokenizer import Tokenizer
 
 STATE = "state.json"  # in the folder of an unfinished run: what it is a run of
 COUNTS = "counts.json"
-_OURS = ("*.tmp", *(f"{split}-*-of-*.array_record" for split in SPLITS))
 _FOLDER = re.compile(r"^.*/(?=[^/]*?:\d)")  # of "folder/file:line": the manifest does not say where files lie
 
 
@@ -43,8 +42,8 @@ def prepare(config: Config, out: str | pathlib.Path, processes: int = 1) -> dict
     """Prepares the data of a config in the directory `out` and returns its manifest.
 
     Nothing is done if `out` already holds the data of the same settings and inputs; if it holds a part of it, the rest
-    is. With several processes a script needs the usual `if __name__ == "__main__":`. Raises UserError for bad input, and
-    if `out` holds other data; RunError if a process dies.
+    is. With several processes a script needs the usual `if __name__ == "__main__":`. Raises UserError for bad input,
+    and if `out` holds other data; RunError if a process dies.
     """
     out = pathlib.Path(out)
     spec = StreamSpec.from_config(config.streams)
@@ -59,10 +58,11 @@ def prepare(config: Config, out: str | pathlib.Path, processes: int = 1) -> dict
         return manifest
 
     portions = build.divide(config)
-    _begin(out, {"settings": settings, "portions": len(portions)})
+    _begin(out, {**settings, "portions": len(portions)})
     tokenizer = _tokenizer(config, spec, out, portions)
     placed = _placed(config, spec, tokenizer, out, portions, processes)
-    _build(functools.partial(build.build, config, spec, tokenizer, out), out, placed, processes, config.data.bad_percent)
+    work = functools.partial(build.build, config, spec, tokenizer, out)
+    _build(work, out, placed, processes, config.data.bad_percent)
 
     reports = [build.read_report(out, portion) for portion in placed]
     bad = BadRecords(config.data.bad_percent)
@@ -112,20 +112,15 @@ def _refuse_others(out: pathlib.Path, what: str, settings: dict[str, Any], known
 def _begin(out: pathlib.Path, state: dict[str, Any]) -> None:
     """Makes the folder of an unfinished run, or finds the one of a run that was stopped. Raises UserError."""
     work = out / build.WORK
-    state = _as_json(state)
     known = json.loads((work / STATE).read_text()) if (work / STATE).exists() else None
-    if known != state:
+    if known != _as_json(state):
         if known and list(work.glob("*-*.json")):  # finished portions: hours of work, perhaps
-            _refuse_others(out, "an unfinished run", *({**x["settings"], "portions": x["portions"]} for x in (state, known)))
+            _refuse_others(out, "an unfinished run", _as_json(state), known)
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         _write(work / STATE, state)
-        leftovers = _OURS
-    else:
-        leftovers = _OURS[:1]
-    for pattern in leftovers:
-        for file in out.glob(pattern):
-            file.unlink()
+    for file in out.glob("*-of-*.array_record.*.tmp"):  # of processes that were killed
+        file.unlink()
 
 
 def _write(path: pathlib.Path, value: Any) -> None:

@@ -23,8 +23,9 @@ class Progress:
         self._begin = self._shown = time.monotonic()
         self._bar = None
         if sys.stderr.isatty():
-            whole = {"total": portions, "initial": finished, "unit": " portions"} if portions else {"bar_format": "{desc}{postfix}"}
-            self._bar = tqdm.tqdm(desc=f"prepare: {stage}", leave=False, **whole)
+            form = {"total": portions, "initial": finished, "unit": " portions"}
+            form = form if portions else {"bar_format": "{desc}{postfix}"}
+            self._bar = tqdm.tqdm(desc=f"prepare: {stage}", leave=False, **form)
 
     def __enter__(self) -> Progress:
         return self

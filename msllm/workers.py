@@ -1,4 +1,4 @@
-"""One function on many items, in several processes that tell how far they are. A dead process is named, never waited for."""
+"""One function on many items, in several processes that tell how far they are. One that dies is named, not waited for."""
 
 from __future__ import annotations
 
@@ -125,6 +125,7 @@ def _portable(error: Exception) -> Exception:
 def _epitaph(status: int | None, item: Any) -> str:
     how = f"ended with status {status}"
     if status is not None and status < 0:
-        killed = "; the system does that where memory runs out: try fewer --processes" if status == -signal.SIGKILL else ""
-        how = f"was killed ({signal.Signals(-status).name}{killed})"
+        name = signal.Signals(-status).name
+        why = "; the system does that where memory runs out: try fewer --processes" if name == "SIGKILL" else ""
+        how = f"was killed ({name}{why})"
     return f"the process that worked on {item} {how}; what is finished is kept, the same command continues"

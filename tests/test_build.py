@@ -259,15 +259,16 @@ def test_the_tokenizer_sees_all_portions(tmp_path, small_portions):
     assert some == list(texts(config, spec, portions, 1000)) and 1000 < sum(map(len, some)) < 1200
     places = [everything.index(text) for text in some if text.startswith("so")]
     assert places == sorted(places)
-    shares = [sum(len(everything) * i // 5 <= place < len(everything) * (i + 1) // 5 for place in places) for i in range(5)]
+    shares = [sum(len(everything) * i // 5 <= n < len(everything) * (i + 1) // 5 for n in places) for i in range(5)]
     assert min(shares) > 3 and max(shares) - min(shares) <= 3
-    few = list(texts(dataclasses.replace(config, data=dataclasses.replace(config.data, max_examples=3)), spec, portions))
-    assert few == everything[:6]
+    first = dataclasses.replace(config, data=dataclasses.replace(config.data, max_examples=3))
+    assert list(texts(first, spec, portions)) == everything[:6]
 
 
-@given(
-    st.lists(st.integers(0, 30), max_size=40), st.lists(st.integers(0, 30), max_size=40), st.integers(1, 8), st.integers(1, 9)
-)
+NUMBERS = st.lists(st.integers(0, 30), max_size=40)
+
+
+@given(NUMBERS, NUMBERS, st.integers(1, 8), st.integers(1, 9))
 def test_duplicates_are_counted_in_blocks(tmp_path_factory, trained, held, block, size):
     folder = tmp_path_factory.mktemp("ids")
     with pytest.MonkeyPatch.context() as patch:

@@ -106,7 +106,9 @@ def place(config: Config, portions: Sequence[Portion], counts: Sequence[int]) ->
     return placed
 
 
-def build(config: Config, spec: StreamSpec, tokenizer: Tokenizer, out: pathlib.Path, portion: Portion) -> Iterator[Told]:
+def build(
+    config: Config, spec: StreamSpec, tokenizer: Tokenizer, out: pathlib.Path, portion: Portion
+) -> Iterator[Told]:
     """Writes the shards of a portion and, when they are in place, its report. Raises UserError."""
     packers = {split: Packer(config.data.rows) for split in SPLITS}
     writers = {split: ShardWriter(out, split, portion, config.data.shards, spec.size, tokenizer) for split in SPLITS}
