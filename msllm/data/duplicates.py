@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 FILE_IDS = 1 << 20  # in a file
-BLOCK = 1 << 22  # ids in memory at a time
+BLOCK = 1 << 19  # ids in memory at a time
 _IDS = 1 << 64
 
 
