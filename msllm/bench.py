@@ -2,13 +2,15 @@
 
     python -m msllm.bench train [--rows=102,512] [--batch=4,1] [--streams=10] [--steps=5] [--d_model=256 ...]
     python -m msllm.bench attention [--rows=102,512] [--batch=4,1] [--backends=chunked,reference] [--head_dim=64 ...]
+    python -m msllm.bench prepare [--size_mb=64,256] [--converter=chat] [--processes=2]
     python -m msllm.bench loader [--tables=4000] [--sources=1] [--silence=60] [--epochs=4]
 
 `train`: the train step (forward, backward, AdamW) on random tokens. `attention`: the backends alone, in turn, forward
-and with the backward pass. `loader`: prepared tables from disk to batches, T = 512, B = 32, S = 1, 3 and 10. Each case
-runs in a new process, on whatever devices jax finds. CPU-seconds are those of the process (user + system), so that other
-work on the machine matters less than in wall time. What is reached on an accelerator with --compute_dtype=bfloat16 is
-given as a share of its peak (msllm/hardware.py).
+and with the backward pass. `prepare`: preparing a made corpus of each size, and the memory that it takes. `loader`:
+prepared tables from disk to batches, T = 512, B = 32, S = 1, 3 and 10. Each case runs in a new process, on whatever
+devices jax finds. CPU-seconds are those of the process (user + system; `prepare`: and of its workers), so that other work
+on the machine matters less than in wall time. What is reached on an accelerator with --compute_dtype=bfloat16 is given as
+a share of its peak (msllm/hardware.py).
 """
 
 from __future__ import annotations
@@ -47,12 +49,17 @@ flags.DEFINE_integer("sources", 1, "loader: sources; several are mixed.")
 flags.DEFINE_integer("silence", 60, "loader: percent of the cells that are silent, where there are several streams.")
 flags.DEFINE_integer("epochs", 4, "loader: measured, after the first.")
 
+flags.DEFINE_list("size_mb", ["64", "256"], "prepare: MB of text of each case.")
+flags.DEFINE_enum("converter", "chat", ["chat", "wait_k", "parallel_documents"], "prepare: what makes streams of it.")
+flags.DEFINE_integer("processes", 2, "prepare: worker processes.", lower_bound=1)
+
 HEADS = ("num_heads", "num_kv_heads", "head_dim", "compute_dtype")
 SHAPE = ("vocab_size", "d_model", "d_ff", "num_layers", *HEADS, "remat", "attention")
 # Per benchmark, the flags that make a case, besides rows and batch.
 CASES = {
     "train": (*SHAPE, "streams", "steps", "chunk_tokens"),
     "attention": (*HEADS, "streams", "steps", "backends", "memory_gib"),
+    "prepare": ("converter", "processes"),
     "loader": ("tables", "sources", "silence", "epochs"),
 }
 
@@ -158,14 +165,25 @@ def measure(benchmark: str, case: dict) -> None:
     """Runs one case in this process and prints its lines."""
     from msllm.bench_attention import attention_case
     from msllm.bench_loader import loader_case
+    from msllm.bench_prepare import prepare_case
 
-    run_case = {"train": lambda case: [train_case(case)], "attention": attention_case, "loader": loader_case}[benchmark]
-    for result in run_case(case):
+    cases = {
+        "train": lambda case: [train_case(case)],
+        "attention": attention_case,
+        "prepare": lambda case: [prepare_case(case)],
+        "loader": loader_case,
+    }
+    for result in cases[benchmark](case):
         print(json.dumps(result), flush=True)
 
 
 def _cases(benchmark: str) -> list[dict]:
     common = {name: flags.FLAGS[name].value for name in CASES[benchmark]}
+    if benchmark == "prepare":
+        sizes = flags.FLAGS.size_mb
+        if not all(x.isdigit() and int(x) > 0 for x in sizes):
+            raise UserError(f"--size_mb is {sizes}: must be positive numbers, one a case")
+        return [{"size_mb": int(size), **common} for size in sizes]
     if benchmark == "loader":
         return [{"rows": 512, "batch": 32, "streams": size, **common} for size in (1, 3, 10)]
     rows, batches = flags.FLAGS.rows, flags.FLAGS.batch

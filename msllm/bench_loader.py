@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from msllm.config import DataConfig, MixtureConfig, StreamsConfig, TokenizerConfig
-from msllm.data import records
+from msllm.data import build, records
 from msllm.data.loader import Loader
 from msllm.data.packing import Packed
 from msllm.streams import StreamSpec
@@ -87,7 +87,8 @@ def _prepare(directory: pathlib.Path, case: dict, spec: StreamSpec, seed: int) -
     words = " ".join(f"w{i}" for i in range(4000))
     tokenizer = train([words], TokenizerConfig(model_type="word", vocab_size=4096))
     tokenizer.save(directory / FILE_NAMES[tokenizer.kind])
-    writer = records.SplitWriter(directory, "train", SHARDS, spec.size, tokenizer)
+    (directory / build.WORK).mkdir()
+    writer = build.ShardWriter(directory, "train", build.Portion(0, 1, [None]), SHARDS, spec.size, tokenizer)
     for table in _tables(case, tokenizer, np.random.default_rng(seed)):
         writer.write(table)
     shards = writer.close()
@@ -100,7 +101,7 @@ def _prepare(directory: pathlib.Path, case: dict, spec: StreamSpec, seed: int) -
         "tokenizer": stored | {"vocab_size": tokenizer.vocab_size},
         "splits": {"train": split},
     }
-    records.write_manifest(directory, manifest)
+    build.write_manifest(directory, manifest)
 
 
 def _tables(case: dict, tokenizer: Tokenizer, rng: np.random.Generator) -> Iterator[Packed]:

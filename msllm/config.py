@@ -11,9 +11,11 @@ import dataclasses
 import difflib
 import json
 import math
+import operator
 import pathlib
 import re
 import typing
+from collections.abc import Callable
 from typing import Any
 
 import ml_collections
@@ -77,6 +79,7 @@ class TokenizerConfig:
     model_type: str = "unigram"  # unigram | bpe | word | char
     vocab_size: int = 4096
     silence: str = "<silence>"  # the piece that means "this stream says nothing now"
+    reserved: tuple[str, ...] = ()  # further pieces that no text gives, for a tokenizer trained here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +129,7 @@ class DataConfig:
     eval_percent: float = 5.0  # share of the examples held out
     split: str = "hash"  # hash (held out by the hash of each example) | tail (the last ones, in input order)
     max_examples: int = 0  # 0: all
-    shards: int = 4
+    shards: int = 4  # of each split; large inputs give more of them
     seed: int = 0  # order of the tables
     prefetch: int = 4  # batches made ahead by the loader
 
@@ -280,101 +283,80 @@ def _convert(hint: Any, value: Any, path: str):
     return value
 
 
-def _check(ok: bool, path: str, value: Any, rule: str) -> None:
-    if not ok:
-        raise UserError(f"config.{path} is {value!r}: {rule}")
+_CHOICES = {
+    "model.compute_dtype": "float32 bfloat16",
+    "model.attention": "auto splash gpu chunked reference",
+    "model.remat": "none dots full",
+    "model.rope_scaling.kind": "none linear llama3",
+    "optim.schedule": "cosine wsd constant",
+    "data.tokenizer.model_type": "unigram bpe word char",
+    "data.split": "hash tail",
+}
+_POSITIVE = """
+steps log_every model.d_model model.num_layers model.num_heads model.num_kv_heads model.head_dim model.d_ff model.kv_parts
+data.batch_size data.shards optim.lr optim.accumulate loss.vocab_chunks loss.chunk_tokens checkpoint.local_every
+checkpoint.keep_last monitor.profile_steps
+""".split()
 
 
 def _validate(config: Config) -> None:
     """Rules that need no device, no data and no tokenizer."""
-    model, data, optim = config.model, config.data, config.optim
+    model, data, vary, optim, names = config.model, config.data, config.data.vary, config.optim, config.streams.names
 
-    def one_of(path: str, value: str, choices: str) -> None:
-        _check(value in choices.split(), path, value, f"must be one of {', '.join(choices.split())}")
+    def check(path: str, ok: bool, rule: str) -> None:
+        if not ok:
+            raise UserError(f"config.{path} is {operator.attrgetter(path)(config)!r}: {rule}")
 
-    one_of("model.compute_dtype", model.compute_dtype, "float32 bfloat16")
-    one_of("model.attention", model.attention, "auto splash gpu chunked reference")
-    one_of("model.remat", model.remat, "none dots full")
-    one_of("model.rope_scaling.kind", model.rope_scaling.kind, "none linear llama3")
-    one_of("optim.schedule", optim.schedule, "cosine wsd constant")
-    one_of("data.tokenizer.model_type", data.tokenizer.model_type, "unigram bpe word char")
-    one_of("data.split", data.split, "hash tail")
-    for name in ("d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff"):
-        _check(getattr(model, name) > 0, f"model.{name}", getattr(model, name), "must be positive")
-    _check(model.vocab_size >= 0, "model.vocab_size", model.vocab_size, "must be positive, or 0 for the tokenizer's size")
-    _check(
-        model.num_heads % model.num_kv_heads == 0,
-        "model.num_kv_heads",
-        model.num_kv_heads,
-        f"must divide model.num_heads={model.num_heads}",
-    )
-    _check(
-        model.kv_parts > 0 and model.num_kv_heads % model.kv_parts == 0,
-        "model.kv_parts",
-        model.kv_parts,
-        f"must divide model.num_kv_heads={model.num_kv_heads}",
-    )
-    _check(model.head_dim % 2 == 0, "model.head_dim", model.head_dim, "must be even (rotary pairs)")
-    _check(config.steps > 0, "steps", config.steps, "must be positive")
-    _check(config.log_every > 0, "log_every", config.log_every, "must be positive")
-    _check(data.rows > 1, "data.rows", data.rows, "must be at least 2 (each row predicts the next)")
-    _check(data.batch_size > 0, "data.batch_size", data.batch_size, "must be positive")
-    _check(data.shards > 0, "data.shards", data.shards, "must be positive")
-    _check(0 <= data.eval_percent < 100, "data.eval_percent", data.eval_percent, "must be in [0, 100)")
-    own = bool(data.eval_path) or not data.eval_format
-    _check(own, "data.eval_format", data.eval_format, "needs data.eval_path: which file to read")
-    _check(0 <= data.bad_percent < 100, "data.bad_percent", data.bad_percent, "must be in [0, 100)")
-    _validate_mixture(data.mixture, config.streams.names)
-    vary, size = data.vary, len(config.streams.names)
-    for name in ("lead", "pause_rows"):
-        values = getattr(vary, name)
-        _check(values and min(values) >= 0, f"data.vary.{name}", values, "must be one number of rows >= 0, or more")
-    _check(0 <= vary.pause_percent <= 100, "data.vary.pause_percent", vary.pause_percent, "must be in [0, 100]")
-    known = set(vary.permute) <= set(config.streams.names)
-    _check(known, "data.vary.permute", vary.permute, f"must be of streams.names={config.streams.names}")
-    fit = all(len(delays) == size and min(delays) >= 0 for delays in vary.delays)
-    _check(fit, "data.vary.delays", vary.delays, f"each must be {size} numbers of rows >= 0, one per stream")
-    _check(optim.lr > 0, "optim.lr", optim.lr, "must be positive")
-    _check(optim.accumulate > 0, "optim.accumulate", optim.accumulate, "must be positive")
-    _check(
-        data.batch_size % optim.accumulate == 0,
-        "optim.accumulate",
-        optim.accumulate,
-        f"must divide data.batch_size={data.batch_size}",
-    )
-    _check(0 < optim.decay_fraction <= 1, "optim.decay_fraction", optim.decay_fraction, "must be in (0, 1]")
-    _check(0 <= config.loss.label_smoothing < 1, "loss.label_smoothing", config.loss.label_smoothing, "must be in [0, 1)")
-    _check(config.loss.vocab_chunks > 0, "loss.vocab_chunks", config.loss.vocab_chunks, "must be positive")
-    _check(config.loss.chunk_tokens > 0, "loss.chunk_tokens", config.loss.chunk_tokens, "must be positive")
+    for path, choices in _CHOICES.items():
+        check(path, operator.attrgetter(path)(config) in choices.split(), f"must be one of {', '.join(choices.split())}")
+    for path in _POSITIVE:
+        check(path, operator.attrgetter(path)(config) > 0, "must be positive")
+    check("model.vocab_size", model.vocab_size >= 0, "must be positive, or 0 for the tokenizer's size")
+    heads, kv_heads = model.num_heads, model.num_kv_heads
+    check("model.num_kv_heads", heads % kv_heads == 0, f"must divide model.num_heads={heads}")
+    check("model.kv_parts", kv_heads % model.kv_parts == 0, f"must divide model.num_kv_heads={kv_heads}")
+    check("model.head_dim", model.head_dim % 2 == 0, "must be even (rotary pairs)")
+    check("data.rows", data.rows > 1, "must be at least 2 (each row predicts the next)")
+    check("data.eval_percent", 0 <= data.eval_percent < 100, "must be in [0, 100)")
+    check("data.eval_format", data.eval_path or not data.eval_format, "needs data.eval_path: which file to read")
+    check("data.bad_percent", 0 <= data.bad_percent < 100, "must be in [0, 100)")
+    reserved = data.tokenizer.reserved
+    different = all(reserved) and len({*reserved, data.tokenizer.silence, "\n"}) == len(reserved) + 2
+    rule = "must be different pieces, none that of silence, of a tokenizer that is trained (data.tokenizer.path empty)"
+    check("data.tokenizer.reserved", not reserved or (different and not data.tokenizer.path), rule)
+    for field in ("lead", "pause_rows"):
+        values = getattr(vary, field)
+        check(f"data.vary.{field}", values and min(values) >= 0, "must be one number of rows >= 0, or more")
+    check("data.vary.pause_percent", 0 <= vary.pause_percent <= 100, "must be in [0, 100]")
+    check("data.vary.permute", set(vary.permute) <= set(names), f"must be of streams.names={names}")
+    fit = all(len(delays) == len(names) and min(delays) >= 0 for delays in vary.delays)
+    check("data.vary.delays", fit, f"each must be {len(names)} numbers of rows >= 0, one per stream")
+    check("optim.accumulate", data.batch_size % optim.accumulate == 0, f"must divide data.batch_size={data.batch_size}")
+    check("optim.decay_fraction", 0 < optim.decay_fraction <= 1, "must be in (0, 1]")
+    check("loss.label_smoothing", 0 <= config.loss.label_smoothing < 1, "must be in [0, 1)")
     sizes = dataclasses.astuple(config.mesh)
-    _check(all(n > 0 or n == -1 for n in sizes), "mesh", sizes, "axes must be positive, or -1 for all that remain")
-    _check(sizes.count(-1) <= 1, "mesh", sizes, "only one axis may be -1")
-    _check(config.checkpoint.every_minutes >= 0, "checkpoint.every_minutes", config.checkpoint.every_minutes, "must be >= 0")
-    _check(config.checkpoint.local_every > 0, "checkpoint.local_every", config.checkpoint.local_every, "must be positive")
-    _check(config.monitor.slow_step > 1, "monitor.slow_step", config.monitor.slow_step, "must be over 1")
-    _check(config.monitor.profile_steps > 0, "monitor.profile_steps", config.monitor.profile_steps, "must be positive")
-    _check(config.checkpoint.keep_last > 0, "checkpoint.keep_last", config.checkpoint.keep_last, "must be positive")
+    check("mesh", all(n > 0 or n == -1 for n in sizes), "axes must be positive, or -1 for all that remain")
+    check("mesh", sizes.count(-1) <= 1, "only one axis may be -1")
+    check("checkpoint.every_minutes", config.checkpoint.every_minutes >= 0, "must be >= 0")
+    check("monitor.slow_step", config.monitor.slow_step > 1, "must be over 1")
+    _validate_mixture(data.mixture, names, check)
 
 
-def _validate_mixture(mixture: MixtureConfig, streams: tuple[str, ...]) -> None:
-    size, names = len(mixture.dirs), mixture.source_names
-
-    def check(ok: bool, field: str, rule: str, value: Any = None) -> None:
-        _check(ok, f"data.mixture.{field}", getattr(mixture, field) if value is None else value, rule)
-
+def _validate_mixture(mixture: MixtureConfig, streams: tuple[str, ...], check: Callable[[str, bool, str], None]) -> None:
+    size, names, own = len(mixture.dirs), mixture.source_names, "data.mixture."
     if not size:
         for field in ("names", "weights", "schedule", "streams"):
-            check(not getattr(mixture, field), field, "needs data.mixture.dirs: the sources")
+            check(own + field, not getattr(mixture, field), "needs data.mixture.dirs: the sources")
         return
-    check(len(names) == size, "names", f"must be one per directory, of which there are {size}")
+    check(own + "names", len(names) == size, f"must be one per directory, of which there are {size}")
     # A name becomes part of a metric's: eval/NAME/loss must not be that of a stream.
     fit = all(re.fullmatch(r"[\w.-]+", name) and name not in ("nll", "nll_spoken") for name in names)
     rule = "must be different, of letters, digits and _ . -, and not nll or nll_spoken"
     rule += "" if mixture.names else " (they are those of data.mixture.dirs: set data.mixture.names)"
-    check(fit and len(set(names)) == size, "names", rule, names)
+    check(own + ("names" if mixture.names else "source_names"), fit and len(set(names)) == size, rule)
     for field, weights in (("weights", mixture.weights), *(("schedule", weights) for _, weights in mixture.schedule)):
         ok = len(weights) == size and all(0 <= w < math.inf for w in weights) and sum(weights) > 0
-        check(ok, field, f"weights must be {size} numbers >= 0, one per directory, one of them positive")
+        check(own + field, ok, f"weights must be {size} numbers >= 0, one per directory, one of them positive")
     steps = [0, *(step for step, _ in mixture.schedule)]
-    check(all(a < b for a, b in zip(steps, steps[1:])), "schedule", "its steps must be positive and grow")
-    check(set(mixture.streams) <= set(streams), "streams", f"must be of streams.names={streams}")
+    check(own + "schedule", all(a < b for a, b in zip(steps, steps[1:])), "its steps must be positive and grow")
+    check(own + "streams", set(mixture.streams) <= set(streams), f"must be of streams.names={streams}")

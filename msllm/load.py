@@ -12,7 +12,7 @@ from etils import epath
 from flax import nnx
 
 from msllm import hf
-from msllm.config import Config, ModelConfig, StreamsConfig
+from msllm.config import ModelConfig, StreamsConfig
 from msllm.errors import UserError
 from msllm.model import abstract_model
 from msllm.streams import StreamSpec, lag_matrix

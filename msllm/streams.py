@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from msllm.config import StreamsConfig
@@ -146,8 +144,7 @@ def positions(segment):
     xp = _array_module(segment)
     row = xp.arange(segment.shape[1], dtype=np.int32)[None, :]
     start = xp.concatenate([xp.ones_like(segment[:, :1], bool), segment[:, 1:] != segment[:, :-1]], axis=1)
-    cummax = np.maximum.accumulate if xp is np else jax.lax.cummax
-    return row - cummax(xp.where(start, row, 0), axis=1)
+    return row - _cumulative_max(xp.where(start, row, 0), axis=1)
 
 
 def target_mask(present, segment):
@@ -159,7 +156,19 @@ def target_mask(present, segment):
 
 
 def _array_module(array):
-    return np if isinstance(array, np.ndarray) else jnp
+    if isinstance(array, np.ndarray):
+        return np
+    import jax.numpy as jnp  # preparing data works without jax, and starts in a fifth of the time
+
+    return jnp
+
+
+def _cumulative_max(array, axis: int):
+    if isinstance(array, np.ndarray):
+        return np.maximum.accumulate(array, axis=axis)
+    import jax
+
+    return jax.lax.cummax(array, axis=axis)
 
 
 def visible_between(queries: Cells, keys: Cells, lag, q_streams):

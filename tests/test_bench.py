@@ -98,14 +98,24 @@ def test_the_loader_is_measured_by_what_its_batches_hold(sources):
     assert line["spoken_tokens_per_cpu_second"] == pytest.approx(rate, rel=0.01)
 
 
+def test_prepare_counts_what_it_made():
+    (line,), errors, status = bench("prepare", "--size_mb=1", "--processes=1", "--converter=wait_k")
+    assert status == 0, errors
+    assert line["bytes"] == pytest.approx(1e6, rel=0.01) and line["examples"] > 300
+    assert 3 < line["bytes"] / line["tokens"] < 8 and 0.1 < line["silence_rate"] < 0.7
+    assert line["tokens_per_cpu_minute"] == pytest.approx(60 * line["tokens"] / line["cpu_seconds"], rel=0.1)
+    assert line["first_process_peak_mib"] > 30 and line["worker_peak_mib"] == 0  # it needed no other process
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("decode",), "what to measure is ['decode']: must be one of train, attention"),
+        (("decode",), "what to measure is ['decode']: must be one of train, attention, prepare"),
         (("attention", "--rows=4", "--batch=1,2"), "both need as many positive numbers as there are cases"),
+        (("prepare", "--size_mb=0"), "--size_mb is ['0']: must be positive numbers, one a case"),
         (("attention", "--rows=4", "--batch=1", "--backends=splash"), "'splash': it needs a TPU"),
     ],
-    ids=["what", "cases", "backend"],
+    ids=["what", "cases", "sizes", "backend"],
 )
 def test_wrong_options_are_refused(options, message):
     lines, errors, status = bench(*options)

@@ -1,6 +1,5 @@
 """Hugging Face folders: both directions, and what is refused."""
 
-import dataclasses
 import json
 
 import jax

@@ -1,6 +1,5 @@
 """The inspect command: what it prints and the page that it writes, and that it reads no more than it shows."""
 
-import dataclasses
 import html.parser
 import io
 import json
@@ -64,7 +63,7 @@ def test_plain_output(small):
     lines = shown(small).splitlines()
     assert lines[0] == f"{small}, split train"
     facts = [re.split("  +", line.strip(), maxsplit=1) for line in lines[1 : lines.index("")]]
-    assert [fact for fact in facts if fact[0] not in ("shards", "duplicates")] == [
+    assert [fact for fact in facts if fact[0] != "shards"] == [
         ["examples", "2"],
         ["tables", "1 of 8 rows"],
         ["rows", "8, which fill 100.0% of the tables"],
@@ -73,6 +72,8 @@ def test_plain_output(small):
         ["cut", "none"],
         ["dropped", "none"],
         ["tokenizer", "sentencepiece, 9 pieces, silence is <silence>"],
+        ["duplicates, all splits", "none"],
+        ["empty, all splits", "none"],
     ]
     assert re.fullmatch(r"1 of [\d.]+ KiB in all; tables in each: 1", dict(facts)["shards"])
     start = lines.index("") + 1
@@ -315,15 +316,16 @@ def test_page_holds_every_cell(tmp_path):
 def test_more_counts_of_the_manifest_are_shown(small):
     path = small / "manifest.json"
     manifest = json.loads(path.read_text())
-    manifest["splits"]["train"] |= {"duplicates": 1234, "cut": {"examples": 2, "rows": 9, "reason": "too long"}}
+    manifest["duplicates"] = {"train": 1234, "eval": 0, "train_and_eval": 5}
+    manifest["splits"]["train"] |= {"cut": {"examples": 2, "rows": 9, "reason": "too long"}}
     manifest["bad"] = {"records": 1000, "bad": 1, "shown": ["f:2: \x1b no JSON"]}
     manifest["settings"]["inputs"] = [[f"file{i}", "0123456789abcdef" * 4] for i in range(9)]
     path.write_text(json.dumps(manifest))
     text = shown(small)
     for line in (
-        "  duplicates       1,234\n",
-        "  cut              2 examples, 9 rows (too long)\n",
-        "  bad, all splits  1,000 records, 1 bad ([f:2: \\x1b no JSON])\n",
+        "  duplicates, all splits  1,234 train, 0 eval, 5 train_and_eval\n",
+        "  cut                     2 examples, 9 rows (too long)\n",
+        "  bad, all splits         1,000 records, 1 bad ([f:2: \\x1b no JSON])\n",
         "[file4, 0123456789ab], ... 4 more]",
     ):
         assert line in text, line

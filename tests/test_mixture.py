@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from msllm.checkpoint import load_model
-from msllm.config import Config, DataConfig, MixtureConfig, StreamsConfig, TokenizerConfig, from_config_dict
+from msllm.config import DataConfig, MixtureConfig, StreamsConfig, from_config_dict
 from msllm.data.loader import Loader
-from msllm.data.mixture import Plan, Turns, by_source, chosen_tokens
+from msllm.data.mixture import Plan, Turns, by_source
 from msllm.errors import UserError
 from msllm.evaluate import evaluate
 from msllm.prepare import prepare

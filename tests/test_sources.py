@@ -4,6 +4,7 @@ import gzip
 import json
 import pathlib
 import sys
+import types
 
 import pyarrow
 import pyarrow.parquet
@@ -74,7 +75,8 @@ def test_a_line_belongs_to_exactly_one_part(tmp_path_factory, lines, count):
     path.write_bytes(b"\n".join(lines))
     whole = list(sources._lines(str(path)))
     assert b"".join(line for _, line in whole) == path.read_bytes()
-    assert [item for i in range(count) for item in sources._lines(str(path), i, count)] == whole
+    before = sources._lines_before(str(path), count)
+    assert [item for i in range(count) for item in sources._lines(str(path), i, count, before[i])] == whole
 
 
 def test_a_text_is_one_document_read_in_blocks(tmp_path, monkeypatch):
@@ -120,6 +122,9 @@ class Bucket:
     def open(self, mode):
         return self._path.open(mode)
 
+    def stat(self):
+        return types.SimpleNamespace(length=self._path.stat().st_size)
+
 
 @pytest.mark.parametrize("path", ["gs://bucket/x/a.parquet", "gs://bucket/x/*.parquet", "gs://bucket/*/a.par?uet"])
 def test_remote_files(tmp_path, monkeypatch, path):
@@ -128,6 +133,7 @@ def test_remote_files(tmp_path, monkeypatch, path):
     (tmp_path / "x").mkdir()
     write_parquet(tmp_path / "x/a.parquet")
     (part,) = parts(path)
+    assert sources.portions(path) == [[part]]
     assert part.file == "gs://bucket/x/a.parquet"
     assert [record.value for record in read(part)] == RECORDS
     assert sources.file_hash(part.file) == sources.file_hash(str(tmp_path / "x/a.parquet"))

@@ -92,6 +92,13 @@ def test_packing_fills_tables_and_holds_few():
     assert sum(len(table.examples) for table in packed) == len(lengths)
 
 
+def test_few_large_tables_wait_to_be_packed(monkeypatch):
+    monkeypatch.setattr(packing, "WINDOW_CELLS", 5 * 8 * 3)
+    packer = Packer(8)
+    done = [len(packer.add(random_table(8, 3, seed))) + len(packer._window) for seed in range(200)]
+    assert max(done) <= 5 + 1 and len(packer._bins) <= packing.OPEN_BINS
+
+
 def test_long_examples_are_cut_and_short_ones_dropped():
     packer = Packer(8)
     long, short = random_table(11, 2, 1), random_table(1, 2, 2)

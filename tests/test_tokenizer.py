@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings, strategies as st
 
-from msllm.config import TokenizerConfig
+from msllm.config import Config, DataConfig, TokenizerConfig
 from msllm.errors import UserError
 from msllm.tokenizer import Tokenizer, train
 
@@ -80,6 +80,35 @@ def test_silence_comes_from_no_text_and_is_dropped_by_decode(model_type):
     ids = tokenizer.encode("then half")
     assert tokenizer.decode([tokenizer.silence_id, ids[0], tokenizer.silence_id, *ids[1:]]) == "then half"
     assert tokenizer.piece(tokenizer.silence_id) == "<silence>"
+
+
+@settings(max_examples=40, deadline=None)
+@given(before=st.text(ALPHABET), after=st.text(ALPHABET))
+def test_reserved_pieces_come_from_no_text(before, after):
+    tokenizer = with_reserved()
+    ids = tokenizer.encode(f"{before}<turn>{after}<silence><end>")
+    assert tokenizer.decode(ids) == f"{before}<turn>{after}<silence><end>"
+    assert set(tokenizer.control) == {"<silence>", "<turn>", "<end>"}
+    assert not set(ids) & set(tokenizer.control.values()) and len(set(tokenizer.control.values())) == 3
+
+
+@functools.cache
+def with_reserved():
+    return train([*CORPUS, "<turn>"], TokenizerConfig(vocab_size=400, reserved=("<turn>", "<end>")))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"reserved": ("<a>", "<a>")},
+        {"reserved": ("<silence>",)},
+        {"reserved": ("",)},
+        {"reserved": ("<a>",), "path": "t.model"},
+    ],
+)
+def test_wrong_reserved_pieces_are_named(wrong):
+    with pytest.raises(UserError, match=r"config.data.tokenizer.reserved is \('.*must be different pieces"):
+        Config(data=DataConfig(tokenizer=TokenizerConfig(**wrong)))
 
 
 def test_imported_decode_drops_silence():

@@ -10,6 +10,7 @@ import numpy as np
 from msllm.data.tables import Table
 
 WINDOW = 2000  # examples sorted at a time: more rows are wasted in smaller windows
+WINDOW_CELLS = 1 << 25  # or, of long tables of many streams, fewer: so many cells
 OPEN_BINS = 64  # unfinished tables that wait for the next window
 
 
@@ -33,6 +34,7 @@ class Packer:
     def __init__(self, rows: int):
         self.table_rows = rows
         self._window: list[Table] = []
+        self._cells = 0  # of the tables in the window
         self._free: list[tuple[int, int]] = []  # (free rows, bin number), sorted
         self._bins: dict[int, list[Table]] = {}
         self._made = 0
@@ -51,7 +53,8 @@ class Packer:
         self.examples += 1
         self.rows += len(table.tokens)
         self._window.append(table)
-        return self._pack(OPEN_BINS) if len(self._window) >= WINDOW else []
+        self._cells += table.tokens.size
+        return self._pack(OPEN_BINS) if len(self._window) >= WINDOW or self._cells >= WINDOW_CELLS else []
 
     def finish(self) -> list[Packed]:
         """Gives all tables that are left."""
@@ -70,7 +73,7 @@ class Packer:
                 self._made += 1
             self._bins[number].append(table)
             bisect.insort(self._free, (free - need, number))
-        self._window = []
+        self._window, self._cells = [], 0
         done = self._free[: max(len(self._free) - keep, 0)]
         self._free = self._free[len(done) :]
         return [self._join(self._bins.pop(number)) for _, number in sorted(done, key=lambda item: item[1])]

@@ -12,7 +12,6 @@ import concurrent.futures
 import hashlib
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -23,11 +22,10 @@ from array_record.python import array_record_module
 
 from msllm.data.packing import Packed
 from msllm.errors import UserError
-from msllm.tokenizer import Tokenizer
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-_WRITER_OPTIONS = "group_size:1,zstd:1"  # one record a chunk: any record is read alone
+WRITER_OPTIONS = "group_size:1,zstd:1"  # one record a chunk: any record is read alone
 _AGAIN = "run `python -m msllm.prepare` again into an empty directory"
 
 
@@ -58,54 +56,10 @@ def decode_record(record: bytes, streams: int, vocab_size: int) -> Packed:
     return Packed(tokens, present, segment, fields["examples"])
 
 
-class SplitWriter:
-    """Writes the packed tables of one split to shards, in turns, and counts what it writes."""
-
-    def __init__(self, directory: pathlib.Path, split: str, shards: int, streams: int, tokenizer: Tokenizer):
-        self._names = [f"{split}-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
-        self._directory, self._tokenizer = directory, tokenizer
-        self._writers: list[Any] = []
-        self.tables = self.rows = self.examples = 0
-        self.tokens, self.silence = np.zeros(streams, np.int64), np.zeros(streams, np.int64)
-
-    def write(self, table: Packed) -> None:
-        """Appends one table."""
-        shard = self.tables % len(self._names)
-        if shard == len(self._writers):  # opened when needed: a small split has fewer shards
-            path = self._directory / f"{self._names[shard]}.tmp"
-            self._writers.append(array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS))
-        self._writers[shard].write(encode_record(table, self._tokenizer.vocab_size))
-        silent = table.present & (table.tokens == self._tokenizer.silence_id)
-        self.silence += silent.sum(axis=0)
-        self.tokens += (table.present & ~silent).sum(axis=0)
-        self.tables += 1
-        self.rows += int((table.segment > 0).sum())
-        self.examples += len(table.examples)
-
-    def close(self) -> list[dict[str, Any]]:
-        """Puts the shards in place; their manifest entries: file, records, bytes, sha256."""
-        shards = []
-        for i, writer in enumerate(self._writers):
-            writer.close()
-            path = self._directory / self._names[i]
-            os.replace(f"{path}.tmp", path)
-            records = len(range(i, self.tables, len(self._names)))
-            size = path.stat().st_size
-            shards.append({"file": path.name, "records": records, "bytes": size, "sha256": file_hash(path)})
-        return shards
-
-
 def file_hash(path: str | pathlib.Path) -> str:
     """sha256 (hex) of a file."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_manifest(directory: pathlib.Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest, atomically."""
-    temporary = directory / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-    os.replace(temporary, directory / MANIFEST)
 
 
 def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:

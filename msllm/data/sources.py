@@ -22,10 +22,12 @@ import hashlib
 import importlib
 import io
 import json
+import math
+import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 from array_record.python import array_record_module
@@ -34,6 +36,8 @@ from etils import epath
 from msllm.errors import UserError
 
 BLOCK_CHARACTERS = 1 << 16  # of plain text read at a time
+PORTION_BYTES = 32 << 20  # of input that one process works on at a time
+MOST_PORTIONS = 1024  # of an input; those of a very large one are larger
 SHOWN = 5  # bad records told of by name
 LEAST_RECORDS = 1000  # before so many, a share of bad ones says little
 FORMATS = ("jsonl", "json", "parquet", "array_record", "text")
@@ -48,23 +52,39 @@ class BadRecord(UserError):
 class BadRecords:
     """Counts records and the bad ones among them; raises UserError when these are too many.
 
-    Attributes: records: read so far. bad: left out of them. shown: messages of the first of those.
+    Attributes: records: read so far. bad: left out of them. shown: messages of the first of those. empty: good records
+    that hold nothing to make a table of.
     """
 
     def __init__(self, percent: float = 0.0, show: bool = False):
         """percent: of all records that may be bad. show: whether to print the first ones to stderr as they come."""
         self._percent, self._show = percent, show
-        self.records = self.bad = 0
+        self.records = self.bad = self.empty = 0
         self.shown: list[str] = []
 
     def add(self, error: BadRecord) -> None:
         """Notes a bad record. Raises `error` if none may be bad, UserError if there were too many."""
         self.bad += 1
-        if len(self.shown) < SHOWN:
-            self.shown.append(str(error))
-            if self._show and self._percent:
-                print(f"left out: {error}", file=sys.stderr, flush=True)
+        self.tell(str(error))
         self._check(LEAST_RECORDS, error)
+
+    def tell(self, message: str) -> None:
+        """Keeps the message of a bad record, and prints it if so asked, if it is one of the first."""
+        if len(self.shown) < SHOWN:
+            self.shown.append(message)
+            if self._show and self._percent:
+                print(f"left out: {message}", file=sys.stderr, flush=True)
+
+    def counts(self) -> dict[str, Any]:
+        """Its attributes, for `merge`."""
+        return {name: getattr(self, name) for name in ("records", "bad", "empty", "shown")}
+
+    def merge(self, counts: Mapping[str, Any]) -> None:
+        """Adds the `counts()` of the records that follow."""
+        for message in counts["shown"]:
+            self.tell(message)
+        for name in ("records", "bad", "empty"):
+            setattr(self, name, getattr(self, name) + counts[name])
 
     def finish(self) -> None:
         """To be called when all records were read. Raises UserError if too many of them were bad."""
@@ -104,6 +124,7 @@ class Part(NamedTuple):
     format: str
     index: int = 0
     count: int = 1
+    before: int = 0  # `jsonl`: the lines that begin before this part
 
 
 def text_of(value: Any, key: str, where: str) -> str:
@@ -138,16 +159,38 @@ def parts(path: str, format: str = "", other: str = "jsonl", count: int = 1) -> 
     `format` is the config's; `other` is that of files whose names do not tell. What cannot be parted stays whole:
     compressed files, `json`, `text`, and files with a reader of the user's own.
     """
+    return [part for file in input_files(path) for part in _parts(file, format, other, count)]
+
+
+def portions(path: str, format: str = "", other: str = "jsonl") -> list[list[Part]]:
+    """The input as portions of about PORTION_BYTES, each of one part or more; together the parts are all, in order.
+
+    They depend on the sizes of the files alone. What cannot be parted (see `parts`) may make a portion larger.
+    """
+    sizes = {file: _size(file) for file in input_files(path)}
+    total = sum(sizes.values())
+    size = max(PORTION_BYTES, total / MOST_PORTIONS)
+    size = total / max(math.ceil(total / size), 1)  # equal ones
+    found: dict[int, list[Part]] = {}
+    end = 0
+    for file, length in sizes.items():
+        for part in _parts(file, format, other, max(round(length / size), 1) if size else 1):
+            end += length / part.count
+            middle = end - length / part.count / 2
+            found.setdefault(int(middle / size) if size else 0, []).append(part)
+    return list(found.values())
+
+
+def _parts(file: str, format: str, other: str, count: int) -> list[Part]:
     if ":" not in format and format not in ("", *FORMATS):
         choices = f"package.module:function, or one of {', '.join(FORMATS)}"
         raise UserError(f"config.data.format is {format!r}: must be empty, {choices}")
-    found = []
-    for file in input_files(path):
-        ending = _COMPRESSED.sub("", file).rpartition(".")[2].lower()
-        kind = format or _ENDINGS.get(ending, other)
-        whole = _COMPRESSED.search(file) or kind not in ("jsonl", "parquet", "array_record")
-        found += [Part(file, kind, i, 1 if whole else count) for i in range(1 if whole else count)]
-    return found
+    ending = _COMPRESSED.sub("", file).rpartition(".")[2].lower()
+    kind = format or _ENDINGS.get(ending, other)
+    if _COMPRESSED.search(file) or kind not in ("jsonl", "parquet", "array_record"):
+        count = 1
+    before = _lines_before(file, count) if kind == "jsonl" else [0] * count
+    return [Part(file, kind, i, count, before[i]) for i in range(count)]
 
 
 def read(part: Part, bad: BadRecords | None = None) -> Iterator[Record]:
@@ -204,7 +247,7 @@ def function_hash(path: str, setting: str) -> str:
 
 
 def _json_lines(part: Part) -> Iterator[tuple[int, Any]]:
-    for number, line in _lines(part.file, part.index, part.count):
+    for number, line in _lines(part.file, part.index, part.count, part.before):
         if line.strip():
             yield number, _parse(line, f"{part.file}:{number}")
 
@@ -282,27 +325,45 @@ def _parse(content: bytes, where: str) -> Any:
     return value
 
 
-def _lines(file: str, index: int = 0, count: int = 1) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line) of the lines that begin in part `index` of `count` equal ones of a file."""
+def _lines(file: str, index: int = 0, count: int = 1, before: int = 0) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line) of the lines that begin in part `index` of `count` equal ones of a file, after `before`."""
     with _readable(file), _open(file) as stream:
         if count == 1:
             yield from enumerate(stream, 1)
             return
         size = stream.seek(0, io.SEEK_END)
         start, stop = size * index // count, size * (index + 1) // count
-        number = position = stream.seek(0)
-        while position < start:
-            block = stream.read(min(1 << 20, start - position))
-            number += block.count(b"\n")
-            position += len(block)
-            if position == start and not block.endswith(b"\n"):  # the line goes on: it is of the part before
-                number += 1
-                position += len(stream.readline())
+        number, position = before, stream.seek(max(start - 1, 0))
+        if start:  # the line of the byte before is of the part before
+            position += len(stream.readline())
         while position < stop:
             line = stream.readline()
             number += 1
             position += len(line)
             yield number, line
+
+
+def _lines_before(file: str, count: int) -> list[int]:
+    """How many lines begin before each of `count` equal parts of a file."""
+    if count == 1:
+        return [0]
+    before, lines, line_ended = [], 0, True  # `lines` begin before `position`
+    with _readable(file), _open(file) as stream:
+        size = stream.seek(0, io.SEEK_END)
+        position = stream.seek(0)
+        for start in (size * index // count for index in range(count)):
+            while position < start:
+                block = stream.read(min(1 << 20, start - position))
+                lines += line_ended + block.count(b"\n", 0, -1)
+                line_ended = block.endswith(b"\n")
+                position += len(block)
+            before.append(lines)
+    return before
+
+
+def _size(file: str) -> int:
+    with _readable(file):
+        return epath.Path(file).stat().length if "://" in file else os.path.getsize(file)
 
 
 def _blocks(file: str) -> Iterator[str]:

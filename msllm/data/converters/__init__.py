@@ -7,7 +7,9 @@ one record, made converters by `each_record`; so is a converter of the user's ow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from msllm.config import Config, StreamsConfig, VaryConfig
@@ -96,6 +98,12 @@ def input_parts(config: Config) -> list[Part | None]:
     return sources.parts(config.data.path, config.data.format, converter.reads) if converter.reads else [None]
 
 
+def input_portions(config: Config) -> list[list[Part | None]]:
+    """The same parts in portions for one process each; they depend on the input alone."""
+    converter, _ = get_converter(config.data.converter, config.data.options)
+    return sources.portions(config.data.path, config.data.format, converter.reads) if converter.reads else [[None]]
+
+
 def convert(
     config: Config, spec: StreamSpec, tokenizer: Tokenizer | Recorder, bad: BadRecords | None = None
 ) -> Iterator[Table]:
@@ -155,10 +163,26 @@ def data_spec(config: Config, spec: StreamSpec) -> StreamSpec:
     return StreamSpec.from_config(StreamsConfig(names=names, kinds=kinds, loss_weights=(1.0,) * len(names)))
 
 
-def texts(config: Config, spec: StreamSpec) -> Iterator[str]:
-    """The texts of `config.data`: what its tokenizer is trained on."""
-    recorder = Recorder()
-    for _ in convert(config, spec, recorder):
-        yield from recorder.texts
-        recorder.texts.clear()
-    yield from recorder.texts
+def texts(
+    config: Config, spec: StreamSpec, portions: Sequence[list[Part | None]] = (), characters: float = math.inf
+) -> Iterator[str]:
+    """The texts of `config.data`: what its tokenizer is trained on.
+
+    `characters`: how many these may have in all. Of more, an equal share comes from the beginning of every one of
+    `portions`; without any, and with `config.data.max_examples`, all comes from the beginning of the input.
+    """
+    if not portions or config.data.max_examples:
+        portions = [input_parts(config)]
+    bad = BadRecords(config.data.bad_percent)
+    for portion in portions:
+        recorder, taken = Recorder(), 0
+        tables = (table for part in portion for table in convert_part(config, spec, recorder, part, bad))
+        for _ in itertools.chain(itertools.islice(tables, config.data.max_examples or None), [None]):
+            for text in recorder.texts:
+                if taken > characters / len(portions):
+                    break
+                taken += len(text)
+                yield text
+            recorder.texts.clear()
+            if taken > characters / len(portions):
+                break

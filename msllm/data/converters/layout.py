@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,7 +36,7 @@ class Layout(NamedTuple):
 
     def one_token(self, text: str, where: str) -> int:
         """The id of a text that must be one known token. Raises BadRecord."""
-        ids = self.tokenizer.encode(text)
+        ids = self.tokenizer.encode_word(text)
         if len(ids) != 1 or ids[0] == self.tokenizer.unknown_id:
             raise BadRecord(
                 f"{where}: {text!r} is {len(ids)} tokens or unknown to the tokenizer: a cell takes exactly one token;"
@@ -43,9 +44,9 @@ class Layout(NamedTuple):
             )
         return ids[0]
 
-    def words(self, text: str) -> list[list[int]]:
+    def words(self, text: str) -> list[Sequence[int]]:
         """The tokens of a text, word by word; a space belongs to the word after it."""
-        return [self.tokenizer.encode(word) for word in _WORD.findall(text)]
+        return [self.tokenizer.encode_word(word) for word in _WORD.findall(text)]
 
     def say(self, stream: str, start: int, text: str) -> Placement:
         """A text in a stream, one token a row."""
@@ -70,6 +71,13 @@ class Layout(NamedTuple):
             return value
         return value[int(example_hash(f"{option} {key}"), 16) % len(value)]
 
+    def counted(self, items: Iterable) -> Iterator:
+        """What a record gave, passed on; if it gave nothing, that is noted."""
+        number = 0
+        for number, item in enumerate(items, 1):
+            yield item
+        self.bad.empty += not number
+
     def table(self, placements: Sequence[Placement], key: str, closed: bool = True) -> Table:
         """The table of placements. `closed`: silent rows follow, so that the model learns to stop and to stay silent;
         their number varies (drawn by the example's hash), or it would learn to start again after so many."""
@@ -85,10 +93,13 @@ class Recorder:
 
     def __init__(self):
         self.texts: list[str] = []
+        self.control: Mapping[str, int] = collections.defaultdict(int)
 
     def encode(self, text: str) -> list[int]:
         self.texts.append(text)
         return [1]
+
+    encode_word = encode
 
 
 Converter = Callable[[Layout, Part], Iterator[Table]]
@@ -110,7 +121,7 @@ def each_record(function: Callable[[Layout, Record], Iterable[Table]]) -> Conver
             except Exception as error:
                 error.add_note(f"in {record.where}")
                 raise
-            for table in tables:
+            for table in layout.counted(tables):
                 yield table._replace(source=record.where)
 
     return convert

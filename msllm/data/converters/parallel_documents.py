@@ -23,7 +23,7 @@ def convert(layout: Layout, part: Part) -> Iterator[Table]:
     source = ""
     for where, blocks in texts(part, layout.options["key"], layout.bad):
         column = None
-        for piece in pieces(layout, blocks):
+        for piece in layout.counted(pieces(layout, blocks)):
             fitting = [column for column in columns if len(column) + len(piece) <= layout.rows]
             if not fitting:
                 yield _table(layout, columns)._replace(source=source)

@@ -19,7 +19,7 @@ def convert(layout: Layout, part: Part) -> Iterator[Table]:
     """
     one_stream(layout, "single")
     for where, blocks in texts(part, layout.options["key"], layout.bad):
-        for tokens in pieces(layout, blocks):
+        for tokens in layout.counted(pieces(layout, blocks)):
             table = layout.table([Placement(0, 0, tokens)], json.dumps(tokens), closed=False)
             yield table._replace(source=where)
 

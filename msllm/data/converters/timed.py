@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import json
 import math
 from collections.abc import Iterator
@@ -54,12 +53,13 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
             row = math.ceil((start - first + (end - start) * i / len(tokens)) / seconds) - 1
             column.append((max(row, column[-1][0] + 1 if column else 0), token))
     rows = sorted({row for column in cells.values() for row, _ in column})
-    shorter = _shorten(rows, layout.options["longest_silence"])
-    placements = [
-        Placement(layout.spec.index(name), shorter[bisect.bisect_left(rows, row)], [token])
-        for name, column in cells.items()
-        for row, token in column
-    ]
+    place = dict(zip(rows, _shorten(rows, layout.options["longest_silence"])))
+    placements = []
+    for name, column in cells.items():
+        tokens = [layout.tokenizer.silence_id] * (place[column[-1][0]] + 1 if column else 0)
+        for row, token in column:
+            tokens[place[row]] = token
+        placements.append(Placement(layout.spec.index(name), 0, tokens))
     yield layout.table(placements, json.dumps(utterances, sort_keys=True))
 
 
