@@ -22,11 +22,14 @@ from msllm.errors import UserError
 class RopeScalingConfig:
     """Change of the rotary frequencies for contexts longer than the ones trained on."""
 
-    kind: str = "none"  # none | linear (positions / factor) | llama3 (Llama 3.1's wavelength-dependent form)
+    kind: str = "none"  # none | linear (positions / factor) | llama3 | yarn (slow pairs / factor): msllm/rope.py
     factor: float = 1.0
-    low_freq_factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0
-    original_max_position: int = 8192
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0
+    attention_factor: float = 0.0  # yarn: of every rotated query and key; 0: by the paper's formula
+    original_max_position: int = 8192  # rows of the context trained on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +184,7 @@ class Config:
 
     steps: int = 1000
     seed: int = 0  # initial parameters
+    init_from: str = ""  # a checkpoint whose parameters a new run starts with (docs/weights.md); empty: at random
     log_every: int = 10
     eval_every: int = 500  # 0: never
     eval_batches: int = 0  # 0: the whole held-out split
@@ -276,7 +280,7 @@ def _validate(config: Config) -> None:
     one_of("model.compute_dtype", model.compute_dtype, "float32 bfloat16")
     one_of("model.attention", model.attention, "auto splash gpu chunked reference")
     one_of("model.remat", model.remat, "none dots full")
-    one_of("model.rope_scaling.kind", model.rope_scaling.kind, "none linear llama3")
+    one_of("model.rope_scaling.kind", model.rope_scaling.kind, "none linear llama3 yarn")
     one_of("optim.schedule", optim.schedule, "cosine wsd constant")
     one_of("data.tokenizer.model_type", data.tokenizer.model_type, "unigram bpe word char")
     one_of("data.split", data.split, "hash tail")
@@ -295,6 +299,10 @@ def _validate(config: Config) -> None:
         model.kv_parts,
         f"must divide model.num_kv_heads={model.num_kv_heads}",
     )
+    rope = model.rope_scaling
+    _check(rope.factor > 0, "model.rope_scaling.factor", rope.factor, "must be positive")
+    bands = (rope.low_freq_factor, rope.high_freq_factor)
+    _check(bands[0] < bands[1], "model.rope_scaling low_freq_factor, high_freq_factor", bands, "must grow")
     _check(model.head_dim % 2 == 0, "model.head_dim", model.head_dim, "must be even (rotary pairs)")
     _check(config.steps > 0, "steps", config.steps, "must be positive")
     _check(config.log_every > 0, "log_every", config.log_every, "must be positive")

@@ -12,6 +12,7 @@ PACKAGE = pathlib.Path(msllm.__file__).parent
 ORDER = """
 errors shapes
 config
+rope
 streams
 compiler cluster
 sharding
@@ -28,19 +29,21 @@ data.converters.single data.converters.parallel_documents data.converters.gsm8k 
 data.converters.dictation data.converters
 step
 checkpoint
+initial
 metrics flops
 hardware goodput meter
 hlo roofline page
-hf
+atomic hf gguf_file
 load
 decode
-train prepare score generate evaluate likelihood bench_attention bench
+train prepare convert score generate evaluate likelihood bench_attention bench
 aot
 """.split()
 # Imports inside functions, by (module, imported module), with the reason.
 NESTED = {
     ("load", "checkpoint"): "orbax is slow to import, and a Hugging Face folder needs none of it",
     ("train", "checkpoint"): "orbax is slow to import, and not every use of this module needs it",
+    ("train", "initial"): "the same",
     ("bench", "*"): "each case is measured in a process of its own: the first one needs none of this",
 }
 CORE = (
