@@ -44,9 +44,11 @@ def write_model(folder: str | os.PathLike, config: Config, parameters: dict[str,
     """Writes a checkpoint of step 0 without an optimizer's state, the config and the tokenizer into a folder."""
     folder = epath.Path(folder)
     arrays = jax.tree.map(jnp.asarray, parameters)
-    array_handler().save(folder / "parameters", args=ocp.args.PyTreeSave(arrays))
     description = describe(0, config, tokenizer, {"parameters": arrays})
-    ocp.JsonCheckpointHandler().save(folder / "description", args=ocp.args.JsonSave(description))
+    with ocp.Checkpointer(array_handler()) as writer:
+        writer.save(folder / "parameters", args=ocp.args.PyTreeSave(arrays))
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+        writer.save(folder / "description", args=ocp.args.JsonSave(description))
     (folder / "config.json").write_text(to_json(config))
     if tokenizer:
         (folder / FILE_NAMES[tokenizer.kind]).write_bytes(tokenizer.to_bytes())
