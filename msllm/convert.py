@@ -29,7 +29,7 @@ from msllm.checkpoint import load_model
 from msllm.config import Config, DataConfig, ModelConfig, StreamsConfig, TokenizerConfig
 from msllm.errors import UserError
 from msllm.initial import stream_vectors, write_model
-from msllm.streams import KINDS, PRESETS
+from msllm.streams import KINDS, PRESETS, StreamSpec
 from msllm.tokenizer import FILE_NAMES, Tokenizer
 
 ORIGIN = "hf"  # folder inside OUT with what came beside the weights: to_hf writes it again
@@ -91,6 +91,7 @@ def import_model(
     visibility: str = "",
     silence: str = "",
     tokenizer: str = "",
+    vocab_multiple: int = 1,
 ) -> str:
     """Writes a model as a folder to start from; returns a report, one line a fact. Raises UserError.
 
@@ -100,7 +101,10 @@ def import_model(
       visibility: a preset; empty: the source's, or `isolated` if it had one stream and gets several.
       silence: a special token of the tokenizer, not used otherwise; empty: `<silence>`, which is added if need be.
       tokenizer: a file in place of the source's.
+      vocab_multiple: the tables get rows until their number is a multiple of it, so that a mesh can divide them.
     """
+    if vocab_multiple < 1:
+        raise UserError(f"--vocab_multiple={vocab_multiple}: must be at least 1")
     spec = _streams(source, streams, visibility)
     config, parameters = _grow(source, len(spec.names))
     chosen, added = None, False
@@ -112,7 +116,9 @@ def import_model(
     if source.tokenizer:
         _check_vocabulary(source)
         chosen, added = with_silence(*source.tokenizer, silence or source.silence or "", source.path)
-        config, parameters = _with_rows(config, parameters, chosen.vocab_size, _known_size(*source.tokenizer))
+        rows = max(config.vocab_size, chosen.vocab_size)
+        rows += -rows % vocab_multiple
+        config, parameters = _with_rows(config, parameters, rows, _known_size(*source.tokenizer))
     elif silence:
         raise UserError(f"{source.path} has no tokenizer, so no {silence!r}: give one with --tokenizer=FILE")
     data = DataConfig(tokenizer=TokenizerConfig(silence=chosen.silence if chosen else TokenizerConfig.silence))
@@ -145,10 +151,10 @@ def to_hf(checkpoint: str | os.PathLike, out: str | os.PathLike, dtype: str = ""
     files = {name: (origin / name).read_bytes() for name in COMPANIONS if origin and (origin / name).is_file()}
     tokenizer, report = loaded.tokenizer, []
     settings.pop(hf.OWN, None)
-    if size == 1 and origin and (kept := _tokenizer_file(origin)):
+    if size == 1 and tokenizer and (kept := _tokenizer_before(origin, tokenizer)):
         # One stream needs no silence: the model gets back the vocabulary that it came with.
-        files[kept.name] = kept.read_bytes()
-        config, parameters = _without_rows(config, parameters, settings.get("vocab_size"), tokenizer)
+        files[FILE_NAMES[tokenizer.kind]] = kept
+        config, parameters = _without_rows(config, parameters, settings.get("vocab_size"))
     elif tokenizer:
         files[FILE_NAMES[tokenizer.kind]] = tokenizer.to_bytes()
         if tokenizer.kind == "tokenizers":
@@ -188,11 +194,20 @@ def with_silence(kind: str, data: bytes, silence: str, source: str) -> tuple[Tok
 
     `silence` names a special token that is there; empty: `<silence>`, which is added at the end if it is not there.
     """
-    if silence or TokenizerConfig.silence in _special_tokens(kind, data, source):
+    there = _special_tokens(kind, data, source)
+    if silence and silence not in there:
+        raise UserError(
+            f"--silence={silence}: the tokenizer of {source} has no such special token (it has"
+            f" {', '.join(sorted(there)) or 'none'}): name one of these, or none, and {TokenizerConfig.silence} is added"
+        )
+    if silence or TokenizerConfig.silence in there:
         return Tokenizer(kind, data, silence or TokenizerConfig.silence, source), False
     if kind == "tokenizers":
         model = tokenizers.Tokenizer.from_str(data.decode())
+        taken = set(model.get_vocab().values())
         model.add_special_tokens([tokenizers.AddedToken(TokenizerConfig.silence, special=True, normalized=False)])
+        if model.token_to_id(TokenizerConfig.silence) in taken:  # the library counts tokens, and ids may have gaps
+            raise UserError(f"the ids of the tokenizer of {source} have gaps: name a special token of it with --silence")
         return Tokenizer(kind, model.to_str().encode(), TokenizerConfig.silence, source), True
     model = sentencepiece_model_pb2.ModelProto.FromString(data)
     model.pieces.add(piece=TokenizerConfig.silence, score=0.0, type=model.SentencePiece.CONTROL)
@@ -238,9 +253,11 @@ def _streams(source: Source, streams: str, visibility: str) -> StreamsConfig:
         lags = [[dict(zip(source.streams.names, spec.names)).get(x, x) for x in lag] for lag in source.streams.lags]
         spec = dataclasses.replace(source.streams, names=spec.names, kinds=spec.kinds, lags=tuple(map(tuple, lags)))
     if visibility:
-        return dataclasses.replace(spec, visibility=visibility, lags=())
-    grown = source.size == 1 and len(spec.names) > 1
-    return dataclasses.replace(spec, visibility="isolated") if grown else spec
+        spec = dataclasses.replace(spec, visibility=visibility, lags=())
+    elif source.size == 1 and len(spec.names) > 1:
+        spec = dataclasses.replace(spec, visibility="isolated")
+    StreamSpec.from_config(spec)  # checks it
+    return spec
 
 
 def _grow(source: Source, size: int) -> tuple[ModelConfig, dict[str, Any]]:
@@ -256,9 +273,9 @@ def _grow(source: Source, size: int) -> tuple[ModelConfig, dict[str, Any]]:
 def _with_rows(
     config: ModelConfig, parameters: dict[str, Any], size: int, known: int
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """Tables of at least `size` tokens. A new row is the mean of the `known` ones: its logit is the mean of theirs."""
+    """Tables of `size` tokens. A new row is the mean of the `known` ones, so its logit is the mean of theirs."""
     missing = size - config.vocab_size
-    if missing <= 0:
+    if not missing:
         return config, parameters
     tables = {name: parameters[name] for name in ("embedding", "head") if name in parameters}
     mean = {name: table[:known].mean(axis=0, keepdims=True, dtype=np.float64) for name, table in tables.items()}
@@ -268,10 +285,10 @@ def _with_rows(
 
 
 def _without_rows(
-    config: ModelConfig, parameters: dict[str, Any], size: int | None, tokenizer: Tokenizer | None
+    config: ModelConfig, parameters: dict[str, Any], size: int | None
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """The tables without the row that `_with_rows` added for silence, if that is the only one beyond `size`."""
-    if not tokenizer or (size, tokenizer.silence_id) != (config.vocab_size - 1, config.vocab_size - 1):
+    """The tables without the rows that `_with_rows` added to those of `size` tokens."""
+    if not size or size >= config.vocab_size:
         return config, parameters
     tables = {name: parameters[name][:size] for name in ("embedding", "head") if name in parameters}
     return dataclasses.replace(config, vocab_size=size), parameters | tables
@@ -284,8 +301,12 @@ def _origin(checkpoint: str | os.PathLike, config: Config, like: str) -> pathlib
     return next((folder for folder in folders if (folder / hf.CONFIG).is_file()), None)
 
 
-def _tokenizer_file(folder: pathlib.Path) -> pathlib.Path | None:
-    return next((folder / name for name in FILE_NAMES.values() if (folder / name).is_file()), None)
+def _tokenizer_before(origin: pathlib.Path | None, tokenizer: Tokenizer) -> bytes | None:
+    """The tokenizer file in `origin` if silence has been added to it, and nothing else was changed."""
+    if not origin or not (file := origin / FILE_NAMES[tokenizer.kind]).is_file():
+        return None
+    again, added = with_silence(tokenizer.kind, file.read_bytes(), "", str(origin))
+    return file.read_bytes() if added and again.hash == tokenizer.hash else None
 
 
 def _report(
@@ -304,10 +325,11 @@ def _report(
     return [*lines, f"silence: {tokenizer.silence}, token {tokenizer.silence_id}, {how}"]
 
 
+_IMPORT, _EXPORT = ("streams", "visibility", "silence", "tokenizer", "vocab_multiple"), ("dtype", "like")
 _VERBS = {
-    "from_hf": (from_hf, ("streams", "visibility", "silence", "tokenizer")),
-    "from_gguf": (from_gguf, ("streams", "visibility", "silence", "tokenizer")),
-    "to_hf": (to_hf, ("dtype", "like")),
+    "from_hf": (from_hf, _IMPORT),
+    "from_gguf": (from_gguf, _IMPORT),
+    "to_hf": (to_hf, _EXPORT),
 }
 
 
@@ -318,7 +340,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) != 4 or argv[1] not in _VERBS:
         raise UserError("write: python -m msllm.convert from_hf|from_gguf|to_hf SOURCE OUT [--options]")
     verb, takes = _VERBS[argv[1]]
-    given = {name for name in ("streams", "visibility", "silence", "tokenizer", "dtype", "like") if flags.FLAGS[name].value}
+    given = {name for name in _IMPORT + _EXPORT if flags.FLAGS[name].present}
     if given - set(takes):
         raise UserError(f"{argv[1]} takes no --{min(given - set(takes))}: it takes {', '.join('--' + x for x in takes)}")
     print(verb(argv[2], argv[3], **{name: flags.FLAGS[name].value for name in given}))
@@ -330,6 +352,7 @@ if __name__ == "__main__":
     flags.DEFINE_enum("visibility", None, PRESETS, "Who sees whom; the default is in docs/weights.md.")
     flags.DEFINE_string("silence", "", "A special token of the tokenizer that means silence; default: <silence>, added.")
     flags.DEFINE_string("tokenizer", "", "A tokenizer file (.json or .model) in place of the source's.")
+    flags.DEFINE_integer("vocab_multiple", 1, "Rows are added to the vocabulary until it is a multiple of this.")
     flags.DEFINE_enum("dtype", None, list(hf.DTYPES), "Of the tensors written.")
     flags.DEFINE_string("like", "", "A Hugging Face folder whose other config keys and tokenizer settings are taken over.")
     errors.run(main, positional=3)

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -180,6 +181,7 @@ def write_folder(
             part = {name: np.ascontiguousarray(tensors[name].astype(DTYPES[dtype])) for name in names}
             _check_range(part, tensors, dtype)
             safetensors.numpy.save_file(part, folder / file, metadata={"format": "pt"})
+            shutil.copymode(folder / CONFIG, folder / file)  # else only its owner may read it
         if len(shards) > 1:
             size = sum(x.size for x in tensors.values()) * DTYPES[dtype].itemsize
             places = {name: file for file, names in shards.items() for name in names}
