@@ -117,7 +117,8 @@ def _settings(
     def get(key: str, default: Any = None) -> Any:
         if (value := fields.get(f"{family}.{key}", default)) is None:
             raise UserError(f"{path} has no {family}.{key}: it is damaged, or no {family} model")
-        return value
+        # The file keeps float32: of 1e-05 that is 9.999999747378752e-06.
+        return float(str(np.float32(value))) if isinstance(value, float) else value
 
     if family not in hf.FAMILIES:
         raise UserError(f"{path} is of the architecture {family!r}: supported are {', '.join(hf.FAMILIES)}")
@@ -145,9 +146,14 @@ def _settings(
     if frequencies is not None:
         settings["rope_scaling"] = _llama3_scaling(frequencies, settings, path)
     elif kind != "none":
-        settings["rope_scaling"] = {"rope_type": kind, "factor": get("rope.scaling.factor")}
+        factor = get("rope.scaling.factor")
+        settings["rope_scaling"] = scaling = {"rope_type": kind, "factor": factor}
         if kind == "yarn":
-            settings["rope_scaling"]["original_max_position_embeddings"] = get("rope.scaling.original_context_length")
+            scaling["original_max_position_embeddings"] = get("rope.scaling.original_context_length")
+            scaling["beta_fast"] = get("rope.scaling.yarn_beta_fast", 32.0)
+            scaling["beta_slow"] = get("rope.scaling.yarn_beta_slow", 1.0)
+            if (times := get("rope.scaling.attn_factor", 1.0)) != 1:  # there it multiplies the paper's
+                scaling["attention_factor"] = times * (0.1 * math.log(factor) + 1)
     return settings
 
 
