@@ -41,4 +41,6 @@ def refuse_existing(path: str | os.PathLike) -> None:
     """Raises UserError if `path` is there and is anything but an empty folder."""
     path = pathlib.Path(path)
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
-        raise UserError(f"{path} exists already, and nothing is overwritten: remove it, or name another folder to write")
+        raise UserError(
+            f"{path} exists already, and nothing is overwritten: remove it, or name another folder to write"
+        )

@@ -81,7 +81,8 @@ def from_gguf(file: str | os.PathLike, out: str | os.PathLike, **options) -> str
     origin = {hf.CONFIG: json.dumps(settings, indent=2).encode()}
     origin["tokenizer_config.json"] = json.dumps(model.tokenizer_settings, indent=2).encode()
     tokenizer = ("tokenizers", model.tokenizer)
-    return import_model(Source(str(file), model.config, 1, None, model.parameters, tokenizer, None, origin), out, **options)
+    source = Source(str(file), model.config, 1, None, model.parameters, tokenizer, None, origin)
+    return import_model(source, out, **options)
 
 
 def import_model(
@@ -207,7 +208,9 @@ def with_silence(kind: str, data: bytes, silence: str, source: str) -> tuple[Tok
         taken = set(model.get_vocab().values())
         model.add_special_tokens([tokenizers.AddedToken(TokenizerConfig.silence, special=True, normalized=False)])
         if model.token_to_id(TokenizerConfig.silence) in taken:  # the library counts tokens, and ids may have gaps
-            raise UserError(f"the ids of the tokenizer of {source} have gaps: name a special token of it with --silence")
+            raise UserError(
+                f"the ids of the tokenizer of {source} have gaps: name a special token of it with --silence"
+            )
         return Tokenizer(kind, model.to_str().encode(), TokenizerConfig.silence, source), True
     model = sentencepiece_model_pb2.ModelProto.FromString(data)
     model.pieces.add(piece=TokenizerConfig.silence, score=0.0, type=model.SentencePiece.CONTROL)
@@ -238,8 +241,8 @@ def _check_vocabulary(source: Source) -> None:
     size = _known_size(kind, data)
     if size > source.config.vocab_size:
         raise UserError(
-            f"the tokenizer of {source.path} has {size} tokens and its model {source.config.vocab_size} (vocab_size): they"
-            " do not belong together"
+            f"the tokenizer of {source.path} has {size} tokens and its model {source.config.vocab_size} (vocab_size):"
+            " they do not belong together"
         )
 
 
@@ -261,7 +264,7 @@ def _streams(source: Source, streams: str, visibility: str) -> StreamsConfig:
 
 
 def _grow(source: Source, size: int) -> tuple[ModelConfig, dict[str, Any]]:
-    """(config, parameters) for so many streams: what is new for each of them adds nothing to what the source computes."""
+    """(config, parameters) for so many streams, each of which adds nothing to what the source computes."""
     if size == source.size:
         return source.config, source.parameters
     old = source.parameters.get("stream_embedding")
@@ -315,10 +318,8 @@ def _report(
     count, model, spec = sum(x.size for x in jax.tree.leaves(parameters)), config.model, config.streams
     lines = [f"{count:,} parameters: {model.num_layers} layers of width {model.d_model}, {model.vocab_size:,} tokens"]
     lines.append("streams: " + ", ".join(f"{n} ({k})" for n, k in zip(spec.names, spec.kinds)) + f"; {spec.visibility}")
-    if source.size == 1 and len(spec.names) > 1:
-        if spec.visibility == "isolated" and not spec.lags:
-            lines.append("every stream computes what the imported model did; they read each other once training sets"
-                         " config.streams.visibility")  # fmt: skip
+    if source.size == 1 < len(spec.names) and spec.visibility == "isolated" and not spec.lags:
+        lines.append("every stream computes what the imported model did; set config.streams.visibility to train them")
     if not tokenizer:
         return [*lines, "no tokenizer: give one with --tokenizer=FILE to train or generate"]
     how = "added" if added else "there already"
@@ -342,17 +343,21 @@ def main(argv: Sequence[str]) -> None:
     verb, takes = _VERBS[argv[1]]
     given = {name for name in _IMPORT + _EXPORT if flags.FLAGS[name].present}
     if given - set(takes):
-        raise UserError(f"{argv[1]} takes no --{min(given - set(takes))}: it takes {', '.join('--' + x for x in takes)}")
+        raise UserError(
+            f"{argv[1]} takes no --{min(given - set(takes))}: it takes {', '.join('--' + x for x in takes)}"
+        )
     print(verb(argv[2], argv[3], **{name: flags.FLAGS[name].value for name in given}))
     print(f"written: {argv[3]}")
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("streams", "", "Streams of the model, NAME=KIND,...; e.g. user=input,thought=thought,output=output.")
+    flags.DEFINE_string("streams", "", "Streams, NAME=KIND,...; e.g. user=input,thought=thought,output=output.")
     flags.DEFINE_enum("visibility", None, PRESETS, "Who sees whom; the default is in docs/weights.md.")
-    flags.DEFINE_string("silence", "", "A special token of the tokenizer that means silence; default: <silence>, added.")
+    flags.DEFINE_string(
+        "silence", "", "A special token of the tokenizer that means silence; default: <silence>, added."
+    )
     flags.DEFINE_string("tokenizer", "", "A tokenizer file (.json or .model) in place of the source's.")
     flags.DEFINE_integer("vocab_multiple", 1, "Rows are added to the vocabulary until it is a multiple of this.")
     flags.DEFINE_enum("dtype", None, list(hf.DTYPES), "Of the tensors written.")
-    flags.DEFINE_string("like", "", "A Hugging Face folder whose other config keys and tokenizer settings are taken over.")
+    flags.DEFINE_string("like", "", "A Hugging Face folder whose other settings are taken over.")
     errors.run(main, positional=3)

@@ -97,7 +97,8 @@ def _hf_name(name: str) -> str:
 
 def _unpermuted(name: str, stored: hf.Stored, config: ModelConfig) -> hf.Stored:
     """Llama's q and k rotate the pairs (2m, 2m + 1) in a GGUF file; here, as in Hugging Face's, (m, m + H / 2)."""
-    heads = {"q_proj.weight": config.num_heads, "k_proj.weight": config.num_kv_heads}.get(name.partition("self_attn.")[2])
+    of_heads = {"q_proj.weight": config.num_heads, "k_proj.weight": config.num_kv_heads}
+    heads = of_heads.get(name.partition("self_attn.")[2])
     if heads is None:
         return stored
 
@@ -164,7 +165,7 @@ def _llama3_scaling(frequencies: np.ndarray, settings: dict[str, Any], path: str
     base = (settings["head_dim"], settings["rope_theta"])
     expected = rope_frequencies(*base, RopeScalingConfig()) / rope_frequencies(*base, scaling)
     if expected.shape != frequencies.shape or not np.allclose(frequencies, expected, rtol=1e-4):
-        raise UserError(f"{path}: {FREQUENCIES} is not Llama 3.1's for any factor: convert the model from another format")
+        raise UserError(f"{path}: {FREQUENCIES} is not Llama 3.1's for any factor: take the model in another format")
     keys = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     return {"rope_type": "llama3", "factor": round(factor) if math.isclose(factor, round(factor)) else factor, **keys}
 
@@ -206,7 +207,8 @@ def _tokenizer(fields: dict[str, Any], path: str) -> bytes:
         raise UserError(f"{path}: the vocabulary holds {wrong[0]!r} twice: give another one with --tokenizer=FILE")
     if fields.get("tokenizer.ggml.add_bos_token", cut == "llama-bpe") and "tokenizer.ggml.bos_token_id" in fields:
         begin = fields["tokenizer.ggml.bos_token_id"]
-        model.post_processor = processors.TemplateProcessing(f"{pieces[begin]} $A", special_tokens=[(pieces[begin], begin)])
+        special_tokens = [(pieces[begin], begin)]
+        model.post_processor = processors.TemplateProcessing(f"{pieces[begin]} $A", special_tokens=special_tokens)
     return model.to_str().encode()
 
 

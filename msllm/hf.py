@@ -389,10 +389,10 @@ def _read_rope(settings: Mapping[str, Any], source: str, positions: int) -> tupl
         if kind == "default":
             return theta, RopeScalingConfig()
         if kind not in _ROPE_KEYS:
-            hint = ""
+            rule = "must be default, linear, llama3 or yarn"
             if kind == "dynamic":
-                hint = "; up to max_position_embeddings dynamic is the same as none: set rope_scaling to null"
-            raise UserError(f"{source}: rope type {kind!r} is not supported: must be default, linear, llama3 or yarn{hint}")
+                rule += "; up to max_position_embeddings dynamic is the same as none: set rope_scaling to null"
+            raise UserError(f"{source}: rope type {kind!r} is not supported: {rule}")
         if kind == "yarn":
             original = settings.get("max_position_embeddings") or positions
             defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": original}

@@ -40,7 +40,9 @@ SAME = ("norm_eps", "rope_theta", "rope_scaling")  # settings that parameters we
 log = logging.getLogger("msllm")
 
 
-def write_model(folder: str | os.PathLike, config: Config, parameters: dict[str, Any], tokenizer: Tokenizer | None) -> None:
+def write_model(
+    folder: str | os.PathLike, config: Config, parameters: dict[str, Any], tokenizer: Tokenizer | None
+) -> None:
     """Writes a checkpoint of step 0 without an optimizer's state, the config and the tokenizer into a folder."""
     folder = epath.Path(folder)
     arrays = jax.tree.map(jnp.asarray, parameters)
@@ -103,7 +105,7 @@ def initial_parameters(path: str | os.PathLike, program: Program, tokenizer: Tok
         raise UserError(f"config.init_from is {path}: {error}; name another checkpoint") from error
     for key in SAME:
         if (was := getattr(there.model, key)) != (now := getattr(program.config.model, key)):
-            log.warning("config.model.%s was %r when the parameters of %s were trained and is %r now", key, was, path, now)
+            log.warning("config.model.%s is %r, and was %r when %s was trained", key, now, was, path)
     if program.config.model.stream_embedding:
         vectors = jax.jit(
             lambda old: stream_vectors(old, streams.names, program.streams.names, program.config.model.d_model),
@@ -127,7 +129,8 @@ def stream_vectors(old: Any, old_names: tuple[str, ...], names: tuple[str, ...],
 
 def _check_shapes(there: dict[str, Any], here: dict[str, Any]) -> None:
     """Raises UserError unless the parameters agree in all but the number of streams."""
-    there, here = ({path_name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(t)} for t in (there, here))
+    by_name = lambda tree: {path_name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    there, here = by_name(there), by_name(here)
     both = [name for name in there if name in here and name != STREAM_EMBEDDING]
     problems = [f"{name} is {there[name]} there, {here[name]} here" for name in both if there[name] != here[name]]
     problems += [f"{name} is only there" for name in there if name not in here]

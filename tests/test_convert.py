@@ -21,7 +21,7 @@ from msllm.checkpoint import load_model
 from msllm.config import TokenizerConfig, from_config_dict
 from msllm.convert import from_hf, parse_streams, to_hf, with_silence
 from msllm.errors import UserError
-from msllm.initial import fine_tune, initial_parameters
+from msllm.initial import fine_tune, initial_parameters, stream_vectors
 from msllm.load import load_any
 from msllm.prepare import prepare
 from msllm.score import score
@@ -54,7 +54,8 @@ def folder(tmp_path):
         for file in (hf_models.RECORDED / name).iterdir():
             (path / file.name).write_bytes(file.read_bytes())
         (path / "tokenizer.json").write_bytes(tokenizer_file(pieces))
-        (path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}')
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}
+        (path / "tokenizer_config.json").write_text(json.dumps(settings))
         return path
 
     return make
@@ -100,7 +101,9 @@ def test_grown_streams_compute_what_the_base_did(name, folder, tmp_path):
     np.testing.assert_allclose(ours, recorded["logits"], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_linear", "llama_llama3", "qwen2", "qwen2_yarn", "qwen3", "qwen3_yarn"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama_linear", "llama_llama3", "qwen2", "qwen2_yarn", "qwen3", "qwen3_yarn"]
+)
 @pytest.mark.parametrize("pieces", [hf_models.VOCABULARY, hf_models.VOCABULARY - 3], ids=["full", "padded"])
 def test_one_stream_round_trip_is_exact(name, pieces, folder, tmp_path):
     source = folder(name, pieces)
@@ -289,7 +292,8 @@ def imported(folder, tmp_path):
 
 def tuned(folder, **dotted):
     settings = fine_tune(folder)
-    settings.update_from_flattened_dict({"data.rows": 16, "data.batch_size": 8, "optim.warmup_steps": 0, "steps": 1} | dotted)
+    small = {"data.rows": 16, "data.batch_size": 8, "optim.warmup_steps": 0, "steps": 1}
+    settings.update_from_flattened_dict(small | dotted)
     return from_config_dict(settings)
 
 
@@ -323,19 +327,26 @@ def test_a_run_starts_from_an_import(imported, tmp_path):
     assert json.loads((tmp_path / "back" / "config.json").read_text())["max_position_embeddings"] == 64
 
 
-def test_initial_parameters_follow_the_names_of_streams(imported, caplog):
-    vectors = np.asarray(load_model(imported).parameters["stream_embedding"])
-    assert vectors.shape == (3, 16)
-    config = tuned(imported, **{"streams.names": ("output", "tool", "user"), "streams.kinds": ("output", "input", "input")})
+def test_initial_parameters_are_laid_out_for_the_mesh(imported, caplog):
+    streams = {"streams.names": ("output", "tool", "user"), "streams.kinds": ("output", "input", "input")}
+    config = tuned(imported, **streams)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, rope_theta=1e4))
     program = make_program(config, 4, data=2, fsdp=2)
     tokenizer = Tokenizer.load(imported / "tokenizer.json")
     with caplog.at_level(logging.WARNING):
         parameters = initial_parameters(imported, program, tokenizer)
-    assert "rope_theta was 50.0" in caplog.text
+    assert "rope_theta is 10000.0, and was 50.0" in caplog.text
     assert parameters["stream_embedding"].shape == (3, 16)
     assert jax.tree.map(lambda x: x.sharding, parameters) == program.state_shardings.parameters
-    np.testing.assert_array_equal(parameters["blocks"]["mlp"]["up"], load_model(imported).parameters["blocks"]["mlp"]["up"])
+    expected = load_model(imported).parameters
+    jax.tree.map(np.testing.assert_array_equal, parameters, expected)
+
+
+def test_stream_vectors_follow_the_names_of_streams():
+    old = np.arange(6, dtype=np.float32).reshape(2, 3)
+    new = stream_vectors(old, ("user", "output"), ("output", "tool", "user"), 3)
+    np.testing.assert_array_equal(new, [old[1], old.mean(0), old[0]])
+    np.testing.assert_array_equal(stream_vectors(None, ("user",), ("user", "tool"), 3), np.zeros((2, 3)))
 
 
 def test_a_model_that_does_not_fit_is_named(imported, tmp_path):

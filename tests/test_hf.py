@@ -1,6 +1,5 @@
 """Hugging Face folders: both directions, and what is refused."""
 
-import dataclasses
 import json
 
 import jax
@@ -90,7 +89,8 @@ def test_newer_rope_parameters_are_read():
 
 def test_yarn_defaults():
     settings = hf.hf_config(ModelConfig(vocab_size=8), 1) | {"max_position_embeddings": 64}
-    read = lambda **rope: hf.read_config(settings | {"rope_scaling": {"type": "yarn", "factor": 8.0, **rope}})[0].rope_scaling
+    yarn = {"type": "yarn", "factor": 8.0}
+    read = lambda **rope: hf.read_config(settings | {"rope_scaling": yarn | rope})[0].rope_scaling
     assert read() == RopeScalingConfig("yarn", 8.0, original_max_position=64)
     assert read(original_max_position_embeddings=16).original_max_position == 16
     assert read(attention_factor=None).attention_factor == 0

@@ -10,11 +10,12 @@ import tokenizers
 import hf_models
 from msllm import hf
 from msllm.convert import from_hf, to_hf, with_silence
+from msllm.gguf_file import PATTERNS
 from msllm.load import load_any
 from msllm.score import score
 from test_convert import TEXTS, tokenizer_file
 
-pytest.importorskip("torch", reason="torch is not installed (nor is it needed: tests/hf holds what transformers computes)")
+pytest.importorskip("torch", reason="torch is not installed; tests/hf holds what transformers computes")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 pytestmark = pytest.mark.slow
@@ -38,9 +39,16 @@ def test_logits_of_both(variant, tmp_path):
         assert np.array_equal(hf_models.logits(tmp_path / f"back{dtype}", recorded["tokens"]), recorded["logits"])
 
 
-@pytest.mark.parametrize("family", [dict(qk_norm=True), dict(qk_norm=False, attention_bias=True), dict(qk_norm=False)], ids=str)
+FAMILIES = {
+    "qwen3": dict(qk_norm=True),
+    "qwen2": dict(qk_norm=False, attention_bias=True),
+    "llama": dict(qk_norm=False),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_of_ours_opens_there(family, make_model, tmp_path):
-    model = make_model(1, stream_embedding=False, tie_embeddings=False, **family)
+    model = make_model(1, stream_embedding=False, tie_embeddings=False, **FAMILIES[family])
     files = {"tokenizer.json": byte_level(), "tokenizer_config.json": b'{"tokenizer_class": "PreTrainedTokenizerFast"}'}
     hf.write_folder(tmp_path / "out", model.config, 1, model.parameters, files=files)
     tokens = np.random.default_rng(0).integers(0, 32, 20).astype(np.int32)
@@ -53,9 +61,11 @@ def test_a_model_of_ours_opens_there(family, make_model, tmp_path):
 
 
 def byte_level() -> bytes:
-    """A byte-level BPE file, as all these families have, with silence added."""
+    """A byte-level BPE file with silence. It cuts text as Qwen does: the library does so whatever a qwen2 folder says."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(PATTERNS["qwen2"]), "isolated")
+    plain = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, plain])
     model.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False)
