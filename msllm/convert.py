@@ -76,11 +76,12 @@ def from_hf(directory: str | os.PathLike, out: str | os.PathLike, **options) -> 
 def from_gguf(file: str | os.PathLike, out: str | os.PathLike, **options) -> str:
     """Imports a GGUF file; returns a report. `options` are those of `import_model`. Raises UserError."""
     refuse_existing(out)
-    model = gguf_file.read_gguf(file)
+    model = gguf_file.read_gguf(file, with_tokenizer=not options.get("tokenizer"))
     settings = model.settings | {"torch_dtype": "float32"}
-    origin = {hf.CONFIG: json.dumps(settings, indent=2).encode()}
-    origin["tokenizer_config.json"] = json.dumps(model.tokenizer_settings, indent=2).encode()
-    tokenizer = ("tokenizers", model.tokenizer)
+    origin, tokenizer = {hf.CONFIG: json.dumps(settings, indent=2).encode()}, None
+    if model.tokenizer:
+        origin["tokenizer_config.json"] = json.dumps(model.tokenizer_settings, indent=2).encode()
+        tokenizer = ("tokenizers", model.tokenizer)
     source = Source(str(file), model.config, 1, None, model.parameters, tokenizer, None, origin)
     return import_model(source, out, **options)
 
@@ -117,11 +118,11 @@ def import_model(
     if source.tokenizer:
         _check_vocabulary(source)
         chosen, added = with_silence(*source.tokenizer, silence or source.silence or "", source.path)
-        rows = max(config.vocab_size, chosen.vocab_size)
-        rows += -rows % vocab_multiple
-        config, parameters = _with_rows(config, parameters, rows, _known_size(*source.tokenizer))
     elif silence:
         raise UserError(f"{source.path} has no tokenizer, so no {silence!r}: give one with --tokenizer=FILE")
+    known = _known_size(*source.tokenizer) if source.tokenizer else config.vocab_size
+    rows = max(config.vocab_size, chosen.vocab_size if chosen else 0)
+    config, parameters = _with_rows(config, parameters, rows + -rows % vocab_multiple, known)
     data = DataConfig(tokenizer=TokenizerConfig(silence=chosen.silence if chosen else TokenizerConfig.silence))
     whole = Config(model=config, streams=spec, data=data)
     with new_folder(out) as folder:

@@ -52,11 +52,11 @@ class Model(NamedTuple):
     config: ModelConfig
     parameters: dict[str, Any]  # nested dicts of numpy float32
     settings: dict[str, Any]  # Hugging Face's config.json of it
-    tokenizer: bytes  # a `tokenizers` file
+    tokenizer: bytes | None  # a `tokenizers` file
     tokenizer_settings: dict[str, Any]  # Hugging Face's tokenizer_config.json
 
 
-def read_gguf(path: str | os.PathLike) -> Model:
+def read_gguf(path: str | os.PathLike, with_tokenizer: bool = True) -> Model:
     """Reads a GGUF file. Raises UserError for what this model cannot represent, and for damage."""
     try:
         import gguf
@@ -84,6 +84,8 @@ def read_gguf(path: str | os.PathLike) -> Model:
     if settings["model_type"] == "llama":
         tensors = {name: _unpermuted(name, stored, config) for name, stored in tensors.items()}
     parameters = hf.from_hf(tensors, config, streams, str(path))
+    if not with_tokenizer:
+        return Model(config, parameters, settings, None, {})
     return Model(config, parameters, settings, _tokenizer(fields, str(path)), _tokenizer_settings(fields))
 
 
@@ -173,18 +175,19 @@ def _llama3_scaling(frequencies: np.ndarray, settings: dict[str, Any], path: str
 def _tokenizer(fields: dict[str, Any], path: str) -> bytes:
     """The vocabulary and merges of the file as a `tokenizers` file, with the same ids."""
     kind, cut = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or cut not in PATTERNS:
+    parts = [f"tokenizer.ggml.{part}" for part in ("tokens", "token_type", "merges")]
+    if kind != "gpt2" or cut not in PATTERNS or any(part not in fields for part in parts):
         raise UserError(
             f"{path} has a tokenizer {kind!r} with tokenizer.ggml.pre={cut!r}: supported is 'gpt2' (BPE) with one of"
-            f" {', '.join(PATTERNS)}; give another with --tokenizer=FILE"
+            f" {', '.join(PATTERNS)}, tokens, their types and merges; give another with --tokenizer=FILE"
         )
-    pieces, types = fields["tokenizer.ggml.tokens"], list(fields["tokenizer.ggml.token_type"])
+    pieces, types, merges = (list(fields[part]) for part in parts)
     while types and types[-1] == UNUSED:  # the table of embeddings is longer than the vocabulary
         types.pop()
     end = len(types)
     while end and types[end - 1] in (CONTROL, USER_DEFINED):  # these follow the vocabulary, as they are added to it
         end -= 1
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ", 1)) for merge in merges]
     vocabulary = {piece: i for i, piece in enumerate(pieces[:end])}
     model = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=cut == "llama-bpe"))
     if PATTERNS[cut]:

@@ -20,6 +20,7 @@ from msllm.errors import UserError
 from msllm.load import load_any
 from msllm.rope import rope_frequencies
 from msllm.score import score
+from test_convert import tokenizer_file
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed: pip install msllm[gguf]")
 
@@ -186,6 +187,9 @@ def test_bad_files_are_named(llama3, tmp_path, monkeypatch):
     refused("missing model.layers.1.mlp.up_proj.weight; unexpected blk.1.ffn_xy.weight")
     path.write_bytes(whole.replace(b"llama-bpe", b"klingon-1"))
     refused("tokenizer.ggml.pre='klingon-1'.*--tokenizer=FILE")
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_file(300))
+    from_gguf(path, tmp_path / "other", tokenizer=str(tmp_path / "tokenizer.json"))
+    assert load_any(tmp_path / "other").tokenizer.vocab_size == 301
     write(path, llama3.config, dict(llama3.parameters, final_norm=np.full(16, np.nan, np.float32)))
     refused("model.norm.weight holds 16 numbers that are not finite")
     monkeypatch.setitem(sys.modules, "gguf", None)
