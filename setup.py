@@ -1,4 +1,5 @@
-"""Installs msllm: `pip install -e .`, with the extras `tpu`, `cuda`, `gcs`, `data`, `test` and `notebooks`."""
+"""Installs msllm: `pip install -e .`, with the extras `tpu`, `cuda`, `gcs`, `data`, `gguf`, `test` and
+`notebooks`."""
 
 from setuptools import find_packages, setup
 
@@ -16,6 +17,7 @@ setup(
         "grain>=0.2.15",
         "jax>=0.10",
         "ml-collections>=1.0",
+        "ml-dtypes",
         "msgpack",
         "numpy>=2.0",
         "optax>=0.2.5",
@@ -33,9 +35,11 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "gcs": ["gcsfs"],  # workdirs gs://...
         "data": ["pyarrow", "zstandard"],  # parquet and .zst files as input of msllm.prepare
+        "gguf": ["gguf"],  # .gguf files as input of msllm.convert
         # With the TPU compiler that belongs to the installed jax: it needs no TPU.
         # Launchers: shellcheck, and schemas for manifests. Workdirs in a bucket: an emulator.
         "test": [
+            "gguf",
             "hypothesis",
             "ipykernel",
             "jax[tpu]>=0.10",

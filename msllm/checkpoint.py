@@ -64,7 +64,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _is_no_damage(error: Exception) -> bool:
+def is_no_damage(error: Exception) -> bool:
     """Whether reading a checkpoint failed for another reason than its files: those give whatever orbax, tensorstore and
     json say of them."""
     return isinstance(error, UserError | jax.errors.JaxRuntimeError) or cluster.is_of_others(error)
@@ -73,6 +73,16 @@ def _is_no_damage(error: Exception) -> bool:
 def _digest(description: dict[str, Any]) -> str:
     content = {key: value for key, value in description.items() if key != "digest"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def describe(step: int, config: Config, tokenizer: Tokenizer | None, items: dict[str, Any], **more) -> dict[str, Any]:
+    """The description of a checkpoint that holds these items; `more` is added to it."""
+    data = base64.b64encode(tokenizer.to_bytes()).decode() if tokenizer else None
+    stored = tokenizer and {"kind": tokenizer.kind, "silence": tokenizer.silence, "bytes": data}
+    sums = {name: checksums(tree) for name, tree in items.items()}
+    config_dict = json.loads(to_json(config))
+    more |= {"format": FORMAT, "step": step, "config": config_dict, "tokenizer": stored, "checksums": sums}
+    return more | {"digest": _digest(more)}
 
 
 class _Manager(ocp.CheckpointManager):
@@ -106,7 +116,7 @@ class Checkpoints:
             multiprocessing_options=processes,
         )
         self._processes = processes
-        handlers = {name: _array_handler(processes) for name in ITEMS[:-1]}
+        handlers = {name: array_handler(processes) for name in ITEMS[:-1]}
         handlers[ITEMS[-1]] = ocp.JsonCheckpointHandler(multiprocessing_options=processes)
         self._manager = _Manager(self.directory, item_handlers=handlers, options=options)
 
@@ -119,19 +129,7 @@ class Checkpoints:
         step, items = int(state.step), _split(state)
         if step in self._manager.all_steps():
             return
-        description = {
-            "format": FORMAT,
-            "step": step,
-            "config": json.loads(to_json(config)),
-            "layout": _layout(state),
-            "tokenizer": {
-                "kind": tokenizer.kind,
-                "silence": tokenizer.silence,
-                "bytes": base64.b64encode(tokenizer.to_bytes()).decode(),
-            },
-            "checksums": {name: checksums(tree) for name, tree in items.items()},
-        }
-        description["digest"] = _digest(description)
+        description = describe(step, config, tokenizer, items, layout=_layout(state))
         save = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
         begin = time.monotonic()
         try:
@@ -178,7 +176,7 @@ class Checkpoints:
             try:
                 state = self._restore_step(step, program, tokenizer)
             except Exception as error:
-                if _is_no_damage(error):
+                if is_no_damage(error):
                     raise
                 reason = _first_line(error)
                 problems.append(f"step {step}: {reason}")
@@ -212,20 +210,20 @@ class Checkpoints:
         # Without the manager: it makes all processes wait for one that cannot read its part.
         path, restored, error = self.directory / str(step), {}, None
         try:
-            description = _read_description(path)
+            description = read_description(path)
             _check_same_run(description, program.config, tokenizer, path)
             if self._local and description["layout"] != _layout(program.abstract_state):
                 raise ValueError("it was written by other processes or another mesh")
             for name, tree in _split(program.abstract_state).items():
-                restored[name] = _read_arrays(path / name, tree, self._processes)
+                restored[name] = read_arrays(path / name, tree, self._processes)
         except Exception as problem:
-            if _is_no_damage(problem):
+            if is_no_damage(problem):
                 raise
             error = _first_line(problem)
         if any(errors := cluster.share(error)):
             raise ValueError(next(filter(None, errors)))
         for name, tree in restored.items():
-            _check_sums(tree, description["checksums"][name])
+            check_sums(tree, description["checksums"][name])
         rest = restored["rest"]
         return TrainState(rest["step"], restored["parameters"], rest["opt_state"], rest["skipped"], rest["in_row"])
 
@@ -252,7 +250,8 @@ class Checkpoints:
             self._manager.close()
 
 
-def _array_handler(processes: ocp.options.MultiprocessingOptions) -> ocp.PyTreeCheckpointHandler:
+def array_handler(processes=ocp.options.MultiprocessingOptions()) -> ocp.PyTreeCheckpointHandler:
+    """Writes and reads arrays as all checkpoints hold them."""
     types = ocp.type_handlers.create_type_handler_registry(
         # Where every process keeps a folder of its own, each one writes all that it holds, replicas too.
         (jax.Array, ocp.type_handlers.ArrayHandler(primary_host=None, replica_id=None, use_replica_parallel=False))
@@ -265,10 +264,10 @@ def _array_handler(processes: ocp.options.MultiprocessingOptions) -> ocp.PyTreeC
     )
 
 
-def _read_arrays(path: epath.Path, abstract: Any, processes=ocp.options.MultiprocessingOptions()) -> Any:
+def read_arrays(path: epath.Path, abstract: Any, processes=ocp.options.MultiprocessingOptions()) -> Any:
     """The arrays in `path`, in the shapes and layout of `abstract`; only this process reads, and waits for no other."""
     arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
-    return _array_handler(processes).restore(path, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments))
+    return array_handler(processes).restore(path, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments))
 
 
 def _layout(state: Any) -> dict[str, Any]:
@@ -277,7 +276,8 @@ def _layout(state: Any) -> dict[str, Any]:
     return {"mesh": dict(mesh.shape), "devices": [[d.process_index, d.id] for d in mesh.devices.flat]}
 
 
-def _read_description(path: epath.Path) -> dict[str, Any]:
+def read_description(path: epath.Path) -> dict[str, Any]:
+    """The description of a checkpoint. Raises UserError, and whatever its damage makes orbax and json raise."""
     description = ocp.JsonCheckpointHandler().restore(path / "description")
     if not isinstance(description, dict) or _digest(description) != description.get("digest"):
         raise ValueError("its description does not match its digest")
@@ -286,7 +286,8 @@ def _read_description(path: epath.Path) -> dict[str, Any]:
     return description
 
 
-def _check_sums(tree: Any, expected: dict[str, int]) -> None:
+def check_sums(tree: Any, expected: dict[str, int]) -> None:
+    """Raises ValueError if the arrays are not those of which these are the checksums."""
     found = checksums(tree)
     wrong = [name for name in expected if found.get(name) != expected[name]]
     if wrong or len(found) != len(expected):
@@ -294,7 +295,8 @@ def _check_sums(tree: Any, expected: dict[str, int]) -> None:
 
 
 def _check_same_run(description: dict[str, Any], config: Config, tokenizer: Tokenizer, path: epath.Path) -> None:
-    stored, current = description["config"], json.loads(to_json(config))
+    # Settings that are newer than the checkpoint had their defaults.
+    stored, current = json.loads(to_json(from_config_dict(description["config"]))), json.loads(to_json(config))
     different = [
         f"{section}.{key} is {stored[section].get(key)!r} there and {current[section].get(key)!r} here"
         for section in ("model", "streams")
@@ -328,30 +330,34 @@ class Loaded:
     step: int
     config: Config
     streams: StreamSpec
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None: the model was imported without one
     graph: nnx.GraphDef
     parameters: dict[str, Any]
 
 
-def load_model(path: str | os.PathLike) -> Loaded:
-    """Loads parameters and description from a checkpoint: a step's directory, or the newest good one of a workdir.
-
-    Raises UserError.
-    """
+def checkpoint_paths(path: str | os.PathLike) -> list[epath.Path]:
+    """The one checkpoint that `path` is, or those of a workdir, newest first. Raises UserError if there is none."""
     path = _absolute(path)
     if (path / DIRECTORY).is_dir():
         path = path / DIRECTORY
     if (path / "description").is_dir():
-        candidates = [path]
-    else:
-        found = [p for p in path.iterdir() if p.name.isdigit()] if path.is_dir() else []
-        candidates = sorted(found, key=lambda p: -int(p.name))
-    if not candidates:
+        return [path]
+    found = [p for p in path.iterdir() if p.name.isdigit()] if path.is_dir() else []
+    if not found:
         raise UserError(f"there is no checkpoint in {path}: give a workdir of `msllm.train` or one of its checkpoints")
+    return sorted(found, key=lambda p: -int(p.name))
+
+
+def load_model(path: str | os.PathLike, needs_tokenizer: bool = True) -> Loaded:
+    """Loads parameters and description from a checkpoint: a step's directory, or the newest good one of a workdir. Raises
+    UserError, also if it `needs_tokenizer` and was imported without one."""
     problems = []
-    for candidate in candidates:
+    for candidate in checkpoint_paths(path):
         try:
-            return _load(candidate)
+            loaded = _load(candidate)
+            if needs_tokenizer and loaded.tokenizer is None:
+                raise UserError(f"{path} has no tokenizer: import it with --tokenizer=FILE (docs/weights.md)")
+            return loaded
         except UserError:
             raise
         except Exception as error:  # see Checkpoints.restore
@@ -362,14 +368,14 @@ def load_model(path: str | os.PathLike) -> Loaded:
 
 
 def _load(path: epath.Path) -> Loaded:
-    description = _read_description(path)
+    description = read_description(path)
     config = from_config_dict(description["config"])
     streams = StreamSpec.from_config(config.streams)
     graph, shapes, _ = abstract_model(config.model, streams)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
-    parameters = _read_arrays(path / "parameters", abstract)
-    _check_sums(parameters, description["checksums"]["parameters"])
+    parameters = read_arrays(path / "parameters", abstract)
+    check_sums(parameters, description["checksums"]["parameters"])
     stored = description["tokenizer"]
-    tokenizer = Tokenizer.from_bytes(stored["kind"], base64.b64decode(stored["bytes"]), stored["silence"])
+    tokenizer = stored and Tokenizer.from_bytes(stored["kind"], base64.b64decode(stored["bytes"]), stored["silence"])
     return Loaded(str(path), description["step"], config, streams, tokenizer, graph, parameters)

@@ -27,11 +27,14 @@ from msllm.errors import UserError
 class RopeScalingConfig:
     """Change of the rotary frequencies for contexts longer than the ones trained on."""
 
-    kind: str = "none"  # none | linear (positions / factor) | llama3 (Llama 3.1's wavelength-dependent form)
+    kind: str = "none"  # none | linear (positions / factor) | llama3 | yarn (slow pairs / factor): msllm/rope.py
     factor: float = 1.0
-    low_freq_factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0
-    original_max_position: int = 8192
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0
+    attention_factor: float = 0.0  # yarn: of every rotated query and key; 0: by the paper's formula
+    original_max_position: int = 8192  # rows of the context trained on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +206,7 @@ class Config:
 
     steps: int = 1000
     seed: int = 0  # initial parameters
+    init_from: str = ""  # a checkpoint whose parameters a new run starts with (docs/weights.md); empty: at random
     log_every: int = 10
     eval_every: int = 500  # 0: never
     eval_batches: int = 0  # 0: the whole held-out split
@@ -287,7 +291,7 @@ _CHOICES = {
     "model.compute_dtype": "float32 bfloat16",
     "model.attention": "auto splash gpu chunked reference",
     "model.remat": "none dots full",
-    "model.rope_scaling.kind": "none linear llama3",
+    "model.rope_scaling.kind": "none linear llama3 yarn",
     "optim.schedule": "cosine wsd constant",
     "data.tokenizer.model_type": "unigram bpe word char",
     "data.split": "hash tail",
@@ -315,6 +319,9 @@ def _validate(config: Config) -> None:
     heads, kv_heads = model.num_heads, model.num_kv_heads
     check("model.num_kv_heads", heads % kv_heads == 0, f"must divide model.num_heads={heads}")
     check("model.kv_parts", kv_heads % model.kv_parts == 0, f"must divide model.num_kv_heads={kv_heads}")
+    check("model.rope_scaling.factor", model.rope_scaling.factor > 0, "must be positive")
+    bands = model.rope_scaling.low_freq_factor < model.rope_scaling.high_freq_factor
+    check("model.rope_scaling", bands, "low_freq_factor must be less than high_freq_factor")
     check("model.head_dim", model.head_dim % 2 == 0, "must be even (rotary pairs)")
     check("data.rows", data.rows > 1, "must be at least 2 (each row predicts the next)")
     check("data.eval_percent", 0 <= data.eval_percent < 100, "must be in [0, 100)")

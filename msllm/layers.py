@@ -10,11 +10,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from msllm.config import ModelConfig, RopeScalingConfig
+from msllm.config import ModelConfig
+from msllm.rope import rope_frequencies, rope_size
 from msllm.sharding import RULES, gather, mesh_axes, total
 
 
@@ -69,32 +69,14 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (x32 * scale * weight).astype(x.dtype)
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScalingConfig) -> np.ndarray:
-    """Angle per row of each rotated pair, [H / 2] float32 (Su et al. 2021, arXiv 2104.09864)."""
-    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if scaling.kind == "linear":
-        frequencies = frequencies / scaling.factor
-    elif scaling.kind == "llama3":
-        # Long wavelengths are slowed down by the factor, short ones kept, those between blended (Llama 3.1).
-        wavelength = 2 * math.pi / frequencies
-        low = scaling.original_max_position / scaling.low_freq_factor
-        high = scaling.original_max_position / scaling.high_freq_factor
-        blend = (scaling.original_max_position / wavelength - scaling.low_freq_factor) / (
-            scaling.high_freq_factor - scaling.low_freq_factor
-        )
-        between = (1 - blend) * frequencies / scaling.factor + blend * frequencies
-        slowed = np.where(wavelength > low, frequencies / scaling.factor, frequencies)
-        frequencies = np.where((wavelength <= low) & (wavelength >= high), between, slowed)
-    return frequencies.astype(np.float32)
-
-
 def rope_angles(position: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """cos and sin for positions [B, T] or [B, T, S]: each [B, T, 1 or S, 1, H / 2] float32."""
+    """cos and sin for positions [B, T] or [B, T, S], times `rope_size`: each [B, T, 1 or S, 1, H / 2] float32."""
     frequencies = jnp.asarray(rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
     if position.ndim == 2:
         position = position[:, :, None]
     angle = position[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angle), jnp.sin(angle)
+    size = rope_size(config.rope_scaling)
+    return size * jnp.cos(angle), size * jnp.sin(angle)
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:

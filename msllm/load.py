@@ -12,11 +12,11 @@ from etils import epath
 from flax import nnx
 
 from msllm import hf
-from msllm.config import ModelConfig, StreamsConfig
+from msllm.config import ModelConfig
 from msllm.errors import UserError
 from msllm.model import abstract_model
 from msllm.streams import StreamSpec, lag_matrix
-from msllm.tokenizer import Tokenizer
+from msllm.tokenizer import FILE_NAMES, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +40,11 @@ class LoadedModel:
 
 
 def load_any(path: str | pathlib.Path) -> LoadedModel:
-    """Loads a checkpoint of msllm, or a Hugging Face folder (which has no tokenizer of ours and names no streams).
+    """Loads a checkpoint of msllm, or a Hugging Face folder.
 
-    Streams of a Hugging Face folder are called stream0, stream1, ...; stream0 is the input, as in the reference
-    implementation, unless it is the only one. Raises UserError.
+    Only folders that msllm wrote name their streams and say what silence is. In others the streams are stream0, stream1,
+    ..., of which stream0 is the input, as in the reference implementation, unless it is the only one; and the model has
+    no tokenizer, unless it is imported (msllm/convert.py). Raises UserError.
     """
     path = epath.Path(path)
     if not path.is_dir():
@@ -51,10 +52,15 @@ def load_any(path: str | pathlib.Path) -> LoadedModel:
     if not _is_hf_folder(path):
         from msllm.checkpoint import load_model  # orbax is slow to import, and a Hugging Face folder needs none of it
 
-        loaded = load_model(path)
+        loaded = load_model(path, needs_tokenizer=False)
         return LoadedModel(loaded.config.model, loaded.streams, loaded.graph, loaded.parameters, loaded.tokenizer)
-    config, size, parameters = hf.read_folder(pathlib.Path(path))
-    return from_parameters(config, unnamed_streams(size), jax.tree.map(jax.numpy.asarray, parameters))
+    folder = pathlib.Path(path)
+    config, size, parameters = hf.read_folder(folder)
+    streams, silence = hf.read_own(hf.read_settings(folder), size, str(folder / hf.CONFIG))
+    files = [folder / name for name in FILE_NAMES.values() if (folder / name).is_file()]
+    tokenizer = Tokenizer.load(files[0], silence) if silence and files else None
+    parameters = jax.tree.map(jax.numpy.asarray, parameters)
+    return from_parameters(config, StreamSpec.from_config(streams), parameters, tokenizer)
 
 
 def from_parameters(
@@ -62,13 +68,6 @@ def from_parameters(
 ) -> LoadedModel:
     """A model of parameters that are in memory, e.g. in the middle of training."""
     return LoadedModel(config, streams, abstract_model(config, streams)[0], parameters, tokenizer)
-
-
-def unnamed_streams(size: int) -> StreamSpec:
-    """The spec of a model that says only how many streams it has."""
-    names = tuple(f"stream{s}" for s in range(size))
-    kinds = ("input",) + ("output",) * (size - 1) if size > 1 else ("output",)
-    return StreamSpec.from_config(StreamsConfig(names=names, kinds=kinds))
 
 
 def _is_hf_folder(path: epath.Path) -> bool:

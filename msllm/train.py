@@ -50,6 +50,7 @@ def train(
       stop: hears the wish to stop early. seconds_before: how long this process has been running, for the goodput.
     """
     from msllm.checkpoint import Checkpoints  # orbax is slow to import, and not every use of this module needs it
+    from msllm.initial import initial_parameters
 
     workdir = _open_workdir(workdir)
     goodput = Goodput(workdir / "goodput.json", seconds_before)
@@ -70,6 +71,9 @@ def train(
             state = checkpoints.restore(program, loader.tokenizer)
         if state is None:
             state = program.init()
+            if config.init_from:
+                state = state._replace(parameters=None)  # frees their memory
+                state = state._replace(parameters=initial_parameters(config.init_from, program, loader.tokenizer))
             log.info("starting a new run in %s", workdir)
         else:
             log.info("continuing at step %d of %s", int(state.step), workdir)
@@ -144,6 +148,8 @@ def _open_workdir(path: str | os.PathLike) -> epath.Path:
     except (ImportError, OSError) as error:
         remedy = "install msllm[gcs] for gs://, and see that this host may write there" if "://" in str(path) else "name another"
         raise UserError(f"--workdir is {path}, which cannot be made ({error}): {remedy}") from error
+    if (workdir / "description").is_dir():
+        raise UserError(f"--workdir is {path}, a model: name another, and this one with --config.init_from={path}")
     return workdir
 
 

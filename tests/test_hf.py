@@ -8,11 +8,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import golden_cases
+import hf_models
 from msllm import hf
 from msllm.config import ModelConfig, RopeScalingConfig
 from msllm.errors import UserError
+from msllm.load import load_any
+from msllm.score import score
 
-LLAMA3 = RopeScalingConfig("llama3", 8.0, 1.0, 4.0, 8192)
+LLAMA3 = RopeScalingConfig("llama3", 8.0, 1.0, 4.0, original_max_position=8192)
 SHAPES = {
     "qwen3": dict(qk_norm=True),
     "qwen3_streams": dict(qk_norm=True, streams=3, stream_embedding=True, tie_embeddings=False),
@@ -20,6 +23,7 @@ SHAPES = {
     "qwen2": dict(attention_bias=True),
     "llama": dict(tie_embeddings=False, rope_scaling=LLAMA3),
     "llama_linear": dict(rope_scaling=RopeScalingConfig("linear", 4.0), num_kv_heads=4),
+    "qwen3_yarn": dict(qk_norm=True, rope_scaling=RopeScalingConfig("yarn", 4.0, beta_slow=2.0, attention_factor=1.5)),
 }
 
 
@@ -39,6 +43,15 @@ def test_round_trip_is_exact(model, tmp_path):
     config, streams, parameters = hf.read_folder(tmp_path)
     assert config == model.config and streams == model.streams.size
     assert_equal(parameters, jax.tree.map(np.asarray, model.parameters))
+
+
+@pytest.mark.parametrize("variant", hf_models.VARIANTS)
+def test_recorded_logits_of_transformers(variant):
+    folder = hf_models.RECORDED / variant
+    recorded = np.load(folder / "logits.npz")
+    model = load_any(folder)
+    ours = next(score(model, {"tokens": recorded["tokens"][None, :, None]}))["logits"][0, :, 0]
+    np.testing.assert_allclose(ours, recorded["logits"], rtol=0, atol=1e-4)
 
 
 def test_sharded_index(model, tmp_path):
@@ -74,14 +87,29 @@ def test_newer_rope_parameters_are_read():
     assert config.rope_theta == 7.0 and config.rope_scaling == RopeScalingConfig("linear", 2.0)
 
 
+def test_yarn_defaults():
+    settings = hf.hf_config(ModelConfig(vocab_size=8), 1) | {"max_position_embeddings": 64}
+    yarn = {"type": "yarn", "factor": 8.0}
+    read = lambda **rope: hf.read_config(settings | {"rope_scaling": yarn | rope})[0].rope_scaling
+    assert read() == RopeScalingConfig("yarn", 8.0, original_max_position=64)
+    assert read(original_max_position_embeddings=16).original_max_position == 16
+    assert read(attention_factor=None).attention_factor == 0
+    over, under = 0.1 * np.log(8) + 1, 0.05 * np.log(8) + 1
+    assert np.isclose(read(mscale=1.0, mscale_all_dim=0.5).attention_factor, over / under)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": "4x"}}, "must be numbers"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate=false"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.0}}, "must be positive"),
         ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic is the same as none"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "lacks low_freq_factor"),
         ({"role_gating_enabled": True}, "role_gating_enabled"),
         ({"attention_bias": True}, "attention_bias"),
@@ -112,7 +140,13 @@ def test_wrong_tensors_are_named(make_model, tmp_path):
     refused({name: x for name, x in tensors.items() if name != norm}, f"missing {norm}")
     refused(tensors | {"model.extra": tensors[norm]}, "unexpected model.extra")
     refused(tensors | {norm: tensors[norm][:-1]}, f"{norm} has shape")
+    unused = {hf.UNUSED[1].format(0): tensors[norm]}  # old checkpoints hold such tables
+    save_file(tensors | unused, path)
+    assert_equal(hf.read_folder(tmp_path)[2], jax.tree.map(np.asarray, model.parameters))
     refused(tensors | {norm: tensors[norm].astype(np.int32)}, f"{norm} has type I32")
+    broken = tensors[norm].copy()
+    broken[3] = np.inf
+    refused(tensors | {norm: broken}, f"{norm} holds 1 numbers that are not finite")
     for damaged in (whole[:-5], whole[:5], b"\xff" * 64, b""):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="damaged"):
@@ -120,6 +154,14 @@ def test_wrong_tensors_are_named(make_model, tmp_path):
     path.unlink()
     with pytest.raises(UserError, match="there is no file"):
         hf.read_folder(tmp_path)
+
+
+def test_numbers_beyond_a_type_are_refused(tmp_path):
+    config, streams, parameters = hf.read_folder(hf_models.RECORDED / "llama")
+    parameters["final_norm"][0] = 1e5
+    with pytest.raises(UserError, match="model.norm.weight has numbers beyond the range of float16"):
+        hf.write_folder(tmp_path / "out", config, streams, parameters, dtype="float16")
+    assert not list(tmp_path.iterdir())
 
 
 def test_role_gating_is_refused():

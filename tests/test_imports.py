@@ -12,6 +12,7 @@ PACKAGE = pathlib.Path(msllm.__file__).parent
 ORDER = """
 errors shapes workers progress
 config
+rope
 streams
 compiler cluster
 sharding
@@ -29,19 +30,21 @@ data.converters.single data.converters.parallel_documents data.converters.gsm8k 
 data.converters.dictation data.converters data.duplicates data.build
 step
 checkpoint
+initial
 metrics flops
 hardware goodput meter
 hlo roofline markup page
-hf
+atomic hf gguf_file
 load
 decode
-train prepare drawing inspect score generate evaluate likelihood bench_attention bench_loader bench_prepare bench
+train prepare drawing inspect convert score generate evaluate likelihood bench_attention bench_loader bench_prepare bench
 aot
 """.split()
 # Imports inside functions, by (module, imported module), with the reason.
 NESTED = {
     ("load", "checkpoint"): "orbax is slow to import, and a Hugging Face folder needs none of it",
     ("train", "checkpoint"): "orbax is slow to import, and not every use of this module needs it",
+    ("train", "initial"): "the same",
     ("bench", "*"): "each case is measured in a process of its own: the first one needs none of this",
 }
 CORE = (

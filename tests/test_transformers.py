@@ -1,0 +1,73 @@
+"""Against the `transformers` library itself, where it and torch are installed: its folders here, ours there.
+
+CI has neither; the same models are recorded in tests/hf (tests/hf_models.py).
+"""
+
+import numpy as np
+import pytest
+import tokenizers
+
+import hf_models
+from msllm import hf
+from msllm.convert import from_hf, to_hf, with_silence
+from msllm.gguf_file import PATTERNS
+from msllm.load import load_any
+from msllm.score import score
+from test_convert import TEXTS, tokenizer_file
+
+pytest.importorskip("torch", reason="torch is not installed; tests/hf holds what transformers computes")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("variant", hf_models.VARIANTS)
+def test_logits_of_both(variant, tmp_path):
+    hf_models.make(variant, tmp_path / "theirs")
+    recorded = np.load(tmp_path / "theirs" / "logits.npz")
+    (tmp_path / "theirs" / "tokenizer.json").write_bytes(tokenizer_file(hf_models.VOCABULARY))
+    from_hf(tmp_path / "theirs", tmp_path / "ours", streams="user,output")
+    model = load_any(tmp_path / "ours")
+    tokens = np.random.default_rng(1).integers(0, hf_models.VOCABULARY, (1, hf_models.ROWS, 2))
+    tokens[0, :, 1] = recorded["tokens"]
+    logits = next(score(model, {"tokens": tokens}))["logits"][0, :, 1, : hf_models.VOCABULARY]
+    np.testing.assert_allclose(logits, recorded["logits"], rtol=0, atol=1e-4)
+
+    from_hf(tmp_path / "theirs", tmp_path / "one")
+    for dtype in ("", "float32"):
+        to_hf(tmp_path / "one", tmp_path / f"back{dtype}", dtype)
+        assert np.array_equal(hf_models.logits(tmp_path / f"back{dtype}", recorded["tokens"]), recorded["logits"])
+
+
+FAMILIES = {
+    "qwen3": dict(qk_norm=True),
+    "qwen2": dict(qk_norm=False, attention_bias=True),
+    "llama": dict(qk_norm=False),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_of_ours_opens_there(family, make_model, tmp_path):
+    model = make_model(1, stream_embedding=False, tie_embeddings=False, **FAMILIES[family])
+    files = {"tokenizer.json": byte_level(), "tokenizer_config.json": b'{"tokenizer_class": "PreTrainedTokenizerFast"}'}
+    hf.write_folder(tmp_path / "out", model.config, 1, model.parameters, files=files)
+    tokens = np.random.default_rng(0).integers(0, 32, 20).astype(np.int32)
+    ours = next(score(model, {"tokens": tokens[None, :, None]}))["logits"][0, :, 0]
+    np.testing.assert_allclose(hf_models.logits(tmp_path / "out", tokens), ours, rtol=0, atol=1e-4)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = f"{TEXTS[0]}<silence>{TEXTS[1]}"
+    assert tokenizer(text).input_ids == tokenizers.Tokenizer.from_str(byte_level().decode()).encode(text).ids
+    assert tokenizer.convert_tokens_to_ids("<silence>") in tokenizer(text).input_ids
+
+
+def byte_level() -> bytes:
+    """A byte-level BPE file with silence. It cuts text as Qwen does: the library does so whatever a qwen2 folder says."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(PATTERNS["qwen2"]), "isolated")
+    plain = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, plain])
+    model.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False)
+    model.train_from_iterator(TEXTS, trainer)
+    return with_silence("tokenizers", model.to_str().encode(), "", "here")[0].to_bytes()
