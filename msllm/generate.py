@@ -14,7 +14,7 @@ import rich.text
 from absl import flags, logging
 
 from msllm import errors
-from msllm.decode import DecodeOptions, DecodeSession, Row
+from msllm.decode import DecodeOptions, Engine, Row
 from msllm.errors import UserError
 from msllm.load import LoadedModel, load_any
 from msllm.streams import StreamSpec
@@ -53,10 +53,10 @@ def per_stream(flag: str, values: Sequence[str], streams: StreamSpec, kind: Call
 
 
 def cell_text(model: LoadedModel, row: Row, stream: int) -> rich.text.Text:
-    """How a cell of the first table is printed."""
-    if not row.present[0, stream]:
+    """How a cell is printed."""
+    if not row.present[stream]:
         return rich.text.Text(ABSENT)
-    token = int(row.tokens[0, stream])
+    token = int(row.tokens[stream])
     if token == model.tokenizer.silence_id:
         return rich.text.Text(SILENT, style="dim")
     piece = model.tokenizer.piece(token).replace("\u2581", " ").strip(" ") or "\u2423"  # sentencepiece's mark of a space
@@ -72,19 +72,19 @@ def run(
         raise UserError("the checkpoint has no tokenizer (a Hugging Face folder): use msllm.decode with token ids")
     if rows < 1:
         raise UserError(f"--rows={rows}: must be at least 1")
-    session = DecodeSession(model, options, max_rows=rows)
+    session = Engine(model, window=max(rows, 2)).open(options)
     for name, text in inputs.items():
-        session.feed(name, model.tokenizer.encode(text))
+        session.feed(name, text)
     names = [rich.text.Text(name, style="bold") for name in model.streams.names]
     _print_line(console, rich.text.Text("row", style="bold"), names)
     for _ in range(rows):
         row = session.step()
         cells = [cell_text(model, row, stream) for stream in range(model.streams.size)]
         _print_line(console, rich.text.Text(str(row.index), style="dim"), cells)
-    tokens, present = session.transcript()
+    _, tokens, present = session.transcript()
     console.print()
     for stream, name in enumerate(model.streams.names):
-        text = model.tokenizer.decode(tokens[0, present[0, :, stream], stream])
+        text = model.tokenizer.decode(tokens[present[:, stream], stream])
         console.print(rich.text.Text.assemble((f"{name}: ", "bold"), text))
 
 

@@ -33,7 +33,7 @@ hardware goodput meter
 hlo roofline page
 hf
 load
-decode
+sampling cache decode_program session decode
 train prepare score generate evaluate likelihood bench_attention bench
 aot
 """.split()

@@ -1,0 +1,120 @@
+"""Keys and values of the rows that sessions have read: where a row lies, how it is stored, attention over what is there.
+
+A window of W rows belongs to each session. Its first rows are kept for good, as many as the session asks for; in the
+others a new row takes the place of the oldest. Which cells a query sees follows from the row numbers that lie beside
+the keys, by the one rule of `streams.py`, and never from their places: rows that fell out are not there to be seen.
+
+Every layer has its own arrays. One array of all layers would be copied: a product reads a whole array, not a slice.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from msllm.config import ModelConfig
+from msllm.sharding import axis_index, axis_size, gather_streams, total
+from msllm.streams import Cells, visible_between
+
+UNREAD = -1  # the number of a row that has not been read: no query's
+MASKED = -1e30  # score of a pair that is not visible; finite, since a device may hold no key that a query sees
+DTYPES = ("float32", "bfloat16", "int8")
+
+
+class Stored(NamedTuple):
+    """Keys or values of one layer."""
+
+    values: jax.Array  # [B, K, W, S, H] float32, bfloat16 or int8
+    scale: jax.Array | None  # int8: [B, K, W, S] float32, one unit of a head's vector; else None
+
+
+class Cache(NamedTuple):
+    """All that attention needs of earlier rows."""
+
+    keys: list[Stored]  # per layer
+    values: list[Stored]
+    cells: Cells  # [B, W] and [B, W, S]; rows not read are not seen
+
+
+def empty_cache(config: ModelConfig, batch: int, window: int, streams: int, dtype: str) -> Cache:
+    """A cache of `window` rows for each of `batch` sessions, nothing read yet."""
+    shape = (batch, config.num_kv_heads, window, streams, config.head_dim)
+
+    def stored() -> Stored:
+        return Stored(jnp.zeros(shape, dtype), jnp.zeros(shape[:-1], jnp.float32) if dtype == "int8" else None)
+
+    row, segment = jnp.full((batch, window), UNREAD, jnp.int32), jnp.ones((batch, window), jnp.int32)
+    present, seen = (jnp.zeros((batch, window, streams), bool) for _ in range(2))
+    layers = range(config.num_layers)
+    return Cache([stored() for _ in layers], [stored() for _ in layers], Cells(row, segment, present, seen))
+
+
+def place(row, kept, window: int):
+    """Where a row lies in a window of `window` rows of which the first `kept` stay; integers or arrays of them."""
+    return jnp.where(row < kept, row, kept + (row - kept) % (window - kept))
+
+
+def store(x: jax.Array, dtype) -> Stored:
+    """Vectors [..., H] in the cache's dtype; int8 with a scale for each vector."""
+    if dtype != jnp.int8:
+        return Stored(x.astype(dtype), None)
+    scale = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1) / 127
+    values = jnp.round(x.astype(jnp.float32) / jnp.where(scale > 0, scale, 1.0)[..., None])
+    return Stored(values.astype(jnp.int8), scale)
+
+
+def write_row(old: Stored, x: jax.Array, at: jax.Array) -> Stored:
+    """Stores one row of each session, x [B, 1, S, K, H], at places [B]; a place beyond the window writes nothing."""
+    new, batch = store(x[:, 0].swapaxes(1, 2), old.values.dtype), jnp.arange(x.shape[0])
+    return jax.tree.map(lambda old, new: old.at[batch, :, at].set(new, mode="drop"), old, new)
+
+
+def write_cells(old: Cells, new: Cells, at: jax.Array) -> Cells:
+    """The same for the cells of one row of each session, [B, 1] and [B, 1, S]."""
+    batch = jnp.arange(at.shape[0])
+    return jax.tree.map(lambda old, new: old.at[batch, at].set(new[:, 0], mode="drop"), old, new)
+
+
+def visible_keys(queries: Cells, keys: Cells, lag, streams: int) -> jax.Array:
+    """The rule, for one row of each session and this device's `streams` of the keys: [B, S, W, streams] bool."""
+    mask = visible_between(queries, keys, jnp.asarray(lag), jnp.arange(lag.shape[0]))[:, 0]
+    return jax.lax.dynamic_slice_in_dim(mask, axis_index("stream") * streams, streams, axis=3)
+
+
+def attend(q: jax.Array, keys: Stored, values: Stored, mask: jax.Array) -> jax.Array:
+    """Attention of one row over the cache.
+
+    Inside `shard_map` every device has the keys of its own streams; all queries come to all keys, which is far less to
+    send, and the softmax is put together over the mesh axis `stream`.
+
+    Args: q [B, 1, S of this device, N, H]. keys, values: one layer's. mask: from `visible_keys`.
+
+    Returns: the same shape and dtype as q.
+    """
+    mine, all_q = q.shape[2], gather_streams(q)
+    batch, _, streams, heads, head_dim = all_q.shape
+    kv_heads = keys.values.shape[1]
+    grouped = all_q.reshape(batch, streams, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    grouped = grouped.reshape(batch, kv_heads, -1, head_dim)
+    flat = lambda x: x.reshape(*x.shape[:2], -1, *x.shape[4:]).astype(q.dtype)
+    scores = jnp.einsum("bkqh,bkmh->bkqm", grouped, flat(keys.values), preferred_element_type=jnp.float32)
+    per_cell = lambda scale: scale.reshape(*scale.shape[:2], 1, -1)
+    if keys.scale is not None:
+        scores *= per_cell(keys.scale)
+    by_stream = lambda x: x.reshape(batch, kv_heads, -1, streams, x.shape[-1])
+    mask = mask.reshape(batch, 1, 1, streams, -1)
+    scores = jnp.where(mask, by_stream(scores) * head_dim**-0.5, MASKED)
+    top = scores.max(-1, keepdims=True)
+    if axis_size("stream") > 1:
+        top = jax.lax.pmax(top, "stream")
+    weights = jnp.exp(scores - top)
+    norm = total(weights.sum(-1, keepdims=True), "stream")
+    weights = weights.reshape(batch, kv_heads, -1, weights.shape[-1])
+    if values.scale is not None:
+        weights *= per_cell(values.scale)
+    out = jnp.einsum("bkqm,bkmh->bkqh", weights.astype(q.dtype), flat(values.values), preferred_element_type=jnp.float32)
+    out = by_stream(total(out, "stream")) / norm
+    out = out.transpose(0, 3, 1, 2, 4).reshape(all_q.shape).astype(q.dtype)
+    return jax.lax.dynamic_slice_in_dim(out, axis_index("stream") * mine, mine, axis=2)
