@@ -26,8 +26,9 @@ DTYPES = ("float32", "bfloat16", "int8")
 class Stored(NamedTuple):
     """Keys or values of one layer."""
 
-    values: jax.Array  # [B, K, W, S, H] float32, bfloat16 or int8
-    scale: jax.Array | None  # int8: [B, K, W, S] float32, one unit of a head's vector; else None
+    # Rows last: the products of attention are fastest so on CPUs, and nothing is padded to the lanes of a TPU.
+    values: jax.Array  # [B, K, H, S, W] float32, bfloat16 or int8
+    scale: jax.Array | None  # int8: [B, K, 1, S, W] float32, one unit of a head's vector; else None
 
 
 class Cache(NamedTuple):
@@ -40,10 +41,10 @@ class Cache(NamedTuple):
 
 def empty_cache(config: ModelConfig, batch: int, window: int, streams: int, dtype: str) -> Cache:
     """A cache of `window` rows for each of `batch` sessions, nothing read yet."""
-    shape = (batch, config.num_kv_heads, window, streams, config.head_dim)
+    shape = (batch, config.num_kv_heads, config.head_dim, streams, window)
 
     def stored() -> Stored:
-        return Stored(jnp.zeros(shape, dtype), jnp.zeros(shape[:-1], jnp.float32) if dtype == "int8" else None)
+        return Stored(jnp.zeros(shape, dtype), jnp.zeros((*shape[:2], 1, *shape[3:])) if dtype == "int8" else None)
 
     row, segment = jnp.full((batch, window), UNREAD, jnp.int32), jnp.ones((batch, window), jnp.int32)
     present, seen = (jnp.zeros((batch, window, streams), bool) for _ in range(2))
@@ -57,18 +58,33 @@ def place(row, kept, window: int):
 
 
 def store(x: jax.Array, dtype) -> Stored:
-    """Vectors [..., H] in the cache's dtype; int8 with a scale for each vector."""
+    """Keys or values [B, T, S, K, H] as the cache has them, [B, K, H, S, T]; int8 with a scale for each vector."""
+    x = x.transpose(0, 3, 4, 2, 1)
     if dtype != jnp.int8:
         return Stored(x.astype(dtype), None)
-    scale = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1) / 127
-    values = jnp.round(x.astype(jnp.float32) / jnp.where(scale > 0, scale, 1.0)[..., None])
-    return Stored(values.astype(jnp.int8), scale)
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=2, keepdims=True) / 127
+    return Stored(jnp.round(x / jnp.where(scale > 0, scale, 1.0)).astype(jnp.int8), scale)
 
 
-def write_row(old: Stored, x: jax.Array, at: jax.Array) -> Stored:
-    """Stores one row of each session, x [B, 1, S, K, H], at places [B]; a place beyond the window writes nothing."""
-    new, batch = store(x[:, 0].swapaxes(1, 2), old.values.dtype), jnp.arange(x.shape[0])
-    return jax.tree.map(lambda old, new: old.at[batch, :, at].set(new, mode="drop"), old, new)
+def write_row(old: tuple[Stored, Stored], k: jax.Array, v: jax.Array, at: jax.Array) -> tuple[Stored, Stored]:
+    """Stores one row of each session in one layer: k and v [B, 1, S, K, H], at places [B].
+
+    A place beyond the window writes nothing. A loop over the others, and not a scatter, nor slices one after the other:
+    these XLA:CPU would merge into the products that follow, and write to copies of the cache.
+    """
+    new, window = tuple(store(x, old[0].values.dtype) for x in (k, v)), old[0].values.shape[-1]
+    order = jnp.argsort(at >= window)  # those that write come first
+
+    def write(i, carry):
+        b = order[i]
+
+        def put(old, new):
+            return jax.lax.dynamic_update_slice(old, jax.lax.dynamic_slice_in_dim(new, b, 1), (b, 0, 0, 0, at[b]))
+
+        return jax.tree.map(put, carry, new)
+
+    return jax.lax.fori_loop(0, jnp.sum(at < window), write, old)
 
 
 def write_cells(old: Cells, new: Cells, at: jax.Array) -> Cells:
@@ -78,9 +94,9 @@ def write_cells(old: Cells, new: Cells, at: jax.Array) -> Cells:
 
 
 def visible_keys(queries: Cells, keys: Cells, lag, streams: int) -> jax.Array:
-    """The rule, for one row of each session and this device's `streams` of the keys: [B, S, W, streams] bool."""
+    """The rule, for one row of each session and this device's `streams` of the keys: [B, S, streams, W] bool."""
     mask = visible_between(queries, keys, jnp.asarray(lag), jnp.arange(lag.shape[0]))[:, 0]
-    return jax.lax.dynamic_slice_in_dim(mask, axis_index("stream") * streams, streams, axis=3)
+    return jax.lax.dynamic_slice_in_dim(mask, axis_index("stream") * streams, streams, axis=3).swapaxes(2, 3)
 
 
 def attend(q: jax.Array, keys: Stored, values: Stored, mask: jax.Array) -> jax.Array:
@@ -96,16 +112,14 @@ def attend(q: jax.Array, keys: Stored, values: Stored, mask: jax.Array) -> jax.A
     mine, all_q = q.shape[2], gather_streams(q)
     batch, _, streams, heads, head_dim = all_q.shape
     kv_heads = keys.values.shape[1]
-    grouped = all_q.reshape(batch, streams, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    grouped = all_q.reshape(batch, streams, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4) * head_dim**-0.5
     grouped = grouped.reshape(batch, kv_heads, -1, head_dim)
-    flat = lambda x: x.reshape(*x.shape[:2], -1, *x.shape[4:]).astype(q.dtype)
-    scores = jnp.einsum("bkqh,bkmh->bkqm", grouped, flat(keys.values), preferred_element_type=jnp.float32)
-    per_cell = lambda scale: scale.reshape(*scale.shape[:2], 1, -1)
-    if keys.scale is not None:
-        scores *= per_cell(keys.scale)
+    flat = lambda x: x.reshape(*x.shape[:3], -1)  # the keys of all rows and streams, M
     by_stream = lambda x: x.reshape(batch, kv_heads, -1, streams, x.shape[-1])
-    mask = mask.reshape(batch, 1, 1, streams, -1)
-    scores = jnp.where(mask, by_stream(scores) * head_dim**-0.5, MASKED)
+    scores = jnp.einsum("bkqh,bkhm->bkqm", grouped, flat(keys.values).astype(q.dtype), preferred_element_type=jnp.float32)
+    if keys.scale is not None:
+        scores *= flat(keys.scale)
+    scores = jnp.where(mask.reshape(batch, 1, 1, streams, -1), by_stream(scores), MASKED)
     top = scores.max(-1, keepdims=True)
     if axis_size("stream") > 1:
         top = jax.lax.pmax(top, "stream")
@@ -113,8 +127,10 @@ def attend(q: jax.Array, keys: Stored, values: Stored, mask: jax.Array) -> jax.A
     norm = total(weights.sum(-1, keepdims=True), "stream")
     weights = weights.reshape(batch, kv_heads, -1, weights.shape[-1])
     if values.scale is not None:
-        weights *= per_cell(values.scale)
-    out = jnp.einsum("bkqm,bkmh->bkqh", weights.astype(q.dtype), flat(values.values), preferred_element_type=jnp.float32)
+        weights *= flat(values.scale)
+    weights = weights.astype(q.dtype)
+    out = jnp.einsum("bkhm,bkqm->bkhq", flat(values.values).astype(q.dtype), weights, preferred_element_type=jnp.float32)
+    out = out.swapaxes(2, 3)
     out = by_stream(total(out, "stream")) / norm
     out = out.transpose(0, 3, 1, 2, 4).reshape(all_q.shape).astype(q.dtype)
     return jax.lax.dynamic_slice_in_dim(out, axis_index("stream") * mine, mine, axis=2)

@@ -132,10 +132,9 @@ class DecodeProgram:
     def _specs(self) -> Specs:
         """How everything lies on the mesh."""
         cells, per_session = partition("batch", "stream"), partition("batch")
-        kv = partition("batch", "kv_heads", "row", "stream", "head_dim")
-        stored = Stored(kv, PartitionSpec(*kv[:-1]))
+        kv = partition("batch", "kv_heads", "head_dim", "stream", "row")
         state = jax.eval_shape(self.empty_state)
-        fit = lambda x: Stored(stored.values, None if x.scale is None else stored.scale)
+        fit = lambda x: Stored(kv, None if x.scale is None else kv)
         vocabulary = PartitionSpec(*cells, None)
         return Specs(
             jax.tree.map(lambda a: partition(*a), self._axes, is_leaf=_is_axes),
@@ -190,7 +189,7 @@ class DecodeProgram:
         for i, model in enumerate(layers):
 
             def attention(q, k, v):
-                keys[i], values[i] = write_row(keys[i], k, at), write_row(values[i], v, at)
+                keys[i], values[i] = write_row((keys[i], values[i]), k, v, at)
                 return attend(q, keys[i], values[i], mask)
 
             x = model.blocks(x, angles, attention)
@@ -257,9 +256,9 @@ class DecodeProgram:
         length = tokens.shape[1]
         cache = state.cache
 
-        def put(old: Stored, x) -> Stored:  # x [1, T, S, K, H]
-            new = store(x[0].transpose(2, 0, 1, 3), old.values.dtype)
-            return jax.tree.map(lambda old, new: old.at[(*at, slice(None), slice(0, length))].set(new, mode="drop"), old, new)
+        def put(old: Stored, x) -> Stored:
+            new = store(x, old.values.dtype)
+            return jax.tree.map(lambda old, new: old.at[(*at, ..., slice(0, length))].set(new[0], mode="drop"), old, new)
 
         keys, values = list(cache.keys), list(cache.values)
         for i, model in enumerate(layers):
