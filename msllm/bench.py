@@ -2,9 +2,11 @@
 
     python -m msllm.bench train [--rows=102,512] [--batch=4,1] [--streams=10] [--steps=5] [--d_model=256 ...]
     python -m msllm.bench attention [--rows=102,512] [--batch=4,1] [--backends=chunked,reference] [--head_dim=64 ...]
+    python -m msllm.bench decode [--rows=400] [--prefill=100] [--streams=10] [--cache_dtype=bfloat16]
 
 `train`: the train step (forward, backward, AdamW) on random tokens. `attention`: the backends alone, in turn, forward
-and with the backward pass. Each case runs in a new process, on whatever devices jax finds. CPU-seconds are those of the
+and with the backward pass. `decode`: rows of one session, with all streams and with one, in turn (29.4 M parameters
+unless sizes are given). Each case runs in a new process, on whatever devices jax finds. CPU-seconds are those of the
 process (user + system), so that other work on the machine matters less than in wall time. What is reached on an
 accelerator with --compute_dtype=bfloat16 is given as a share of its peak (msllm/hardware.py).
 """
@@ -39,6 +41,8 @@ flags.DEFINE_string("attention", "auto", "train: the backend, as in config.model
 flags.DEFINE_list("backends", [], "attention: the backends to measure; none: all that run on this device.")
 flags.DEFINE_float("memory_gib", 4.0, "attention: a backend whose temporaries take more is not run.")
 flags.DEFINE_enum("remat", "dots", ["none", "dots", "full"], "Remat policy.")
+flags.DEFINE_integer("prefill", 100, "decode: rows of each table that are read before.")
+flags.DEFINE_enum("cache_dtype", "float32", ["float32", "bfloat16", "int8"], "decode: of keys and values.")
 flags.DEFINE_integer("chunk_tokens", 1024, "Cells whose logits exist at one time.")
 
 HEADS = ("num_heads", "num_kv_heads", "head_dim", "compute_dtype")
@@ -47,6 +51,14 @@ SHAPE = ("vocab_size", "d_model", "d_ff", "num_layers", *HEADS, "remat", "attent
 CASES = {
     "train": (*SHAPE, "streams", "steps", "chunk_tokens"),
     "attention": (*HEADS, "streams", "steps", "backends", "memory_gib"),
+    "decode": ("vocab_size", "d_model", "d_ff", "num_layers", *HEADS, "streams", "steps", "prefill", "cache_dtype"),
+}
+# What a benchmark takes in place of a flag's default.
+DEFAULTS = {
+    "decode": {
+        **{"rows": ["400"], "batch": ["1"], "steps": 32, "d_model": 512, "d_ff": 1536, "num_layers": 8},
+        **{"num_heads": 8, "num_kv_heads": 4},
+    }
 }
 
 
@@ -150,16 +162,20 @@ def train_case(case: dict) -> dict:
 def measure(benchmark: str, case: dict) -> None:
     """Runs one case in this process and prints its lines."""
     from msllm.bench_attention import attention_case
+    from msllm.bench_decode import decode_case
 
-    for result in attention_case(case) if benchmark == "attention" else [train_case(case)]:
+    cases = {"attention": attention_case, "decode": decode_case, "train": lambda case: [train_case(case)]}
+    for result in cases[benchmark](case):
         print(json.dumps(result), flush=True)
 
 
 def _cases(benchmark: str) -> list[dict]:
-    rows, batches = flags.FLAGS.rows, flags.FLAGS.batch
+    given = lambda name: flags.FLAGS[name].value if flags.FLAGS[name].present else None
+    value = lambda name: given(name) or DEFAULTS.get(benchmark, {}).get(name, flags.FLAGS[name].value)
+    rows, batches = value("rows"), value("batch")
     if len(rows) != len(batches) or not all(x.isdigit() and int(x) > 0 for x in rows + batches):
         raise UserError(f"--rows is {rows} and --batch is {batches}: both need as many positive numbers as there are cases")
-    common = {name: flags.FLAGS[name].value for name in CASES[benchmark]}
+    common = {name: value(name) for name in CASES[benchmark]}
     return [{"rows": int(t), "batch": int(b), **common} for t, b in zip(rows, batches)]
 
 

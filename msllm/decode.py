@@ -355,8 +355,8 @@ class Session:
 
     @options.setter
     def options(self, options: DecodeOptions) -> None:
-        self._script.set_options(options)
-        self._set_controls()
+        self._open()._script.set_options(options)
+        self._engine._steer(self)
 
     @property
     def rows(self) -> int:

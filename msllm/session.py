@@ -117,13 +117,12 @@ class Script:
         self._stop_tokens = [(self.streams.index(name), set(tokens)) for name, tokens in stop.tokens.items()]
         self.set_options(options)
 
-    def set_options(self, options: DecodeOptions) -> dict[str, np.ndarray]:
-        """Holds from the next row on. Returns the arrays of `per_stream`."""
+    def set_options(self, options: DecodeOptions) -> None:
+        """Holds from the next row on. Raises UserError."""
         arrays = per_stream(options, self.streams)
         if self.silence_id is None and (arrays["ablated"].any() or arrays["silence_penalty"].any()):
             raise UserError("ablated streams and silence_penalty need silence: say which token it is, silence_id=...")
         self.options, self._ablated, self._silence_penalty = options, arrays["ablated"], arrays["silence_penalty"]
-        return arrays
 
     def feed(self, stream: str | int, tokens: Sequence[int] | str) -> None:
         index = self._index(stream)

@@ -34,7 +34,7 @@ hlo roofline page
 hf
 load
 sampling cache decode_program session decode
-train prepare score generate evaluate likelihood bench_attention bench
+train prepare score generate evaluate likelihood bench_attention bench_decode bench
 aot
 """.split()
 # Imports inside functions, by (module, imported module), with the reason.
