@@ -1,6 +1,6 @@
 """Sessions that are opened, fed, forked and closed at random moments, each compared with itself run alone.
 
-    PYTHONPATH=.:tests python -m tests.many_sessions --minutes=10 [--sessions=200] [--seed=S]
+    PYTHONPATH=. python -m tests.many_sessions --minutes=10 [--sessions=200] [--seed=S]
 
 Each session is fed tokens of its own. What happened to it is written down, and played again in an engine in which it
 is alone: every token must be the same. Memory and compilations are counted after everything has been used once.

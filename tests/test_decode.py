@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import golden_cases
-from msllm.config import MeshConfig
+from msllm.config import MeshConfig, ModelConfig
 from msllm.decode import FREE, DecodeOptions, Engine, generate
 from msllm.errors import UserError
+from msllm.layers import rope_angles, rope_frequencies
 from msllm.model import bind
 from msllm.sampling import Sampling, choose, filtered_logits, row_keys
 from msllm.sharding import make_mesh
@@ -234,3 +235,17 @@ def test_wrong_arrays_are_refused(make_model):
     }.items():
         with pytest.raises(UserError, match=message):
             bad()
+
+
+def test_positions_stay_right_at_large_rows():
+    """Rows of endless sessions, against float64; where tables are trained, to the last bit what they were."""
+    config = ModelConfig(head_dim=64)
+    frequencies = rope_frequencies(64, config.rope_theta, config.rope_scaling)
+    angles = jax.jit(lambda rows: rope_angles(rows, config))
+    for row, limit in ((4095, 1e-4), (100_000, 1e-4), (1_000_000, 2e-4), (10_000_000, 1e-3)):
+        exact = row * frequencies.astype(np.float64)
+        for ours, right in zip(angles(np.array([[row]])), (np.cos(exact), np.sin(exact))):
+            np.testing.assert_allclose(ours.ravel(), right, rtol=0, atol=limit)
+    rows = np.arange(4096, dtype=np.int32)[None]
+    plain = jax.jit(lambda rows: jnp.cos(rows[..., None].astype(jnp.float32) * frequencies))
+    np.testing.assert_array_equal(angles(rows)[0].reshape(1, 4096, -1), plain(rows))
