@@ -20,6 +20,7 @@ from msllm.streams import Cells, visible_between
 
 UNREAD = -1  # the number of a row that has not been read: no query's
 MASKED = -1e30  # score of a pair that is not visible; finite, since a device may hold no key that a query sees
+BLOCK_ROWS = 512  # rows that attention reads at a time; the blocks that no session has come to are left out
 DTYPES = ("float32", "bfloat16", "int8")
 
 
@@ -39,8 +40,16 @@ class Cache(NamedTuple):
     cells: Cells  # [B, W] and [B, W, S]; rows not read are not seen
 
 
+def blocks(window: int) -> tuple[int, int]:
+    """(number, rows of each) of the blocks of a window; they hold at least so many rows."""
+    number = -(-window // BLOCK_ROWS)
+    return number, -(-window // number)
+
+
 def empty_cache(config: ModelConfig, batch: int, window: int, streams: int, dtype: str) -> Cache:
     """A cache of `window` rows for each of `batch` sessions, nothing read yet."""
+    number, rows = blocks(window)
+    window = number * rows  # the last places may stay empty
     shape = (batch, config.num_kv_heads, config.head_dim, streams, window)
 
     def stored() -> Stored:
@@ -99,13 +108,15 @@ def visible_keys(queries: Cells, keys: Cells, lag, streams: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(mask, axis_index("stream") * streams, streams, axis=3).swapaxes(2, 3)
 
 
-def attend(q: jax.Array, keys: Stored, values: Stored, mask: jax.Array) -> jax.Array:
-    """Attention of one row over the cache.
+def attend(q: jax.Array, keys: Stored, values: Stored, mask: jax.Array, window: int, filled: jax.Array) -> jax.Array:
+    """Attention of one row over the cache, with an online softmax over its blocks (arXiv 2205.14135).
 
     Inside `shard_map` every device has the keys of its own streams; all queries come to all keys, which is far less to
     send, and the softmax is put together over the mesh axis `stream`.
 
-    Args: q [B, 1, S of this device, N, H]. keys, values: one layer's. mask: from `visible_keys`.
+    Args:
+      q: [B, 1, S of this device, N, H]. keys, values: one layer's. mask: from `visible_keys`.
+      filled: [] int32: places from here on have not been written by any session that matters.
 
     Returns: the same shape and dtype as q.
     """
@@ -114,23 +125,41 @@ def attend(q: jax.Array, keys: Stored, values: Stored, mask: jax.Array) -> jax.A
     kv_heads = keys.values.shape[1]
     grouped = all_q.reshape(batch, streams, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4) * head_dim**-0.5
     grouped = grouped.reshape(batch, kv_heads, -1, head_dim)
-    flat = lambda x: x.reshape(*x.shape[:3], -1)  # the keys of all rows and streams, M
     by_stream = lambda x: x.reshape(batch, kv_heads, -1, streams, x.shape[-1])
-    scores = jnp.einsum("bkqh,bkhm->bkqm", grouped, flat(keys.values).astype(q.dtype), preferred_element_type=jnp.float32)
-    if keys.scale is not None:
-        scores *= flat(keys.scale)
-    scores = jnp.where(mask.reshape(batch, 1, 1, streams, -1), by_stream(scores), MASKED)
-    top = scores.max(-1, keepdims=True)
+    by_head = lambda x: x.reshape(batch, kv_heads, -1, x.shape[-1])
+    dot = lambda equation, x, y: jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+    def part(keys: Stored, values: Stored, mask):
+        """(highest score, sum of the weights, weighted sum of the values) over some rows."""
+        flat = lambda x: x.reshape(*x.shape[:3], -1)  # the keys of all rows and streams, M
+        scores = dot("bkqh,bkhm->bkqm", grouped, flat(keys.values).astype(q.dtype))
+        if keys.scale is not None:
+            scores *= flat(keys.scale)
+        scores = jnp.where(mask.reshape(batch, 1, 1, streams, -1), by_stream(scores), MASKED)
+        top = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        norm, weights = weights.sum(-1, keepdims=True), by_head(weights)
+        if values.scale is not None:
+            weights *= flat(values.scale)
+        out = dot("bkhm,bkqm->bkhq", flat(values.values).astype(q.dtype), weights.astype(q.dtype))
+        return top, norm, by_stream(out.swapaxes(2, 3))
+
+    def merge(i, carry):
+        rows = blocks(window)[1]
+        block = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * rows, rows, x.ndim - 1), (keys, values, mask))
+        new = part(*block)
+        top = jnp.maximum(carry[0], new[0])
+        scaled = [[x * jnp.exp(of[0] - top) for x in of[1:]] for of in (carry, new)]
+        return top, *map(jnp.add, *scaled)
+
+    if blocks(window)[0] == 1:
+        top, norm, out = part(keys, values, mask)
+    else:
+        stat = jnp.zeros(by_stream(grouped).shape[:-1])[..., None]
+        nothing = (stat + MASKED, stat, jnp.zeros(by_stream(grouped).shape))
+        top, norm, out = jax.lax.fori_loop(0, -(-filled // blocks(window)[1]), merge, nothing)
     if axis_size("stream") > 1:
-        top = jax.lax.pmax(top, "stream")
-    weights = jnp.exp(scores - top)
-    norm = total(weights.sum(-1, keepdims=True), "stream")
-    weights = weights.reshape(batch, kv_heads, -1, weights.shape[-1])
-    if values.scale is not None:
-        weights *= flat(values.scale)
-    weights = weights.astype(q.dtype)
-    out = jnp.einsum("bkhm,bkqm->bkhq", flat(values.values).astype(q.dtype), weights, preferred_element_type=jnp.float32)
-    out = out.swapaxes(2, 3)
-    out = by_stream(total(out, "stream")) / norm
-    out = out.transpose(0, 3, 1, 2, 4).reshape(all_q.shape).astype(q.dtype)
+        keep = jnp.exp(top - jax.lax.pmax(top, "stream"))
+        norm, out = total(norm * keep, "stream"), total(out * keep, "stream")
+    out = (out / norm).transpose(0, 3, 1, 2, 4).reshape(all_q.shape).astype(q.dtype)
     return jax.lax.dynamic_slice_in_dim(out, axis_index("stream") * mine, mine, axis=2)

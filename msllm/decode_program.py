@@ -22,6 +22,7 @@ from msllm.sampling import FREE, Chosen, Sampling, choose, row_keys
 from msllm.sharding import axis_index, axis_size, gather, gather_streams, mesh_axes, partition
 from msllm.streams import Cells, StreamSpec, pad_lag
 
+NOWHERE = 1 << 30  # a place beyond any window
 RUN_ROWS = 32  # rows that one call of `run` advances at most
 
 
@@ -180,7 +181,8 @@ class DecodeProgram:
         cells = self._cells(feed.row[:, None], tokens[:, None], feed.read_present[:, None])
         everyone = cells._replace(present=gather_streams(cells.present), seen=gather_streams(cells.seen))
         # A session that does not advance writes beyond its window, that is nowhere.
-        at = jnp.where(feed.active, place(feed.row, controls.kept, self.window), self.window)
+        at = jnp.where(feed.active, place(feed.row, controls.kept, self.window), NOWHERE)
+        filled = jnp.max(jnp.where(feed.active, jnp.minimum(feed.row + 1, self.window), 1))
         (keys, values, known), said = state.cache, state.said
         known, keys, values = write_cells(known, everyone, at), list(keys), list(values)
         mask = visible_keys(everyone, known, self._lag, size)
@@ -190,7 +192,7 @@ class DecodeProgram:
 
             def attention(q, k, v):
                 keys[i], values[i] = write_row((keys[i], values[i]), k, v, at)
-                return attend(q, keys[i], values[i], mask)
+                return attend(q, keys[i], values[i], mask, self.window, filled)
 
             x = model.blocks(x, angles, attention)
         counts = feed.active[:, None] & feed.read_present & (tokens != self.silence_id)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 import golden_cases
+from msllm import cache
 from msllm.config import MeshConfig, ModelConfig
 from msllm.decode import FREE, DecodeOptions, Engine, generate
+from msllm.decode_program import decode_program
 from msllm.errors import UserError
 from msllm.layers import rope_angles, rope_frequencies
 from msllm.model import bind
@@ -108,6 +110,19 @@ def test_sharded_equals_full_forward(make_model, axes):
     model = make_model(3, lag=LAG, skip_silence=True)
     mesh = make_mesh(MeshConfig(**(dict(data=1, fsdp=1, stream=1, tensor=1) | axes)))
     check_crowd(model, *crowd(model, 4, (2, 3), mesh=mesh))
+
+
+def test_windows_of_many_blocks(make_model, monkeypatch):
+    """Three blocks of six rows, of which sessions fill one, two, three and all again; the last one not to its end."""
+    monkeypatch.setattr(cache, "BLOCK_ROWS", 6)
+    assert cache.blocks(16) == (3, 6)
+    model = make_model(3, d_ff=40)  # a program of its own
+    check_crowd(model, *crowd(model, 6, (9, 1)))
+    run = lambda: Engine(model, window=16, silence_id=SILENCE).open(WARM).run(50)
+    in_blocks = run()
+    monkeypatch.undo()
+    decode_program.cache_clear()
+    np.testing.assert_array_equal([row.tokens for row in run()], [row.tokens for row in in_blocks])
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 0.06), ("int8", 0.06)])
