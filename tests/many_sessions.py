@@ -27,7 +27,7 @@ from msllm.metrics import memory_mib
 from msllm.model import init_parameters
 from msllm.streams import StreamSpec
 
-WINDOW, SILENCE = 24, 0
+WINDOW, SILENCE = 16, 0
 SIZES = dict(vocab_size=64, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=32)
 
 

@@ -101,10 +101,11 @@ def test_forced_allowed_and_ablated_cells(engine):
 
 def test_presence_penalty_counts_a_token_once_and_forever(engine):
     """So large that no token comes twice in a stream until all have been there; silence is exempt."""
-    session = engine.open(DecodeOptions(presence_penalty=1e3, silence_penalty=1e6, penalty_start=0, penalty_ramp=1))
-    session.force("output", [30])
-    shown = tokens(session.run(31))
-    assert sorted(shown[:, 2]) == sorted({*range(32)} - {SILENCE})
+    for _ in range(2):  # also in a place where another session has been
+        session = engine.open(DecodeOptions(presence_penalty=1e3, silence_penalty=1e6, penalty_start=0, penalty_ramp=1))
+        session.force("output", [30])
+        assert sorted(tokens(session.run(31))[:, 2]) == sorted({*range(32)} - {SILENCE})
+        session.close()
     other = engine.open(DecodeOptions(presence_penalty=1e3), prefill=np.full((4, 3), 11))
     assert np.all(tokens(other.run(20))[:, 1:] != 11)
 
@@ -246,11 +247,12 @@ def test_errors_name_what_is_wrong(engine):
         session.fork()
 
 
+@pytest.mark.slow
 def test_many_sessions_do_not_mix():
     """The script of ten minutes, for some seconds."""
     check = Check(sessions=6, seed=1, alone=6)  # one program
     for _ in range(90):
         check.act()
     check.finish()
-    assert min(check.counts[what] for what in ("opened", "fed", "forked", "closed", "rows")) > 5
+    assert min(check.counts[what] for what in ("opened", "fed", "forked", "closed", "rows")) >= 4
     assert check.compiled == 0
