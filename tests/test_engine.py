@@ -251,7 +251,7 @@ def test_errors_name_what_is_wrong(engine):
 def test_many_sessions_do_not_mix():
     """The script of ten minutes, for some seconds."""
     check = Check(sessions=6, seed=1, alone=6)  # one program
-    for _ in range(90):
+    for _ in range(150):
         check.act()
     check.finish()
     assert min(check.counts[what] for what in ("opened", "fed", "forked", "closed", "rows")) >= 4
