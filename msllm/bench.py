@@ -2,11 +2,13 @@
 
     python -m msllm.bench train [--rows=102,512] [--batch=4,1] [--streams=10] [--steps=5] [--d_model=256 ...]
     python -m msllm.bench attention [--rows=102,512] [--batch=4,1] [--backends=chunked,reference] [--head_dim=64 ...]
+    python -m msllm.bench decode [--rows=400] [--prefill=100] [--streams=10] [--cache_dtype=bfloat16]
     python -m msllm.bench prepare [--size_mb=64,256] [--converter=chat] [--processes=2]
     python -m msllm.bench loader [--tables=4000] [--sources=1] [--silence=60] [--epochs=4]
 
 `train`: the train step (forward, backward, AdamW) on random tokens. `attention`: the backends alone, in turn, forward
-and with the backward pass. `prepare`: preparing a made corpus of each size, and the memory that it takes. `loader`:
+and with the backward pass. `decode`: rows of one session, with all streams and with one, in turn (29.4 M parameters
+unless sizes are given). `prepare`: preparing a made corpus of each size, and the memory that it takes. `loader`:
 prepared tables from disk to batches, T = 512, B = 32, S = 1, 3 and 10. Each case runs in a new process, on whatever
 devices jax finds. CPU-seconds are those of the process (user + system; `prepare`: and of its workers), so that other work
 on the machine matters less than in wall time. What is reached on an accelerator with --compute_dtype=bfloat16 is given as
@@ -43,6 +45,8 @@ flags.DEFINE_string("attention", "auto", "train: the backend, as in config.model
 flags.DEFINE_list("backends", [], "attention: the backends to measure; none: all that run on this device.")
 flags.DEFINE_float("memory_gib", 4.0, "attention: a backend whose temporaries take more is not run.")
 flags.DEFINE_enum("remat", "dots", ["none", "dots", "full"], "Remat policy.")
+flags.DEFINE_integer("prefill", 100, "decode: rows of each table that are read before.")
+flags.DEFINE_enum("cache_dtype", "float32", ["float32", "bfloat16", "int8"], "decode: of keys and values.")
 flags.DEFINE_integer("chunk_tokens", 1024, "Cells whose logits exist at one time.")
 flags.DEFINE_integer("tables", 4000, "loader: tables of each source.")
 flags.DEFINE_integer("sources", 1, "loader: sources; several are mixed.")
@@ -59,8 +63,16 @@ SHAPE = ("vocab_size", "d_model", "d_ff", "num_layers", *HEADS, "remat", "attent
 CASES = {
     "train": (*SHAPE, "streams", "steps", "chunk_tokens"),
     "attention": (*HEADS, "streams", "steps", "backends", "memory_gib"),
+    "decode": ("vocab_size", "d_model", "d_ff", "num_layers", *HEADS, "streams", "steps", "prefill", "cache_dtype"),
     "prepare": ("converter", "processes"),
     "loader": ("tables", "sources", "silence", "epochs"),
+}
+# What a benchmark takes in place of a flag's default.
+DEFAULTS = {
+    "decode": {
+        **{"rows": ["400"], "batch": ["1"], "steps": 32, "d_model": 512, "d_ff": 1536, "num_layers": 8},
+        **{"num_heads": 8, "num_kv_heads": 4},
+    }
 }
 
 
@@ -164,12 +176,14 @@ def train_case(case: dict) -> dict:
 def measure(benchmark: str, case: dict) -> None:
     """Runs one case in this process and prints its lines."""
     from msllm.bench_attention import attention_case
+    from msllm.bench_decode import decode_case
     from msllm.bench_loader import loader_case
     from msllm.bench_prepare import prepare_case
 
     cases = {
         "train": lambda case: [train_case(case)],
         "attention": attention_case,
+        "decode": decode_case,
         "prepare": lambda case: [prepare_case(case)],
         "loader": loader_case,
     }
@@ -178,7 +192,9 @@ def measure(benchmark: str, case: dict) -> None:
 
 
 def _cases(benchmark: str) -> list[dict]:
-    common = {name: flags.FLAGS[name].value for name in CASES[benchmark]}
+    given = lambda name: flags.FLAGS[name].value if flags.FLAGS[name].present else None
+    value = lambda name: given(name) or DEFAULTS.get(benchmark, {}).get(name, flags.FLAGS[name].value)
+    common = {name: value(name) for name in CASES[benchmark]}
     if benchmark == "prepare":
         sizes = flags.FLAGS.size_mb
         if not all(x.isdigit() and int(x) > 0 for x in sizes):
@@ -186,7 +202,7 @@ def _cases(benchmark: str) -> list[dict]:
         return [{"size_mb": int(size), **common} for size in sizes]
     if benchmark == "loader":
         return [{"rows": 512, "batch": 32, "streams": size, **common} for size in (1, 3, 10)]
-    rows, batches = flags.FLAGS.rows, flags.FLAGS.batch
+    rows, batches = value("rows"), value("batch")
     if len(rows) != len(batches) or not all(x.isdigit() and int(x) > 0 for x in rows + batches):
         raise UserError(f"--rows is {rows} and --batch is {batches}: both need as many positive numbers as there are cases")
     return [{"rows": int(t), "batch": int(b), **common} for t, b in zip(rows, batches)]

@@ -1,292 +1,468 @@
-"""Decoding row by row with a cache: every stream advances by one cell per step, and input may arrive at any time.
+"""Live decoding: sessions in which every stream advances by one cell a row, and input may arrive at any time.
 
-`DecodeSession` is the loop, one `step()` per row; `generate` runs it to the end. Everything that a user may change
-while it runs (sampling, penalties, forced or fed tokens) enters the compiled step as arrays: no change recompiles.
+    engine = Engine(model, sessions=4, window=1024)
+    session = engine.open(DecodeOptions(temperature=0.7), stop=Stop(rows=200))
+    session.feed("user", "how are you")
+    for row in session:
+        print(row.text)
+
+An engine holds the caches of its sessions on the device and advances any of them by one row in one compiled step, each
+at its own row. A session goes on for as long as it is asked to: when its window is full, its oldest rows fall out.
+docs/decoding.md is the guide.
 """
 
 from __future__ import annotations
 
-import collections
+import asyncio
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from msllm.cache import DTYPES
+from msllm.decode_program import RUN_ROWS, Controls, Feed, decode_program
 from msllm.errors import UserError
 from msllm.load import LoadedModel
-from msllm.model import Cache, bind
-from msllm.streams import Cells
+from msllm.sampling import FREE, Sampling
+from msllm.session import DecodeOptions, Row, Script, Stop, Transcript, check_tokens, per_stream
+from msllm.sharding import check_lengths
 
-FREE = -1  # in an array of forced tokens: the model chooses
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeOptions:
-    """How rows are chosen. Where a type says so, one value is for all streams, and a tuple has one per stream."""
-
-    temperature: float | tuple[float, ...] = 0.0  # 0: the most likely token
-    top_k: int | tuple[int, ...] = 0  # only the k most likely tokens; 0: all
-    top_p: float | tuple[float, ...] = 1.0  # tokens in descending order until their probabilities exceed p
-    silence_penalty: float | tuple[float, ...] = 0.0  # subtracted from silence's logit, once the input has ended
-    penalty_ramp: int = 5  # rows over which the penalty grows linearly to its full value
-    # The first row with a penalty. None: it follows the input, from the second row after the last token that was fed
-    # (other than silence), and there is none before the first such token.
-    penalty_start: int | None = None
-    ablated: tuple[str, ...] = ()  # streams that are silenced whatever the model chooses
-    seed: int = 0
+__all__ = ["FREE", "DecodeOptions", "Engine", "Generated", "Row", "Session", "Snapshot", "Stop", "generate"]
 
 
-class Row(NamedTuple):
-    """One row as it is shown."""
-
-    index: int  # its row in the table
-    tokens: np.ndarray  # [B, S] int32; 0 where absent
-    present: np.ndarray  # [B, S] bool
-    logits: jax.Array | None  # [B, S, V] float32 before penalties; None for a first row, which nothing predicts
-
-
-class Generated(NamedTuple):
-    """All rows of a run, the prefill first."""
-
-    shown: np.ndarray  # [B, R, S] int32, as they were shown
-    read: np.ndarray  # [B, R, S] int32, as the model read them: with tokens fed after a row was shown
-    present: np.ndarray  # [B, R, S] bool
-    logits: list[jax.Array]  # per generated row: [B, S, V]
-
-
-class _Controls(NamedTuple):
-    """Arrays that steer one step: [B, S] unless noted."""
-
-    given: Any  # int32: the token, or FREE
-    temperature: Any  # float32
-    top_k: Any  # int32
-    top_p: Any  # float32
-    penalty: Any  # float32
-    silence: Any  # [] int32
-    seed: Any  # [] uint32
-    row: Any  # [] int32
-
-
-class DecodeSession:
-    """Decodes `batch` tables in step.
-
-    Each `step()` shows one more row. The model reads a row only in the step after: a token that is fed in between goes
-    into the row just shown. Cells of input streams are silence unless fed; a stream with a delay is absent until it
-    begins, and begins with silence; a stream that is absent at the end of the prefill goes on with silence.
-    """
+class Engine:
+    """Room for `sessions` sessions of one model on one device or mesh. Use it from one thread."""
 
     def __init__(
         self,
         model: LoadedModel,
-        options: DecodeOptions = DecodeOptions(),
         *,
-        batch: int = 1,
-        max_rows: int = 1024,
+        sessions: int = 1,
+        window: int = 1024,
+        mesh: Mesh | None = None,
+        cache_dtype: str = "",
+        all_logits: bool = False,
         silence_id: int | None = None,
     ):
-        """`max_rows`: rows that the cache holds. `silence_id`: needed if the model came without a tokenizer."""
-        if batch < 1 or max_rows < 1:
-            raise UserError(f"batch is {batch} and max_rows is {max_rows}: both must be positive")
-        self.model, self.streams, self.max_rows = model, model.streams, max_rows
+        """Allocates everything; compiles when it is first used, or in `warm_up`. Raises UserError.
+
+        Args:
+          window: rows that a session sees at most. Every row costs the attention to a whole window.
+          mesh: from `sharding.make_mesh`: sessions over `data` and `fsdp`, streams over `stream`, heads over `tensor`;
+            None: the default device.
+          cache_dtype: float32, bfloat16 or int8, of keys and values; empty: the model's compute dtype.
+          all_logits: rows come with the logits of all streams. Without, input streams compute none.
+          silence_id: needed if the model came without a tokenizer.
+        """
+        if sessions < 1 or window < 2:
+            raise UserError(f"sessions is {sessions} and window is {window}: needs at least one session and two rows")
+        cache_dtype = cache_dtype or model.config.compute_dtype
+        if cache_dtype not in DTYPES:
+            raise UserError(f"cache_dtype is {cache_dtype!r}: must be one of {', '.join(DTYPES)}")
+        self.model, self.streams, self.window = model, model.streams, window
         self.silence_id = silence_id if silence_id is not None or not model.tokenizer else model.tokenizer.silence_id
-        self._batch, self._shape = batch, (batch, self.streams.size)
-        self._queues = [[collections.deque() for _ in range(self.streams.size)] for _ in range(batch)]
-        self._last_heard = np.full(batch, -1)  # row of the last token that was fed; -1: none
-        self._cache = bind(model.graph, model.parameters).empty_cache(batch, max_rows)
-        self._logits: jax.Array | None = None  # of the prefill's last row, until it is used
-        self._rows: list[np.ndarray] = []
-        self._present: list[np.ndarray] = []
-        self._pending = False  # the last row has been shown but not read
-        self._from_queue = np.zeros(self._shape, bool)  # cells of the last row that were fed
-        self._delays = np.array(self.streams.delays or (0,) * self.streams.size)
-        if self.silence_id is None and (self._inputs().any() or self.streams.skip_silence or self._delays.any()):
+        kinds, delays = self.streams.kinds, self.streams.delays
+        if self.silence_id is None and ("input" in kinds or self.streams.skip_silence or any(delays)):
             raise UserError("the model came without a tokenizer: say which token means silence, silence_id=...")
-        self.options = options
+        if mesh is not None:
+            _check_mesh(model, sessions, mesh)
+        silence = -1 if self.silence_id is None else self.silence_id
+        self._program = decode_program(
+            model.config, model.streams, sessions, window, mesh, cache_dtype, all_logits, silence
+        )
+        self._kind = (model.config, model.streams, window, cache_dtype, silence, self._program.streams)
+        self._weights, self._state = self._program.prepare(model.parameters), self._program.empty()
+        self._slots: list[Session | None] = [None] * sessions
+        cells = (sessions, self._program.streams)
+        per_cell = lambda value, dtype: np.full(cells, value, dtype)
+        sampling = Sampling(
+            per_cell(0, np.float32), per_cell(0, np.int32), per_cell(1, np.float32), per_cell(False, bool),
+            per_cell(0, np.float32), per_cell(0, np.float32),
+        )  # fmt: skip
+        self._controls = Controls(
+            sampling, per_cell(0, np.float32), np.zeros(sessions, np.uint32), np.zeros(sessions, np.int32)
+        )
+        self._placed_controls: Controls | None = None
+        self._waiting: dict[Session, asyncio.Future] = {}
+        self._driver: asyncio.Task | None = None
+
+    @property
+    def free(self) -> int:
+        """Sessions that can still be opened."""
+        return self._slots.count(None)
+
+    def open(
+        self,
+        options: DecodeOptions = DecodeOptions(),
+        *,
+        prefill: np.ndarray | None = None,
+        present: np.ndarray | None = None,
+        keep: int = 0,
+        stop: Stop = Stop(),
+        allowed: Mapping[str, Sequence[int]] | None = None,
+    ) -> Session:
+        """A new session.
+
+        Args:
+          prefill, present: rows [P, S] that come first, read in one pass, and which of their cells are not absent.
+            Without them the first row is silence, and what is fed or forced before it is asked for.
+          keep: rows at the beginning that never fall out of the window.
+          allowed: per stream the tokens that the model may choose; streams not named: all.
+
+        Raises UserError where there is no room, for the session or for its prefill.
+        """
+        slot = self._take_slot()
+        if not 0 <= keep < self.window - 1:
+            raise UserError(f"keep is {keep}: must leave at least two of the window's {self.window} rows")
+        script = Script(self.model, self.silence_id, options, stop, keep, self.window)
+        if prefill is not None:
+            prefill, present = self._checked_prefill(prefill, present)
+            script.prefill(prefill, present)
+        for stream, tokens in (allowed or {}).items():
+            script.allow(stream, tokens)
+        self._state = self._program.clear(self._state, np.int32(slot))
+        if prefill is not None and len(prefill) > 1:
+            self._read(slot, prefill[:-1], present[:-1])
+        session = self._adopt(slot, script)
+        if script.allowed:
+            self._allow(session)
+        return session
+
+    def step(self, sessions: Sequence[Session] | None = None) -> list[Row]:
+        """The next row of each of the sessions (None: of all that are open), all in one step on the device."""
+        return self._collect(self._dispatch(self._chosen(sessions)))
+
+    def run(self, rows: int, sessions: Sequence[Session] | None = None) -> list[list[Row]]:
+        """The next `rows` rows of each session, without coming back to the host in between.
+
+        Conditions to stop end nothing here, and rows come without logits. Raises UserError.
+        """
+        if rows < 1:
+            raise UserError(f"rows is {rows}: must be at least 1")
+        sessions = self._chosen(sessions)
+        shown = {session: [session._script.first()] for session in sessions if not session.rows}
+        shown = {session: shown.get(session, []) for session in sessions}
+        while any(len(done) < rows for done in shown.values()):
+            wanted = {session: min(RUN_ROWS, rows - len(done)) for session, done in shown.items() if len(done) < rows}
+            for session, new in self._run(wanted).items():
+                shown[session] += new
+        return list(shown.values())
+
+    def warm_up(self) -> None:
+        """Compiles all that sessions can ask for, so that nothing is compiled while they run. Needs a free slot."""
+        session = self.open(allowed={name: [0] for name in self.streams.names})
+        session.force(self.streams.names[0], [0])
+        session.run(3), session.step()
+        slot, length = np.int32(session._slot), 1
+        while length < 2 * self.window:
+            table = np.zeros((min(length, self.window), self.streams.size), np.int32)
+            self._read(slot, table, table > 0)
+            length *= 2
+        self._state = self._program.copy(self._state, slot, slot)
+        snapshot = session.snapshot()
+        session.close()
+        self.restore(snapshot).close()
+
+    def restore(self, snapshot: Snapshot) -> Session:
+        """A session that goes on from a snapshot, also of another engine with the same model, window and cache."""
+        if snapshot.kind != self._kind:
+            ours, theirs = self._kind[2:4], snapshot.kind[2:4]
+            raise UserError(
+                f"the snapshot is of an engine with another model, window or cache (window and cache {theirs}, here "
+                f"{ours}): restore it in an engine with the same"
+            )
+        slot = self._take_slot()
+        self._state = self._program.put(self._state, np.int32(slot), snapshot.state)
+        return self._adopt(slot, snapshot.script.copy())
+
+    def _adopt(self, slot: int, script: Script) -> Session:
+        session = self._slots[slot] = Session(self, slot, script)
+        self._controls.kept[slot] = script.kept
+        self._steer(session)
+        return session
+
+    def _steer(self, session: Session) -> None:
+        """Puts a session's options where the next step finds them."""
+        slot, size, options = session._slot, self.streams.size, session._script.options
+        arrays = per_stream(options, self.streams)
+        for name, array in self._controls.sampling._asdict().items():
+            array[slot, :size] = arrays[name]
+        self._controls.presence_penalty[slot, :size] = arrays["presence_penalty"]
+        self._controls.seed[slot] = options.seed % (1 << 32)
+        self._placed_controls = None
+
+    def _allow(self, session: Session) -> None:
+        mask = np.ones((self._program.streams, self.model.config.vocab_size), bool)
+        for stream, tokens in session._script.allowed.items():
+            mask[stream] = False
+            mask[stream, tokens] = True
+        self._state = self._program.allow(self._state, np.int32(session._slot), mask)
+
+    def _take_slot(self) -> int:
+        if None not in self._slots:
+            raise UserError(f"all {len(self._slots)} sessions are open: close one, or make the engine with more")
+        return self._slots.index(None)
+
+    def _checked_prefill(self, tokens, present) -> tuple[np.ndarray, np.ndarray]:
+        tokens, size = np.asarray(tokens), self.streams.size
+        if tokens.ndim != 2 or tokens.shape[1] != size or not len(tokens):
+            raise UserError(f"the prefill has shape {tokens.shape}: must be [rows, {size}], with at least one row")
+        if len(tokens) > self.window:
+            raise UserError(f"the prefill has {len(tokens)} rows and the window {self.window}: make the engine with more")
+        present = np.ones(tokens.shape, bool) if present is None else np.array(np.broadcast_to(present, tokens.shape), bool)
+        check_tokens("the prefill", tokens[present], self.model.config.vocab_size)
+        return np.where(present, tokens, 0).astype(np.int32), present
+
+    def _read(self, slot: int, tokens: np.ndarray, present: np.ndarray) -> None:
+        """Rows [P, S] into an empty slot, filled up to a power of two: few lengths, few programs."""
+        rows = len(tokens)
+        length = min(1 << (rows - 1).bit_length(), self.window)
+        fill = ((0, length - rows), (0, self._program.streams - self.streams.size))
+        table = (np.pad(x, fill)[None] for x in (tokens, present))
+        self._state = self._program.read(self._weights, self._state, np.int32(slot), *table, np.int32(rows))
+
+    def _chosen(self, sessions: Sequence[Session] | None) -> list[Session]:
+        chosen = [session for session in self._slots if session] if sessions is None else list(sessions)
+        for session in chosen:
+            if session.closed or session._engine is not self:
+                raise UserError("a session is closed, or another engine's: open one with engine.open()")
+            if session._in_flight:
+                raise UserError("a session's next row is on its way already: await it before asking for another")
+        if len(set(chosen)) < len(chosen):
+            raise UserError("a session is named twice: name each once")
+        return chosen
+
+    def _feed(self, rows: int) -> Feed:
+        """Empty arrays for `rows` rows."""
+        sessions, cells = (rows, len(self._slots)), (rows, len(self._slots), self._program.streams)
+        return Feed(
+            np.zeros(sessions, bool), np.zeros(sessions, np.int32), np.zeros(cells, np.int32), np.zeros(cells, bool),
+            np.zeros(cells, np.int32), np.zeros(cells, np.float32),
+        )  # fmt: skip
+
+    def _dispatch(self, sessions: Sequence[Session]) -> _Flight:
+        """Starts the next row of each session."""
+        first = {session: session._script.first() for session in sessions if not session.rows}
+        flight = _Flight(sessions, first, {}, None)
+        if len(first) == len(sessions):
+            return flight
+        feed, size = self._feed(1), self.streams.size
+        for session in sessions:
+            if session in first:
+                continue
+            slot, script = session._slot, session._script
+            feed.active[0, slot], feed.row[0, slot] = True, script.rows - 1
+            feed.read[0, slot, :size], feed.read_present[0, slot, :size] = script.read()
+            feed.given[0, slot, :size], flight.present[session] = script.given()
+            feed.penalty[0, slot, :size] = script.penalty(script.rows)
+            session._in_flight = True
+        self._state, *out = self._program.advance(
+            self._weights, self._state, self._device_controls(), Feed(*(x[0] for x in feed))
+        )
+        return flight._replace(out=out)
+
+    def _collect(self, flight: _Flight) -> list[Row]:
+        """The rows of `_dispatch`, in the order of its sessions."""
+        if flight.out is not None:
+            chosen, logits = jax.device_get(flight.out)
+        rows, size = [], self.streams.size
+        for session in flight.sessions:
+            if session in flight.first:
+                rows.append(flight.first[session])
+                continue
+            session._in_flight = False
+            cells = (x[session._slot, :size] for x in chosen)
+            here = None if logits is None else logits[session._slot, :size]
+            tokens, *measured = cells
+            rows.append(session._script.show(tokens, flight.present[session], *measured, here))
+        return rows
+
+    def _run(self, wanted: Mapping[Session, int]) -> dict[Session, list[Row]]:
+        feeds, size = self._feed(RUN_ROWS), self.streams.size
+        feeds.read[1:] = FREE
+        present = {}
+        for session, rows in wanted.items():
+            slot, script = session._slot, session._script
+            feeds.read[0, slot, :size], here = script.read()
+            present[session] = [here]
+            for i in range(rows):
+                feeds.active[i, slot], feeds.row[i, slot] = True, script.rows - 1 + i
+                feeds.read_present[i, slot, :size] = here
+                feeds.given[i, slot, :size], here = script.given(script.rows + i, here)
+                feeds.penalty[i, slot, :size] = script.penalty(script.rows + i)
+                present[session].append(here)
+        most = np.int32(max(wanted.values()))
+        self._state, chosen = self._program.run(self._weights, self._state, self._device_controls(), feeds, most)
+        chosen = jax.device_get(chosen)
+        rows_of = lambda session, i: [x[i, session._slot, :size] for x in chosen]
+        return {
+            session: [session._script.show(*_row(rows_of(session, i), present[session][i + 1])) for i in range(rows)]
+            for session, rows in wanted.items()
+        }
+
+    def _device_controls(self) -> Controls:
+        """The controls on the device: they change seldom."""
+        if self._placed_controls is None:
+            # A copy: on a CPU the device would read the arrays that the next change writes.
+            self._placed_controls = jax.device_put(jax.tree.map(np.copy, self._controls))
+        return self._placed_controls
+
+    async def _next(self, session: Session) -> Row:
+        """The session's next row, together with those of all sessions whose rows are awaited at that time."""
+        self._chosen([session])
+        if session in self._waiting:
+            raise UserError("a session's next row is on its way already: await it before asking for another")
+        loop = asyncio.get_running_loop()
+        future = self._waiting[session] = loop.create_future()
+        if self._driver is None or self._driver.done():
+            self._driver = loop.create_task(self._drive())
+        return await future
+
+    async def _drive(self) -> None:
+        while self._waiting:
+            await asyncio.sleep(0)  # whoever is ready to ask may do so
+            waiting, self._waiting = self._waiting, {}
+            waiting = {session: future for session, future in waiting.items() if not session.closed}
+            try:
+                flight = self._dispatch(list(waiting))
+                await asyncio.to_thread(jax.block_until_ready, flight.out)
+                rows = self._collect(flight)
+            except Exception as error:  # whoever awaits it gets it
+                for future in waiting.values():
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            for future, row in zip(waiting.values(), rows):
+                if not future.done():
+                    future.set_result(row)
+
+
+class Session:
+    """One conversation in an engine; from `engine.open`. Iterate over it, or call `step`."""
+
+    def __init__(self, engine: Engine, slot: int, script: Script):
+        self._engine, self._slot, self._script = engine, slot, script
+        self._in_flight = False
+        self.closed = False
 
     @property
     def options(self) -> DecodeOptions:
         """May be set at any time; holds from the next row on."""
-        return self._options
+        return self._script.options
 
     @options.setter
     def options(self, options: DecodeOptions) -> None:
-        size = self.streams.size
-
-        def per_stream(name: str, dtype, ok, rule: str) -> np.ndarray:
-            value = getattr(options, name)
-            array = np.asarray(value, dtype)
-            if array.shape not in ((), (size,)):
-                raise UserError(f"{name} is {value!r}: must be one value or one for each of the {size} streams")
-            if not np.all(ok(array)):
-                raise UserError(f"{name} is {value!r}: {rule}")
-            return np.broadcast_to(array, self._shape)
-
-        self._temperature = per_stream("temperature", np.float32, lambda x: x >= 0, "must be >= 0 (0: the best)")
-        self._top_k = per_stream("top_k", np.int32, lambda x: x >= 0, "must be >= 0 (0: all tokens)")
-        self._top_p = per_stream("top_p", np.float32, lambda x: (x > 0) & (x <= 1), "must be in (0, 1]")
-        self._penalty = per_stream("silence_penalty", np.float32, np.isfinite, "must be a finite number")
-        if options.penalty_ramp < 1:
-            raise UserError(f"penalty_ramp is {options.penalty_ramp}: must be at least one row")
-        self._ablated = np.zeros(size, bool)
-        self._ablated[[self.streams.index(name) for name in options.ablated]] = True
-        if self.silence_id is None and (self._ablated.any() or self._penalty.any()):
-            raise UserError("ablated streams and silence_penalty need silence: say which token it is, silence_id=...")
-        self._options = options
+        self._open()._script.set_options(options)
+        self._engine._steer(self)
 
     @property
     def rows(self) -> int:
         """Rows so far, read and shown."""
-        return len(self._rows)
+        return self._script.rows
 
-    def transcript(self) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens [B, R, S] int32, present [B, R, S] bool): all rows so far, as the model reads them."""
-        empty = np.zeros((self._batch, 0, self.streams.size))
-        if not self._rows:
-            return empty.astype(np.int32), empty.astype(bool)
-        return np.stack(self._rows, axis=1), np.stack(self._present, axis=1)
+    @property
+    def finished(self) -> str | None:
+        """Which condition to stop the last row met; None: none of them."""
+        return self._script.finished
 
-    def prefill(self, tokens: np.ndarray, present: np.ndarray | None = None) -> None:
-        """Reads rows [B, P, S] (or [P, S] for all tables) in one pass, at the beginning. Raises UserError."""
-        tokens = np.asarray(tokens)
-        if tokens.ndim == 2:
-            tokens = np.broadcast_to(tokens, (self._batch, *tokens.shape))
-        present = np.ones(tokens.shape, bool) if present is None else np.broadcast_to(present, tokens.shape)
-        if tokens.ndim != 3 or (tokens.shape[0], tokens.shape[2]) != self._shape or tokens.shape[1] == 0:
-            raise UserError(f"the prefill has shape {tokens.shape}: must be [{self._batch}, rows, {self.streams.size}]")
-        if self._rows:
-            raise UserError(f"prefill after {self.rows} rows: a session begins with it; feed tokens later instead")
-        self._check_tokens("the prefill", tokens[present])
-        self._check_room(tokens.shape[1])
-        tokens = np.where(present, tokens, 0).astype(np.int32)
-        self._cache, self._logits = _read(
-            self.model.graph, self.model.parameters, self._cache, tokens, present, self._silence()
-        )
-        self._rows, self._present = list(tokens.swapaxes(0, 1)), list(present.swapaxes(0, 1))
+    def feed(self, stream: str | int, tokens: Sequence[int] | str) -> None:
+        """Appends tokens, or a text, to what an input stream will say, one a row, from the next row that is read.
 
-    def feed(self, stream: str | int, tokens: Sequence[int], table: int | None = None) -> None:
-        """Appends tokens to what an input stream will say, one a row, from the next row that the model reads.
-
-        Args:
-          stream: name or index, of kind `input`. table: which of the batch; None: all of them.
+        That is the row shown last, which the model has not read yet, unless its cell holds something that was fed.
         """
-        index = self.streams.index(stream) if isinstance(stream, str) else stream
-        if not 0 <= index < self.streams.size:
-            raise UserError(f"stream {index}: the model has streams 0 to {self.streams.size - 1}")
-        if self.streams.kinds[index] != "input":
-            inputs = [name for name, kind in zip(self.streams.names, self.streams.kinds) if kind == "input"]
-            name, known = self.streams.names[index], ", ".join(inputs) or "none"
-            raise UserError(f"stream {name!r} is no input: inputs are {known}")
-        if table is not None and not 0 <= table < self._batch:
-            raise UserError(f"table {table}: the session has tables 0 to {self._batch - 1}")
-        tokens = np.asarray(tokens, np.int64).reshape(-1)
-        self._check_tokens(f"input for stream {self.streams.names[index]!r}", tokens)
-        for b in range(self._batch) if table is None else [table]:
-            self._queues[b][index].extend(tokens.tolist())
+        self._open()._script.feed(stream, tokens)
 
-    def step(self, forced: np.ndarray | None = None) -> Row:
-        """Reads the last row, if the model has not yet, and shows the next.
+    def force(self, stream: str | int, tokens: Sequence[int] | str) -> None:
+        """Appends tokens (FREE: the model's choice) to what a stream of any kind must say, from the next row shown."""
+        self._open()._script.force(stream, tokens)
 
-        Args:
-          forced: [B, S] or [S] int32: tokens that replace the model's choice (and inputs), FREE elsewhere.
-        """
-        present = np.broadcast_to(self.rows >= self._delays, self._shape)
-        if not self._rows:
-            logits, tokens = None, self._given(present, forced)
-            tokens = np.where(tokens == FREE, self._silence_or_fail(), tokens)
-        else:
-            if self._pending:
-                self._feed_last_row()
-                self._check_room(1)
-            controls = self._controls(self._given(present, forced))
-            model = self.model
-            if self._pending:
-                last = (self._rows[-1], self._present[-1])
-                self._cache, logits, tokens = _advance(model.graph, model.parameters, self._cache, *last, controls)
-            else:
-                logits, tokens = self._logits, _choose(self._logits, controls)
-                self._logits = None
-        tokens = np.where(present, np.asarray(tokens), 0).astype(np.int32)
-        self._rows.append(tokens)
-        self._present.append(present)
-        self._pending = True
-        return Row(self.rows - 1, tokens.copy(), present, logits)
+    def allow(self, stream: str | int, tokens: Sequence[int] | str | None) -> None:
+        """The tokens that the model may choose for a stream from the next row on; None: all."""
+        self._open()._script.allow(stream, tokens)
+        self._engine._allow(self)
 
-    def _given(self, present: np.ndarray, forced) -> np.ndarray:
-        """Tokens of the next row that are not the model's choice, [B, S]; takes input from the queues."""
-        given = np.full(self._shape, FREE, np.int32)
-        starts = present & ~(self._present[-1] if self._rows else np.zeros(self._shape, bool))
-        silent = self._inputs() | self._ablated | starts
-        if silent.any():
-            given = np.where(silent, self._silence_or_fail(), given)
-        self._from_queue = np.zeros(self._shape, bool)
-        for b, s in np.argwhere(present & self._inputs()):
-            if self._queues[b][s]:
-                self._take(b, s, given, self.rows)
-        if forced is not None:
-            forced = np.broadcast_to(np.asarray(forced), self._shape)
-            self._check_tokens("forced", forced[forced != FREE])
-            given = np.where(forced != FREE, forced, given)
-        return given.astype(np.int32)
+    def step(self) -> Row:
+        """The next row of this session alone; `engine.step` advances many for the same price."""
+        return self._engine.step([self])[0]
 
-    def _feed_last_row(self) -> None:
-        """Input that came after the last row was shown goes into it, unless that cell holds earlier input already."""
-        row = self._rows[-1].copy()
-        for b, s in np.argwhere(self._present[-1] & ~self._from_queue):
-            if self._queues[b][s]:
-                self._take(b, s, row, self.rows - 1)
-        self._rows[-1] = row
+    def run(self, rows: int) -> list[Row]:
+        """The next `rows` rows, in as few calls to the device as can be."""
+        return self._engine.run(rows, [self])[0]
 
-    def _take(self, table: int, stream: int, row: np.ndarray, index: int) -> None:
-        row[table, stream] = self._queues[table][stream].popleft()
-        self._from_queue[table, stream] = True
-        if row[table, stream] != self.silence_id:
-            self._last_heard[table] = index
+    def __iter__(self) -> Iterator[Row]:
+        while self.finished is None:
+            yield self.step()
 
-    def _controls(self, given: np.ndarray) -> _Controls:
-        options, row = self._options, self.rows
-        if options.penalty_start is None:
-            counted = np.where(self._last_heard >= 0, row - 1 - self._last_heard, 0)
-        else:
-            counted = np.full(self._batch, row - options.penalty_start + 1)
-        ramp = np.clip(counted / options.penalty_ramp, 0, 1).astype(np.float32)
-        return _Controls(
-            given,
-            self._temperature,
-            self._top_k,
-            self._top_p,
-            self._penalty * ramp[:, None],
-            self._silence(),
-            np.uint32(options.seed % (1 << 32)),
-            np.int32(row),
-        )
+    async def __aiter__(self) -> AsyncIterator[Row]:
+        """As iteration, while others run: rows that are awaited at the same time are one step on the device."""
+        while self.finished is None:
+            yield await self._engine._next(self)
 
-    def _inputs(self) -> np.ndarray:
-        return np.array([kind == "input" for kind in self.streams.kinds])
+    def transcript(self) -> Transcript:
+        """The rows that are in the window, as the model reads them."""
+        return self._script.transcript()
 
-    def _silence(self) -> np.int32:
-        return np.int32(0 if self.silence_id is None else self.silence_id)
+    def fork(self, seed: int | None = None) -> Session:
+        """Another session of this engine that goes on from here: as this one would, or with another seed. UserError."""
+        engine, slot = self._open()._engine, self._engine._take_slot()
+        engine._chosen([self])
+        engine._state = engine._program.copy(engine._state, np.int32(self._slot), np.int32(slot))
+        session = engine._adopt(slot, self._script.copy())
+        if seed is not None:
+            session.options = dataclasses.replace(self.options, seed=seed)
+        return session
 
-    def _silence_or_fail(self) -> int:
-        if self.silence_id is None:
-            raise UserError("a cell must be silent and the model has no tokenizer: prefill, or give silence_id=...")
-        return self.silence_id
+    def snapshot(self) -> Snapshot:
+        """All of the session, on the host; `engine.restore` goes on from it."""
+        engine = self._open()._engine
+        engine._chosen([self])
+        state = jax.device_get(engine._program.take(engine._state, np.int32(self._slot)))
+        return Snapshot(engine._kind, self._script.copy(), state)
 
-    def _check_tokens(self, what: str, tokens: np.ndarray) -> None:
-        vocab_size = self.model.config.vocab_size
-        if not np.issubdtype(tokens.dtype, np.integer):
-            raise UserError(f"{what} has type {tokens.dtype}: must be integers")
-        if tokens.size and not (0 <= tokens.min() and tokens.max() < vocab_size):
-            bad = int(tokens.min() if tokens.min() < 0 else tokens.max())
-            raise UserError(f"{what} holds token {bad}: the vocabulary has ids 0 to {vocab_size - 1}")
+    def close(self) -> None:
+        """Gives its place to another session."""
+        if not self.closed:
+            self._engine._slots[self._slot], self.closed = None, True
 
-    def _check_room(self, rows: int) -> None:
-        read = self.rows - self._pending
-        if read + rows > self.max_rows:
-            raise UserError(f"the session is full: it has room for max_rows={self.max_rows} rows and has read {read}")
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _open(self) -> Session:
+        if self.closed:
+            raise UserError("the session is closed: open another with engine.open()")
+        return self
+
+
+class Snapshot(NamedTuple):
+    """A session on the host."""
+
+    kind: tuple  # of the engine: model, window, cache
+    script: Script
+    state: Any  # State of one session, numpy arrays
+
+
+class _Flight(NamedTuple):
+    """A step that the device is busy with."""
+
+    sessions: Sequence[Session]
+    first: Mapping[Session, Row]  # rows that need no device
+    present: dict[Session, np.ndarray]
+    out: Any  # (Chosen, logits); None: nothing to do
+
+
+class Generated(NamedTuple):
+    """All rows of a run of several tables, the prefill first."""
+
+    shown: np.ndarray  # [B, R, S] int32, as they were shown
+    read: np.ndarray  # [B, R, S] int32, as the model read them: with tokens fed after a row was shown
+    present: np.ndarray  # [B, R, S] bool
+    logits: list[np.ndarray]  # per row that was chosen: [B, S, V]; empty unless asked for
 
 
 def generate(
@@ -303,97 +479,75 @@ def generate(
     batch: int = 1,
     silence_id: int | None = None,
 ) -> Generated:
-    """Generates `rows` rows.
+    """Generates `rows` rows of several tables in step.
 
     Args:
-      prefill, present: rows [B, P, S] that come first, and which of their cells are not absent. Without them the first
-        row is silence.
+      prefill, present: rows [B, P, S] (or [P, S]) that come first, and which of their cells are not absent. Without them
+        the first row is silence.
       forced: [rows, S] or [B, rows, S] int32: tokens known beforehand, of any stream; FREE elsewhere.
       fed: (row, stream, token), in the order of rows: input that arrives after the row (of the table) was shown.
-      silent_rows_to_stop: stop after so many successive rows that are silent in all streams; 0: never.
-      batch: tables, if there is no prefill.
+      silent_rows_to_stop: stop after so many successive rows that are silent in all streams of all tables; 0: never.
+      batch: tables, if there is no prefill. Each draws with a seed of its own, made from that of the options.
       silence_id: needed if the model came without a tokenizer.
     """
+    size, start = model.streams.size, 0
     if prefill is not None:
         prefill = np.asarray(prefill)
-        batch, start = (1 if prefill.ndim == 2 else len(prefill)), prefill.shape[-2]
-    else:
-        start = 0
-    session = DecodeSession(model, options, batch=batch, max_rows=start + rows, silence_id=silence_id)
+        prefill = prefill[None] if prefill.ndim == 2 else prefill
+        if prefill.ndim != 3:
+            raise UserError(f"the prefill has shape {prefill.shape}: must be [tables, rows, {size}], or that of one table")
+        present = None if present is None else np.broadcast_to(present, prefill.shape)
+        batch, start = prefill.shape[:2]
     if forced is not None:
         forced = np.asarray(forced)
-        if forced.shape not in ((rows, session.streams.size), (batch, rows, session.streams.size)):
-            shape = f"[{rows}, {session.streams.size}]"
-            raise UserError(f"forced has shape {forced.shape}: must be {shape}, or that of each table")
-    if prefill is not None:
-        session.prefill(prefill, present)
-    shown, logits, silent_rows = list(session.transcript()[0].swapaxes(0, 1)), [], 0
-    for number in range(rows):
-        row = session.step(None if forced is None else forced[..., number, :])
-        shown.append(row.tokens)
-        if keep_logits and row.logits is not None:
-            logits.append(row.logits)
-        for _, stream, token in (item for item in fed if item[0] == row.index):
-            session.feed(stream, [token])
-        silent = np.all((row.tokens == session.silence_id) | ~row.present)
-        silent_rows = silent_rows + 1 if silent else 0
-        if silent_rows_to_stop and silent_rows >= silent_rows_to_stop:
-            break
-    read, is_present = session.transcript()
-    return Generated(np.stack(shown, axis=1), read, is_present, logits)
+        if forced.shape not in ((rows, size), (batch, rows, size)):
+            raise UserError(f"forced has shape {forced.shape}: must be [{rows}, {size}], or that of each table")
+        forced = np.broadcast_to(forced, (batch, rows, size))
+    window = max(start + rows, 2)
+    engine = Engine(model, sessions=batch, window=window, all_logits=keep_logits, silence_id=silence_id)
+    sessions = []
+    for b in range(batch):
+        seed = int(np.random.SeedSequence((options.seed % (1 << 32), b)).generate_state(1)[0])
+        first = {} if prefill is None else {"prefill": prefill[b], "present": None if present is None else present[b]}
+        sessions.append(engine.open(dataclasses.replace(options, seed=seed), **first))
+        for s in range(size if forced is not None else 0):
+            sessions[b].force(s, forced[b, :, s])
+    shown, logits = [np.array([session.transcript().tokens for session in sessions])], []
+    if not (fed or silent_rows_to_stop or keep_logits):
+        tables = engine.run(rows, sessions)
+        shown.append(np.array([[row.tokens for row in table] for table in tables]))
+    else:
+        for number in range(rows):
+            last = engine.step(sessions)
+            shown.append(np.array([[row.tokens] for row in last]))
+            if last[0].logits is not None:
+                logits.append(np.array([row.logits for row in last]))
+            for _, stream, token in (item for item in fed if item[0] == start + number):
+                for session in sessions:
+                    session.feed(stream, [token])
+            if silent_rows_to_stop and all(s._script.silent_rows >= silent_rows_to_stop for s in sessions):
+                break
+    read = [session.transcript() for session in sessions]
+    return Generated(
+        np.concatenate(shown, axis=1), np.array([t.tokens for t in read]), np.array([t.present for t in read]), logits
+    )
 
 
-def filtered_logits(logits: jax.Array, temperature, top_k, top_p) -> jax.Array:
-    """Logits [..., V] float32 over the temperature, -inf where top-k or top-p drops the token.
-
-    Of the `top_k` most likely tokens (0: all), in descending order, those are kept whose predecessors' probabilities
-    sum to at most `top_p` (nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751). The three have shape [...].
-    """
-    logits = logits / jnp.where(temperature > 0, temperature, 1.0)[..., None]
-    order = jnp.argsort(logits, axis=-1, descending=True)
-    ranked = jnp.take_along_axis(logits, order, axis=-1)
-    rank = jnp.arange(logits.shape[-1])
-    keep = (rank < top_k[..., None]) | (top_k[..., None] == 0)
-    total = jnp.cumsum(jax.nn.softmax(jnp.where(keep, ranked, -jnp.inf), axis=-1), axis=-1)
-    before = jnp.concatenate([jnp.zeros_like(total[..., :1]), total[..., :-1]], axis=-1)
-    # A sum that rounding takes above 1 must not drop anything.
-    keep &= (before <= top_p[..., None]) | (top_p[..., None] >= 1)
-    keep = jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), axis=-1)
-    return jnp.where(keep, logits, -jnp.inf)
+def _row(cells: Sequence[np.ndarray], present: np.ndarray):
+    """Arguments of `Script.show`."""
+    tokens, logprob, entropy = cells
+    return tokens, present, logprob, entropy, None
 
 
-@jax.jit
-def _choose(logits: jax.Array, controls: _Controls) -> jax.Array:
-    """The next row's tokens [B, S] of logits [B, S, V]."""
-    is_silence = jnp.arange(logits.shape[-1]) == controls.silence
-    logits = logits - jnp.where(is_silence, controls.penalty[..., None], 0.0)
-    best = jnp.argmax(logits, axis=-1)
-
-    def sample():
-        # One key per table and row: a draw depends neither on the other tables nor on when it is made.
-        row_key = jax.random.fold_in(jax.random.key(controls.seed), controls.row)
-        keys = jax.vmap(lambda b: jax.random.fold_in(row_key, b))(jnp.arange(logits.shape[0]))
-        filtered = filtered_logits(logits, controls.temperature, controls.top_k, controls.top_p)
-        drawn = jax.vmap(jax.random.categorical)(keys, filtered)
-        return jnp.where(controls.temperature > 0, drawn, best)
-
-    # Sorting the vocabulary costs more than a small model: not when all streams take the most likely token.
-    chosen = jax.lax.cond(jnp.any(controls.temperature > 0), sample, lambda: best)
-    return jnp.where(controls.given != FREE, controls.given, chosen)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _read(graph, parameters, cache: Cache, tokens, present, silence) -> tuple[Cache, jax.Array]:
-    """Appends rows [B, P, S] to the cache; logits [B, S, V] of the last."""
-    model = bind(graph, parameters)
-    row = jnp.broadcast_to(cache.length + jnp.arange(tokens.shape[1]), tokens.shape[:2])
-    seen = present & (tokens != silence) if model.streams.skip_silence else present
-    hidden, cache = model(tokens, Cells(row, jnp.ones_like(row), present, seen), row, cache)
-    return cache, model.logits(hidden[:, -1])
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _advance(graph, parameters, cache: Cache, row, present, controls: _Controls):
-    """Reads one row [B, S]: (cache, logits [B, S, V], the next row's tokens [B, S])."""
-    cache, logits = _read(graph, parameters, cache, row[:, None], present[:, None], controls.silence)
-    return cache, logits, _choose(logits, controls)
+def _check_mesh(model: LoadedModel, sessions: int, mesh: Mesh) -> None:
+    """Raises UserError when an axis of the mesh does not divide what lies along it."""
+    config = model.config
+    lengths = {
+        "batch": (sessions, "sessions"),
+        "heads": (config.num_heads, "model.num_heads"),
+        "kv_heads": (config.num_kv_heads, "model.num_kv_heads"),
+        "mlp": (config.d_ff, "model.d_ff"),
+        "embed": (config.d_model, "model.d_model"),
+        "vocab": (config.vocab_size, "model.vocab_size"),
+    }
+    check_lengths(lengths, mesh)

@@ -14,7 +14,7 @@ import rich.text
 from absl import flags, logging
 
 from msllm import cells, errors
-from msllm.decode import DecodeOptions, DecodeSession
+from msllm.decode import DecodeOptions, Engine
 from msllm.errors import UserError
 from msllm.load import LoadedModel, load_any
 from msllm.streams import StreamSpec
@@ -59,21 +59,21 @@ def run(
         raise UserError("the checkpoint has no tokenizer (a Hugging Face folder): use msllm.decode with token ids")
     if rows < 1:
         raise UserError(f"--rows={rows}: must be at least 1")
-    session = DecodeSession(model, options, max_rows=rows)
+    session = Engine(model, window=max(rows, 2)).open(options)
     for name, text in inputs.items():
-        session.feed(name, model.tokenizer.encode(text))
+        session.feed(name, text)
     streams, widths = model.streams, [5] + [WIDTH] * model.streams.size
     cells.print_line(console, [rich.text.Text(name, style="bold") for name in ("row", *streams.names)], widths)
     for _ in range(rows):
         row = session.step()
         texts = [
-            cells.cell(model.tokenizer, int(row.tokens[0, stream]), bool(row.present[0, stream]), kind)
+            cells.cell(model.tokenizer, int(row.tokens[stream]), bool(row.present[stream]), kind)
             for stream, kind in enumerate(streams.kinds)
         ]
         cells.print_line(console, [rich.text.Text(str(row.index), style="dim"), *texts], widths)
-    tokens, present = session.transcript()
+    _, tokens, present = session.transcript()
     console.print()
-    cells.print_texts(console, model.tokenizer, streams.names, tokens[0], present[0])
+    cells.print_texts(console, model.tokenizer, streams.names, tokens, present)
 
 
 def _inputs(streams: StreamSpec) -> list[str]:

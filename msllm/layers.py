@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -18,6 +19,7 @@ from msllm.rope import rope_frequencies, rope_size
 from msllm.sharding import RULES, gather, mesh_axes, total
 
 
+ROPE_SPAN = 4096  # rows; see `rope_angles`
 # Names of the values that the remat policy `dots` keeps for the backward pass.
 SAVED = ("qkv", "attention", "mid", "mlp")
 
@@ -71,11 +73,15 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 def rope_angles(position: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """cos and sin for positions [B, T] or [B, T, S], times `rope_size`: each [B, T, 1 or S, 1, H / 2] float32."""
-    frequencies = jnp.asarray(rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling))
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     if position.ndim == 2:
         position = position[:, :, None]
-    angle = position[..., None, None].astype(jnp.float32) * frequencies
-    size = rope_size(config.rope_scaling)
+    # Sessions have no last row: at row 10^6 a product in float32 is wrong by 1e-2. So whole turns are left out of what
+    # a span of rows turns by, in float64; up to its end nothing changes, not a bit.
+    of_span = (ROPE_SPAN * frequencies.astype(np.float64) % (2 * math.pi)).astype(np.float32)
+    position, size = position[..., None, None], rope_size(config.rope_scaling)
+    angle = (position % ROPE_SPAN).astype(jnp.float32) * frequencies
+    angle += (position // ROPE_SPAN).astype(jnp.float32) * of_span
     return size * jnp.cos(angle), size * jnp.sin(angle)
 
 

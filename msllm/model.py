@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,6 @@ from msllm.sharding import FSDP, axis_index, gather, gather_streams, mesh_axes, 
 from msllm.streams import Cells, StreamSpec
 
 ACTIVATION = ("batch", "row", "stream", "d_model")
-UNREAD = -3  # row number of cache rows not read yet; padding in chunked attention uses -1 and -2
-
-
-class Cache(NamedTuple):
-    """Keys and values of the rows fed so far, for decoding."""
-
-    k: jax.Array  # [layers, B, rows, S, K, H]
-    v: jax.Array  # [layers, B, rows, S, K, H]
-    cells: Cells  # of all rows; rows not fed yet are absent
-    length: jax.Array  # [] int32: rows fed
 
 
 class Block(nnx.Module):
@@ -61,70 +51,36 @@ class MultiStreamLM(nnx.Module):
             self.head = parameter(rngs, (config.vocab_size, config.d_model), table, config.d_model**-0.5)
 
     def __call__(
-        self,
-        tokens: jax.Array,
-        cells: Cells,
-        position: jax.Array,
-        cache: Cache | None = None,
-        kernel: Callable | None = None,
-    ):
+        self, tokens: jax.Array, cells: Cells, position: jax.Array, kernel: Callable | None = None
+    ) -> jax.Array:
         """The hidden states from which each cell's next row is predicted.
 
         Args:
           tokens: [B, T, S] int32. cells: of these rows. position: RoPE positions, [B, T] (or [B, T, S]) int32.
-          cache: keys and values of earlier rows; the rows in `tokens` are appended to it. Not sharded.
-          kernel: attention's backend, as training chooses it; None: one that runs everywhere. Not with a cache.
+          kernel: attention's backend, as training chooses it; None: one that runs everywhere.
 
-        Returns: hidden [B, T, S, D] after the final norm, in the compute dtype; with a cache (hidden, cache).
+        Returns: hidden [B, T, S, D] after the final norm, in the compute dtype.
         """
         config = self.config
-        x = self._embed(tokens).astype(config.compute_dtype)
         angles = rope_angles(position, config)
         graph, weights = nnx.split(self.blocks)
+        rule = (cells, self.streams.lag_array, kernel or anywhere(config), config.kv_parts)
 
-        anywhere = backend("reference" if config.attention == "reference" else "chunked")
+        def layer(x, weights):
+            attend = lambda q, k, v: attention(q, k, v, *rule)
+            if config.remat == "full":  # the gathered keys and values must not wait for the backward of the MLP
+                attend = jax.checkpoint(attend, policy=KEEP_OUTPUT)
+            return nnx.merge(graph, weights)(x, angles, attend), None
 
-        if cache is None:
+        x, _ = jax.lax.scan(_remat(layer, config.remat), self.embed(tokens), weights)
+        return self.finish(x)
 
-            def layer(x, weights):
-                rule = (cells, self.streams.lag_array, kernel or anywhere, config.kv_parts)
-                attend = lambda q, k, v: attention(q, k, v, *rule)
-                if config.remat == "full":  # the gathered keys and values must not wait for the backward of the MLP
-                    attend = jax.checkpoint(attend, policy=KEEP_OUTPUT)
-                return nnx.merge(graph, weights)(x, angles, attend), None
+    def finish(self, x: jax.Array) -> jax.Array:
+        """The final norm, of what the last block gives."""
+        return rms_norm(x, whole(self.final_norm, jnp.float32), self.config.norm_eps)
 
-            x, _ = jax.lax.scan(_remat(layer, config.remat), x, weights)
-            return rms_norm(x, whole(self.final_norm, jnp.float32), config.norm_eps)
-
-        start = cache.length
-        append = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
-        k_cells = Cells(*map(append, cache.cells, cells))
-        lag, streams = jnp.asarray(self.streams.lag_array), jnp.arange(self.streams.size)
-
-        # The scores of one row are few: no blocks.
-        kernel = anywhere if tokens.shape[1] > 1 else backend("reference")
-
-        def cached_layer(carry, layer):
-            x, k_all, v_all = carry
-            weights, index = layer
-
-            def attend(q, k, v):
-                nonlocal k_all, v_all
-                at = (index, 0, start, 0, 0, 0)
-                k_all = jax.lax.dynamic_update_slice(k_all, k.astype(k_all.dtype)[None], at)
-                v_all = jax.lax.dynamic_update_slice(v_all, v.astype(v_all.dtype)[None], at)
-                return kernel(q, k_all[index], v_all[index], cells, k_cells, lag, streams)
-
-            x = nnx.merge(graph, weights)(x, angles, attend)
-            return (x, k_all, v_all), None
-
-        layers = (weights, jnp.arange(config.num_layers))
-        (x, k_all, v_all), _ = jax.lax.scan(cached_layer, (x, cache.k, cache.v), layers)
-        cache = Cache(k_all, v_all, k_cells, start + tokens.shape[1])
-        return rms_norm(x, whole(self.final_norm, jnp.float32), config.norm_eps), cache
-
-    def _embed(self, tokens: jax.Array) -> jax.Array:
-        """Token plus stream embedding, [B, T, S, D] float32."""
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Token plus stream embedding of tokens [B, T, S]: [B, T, S, D] in the compute dtype."""
         # The table is far larger than the rows that a step looks up: so every device looks up the tokens of all in the
         # columns that it holds, and the rows travel. Its gradient needs no sum over devices then.
         table, ids = self.embedding[...], gather(gather_streams(tokens), 0, FSDP)
@@ -136,7 +92,7 @@ class MultiStreamLM(nnx.Module):
             streams = axis_index("stream") * tokens.shape[2] + jnp.arange(tokens.shape[2])
             # Streams beyond the last one are absent: which vector they get does not matter.
             x = x + whole(self.stream_embedding, jnp.float32)[jnp.minimum(streams, self.streams.size - 1)]
-        return x
+        return x.astype(self.config.compute_dtype)
 
     @property
     def head_parameter(self) -> nnx.Param:
@@ -151,15 +107,10 @@ class MultiStreamLM(nnx.Module):
         """hidden [..., D] -> [..., V] float32. For scoring and decoding; training never holds all logits (loss.py)."""
         return jnp.einsum("...d,vd->...v", hidden, self.head_table(), preferred_element_type=jnp.float32)
 
-    def empty_cache(self, batch: int, rows: int) -> Cache:
-        """A cache for `rows` rows of `batch` tables."""
-        config, size = self.config, self.streams.size
-        shape = (config.num_layers, batch, rows, size, config.num_kv_heads, config.head_dim)
-        # Distinct buffers, so that a step may donate them. An unread row has a number that no query has: not itself.
-        row, segment = jnp.full((batch, rows), UNREAD, jnp.int32), jnp.zeros((batch, rows), jnp.int32)
-        present, seen = (jnp.zeros((batch, rows, size), bool) for _ in range(2))
-        k, v = (jnp.zeros(shape, config.compute_dtype) for _ in range(2))
-        return Cache(k, v, Cells(row, segment, present, seen), jnp.zeros((), jnp.int32))
+
+def anywhere(config: ModelConfig) -> Callable:
+    """An attention backend that runs on every device."""
+    return backend("reference" if config.attention == "reference" else "chunked")
 
 
 def _remat(layer, policy: str):

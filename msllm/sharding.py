@@ -93,6 +93,11 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
         "embed": (model.d_model, "model.d_model"),
         "vocab": (model.vocab_size, "model.vocab_size"),
     }
+    check_lengths(lengths, mesh)
+
+
+def check_lengths(lengths: dict[str, tuple[int, str]], mesh: Mesh) -> None:
+    """Raises UserError where the mesh does not divide a length; {logical axis: (length, its name)}."""
     for axis, (length, name) in lengths.items():
         parts = int(np.prod([mesh.shape[a] for a in mesh_axes(axis)]))
         if length % parts:

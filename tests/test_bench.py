@@ -107,10 +107,24 @@ def test_prepare_counts_what_it_made():
     assert line["first_process_peak_mib"] > 30 and line["worker_peak_mib"] == 0  # it needed no other process
 
 
+def test_decode_compares_streams_with_one():
+    sizes = ("--d_model=16", "--d_ff=32", "--num_layers=1", "--num_heads=2", "--num_kv_heads=1", "--head_dim=8")
+    lines, errors, status = bench(
+        *("decode", "--rows=24", "--prefill=9", "--streams=3", "--steps=3", "--vocab_size=64", "--cache_dtype=int8"), *sizes
+    )
+    assert status == 0, errors
+    assert [line["streams"] for line in lines] == [3, 1]
+    many, one = lines
+    assert many["cost_of_one_stream_cpu"] == pytest.approx(many["cpu_ms_per_row"] / one["cpu_ms_per_row"], abs=0.01)
+    for line in lines:
+        assert line["tokens_per_second"] == pytest.approx(line["streams"] * 1e3 / line["wall_ms_per_row"], rel=0.01)
+        assert line["compiled_meanwhile"] == 0 and 0 < line["host_share"] < 1 and line["run_cpu_ms_per_row"] > 0
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("decode",), "what to measure is ['decode']: must be one of train, attention, prepare"),
+        (("sleep",), "what to measure is ['sleep']: must be one of train, attention, decode, prepare"),
         (("attention", "--rows=4", "--batch=1,2"), "both need as many positive numbers as there are cases"),
         (("prepare", "--size_mb=0"), "--size_mb is ['0']: must be positive numbers, one a case"),
         (("attention", "--rows=4", "--batch=1", "--backends=splash"), "'splash': it needs a TPU"),

@@ -1,4 +1,4 @@
-"""Cached decoding against the full forward pass, sampling, input while it runs."""
+"""Cached decoding against the full forward pass, with every rule, cache and mesh; endless sessions; sampling."""
 
 import jax
 import jax.numpy as jnp
@@ -6,89 +6,194 @@ import numpy as np
 import pytest
 
 import golden_cases
-from msllm import decode
-from msllm.decode import FREE, DecodeOptions, DecodeSession, filtered_logits, generate
+from msllm import cache
+from msllm.config import MeshConfig, ModelConfig
+from msllm.decode import FREE, DecodeOptions, Engine, generate
+from msllm.decode_program import decode_program
 from msllm.errors import UserError
+from msllm.layers import rope_angles, rope_frequencies
 from msllm.model import bind
-from msllm.streams import NEVER, make_cells, positions
+from msllm.sampling import Sampling, choose, filtered_logits, row_keys
+from msllm.sharding import make_mesh
+from msllm.streams import NEVER, make_cells, positions, visible_between
 
 SILENCE = 3
 LAG = np.array([[1, NEVER, 2], [0, 1, NEVER], [3, 0, 1]], np.int32)
 WARM = DecodeOptions(temperature=1.0, seed=5)
 
 
-def full_logits(model, tokens, present):
-    """Logits [B, R, S, V] of one pass over all rows."""
+def full_logits(model, transcript, window=0, kept=0):
+    """Logits [R, S, V] of one pass over all rows; with a window, a row sees the kept rows and the last of the others."""
+
+    def dense(q, k, v, q_cells, k_cells, lag, q_streams):
+        """The reference, with one more rule."""
+        mask = visible_between(q_cells, k_cells, jnp.asarray(lag), q_streams)
+        back = q_cells.row[:, :, None, None, None] - k_cells.row[:, None, None, :, None]
+        mask &= (back < window - kept) | (k_cells.row < kept)[:, None, None, :, None]
+        q = q.reshape(*q.shape[:3], k.shape[3], -1, q.shape[-1])
+        scores = jnp.einsum("btskgh,bupkh->bkgtsup", q, k) / q.shape[-1] ** 0.5
+        weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -jnp.inf), axis=(-2, -1))
+        return jnp.einsum("bkgtsup,bupkh->btskgh", weights, v).reshape(*q.shape[:3], -1, q.shape[-1])
+
+    tokens, present = transcript.tokens[None], transcript.present[None]
     segment = np.ones(tokens.shape[:2], np.int32)
     silent = tokens == SILENCE if model.streams.skip_silence else None
     bound = bind(model.graph, model.parameters)
-    return np.asarray(bound.logits(bound(tokens, make_cells(present, segment, silent), positions(segment))))
+    cells, kernel = make_cells(present, segment, silent), dense if window else None
+    return np.asarray(bound.logits(bound(tokens, cells, positions(segment), kernel=kernel)))[0]
+
+
+def crowd(model, rows, prefills, absent=0.0, **settings):
+    """Sessions of one engine that begin at different moments, with input: (sessions, their rows) after `rows` steps."""
+    rng = np.random.default_rng(1)
+    engine = Engine(model, sessions=len(prefills), window=16, all_logits=True, silence_id=SILENCE, **settings)
+    sessions, shown = [], {}
+    for step in range(rows + len(prefills) - 1):
+        if step < len(prefills):
+            table = rng.integers(0, 32, (prefills[step], 3)), rng.random((prefills[step], 3)) >= absent
+            first = dict(prefill=table[0], present=table[1]) if prefills[step] else {}
+            sessions.append(engine.open(DecodeOptions(temperature=1.0, seed=step), **first))
+            shown[sessions[-1]] = []
+        active = [session for session in sessions if len(shown[session]) < rows and (step + session._slot) % 3]
+        for session, row in zip(active, engine.step(active)):
+            shown[session].append(row)
+            if row.index % 3 == 1:
+                session.feed("user", [7 + row.index])
+    return sessions, shown
+
+
+def check_crowd(model, sessions, shown, tolerance=1e-4):
+    for session in sessions:
+        transcript = session.transcript()
+        expected = full_logits(model, transcript)
+        assert transcript.present.shape == transcript.tokens.shape and len(transcript.row) == session.rows
+        compared = 0
+        for row in shown[session]:
+            if row.logits is not None:
+                np.testing.assert_allclose(row.logits, expected[row.index - 1], rtol=0, atol=tolerance)
+                compared += 1
+                logprobs = jax.nn.log_softmax(row.logits)
+                chosen = logprobs[np.arange(3), row.tokens]
+                np.testing.assert_allclose(row.logprob[row.present], chosen[row.present], rtol=0, atol=1e-5)
+                np.testing.assert_allclose(row.entropy, -(np.exp(logprobs) * logprobs).sum(-1), rtol=0, atol=1e-5)
+        assert compared >= 2
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(visibility="block_causal", prefill=5, absent=0.3),
-        dict(visibility="same_row", prefill=5),
-        dict(visibility="isolated", prefill=0, attention="reference"),
-        dict(lag=LAG, prefill=3, absent=0.3, skip_silence=True),
-        dict(visibility="block_causal", prefill=0, delays=(0, 2, 1)),
+        dict(visibility="block_causal", absent=0.3),
+        dict(visibility="same_row"),
+        dict(visibility="isolated", attention="reference"),
+        dict(lag=LAG, absent=0.3, skip_silence=True),
+        dict(visibility="block_causal", delays=(0, 2, 1), prefills=(0, 1)),
     ],
     ids=lambda s: "-".join(str(k if k == "lag" else v) for k, v in s.items()),
 )
 def test_cached_equals_full_forward(make_model, settings):
     settings = dict(settings)
-    prefill, absent, rows = settings.pop("prefill"), settings.pop("absent", 0.0), 6
-    model, rng = make_model(3, **settings), np.random.default_rng(1)
-    before = dict(batch=2)
-    if prefill:
-        before = dict(prefill=rng.integers(0, 32, (2, prefill, 3)), present=rng.random((2, prefill, 3)) >= absent)
-    fed = [(prefill, "user", 7), (prefill + 2, "user", 9)]
-    result = generate(model, rows, WARM, fed=fed, keep_logits=True, silence_id=SILENCE, **before)
-    assert result.read.shape == (2, prefill + rows, 3)
+    prefills, absent = settings.pop("prefills", (5, 0)), settings.pop("absent", 0.0)
+    model = make_model(3, **settings)
+    sessions, shown = crowd(model, 6, prefills, absent)
+    check_crowd(model, sessions, shown)
     if settings.get("delays"):
-        np.testing.assert_array_equal(result.present[0].argmax(axis=0), settings["delays"])
-        assert result.read[0, 2, 1] == result.read[0, 1, 2] == SILENCE
-    expected = full_logits(model, result.read, result.present)[:, :-1][:, -len(result.logits) :]
-    for row, ours in enumerate(result.logits):
-        np.testing.assert_allclose(ours, expected[:, row], rtol=0, atol=1e-4)
+        transcript = sessions[0].transcript()
+        np.testing.assert_array_equal(transcript.present.argmax(axis=0), settings["delays"])
+        assert transcript.tokens[2, 1] == transcript.tokens[1, 2] == SILENCE
 
 
-def test_changes_do_not_recompile(make_model):
-    session = DecodeSession(make_model(3), batch=2, max_rows=16, silence_id=SILENCE)
-    session.step(), session.step()
-    compiled = decode._advance._cache_size()
-    for options in (
-        WARM,
-        DecodeOptions(temperature=(0.0, 0.5, 2.0), top_k=(0, 3, 5), top_p=0.5, seed=3),
-        DecodeOptions(silence_penalty=2.0, penalty_start=1, ablated=("thought",)),
-    ):
-        session.options = options
-        session.feed("user", [4], table=1)
-        session.step(np.array([FREE, 8, FREE]))
-    assert decode._advance._cache_size() == compiled
+@pytest.mark.parametrize(
+    "axes", [dict(data=2, stream=2, tensor=2), dict(fsdp=2, stream=4)], ids=lambda axes: "-".join(axes)
+)
+def test_sharded_equals_full_forward(make_model, axes):
+    """Three streams on two and four devices: places that are left over hold absent ones."""
+    model = make_model(3, lag=LAG, skip_silence=True)
+    mesh = make_mesh(MeshConfig(**(dict(data=1, fsdp=1, stream=1, tensor=1) | axes)))
+    check_crowd(model, *crowd(model, 4, (2, 3), mesh=mesh))
 
 
-@pytest.mark.parametrize("number", range(4))
-def test_sampler_probabilities(number):
+def test_windows_of_many_blocks(make_model, monkeypatch):
+    """Three blocks of six rows, of which sessions fill one, two, three and all again; the last one not to its end."""
+    monkeypatch.setattr(cache, "BLOCK_ROWS", 6)
+    assert cache.blocks(16) == (3, 6)
+    model = make_model(3, d_ff=40)  # a program of its own
+    check_crowd(model, *crowd(model, 6, (9, 1)))
+    run = lambda: Engine(model, window=16, silence_id=SILENCE).open(WARM).run(50)
+    in_blocks = run()
+    monkeypatch.undo()
+    decode_program.cache_clear()
+    np.testing.assert_array_equal([row.tokens for row in run()], [row.tokens for row in in_blocks])
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 0.06), ("int8", 0.06)])
+def test_small_caches_come_near(make_model, dtype, tolerance):
+    model = make_model(3)
+    sessions, shown = crowd(model, 6, (5, 0), cache_dtype=dtype)
+    check_crowd(model, sessions, shown, tolerance)
+    with pytest.raises(AssertionError):  # it is no float32 cache
+        check_crowd(model, sessions, shown)
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_endless_session_sees_what_remains(make_model, kept):
+    """To ten times the window, against a full pass over all rows in which each sees only those that remained."""
+    model, window = make_model(3), 8
+    engine = Engine(model, sessions=2, window=window, all_logits=True, silence_id=SILENCE)
+    prefill = np.random.default_rng(0).integers(0, 32, (5, 3))
+    session = engine.open(WARM, prefill=prefill, keep=kept)
+    engine.open()
+    tokens, logits = list(prefill), {}
+    for number in range(10 * window):
+        row = engine.step()[0]
+        assert row.index == number + 5
+        logits[row.index] = row.logits
+        if number % 5 == 0:
+            session.feed("user", [9])
+            row.tokens[0] = 9
+        tokens.append(row.tokens)
+    tokens = np.array(tokens)
+    seen = type(session.transcript())(np.arange(len(tokens)), tokens, np.ones(tokens.shape, bool))
+    expected = full_logits(model, seen, window, kept)
+    for index, ours in logits.items():
+        np.testing.assert_allclose(ours, expected[index - 1], rtol=0, atol=1e-4)
+    assert np.abs(full_logits(model, seen)[-2] - logits[index]).max() > 1e-2  # rows that fell out would be missed
+    transcript = session.transcript()
+    assert transcript.row.tolist() == [*range(kept), *range(len(tokens) - window + kept, len(tokens))]
+    np.testing.assert_array_equal(transcript.tokens, tokens[transcript.row])
+
+
+def sampling(count, **settings):
+    neutral = dict(temperature=1.0, top_k=0, top_p=1.0, top_p_inside=False, min_p=0.0, min_probability=0.0) | settings
+    dtypes = dict(top_k=np.int32, top_p_inside=bool)
+    return Sampling(*(jnp.full(count, neutral[name], dtypes.get(name, np.float32)) for name in Sampling._fields))
+
+
+@pytest.mark.parametrize("sampler, number", [("row", n) for n in range(4)] + [("flat", n) for n in range(5)])
+def test_sampler_probabilities(sampler, number):
+    """The reference's two samplers; the second drops the crossing token, and calls an absolute limit min_p."""
     case = golden_cases.case("sampler")
-    settings = case.meta["row_sampler"][number]
-    logits = jnp.asarray(case["logits"])
-    fill = lambda name, dtype: jnp.full(len(logits), settings[name], dtype)
-    limits = fill("top_k", np.int32), fill("top_p", np.float32)
-    filtered = filtered_logits(logits, fill("temperature", np.float32), *limits)
-    np.testing.assert_allclose(jax.nn.softmax(filtered), case[f"row_sampler_{number}_probs"], rtol=0, atol=1e-6)
+    settings = dict(case.meta[f"{sampler}_sampler"][number])
+    logits, penalty = jnp.asarray(case["logits"]), settings.pop("presence_penalty", 0.0)
+    logits = logits.at[:, np.unique(case["past_tokens"])].add(-penalty)
+    settings = {{"min_p": "min_probability"}.get(name, name): value for name, value in settings.items()}
+    filtered = filtered_logits(logits, sampling(len(logits), top_p_inside=sampler == "flat", **settings))
+    expected = case[f"{sampler}_sampler_{number}_probs"]
+    np.testing.assert_allclose(jax.nn.softmax(filtered), expected, rtol=0, atol=1e-6)
+
+
+def test_min_p_is_relative_to_the_best():
+    logits = jnp.log(jnp.array([[0.5, 0.26, 0.24], [0.1, 0.2, 0.7]]))
+    kept = np.isfinite(filtered_logits(logits, sampling(2, min_p=0.5)))
+    assert kept.tolist() == [[True, True, False], [False, False, True]]
+    kept = np.isfinite(filtered_logits(logits, sampling(2, min_probability=0.6)))
+    assert kept.tolist() == [[True, False, False], [False, False, True]]  # the best stays
 
 
 def test_draws_follow_the_probabilities():
     tables, logits = 4000, np.array([[0.0, 1.0, 2.0, -1.0], [1.0, 0.0, 0.0, 0.5]], np.float32)
-    shape = (tables, 2)
-    full = lambda value, dtype: np.full(shape, value, dtype)
-    controls = decode._Controls(
-        full(FREE, np.int32), full(1.0, np.float32), full(0, np.int32), full(1.0, np.float32), full(0.0, np.float32),
-        np.int32(0), np.uint32(1), np.int32(2),
-    )  # fmt: skip
-    drawn = np.asarray(decode._choose(jnp.broadcast_to(logits, (tables, 2, 4)), controls))
+    keys = row_keys(jnp.arange(tables, dtype=jnp.uint32), jnp.full(tables, 2), jnp.arange(2))
+    everything = jnp.ones((tables, 2, 4), bool), sampling((tables, 2)), jnp.full((tables, 2), FREE)
+    drawn = choose(jnp.broadcast_to(logits, (tables, 2, 4)), 0.0, *everything, keys, jnp.ones(tables, bool)).tokens
     for stream in range(2):
         share = np.bincount(drawn[:, stream], minlength=4) / tables
         np.testing.assert_allclose(share, jax.nn.softmax(logits[stream]), rtol=0, atol=0.03)
@@ -111,44 +216,9 @@ def test_temperature_and_top_k_per_stream(make_model):
     greedy = generate(model, 6, silence_id=SILENCE).read
     narrow = generate(model, 6, DecodeOptions(temperature=5.0, top_k=1), silence_id=SILENCE).read
     np.testing.assert_array_equal(narrow, greedy)
-    mixed = generate(model, 2, DecodeOptions(temperature=(0.0, 50.0, 0.0), seed=1), silence_id=SILENCE).read
+    mixed = generate(model, 6, DecodeOptions(temperature=(0.0, 50.0, 0.0), seed=1), silence_id=SILENCE).read
     np.testing.assert_array_equal(mixed[0, 1, [0, 2]], greedy[0, 1, [0, 2]])
     assert mixed[0, 1, 1] != greedy[0, 1, 1]
-
-
-def test_input_enters_the_next_row_that_is_read(make_model):
-    session = DecodeSession(make_model(3), max_rows=16, silence_id=SILENCE)
-    session.feed("user", [10])
-    assert session.step().tokens[0, 0] == 10  # known before the row was shown
-    assert session.step().tokens[0, 0] == SILENCE
-    session.feed("user", [11, 12, 13])
-    assert session.step().tokens[0, 0] == 12  # 11 went into the row before, which had been shown but not read
-    session.feed("user", [14])
-    assert session.step().tokens[0, 0] == 13
-    assert session.step().tokens[0, 0] == 14
-    assert session.step().tokens[0, 0] == SILENCE
-    assert session.transcript()[0][0, :, 0].tolist() == [10, 11, 12, 13, 14, SILENCE]
-
-
-def test_input_for_one_table(make_model):
-    session = DecodeSession(make_model(3), batch=2, max_rows=4, silence_id=SILENCE)
-    session.feed("user", [10], table=1)
-    assert session.step().tokens[:, 0].tolist() == [SILENCE, 10]
-
-
-def test_silence_penalty_starts_after_the_input(make_model):
-    model = make_model(3)
-    ramp = lambda session: np.asarray(session._controls(np.zeros((1, 3))).penalty)[0, 2]
-    session = DecodeSession(model, DecodeOptions(silence_penalty=10.0), max_rows=16, silence_id=SILENCE)
-    penalties = []
-    for row in range(10):
-        session.feed("user", [7] if row == 2 else [])
-        session.step()
-        penalties.append(float(ramp(session)))
-    # Of the row after each step. The token went into row 1, row 2 is chosen from that, row 3 from silent input.
-    assert penalties == [0, 0, 2, 4, 6, 8, 10, 10, 10, 10]
-    session.options = DecodeOptions(silence_penalty=10.0, penalty_start=9)
-    assert float(ramp(session)) == 4  # rows 9 and 10
 
 
 def test_silent_rows_stop(make_model):
@@ -160,28 +230,37 @@ def test_silent_rows_stop(make_model):
     assert generate(model, 9, loud, forced=forced, silent_rows_to_stop=3, silence_id=SILENCE).read.shape[1] == 5
 
 
-def test_ablated_streams_are_silent(make_model):
-    result = generate(make_model(3), 5, DecodeOptions(temperature=3.0, ablated=("thought",)), silence_id=SILENCE)
-    assert np.all(result.read[..., 1] == SILENCE) and np.any(result.read[..., 2] != SILENCE)
+def test_tables_of_one_call_are_those_of_many(make_model):
+    """Rows that never touch the host, forced at some cells, against the same ones step by step."""
+    model, rng = make_model(3), np.random.default_rng(2)
+    forced = np.where(rng.random((2, 40, 3)) < 0.2, rng.integers(0, 32, (2, 40, 3)), FREE)
+    at_once = generate(model, 40, WARM, forced=forced, silence_id=SILENCE, batch=2)
+    stepwise = generate(model, 40, WARM, forced=forced, silence_id=SILENCE, batch=2, silent_rows_to_stop=40)
+    np.testing.assert_array_equal(at_once.read, stepwise.read)
+    given = np.where(forced == FREE, at_once.shown, forced)
+    np.testing.assert_array_equal(at_once.shown, given)
 
 
-def test_errors_name_what_is_wrong(make_model):
+def test_wrong_arrays_are_refused(make_model):
     model = make_model(3)
-    session = DecodeSession(model, max_rows=2, silence_id=SILENCE)
     for message, bad in {
-        "no stream 'usr'": lambda: session.feed("usr", [1]),
-        "'output' is no input": lambda: session.feed("output", [1]),
-        "holds token 99": lambda: session.feed("user", [99]),
-        "table 1": lambda: session.feed("user", [1], table=1),
-        "top_p is 0.0": lambda: DecodeSession(model, DecodeOptions(top_p=0.0), silence_id=SILENCE),
-        "temperature is": lambda: DecodeSession(model, DecodeOptions(temperature=(1.0, 1.0)), silence_id=SILENCE),
-        "which token means silence": lambda: DecodeSession(model),
-        "must be .1, rows, 3.": lambda: session.prefill(np.zeros((2, 4), int)),
         "forced has shape": lambda: generate(model, 2, forced=np.zeros((3, 3), int), silence_id=SILENCE),
+        "must be .tables, rows, 3.": lambda: generate(model, 2, prefill=np.zeros(3, int), silence_id=SILENCE),
+        "must be .rows, 3., with at least": lambda: generate(model, 2, prefill=np.zeros((2, 4), int), silence_id=SILENCE),
     }.items():
         with pytest.raises(UserError, match=message):
             bad()
-    for _ in range(3):  # the third row is shown, never read
-        session.step()
-    with pytest.raises(UserError, match="max_rows=2"):
-        session.step()
+
+
+def test_positions_stay_right_at_large_rows():
+    """Rows of endless sessions, against float64; where tables are trained, to the last bit what they were."""
+    config = ModelConfig(head_dim=64)
+    frequencies = rope_frequencies(64, config.rope_theta, config.rope_scaling)
+    angles = jax.jit(lambda rows: rope_angles(rows, config))
+    for row, limit in ((4095, 1e-4), (100_000, 1e-4), (1_000_000, 2e-4), (10_000_000, 1e-3)):
+        exact = row * frequencies.astype(np.float64)
+        for ours, right in zip(angles(np.array([[row]])), (np.cos(exact), np.sin(exact))):
+            np.testing.assert_allclose(ours.ravel(), right, rtol=0, atol=limit)
+    rows = np.arange(4096, dtype=np.int32)[None]
+    plain = jax.jit(lambda rows: jnp.cos(rows[..., None].astype(jnp.float32) * frequencies))
+    np.testing.assert_array_equal(angles(rows)[0].reshape(1, 4096, -1), plain(rows))

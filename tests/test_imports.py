@@ -36,8 +36,9 @@ hardware goodput meter
 hlo roofline markup page
 atomic hf gguf_file
 load
-decode
-train prepare drawing inspect convert score generate evaluate likelihood bench_attention bench_loader bench_prepare bench
+sampling cache decode_program session decode
+train prepare drawing inspect convert score generate evaluate likelihood
+bench_attention bench_decode bench_loader bench_prepare bench
 aot
 """.split()
 # Imports inside functions, by (module, imported module), with the reason.

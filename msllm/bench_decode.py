@@ -1,0 +1,118 @@
+"""Decoding measured in one process: S streams against one stream of the same model, in turn, row by row.
+
+One session each, greedy, whose window holds all rows. A row is `session.step()`; the share of the host is the time of a
+step outside the compiled call. Time per row is given for the rows at the start and at the end of the run: attention
+reads the whole window at every row, so they should cost the same.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import jax
+import numpy as np
+
+from msllm.config import ModelConfig, StreamsConfig
+from msllm.decode import Engine
+from msllm.load import from_parameters
+from msllm.model import init_parameters
+from msllm.sampling import FREE
+from msllm.streams import StreamSpec
+
+EDGE = 50  # rows at either end that are compared
+
+
+def decode_case(case: dict) -> list[dict]:
+    """One line for `streams` streams and one for a single one. `rows`: rows in the table at the end, of which the first
+    `prefill` are read in one pass."""
+    config = ModelConfig(**{name: case[name] for name in ModelConfig.__dataclass_fields__ if name in case})
+    sizes = dict.fromkeys((case["streams"], 1))
+    sessions = {size: _session(config, size, case) for size in sizes}
+    compiled = _Compilations()
+    steps = {size: [] for size in sizes}
+    for _ in range(case["rows"] - case["prefill"]):
+        for size, session in sessions.items():  # in turn, so that both see the same machine
+            steps[size].append(_timed(session))
+    runs = {size: _timed_run(session, case["steps"]) for size, session in sessions.items()}
+    lines = [_line(case, size, steps[size], runs[size]) for size in sizes]
+    for line in lines:
+        line["compiled_meanwhile"] = compiled.count
+    many, one = lines[0], lines[-1]
+    many["cost_of_one_stream_cpu"] = round(many["cpu_ms_per_row"] / one["cpu_ms_per_row"], 2)
+    many["cost_of_one_stream_wall"] = round(many["wall_ms_per_row"] / one["wall_ms_per_row"], 2)
+    return lines
+
+
+def _session(config: ModelConfig, size: int, case: dict):
+    names = tuple(f"s{i}" for i in range(size))
+    streams = StreamSpec.from_config(StreamsConfig(names=names, kinds=("output",) * size))
+    parameters = jax.jit(lambda: init_parameters(config, streams, 0))()
+    # Rows of `run` come after those that are stepped.
+    window = case["rows"] + case["steps"]
+    model = from_parameters(config, streams, parameters)
+    engine = Engine(model, window=window, cache_dtype=case["cache_dtype"], silence_id=0)
+    prefill = np.random.default_rng(0).integers(0, config.vocab_size, (case["prefill"], size))
+    warm = engine.open(prefill=prefill)
+    warm.force(0, [FREE, 1])
+    warm.step(), warm.run(2), warm.close()
+    session = engine.open(prefill=prefill)
+    session.step()
+    return session
+
+
+def _timed(session) -> tuple[float, float, float]:
+    """(wall, CPU, wall of the compiled call) of a row, seconds."""
+    program, inside = session._engine._program, []
+    advance = program.advance
+
+    def timed(*arguments):
+        begin = time.perf_counter()
+        out = jax.block_until_ready(advance(*arguments))
+        inside.append(time.perf_counter() - begin)
+        return out
+
+    program.advance = timed
+    begin, begin_cpu = time.perf_counter(), time.process_time()
+    session.step()
+    row = time.perf_counter() - begin, time.process_time() - begin_cpu, inside[0]
+    program.advance = advance
+    return row
+
+
+def _timed_run(session, rows: int) -> tuple[float, float]:
+    begin, begin_cpu = time.perf_counter(), time.process_time()
+    session.run(rows)
+    return (time.perf_counter() - begin) / rows, (time.process_time() - begin_cpu) / rows
+
+
+def _line(case: dict, size: int, steps: list, run: tuple[float, float]) -> dict:
+    wall, cpu, inside = (np.array(x) * 1e3 for x in zip(*steps))
+    median = lambda x: round(float(statistics.median(x)), 3)
+    return {
+        "benchmark": "decode",
+        **case,
+        "streams": size,
+        "wall_ms_per_row": median(wall),
+        "cpu_ms_per_row": median(cpu),
+        "rows_per_second": round(1e3 / statistics.median(wall), 1),
+        "tokens_per_second": round(size * 1e3 / statistics.median(wall), 1),
+        "rows_per_cpu_second": round(1e3 / statistics.median(cpu), 1),
+        "last_rows_to_first_rows_cpu": round(statistics.median(cpu[-EDGE:]) / statistics.median(cpu[:EDGE]), 3),
+        "host_share": round(float(np.median((wall - inside) / wall)), 4),
+        "run_wall_ms_per_row": round(run[0] * 1e3, 3),
+        "run_cpu_ms_per_row": round(run[1] * 1e3, 3),
+        "device_kind": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+    }
+
+
+class _Compilations:
+    """Counts the programs that are compiled from now on."""
+
+    def __init__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+
+    def _hear(self, name: str, *_, **__) -> None:
+        self.count += name.endswith("backend_compile_duration")

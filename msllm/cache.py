@@ -1,0 +1,165 @@
+"""Keys and values of the rows that sessions have read: where a row lies, how it is stored, attention over what is there.
+
+A window of W rows belongs to each session. Its first rows are kept for good, as many as the session asks for; in the
+others a new row takes the place of the oldest. Which cells a query sees follows from the row numbers that lie beside
+the keys, by the one rule of `streams.py`, and never from their places: rows that fell out are not there to be seen.
+
+Every layer has its own arrays. One array of all layers would be copied: a product reads a whole array, not a slice.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from msllm.config import ModelConfig
+from msllm.sharding import axis_index, axis_size, gather_streams, total
+from msllm.streams import Cells, visible_between
+
+UNREAD = -1  # the number of a row that has not been read: no query's
+MASKED = -1e30  # score of a pair that is not visible; finite, since a device may hold no key that a query sees
+BLOCK_ROWS = 512  # rows that attention reads at a time; the blocks that no session has come to are left out
+DTYPES = ("float32", "bfloat16", "int8")
+
+
+class Stored(NamedTuple):
+    """Keys or values of one layer."""
+
+    # Rows last: the products of attention are fastest so on CPUs, and nothing is padded to the lanes of a TPU.
+    values: jax.Array  # [B, K, H, S, W] float32, bfloat16 or int8
+    scale: jax.Array | None  # int8: [B, K, 1, S, W] float32, one unit of a head's vector; else None
+
+
+class Cache(NamedTuple):
+    """All that attention needs of earlier rows."""
+
+    keys: list[Stored]  # per layer
+    values: list[Stored]
+    cells: Cells  # [B, W] and [B, W, S]; rows not read are not seen
+
+
+def blocks(window: int) -> tuple[int, int]:
+    """(number, rows of each) of the blocks of a window; they hold at least so many rows."""
+    number = -(-window // BLOCK_ROWS)
+    return number, -(-window // number)
+
+
+def empty_cache(config: ModelConfig, batch: int, window: int, streams: int, dtype: str) -> Cache:
+    """A cache of `window` rows for each of `batch` sessions, nothing read yet."""
+    number, rows = blocks(window)
+    window = number * rows  # the last places may stay empty
+    shape = (batch, config.num_kv_heads, config.head_dim, streams, window)
+
+    def stored() -> Stored:
+        return Stored(jnp.zeros(shape, dtype), jnp.zeros((*shape[:2], 1, *shape[3:])) if dtype == "int8" else None)
+
+    row, segment = jnp.full((batch, window), UNREAD, jnp.int32), jnp.ones((batch, window), jnp.int32)
+    present, seen = (jnp.zeros((batch, window, streams), bool) for _ in range(2))
+    layers = range(config.num_layers)
+    return Cache([stored() for _ in layers], [stored() for _ in layers], Cells(row, segment, present, seen))
+
+
+def place(row, kept, window: int):
+    """Where a row lies in a window of `window` rows of which the first `kept` stay; integers or arrays of them."""
+    return jnp.where(row < kept, row, kept + (row - kept) % (window - kept))
+
+
+def store(x: jax.Array, dtype) -> Stored:
+    """Keys or values [B, T, S, K, H] as the cache has them, [B, K, H, S, T]; int8 with a scale for each vector."""
+    x = x.transpose(0, 3, 4, 2, 1)
+    if dtype != jnp.int8:
+        return Stored(x.astype(dtype), None)
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=2, keepdims=True) / 127
+    return Stored(jnp.round(x / jnp.where(scale > 0, scale, 1.0)).astype(jnp.int8), scale)
+
+
+def write_row(old: tuple[Stored, Stored], k: jax.Array, v: jax.Array, at: jax.Array) -> tuple[Stored, Stored]:
+    """Stores one row of each session in one layer: k and v [B, 1, S, K, H], at places [B].
+
+    A place beyond the window writes nothing. A loop over the others, and not a scatter, nor slices one after the other:
+    these XLA:CPU would merge into the products that follow, and write to copies of the cache.
+    """
+    new, window = tuple(store(x, old[0].values.dtype) for x in (k, v)), old[0].values.shape[-1]
+    order = jnp.argsort(at >= window)  # those that write come first
+
+    def write(i, carry):
+        b = order[i]
+
+        def put(old, new):
+            return jax.lax.dynamic_update_slice(old, jax.lax.dynamic_slice_in_dim(new, b, 1), (b, 0, 0, 0, at[b]))
+
+        return jax.tree.map(put, carry, new)
+
+    return jax.lax.fori_loop(0, jnp.sum(at < window), write, old)
+
+
+def write_cells(old: Cells, new: Cells, at: jax.Array) -> Cells:
+    """The same for the cells of one row of each session, [B, 1] and [B, 1, S]."""
+    batch = jnp.arange(at.shape[0])
+    return jax.tree.map(lambda old, new: old.at[batch, at].set(new[:, 0], mode="drop"), old, new)
+
+
+def visible_keys(queries: Cells, keys: Cells, lag, streams: int) -> jax.Array:
+    """The rule, for one row of each session and this device's `streams` of the keys: [B, S, streams, W] bool."""
+    mask = visible_between(queries, keys, jnp.asarray(lag), jnp.arange(lag.shape[0]))[:, 0]
+    return jax.lax.dynamic_slice_in_dim(mask, axis_index("stream") * streams, streams, axis=3).swapaxes(2, 3)
+
+
+def attend(q: jax.Array, keys: Stored, values: Stored, mask: jax.Array, window: int, filled: jax.Array) -> jax.Array:
+    """Attention of one row over the cache, with an online softmax over its blocks (arXiv 2205.14135).
+
+    Inside `shard_map` every device has the keys of its own streams; all queries come to all keys, which is far less to
+    send, and the softmax is put together over the mesh axis `stream`.
+
+    Args:
+      q: [B, 1, S of this device, N, H]. keys, values: one layer's. mask: from `visible_keys`.
+      filled: [] int32: places from here on have not been written by any session that matters.
+
+    Returns: the same shape and dtype as q.
+    """
+    mine, all_q = q.shape[2], gather_streams(q)
+    batch, _, streams, heads, head_dim = all_q.shape
+    kv_heads = keys.values.shape[1]
+    grouped = all_q.reshape(batch, streams, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4) * head_dim**-0.5
+    grouped = grouped.reshape(batch, kv_heads, -1, head_dim)
+    by_stream = lambda x: x.reshape(batch, kv_heads, -1, streams, x.shape[-1])
+    by_head = lambda x: x.reshape(batch, kv_heads, -1, x.shape[-1])
+    dot = lambda equation, x, y: jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+    def part(keys: Stored, values: Stored, mask):
+        """(highest score, sum of the weights, weighted sum of the values) over some rows."""
+        flat = lambda x: x.reshape(*x.shape[:3], -1)  # the keys of all rows and streams, M
+        scores = dot("bkqh,bkhm->bkqm", grouped, flat(keys.values).astype(q.dtype))
+        if keys.scale is not None:
+            scores *= flat(keys.scale)
+        scores = jnp.where(mask.reshape(batch, 1, 1, streams, -1), by_stream(scores), MASKED)
+        top = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        norm, weights = weights.sum(-1, keepdims=True), by_head(weights)
+        if values.scale is not None:
+            weights *= flat(values.scale)
+        out = dot("bkhm,bkqm->bkhq", flat(values.values).astype(q.dtype), weights.astype(q.dtype))
+        return top, norm, by_stream(out.swapaxes(2, 3))
+
+    def merge(i, carry):
+        rows = blocks(window)[1]
+        block = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * rows, rows, x.ndim - 1), (keys, values, mask))
+        new = part(*block)
+        top = jnp.maximum(carry[0], new[0])
+        scaled = [[x * jnp.exp(of[0] - top) for x in of[1:]] for of in (carry, new)]
+        return top, *map(jnp.add, *scaled)
+
+    if blocks(window)[0] == 1:
+        top, norm, out = part(keys, values, mask)
+    else:
+        stat = jnp.zeros(by_stream(grouped).shape[:-1])[..., None]
+        nothing = (stat + MASKED, stat, jnp.zeros(by_stream(grouped).shape))
+        top, norm, out = jax.lax.fori_loop(0, -(-filled // blocks(window)[1]), merge, nothing)
+    if axis_size("stream") > 1:
+        keep = jnp.exp(top - jax.lax.pmax(top, "stream"))
+        norm, out = total(norm * keep, "stream"), total(out * keep, "stream")
+    out = (out / norm).transpose(0, 3, 1, 2, 4).reshape(all_q.shape).astype(q.dtype)
+    return jax.lax.dynamic_slice_in_dim(out, axis_index("stream") * mine, mine, axis=2)

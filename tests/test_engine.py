@@ -1,0 +1,258 @@
+"""Sessions: input while they run, options, stopping, forks and snapshots, many at a time, what is refused."""
+
+import asyncio
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from many_sessions import Check
+from msllm import tokenizer
+from msllm.config import TokenizerConfig
+from msllm.decode import FREE, DecodeOptions, Engine, Stop, generate
+from msllm.errors import UserError
+
+SILENCE = 3
+WARM = DecodeOptions(temperature=1.5, seed=5)
+
+
+@pytest.fixture
+def engine(make_model):
+    """All tests use one shape of engine: its program is compiled once."""
+    return Engine(make_model(3), sessions=3, window=16, silence_id=SILENCE)
+
+
+def tokens(rows):
+    return np.array([row.tokens for row in rows])
+
+
+def steps(session, count):
+    return tokens([session.step() for _ in range(count)])
+
+
+def test_input_enters_the_next_row_that_is_read(engine):
+    session, other = engine.open(), engine.open()
+    session.feed("user", [10])
+    assert session.step().tokens[0] == 10  # known before the row was shown
+    assert session.step().tokens[0] == SILENCE
+    session.feed("user", [11, 12, 13])
+    assert session.step().tokens[0] == 12  # 11 went into the row before, which had been shown but not read
+    session.feed("user", [14])
+    assert tokens(session.run(3))[:, 0].tolist() == [13, 14, SILENCE]
+    assert session.transcript().tokens[:, 0].tolist() == [10, 11, 12, 13, 14, SILENCE]
+    assert other.rows == 0
+
+
+def test_a_session_depends_on_nobody(engine):
+    """Alone, in a crowd that comes and goes, in another slot, and by many rows at a time: the same tokens."""
+    alone = engine.open(WARM)
+    expected = steps(alone, 12)
+    alone.close()
+    noise = [engine.open(DecodeOptions(temperature=9.0, seed=seed)) for seed in (1, 2)]
+    session = engine.open(WARM)
+    assert session._slot == 2
+    rows = [engine.step([session, noise[0]])[0] for _ in range(4)]
+    rows += [engine.step()[2] for _ in range(3)]
+    noise[0].close()
+    np.testing.assert_array_equal(tokens(rows + engine.run(5)[1]), expected)
+    assert np.any(steps(noise[1], 8) != expected[:8])
+
+
+def test_changes_do_not_recompile(engine):
+    engine.warm_up()
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
+    )
+    try:
+        session = engine.open(prefill=np.full((5, 3), 4), keep=2)
+        for options in (
+            WARM,
+            DecodeOptions(temperature=(0.0, 0.5, 2.0), top_k=(0, 3, 5), top_p=0.5, min_p=0.1, seed=3),
+            DecodeOptions(silence_penalty=2.0, presence_penalty=1.0, penalty_start=1, ablated=("thought",)),
+        ):
+            session.options = options
+            session.feed("user", [4])
+            session.force("output", [FREE, 8])
+            session.allow("thought", [1, 2])
+            session.step(), session.run(3), session.fork().step(), engine.restore(session.snapshot()).step()
+            for other in engine._slots[1:]:
+                other.close()
+        assert compiled == []
+        jax.jit(lambda x: x + 17)(1.0)
+        assert compiled  # it does hear of compilations
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+def test_forced_allowed_and_ablated_cells(engine):
+    session = engine.open(DecodeOptions(temperature=3.0, ablated=("thought",)), allowed={"output": [20, 21]})
+    session.force("output", [9, FREE, 8])
+    shown = np.concatenate([steps(session, 4), tokens(session.run(8))])
+    assert shown[[0, 2], 2].tolist() == [9, 8]
+    assert set(np.delete(shown[:, 2], [0, 2])) == {20, 21}
+    assert np.all(shown[:, 1] == SILENCE)
+    session.allow("output", None)
+    session.options = WARM
+    shown = tokens(session.run(12))
+    assert len(set(shown[:, 2])) > 2 and np.any(shown[:, 1] != SILENCE)
+
+
+def test_presence_penalty_counts_a_token_once_and_forever(engine):
+    """So large that no token comes twice in a stream until all have been there; silence is exempt."""
+    for _ in range(2):  # also in a place where another session has been
+        session = engine.open(DecodeOptions(presence_penalty=1e3, silence_penalty=1e6, penalty_start=0, penalty_ramp=1))
+        session.force("output", [30])
+        assert sorted(tokens(session.run(31))[:, 2]) == sorted({*range(32)} - {SILENCE})
+        session.close()
+    other = engine.open(DecodeOptions(presence_penalty=1e3), prefill=np.full((4, 3), 11))
+    assert np.all(tokens(other.run(20))[:, 1:] != 11)
+
+
+def test_silence_penalty_starts_after_the_input(engine):
+    session = engine.open(DecodeOptions(silence_penalty=10.0))
+    penalties = []
+    for row in range(10):
+        session.feed("user", [7] if row == 2 else [])
+        session.step()
+        penalties.append(session._script.penalty(session.rows)[2])
+    # Of the row after each step. The token went into row 1, row 2 is chosen from that, row 3 from silent input.
+    assert penalties == [0, 0, 2, 4, 6, 8, 10, 10, 10, 10]
+    session.options = DecodeOptions(silence_penalty=10.0, penalty_start=9)
+    assert session._script.penalty(session.rows)[2] == 4  # rows 9 and 10
+    loud = engine.open(DecodeOptions(silence_penalty=-1e6, penalty_start=3, penalty_ramp=1))
+    shown = tokens(loud.run(6))
+    assert np.all(shown[3:] == SILENCE) and np.any(shown[1:3] != SILENCE)
+
+
+def test_stop_conditions(engine):
+    count = lambda **stop: (session := engine.open(WARM, stop=Stop(**stop)), len(list(session)), session.close())[:2]
+    rows = tokens(engine.open(WARM).run(12))
+    token = int(rows[6, 2])
+    first = int(np.argmax(rows[:, 2] == token))
+    session, shown = count(tokens={"output": [token]})
+    assert shown == first + 1 and "'output' showed token" in session.finished
+    assert count(rows=4)[1] == 4
+    assert count(when=lambda row: row.index == 8)[1] == 9
+    silent = engine.open(DecodeOptions(ablated=("thought", "output")), stop=Stop(silent_rows=5))
+    silent.force("output", [SILENCE, SILENCE, 8])
+    assert len(list(silent)) == 8 and silent.finished == "5 silent rows"
+    with pytest.raises(UserError, match="no stream 'out'"):
+        engine.open(stop=Stop(tokens={"out": [1]}))
+
+
+def test_forks_and_snapshots_go_on_alike(engine):
+    session = engine.open(WARM, allowed={"thought": [5, 6, 7]})
+    session.feed("user", range(8, 28))
+    session.run(6)
+    fork, snapshot = session.fork(), session.snapshot()
+    other_seed = session.fork(seed=6)
+    expected = tokens(session.run(20))  # past the window
+    other = tokens(other_seed.run(20))
+    np.testing.assert_array_equal(other[:14, 0], expected[:14, 0])  # it took the queues along
+    assert np.any(other != expected) and set(other[:, 1]) <= {5, 6, 7}
+    other_seed.close(), session.close()
+    np.testing.assert_array_equal(steps(fork, 20), expected)
+    again = Engine(engine.model, sessions=2, window=16, silence_id=SILENCE)
+    again.open()
+    for _ in range(2):  # a snapshot stays as it is
+        restored = again.restore(snapshot)
+        np.testing.assert_array_equal(tokens(restored.run(20)), expected)
+        np.testing.assert_array_equal(restored.transcript().tokens, fork.transcript().tokens)
+        restored.close()
+    with pytest.raises(UserError, match="another model, window or cache"):
+        Engine(engine.model, window=8, silence_id=SILENCE).restore(snapshot)
+
+
+def test_awaited_rows_share_a_step(engine):
+    expected = [tokens(engine.open(dataclasses.replace(WARM, seed=seed)).run(9)) for seed in range(3)]
+    for session in list(engine._slots):
+        session.close()
+    dispatched, dispatch = [], engine._dispatch
+    engine._dispatch = lambda sessions: (dispatched.append(len(sessions)), dispatch(sessions))[1]
+
+    async def use(seed):
+        session = engine.open(dataclasses.replace(WARM, seed=seed), stop=Stop(rows=9))
+        return tokens([row async for row in session])
+
+    async def everybody():
+        return await asyncio.gather(*(use(seed) for seed in range(3)))
+
+    np.testing.assert_array_equal(asyncio.run(everybody()), expected)
+    assert dispatched == [3] * 9
+
+    async def twice():
+        session = engine._slots[0]
+        return await asyncio.gather(engine._next(session), engine._next(session), return_exceptions=True)
+
+    row, error = asyncio.run(twice())
+    assert row.index == 9 and isinstance(error, UserError) and "on its way" in str(error)
+
+
+def test_text_of_each_stream(make_model):
+    letters = tokenizer.train(["abc déf ghi"] * 20, TokenizerConfig(model_type="bpe", vocab_size=280))
+    model = dataclasses.replace(make_model(3, vocab_size=letters.vocab_size), tokenizer=letters)
+    session = Engine(model, window=64).open()
+    text = "abc déf 漢字"  # the last two are bytes, three tokens each
+    session.feed("user", text)
+    count = len(letters.encode(text))
+    shown = [session.step().text[0] for _ in range(count + 3)]
+    assert "".join(shown) == text and shown[-1] == "" and len(shown) > len([t for t in shown if t]) + 4
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(shown)
+    session.force("output", "ghi" * 20)
+    assert "".join(session.step().text[2] for _ in range(len(letters.encode("ghi" * 20)))) == "ghi" * 20
+
+
+def test_inputs_have_no_head(engine):
+    row = (session := engine.open(WARM), session.step(), session.step())[2]
+    assert np.isnan(row.logprob[0]) and np.all(row.logprob[1:] <= 0) and np.all(row.entropy[1:] > 0)
+    assert row.logits is None
+
+
+def test_errors_name_what_is_wrong(engine):
+    model, session = engine.model, engine.open()
+    closed = engine.open()
+    closed.close()
+    for message, bad in {
+        "no stream 'usr'": lambda: session.feed("usr", [1]),
+        "'output' is no input": lambda: session.feed("output", [1]),
+        "holds token 99": lambda: session.feed("user", [99]),
+        "holds token -2": lambda: session.force("output", [-2]),
+        "must be integers": lambda: session.feed("user", [1.5]),
+        "is text and the model came without": lambda: session.feed("user", "hello"),
+        "stream 3: the model has streams 0 to 2": lambda: session.force(3, [1]),
+        "is allowed no token": lambda: session.allow("output", []),
+        "top_p is 0.0": lambda: engine.open(DecodeOptions(top_p=0.0)),
+        "temperature is": lambda: engine.open(DecodeOptions(temperature=(1.0, 1.0))),
+        "penalty_ramp is 0": lambda: engine.open(DecodeOptions(penalty_ramp=0)),
+        "which token means silence": lambda: Engine(model),
+        "must be .rows, 3.": lambda: engine.open(prefill=np.zeros((2, 4), int)),
+        "has 17 rows and the window 16": lambda: engine.open(prefill=np.zeros((17, 3), int)),
+        "keep is 15": lambda: engine.open(keep=15),
+        "the session is closed": lambda: closed.feed("user", [1]),
+        "a session is closed": lambda: closed.step(),
+        "named twice": lambda: engine.step([session, session]),
+        "rows is 0": lambda: session.run(0),
+        "cache_dtype is 'int4'": lambda: Engine(model, cache_dtype="int4", silence_id=SILENCE),
+        "window is 1": lambda: Engine(model, window=1, silence_id=SILENCE),
+    }.items():
+        with pytest.raises(UserError, match=message):
+            bad()
+    assert engine.free == 2
+    engine.open(), engine.open()
+    with pytest.raises(UserError, match="all 3 sessions are open: close one"):
+        engine.open()
+    with pytest.raises(UserError, match="all 3 sessions are open"):
+        session.fork()
+
+
+@pytest.mark.slow
+def test_many_sessions_do_not_mix():
+    """The script of ten minutes, for some seconds."""
+    check = Check(sessions=6, seed=1, alone=6)  # one program
+    for _ in range(150):
+        check.act()
+    check.finish()
+    assert min(check.counts[what] for what in ("opened", "fed", "forked", "closed", "rows")) >= 4
+    assert check.compiled == 0
