@@ -1,6 +1,13 @@
 """Eight CPU devices for every test, and small models."""
 
 import os
+import signal
+import threading
+
+# A shell starts what runs in its background with Ctrl-C ignored, and a process hands that on: the ones that tests start
+# and interrupt would never hear of it.
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before jax is imported: its backend reads them when it starts. Compiling takes most of the tests' time, so LLVM is
 # told to hurry; the program that it compiles is the same.
