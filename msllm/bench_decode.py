@@ -1,8 +1,8 @@
 """Decoding measured in one process: S streams against one stream of the same model, in turn, row by row.
 
 One session each, greedy, whose window holds all rows. A row is `session.step()`; the share of the host is the time of a
-step outside the compiled call. Time per row is given for the rows at the start and at the end of the run: attention
-reads the whole window at every row, so they should cost the same.
+step outside the compiled call. Rows at the start and at the end of the run are compared: attention reads a whole block of
+the window at every row, so they should cost the same.
 """
 
 from __future__ import annotations

@@ -4,11 +4,12 @@ A window of W rows belongs to each session. Its first rows are kept for good, as
 others a new row takes the place of the oldest. Which cells a query sees follows from the row numbers that lie beside
 the keys, by the one rule of `streams.py`, and never from their places: rows that fell out are not there to be seen.
 
-Every layer has its own arrays. One array of all layers would be copied: a product reads a whole array, not a slice.
+Every block of rows of every layer has its own arrays: a product reads a whole array, a slice of one would be copied.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -25,18 +26,18 @@ DTYPES = ("float32", "bfloat16", "int8")
 
 
 class Stored(NamedTuple):
-    """Keys or values of one layer."""
+    """Keys or values of R rows in one layer."""
 
     # Rows last: the products of attention are fastest so on CPUs, and nothing is padded to the lanes of a TPU.
-    values: jax.Array  # [B, K, H, S, W] float32, bfloat16 or int8
-    scale: jax.Array | None  # int8: [B, K, 1, S, W] float32, one unit of a head's vector; else None
+    values: jax.Array  # [B, K, H, S, R] float32, bfloat16 or int8
+    scale: jax.Array | None  # int8: [B, K, 1, S, R] float32, one unit of a head's vector; else None
 
 
 class Cache(NamedTuple):
     """All that attention needs of earlier rows."""
 
-    keys: list[Stored]  # per layer
-    values: list[Stored]
+    keys: list[list[Stored]]  # per layer, per block
+    values: list[list[Stored]]
     cells: Cells  # [B, W] and [B, W, S]; rows not read are not seen
 
 
@@ -50,15 +51,15 @@ def empty_cache(config: ModelConfig, batch: int, window: int, streams: int, dtyp
     """A cache of `window` rows for each of `batch` sessions, nothing read yet."""
     number, rows = blocks(window)
     window = number * rows  # the last places may stay empty
-    shape = (batch, config.num_kv_heads, config.head_dim, streams, window)
+    shape = (batch, config.num_kv_heads, config.head_dim, streams, rows)
 
     def stored() -> Stored:
         return Stored(jnp.zeros(shape, dtype), jnp.zeros((*shape[:2], 1, *shape[3:])) if dtype == "int8" else None)
 
     row, segment = jnp.full((batch, window), UNREAD, jnp.int32), jnp.ones((batch, window), jnp.int32)
     present, seen = (jnp.zeros((batch, window, streams), bool) for _ in range(2))
-    layers = range(config.num_layers)
-    return Cache([stored() for _ in layers], [stored() for _ in layers], Cells(row, segment, present, seen))
+    keys, values = ([[stored() for _ in range(number)] for _ in range(config.num_layers)] for _ in range(2))
+    return Cache(keys, values, Cells(row, segment, present, seen))
 
 
 def place(row, kept, window: int):
@@ -76,24 +77,40 @@ def store(x: jax.Array, dtype) -> Stored:
     return Stored(jnp.round(x / jnp.where(scale > 0, scale, 1.0)).astype(jnp.int8), scale)
 
 
-def write_row(old: tuple[Stored, Stored], k: jax.Array, v: jax.Array, at: jax.Array) -> tuple[Stored, Stored]:
-    """Stores one row of each session in one layer: k and v [B, 1, S, K, H], at places [B].
+def write_row(keys: list[Stored], values: list[Stored], k: jax.Array, v: jax.Array, at: jax.Array):
+    """Stores one row of each session in one layer: k and v [B, 1, S, K, H], at places [B]. Returns (keys, values).
 
     A place beyond the window writes nothing. A loop over the others, and not a scatter, nor slices one after the other:
     these XLA:CPU would merge into the products that follow, and write to copies of the cache.
     """
-    new, window = tuple(store(x, old[0].values.dtype) for x in (k, v)), old[0].values.shape[-1]
-    order = jnp.argsort(at >= window)  # those that write come first
+    new, rows = tuple(store(x, keys[0].values.dtype) for x in (k, v)), keys[0].values.shape[-1]
 
-    def write(i, carry):
+    def write(order, i, block):
         b = order[i]
 
         def put(old, new):
-            return jax.lax.dynamic_update_slice(old, jax.lax.dynamic_slice_in_dim(new, b, 1), (b, 0, 0, 0, at[b]))
+            return jax.lax.dynamic_update_slice(old, jax.lax.dynamic_slice_in_dim(new, b, 1), (b, 0, 0, 0, at[b] % rows))
 
-        return jax.tree.map(put, carry, new)
+        return jax.tree.map(put, block, new)
 
-    return jax.lax.fori_loop(0, jnp.sum(at < window), write, old)
+    written = []
+    for number, block in enumerate(zip(keys, values)):
+        elsewhere = at // rows != number
+        order = jnp.argsort(elsewhere)  # those that write here come first
+        written.append(jax.lax.fori_loop(0, jnp.sum(~elsewhere), functools.partial(write, order), block))
+    return [list(x) for x in zip(*written)]
+
+
+def write_table(blocks: list[Stored], x: jax.Array, slot) -> list[Stored]:
+    """Stores rows x [1, T, S, K, H] at the first places of a session; one beyond all sessions stores nothing."""
+    new, rows = store(x, blocks[0].values.dtype), blocks[0].values.shape[-1]
+
+    def put(old, new, start):
+        part = new[0, ..., start : start + rows]
+        return old.at[slot, ..., : part.shape[-1]].set(part, mode="drop")
+
+    start = lambda number: functools.partial(put, start=number * rows)
+    return [jax.tree.map(start(i), old, new) if i * rows < x.shape[1] else old for i, old in enumerate(blocks)]
 
 
 def write_cells(old: Cells, new: Cells, at: jax.Array) -> Cells:
@@ -108,21 +125,21 @@ def visible_keys(queries: Cells, keys: Cells, lag, streams: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(mask, axis_index("stream") * streams, streams, axis=3).swapaxes(2, 3)
 
 
-def attend(q: jax.Array, keys: Stored, values: Stored, mask: jax.Array, window: int, filled: jax.Array) -> jax.Array:
+def attend(q: jax.Array, keys: list[Stored], values: list[Stored], mask: jax.Array, filled: jax.Array) -> jax.Array:
     """Attention of one row over the cache, with an online softmax over its blocks (arXiv 2205.14135).
 
     Inside `shard_map` every device has the keys of its own streams; all queries come to all keys, which is far less to
     send, and the softmax is put together over the mesh axis `stream`.
 
     Args:
-      q: [B, 1, S of this device, N, H]. keys, values: one layer's. mask: from `visible_keys`.
+      q: [B, 1, S of this device, N, H]. keys, values: one layer's blocks. mask: from `visible_keys`.
       filled: [] int32: places from here on have not been written by any session that matters.
 
     Returns: the same shape and dtype as q.
     """
     mine, all_q = q.shape[2], gather_streams(q)
     batch, _, streams, heads, head_dim = all_q.shape
-    kv_heads = keys.values.shape[1]
+    kv_heads = keys[0].values.shape[1]
     grouped = all_q.reshape(batch, streams, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4) * head_dim**-0.5
     grouped = grouped.reshape(batch, kv_heads, -1, head_dim)
     by_stream = lambda x: x.reshape(batch, kv_heads, -1, streams, x.shape[-1])
@@ -144,20 +161,20 @@ def attend(q: jax.Array, keys: Stored, values: Stored, mask: jax.Array, window: 
         out = dot("bkhm,bkqm->bkhq", flat(values.values).astype(q.dtype), weights.astype(q.dtype))
         return top, norm, by_stream(out.swapaxes(2, 3))
 
-    def merge(i, carry):
-        rows = blocks(window)[1]
-        block = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * rows, rows, x.ndim - 1), (keys, values, mask))
-        new = part(*block)
-        top = jnp.maximum(carry[0], new[0])
-        scaled = [[x * jnp.exp(of[0] - top) for x in of[1:]] for of in (carry, new)]
+    def merge(old, new):
+        top = jnp.maximum(old[0], new[0])
+        scaled = [[x * jnp.exp(of[0] - top) for x in of[1:]] for of in (old, new)]
         return top, *map(jnp.add, *scaled)
 
-    if blocks(window)[0] == 1:
-        top, norm, out = part(keys, values, mask)
-    else:
-        stat = jnp.zeros(by_stream(grouped).shape[:-1])[..., None]
-        nothing = (stat + MASKED, stat, jnp.zeros(by_stream(grouped).shape))
-        top, norm, out = jax.lax.fori_loop(0, -(-filled // blocks(window)[1]), merge, nothing)
+    rows = keys[0].values.shape[-1]
+    for i, block in enumerate(zip(keys, values)):
+        cut = mask[..., i * rows : (i + 1) * rows]
+        if i == 0:
+            top, norm, out = part(*block, cut)
+        else:
+            add = lambda so_far, keys, values, cut: merge(so_far, part(keys, values, cut))
+            skip = lambda so_far, *_: so_far
+            top, norm, out = jax.lax.cond(filled > i * rows, add, skip, (top, norm, out), *block, cut)
     if axis_size("stream") > 1:
         keep = jnp.exp(top - jax.lax.pmax(top, "stream"))
         norm, out = total(norm * keep, "stream"), total(out * keep, "stream")

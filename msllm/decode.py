@@ -50,7 +50,7 @@ class Engine:
         """Allocates everything; compiles when it is first used, or in `warm_up`. Raises UserError.
 
         Args:
-          window: rows that a session sees at most. Every row costs the attention to a whole window.
+          window: rows that a session sees at most; memory is taken for all of them.
           mesh: from `sharding.make_mesh`: sessions over `data` and `fsdp`, streams over `stream`, heads over `tensor`;
             None: the default device.
           cache_dtype: float32, bfloat16 or int8, of keys and values; empty: the model's compute dtype.

@@ -13,7 +13,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from msllm.cache import UNREAD, Cache, Stored, attend, empty_cache, place, store, visible_keys, write_cells, write_row
+from msllm.cache import (
+    UNREAD,
+    Cache,
+    Stored,
+    attend,
+    empty_cache,
+    place,
+    visible_keys,
+    write_cells,
+    write_row,
+    write_table,
+)
 from msllm.compiler import compiler_options
 from msllm.config import ModelConfig
 from msllm.layers import rope_angles
@@ -133,15 +144,15 @@ class DecodeProgram:
     def _specs(self) -> Specs:
         """How everything lies on the mesh."""
         cells, per_session = partition("batch", "stream"), partition("batch")
-        kv = partition("batch", "kv_heads", "head_dim", "stream", "row")
+        lies = partition("batch", "kv_heads", "head_dim", "stream", "row")
         state = jax.eval_shape(self.empty_state)
-        fit = lambda x: Stored(kv, None if x.scale is None else kv)
+        fit = lambda x: Stored(lies, None if x.scale is None else lies)
         vocabulary = PartitionSpec(*cells, None)
         return Specs(
             jax.tree.map(lambda a: partition(*a), self._axes, is_leaf=_is_axes),
             State(
                 # Which cells are there is known to every device of the mesh axis `stream`: all queries come to all keys.
-                Cache(*([fit(x) for x in stored] for stored in state.cache[:2]), Cells(*[per_session] * 4)),
+                Cache(*([[fit(x) for x in blocks] for blocks in kv] for kv in state.cache[:2]), Cells(*[per_session] * 4)),
                 vocabulary,
                 vocabulary,
             ),
@@ -191,8 +202,8 @@ class DecodeProgram:
         for i, model in enumerate(layers):
 
             def attention(q, k, v):
-                keys[i], values[i] = write_row((keys[i], values[i]), k, v, at)
-                return attend(q, keys[i], values[i], mask, self.window, filled)
+                keys[i], values[i] = write_row(keys[i], values[i], k, v, at)
+                return attend(q, keys[i], values[i], mask, filled)
 
             x = model.blocks(x, angles, attention)
         counts = feed.active[:, None] & feed.read_present & (tokens != self.silence_id)
@@ -258,15 +269,11 @@ class DecodeProgram:
         length = tokens.shape[1]
         cache = state.cache
 
-        def put(old: Stored, x) -> Stored:
-            new = store(x, old.values.dtype)
-            return jax.tree.map(lambda old, new: old.at[(*at, ..., slice(0, length))].set(new[0], mode="drop"), old, new)
-
         keys, values = list(cache.keys), list(cache.values)
         for i, model in enumerate(layers):
 
             def attention(q, k, v):
-                keys[i], values[i] = put(keys[i], k), put(values[i], v)
+                keys[i], values[i] = write_table(keys[i], k, *at), write_table(values[i], v, *at)
                 return kernel(q, gather_streams(k), gather_streams(v), cells, everyone, self._lag, streams)
 
             x = model.blocks(x, angles, attention)
