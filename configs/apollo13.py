@@ -7,7 +7,7 @@
 
 Data: data/apollo13_loops in the folder named by MSLLM_SHARED, else in the folder `shared` beside the repository; the last
 eighth of the mission held out. Both models have the same parameters, data and steps; with `isolated` (the word after the
-colon) no loop hears the other. Cost: 0.9 M parameters, about 5 CPU-minutes each. Figures: docs/results.md.
+colon) no loop hears the other. Cost: 1.0 M parameters, about 5 CPU-minutes each. Figures: docs/results.md.
 """
 
 import os

@@ -40,6 +40,7 @@ def get_config(streams="4"):
     config.data.rows = 65  # 64 predictions
     config.data.batch_size = TABLES // size
 
+    config.model.stream_embedding = False  # nothing tells one stream from another
     config.model.d_model = 128
     config.model.num_layers = 4
     config.model.num_heads = 4

@@ -7,7 +7,7 @@
 
 Data: data/gsm8k/train.jsonl in the folder named by MSLLM_SHARED, else in the folder `shared` beside the repository. One
 model for all k, of which every example draws one; the word after the colon gives all examples the same k (-1: when the
-question has ended), to measure what a thought loses that does not know the question yet. Cost: 1.3 M parameters, about
+question has ended), to measure what a thought loses that does not know the question yet. Cost: 1.7 M parameters, about
 12 CPU-minutes. Figures: docs/results.md.
 """
 
