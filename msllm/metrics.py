@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -115,6 +115,14 @@ class Writer:
             sink.close()
 
 
+def append_lines(path: epath.Path) -> IO[str]:
+    """A file that is opened to append lines. A last line that was not written whole, on a full disk say, is left out."""
+    content = path.read_bytes() if path.exists() else b""
+    file = path.open("a")
+    file.truncate(content.rfind(b"\n") + 1)
+    return file
+
+
 class _Lines:
     """A file of JSON lines. Object stores cannot append: there it is written anew, now and then."""
 
@@ -122,7 +130,7 @@ class _Lines:
         self._path, self._remote = path, "://" in str(path)
         self._text = path.read_text() if self._remote and path.exists() else ""
         self._seconds, self._written = seconds, 0.0
-        self._file = None if self._remote else path.open("a")
+        self._file = None if self._remote else append_lines(path)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         # JSON has no NaN: what is not finite becomes null.

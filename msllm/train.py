@@ -31,7 +31,7 @@ from msllm.data.records import file_hash
 from msllm.errors import UserError
 from msllm.goodput import Goodput
 from msllm.meter import Meter
-from msllm.metrics import Progress, Shares, Writer, named_losses, weighted_mean
+from msllm.metrics import Progress, Shares, Writer, append_lines, named_losses, weighted_mean
 from msllm.sharding import make_mesh
 from msllm.step import Program, TrainState
 from msllm.streams import StreamSpec
@@ -205,7 +205,7 @@ def _examples_log(program: Program, loader: Loader, workdir: epath.Path):
     """A function that logs which examples this process reads for a step: a JSON line with the tables and their ids."""
     folder, rows = workdir / "examples", host_rows(program)
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / f"process-{jax.process_index():05d}.jsonl").open("a")
+    file = append_lines(folder / f"process-{jax.process_index():05d}.jsonl")
 
     def write(step: int) -> None:
         ids = loader.example_ids(step, rows)

@@ -15,7 +15,7 @@ from msllm.flops import train_flops
 from msllm.goodput import KINDS, PAST, Goodput
 from msllm.hardware import Hardware
 from msllm.meter import Meter
-from msllm.metrics import Progress, Writer
+from msllm.metrics import Progress, Writer, append_lines
 from msllm.train import train
 from runs import SILENCE, compile_once, data_dir, dictation, four_streams, make_program, metrics, replace  # noqa: F401
 
@@ -175,6 +175,16 @@ def test_a_trace_the_examples_and_the_compiled_programs_are_kept(data_dir, tmp_p
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(5)) and all(line["rows"] == [0, 8] for line in lines)
     assert all(len(line["examples"]) == 8 and line["examples"][0] for line in lines)
+
+
+@pytest.mark.parametrize("content, kept", [(None, ""), ("", ""), ("a\nb\n", "a\nb\n"), ("a\nb", "a\n"), ("a", "")])
+def test_a_line_that_was_cut_off_is_left_out(tmp_path, content, kept):
+    path = epath.Path(tmp_path / "lines")
+    if content is not None:
+        path.write_text(content)
+    with append_lines(path) as file:
+        file.write("new\n")
+    assert path.read_text() == kept + "new\n"
 
 
 def test_processes_that_differ_are_told_apart(monkeypatch):
