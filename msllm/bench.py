@@ -174,7 +174,8 @@ def _cases(benchmark: str) -> list[dict]:
     value = lambda name: given(name) or DEFAULTS.get(benchmark, {}).get(name, flags.FLAGS[name].value)
     rows, batches = value("rows"), value("batch")
     if len(rows) != len(batches) or not all(x.isdigit() and int(x) > 0 for x in rows + batches):
-        raise UserError(f"--rows is {rows} and --batch is {batches}: both need as many positive numbers as there are cases")
+        rule = "both need as many positive numbers as there are cases"
+        raise UserError(f"--rows is {rows} and --batch is {batches}: {rule}")
     common = {name: value(name) for name in CASES[benchmark]}
     return [{"rows": int(t), "batch": int(b), **common} for t, b in zip(rows, batches)]
 
