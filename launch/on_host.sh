@@ -26,9 +26,13 @@ boot() {
   cat /proc/sys/kernel/random/boot_id 2>/dev/null || true
 }
 
-alive() {
-  [[ -e $state/pid && $(cat "$state/boot" 2>/dev/null) == "$(boot)" ]] && kill -0 "$(cat "$state/pid")" 2>/dev/null
+# runs FILE: whether the process whose id the file holds is there.
+runs() {
+  [[ -e $1 && $(cat "$state/boot" 2>/dev/null) == "$(boot)" ]] && kill -0 "$(cat "$1")" 2>/dev/null
 }
+
+alive() { runs "$state/pid"; }
+supervised() { runs "$state/session"; }
 
 # end_process SECONDS: SIGTERM to the process; after that time SIGKILL to all that it has started.
 end_process() {
@@ -98,12 +102,19 @@ case ${1:---help} in
     supervise "$@"
     ;;
   status)
-    if [[ -e $state/stopped ]] && ! alive; then
+    # What has ended stays so: looked at in this order, a stop or an end in between cannot be taken for a crash.
+    if alive; then
+      echo running
+      exit
+    fi
+    for _ in {1..50}; do # the supervisor writes down how it ended a moment later
+      if [[ -e $state/exit-status || -e $state/stopped ]] || ! supervised; then break; fi
+      sleep 0.1
+    done
+    if [[ -e $state/stopped ]]; then
       echo stopped
     elif [[ -e $state/exit-status ]]; then
       echo "exit $(cat "$state/exit-status")"
-    elif alive; then
-      echo running
     elif [[ -e $state/pid ]]; then
       echo "exit 137" # the host was started again, or the process killed with its supervisor
     else

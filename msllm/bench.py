@@ -204,7 +204,8 @@ def _cases(benchmark: str) -> list[dict]:
         return [{"rows": 512, "batch": 32, "streams": size, **common} for size in (1, 3, 10)]
     rows, batches = value("rows"), value("batch")
     if len(rows) != len(batches) or not all(x.isdigit() and int(x) > 0 for x in rows + batches):
-        raise UserError(f"--rows is {rows} and --batch is {batches}: both need as many positive numbers as there are cases")
+        rule = "both need as many positive numbers as there are cases"
+        raise UserError(f"--rows is {rows} and --batch is {batches}: {rule}")
     return [{"rows": int(t), "batch": int(b), **common} for t, b in zip(rows, batches)]
 
 

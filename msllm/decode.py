@@ -211,8 +211,8 @@ class Engine:
         if tokens.ndim != 2 or tokens.shape[1] != size or not len(tokens):
             raise UserError(f"the prefill has shape {tokens.shape}: must be [rows, {size}], with at least one row")
         if len(tokens) > self.window:
-            raise UserError(f"the prefill has {len(tokens)} rows and the window {self.window}: make the engine with more")
-        present = np.ones(tokens.shape, bool) if present is None else np.array(np.broadcast_to(present, tokens.shape), bool)
+            raise UserError(f"the prefill has {len(tokens)} rows and the window {self.window}: make it larger")
+        present = np.array(np.broadcast_to(True if present is None else present, tokens.shape), bool)
         check_tokens("the prefill", tokens[present], self.model.config.vocab_size)
         return np.where(present, tokens, 0).astype(np.int32), present
 
@@ -495,7 +495,8 @@ def generate(
         prefill = np.asarray(prefill)
         prefill = prefill[None] if prefill.ndim == 2 else prefill
         if prefill.ndim != 3:
-            raise UserError(f"the prefill has shape {prefill.shape}: must be [tables, rows, {size}], or that of one table")
+            shape = f"[tables, rows, {size}]"
+            raise UserError(f"the prefill has shape {prefill.shape}: must be {shape}, or that of one table")
         present = None if present is None else np.broadcast_to(present, prefill.shape)
         batch, start = prefill.shape[:2]
     if forced is not None:

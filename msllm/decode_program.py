@@ -172,9 +172,9 @@ class DecodeProgram:
         dtype = self.config.compute_dtype
         cast = lambda tree: jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 2 else x, tree)
         blocks = cast(parameters["blocks"])  # with the axis of layers, norms have two dimensions
-        shared = {**parameters, **{name: parameters[name].astype(dtype) for name in ("embedding", "head") if name in parameters}}
+        tables = {name: parameters[name].astype(dtype) for name in ("embedding", "head") if name in parameters}
         layers = [jax.tree.map(lambda x: x[i], blocks) for i in range(self.config.num_layers)]
-        return {**shared, "blocks": layers}
+        return {**parameters, **tables, "blocks": layers}
 
     def _layers(self, weights) -> list[MultiStreamLM]:
         """The model, once for each layer: `blocks` of the i-th holds the weights of layer i."""
@@ -266,7 +266,6 @@ class DecodeProgram:
         sessions = state.said.shape[0]
         mine = slot - self._batch_index() * sessions
         at = (jnp.where((mine >= 0) & (mine < sessions), mine, sessions),)  # beyond: another device's, write nothing
-        length = tokens.shape[1]
         cache = state.cache
 
         keys, values = list(cache.keys), list(cache.values)
@@ -278,7 +277,8 @@ class DecodeProgram:
 
             x = model.blocks(x, angles, attention)
         everyone = everyone._replace(row=jnp.where(here, row, UNREAD))
-        known = jax.tree.map(lambda old, new: old.at[(*at, slice(0, length))].set(new[0], mode="drop"), cache.cells, everyone)
+        first = (*at, slice(0, tokens.shape[1]))
+        known = jax.tree.map(lambda old, new: old.at[first].set(new[0], mode="drop"), cache.cells, everyone)
         counts = present & (tokens != self.silence_id)
         said = jnp.zeros(state.said.shape[1:], bool).at[jnp.arange(size), tokens[0]].max(counts[0])
         return State(Cache(keys, values, known), state.said.at[at].set(said, mode="drop"), state.allowed)
@@ -293,8 +293,9 @@ class DecodeProgram:
     def _clear(self, state: State, slot) -> State:
         """Keys and values stay where they are: cells that are not seen hide them."""
         cells = state.cache.cells
-        cells = Cells(cells.row.at[slot].set(UNREAD), cells.segment, cells.present.at[slot].set(False), cells.seen.at[slot].set(False))
-        return State(state.cache._replace(cells=cells), state.said.at[slot].set(False), state.allowed.at[slot].set(True))
+        fill = lambda x, value: x.at[slot].set(value)
+        cells = Cells(fill(cells.row, UNREAD), cells.segment, fill(cells.present, False), fill(cells.seen, False))
+        return State(state.cache._replace(cells=cells), fill(state.said, False), fill(state.allowed, True))
 
     def _copy(self, state: State, source, target) -> State:
         return self._put(state, target, self._take(state, source))

@@ -100,7 +100,10 @@ class Transcript(NamedTuple):
 class Script:
     """What has been shown and what will be said: all that the host must know of a session to ask for its next row."""
 
-    def __init__(self, model: LoadedModel, silence_id: int | None, options: DecodeOptions, stop: Stop, kept: int, window: int):
+    def __init__(
+        self, model: LoadedModel, silence_id: int | None, options: DecodeOptions, stop: Stop, kept: int, window: int
+    ):
+        """`kept`, `window`: as `keep` and `window` of the engine, rows."""
         self.streams, self.silence_id = model.streams, silence_id
         self._tokenizer, self._vocab_size, size = model.tokenizer, model.config.vocab_size, model.streams.size
         self.kept, self.rows, self.heard = kept, 0, -1  # heard: the row of the last token that was fed, silence aside
@@ -142,7 +145,8 @@ class Script:
             return
         tokens = self._checked(f"allowed tokens of stream {self.streams.names[index]!r}", tokens)
         if not tokens:
-            raise UserError(f"stream {self.streams.names[index]!r} is allowed no token: name at least one, or None for all")
+            name = self.streams.names[index]
+            raise UserError(f"stream {name!r} is allowed no token: name at least one, or None for all")
         self.allowed[index] = np.array(sorted(set(tokens)))
 
     def copy(self) -> Script:

@@ -68,10 +68,12 @@ class Check:
         rng, open_now = self.rng, list(self.logs)
         kind = rng.choices(("open", "feed", "fork", "close"), (4, 6, 2, 2))[0]
         if kind == "open" and self.engine.free:
-            options = DecodeOptions(temperature=rng.choice((0.0, 1.0, 2.0)), top_k=rng.choice((0, 5)), seed=rng.getrandbits(32))
+            temperature, top_k, seed = rng.choice((0.0, 1.0, 2.0)), rng.choice((0, 5)), rng.getrandbits(32)
+            options = DecodeOptions(temperature=temperature, top_k=top_k, seed=seed)
             first = dict(keep=rng.randrange(4))
             if rng.random() < 0.5:
-                first["prefill"] = np.array([[rng.randrange(64) for _ in range(3)] for _ in range(rng.randrange(1, WINDOW))])
+                rows = range(rng.randrange(1, WINDOW))
+                first["prefill"] = np.array([[rng.randrange(64) for _ in range(3)] for _ in rows])
             self.logs[self.engine.open(options, **first)] = ((options, first), [])
             self.counts["opened"] += 1
         elif kind == "feed" and open_now:
@@ -112,9 +114,10 @@ class Check:
             else:
                 alone = session.step()
                 same = np.array_equal(alone.tokens, value.tokens)
-                close = lambda name: np.allclose(getattr(alone, name), getattr(value, name), rtol=0, atol=1e-3, equal_nan=True)
+                pair = lambda name: (getattr(alone, name), getattr(value, name))
+                close = lambda name: np.allclose(*pair(name), rtol=0, atol=1e-3, equal_nan=True)
                 if not close("entropy") or not (close("logprob") or not same and session.options.temperature):
-                    raise AssertionError(f"event {number} of a session opened by {how}: {value} in the crowd, {alone} alone")
+                    raise AssertionError(f"event {number}, opened by {how}: {value} in the crowd, {alone} alone")
                 if not same:
                     self.counts["ties"] += 1
                     break

@@ -10,7 +10,7 @@ import pytest
 from many_sessions import Check
 from msllm import tokenizer
 from msllm.config import TokenizerConfig
-from msllm.decode import FREE, DecodeOptions, Engine, Stop, generate
+from msllm.decode import FREE, DecodeOptions, Engine, Stop
 from msllm.errors import UserError
 
 SILENCE = 3
