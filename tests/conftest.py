@@ -1,5 +1,7 @@
 """Eight CPU devices for every test, and small models."""
 
+import ctypes
+import gc
 import os
 import signal
 import threading
@@ -35,6 +37,16 @@ from msllm.streams import StreamSpec  # noqa: E402
 # Examples that compile take seconds; the same examples in every run make a failure repeatable.
 hypothesis.settings.register_profile("msllm", deadline=None, derandomize=True, max_examples=15)
 hypothesis.settings.load_profile("msllm")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled():
+    """Gives back what was compiled: over a thousand tests it would be more memory than a small machine has."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 @pytest.fixture

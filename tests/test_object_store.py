@@ -1,10 +1,10 @@
 """A workdir in Google Cloud Storage, by its emulator: what a machine without the cloud can try of it.
 
-The emulator's answers lack what TensorStore's writes rest on, generations and conditions on them: they are added here.
+What it lacks is added here: the generations and conditions that TensorStore's writes rest on, and the moving of objects.
 """
 
 import contextlib
-import http
+import http.server
 import json
 import os
 import socket
@@ -39,18 +39,31 @@ def bucket(monkeypatch):
         else:
             inner(request, response, storage, *rest)
 
+    def move(request, response, storage):
+        request.params["dest_bucket_name"] = request.params["bucket_name"]
+        objects.copy(request, response, storage)
+        objects.delete(request, type(response)(None), storage)
+
     monkeypatch.setattr(objects, "download", download)
     monkeypatch.setattr(objects, "insert", insert)
     sys.modules.pop("gcp_storage_emulator.server", None)  # its routes hold the functions
-    from gcp_storage_emulator.server import create_server
+    from gcp_storage_emulator import server as emulator
+
+    path = r"(?:/storage/v1)?/b/(?P<bucket_name>[^/]+)/o/(?P<object_id>.+)/moveTo/o/(?P<dest_object_id>.+)"
+    monkeypatch.setattr(emulator, "HANDLERS", ((path, {"POST": move}), *emulator.HANDLERS))
 
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    server = create_server("localhost", port, in_memory=True, default_bucket="bucket")
+    # One after the other, a connection that a client keeps in reserve would hold up all others.
+    monkeypatch.setattr(http.server, "HTTPServer", http.server.ThreadingHTTPServer)
+    server = emulator.create_server("localhost", port, in_memory=True, default_bucket="bucket")
     server.start()
     address = f"http://localhost:{port}"
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+    # Else every file that is opened asks the network for credentials first, and waits.
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     yield {**os.environ, "TENSORSTORE_GCS_HTTP_URL": address}
     server.stop()
 
