@@ -22,7 +22,7 @@ from msllm.recording import Recording
 
 
 def player(checkpoint: str | None, replay: str | None, pace: float | None, window: int) -> Player:
-    """What the flags ask for: a recording, or a session with a checkpoint for which all is compiled. Raises UserError."""
+    """What the flags ask for: a recording, or a session for which everything is compiled. Raises UserError."""
     if (checkpoint is None) == (replay is None):
         raise UserError("give either --checkpoint=DIR, to talk with a model, or --replay=FILE, to see a recording")
     if replay is not None:
@@ -49,8 +49,8 @@ def main(_) -> None:
     out = pathlib.Path(flag.out)
     if out.suffix != ".npz" or not out.absolute().parent.is_dir():
         raise UserError(f"--out={out}: must be a name that ends in .npz, in a directory that exists")
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise UserError("the screen needs a terminal: msllm.generate prints rows to anything else")
+    if not all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):  # it draws on stderr
+        raise UserError("the screen needs a terminal, also as stderr: msllm.generate prints rows to anything else")
     ChatApp(player(flag.checkpoint, flag.replay, flag.pace, flag.window), out).run()
 
 

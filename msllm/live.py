@@ -4,7 +4,7 @@
     live.feed("user", "how are you")     # from now on at any time
     await live.run()                     # rows come until this is cancelled
 
-Both are players: what they show is `recording.branches[branch]` up to `rows`. There is no screen here (msllm/screen.py).
+Both are players: they show `recording.branches[branch]` up to `rows`. There is no screen here (msllm/screen.py).
 """
 
 from __future__ import annotations

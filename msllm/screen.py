@@ -43,6 +43,7 @@ class Key(NamedTuple):
 
 
 KEYS = (
+    Key({"enter": "send"}, "Enter", "send", live=True),
     Key({"tab": "target(1)", "shift+tab": "target(-1)"}, "Tab", "next input", live=True),
     Key({"ctrl+p": "pause"}, "^P", "pause, go on"),
     Key({"ctrl+n": "single"}, "^N", "one row"),
@@ -55,6 +56,16 @@ KEYS = (
     Key({"ctrl+s": "save"}, "^S", "save", live=True),
     Key({"ctrl+q": "leave"}, "^Q", "leave"),
 )
+ACTIONS = {key: action for bound in KEYS for key, action in bound.actions.items()}
+
+
+class Line(Input):
+    """Where one types. It takes all keys in their order: what was typed before an Enter or a Tab is what they act on."""
+
+    async def on_key(self, event: events.Key) -> None:
+        if action := ACTIONS.get(event.key):
+            event.stop(), event.prevent_default()
+            await self.app.run_action(action)
 
 
 class Columns(Widget):
@@ -106,7 +117,7 @@ class Columns(Widget):
             texts = self._header(len(widths) - 1)
         elif self.as_text:
             # Each column ends at the bottom, whatever its length.
-            above = self._height() - y + self.back
+            above = self._height() - y + 1 + self.back
             lines = [text[-above] if above <= len(text) else rich.text.Text() for text in self._text]
             texts = [rich.text.Text(), *(line.copy() for line in lines[: len(widths) - 1])]
             texts += [rich.text.Text() for _ in range(len(widths) - len(texts))]
@@ -176,7 +187,7 @@ class ChatApp(App[None]):
     #typed { width: 1fr; }
     #keys { height: auto; color: $text-muted; }
     """
-    BINDINGS = [Binding(key, action, priority=True) for bound in KEYS for key, action in bound.actions.items()]
+    BINDINGS = [Binding(key, action) for key, action in ACTIONS.items()]  # where there is no line to type in
 
     def __init__(self, player: Player, out: str = "chat.npz"):
         """`out`: where a live session is saved, or the first free name after it."""
@@ -193,9 +204,10 @@ class ChatApp(App[None]):
         if self._inputs:
             with Horizontal(id="line"):
                 yield Static(id="target", markup=False)
-                yield Input(id="typed", compact=True)
+                yield Line(id="typed", compact=True)
         shown = [bound for bound in KEYS if self._live or not bound.live]
-        parts = [((f"{bound.shown} ", "bold"), f"{bound.does}".replace(" ", "\N{NO-BREAK SPACE}")) for bound in shown]
+        whole = lambda text: text.replace(" ", "\N{NO-BREAK SPACE}")  # no line break within
+        parts = [((whole(bound.shown), "bold"), whole(f" {bound.does}")) for bound in shown]
         keys = rich.text.Text("  ").join(rich.text.Text.assemble(*part) for part in parts)
         yield Static(keys, id="keys", markup=False)
 
@@ -209,10 +221,11 @@ class ChatApp(App[None]):
         self.columns.follow()
         self.query_one("#status", Static).update(self._status(), layout=False)
 
-    def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Typed text goes to the stream that is chosen."""
-        self._try(lambda: self.player.feed(self.columns.target, event.value))
-        event.input.clear()
+    def action_send(self) -> None:
+        if self._inputs:
+            line = self.query_one(Line)
+            self._try(lambda: self.player.feed(self.columns.target, line.value))
+            line.clear()
 
     def action_target(self, steps: int) -> None:
         if self._inputs:
