@@ -122,8 +122,9 @@ class Player:
 
     def single(self) -> None:
         """Shows one row although it is paused."""
-        self._single = self.paused
-        self._restart()
+        if self.paused:
+            self._single = True
+            self._restart()
 
     def faster(self, steps: int = 1) -> None:
         """So many steps up in PACES, or down."""
@@ -199,7 +200,7 @@ class Player:
 
 
 class Live(Player):
-    """A session of an engine. Only the branch that is shown goes on: the others wait, on the host, where they were left.
+    """A session of an engine. Only the branch that is shown goes on: the others wait on the host where they were left.
 
     What is done while a row is under way holds from the row after it. Use it from the thread of the event loop.
     """
@@ -237,7 +238,7 @@ class Live(Player):
             self._do(lambda: self._feed(stream, text))
 
     def mute(self, stream: str) -> None:
-        """Silences a stream from the next row on, or lets it speak again. Of an input, what it is fed waits. UserError."""
+        """Silences a stream from the next row on, or lets it speak again. What a silent input is fed waits. UserError."""
         self._engine.streams.index(stream)
         self._do(lambda: self._mute(stream))
 

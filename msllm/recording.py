@@ -1,7 +1,7 @@
 """Recordings of live sessions: tables as the model read them, when each row came, and what was done from outside.
 
-A recording is one npz file. It holds what `msllm.score --tables` reads (tokens, present and segment), so a recording can
-be scored as it is, and everything that is needed to show it again without a model. docs/chat.md describes it.
+A recording is one npz file. It holds what `msllm.score --tables` reads (tokens, present and segment), so that it can be
+scored as it is, and everything that is needed to show it again without a model. docs/chat.md describes it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from msllm.tokenizer import Tokenizer
 
 FORMAT = "msllm recording 1"
 _UNREADABLE = (
-    *(OSError, EOFError, ValueError, KeyError, TypeError, IndexError, AttributeError),  # of files that are something else
+    *(OSError, EOFError, ValueError, KeyError, TypeError, IndexError, AttributeError),  # of other files
     *(zipfile.BadZipFile, zlib.error),
 )
 _FIRST_ROWS = 256  # room that a branch begins with

@@ -60,7 +60,7 @@ ACTIONS = {key: action for bound in KEYS for key, action in bound.actions.items(
 
 
 class Line(Input):
-    """Where one types. It takes all keys in their order: what was typed before an Enter or a Tab is what they act on."""
+    """Where one types. It takes all keys in their order: Enter and Tab act on what was typed before them."""
 
     async def on_key(self, event: events.Key) -> None:
         if action := ACTIONS.get(event.key):
@@ -82,25 +82,23 @@ class Columns(Widget):
     def __init__(self, player: Player, target: str):
         super().__init__()
         self.player, self.target, self.as_text, self.back = player, target, False, 0
-        self._rows = self._branch = 0
-        self._text: list[list[rich.text.Text]] = []  # lines of each stream
+        self._count = self._branch = 0  # lines there were and the branch that was shown when it was last drawn
+        self._text: list[list[rich.text.Text]] | None = None  # lines of each stream; None: not made yet
 
     def follow(self) -> None:
         """Draws what the player shows now. Who has scrolled back stays where he is."""
-        rows, branch = self.player.rows, self.player.branch
-        if self.as_text:
-            before = self._lines()
-            self._text = [self._lines_of(stream, width) for stream, width in enumerate(self.widths()[1:])]
-            grown = self._lines() - before
-        else:
-            grown = rows - self._rows
-        self.back = self.back + max(grown, 0) if self.back and branch == self._branch else 0
-        self._rows, self._branch = rows, branch
+        branch, before = self.player.branch, self._count if self.back else 0
+        self._text = None
+        if self.back:
+            self._count = self._lines()
+            self.back = self.back + max(self._count - before, 0) if branch == self._branch else 0
+        self._branch = branch
         self.refresh()
 
     def scroll(self, lines: int) -> None:
         """So many lines up, or down."""
-        self.back = max(0, min(self.back + lines, self._lines() - self._height()))
+        self._count = self._lines()
+        self.back = max(0, min(self.back + lines, self._count - self._height()))
         self.refresh()
 
     def widths(self) -> list[int]:
@@ -118,7 +116,7 @@ class Columns(Widget):
         elif self.as_text:
             # Each column ends at the bottom, whatever its length.
             above = self._height() - y + 1 + self.back
-            lines = [text[-above] if above <= len(text) else rich.text.Text() for text in self._text]
+            lines = [text[-above] if above <= len(text) else rich.text.Text() for text in self._texts()]
             texts = [rich.text.Text(), *(line.copy() for line in lines[: len(widths) - 1])]
             texts += [rich.text.Text() for _ in range(len(widths) - len(texts))]
         else:
@@ -146,7 +144,12 @@ class Columns(Widget):
         return max(1, self.size.height - 1)
 
     def _lines(self) -> int:
-        return max(map(len, self._text), default=0) if self.as_text else self.player.rows
+        return max(map(len, self._texts()), default=0) if self.as_text else self.player.rows
+
+    def _texts(self) -> list[list[rich.text.Text]]:
+        if self._text is None:  # at most once for each time that the screen is drawn, however fast rows come
+            self._text = [self._lines_of(stream, width) for stream, width in enumerate(self.widths()[1:])]
+        return self._text
 
     def _header(self, streams: int) -> list[rich.text.Text]:
         texts, muted = [rich.text.Text("" if self.as_text else "row", style="bold")], self.player.muted

@@ -20,7 +20,10 @@ WARM = DecodeOptions(temperature=1.5, seed=5)
 @pytest.fixture
 def engine(make_model):
     """All tests use one shape of engine: its program is compiled once."""
-    return Engine(make_model(3), sessions=3, window=16, silence_id=SILENCE)
+    model = make_model(3)
+    # As those of a checkpoint, they are bound to a device.
+    model = dataclasses.replace(model, parameters=jax.device_put(model.parameters, jax.devices()[0]))
+    return Engine(model, sessions=3, window=16, silence_id=SILENCE)
 
 
 def tokens(rows):
