@@ -76,7 +76,7 @@ class Engine:
         self._kind = (model.config, model.streams, window, cache_dtype, silence, self._program.streams)
         self._weights, self._state = self._program.prepare(model.parameters), self._program.empty()
         devices = jax.tree.leaves(self._weights)[0].devices()
-        if len(devices) == 1:
+        if mesh is None and len(devices) == 1:
             # Both bound to the device from the beginning. Weights of a checkpoint are, and so is what is computed with
             # them: after the first row everything would be compiled once more, for a state that is bound.
             self._weights, self._state = jax.device_put((self._weights, self._state), *devices)

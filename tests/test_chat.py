@@ -375,6 +375,12 @@ def test_narrow_screens(engine):
         await drawn_anew(driver)
         narrow = lines(app)
         assert max(map(len, narrow)) <= 28 and narrow[0].split()[0] == "row" and "…" in narrow[0]
+        await driver.click("Columns", offset=(11, 0))
+        assert live.muted == {"thought"}
+        await driver.click("Columns", offset=(11, 0))
+        assert not live.muted
+        await driver.click("Columns", offset=(11, 1))  # no name there
+        assert not live.muted
         last = live.rows - 1
         assert max(shown_rows(app)) == last
         await press(driver, "pageup")
@@ -438,7 +444,6 @@ def test_arguments(monkeypatch):
 def test_server_of_the_document(engine):
     """Three clients at a time where two find a place; each is fed its own text, and places are given back."""
     source = re.search(r"```python\n(.*?)```", DOCS.read_text(), flags=re.S)[1]
-    assert len(source.splitlines()) < 65
     server = {"__name__": "server"}
     exec(compile(source, "docs/chat.md", "exec"), server)
     server["BEAT"] = 0.01
