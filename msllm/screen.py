@@ -153,7 +153,7 @@ class Columns(Widget):
 
     def _header(self, streams: int) -> list[rich.text.Text]:
         texts, muted = [rich.text.Text("" if self.as_text else "row", style="bold")], self.player.muted
-        for number, name in enumerate(self.player.recording.names[:streams]):
+        for name in self.player.recording.names[:streams]:
             style = "bold reverse" if name == self.target else "dim" if name in muted else "bold"
             mark = TARGET * (name == self.target) + MUTED * (name in muted)
             texts.append(rich.text.Text(f"{mark}{cells.visible(name)}", style=style))
