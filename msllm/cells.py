@@ -70,14 +70,19 @@ def fit(widths: Sequence[int], room: int) -> list[int]:
     return [min(width, cap) for width in widths]
 
 
-def print_line(console: rich.console.Console, texts: Sequence[rich.text.Text], widths: Sequence[int]) -> None:
+def line(texts: Sequence[rich.text.Text], widths: Sequence[int]) -> rich.text.Text:
     """One line of a table: the number of the row, then the cells, each cut or padded to its column's width."""
-    line = rich.text.Text()
+    whole = rich.text.Text()
     for text, width in zip(texts, widths, strict=True):
         text.truncate(width, overflow="ellipsis", pad=True)
-        line.append_text(text).append(" ")
-    line.rstrip()
-    console.print(line, overflow="ignore", no_wrap=True, crop=False)
+        whole.append_text(text).append(" ")
+    whole.rstrip()
+    return whole
+
+
+def print_line(console: rich.console.Console, texts: Sequence[rich.text.Text], widths: Sequence[int]) -> None:
+    """Prints a line of a table."""
+    console.print(line(texts, widths), overflow="ignore", no_wrap=True, crop=False)
 
 
 def print_texts(

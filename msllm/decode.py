@@ -75,6 +75,11 @@ class Engine:
         )
         self._kind = (model.config, model.streams, window, cache_dtype, silence, self._program.streams)
         self._weights, self._state = self._program.prepare(model.parameters), self._program.empty()
+        devices = jax.tree.leaves(self._weights)[0].devices()
+        if mesh is None and len(devices) == 1:
+            # Both bound to the device from the beginning. Weights of a checkpoint are, and so is what is computed with
+            # them: after the first row everything would be compiled once more, for a state that is bound.
+            self._weights, self._state = jax.device_put((self._weights, self._state), *devices)
         self._slots: list[Session | None] = [None] * sessions
         cells = (sessions, self._program.streams)
         per_cell = lambda value, dtype: np.full(cells, value, dtype)
@@ -388,6 +393,10 @@ class Session:
         """The next row of this session alone; `engine.step` advances many for the same price."""
         return self._engine.step([self])[0]
 
+    async def next(self) -> Row:
+        """As `step`, while others run: rows that are awaited at the same time are one step on the device."""
+        return await self._engine._next(self)
+
     def run(self, rows: int) -> list[Row]:
         """The next `rows` rows, in as few calls to the device as can be."""
         return self._engine.run(rows, [self])[0]
@@ -397,13 +406,18 @@ class Session:
             yield self.step()
 
     async def __aiter__(self) -> AsyncIterator[Row]:
-        """As iteration, while others run: rows that are awaited at the same time are one step on the device."""
+        """As iteration, with `next`."""
         while self.finished is None:
-            yield await self._engine._next(self)
+            yield await self.next()
 
-    def transcript(self) -> Transcript:
-        """The rows that are in the window, as the model reads them."""
-        return self._script.transcript()
+    @property
+    def waiting(self) -> dict[str, int]:
+        """{input stream: tokens that it was fed and has not said yet}."""
+        return self._script.waiting()
+
+    def transcript(self, last: int | None = None) -> Transcript:
+        """The rows that are in the window, or the last of them, as the model reads them."""
+        return self._script.transcript(last)
 
     def fork(self, seed: int | None = None) -> Session:
         """Another session of this engine that goes on from here: as this one would, or with another seed. UserError."""

@@ -76,6 +76,27 @@ def run(
     cells.print_texts(console, model.tokenizer, streams.names, tokens, present)
 
 
+def define_options() -> None:
+    """Defines the flags that say how rows are chosen."""
+    flags.DEFINE_multi_string("temperature", [], "A value, or stream=value; 0 (default): the most likely token.")
+    flags.DEFINE_multi_string("top_k", [], "A value, or stream=value; 0 (default): all tokens.")
+    flags.DEFINE_multi_string("top_p", [], "A value, or stream=value; 1 (default): all tokens.")
+    flags.DEFINE_multi_string("silence_penalty", [], "A value, or stream=value: subtracted from silence's logit.")
+    flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
+
+
+def options(streams: StreamSpec) -> DecodeOptions:
+    """What the flags of `define_options` say. Raises UserError."""
+    flag = flags.FLAGS
+    return DecodeOptions(
+        temperature=per_stream("temperature", flag.temperature, streams, float, 0.0),
+        top_k=per_stream("top_k", flag.top_k, streams, int, 0),
+        top_p=per_stream("top_p", flag.top_p, streams, float, 1.0),
+        silence_penalty=per_stream("silence_penalty", flag.silence_penalty, streams, float, 0.0),
+        seed=flag.seed,
+    )
+
+
 def _inputs(streams: StreamSpec) -> list[str]:
     return [name for name, kind in zip(streams.names, streams.kinds) if kind == "input"] or ["(none)"]
 
@@ -86,23 +107,12 @@ def main(_) -> None:
     flag = flags.FLAGS
     model = load_any(flag.checkpoint)
     streams = model.streams
-    options = DecodeOptions(
-        temperature=per_stream("temperature", flag.temperature, streams, float, 0.0),
-        top_k=per_stream("top_k", flag.top_k, streams, int, 0),
-        top_p=per_stream("top_p", flag.top_p, streams, float, 1.0),
-        silence_penalty=per_stream("silence_penalty", flag.silence_penalty, streams, float, 0.0),
-        seed=flag.seed,
-    )
-    run(model, parse_inputs(flag.input, streams), flag.rows, options, cells.console())
+    run(model, parse_inputs(flag.input, streams), flag.rows, options(streams), cells.console())
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", None, "A checkpoint of msllm.", required=True)
     flags.DEFINE_multi_string("input", [], "stream=text: what an input stream says; may be repeated.")
     flags.DEFINE_integer("rows", 64, "Rows to generate.")
-    flags.DEFINE_multi_string("temperature", [], "A value, or stream=value; 0 (default): the most likely token.")
-    flags.DEFINE_multi_string("top_k", [], "A value, or stream=value; 0 (default): all tokens.")
-    flags.DEFINE_multi_string("top_p", [], "A value, or stream=value; 1 (default): all tokens.")
-    flags.DEFINE_multi_string("silence_penalty", [], "A value, or stream=value: subtracted from silence's logit.")
-    flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
+    define_options()
     errors.run(main)

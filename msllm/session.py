@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ class DecodeOptions:
     # The first row with a silence penalty. None: it follows the input, from the second row after the last token that was
     # fed (other than silence), and there is none before the first such token.
     penalty_start: int | None = None
-    ablated: tuple[str, ...] = ()  # streams that are silenced whatever the model chooses
+    ablated: tuple[str, ...] = ()  # streams that are silenced whatever the model chooses; what inputs are fed waits
     seed: int = 0
 
 
@@ -170,7 +171,7 @@ class Script:
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """The last row as the model reads it, [S] tokens and present: with what was fed since it was shown."""
-        for s in np.flatnonzero(self.present & ~self._taken & self._inputs):
+        for s in np.flatnonzero(self.present & ~self._taken & self._inputs & ~self._ablated):
             if self._fed[s]:
                 self._take(s, self.tokens, self.rows - 1)
         return self.tokens, self.present
@@ -191,7 +192,7 @@ class Script:
         for s, (forced, fed) in enumerate(zip(self._forced, self._fed)):
             if forced and (token := forced.popleft()) != FREE:
                 given[s] = token
-            elif fed and present[s]:
+            elif fed and present[s] and not self._ablated[s]:
                 self._take(s, given, row)
         return given, present
 
@@ -217,10 +218,16 @@ class Script:
         self.finished = self._end(row)
         return row
 
-    def transcript(self) -> Transcript:
+    def waiting(self) -> dict[str, int]:
+        return {name: len(self._fed[s]) for s, name in enumerate(self.streams.names) if self._inputs[s]}
+
+    def transcript(self, last: int | None = None) -> Transcript:
         kept, recent = len(self._kept), len(self._recent)
-        number = np.r_[0:kept, self.rows - recent : self.rows].astype(np.int32)
-        rows = [*self._kept, *self._recent]
+        if last is not None:
+            kept, recent = max(0, min(kept, last - recent)), min(recent, last)
+        first = len(self._kept) - kept
+        number = np.r_[first : first + kept, self.rows - recent : self.rows].astype(np.int32)
+        rows = [*self._kept[first:], *list(itertools.islice(reversed(self._recent), recent))[::-1]]
         tokens = np.array([tokens for tokens, _ in rows], np.int32).reshape(-1, self.streams.size)
         return Transcript(number, tokens, np.array([p for _, p in rows], bool).reshape(tokens.shape))
 

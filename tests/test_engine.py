@@ -20,7 +20,10 @@ WARM = DecodeOptions(temperature=1.5, seed=5)
 @pytest.fixture
 def engine(make_model):
     """All tests use one shape of engine: its program is compiled once."""
-    return Engine(make_model(3), sessions=3, window=16, silence_id=SILENCE)
+    model = make_model(3)
+    # As those of a checkpoint, they are bound to a device.
+    model = dataclasses.replace(model, parameters=jax.device_put(model.parameters, jax.devices()[0]))
+    return Engine(model, sessions=3, window=16, silence_id=SILENCE)
 
 
 def tokens(rows):
@@ -40,7 +43,10 @@ def test_input_enters_the_next_row_that_is_read(engine):
     assert session.step().tokens[0] == 12  # 11 went into the row before, which had been shown but not read
     session.feed("user", [14])
     assert tokens(session.run(3))[:, 0].tolist() == [13, 14, SILENCE]
-    assert session.transcript().tokens[:, 0].tolist() == [10, 11, 12, 13, 14, SILENCE]
+    whole = session.transcript()
+    assert whole.tokens[:, 0].tolist() == [10, 11, 12, 13, 14, SILENCE]
+    for name, last in zip(whole._fields, session.transcript(2)):
+        np.testing.assert_array_equal(last, getattr(whole, name)[-2:])
     assert other.rows == 0
 
 
@@ -93,6 +99,13 @@ def test_forced_allowed_and_ablated_cells(engine):
     assert shown[[0, 2], 2].tolist() == [9, 8]
     assert set(np.delete(shown[:, 2], [0, 2])) == {20, 21}
     assert np.all(shown[:, 1] == SILENCE)
+    # What an ablated input is fed waits, and is lost neither in the row shown last nor in a later one.
+    session.options = DecodeOptions(ablated=("user",))
+    session.feed("user", [10, 11])
+    assert set(steps(session, 2)[:, 0]) == {SILENCE} and session.waiting == {"user": 2}
+    session.options = DecodeOptions()
+    session.step()
+    assert session.transcript(2).tokens[:, 0].tolist() == [10, 11] and session.waiting == {"user": 0}
     session.allow("output", None)
     session.options = WARM
     shown = tokens(session.run(12))
@@ -184,7 +197,7 @@ def test_awaited_rows_share_a_step(engine):
 
     async def twice():
         session = engine._slots[0]
-        return await asyncio.gather(engine._next(session), engine._next(session), return_exceptions=True)
+        return await asyncio.gather(session.next(), session.next(), return_exceptions=True)
 
     row, error = asyncio.run(twice())
     assert row.index == 9 and isinstance(error, UserError) and "on its way" in str(error)

@@ -38,6 +38,7 @@ atomic hf gguf_file
 load
 sampling cache decode_program session decode
 train prepare drawing inspect convert score generate evaluate likelihood
+recording live screen chat
 bench_attention bench_decode bench_loader bench_prepare bench
 aot
 """.split()
@@ -46,6 +47,7 @@ NESTED = {
     ("load", "checkpoint"): "orbax is slow to import, and a Hugging Face folder needs none of it",
     ("train", "checkpoint"): "orbax is slow to import, and not every use of this module needs it",
     ("train", "initial"): "the same",
+    ("chat", "screen"): "textual is installed only where it is asked for",
     ("bench", "*"): "each case is measured in a process of its own: the first one needs none of this",
 }
 CORE = (

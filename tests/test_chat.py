@@ -1,0 +1,485 @@
+"""Live sessions with and without a screen, recordings, replays, and the server of docs/chat.md with several clients."""
+
+import asyncio
+import collections
+import dataclasses
+import json
+import pathlib
+import re
+import sys
+
+import numpy as np
+import pytest
+from textual import events
+
+from msllm import cells, chat, score, tokenizer
+from msllm.config import TokenizerConfig
+from msllm.decode import DecodeOptions, Engine
+from msllm.errors import UserError
+from msllm.live import Live, Pacer, Replay
+from msllm.recording import Recording, free_name
+from msllm.screen import KEYS, ChatApp
+
+DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs/chat.md"
+OPTIONS = DecodeOptions(temperature=1.5, seed=4)
+WINDOW, FAST = 128, 1000.0
+
+
+@pytest.fixture
+def engine(make_model):
+    """All tests use one shape of engine: its program is compiled once."""
+    letters = tokenizer.train(["abc def ghi"] * 20, TokenizerConfig(model_type="char", vocab_size=16))
+    model = dataclasses.replace(make_model(4, vocab_size=letters.vocab_size), tokenizer=letters)
+    return Engine(model, sessions=2, window=WINDOW)
+
+
+async def until(condition, seconds=60.0):
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def running(player, body):
+    """Runs `body(player)` while the player shows rows."""
+
+    async def both():
+        rows = asyncio.create_task(player.run())
+        try:
+            return await body(player)
+        finally:
+            rows.cancel()
+
+    return asyncio.run(both())
+
+
+async def press(driver, *keys):
+    """As the pilot's own, which waits after each key until the process idles: it never does while rows come."""
+    for key in keys:
+        driver.app.post_message(events.Key(key, key if len(key) == 1 else None))
+        await asyncio.sleep(0.005)
+
+
+async def drawn_anew(driver):
+    """Until everything that has happened is on the screen."""
+    await driver.pause(0.02)
+    await driver.pause(0.02)
+
+
+def pilot(app, body, size=(80, 24)):
+    """Runs `body(pilot)` while the screen is there."""
+
+    async def run():
+        async with app.run_test(size=size) as driver:
+            return await body(driver)
+
+    return asyncio.run(run())
+
+
+def lines(app):
+    """What the screen shows, line by line."""
+    return ["".join(segment.text for segment in strip).rstrip() for strip in app.screen._compositor.render_strips()]
+
+
+def without_a_screen(engine, branch, options=OPTIONS):
+    """(tokens, present) of a session that is driven by hand through the events of a branch."""
+    with engine.open(options) as session:
+        coming = collections.deque(branch.events)
+        while True:
+            while coming and coming[0]["row"] == session.rows:
+                event = coming.popleft()
+                ablated = set(session.options.ablated)
+                if event["what"] == "feed":
+                    session.feed(event["stream"], event["text"])
+                else:
+                    changed = ablated | {event["stream"]} if event["what"] == "mute" else ablated - {event["stream"]}
+                    session.options = dataclasses.replace(session.options, ablated=tuple(changed))
+            if session.rows == branch.rows:
+                assert not coming
+                return session.transcript()[1:]
+            session.step()
+
+
+def check(engine, branch):
+    tokens, present = without_a_screen(engine, branch)
+    np.testing.assert_array_equal(branch.tokens, tokens)
+    np.testing.assert_array_equal(branch.present, present)
+
+
+def test_pacer():
+    pacer = Pacer()
+    assert pacer.wait(5.0, 0.5) == 0  # the first row
+    pacer.came(5.0, 0.5)
+    assert pacer.wait(5.1, 0.5) == pytest.approx(0.4)
+    assert pacer.wait(5.1, 0.2) == pytest.approx(0.1)  # the pace has changed meanwhile
+    pacer.came(5.6, 0.5)  # it took 0.1 s: the next is due as if it had taken none
+    assert pacer.wait(5.6, 0.5) == pytest.approx(0.4)
+    pacer.came(8.0, 0.5)  # much too late: one row follows at once, the others that are missing never
+    assert pacer.wait(8.0, 0.5) == 0
+    pacer.came(8.0, 0.5)
+    assert pacer.wait(8.0, 0.5) == pytest.approx(0.5)
+    assert pacer.rate is None and pacer.wait(8.0, float("inf")) == float("inf")
+    pacer.came(8.5, 0.5)
+    assert pacer.rate == pytest.approx(4 / 3.5)
+    pacer.restart()
+    assert pacer.wait(8.5, 0.5) == 0 and pacer.rate is None
+
+
+def test_pace_of_a_player(engine):
+    live = Live(engine, OPTIONS, pace=3.0)
+    live.faster()
+    assert live.pace == 5
+    live.faster(-2)
+    assert live.pace == 1
+    live.faster(-10)
+    assert live.pace == 0.1
+    live.faster(100)
+    assert live.pace == 5000
+
+    async def body(live):
+        await until(lambda: live.rows > 40)
+        assert live.late and live.rate < 5000  # it cannot be that fast
+        live.faster(-100)
+        live.pause(), live.pause(False)
+        await until(lambda: live.rows > 41)
+        before = live.rows
+        await asyncio.sleep(0.1)
+        assert live.rows <= before + 1 and not live.late  # 0.1 rows per second
+        live.pace = 1e-3
+        live.faster(-1)
+        live.faster(100)  # it does not wait for a thousand seconds to pass
+        await until(lambda: live.rows > before + 20)
+
+    running(live, body)
+    with pytest.raises(UserError, match="the pace is 0"):
+        Live(engine, pace=0)
+
+
+def test_live_session_is_the_one_without_a_screen(engine):
+    """Fed, muted and forked while rows are under way: each branch is what a session gives that is stepped by hand."""
+    live = Live(engine, OPTIONS, FAST)
+
+    async def body(live):
+        await until(lambda: live.rows > 3)
+        live.feed("user", "abcdefgh")
+        live.feed("tool", "de")
+        await until(lambda: live.rows > 6)
+        live.mute("output"), live.mute("user")
+        await until(lambda: live.rows > 12)
+        assert live.muted == {"output", "user"} and live.waiting["user"] > 0
+        live.fork()
+        live.feed("tool", "ihg")  # of the fork alone, though the row under way may be that of the first branch
+        await until(lambda: live.branch == 1 and live.rows > 20)
+        live.mute("user"), live.mute("output")
+        await until(lambda: live.rows > 28)
+        assert not live.muted and live.waiting == {"user": 0, "tool": 0}
+        live.pause()
+        live.switch(0)
+        await until(lambda: live.branch == 0)
+        rows = live.rows
+        live.single()
+        await until(lambda: live.rows == rows + 1)
+        await asyncio.sleep(0.05)
+        assert live.rows == rows + 1 and live.muted == {"output", "user"}
+
+    running(live, body)
+    live.close()
+    first, second = live.recording.branches
+    assert (second.parent, second.forked, first.rows) == (0, first.rows - 1, first.rows)
+    check(engine, first), check(engine, second)
+    text = lambda branch, stream: engine.model.tokenizer.decode(branch.tokens[:, stream])
+    assert text(second, 0) == "abcdefgh" and text(first, 0) in "abcdefgh" and text(first, 0) != "abcdefgh"
+    assert text(second, 3) == "deihg" and text(first, 3) == "de"
+    muted = next(event["row"] for event in first.events if event["what"] == "mute")
+    assert np.all(first.tokens[muted:, 2] == engine.silence_id) and np.any(first.tokens[:muted, 2] != engine.silence_id)
+    assert np.all(np.diff(first.time) >= 0) and first.time[0] == 0
+    with pytest.raises(UserError, match="'output' is no input: inputs are user, tool"):
+        live.feed("output", "a")
+    with pytest.raises(UserError, match="there is no branch 2: there are 2"):
+        live.switch(2)
+
+
+def test_rows_beyond_the_window_are_kept(engine):
+    live = Live(engine, OPTIONS, 5000.0)
+    running(live, lambda live: until(lambda: live.rows > 2 * WINDOW + 50))  # more than the first arrays hold
+    with engine.open(OPTIONS) as session:
+        expected = [session.step().tokens for _ in range(live.rows)]  # nothing is fed: read as shown
+    np.testing.assert_array_equal(live.shown.tokens, expected)
+
+
+def test_recording(engine, tmp_path):
+    live = Live(engine, OPTIONS, FAST)
+    path = tmp_path / "chat.npz"
+    with pytest.raises(UserError, match="nothing to save"):
+        live.recording.save(path)
+
+    async def body(live):
+        live.feed("user", "abc")
+        await until(lambda: live.rows > 5)
+        live.fork()
+        await until(lambda: live.branch == 1 and live.rows > 12)
+
+    running(live, body)
+    live.recording.save(path)
+    kept = path.read_bytes()
+    with pytest.raises(UserError, match="exists already, and nothing is overwritten"):
+        live.recording.save(path)
+    assert path.read_bytes() == kept and free_name(path) == tmp_path / "chat-2.npz"
+    with pytest.raises(UserError, match="cannot be written"):
+        live.recording.save(tmp_path / "nowhere" / "chat.npz")
+
+    loaded = Recording.load(path)
+    assert (loaded.names, loaded.kinds) == (engine.streams.names, engine.streams.kinds)
+    assert loaded.tokenizer.hash == engine.model.tokenizer.hash
+    assert loaded.options == json.loads(json.dumps(dataclasses.asdict(OPTIONS)))
+    for ours, theirs in zip(live.recording.branches, loaded.branches, strict=True):
+        for name in ("tokens", "present", "time"):
+            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+        assert (ours.events, ours.parent, ours.forked) == (theirs.events, theirs.parent, theirs.forked)
+
+    # The score command takes it as it is.
+    tables = score.check_tables(score._read_tables(str(path)), 4, engine.model.config.vocab_size)
+    np.testing.assert_array_equal(tables["tokens"][0, : loaded.branches[0].rows], loaded.branches[0].tokens)
+    assert tables["segment"].sum(axis=1).tolist() == [branch.rows for branch in loaded.branches]
+
+    (tmp_path / "text.npz").write_text("no recording")
+    np.savez(tmp_path / "tables.npz", tokens=np.zeros((1, 2, 3), int))
+    (tmp_path / "half.npz").write_bytes(kept[: len(kept) // 2])
+    for name in ("text", "tables", "half"):
+        with pytest.raises(UserError, match=f"{name}.npz is no recording"):
+            Recording.load(tmp_path / f"{name}.npz")
+    with pytest.raises(UserError, match="there is no recording"):
+        Recording.load(tmp_path / "none.npz")
+
+
+def shown_rows(app):
+    """{row: cells} of the lines of the table."""
+    rows = [line.split() for line in lines(app) if re.match(r"\d+ ", line)]
+    return {int(row[0]): row[1:] for row in rows}
+
+
+def drawn(recording, branch):
+    """The same of a branch."""
+    table = zip(branch.tokens.tolist(), branch.present.tolist())
+    draw = lambda tokens, present: [
+        cells.cell(recording.tokenizer, *cell).plain for cell in zip(tokens, present, recording.kinds)
+    ]
+    return {row: draw(*both) for row, both in enumerate(table)}
+
+
+def test_screen(engine, tmp_path):
+    """Typing while the model goes on, pausing, muting, forking, saving; then the recording is shown again."""
+    live, out = Live(engine, OPTIONS, 20.0), tmp_path / "chat.npz"
+    app = ChatApp(live, str(out))
+
+    async def body(driver):
+        before = live.rows
+        for letter in "bad":
+            await press(driver, letter)
+            await until(lambda: live.rows > before)  # the model does not wait
+            before = live.rows
+        await press(driver, "enter", "tab", *"hi", "enter")
+        await until(lambda: len(live.shown.events) == 2 and not any(live.waiting.values()))
+        await press(driver, "f2")
+        await until(lambda: live.rows > before + 5)
+        await press(driver, "ctrl+p")
+        await until(lambda: live.paused)
+        await driver.pause(0.1)  # the row under way
+        rows = live.rows
+        await driver.pause(0.2)  # four rows' time
+        assert live.rows == rows and live.paused and f"row {rows - 1} · 20 rows/s · paused" in "\n".join(lines(app))
+        await press(driver, "ctrl+n")
+        await until(lambda: live.rows == rows + 1)
+        await press(driver, "ctrl+f", *"ace", "enter", "ctrl+p")
+        await until(lambda: live.rows > rows + 6)
+        await press(driver, "ctrl+p", "f2")
+        await drawn_anew(driver)
+        assert live.recording.branches[0].rows == rows + 1  # it waits where it was left
+        assert "branch 2 of 2, forked from 1" in "\n".join(lines(app))
+        await press(driver, "ctrl+q")  # not before it is saved
+        assert app.is_running and app._exit is False
+        await press(driver, "ctrl+s")
+        await drawn_anew(driver)
+        shown = [(lines(app)[0], shown_rows(app))]
+        await press(driver, "ctrl+o")
+        await drawn_anew(driver)
+        return [*shown, (lines(app)[0], shown_rows(app))]
+
+    (header, second), (muted, first) = pilot(app, body, size=(80, 140))
+    assert header.split() == ["row", "user", "thought", "output", "▸tool"]
+    assert muted.split() == ["row", "user", "✕thought", "output", "▸tool"]
+    recording = Recording.load(out)
+    for branch, shown in zip(recording.branches, (first, second), strict=True):
+        assert shown == drawn(recording, branch) and len(shown) == branch.rows < WINDOW
+        done = [(event["what"], event["stream"]) for event in branch.events]
+        assert done[:3] == [("feed", "user"), ("feed", "tool"), ("mute", "thought")]
+    live.close()
+    check(engine, recording.branches[0]), check(engine, recording.branches[1])
+    muted_at = recording.branches[0].events[2]["row"]
+    assert {cells[1] for row, cells in first.items() if row >= muted_at} == {"·"}
+    assert [row[3] for row in second.values() if row[3] != "·"] == list("hiace")
+
+    player = Replay(recording, pace=20.0)
+    app = ChatApp(player)
+
+    async def again(driver):
+        await until(lambda: player.ended)
+        await press(driver, "ctrl+f", "f1", "x")  # nothing that a recording could do
+        await drawn_anew(driver)
+        shown = [shown_rows(app)]
+        assert "the end" in "\n".join(lines(app)) and "fork" not in lines(app)[-1]
+        await press(driver, "ctrl+o")
+        await until(lambda: player.branch == 1 and player.ended)
+        await drawn_anew(driver)
+        return [*shown, shown_rows(app)]
+
+    assert pilot(app, again, size=(80, 140)) == [first, second]
+
+
+def test_a_replay_keeps_its_times(engine):
+    now = 0.0
+    recording = Recording(engine.streams.names, engine.streams.kinds, engine.model.tokenizer)
+    for row, seconds in enumerate((9.0, 1.0, 1.0, 1.0, 1.0, 20.0)):
+        recording.branches[0].put(row, np.zeros(4, int), np.ones(4, bool), seconds)
+    assert recording.branches[0].time.tolist() == [0, 1, 2, 3, 4, 24]
+    player = Replay(recording, 2.0, clock=lambda: now)
+
+    async def body(player):
+        nonlocal now
+        for rows in range(1, 6):
+            await until(lambda: player.rows == rows)
+            now += 0.5
+            player.faster(0)  # looks at the clock
+        await asyncio.sleep(0.02)
+        now += 9.4
+        player.faster(0)
+        await asyncio.sleep(0.02)
+        assert player.rows == 5 and not player.late
+        now += 0.2
+        player.faster(0)
+        await until(lambda: player.ended)
+
+    running(player, body)
+
+
+def test_narrow_screens(engine):
+    """Columns share the width; those without a place are counted; text wraps; whoever has scrolled back stays there."""
+    live = Live(engine, OPTIONS, 100.0)
+
+    async def body(driver):
+        app = driver.app
+        await press(driver, *"abcabcabc", "enter", "d", "tab")
+        await until(lambda: app.columns.target == "tool")
+        assert app.query_one("Line").value == "d" and live.shown.events[0]["stream"] == "user"
+        await until(lambda: live.rows > 40)
+        live.pause()
+        await drawn_anew(driver)
+        narrow = lines(app)
+        assert max(map(len, narrow)) <= 28 and narrow[0].split()[0] == "row" and "…" in narrow[0]
+        await driver.click("Columns", offset=(11, 0))
+        assert live.muted == {"thought"}
+        await driver.click("Columns", offset=(11, 0))
+        assert not live.muted
+        await driver.click("Columns", offset=(11, 1))  # no name there
+        assert not live.muted
+        last = live.rows - 1
+        assert max(shown_rows(app)) == last
+        await press(driver, "pageup")
+        await drawn_anew(driver)
+        back = shown_rows(app)
+        assert max(back) < last
+        for _ in range(3):
+            live.single()
+            await until(lambda: live.rows == last + 2)
+            last += 1
+        await drawn_anew(driver)
+        assert shown_rows(app) == back
+        await press(driver, "pagedown", "pagedown", "ctrl+t")
+        await drawn_anew(driver)
+        text = lines(app)[1 : app.columns.size.height]
+        user = [line[:6].strip() for line in text]
+        assert "".join(user) == "abcabcabc" and max(map(len, user)) < 7
+        await driver.resize_terminal(14, 30)
+        await drawn_anew(driver)
+        assert any("2 streams" in line for line in lines(app)) or "find no place" in app._status()
+
+    pilot(ChatApp(live), body, size=(28, 40))
+
+
+def test_an_error_stops_rows_and_loses_none(engine, tmp_path):
+    live = Live(engine, OPTIONS, FAST)
+    app = ChatApp(live, str(tmp_path / "chat.npz"))
+
+    async def body(driver):
+        await until(lambda: live.rows > 3)
+        engine._dispatch = lambda sessions: 1 / 0
+        await until(lambda: live.paused)
+        await press(driver, "ctrl+p", "ctrl+s")
+        await drawn_anew(driver)
+        assert "stopped by ZeroDivisionError: division by zero" in "\n".join(lines(app))
+
+    pilot(app, body)
+    assert Recording.load(tmp_path / "chat.npz").branches[0].rows == live.rows > 3
+
+
+def test_keys_are_in_the_document():
+    rows = re.findall(r"^\| (.+?) \|", DOCS.read_text(), flags=re.M)
+    assert {bound.shown for bound in KEYS} <= set(rows)
+
+
+def test_arguments(monkeypatch):
+    for message, arguments in {
+        "give either --checkpoint=DIR": ("runs/x", "chat.npz", None, 8),
+        "there is no recording": (None, "none.npz", None, 8),
+        "there is no checkpoint": ("none", None, None, 8),
+    }.items():
+        with pytest.raises(UserError, match=message):
+            chat.player(*arguments)
+    monkeypatch.delitem(sys.modules, "msllm.screen")
+    monkeypatch.setitem(sys.modules, "textual", None)
+    monkeypatch.setattr(chat.flags, "FLAGS", None)
+    with pytest.raises(UserError, match=re.escape("pip install 'msllm[chat]'")):
+        chat.main([])
+
+
+def test_server_of_the_document(engine):
+    """Three clients at a time where two find a place; each is fed its own text, and places are given back."""
+    source = re.search(r"```python\n(.*?)```", DOCS.read_text(), flags=re.S)[1]
+    server = {"__name__": "server"}
+    exec(compile(source, "docs/chat.md", "exec"), server)
+    server["BEAT"] = 0.01
+    together = []
+    step = engine._dispatch
+    engine._dispatch = lambda sessions: (together.append(len(sessions)), step(sessions))[1]
+
+    async def client(port, said):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        line = lambda: asyncio.wait_for(reader.readline(), 60)
+        got = [json.loads(await line())]
+        if "error" in got[0]:
+            return got[0]["error"]
+        for text in said:
+            writer.write(json.dumps({"stream": "user", "text": text}).encode() + b"\n")
+            for _ in range(4):
+                got.append(json.loads(await line()))
+        writer.write(b'{"stream": "output", "text": "a"}\n')
+        while "error" not in got[-1]:
+            got.append(json.loads(await line()))
+        assert "'output' is no input" in got.pop()["error"]
+        writer.close()
+        assert [row["row"] for row in got] == list(range(len(got)))
+        assert set(got[0]["text"]) == set(engine.streams.names)
+        return got
+
+    async def everybody():
+        async with await server["serve"](engine, 0) as listening:
+            port = listening.sockets[0].getsockname()[1]
+            pair = [asyncio.create_task(client(port, said)) for said in (["abc", "de"], ["ihg"])]
+            await until(lambda: not engine.free)
+            assert "all 2 sessions are open" in await client(port, [])
+            done = await asyncio.gather(*pair)
+            await until(lambda: engine.free == 2)
+            return done, await client(port, ["abc"])
+
+    (first, second), later = asyncio.run(everybody())
+    assert len(first) > 8 and isinstance(second, list) and isinstance(later, list)
+    assert max(together) == 2  # rows of both in one step
