@@ -67,7 +67,7 @@ def evaluate(loaded: Loaded, data: str = "", examples: int = 500) -> dict[str, f
         tables += unpack(loader.batch(step))
         if len(tables) >= examples:
             break
-    make_case = _single_case if loaded.config.data.converter == "dictation_single" else _streams_case
+    make_case = _single_case if loaded.config.data.converter == "dictation_single" else streams_case
     cases = [make_case(table, loaded) for table in tables[:examples]]
     # All batches of one shape: decoding compiles once.
     rows = max(len(case.prompt) for case in cases) + SLACK
@@ -83,7 +83,8 @@ def evaluate(loaded: Loaded, data: str = "", examples: int = 500) -> dict[str, f
     }
 
 
-def _streams_case(table: Table, loaded: Loaded) -> Case:
+def streams_case(table: Table, loaded: Loaded) -> Case:
+    """A table as a task: inputs are given, the rest is the model's. Raises UserError without an input or an output."""
     streams, silence = loaded.streams, loaded.tokenizer.silence_id
     of_kind = lambda kind: [s for s in range(streams.size) if streams.kinds[s] == kind]
     spoken = table.present & (table.tokens != silence)
