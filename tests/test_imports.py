@@ -38,6 +38,7 @@ atomic hf gguf_file
 load
 sampling cache decode_program session decode
 train prepare drawing inspect convert score generate evaluate likelihood
+attention_map plots
 bench_attention bench_decode bench_loader bench_prepare bench
 aot
 """.split()
