@@ -117,6 +117,7 @@ def entropy(axes: Axes, rows: Sequence[Row], names: Sequence[str], **style) -> N
     for s, name in enumerate(names):
         if not np.isnan(values[:, s]).all():
             axes.plot(number, values[:, s], **{"color": f"C{s}", "label": name, **style})
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("row")
     axes.set_ylabel("entropy, nats")
     axes.legend(fontsize=8)
