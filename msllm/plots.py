@@ -90,6 +90,7 @@ def losses(
         raise UserError(f"no stream has the metric {kind!r}: there are {', '.join(kinds) or 'none'}")
     for s, name in there:
         axes.plot(*metrics[f"{kind}/{name}"], **{"color": f"C{s}", "label": f"{name}, {kind}", **style})
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
     axes.set_ylabel("nats per target")
     axes.legend(fontsize=8)

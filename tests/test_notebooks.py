@@ -31,9 +31,15 @@ def definitions(source: str) -> list[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             found.append(node.name)
-        elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)) and node.value:
-            found += [ast.unparse(part) for part in ast.walk(node.value) if isinstance(part, ast.Lambda)]
+        elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)):
+            found += [ast.unparse(value) for value in parts(node.value) if isinstance(value, ast.Lambda)]
     return found
+
+
+def parts(value: ast.expr | None) -> list[ast.expr | None]:
+    """A value, or those of a list, tuple or dict. The arguments of a call are none: `sorted(x, key=lambda ...)`."""
+    inner = getattr(value, "elts", None) or getattr(value, "values", None) or []
+    return [value, *(part for one in inner for part in parts(one))]
 
 
 @pytest.mark.slow
