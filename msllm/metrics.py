@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -195,6 +196,25 @@ class _Wandb:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def read(workdir: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What a run has written to `metrics.jsonl`: by metric (steps [n] int, values [n] float, nan where not finite).
+
+    Steps that were repeated after a crash count once, as they were done last. Raises UserError if there is no such file.
+    """
+    path = epath.Path(workdir) / "metrics.jsonl"
+    try:
+        lines = path.read_text().split("\n")[:-1]  # the last one may not be whole yet
+    except OSError as error:
+        raise UserError(f"there are no metrics in {workdir} ({error}): give a workdir of `msllm.train`") from error
+    found: dict[str, dict[int, float]] = {}
+    for values in map(json.loads, lines):
+        step = values.pop("step")
+        for name, value in values.items():
+            found.setdefault(name, {})[step] = math.nan if value is None else value
+    order = {name: sorted(values) for name, values in found.items()}
+    return {name: (np.array(steps), np.array([found[name][step] for step in steps])) for name, steps in order.items()}
 
 
 class Progress:

@@ -35,10 +35,7 @@ def score(loaded: LoadedModel, tables: dict[str, np.ndarray], silence_id: int | 
       tables: tokens, and optionally present and segment, as in IN.npz. Raises UserError if they are no tables.
       silence_id: needed if silence is not seen as a key and the model came without a tokenizer.
     """
-    if silence_id is None and loaded.tokenizer is not None:
-        silence_id = loaded.tokenizer.silence_id
-    if loaded.streams.skip_silence and silence_id is None:
-        raise UserError("silence is to be hidden but the model has no tokenizer: say which token it is, --silence_id")
+    silence_id = silence_of(loaded, silence_id)
     tables = check_tables(tables, loaded.streams.size, loaded.config.vocab_size)
     count, rows, streams = tables["tokens"].shape
     at_once = min(count, max(1, LOGITS_AT_ONCE // (rows * streams * loaded.config.vocab_size)))
@@ -62,6 +59,15 @@ def _score(graph, silence_id, parameters, tables):
     targets, counted, _ = targets_and_weights(tables, model.streams.loss_weights)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return logits, jnp.where(counted, chosen - jax.nn.logsumexp(logits, axis=-1), jnp.nan)
+
+
+def silence_of(loaded: LoadedModel, silence_id: int | None = None) -> int | None:
+    """The silence token, which the tokenizer knows if it is not given. Raises UserError if it is unknown and needed."""
+    if silence_id is None and loaded.tokenizer is not None:
+        silence_id = loaded.tokenizer.silence_id
+    if loaded.streams.skip_silence and silence_id is None:
+        raise UserError("silence is to be hidden but the model has no tokenizer: say which token it is, --silence_id")
+    return silence_id
 
 
 def check_tables(tables: dict[str, np.ndarray], streams: int, vocab_size: int) -> dict[str, np.ndarray]:

@@ -9,12 +9,14 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from msllm import step as step_lib
+from msllm.checkpoint import Loaded
 from msllm.config import Config, MeshConfig, default_config, from_config_dict, to_json
+from msllm.data.loader import Loader
 from msllm.prepare import prepare
 from msllm.sharding import make_mesh
 from msllm.step import Program
 from msllm.streams import StreamSpec
-from msllm.train import to_devices
+from msllm.train import to_devices, with_vocabulary
 
 SILENCE = 1
 SMALL = {
@@ -116,6 +118,17 @@ def data_dir(tmp_path_factory):
     out = tmp_path_factory.getbasetemp() / "dictation"
     prepare(dictation(), out)
     return str(out)
+
+
+@pytest.fixture
+def loaded(data_dir) -> Loaded:
+    """An untrained model for the prepared examples, as from a checkpoint."""
+    config = dictation(**{"data.dir": data_dir})
+    streams = StreamSpec.from_config(config.streams)
+    tokenizer = Loader(config.data, "eval", streams).tokenizer
+    config = with_vocabulary(config, tokenizer.vocab_size)
+    program = Program(config, streams, make_mesh(config.mesh), tokenizer.silence_id)
+    return Loaded("", 0, config, streams, tokenizer, program.graph, program.init().parameters)
 
 
 def dictation(**dotted) -> Config:

@@ -60,7 +60,7 @@ EXAMPLE = make_table(
 
 def test_streams_are_right_whatever_the_thoughts_and_the_timing(monkeypatch):
     loaded = FakeLoaded(*STREAMS)
-    case = evaluation._streams_case(EXAMPLE, loaded)
+    case = evaluation.streams_case(EXAMPLE, loaded)
     later = make_table([placed(0, 0, "take 3 add 1 ?"), placed(2, 9, "that makes 4 .")], 14, 3, SILENCE).tokens
     asked = say(monkeypatch, later)
     assert evaluation._answer([case], loaded, rows=20, batch=2) == [(True, 9 - 4, 12 - 4)]
@@ -74,7 +74,7 @@ def test_streams_are_right_whatever_the_thoughts_and_the_timing(monkeypatch):
 def test_a_wrong_short_or_long_answer_is_wrong(monkeypatch, answer):
     loaded = FakeLoaded(*STREAMS)
     say(monkeypatch, make_table([placed(2, 6, answer)], 12, 3, SILENCE).tokens)
-    assert not evaluation._answer([evaluation._streams_case(EXAMPLE, loaded)], loaded, rows=20, batch=2)[0][0]
+    assert not evaluation._answer([evaluation.streams_case(EXAMPLE, loaded)], loaded, rows=20, batch=2)[0][0]
 
 
 def test_one_stream_is_prompted_with_the_question_and_judged_by_its_last_words(monkeypatch):

