@@ -32,6 +32,7 @@ def get_config(streams="4"):
     shared = pathlib.Path(os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared")
     config.data.dir = f"data/parallel_{size}"
     config.data.converter = "parallel_documents"
+    config.data.options = {"shuffle": 1024}  # so that a batch is as varied as one of single streams
     config.data.path = str(shared / "data/tinyshakespeare/input.txt")
     config.data.tokenizer.model_type = "char"
     config.data.tokenizer.vocab_size = 256

@@ -356,12 +356,18 @@ def test_aligned(run, rows, size):
     assert present == [[item is not None for item in row] for row in rows]
 
 
-@given(lengths=st.lists(st.integers(0, 20), max_size=8), size=st.integers(2, 7), streams=st.integers(1, 3))
-def test_parallel_documents(run, lengths, size, streams):
+@given(
+    lengths=st.lists(st.integers(0, 20), max_size=8),
+    size=st.integers(2, 7),
+    streams=st.integers(1, 3),
+    shuffle=st.integers(0, 5),
+)
+def test_parallel_documents(run, lengths, size, streams, shuffle):
     words = iter(WORDS)
     documents = [text(words, length) for length in lengths]
     spec = StreamsConfig(names=tuple("abc"[:streams]), kinds=("output",) * streams)
-    tables = run("parallel_documents", [{"text": document} for document in documents], spec, rows=size)
+    records = [{"text": document} for document in documents]
+    tables = run("parallel_documents", records, spec, rows=size, options={"shuffle": shuffle})
     pairs, ends = [], 0
     for table in tables:
         assert len(table.tokens) <= size
@@ -373,6 +379,19 @@ def test_parallel_documents(run, lengths, size, streams):
     split = [document.split() for document in documents]
     assert sorted(pairs) == sorted(pair for document in split for pair in zip(document, document[1:]))
     assert ends <= sum(length > 1 for length in lengths)
+
+
+def test_shuffled_documents_leave_their_neighbours_and_come_in_the_same_order_again(run):
+    documents = [{"text": f"w{2 * i} w{2 * i + 1}"} for i in range(100)]
+    spec = StreamsConfig(names=("a", "b"), kinds=("output",) * 2)
+    firsts = lambda **options: [
+        [int(TOKENIZER.decode([token])[1:]) // 2 for token in table.tokens[0]]
+        for table in run("parallel_documents", documents, spec, rows=2, options=options)
+    ]
+    neighbours = lambda tables: sum(abs(a - b) == 1 for a, b in tables)
+    assert neighbours(firsts()) == 50 and firsts(shuffle=0) == firsts()
+    assert neighbours(firsts(shuffle=40)) < 10 and firsts(shuffle=40) == firsts(shuffle=40)
+    assert sorted(sum(firsts(shuffle=40), [])) == list(range(100))
 
 
 def test_parallel_documents_fill_the_fullest_stream(run):

@@ -3,38 +3,69 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import random
+from collections.abc import Iterable, Iterator, Sequence
 
 from msllm.data.converters.layout import Layout
 from msllm.data.converters.single import pieces
 from msllm.data.sources import Part, texts
 from msllm.data.tables import Placement, Table
 
-OPTIONS = {"key": "text"}
+OPTIONS = {"key": "text", "shuffle": 0}
 
 
 def convert(layout: Layout, part: Part) -> Iterator[Table]:
     """From documents (texts; of records, the text under `key`), in pieces as `single` makes them.
 
     Every piece goes to the fullest stream that has room for it in T rows. A row of silence follows the end of a
-    document where there is room; cells below the last document of a stream are absent.
+    document where there is room; cells below the last document of a stream are absent. With `shuffle`, pieces come in
+    random order from a buffer of so many: the streams of a table else hold neighbours, and a batch of them teaches less
+    than one of pieces that have nothing to do with each other.
     """
     columns: list[list[int]] = [[] for _ in layout.spec.names]
     source = ""
-    for where, blocks in texts(part, layout.options["key"], layout.bad):
-        column = None
-        for piece in layout.counted(pieces(layout, blocks)):
-            fitting = [column for column in columns if len(column) + len(piece) <= layout.rows]
-            if not fitting:
-                yield _table(layout, columns)._replace(source=source)
-                columns = fitting = [[] for _ in layout.spec.names]
-            source = source if any(columns) else where
-            column = max(fitting, key=len)
-            column += piece
-        if column is not None and len(column) < layout.rows:
+    for where, piece, last in _shuffled(_pieces(layout, part), layout.options["shuffle"]):
+        fitting = [column for column in columns if len(column) + len(piece) <= layout.rows]
+        if not fitting:
+            yield _table(layout, columns)._replace(source=source)
+            columns = fitting = [[] for _ in layout.spec.names]
+        source = source if any(columns) else where
+        column = max(fitting, key=len)
+        column += piece
+        if last and len(column) < layout.rows:
             column.append(layout.tokenizer.silence_id)
     if any(columns):
         yield _table(layout, columns)._replace(source=source)
+
+
+def _pieces(layout: Layout, part: Part) -> Iterator[tuple[str, Sequence[int], bool]]:
+    """(where its document is, a piece, whether it is the document's last)."""
+    for where, blocks in texts(part, layout.options["key"], layout.bad):
+        before = None
+        for piece in layout.counted(pieces(layout, blocks)):
+            if before is not None:
+                yield where, before, False
+            before = piece
+        if before is not None:
+            yield where, before, True
+
+
+def _shuffled(items: Iterable, size: int) -> Iterator:
+    """Items in a random order, the same in every run; one is passed on at most `size` places early."""
+    # Of `random`'s methods only random() is promised to give the same numbers in every Python.
+    rng, waiting = random.Random(0), []
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > size:
+            yield _take(waiting, rng)
+    while waiting:
+        yield _take(waiting, rng)
+
+
+def _take(items: list, rng: random.Random):
+    place = int(rng.random() * len(items))
+    items[place], items[-1] = items[-1], items[place]
+    return items.pop()
 
 
 def _table(layout: Layout, columns: list[list[int]]) -> Table:
