@@ -29,9 +29,9 @@ def get_config(choice="3"):
     """All settings of the run."""
     size, _, text = choice.partition(",")
     config = fine_tune(BASE)
-    config.steps = 120
-    config.eval_every = 40
-    config.eval_batches = 24
+    config.steps = 80
+    config.log_every = 5
+    config.eval_every = 0  # msllm.likelihood does it, before and after
 
     config.streams.names = ("user", "thought", "output") if size == "3" else ("user", "output")
     config.streams.kinds = ("input", "thought", "output") if size == "3" else ("input", "output")
@@ -44,7 +44,7 @@ def get_config(choice="3"):
     config.data.converter = "gsm8k"
     config.data.path = str(shared / "data/gsm8k/train.jsonl")
     config.data.eval_path = str(shared / "data/gsm8k/test.jsonl")
-    config.data.rows = 384
+    config.data.rows = 256
     config.data.batch_size = 1
     config.data.shards = 1
     if text == "plain":
@@ -56,8 +56,8 @@ def get_config(choice="3"):
         config.data.max_examples = 1
         config.data.rows = 1024 + max(config.streams.delays, default=0)  # the first 1,024 tokens
 
-    config.optim.lr = 5e-5
-    config.optim.warmup_steps = 20
+    config.optim.lr = 1e-4
+    config.optim.warmup_steps = 10
     config.optim.weight_decay = 0.0
     config.optim.stream_embedding_lr = 20.0
     config.checkpoint.keep_last = 1
