@@ -29,7 +29,7 @@ def get_config(choice="3"):
     """All settings of the run."""
     size, _, text = choice.partition(",")
     config = fine_tune(BASE)
-    config.steps = 80
+    config.steps = 50
     config.log_every = 5
     config.eval_every = 0  # msllm.likelihood does it, before and after
 
@@ -57,8 +57,9 @@ def get_config(choice="3"):
         config.data.rows = 1024 + max(config.streams.delays, default=0)  # the first 1,024 tokens
 
     config.optim.lr = 1e-4
-    config.optim.warmup_steps = 10
+    config.optim.warmup_steps = 5
     config.optim.weight_decay = 0.0
     config.optim.stream_embedding_lr = 20.0
+    config.optim.silence_lr = 20.0
     config.checkpoint.keep_last = 1
     return config
