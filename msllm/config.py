@@ -152,6 +152,7 @@ class OptimConfig:
     weight_decay: float = 0.1
     no_decay: tuple[str, ...] = ("norm", "bias", "stream_embedding")  # parameters whose path contains one of these
     stream_embedding_lr: float = 5.0  # learning rate of the stream embedding, as a multiple of lr
+    silence_lr: float = 1.0  # learning rate of silence's rows of embedding and head, as a multiple of lr
     clip_norm: float = 1.0  # 0: no clipping
     accumulate: int = 1  # micro-batches per step
     max_skipped: int = 10  # updates skipped in a row, for non-finite loss or gradient, before the run stops

@@ -1,10 +1,11 @@
 """Held-out examples, answered: how often the output streams say exactly what they should, and how soon.
 
-    python -m msllm.evaluate --checkpoint=runs/quickstart [--data=DIR] [--examples=500] [--json=FILE]
+    python -m msllm.evaluate --checkpoint=runs/quickstart [--data=DIR] [--examples=500] [--after=####] [--json=FILE]
 
 The input streams of each held-out example are given row by row; the model generates all others. An example counts as
-right when the tokens of every output stream, silence left out, are those of the example. The number of rows is counted
-from the last token of the input to the first and to the last token of the answer, over the examples that are right.
+right when the tokens of every output stream, silence left out, are those of the example; with `--after`, what they say
+after this mark, where a worked answer comes before. The number of rows is counted from the last token of the input to
+the first and to the last token of the answer, over the examples that are right; to the first, over all answers, too.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from msllm.checkpoint import Loaded, load_model
 from msllm.config import MixtureConfig
 from msllm.data.dictation import QUESTION_END, expected_answer, question_end
 from msllm.data.loader import Loader
+from msllm.data.records import read_manifest
 from msllm.data.tables import Table, unpack
 from msllm.decode import FREE, generate
 from msllm.errors import UserError
@@ -39,29 +41,55 @@ class Case(NamedTuple):
     one_stream_rows: int  # rows from the end of the question to the answer if it were told in one stream
 
 
+class Result(NamedTuple):
+    """How an example was answered."""
+
+    right: bool
+    first: int | None  # rows from the end of the input to the answer's first token; None: no answer
+    last: int | None  # to its last
+
+
 def open_data(loaded: Loaded, data: str = "", split: str = "eval") -> Loader:
-    """A split of prepared data for a checkpoint; `data`: empty: what it was trained on. Raises UserError."""
+    """A split of prepared data for a checkpoint; `data`: empty: what it was trained on. Raises UserError.
+
+    Rows and delays are the data's, which parameters know nothing of.
+    """
     trained = loaded.config.data
     if trained.mixture.dirs and not data:
         sources = ", ".join(trained.mixture.dirs)
         raise UserError(f"the checkpoint was trained on a mixture of {sources}: choose one, --data=DIR")
-    config = dataclasses.replace(trained, dir=data or trained.dir, mixture=MixtureConfig())
-    loader = Loader(config, split, loaded.streams)
+    if not (folder := data or trained.dir):
+        raise UserError("the checkpoint was not trained, so it has no data of its own: prepare some, and give --data=DIR")
+    manifest = read_manifest(folder)
+    tables = manifest["splits"][split]["tables"] if split in manifest["splits"] else 0
+    config = dataclasses.replace(
+        trained,
+        dir=folder,
+        rows=manifest["rows"],
+        batch_size=max(1, min(trained.batch_size, tables)),  # no batch that is mostly filler
+        mixture=MixtureConfig(),
+    )
+    loader = Loader(config, split, dataclasses.replace(loaded.streams, delays=tuple(manifest["streams"]["delays"])))
     if loader.tokenizer.hash != loaded.tokenizer.hash:
         raise UserError(f"{config.dir} was prepared with another tokenizer than the checkpoint's: give its data, --data=DIR")
     return loader
 
 
-def evaluate(loaded: Loaded, data: str = "", examples: int = 500) -> dict[str, float | int]:
+def evaluate(loaded: Loaded, data: str = "", examples: int = 500, after: str = "") -> dict[str, float | int]:
     """Exact match and rows to the answer on held-out examples.
 
     Args:
       data: the prepared directory; empty: the one that the checkpoint was trained on. examples: at most so many.
+      after: the answer is what an output says after the last such text; empty: all that it says.
 
-    Returns: examples, exact_match, and medians rows_to_first and rows_to_last token of the answer, and
+    Returns: examples, exact_match, answered (the share in which all outputs gave some answer), and medians rows_to_first
+      and rows_to_last token of the answer where it is right, answered_rows: rows to the first token of any answer, and
       one_stream_rows: the same as rows_to_first if each question were read, thought about and answered in one stream.
+      A median of nothing is nan.
     """
     loader = open_data(loaded, data)
+    delays = tuple(loader.manifest["streams"]["delays"])
+    loaded = dataclasses.replace(loaded, streams=dataclasses.replace(loaded.streams, delays=delays))
     tables = []
     for step in range(loader.num_batches):
         tables += unpack(loader.batch(step))
@@ -69,17 +97,23 @@ def evaluate(loaded: Loaded, data: str = "", examples: int = 500) -> dict[str, f
             break
     make_case = _single_case if loaded.config.data.converter == "dictation_single" else streams_case
     cases = [make_case(table, loaded) for table in tables[:examples]]
+    if after:
+        cases = [_only_after(case, after, loaded.tokenizer) for case in cases]
     # All batches of one shape: decoding compiles once.
-    rows = max(len(case.prompt) for case in cases) + SLACK
-    results = [r for i in range(0, len(cases), BATCH) for r in _answer(cases[i : i + BATCH], loaded, rows, BATCH)]
-    right = [(first, last) for ok, first, last in results if ok]
-    median = lambda values: float(np.median(list(values))) if right else float("nan")
+    rows, size = max(len(case.prompt) for case in cases) + SLACK, min(BATCH, len(cases))
+    parts = [cases[i : i + size] for i in range(0, len(cases), size)]
+    results = [result for part in parts for result in _answer(part, loaded, rows, size, after)]
+    answered = [r for r in results if r.first is not None]
+    right = [r for r in answered if r.right]
+    median = lambda values: float(np.median(list(values) or [np.nan]))
     return {
         "examples": len(cases),
         "exact_match": len(right) / len(cases),
-        "rows_to_first": median(first for first, _ in right),
-        "rows_to_last": median(last for _, last in right),
-        "one_stream_rows": float(np.median([case.one_stream_rows for case in cases])),
+        "answered": len(answered) / len(cases),
+        "rows_to_first": median(r.first for r in right),
+        "rows_to_last": median(r.last for r in right),
+        "answered_rows": median(r.first for r in answered),
+        "one_stream_rows": median(case.one_stream_rows for case in cases),
     }
 
 
@@ -115,30 +149,53 @@ def _dictation_answer(question: Sequence[int], tokenizer) -> list[int]:
     return tokenizer.encode(" ".join(expected_answer(tokenizer.decode(question).split())))
 
 
-def _answer(cases: Sequence[Case], loaded: Loaded, rows: int, batch: int) -> list[tuple[bool, int, int]]:
-    """Per case: right or not, and the rows from the end of the input to the answer's first and last token."""
-    streams, silence = loaded.streams, loaded.tokenizer.silence_id
+def _only_after(case: Case, mark: str, tokenizer) -> Case:
+    """The case with what follows the mark as its answer. Raises UserError if nothing does."""
+    answer = [tokens[_end_of_mark(tokens, mark, tokenizer) :] for tokens in case.answer]
+    if not all(answer):
+        texts = [tokenizer.decode(tokens) for tokens in case.answer]
+        raise UserError(f"--after={mark}: nothing comes after it in the example's output {texts}: correct the mark")
+    worked = sum(map(len, case.answer)) - sum(map(len, answer))
+    return case._replace(answer=answer, one_stream_rows=case.one_stream_rows + worked)
+
+
+def _end_of_mark(tokens: Sequence[int], mark: str, tokenizer) -> int:
+    """The place after the last mark in a text, which may be several tokens or part of one; the text's end if there is
+    none."""
+    ends_after = lambda start: next(
+        (end for end in range(start + 1, len(tokens) + 1) if mark in tokenizer.decode(tokens[start:end])), None
+    )
+    return next((end for start in reversed(range(len(tokens))) if (end := ends_after(start))), len(tokens))
+
+
+def _answer(cases: Sequence[Case], loaded: Loaded, rows: int, batch: int, mark: str = "") -> list[Result]:
+    """What the model answers, case by case."""
+    streams, tokenizer = loaded.streams, loaded.tokenizer
     forced = np.full((batch, rows, streams.size), FREE)
     inputs = [s for s in range(streams.size) if streams.kinds[s] == "input"]
-    forced[:, :, inputs] = silence
+    forced[:, :, inputs] = tokenizer.silence_id
     for b, case in enumerate(cases):
         forced[b, : len(case.prompt)] = case.prompt
     # Nothing predicts a first row: what is not given there is silence, as in the examples.
-    forced[:, 0] = np.where(forced[:, 0] == FREE, silence, forced[:, 0])
-    model = from_parameters(loaded.config.model, streams, loaded.parameters, loaded.tokenizer)
-    tokens = generate(model, rows, forced=forced, batch=batch).shown
+    forced[:, 0] = np.where(forced[:, 0] == FREE, tokenizer.silence_id, forced[:, 0])
+    model = from_parameters(loaded.config.model, streams, loaded.parameters, tokenizer)
+    made = generate(model, rows, forced=forced, batch=batch)
+    spoken = made.present & (made.shown != tokenizer.silence_id)
     outputs = [s for s in range(streams.size) if streams.kinds[s] == "output"]
     results = []
     for b, case in enumerate(cases):  # the rest of the batch is filler
-        after = case.end + 1 if len(outputs) == streams.size else 0  # a stream that also holds the question
-        columns = [tokens[b, after:, s] for s in outputs]
-        said = [column[column != silence].tolist() for column in columns]
-        if after:
-            said = [words[-len(answer) :] for words, answer in zip(said, case.answer)]
-        spoken_rows = np.flatnonzero(np.any([column != silence for column in columns], axis=0)) + after - case.end
-        answer_rows = spoken_rows[-max(map(len, case.answer)) :]
-        first, last = (int(answer_rows[0]), int(answer_rows[-1])) if len(answer_rows) else (0, 0)
-        results.append((said == case.answer, first, last))
+        where, said = [], []
+        for s, answer in zip(outputs, case.answer):
+            at = np.flatnonzero(spoken[b, :, s])
+            if len(outputs) == streams.size:  # a stream that also holds the question
+                at = at[at > case.end][-len(answer) :]
+            elif mark:
+                at = at[_end_of_mark(made.shown[b, at, s].tolist(), mark, tokenizer) :]
+            where.append(at - case.end)
+            said.append(made.shown[b, at, s].tolist())
+        first = int(min(at[0] for at in where)) if all(len(at) for at in where) else None
+        last = int(max(at[-1] for at in where)) if first is not None else None
+        results.append(Result(said == case.answer, first, last))
     return results
 
 
@@ -150,18 +207,20 @@ def _main() -> None:
     checkpoint = flags.DEFINE_string("checkpoint", None, "A workdir of msllm.train, or one of its checkpoints.")
     data = flags.DEFINE_string("data", "", "Prepared data; the default is what the checkpoint was trained on.")
     examples = flags.DEFINE_integer("examples", 500, "At most so many held-out examples.")
+    after = flags.DEFINE_string("after", "", "The answer is what an output says after the last such text.")
     out = flags.DEFINE_string("json", "", "Also write the result to this file.")
     flags.mark_flag_as_required("checkpoint")
 
     def main(_):
         loaded = load_model(checkpoint.value)
-        result = evaluate(loaded, data.value, examples.value)
+        result = evaluate(loaded, data.value, examples.value, after.value)
         print(f"step {loaded.step}: {result['exact_match']:.1%} of {result['examples']} held-out examples answered exactly")
         print(
             f"rows from the end of the question to the answer: first token {result['rows_to_first']:g}, "
             f"last token {result['rows_to_last']:g} (first token in one stream, after reading and thinking: "
             f"{result['one_stream_rows']:g})"
         )
+        print(f"{result['answered']:.1%} answered at all, right or wrong: first token after {result['answered_rows']:g} rows")
         if out.value:
             pathlib.Path(out.value).write_text(json.dumps(result) + "\n")
 

@@ -39,21 +39,31 @@ class Units(NamedTuple):
     nll_words: np.ndarray  # of those, given that they are not silence: what is said, without when
 
 
-def measure(loaded: Loaded, data: str = "", split: str = "eval", visibility: str = "", block: int = 0) -> Units:
+def measure(
+    loaded: Loaded,
+    data: str = "",
+    split: str = "eval",
+    visibility: str = "",
+    block: int = 0,
+    skip_silence: bool | None = None,
+) -> Units:
     """Sums over a split of prepared data.
 
     Args:
       data: the prepared directory; empty: the one that the checkpoint was trained on.
       visibility: a preset in place of the checkpoint's own. block: rows of a unit; 0: examples are the units.
+      skip_silence: whether silence is hidden as a key; None: as the checkpoint has it.
     """
-    loader, size = open_data(loaded, data, split), loaded.config.data.batch_size
+    loader = open_data(loaded, data, split)
     model = from_parameters(loaded.config.model, loaded.streams, loaded.parameters, loaded.tokenizer)
     model = model.with_visibility(visibility) if visibility else model
+    model = model if skip_silence is None else model.with_streams(skip_silence=skip_silence)
     silence = loaded.tokenizer.silence_id
     sums: dict[tuple[int, int, int], np.ndarray] = {}
-    for step in range(-(-loader.num_tables // size)):
-        held = min(size, loader.num_tables - step * size)  # a last batch is filled up
+    for step in range(loader.num_batches):
         batch = loader.batch(step)
+        size = len(batch["segment"])
+        held = min(size, loader.num_tables - step * size)  # a last batch is filled up
         nll, words, targets, counted = map(np.asarray, _nll(model.graph, silence, model.parameters, batch))
         spoken = counted & (targets != silence)
         parts = [nll * counted, counted, spoken, nll * spoken, np.where(spoken, words, 0)]
@@ -155,13 +165,14 @@ def _main() -> None:
     data = flags.DEFINE_string("data", "", "Prepared data; the default is what the checkpoint was trained on.")
     split = flags.DEFINE_string("split", "eval", "The split of it.")
     visibility = flags.DEFINE_enum("visibility", "", ["", *PRESETS], "Visibility instead of the checkpoint's own.")
+    skip = flags.DEFINE_boolean("skip_silence", None, "Silence is not seen as a key; the default is the checkpoint's own.")
     block = flags.DEFINE_integer("block", 0, "Rows of a unit of the bootstrap; 0: whole examples.", lower_bound=0)
     resamples = flags.DEFINE_integer("resamples", 1000, "How often the units are resampled.", lower_bound=1)
     out = flags.DEFINE_string("json", "", "Also write the result to this file.")
     flags.mark_flag_as_required("checkpoint")
 
     def main(_):
-        options = (data.value, split.value, visibility.value, block.value)
+        options = (data.value, split.value, visibility.value, block.value, skip.value)
         load = lambda path: load_model(best(path) if choose.value else path)
         loaded = load(checkpoint.value)
         names = loaded.streams.names

@@ -10,6 +10,8 @@ import optax
 
 from msllm.config import OptimConfig
 
+TABLES = ("embedding", "head")  # parameters with a row for each token
+
 
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Learning rate by update count: linear warm-up, then cosine, stable-and-decay (WSD) or constant."""
@@ -38,11 +40,11 @@ def path_name(path) -> str:
     return "/".join(str(getattr(key, "key", key)) for key in path)
 
 
-def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+def optimizer(config: OptimConfig, steps: int, silence_id: int = -1) -> optax.GradientTransformation:
     """Clip by global norm, Adam (Kingma & Ba 2014), decoupled weight decay (Loshchilov & Hutter 2017), schedule.
 
     Parameters whose path contains one of `config.no_decay` are not decayed; the stream embedding's rate is multiplied
-    by `config.stream_embedding_lr`.
+    by `config.stream_embedding_lr`, that of the rows of the token `silence_id` by `config.silence_lr`.
     """
     decayed = lambda tree: _mask(tree, lambda name: not any(part in name for part in config.no_decay))
     stream_embedding = lambda tree: _mask(tree, lambda name: "stream_embedding" in name)
@@ -51,8 +53,21 @@ def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, decayed),
         optax.masked(optax.scale(config.stream_embedding_lr), stream_embedding),
+        # Not in the chain if it does nothing: the state of a chain has a place for each of its parts.
+        *([_scale_row(silence_id, config.silence_lr)] if config.silence_lr != 1 else []),
         optax.scale_by_learning_rate(schedule(config, steps)),
     )
+
+
+def _scale_row(token: int, factor: float) -> optax.GradientTransformation:
+    """Multiplies the updates of one token's rows in the tables [V, D]."""
+
+    def scale(path, update):
+        if path_name(path) not in TABLES:
+            return update
+        return jnp.where(jnp.arange(len(update))[:, None] == token, factor * update, update)
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
 
 
 def leaf_norms(tree: Any) -> jax.Array:

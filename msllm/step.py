@@ -59,7 +59,7 @@ class Program:
         self.graph, shapes, axes = abstract_model(config.model, streams)
         self.parameter_names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
         self._specs = jax.tree.map(lambda a: partition(*a), axes, is_leaf=lambda a: isinstance(a, tuple))
-        self._optimizer = optimizer(config.optim, config.steps)
+        self._optimizer = optimizer(config.optim, config.steps, silence_id)
 
         scalar, shardings = named(mesh), parameter_shardings(axes, mesh)
         moments = optax.tree_utils.tree_map_params(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -20,11 +21,14 @@ from msllm import hf
 from msllm.checkpoint import load_model
 from msllm.config import TokenizerConfig, from_config_dict
 from msllm.convert import from_hf, parse_streams, to_hf, with_silence
+from msllm.data.loader import Loader
+from msllm.data.tables import unpack
 from msllm.errors import UserError
 from msllm.initial import fine_tune, initial_parameters, stream_vectors
-from msllm.load import load_any
+from msllm.load import from_parameters, load_any
 from msllm.prepare import prepare
 from msllm.score import score
+from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer, train as train_tokenizer
 from msllm.train import train
 from runs import compile_once, make_config, make_program  # noqa: F401
@@ -325,6 +329,40 @@ def test_a_run_starts_from_an_import(imported, tmp_path):
     report = to_hf(tmp_path / "run", tmp_path / "back", like=str(tmp_path / "qwen3"))
     assert "step 1" in report and "float32 is written" in report
     assert json.loads((tmp_path / "back" / "config.json").read_text())["max_position_embeddings"] == 64
+
+
+@pytest.mark.parametrize("size", ["2", "3"])
+def test_streams_start_where_one_stream_would_go_on(size, folder, tmp_path, monkeypatch):
+    """configs/smollm2_streams.py: an untrained model works a question out as the imported one does, which reads both."""
+    path = golden_cases.HERE.parent / "configs/smollm2_streams.py"
+    (tmp_path / "data/gsm8k").mkdir(parents=True)
+    solved = {"question": "take 4 add 3 no wait", "answer": "The total is 6.\n#### 6"}
+    for name in ("train", "test"):
+        (tmp_path / f"data/gsm8k/{name}.jsonl").write_text(json.dumps(solved))
+    monkeypatch.setenv("MSLLM_SHARED", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="models/smollm2/config.json cannot be read .*msllm.convert"):
+        runpy.run_path(str(path))["get_config"](size)
+    from_hf(folder("llama"), "models/smollm2", streams=STREAMS)
+    config = from_config_dict(runpy.run_path(str(path))["get_config"](size))
+    prepare(config, config.data.dir)
+    streams = StreamSpec.from_config(config.streams)
+    loader = Loader(config.data, "eval", streams)
+    (table,) = unpack(loader.batch(0))
+    silence, working = loader.tokenizer.silence_id, 1  # the thought, or the output
+    said = lambda s: table.present[:, s] & (table.tokens[:, s] != silence)
+    begin, end = np.flatnonzero(said(working))[[0, -1]]
+    assert begin == np.flatnonzero(said(0))[-1] + 1 and end > begin + 2
+    parameters = initial_parameters(config.init_from, make_program(config), loader.tokenizer)
+    model = from_parameters(config.model, streams, parameters, loader.tokenizer)
+    tables = {"tokens": table.tokens[None], "present": table.present[None]}
+    logits = next(score(model, tables))["logits"][0, begin : end + 1, working]
+
+    text = np.concatenate([table.tokens[said(s), s] for s in (0, working)])
+    base = load_any("models/smollm2")  # isolated: every stream is the imported model
+    expected = logits_of(base, np.tile(text[None, :, None], 3))[0, :, 0]
+    np.testing.assert_allclose(logits, expected[begin:], rtol=0, atol=1e-4)
+    assert np.abs(expected[begin:] - expected[:1]).max() > 0.1
 
 
 def test_initial_parameters_are_laid_out_for_the_mesh(imported, caplog):

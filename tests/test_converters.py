@@ -74,6 +74,23 @@ def test_gsm8k_answer_waits_for_a_question_that_outlasts_the_thought(tmp_path):
     assert spoken(table, 1) == ("g", (0, 1)) and spoken(table, 2) == ("1", (6, 7))
 
 
+def test_gsm8k_without_a_thought_is_said_by_the_output(tmp_path):
+    path = jsonl(tmp_path, {"question": "a b", "answer": "c <<1+2=3>>3\nd\n#### 3"})
+    streams = StreamsConfig(names=("user", "output"), kinds=("input", "output"))
+    (table,) = run(make_config("gsm8k", path, streams=streams), CHARACTERS)
+    assert spoken(table, 0, CHARACTERS) == ("a b", (0, 3)) and spoken(table, 1, CHARACTERS) == ("c 3\nd\n#### 3", (3, 15))
+    (table,) = run(make_config("gsm8k", path, streams=streams, options={"think_after": 1}), CHARACTERS)
+    assert spoken(table, 1, CHARACTERS)[1] == (1, 13)
+
+
+def test_plain_text_in_one_of_several_streams(tmp_path):
+    (tmp_path / "x.txt").write_text("a b c d e")
+    tables = run(make_config("single", tmp_path / "x.txt", options={"stream": "output"}, rows=4))
+    assert [spoken(table, 2)[0] for table in tables] == ["a b c d", "d e"]
+    for table in tables:
+        assert table.present.all() and (table.tokens[:, :2] == TOKENIZER.silence_id).all()
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     cells=st.lists(st.tuples(*[st.sampled_from(["a", "b", "", None, 3])] * 2), min_size=1, max_size=6).map(
@@ -246,7 +263,7 @@ BAD = [
     ("tables", [{"streams": {"user": 5}}], r"jsonl:1: stream 'user' is 5"),
     ("chat", [{"messages": "hi"}], r"records.jsonl:1: must be"),
     ("chat", [{"messages": [{"role": "bot", "content": "a"}]}], r"jsonl:1: role 'bot' .*options.roles"),
-    ("single", ["a"], r"exactly one stream"),
+    ("single", ["a"], r"exactly one stream; config.data.options.stream names"),
 ]
 
 
@@ -260,6 +277,7 @@ def test_bad_records_are_named(tmp_path, converter, records, message):
     "changes, message",
     [
         ({"converter": "gsm9k"}, "config.data.converter is 'gsm9k': must be one of chat, .*package.module:function"),
+        ({"converter": "single", "options": {"stream": "outptu"}}, "there is no stream 'outptu'"),
         ({"options": {"think": 1}}, "config.data.options.think: gsm8k knows think_after"),
         ({"options": {"think_after": "1"}}, "think_after is '1': expected int"),
         ({"options": {"think_after": -2}}, "think_after is -2"),

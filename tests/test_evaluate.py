@@ -8,10 +8,11 @@ from msllm.config import StreamsConfig
 from msllm.data.dictation import expected_answer
 from msllm.data.tables import Placement, make_table
 from msllm.decode import FREE, Generated
+from msllm.errors import UserError
 from msllm.streams import StreamSpec
 
 SILENCE = 0
-WORDS = ["<silence>", "take", "3", "add", "1", "?", "=3", "+1", "=4", "that", "makes", "4", "."]
+WORDS = ["<silence>", "take", "3", "add", "1", "?", "=3", "+1", "=4", "that", "makes", "4", ".", "##"]
 
 
 class WordTokenizer:
@@ -37,15 +38,20 @@ def placed(stream, start, text):
     return Placement(stream, start, WordTokenizer().encode(text))
 
 
-def say(monkeypatch, tokens):
-    """Lets the model 'generate' these tokens, whatever it is asked; returns what it was forced to say."""
+def say(monkeypatch, tokens, absent=()):
+    """Lets the model 'generate' these tokens, whatever it is asked; returns what it was forced to say.
+
+    `absent`: (row, stream) of cells that are not there, whatever token stands in them."""
     asked = {}
 
     def generate(model, rows, *, forced, batch):
         asked["forced"] = forced
         shown = np.full((batch, rows, tokens.shape[1]), SILENCE)
         shown[:, : len(tokens)] = tokens
-        return Generated(shown, shown, shown >= 0, [])
+        present = shown >= 0
+        for row, stream in absent:
+            present[:, row, stream] = False
+        return Generated(shown, shown, present, [])
 
     monkeypatch.setattr(evaluation, "generate", generate)
     monkeypatch.setattr(evaluation, "from_parameters", lambda *args: None)
@@ -87,3 +93,40 @@ def test_one_stream_is_prompted_with_the_question_and_judged_by_its_last_words(m
     assert (asked["forced"][0, :5, 0] != FREE).all() and (asked["forced"][0, 5:, 0] == FREE).all()
     say(monkeypatch, make_table([placed(0, 0, f"{question} {thoughts} that makes 3 .")], 14, 1, SILENCE).tokens)
     assert not evaluation._answer([case], loaded, rows=20, batch=2)[0][0]
+
+
+def test_absent_cells_say_nothing(monkeypatch):
+    loaded = FakeLoaded(*STREAMS)
+    shown = EXAMPLE.tokens.copy()
+    shown[0, 2] = WORDS.index("take")  # above a stream that begins a row late
+    say(monkeypatch, shown, absent=[(0, 2)])
+    assert evaluation._answer([evaluation._streams_case(EXAMPLE, loaded)], loaded, rows=20, batch=1) == [(True, 2, 5)]
+
+
+def test_an_answer_may_come_after_its_working(monkeypatch):
+    loaded = FakeLoaded(("user", "output"), ("input", "output"))
+    table = lambda text: make_table([placed(0, 0, "take 3 add 1 ?"), placed(1, 5, text)], 16, 2, SILENCE)
+    case = evaluation._streams_case(table("=3 +1 =4 ## 4 ."), loaded)
+    case = evaluation._only_after(case, "##", loaded.tokenizer)
+    assert loaded.tokenizer.decode(case.answer[0]) == "4 ." and case.one_stream_rows == 1 + 4
+
+    def result(text):
+        say(monkeypatch, table(text).tokens)
+        return evaluation._answer([case], loaded, rows=20, batch=1, mark="##")[0]
+
+    assert result("=3 ## 4 .") == (True, 3, 4)  # other working
+    assert result("## 3 . ## 4 .") == (True, 5, 6)  # the last one counts
+    assert result("=3 ## 3") == (False, 3, 3)
+    assert result("=3 +1 4 .") == result("4 . ##") == (False, None, None)
+    with pytest.raises(UserError, match="nothing comes after it in the example's output .*correct the mark"):
+        evaluation._only_after(case, "##", loaded.tokenizer)
+
+
+def test_the_end_of_a_mark_of_several_tokens():
+    class Letters:
+        def decode(self, tokens):
+            return "".join(tokens)
+
+    end = lambda *tokens: evaluation._end_of_mark(tokens, "##", Letters())
+    assert end("a", "#", "#", "b") == 3 and end("##", "b") == 1 and end("a#", "#b", "c") == 2
+    assert end("##", "b", "#", "#", "c") == 4 and end("#", "#", "#", "b") == 3 and end("a", "#") == 2

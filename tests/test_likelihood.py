@@ -11,11 +11,13 @@ import pytest
 from runs import data_dir, dictation, loaded  # noqa: F401
 
 from msllm.checkpoint import Loaded
+from msllm.config import DataConfig
 from msllm.data.loader import Loader
 from msllm.data.tables import Table, shift, unpack
 from msllm.errors import UserError
 from msllm.likelihood import Units, _nll, best, describe, difference, measure, report
 from msllm.load import from_parameters
+from msllm.prepare import prepare
 from msllm.score import score
 from msllm.sharding import make_mesh
 from msllm.step import Program
@@ -70,6 +72,27 @@ def test_sums_are_those_of_score(loaded):
         np.testing.assert_allclose(whole.sum(0), parts.sum(0), rtol=1e-6)
     isolated = measure(loaded, visibility="isolated")
     assert np.abs(isolated.nll - units.nll).max() > 1e-3 and (isolated.targets == units.targets).all()
+    assert np.abs(measure(loaded, skip_silence=True).nll - units.nll).max() > 1e-3
+
+
+def test_data_may_have_other_rows_and_delays_than_the_checkpoint(loaded, tmp_path):
+    there = loaded.config.data.dir
+    tokenizer = {"data.tokenizer.path": f"{there}/tokenizer.model", "data.max_examples": 30}
+    prepare(dictation(**tokenizer, **{"data.rows": 48, "streams.delays": (0, 0, 1)}), tmp_path / "other")
+    units = measure(loaded, str(tmp_path / "other"))
+    streams = dataclasses.replace(loaded.streams, delays=(0, 0, 1))
+    config = dataclasses.replace(loaded.config.data, dir=str(tmp_path / "other"), rows=48)
+    (batch,) = Loader(config, "eval", streams).iterate(0, 1)
+    tables = unpack(batch)
+    assert len(units.nll) == len(tables) and not tables[0].present[0, 2]
+    assert units.targets[0].tolist() == [len(tables[0].tokens) - 2] * 3
+    with pytest.raises(UserError, match="streams.names is .*'output'.*, but .* was prepared with .*'text'"):
+        streams = {"streams.names": ("text",), "streams.kinds": ("output",), "data.converter": "dictation_single"}
+        prepare(dictation(**tokenizer, **streams), tmp_path / "single")
+        measure(loaded, str(tmp_path / "single"))
+    imported = dataclasses.replace(loaded.config, data=DataConfig())
+    with pytest.raises(UserError, match="no data of its own: .*--data=DIR"):
+        measure(dataclasses.replace(loaded, config=imported))
 
 
 def test_intervals_and_differences():

@@ -142,6 +142,20 @@ def test_stream_embedding_has_its_own_rate():
     np.testing.assert_allclose(updates["stream_embedding"], -0.5, rtol=1e-5)
 
 
+def test_silence_has_its_own_rate():
+    parameters = {name: np.ones((4, 2), np.float32) for name in ("embedding", "head", "final_norm")}
+
+    def updates(**fields):
+        optim = optimizer(OptimConfig(lr=0.1, schedule="constant", warmup_steps=0, weight_decay=0.0, **fields), 10, 2)
+        return optim.update(parameters, optim.init(parameters), parameters)[0], optim.init(parameters)
+
+    (scaled, _), (plain, state) = updates(silence_lr=3.0), updates()
+    for name in ("embedding", "head"):
+        np.testing.assert_allclose(scaled[name], plain[name] * np.array([[1], [1], [3], [1]]), rtol=1e-6)
+    np.testing.assert_array_equal(scaled["final_norm"], plain["final_norm"])
+    assert len(state) == 5  # as in checkpoints that were written before there was this rate
+
+
 @pytest.mark.parametrize("clip_norm, factor", [(2.0, 2.0 / 8.0), (100.0, 1.0), (0.0, 1.0)])
 def test_clipping_is_by_global_norm(clip_norm, factor):
     gradient = np.sqrt(8.0)  # 8 entries: a global norm of 8

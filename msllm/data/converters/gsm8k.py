@@ -18,7 +18,8 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     """From {"question", "answer"}.
 
     The thought starts `think_after` rows after the question does (-1: when it has ended); the output starts when
-    question and thought have both ended.
+    question and thought have both ended. Without a stream `thought` the output says all of it, from the thought's start
+    on: the worked answer and a last line "#### number", as the file has them.
     """
     question, answer = record.text("question"), record.text("answer")
     worked, mark, number = answer.rpartition("####")
@@ -27,6 +28,10 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     asked = layout.say("user", 0, question)
     think_after = layout.draw("think_after", question)
     start = asked.end if think_after < 0 else think_after
-    thought = layout.say("thought", start, _CALCULATOR.sub("", worked).rstrip("\n"))
-    output = layout.say("output", max(asked.end, thought.end), number.strip())
-    yield layout.table([asked, thought, output], question)
+    worked, number = _CALCULATOR.sub("", worked).rstrip("\n"), number.strip()
+    if "thought" in layout.spec.names:
+        thought = layout.say("thought", start, worked)
+        said = [thought, layout.say("output", max(asked.end, thought.end), number)]
+    else:
+        said = [layout.say("output", start, f"{worked}\n#### {number}")]
+    yield layout.table([asked, *said], question)

@@ -127,7 +127,7 @@ def each_record(function: Callable[[Layout, Record], Iterable[Table]]) -> Conver
     return convert
 
 
-def one_stream(layout: Layout, converter: str) -> None:
-    """Raises UserError if there are several streams."""
+def one_stream(layout: Layout, converter: str, remedy: str = "") -> None:
+    """Raises UserError, with the remedy if there is another, unless there is one stream."""
     if layout.spec.size != 1:
-        raise UserError(f"config.streams.names is {layout.spec.names}: {converter!r} takes exactly one stream")
+        raise UserError(f"config.streams.names is {layout.spec.names}: {converter!r} takes exactly one stream{remedy}")

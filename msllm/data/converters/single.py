@@ -1,4 +1,4 @@
-"""Plain text in one stream."""
+"""Plain text in one stream, of several if need be."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from msllm.data.converters.layout import Layout, one_stream
 from msllm.data.sources import Part, texts
 from msllm.data.tables import Placement, Table
 
-OPTIONS = {"key": "text"}
+OPTIONS = {"key": "text", "stream": ""}
 
 
 def convert(layout: Layout, part: Part) -> Iterator[Table]:
     """From texts, each cut to pieces of T rows; of records, the text under `key`.
 
     A piece begins with the last token of the piece before it: so every token (but a text's first) is predicted once.
+    `stream` says it, and the others are silent; empty: there is but one.
     """
-    one_stream(layout, "single")
+    if not (name := layout.options["stream"]):
+        one_stream(layout, "single", "; config.data.options.stream names the one of several that says the text")
+    stream = layout.spec.index(name) if name else 0
     for where, blocks in texts(part, layout.options["key"], layout.bad):
         for tokens in layout.counted(pieces(layout, blocks)):
-            table = layout.table([Placement(0, 0, tokens)], json.dumps(tokens), closed=False)
+            table = layout.table([Placement(stream, 0, tokens)], json.dumps(tokens), closed=False)
             yield table._replace(source=where)
 
 
