@@ -43,8 +43,14 @@ def test_round_trips():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_file_is_valid(path):
+def test_every_config_file_is_valid(path, tmp_path, monkeypatch):
     module = runpy.run_path(str(path))
+    if base := module.get("BASE"):  # what it starts from
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UserError, match="import the model with `python -m msllm.convert`"):
+            module["get_config"]()
+        (tmp_path / base).mkdir(parents=True)
+        (tmp_path / base / "config.json").write_text(to_json(Config()))
     settings = module["get_config"]()
     assert isinstance(settings, ml_collections.ConfigDict) and settings.is_locked
     config = from_config_dict(settings)

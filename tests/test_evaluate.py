@@ -100,13 +100,13 @@ def test_absent_cells_say_nothing(monkeypatch):
     shown = EXAMPLE.tokens.copy()
     shown[0, 2] = WORDS.index("take")  # above a stream that begins a row late
     say(monkeypatch, shown, absent=[(0, 2)])
-    assert evaluation._answer([evaluation._streams_case(EXAMPLE, loaded)], loaded, rows=20, batch=1) == [(True, 2, 5)]
+    assert evaluation._answer([evaluation.streams_case(EXAMPLE, loaded)], loaded, rows=20, batch=1) == [(True, 2, 5)]
 
 
 def test_an_answer_may_come_after_its_working(monkeypatch):
     loaded = FakeLoaded(("user", "output"), ("input", "output"))
     table = lambda text: make_table([placed(0, 0, "take 3 add 1 ?"), placed(1, 5, text)], 16, 2, SILENCE)
-    case = evaluation._streams_case(table("=3 +1 =4 ## 4 ."), loaded)
+    case = evaluation.streams_case(table("=3 +1 =4 ## 4 ."), loaded)
     case = evaluation._only_after(case, "##", loaded.tokenizer)
     assert loaded.tokenizer.decode(case.answer[0]) == "4 ." and case.one_stream_rows == 1 + 4
 
