@@ -3,12 +3,12 @@
     python -m msllm.prepare --config=configs/tatoeba.py
     python -m msllm.train --config=configs/tatoeba.py --workdir=runs/tatoeba
     python -m msllm.prepare --config=configs/tatoeba.py:3
-    python -m msllm.likelihood --checkpoint=runs/tatoeba --data=data/tatoeba_3
+    python -m msllm.likelihood --checkpoint=runs/tatoeba --best --data=data/tatoeba_3
 
 Data: data/translation_tatoeba/eng-swe.txt in the folder named by MSLLM_SHARED, else in the folder `shared` beside the
 repository. One model for all k, of which every example draws one; the word after the colon gives all examples the same
 k (-1: when the sentence has ended), to measure what reading further ahead is worth. Wait-k: Ma et al. 2019, arXiv
-1810.08398. Cost: 1.2 M parameters, about 12 CPU-minutes. Figures: docs/results.md.
+1810.08398. Cost: 1.2 M parameters, about 25 CPU-minutes. Figures: docs/results.md.
 """
 
 import os
@@ -22,7 +22,7 @@ WAITS = [1, 3, 5, 7, -1]
 def get_config(k=""):
     """All settings of the run."""
     config = default_config()
-    config.steps = 1500
+    config.steps = 4000
     config.log_every = 50
     config.eval_every = 500
 
