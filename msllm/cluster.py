@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -175,6 +176,36 @@ def agree(facts: Mapping[str, Any], error: str | None = None) -> None:
                     f"process {i} on {other['host']} has another {name} than process 0 on {first['host']}: "
                     f"{_digest(there)} there, {_digest(here)} here{_differences(there, here)}; start all with the same"
                 )
+
+
+@contextlib.contextmanager
+def alone_in(workdir: epath.Path) -> Iterator[None]:
+    """Keeps other runs out of a workdir. Raises UserError in all processes if one is there."""
+    with contextlib.ExitStack() as stack:
+        error = None
+        if is_first() and "://" not in str(workdir):  # an object store knows no locks
+            error = _lock(workdir / "lock", stack)
+        agree({}, error)
+        yield
+
+
+def _lock(path: epath.Path, stack: contextlib.ExitStack) -> str | None:
+    """Locks a file until `stack` closes or the process ends, however it ends. Returns why it cannot."""
+    try:
+        file = stack.enter_context(open(path, "a+"))
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        return f"--workdir is {path.parent}, in which {holder} is training: wait for it, stop it, or name another"
+    except OSError as error:
+        if error.errno in (*STORAGE, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            return None  # without room, which is said where it matters, or without locks
+        return f"--workdir is {path.parent}, where {path.name} cannot be written ({error}): repair that, or name another"
+    with contextlib.suppress(OSError):
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+    return None
 
 
 def _digest(value: Any) -> str:

@@ -272,7 +272,8 @@ class Engine:
     def _collect(self, flight: _Flight) -> list[Row]:
         """The rows of `_dispatch`, in the order of its sessions."""
         if flight.out is not None:
-            chosen, logits = jax.device_get(flight.out)
+            # One by one: jax.device_get takes a tenth of all that the host does for a row.
+            chosen, logits = jax.tree.map(np.asarray, flight.out)
         rows, size = [], self.streams.size
         for session in flight.sessions:
             if session in flight.first:

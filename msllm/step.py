@@ -116,7 +116,8 @@ class Program:
             # What is reported must not depend on which streams share a device.
             reported = pick(counted) if all_streams else pick(weights) > 0
             spoken = reported & (pick(targets) != self.silence_id)
-            over_cells = lambda x: total(jnp.zeros(size).at[jnp.array(kept)].set(x.sum((0, 1))), *mesh_axes("batch"))
+            place = lambda x: x if len(kept) == size else jnp.zeros(size).at[jnp.array(kept)].set(x)
+            over_cells = lambda x: total(place(x.sum((0, 1))), *mesh_axes("batch"))
             sums = {
                 "nll": over_cells(nll * reported),
                 "nll_spoken": over_cells(nll * spoken),
@@ -165,7 +166,6 @@ class Program:
         finite = jnp.isfinite(loss) & jnp.all(jnp.isfinite(norms))
         updates, opt_state = self._optimizer.update(gradients, state.opt_state, state.parameters)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-        updates = jax.tree.map(lambda u: jnp.where(finite, u, 0), updates)
         parameters = keep(optax.apply_updates(state.parameters, updates), state.parameters)
         skip = (~finite).astype(jnp.int32)
         in_row = skip * (state.skipped_in_row + 1)
@@ -176,7 +176,7 @@ class Program:
             "loss": loss,
             "gradient_norms": norms,
             "gradient_norm": global_norm(norms),
-            "update_norm": global_norm(leaf_norms(updates)),
+            "update_norm": jnp.where(finite, global_norm(leaf_norms(updates)), 0),
             "parameter_norm": global_norm(leaf_norms(parameters)),
             "learning_rate": schedule(self.config.optim, self.config.steps)(count),
             "skipped": state.skipped + skip,

@@ -49,10 +49,15 @@ def train(
     Args:
       stop: hears the wish to stop early. seconds_before: how long this process has been running, for the goodput.
     """
+    workdir = _open_workdir(workdir)
+    with cluster.alone_in(workdir):
+        return _train(config, workdir, stop, seconds_before)
+
+
+def _train(config: Config, workdir: epath.Path, stop: cluster.Stop | None, seconds_before: float) -> TrainState:
     from msllm.checkpoint import Checkpoints  # orbax is slow to import, and not every use of this module needs it
     from msllm.initial import initial_parameters
 
-    workdir = _open_workdir(workdir)
     goodput = Goodput(workdir / "goodput.json", seconds_before)
     keep_compiled(config.compilation_cache, workdir / "compiled")
     streams = StreamSpec.from_config(config.streams)

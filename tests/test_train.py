@@ -164,6 +164,8 @@ def test_ctrl_c_saves_and_the_same_command_continues(config, uninterrupted, tmp_
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for said in process.stdout:
             if said.startswith("step 4/8"):  # then it evaluates, which takes a while
+                with pytest.raises(UserError, match=f"in which process {process.pid} on .* is training: wait for it"):
+                    train(config, tmp_path / "run")
                 process.send_signal(signal.SIGINT)
                 break
         rest, errors = process.communicate(timeout=120)
@@ -201,6 +203,9 @@ def test_a_workdir_that_cannot_be_made_is_refused(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--workdir is .*file/run, which cannot be made \(.*\): name another"):
         train(config, tmp_path / "file" / "run")
+    (tmp_path / "run" / "lock").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"--workdir is .*run, where lock cannot be written \(.*\): repair that"):
+        train(config, tmp_path / "run")
 
 
 def changed_data(data_dir, tmp_path, change):
