@@ -41,11 +41,11 @@ def loader_case(case: dict) -> list[dict]:
         loader = Loader(DataConfig(rows=case["rows"], batch_size=case["batch"], **data), "train", spec)
         opening = time.process_time() - begin
         steps = loader.num_batches
-        for _ in loader.iterate(0, steps):
+        for _ in loader.iterate(range(steps)):
             pass
         warm = _resident_mib()
         begin, begin_wall, last = time.process_time(), time.perf_counter(), None
-        for last in loader.iterate(steps, (1 + case["epochs"]) * steps):
+        for last in loader.iterate(range(steps, (1 + case["epochs"]) * steps)):
             pass
         seconds, wall = time.process_time() - begin, time.perf_counter() - begin_wall
         after = _resident_mib()

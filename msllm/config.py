@@ -210,7 +210,7 @@ class Config:
     init_from: str = ""  # a checkpoint whose parameters a new run starts with (docs/weights.md); empty: at random
     log_every: int = 10
     eval_every: int = 500  # 0: never
-    eval_batches: int = 0  # 0: the whole held-out split
+    eval_batches: int = 0  # evenly spread over the held-out split; 0: all of it
     model: ModelConfig = ModelConfig()
     streams: StreamsConfig = StreamsConfig()
     data: DataConfig = DataConfig()

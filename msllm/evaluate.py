@@ -21,7 +21,7 @@ import numpy as np
 from msllm.checkpoint import Loaded, load_model
 from msllm.config import MixtureConfig
 from msllm.data.dictation import QUESTION_END, expected_answer, question_end
-from msllm.data.loader import Loader
+from msllm.data.loader import Loader, spread
 from msllm.data.records import read_manifest
 from msllm.data.tables import Table, unpack
 from msllm.decode import FREE, generate
@@ -90,13 +90,14 @@ def evaluate(loaded: Loaded, data: str = "", examples: int = 500, after: str = "
     loader = open_data(loaded, data)
     delays = tuple(loader.manifest["streams"]["delays"])
     loaded = dataclasses.replace(loaded, streams=dataclasses.replace(loaded.streams, delays=delays))
-    tables = []
+    wanted, number, tables = set(spread(loader.manifest["splits"]["eval"]["examples"], examples)), 0, []
     for step in range(loader.num_batches):
-        tables += unpack(loader.batch(step))
-        if len(tables) >= examples:
-            break
+        for table in unpack(loader.batch(step)):
+            if number in wanted:
+                tables.append(table)
+            number += 1
     make_case = _single_case if loaded.config.data.converter == "dictation_single" else streams_case
-    cases = [make_case(table, loaded) for table in tables[:examples]]
+    cases = [make_case(table, loaded) for table in tables]
     if after:
         cases = [_only_after(case, after, loaded.tokenizer) for case in cases]
     # All batches of one shape: decoding compiles once.
@@ -206,7 +207,7 @@ def _main() -> None:
 
     checkpoint = flags.DEFINE_string("checkpoint", None, "A workdir of msllm.train, or one of its checkpoints.")
     data = flags.DEFINE_string("data", "", "Prepared data; the default is what the checkpoint was trained on.")
-    examples = flags.DEFINE_integer("examples", 500, "At most so many held-out examples.")
+    examples = flags.DEFINE_integer("examples", 500, "At most so many held-out examples, evenly spread over all.")
     after = flags.DEFINE_string("after", "", "The answer is what an output says after the last such text.")
     out = flags.DEFINE_string("json", "", "Also write the result to this file.")
     flags.mark_flag_as_required("checkpoint")

@@ -15,7 +15,7 @@ import logging
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ import msllm
 from msllm import cluster
 from msllm.compiler import compile_step, keep_compiled
 from msllm.config import Config, to_config_dict, to_json
-from msllm.data.loader import Batch, Loader
+from msllm.data.loader import Batch, Loader, spread
 from msllm.data.mixture import by_source
 from msllm.data.records import file_hash
 from msllm.errors import UserError
@@ -99,7 +99,7 @@ def _train(config: Config, workdir: epath.Path, stop: cluster.Stop | None, secon
     shares = Shares(loader.plan, config.data.mixture.streams, streams, program.silence_id) if loader.plan else None
     meter = Meter(program, writer, progress, goodput, cluster.Clocks(), shares)
     rows = host_rows(program)
-    batches = _batches(program, loader, start, config.steps)
+    batches = _batches(program, loader, range(start, config.steps))
     examples = _examples_log(program, loader, workdir) if config.monitor.examples else None
     last_save = 0
     with stop or cluster.Stop() as stop, contextlib.ExitStack() as stack, cluster.errors_end_this_process():
@@ -258,10 +258,10 @@ def to_devices(program: Program, batch: Mapping[str, np.ndarray], first_row: int
     return {name: place(name, abstract) for name, abstract in program.abstract_batch.items()}
 
 
-def _batches(program: Program, loader: Loader, start: int, stop: int) -> Iterator[tuple[Batch, dict[str, jax.Array]]]:
+def _batches(program: Program, loader: Loader, steps: Sequence[int]) -> Iterator[tuple[Batch, dict[str, jax.Array]]]:
     """This host's tables and the global arrays of each batch; the former are made ahead of time."""
     rows = host_rows(program)
-    for tables in loader.iterate(start, stop, rows):
+    for tables in loader.iterate(steps, rows):
         yield tables, to_devices(program, tables, rows.start)
 
 
@@ -281,9 +281,9 @@ class _Evaluation:
         return {f"eval/{name}": value for name, value in values.items()}
 
     def _losses(self, parameters, loader: Loader) -> dict[str, float]:
-        batches = min(self._program.config.eval_batches or loader.num_batches, loader.num_batches)
+        steps = spread(loader.num_batches, self._program.config.eval_batches or loader.num_batches)
         totals = None
-        for _, batch in _batches(self._program, loader, 0, batches):
+        for _, batch in _batches(self._program, loader, steps):
             sums = self._program.evaluate(parameters, batch)
             sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
             totals = sums if totals is None else jax.tree.map(np.add, totals, sums)

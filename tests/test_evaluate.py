@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from runs import data_dir, loaded  # noqa: F401
+
 from msllm import evaluate as evaluation
 from msllm.config import StreamsConfig
 from msllm.data.dictation import expected_answer
@@ -130,3 +132,16 @@ def test_the_end_of_a_mark_of_several_tokens():
     end = lambda *tokens: evaluation._end_of_mark(tokens, "##", Letters())
     assert end("a", "#", "#", "b") == 3 and end("##", "b") == 1 and end("a#", "#b", "c") == 2
     assert end("##", "b", "#", "#", "c") == 4 and end("#", "#", "#", "b") == 3 and end("a", "#") == 2
+
+
+def test_a_part_of_the_examples_is_taken_from_everywhere(loaded, monkeypatch):  # noqa: F811
+    taken = []
+    case = evaluation.streams_case
+    monkeypatch.setattr(evaluation, "streams_case", lambda table, model: taken.append(table) or case(table, model))
+    monkeypatch.setattr(evaluation, "_answer", lambda cases, *_: [evaluation.Result(False, None, None)] * len(cases))
+    assert evaluation.evaluate(loaded)["examples"] > 8
+    everything = taken[:]
+    taken.clear()
+    assert evaluation.evaluate(loaded, examples=4)["examples"] == 4
+    places = [[np.array_equal(table.tokens, other.tokens) for other in everything].index(True) for table in taken]
+    assert places == [i * len(everything) // 4 for i in range(4)]

@@ -82,7 +82,7 @@ def test_data_may_have_other_rows_and_delays_than_the_checkpoint(loaded, tmp_pat
     units = measure(loaded, str(tmp_path / "other"))
     streams = dataclasses.replace(loaded.streams, delays=(0, 0, 1))
     config = dataclasses.replace(loaded.config.data, dir=str(tmp_path / "other"), rows=48)
-    (batch,) = Loader(config, "eval", streams).iterate(0, 1)
+    (batch,) = Loader(config, "eval", streams).iterate([0])
     tables = unpack(batch)
     assert len(units.nll) == len(tables) and not tables[0].present[0, 2]
     assert units.targets[0].tolist() == [len(tables[0].tokens) - 2] * 3

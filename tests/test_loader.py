@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
 from msllm.data import records
-from msllm.data.loader import Loader
+from msllm.data.loader import Loader, spread
 from msllm.errors import UserError
 from msllm.prepare import prepare
 from msllm.streams import StreamSpec
@@ -110,7 +110,7 @@ def test_processes_share_the_checking_and_still_name_every_damage(config, tmp_pa
     for part in ((1, 2), (1, 3), (4, 5)):
         loader = Loader(damaged, "train", SPEC, part)
         with pytest.raises(UserError, match=r"train-00002-of-00004.array_record is corrupt at record \d+ .*hash mismatch"):
-            list(loader.iterate(0, 8))
+            list(loader.iterate(range(8)))
     shard.write_bytes(content[:-1])
     with pytest.raises(UserError, match="train-00002-of-00004.array_record has .* bytes, manifest.json says"):
         Loader(damaged, "train", SPEC, (1, 2))
@@ -127,16 +127,16 @@ def test_batch_size_does_not_change_the_order(config, loader):
 @pytest.mark.parametrize("start", [0, 5, 9])
 def test_iterate_gives_the_batches_from_any_step_on(config, prefetch, start):
     loader = Loader(dataclasses.replace(config, prefetch=prefetch), "train", SPEC)
-    batches = list(loader.iterate(start, 14, range(2, 5)))
+    batches = list(loader.iterate(range(start, 14), range(2, 5)))
     assert len(batches) == 14 - start
     assert all(same(batch, loader.batch(step, range(2, 5))) for step, batch in enumerate(batches, start))
-    assert list(loader.iterate(14, 14)) == []
+    assert list(loader.iterate(range(14, 14))) == []
 
 
 def test_iterate_works_ahead_and_ends_when_abandoned(loader):
     before = threading.active_count()
     for _ in range(3):
-        batches = loader.iterate(0, 1_000_000)
+        batches = loader.iterate(range(1_000_000))
         next(batches)
         assert threading.active_count() > before
         batches.close()
@@ -146,10 +146,25 @@ def test_iterate_works_ahead_and_ends_when_abandoned(loader):
     assert threading.active_count() <= before
 
 
+@given(st.integers(1, 500), st.integers(1, 600))
+def test_a_part_is_spread_over_the_whole(total, count):
+    chosen = spread(total, count)
+    assert len(chosen) == min(total, count) and chosen[0] == 0
+    gaps = np.diff([*chosen, total])
+    assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
+
+
+def test_iterate_takes_any_steps(config):
+    loader = Loader(config, "eval", SPEC)
+    steps = spread(loader.num_batches, 2)
+    assert steps[-1] > 0
+    assert all(same(a, loader.batch(s)) for s, a in zip(steps, loader.iterate(steps), strict=True))
+
+
 def test_eval_is_in_order_once_and_filled_up(config):
     config = dataclasses.replace(config, batch_size=4)
     loader = Loader(config, "eval", SPEC)
-    batches = list(loader.iterate(0, loader.num_batches))
+    batches = list(loader.iterate(range(loader.num_batches)))
     keys = [key(batch, i) for batch in batches for i in range(4)]
     assert loader.num_tables % 4 and len(set(keys[: loader.num_tables])) == loader.num_tables
     for batch in batches:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -17,6 +17,11 @@ from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
+
+
+def spread(total: int, count: int) -> list[int]:
+    """At most `count` of the numbers below `total`, evenly spread: packing puts the longest examples into the first tables."""
+    return [i * total // count for i in range(count)] if count < total else list(range(total))
 
 
 class Loader:
@@ -82,15 +87,15 @@ class Loader:
         """The number of the source of each table of a mixture's batch."""
         return [self.plan.place(index)[0] for index in self._indices(step, rows)]
 
-    def iterate(self, start_step: int, stop_step: int, rows: range | slice | None = None) -> Iterator[Batch]:
+    def iterate(self, steps: Sequence[int], rows: range | slice | None = None) -> Iterator[Batch]:
         """`batch(step, rows)` for each step, made ahead of time in threads; abandoning the iterator ends them."""
-        if start_step >= stop_step:
+        if not steps:
             return
         ahead = self._config.prefetch
         # One thread: more of them only wait for the interpreter's lock, and cost twice the CPU time.
         options = grain.ReadOptions(num_threads=min(ahead, 1), prefetch_buffer_size=ahead)
-        steps = grain.MapDataset.range(start_step, stop_step).map(lambda step: self.batch(int(step), rows))
-        batches = iter(steps.to_iter_dataset(options))
+        made = grain.MapDataset.source(steps).map(lambda step: self.batch(step, rows))
+        batches = iter(made.to_iter_dataset(options))
         try:
             yield from batches
         finally:
