@@ -23,7 +23,10 @@ OPTIONS: dict[str, dict[str, int | bool | str]] = {
 def compiler_options(platform: str) -> dict[str, int | bool | str]:
     """Options for `jax.jit(..., compiler_options=...)` on devices of `platform` (cpu, gpu, tpu), as far as the installed
     compiler has them: they come and go with its versions."""
-    return {name: value for name, value in OPTIONS.get(platform, {}).items() if _exists(platform, {name: value})}
+    options = OPTIONS.get(platform, {})
+    if _exists(platform, options):
+        return options
+    return {name: value for name, value in options.items() if _exists(platform, {name: value})}
 
 
 def _exists(platform: str, option: dict[str, int | bool | str]) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
@@ -50,7 +51,7 @@ class Program:
         check_mesh(config, mesh)
         self.config, self.streams, self.mesh, self.silence_id = config, streams, mesh, silence_id
         absent = -streams.size % mesh.shape["stream"]
-        self._loss_weights = jnp.array(streams.loss_weights + (0.0,) * absent, jnp.float32)
+        self._loss_weights = np.array(streams.loss_weights + (0.0,) * absent, np.float32)
         tables = (config.data.batch_size, config.data.rows, streams.size + absent)
         kinds = {"tokens": (tables, jnp.int32), "present": (tables, bool), "segment": (tables[:2], jnp.int32)}
         batches = {name: named(mesh, *axes) for name, axes in BATCH_AXES.items()}
@@ -104,7 +105,7 @@ class Program:
             silent = tokens == self.silence_id
             cells = make_cells(batch["present"], batch["segment"], silent if streams.skip_silence else None)
             hidden = model(tokens, cells, positions(batch["segment"]), kernel=self.kernel)
-            targets, counted, weights = targets_and_weights(batch, self._loss_weights[mine])
+            targets, counted, weights = targets_and_weights(batch, jnp.asarray(self._loss_weights)[mine])
             # The same program runs for all parts of the stream axis: a place is left out if it has weight 0 in each.
             kept = [s for s in range(size) if all_streams or any(streams.loss_weights[s::size])]
             head = model.head_parameter[...]
