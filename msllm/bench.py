@@ -17,6 +17,7 @@ a share of its peak (msllm/hardware.py).
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import statistics
@@ -102,7 +103,7 @@ def accelerator_rates(device, flops_per_second: float, compute_dtype: str) -> di
     return rates
 
 
-def train_case(case: dict) -> dict:
+def train_case(case: dict) -> list[dict]:
     """Measures one case in this process, which should be a new one."""
     import jax
     import numpy as np
@@ -152,7 +153,7 @@ def train_case(case: dict) -> dict:
         }
     else:
         reached = accelerator_rates(device, flops / statistics.median(wall) / jax.device_count(), case["compute_dtype"])
-    return {
+    line = {
         "benchmark": "train",
         **case,
         "parameters": sum(x.size for x in jax.tree.leaves(program.abstract_state.parameters)),
@@ -171,23 +172,14 @@ def train_case(case: dict) -> dict:
         "jax": jax.__version__,
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
     }
+    return [line]
 
 
 def measure(benchmark: str, case: dict) -> None:
     """Runs one case in this process and prints its lines."""
-    from msllm.bench_attention import attention_case
-    from msllm.bench_decode import decode_case
-    from msllm.bench_loader import loader_case
-    from msllm.bench_prepare import prepare_case
-
-    cases = {
-        "train": lambda case: [train_case(case)],
-        "attention": attention_case,
-        "decode": decode_case,
-        "prepare": lambda case: [prepare_case(case)],
-        "loader": loader_case,
-    }
-    for result in cases[benchmark](case):
+    # Only what is measured is imported: the time to the first step begins with the process.
+    module = sys.modules[__name__] if benchmark == "train" else importlib.import_module(f"msllm.bench_{benchmark}")
+    for result in getattr(module, f"{benchmark}_case")(case):
         print(json.dumps(result), flush=True)
 
 

@@ -42,7 +42,7 @@ FORMS = {
 }
 
 
-def prepare_case(case: dict) -> dict:
+def prepare_case(case: dict) -> list[dict]:
     """Makes a corpus of `size_mb` MB and prepares it with a unigram tokenizer that is given.
 
     CPU-seconds are those of all processes, hashing of input and output included; tokens are those that are not silence.
@@ -68,7 +68,7 @@ def prepare_case(case: dict) -> dict:
         written = sum(file.stat().st_size for file in (folder / "out").iterdir())
     train, parts = manifest["splits"]["train"], manifest["splits"].values()
     tokens = sum(sum(part["tokens"].values()) for part in parts)
-    return {
+    line = {
         "benchmark": "prepare",
         **case,
         "bytes": size,
@@ -84,6 +84,7 @@ def prepare_case(case: dict) -> dict:
         "first_process_peak_mib": round(memory.own, 1),
         "worker_peak_mib": round(memory.worker, 1),
     }
+    return [line]
 
 
 def make(folder: str, case: dict) -> None:

@@ -55,7 +55,8 @@ def test_every_config_file_is_valid(path, tmp_path, monkeypatch):
     assert isinstance(settings, ml_collections.ConfigDict) and settings.is_locked
     config = from_config_dict(settings)
     assert StreamSpec.from_config(config.streams).size == len(config.streams.names)
-    assert config.data.dir or "--config.data.dir=" in module["__doc__"]  # then it is for the user's own data
+    own = "--config.data.dir=" in module["__doc__"]  # it is for the user's own data
+    assert config.data.dir or config.data.mixture.dirs or own
 
 
 def test_a_misspelt_key_raises():
