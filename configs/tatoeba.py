@@ -7,7 +7,7 @@
 Data: data/translation_tatoeba/eng-swe.txt in the folder named by MSLLM_SHARED, else in the folder `shared` beside the
 repository. One model for all k, trained on a mixture in which every sentence comes with every k (-1: when the sentence
 has ended): so it learns the translation of a sentence, and not one timing of it. Wait-k: Ma et al. 2019, arXiv 1810.08398;
-several k at once: Elbayad et al. 2020, arXiv 2005.08595. Cost: 2.7 M parameters, about an hour of CPU time. Figures:
+several k at once: Elbayad et al. 2020, arXiv 2005.08595. Cost: 2.7 M parameters, about 70 CPU-minutes. Figures:
 docs/results.md.
 """
 
