@@ -44,8 +44,7 @@ log = logging.getLogger("msllm")
 def _checksums(platform: str):
     bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32) if x.dtype.itemsize == 4 else x.astype(jnp.uint32)
     sums = lambda arrays: [jnp.sum(bits(x), dtype=jnp.uint32) for x in arrays]
-    # With the defaults, XLA:CPU copies every array on the way: half a second for 300 MB.
-    return jax.jit(sums, compiler_options=compiler_options(platform))
+    return jax.jit(sums, compiler_options=compiler_options(platform))  # the defaults copy every array on CPU
 
 
 def checksums(tree: Any) -> dict[str, int]:
@@ -119,6 +118,8 @@ class Checkpoints:
             keep_period=config.keep_every or None if not local else None,
             create=not local,
             multiprocessing_options=processes,
+            # Orbax tells "the folder is made" to all processes at once, also to one whose own folder is still missing.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=not local),
         )
         self._processes = processes
         handlers = {name: array_handler(processes) for name in ITEMS[:-1]}

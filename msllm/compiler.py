@@ -24,7 +24,7 @@ def compiler_options(platform: str) -> dict[str, int | bool | str]:
     """Options for `jax.jit(..., compiler_options=...)` on devices of `platform` (cpu, gpu, tpu), as far as the installed
     compiler has them: they come and go with its versions."""
     options = OPTIONS.get(platform, {})
-    if _exists(platform, options):
+    if not options or _exists(platform, options):  # the platform of no option may be absent: programs are compiled for it, too
         return options
     return {name: value for name, value in options.items() if _exists(platform, {name: value})}
 

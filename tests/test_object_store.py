@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -55,8 +56,16 @@ def bucket(monkeypatch):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    # One after the other, a connection that a client keeps in reserve would hold up all others.
+    # A thread for each connection: else one that a client keeps in reserve would hold up all others. But one request
+    # after the other: the emulator's dictionaries are not made for threads.
     monkeypatch.setattr(http.server, "HTTPServer", http.server.ThreadingHTTPServer)
+    turn, handle = threading.Lock(), emulator.Router.handle
+
+    def in_turn(router, method):
+        with turn:
+            handle(router, method)
+
+    monkeypatch.setattr(emulator.Router, "handle", in_turn)
     server = emulator.create_server("localhost", port, in_memory=True, default_bucket="bucket")
     server.start()
     address = f"http://localhost:{port}"

@@ -80,7 +80,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         for name in ("loss", "nll", "targets_spoken", "cells", "gradient_norms", "update_norm"):
             np.testing.assert_allclose(other[name], one[name], rtol=2e-5, err_msg=name)
     for a, b in zip(*(jax.tree.leaves(host(state.parameters)) for state in states)):
-        np.testing.assert_allclose(b, a, atol=1e-5)
+        np.testing.assert_allclose(b, a, atol=3e-5)  # Adam's quotient magnifies the noise of small gradients
 
 
 @pytest.mark.parametrize("value", [np.inf, 1e25])
