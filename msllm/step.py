@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
@@ -51,7 +50,7 @@ class Program:
         check_mesh(config, mesh)
         self.config, self.streams, self.mesh, self.silence_id = config, streams, mesh, silence_id
         absent = -streams.size % mesh.shape["stream"]
-        self._loss_weights = np.array(streams.loss_weights + (0.0,) * absent, np.float32)
+        self._loss_weights = streams.loss_weights + (0.0,) * absent
         tables = (config.data.batch_size, config.data.rows, streams.size + absent)
         kinds = {"tokens": (tables, jnp.int32), "present": (tables, bool), "segment": (tables[:2], jnp.int32)}
         batches = {name: named(mesh, *axes) for name, axes in BATCH_AXES.items()}
