@@ -40,17 +40,19 @@ def path_name(path) -> str:
     return "/".join(str(getattr(key, "key", key)) for key in path)
 
 
-def optimizer(config: OptimConfig, steps: int, silence_id: int = -1) -> optax.GradientTransformation:
+def optimizer(config: OptimConfig, steps: int, silence_id: int = -1, moves=True) -> optax.GradientTransformation:
     """Clip by global norm, Adam (Kingma & Ba 2014), decoupled weight decay (Loshchilov & Hutter 2017), schedule.
 
     Parameters whose path contains one of `config.no_decay` are not decayed; the stream embedding's rate is multiplied
-    by `config.stream_embedding_lr`, that of the rows of the token `silence_id` by `config.silence_lr`.
+    by `config.stream_embedding_lr`, that of the rows of the token `silence_id` by `config.silence_lr`. Where `moves`
+    ([] bool) is false and the gradients are zero, the moments stay what they are.
     """
+    b1, b2 = (b if moves is True else jnp.where(moves, b, 1.0) for b in (config.b1, config.b2))
     decayed = lambda tree: _mask(tree, lambda name: not any(part in name for part in config.no_decay))
     stream_embedding = lambda tree: _mask(tree, lambda name: "stream_embedding" in name)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.scale_by_adam(b1, b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, decayed),
         optax.masked(optax.scale(config.stream_embedding_lr), stream_embedding),
         # Not in the chain if it does nothing: the state of a chain has a place for each of its parts.

@@ -70,19 +70,12 @@ class Program:
             transform_non_params=lambda _: scalar,
         )
         self.state_shardings = TrainState(scalar, shardings, moments, scalar, scalar)
-        self.abstract_state = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            jax.eval_shape(self._init),
-            self.state_shardings,
-        )
+        shaped = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        self.abstract_state = jax.tree.map(shaped, jax.eval_shape(self._init), self.state_shardings)
         jit = functools.partial(jax.jit, compiler_options=compiler_options(mesh.devices.flat[0].platform))
-        self.init = jit(self._init, out_shardings=self.state_shardings)
-        self.step = jit(
-            self._step,
-            donate_argnums=0,
-            in_shardings=(self.state_shardings, batches),
-            out_shardings=(self.state_shardings, scalar),
-        )
+        states = self.state_shardings
+        self.init = jit(self._init, out_shardings=states)
+        self.step = jit(self._step, donate_argnums=0, in_shardings=(states, batches), out_shardings=(states, scalar))
         self.evaluate = jit(self._evaluate, in_shardings=(shardings, batches), out_shardings=scalar)
 
     def _init(self) -> TrainState:
@@ -164,26 +157,28 @@ class Program:
         gradients, loss, sums = self._gradients(state.parameters, batch)
         norms = leaf_norms(gradients)
         finite = jnp.isfinite(loss) & jnp.all(jnp.isfinite(norms))
-        updates, opt_state = self._optimizer.update(gradients, state.opt_state, state.parameters)
-        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-        parameters = keep(optax.apply_updates(state.parameters, updates), state.parameters)
+        # An update that is left out is an update by zero. To choose between new and old arrays would keep both in memory.
+        zeroed = functools.partial(jax.tree.map, lambda x: jnp.where(finite, x, 0))
+        update = optimizer(self.config.optim, self.config.steps, self.silence_id, finite).update
+        updates, opt_state = update(zeroed(gradients), state.opt_state, state.parameters)
+        parameters = optax.apply_updates(state.parameters, updates := zeroed(updates))
+        counted = lambda new, old: new if new.ndim else jnp.where(finite, new, old)
+        opt_state = jax.tree.map(counted, opt_state, state.opt_state)
         skip = (~finite).astype(jnp.int32)
-        in_row = skip * (state.skipped_in_row + 1)
+        skipped, in_row = state.skipped + skip, skip * (state.skipped_in_row + 1)
         # The schedule counts updates, not steps: a skipped update does not use up learning rate.
-        count = state.step - state.skipped
         metrics = {
             **sums,
             "loss": loss,
             "gradient_norms": norms,
             "gradient_norm": global_norm(norms),
-            "update_norm": jnp.where(finite, global_norm(leaf_norms(updates)), 0),
+            "update_norm": global_norm(leaf_norms(updates)),
             "parameter_norm": global_norm(leaf_norms(parameters)),
-            "learning_rate": schedule(self.config.optim, self.config.steps)(count),
-            "skipped": state.skipped + skip,
+            "learning_rate": schedule(self.config.optim, self.config.steps)(state.step - state.skipped),
+            "skipped": skipped,
             "skipped_in_row": in_row,
         }
-        state = TrainState(state.step + 1, parameters, keep(opt_state, state.opt_state), state.skipped + skip, in_row)
-        return state, metrics
+        return TrainState(state.step + 1, parameters, opt_state, skipped, in_row), metrics
 
     def _evaluate(self, parameters, batch):
         weights = targets_and_weights(batch, self._loss_weights)[2]
