@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -157,12 +158,16 @@ class _TensorBoard:
     """Written at once and not in tensorboardX's thread: when that cannot write, the run waits for it for ever."""
 
     def __init__(self, path: epath.Path, seconds: float = 30.0):
-        from tensorboardX.event_file_writer import EventsWriter  # imported here: only a run needs it
+        self._path, self._seconds, self._flushed = path, seconds, time.monotonic()
+
+    @functools.cached_property
+    def _writer(self):
+        # Imported with the first numbers: by then the devices are at work, and need not wait for it.
+        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.record_writer import directory_check
 
-        directory_check(str(path))
-        self._writer = EventsWriter(str(path / "events"))
-        self._seconds, self._flushed = seconds, time.monotonic()
+        directory_check(str(self._path))
+        return EventsWriter(str(self._path / "events"))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         from tensorboardX.proto.event_pb2 import Event
@@ -175,7 +180,8 @@ class _TensorBoard:
             self._flushed = time.monotonic()
 
     def close(self) -> None:
-        self._writer.close()
+        if "_writer" in vars(self):
+            self._writer.close()
 
 
 class _Wandb:

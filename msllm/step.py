@@ -62,18 +62,15 @@ class Program:
         self._optimizer = optimizer(config.optim, config.steps, silence_id)
 
         scalar, shardings = named(mesh), parameter_shardings(axes, mesh)
-        moments = optax.tree_utils.tree_map_params(
-            self._optimizer,
-            lambda _, sharding: sharding,
-            jax.eval_shape(self._optimizer.init, shapes),
-            shardings,
-            transform_non_params=lambda _: scalar,
+        count, moments = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(self._optimizer.init, shapes)
+        of_moments = optax.tree_utils.tree_map_params(
+            self._optimizer, lambda _, x: x, moments, shardings, transform_non_params=lambda _: scalar
         )
-        self.state_shardings = TrainState(scalar, shardings, moments, scalar, scalar)
+        self.state_shardings = states = TrainState(scalar, shardings, of_moments, scalar, scalar)
         shaped = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        self.abstract_state = jax.tree.map(shaped, jax.eval_shape(self._init), self.state_shardings)
+        state = TrainState(count, shapes, moments, count, count)
+        self.abstract_state = jax.tree.map(shaped, state, states)
         jit = functools.partial(jax.jit, compiler_options=compiler_options(mesh.devices.flat[0].platform))
-        states = self.state_shardings
         self.init = jit(self._init, out_shardings=states)
         self.step = jit(self._step, donate_argnums=0, in_shardings=(states, batches), out_shardings=(states, scalar))
         self.evaluate = jit(self._evaluate, in_shardings=(shardings, batches), out_shardings=scalar)

@@ -8,6 +8,11 @@ exits; on a cluster, every process runs the same command (docs/pods.md).
 
 from __future__ import annotations
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # hardly anything that imports and tracing make is garbage: to look for it takes a tenth of a start
+
 import contextlib
 import dataclasses
 import json
@@ -95,6 +100,7 @@ def _train(config: Config, workdir: epath.Path, stop: cluster.Stop | None, secon
 
     with goodput.inside("compile"):
         step_function = compile_step(program.step, program.abstract_state, program.abstract_batch)
+    gc.enable()
     writer, progress = Writer(workdir, config.monitor.wandb_project), Progress(start, config.steps)
     shares = Shares(loader.plan, config.data.mixture.streams, streams, program.silence_id) if loader.plan else None
     meter = Meter(program, writer, progress, goodput, cluster.Clocks(), shares)
