@@ -147,3 +147,15 @@ def test_the_step_compiles_once_and_reuses_the_state():
         state, _ = machine.step(state, place(machine, random_tables(machine.config, seed)))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
     assert machine.step._cache_size() == max(before, 1) == 1
+
+
+def test_the_moments_exist_once():
+    """What is kept besides the state grows by gradients and updates, not by new moments beside the old ones."""
+
+    def temporaries(vocab_size):
+        compiled = lowered(program(**{"model.vocab_size": vocab_size, "loss.chunk_tokens": 8})).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    width = program().config.model.d_model
+    more = 4 * 8192 * width  # bytes of as many rows of the embedding table
+    assert (temporaries(16384) - temporaries(8192)) / more < 3
