@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 
 import jax
 from etils import epath
@@ -55,9 +56,13 @@ def keep_compiled(setting: str, default: epath.Path) -> None:
 def compile_step(function, *arguments):
     """Compiles a jitted function for arguments (arrays or shapes); calling the result can never compile again.
 
-    Returns the memory that the compiler used to the operating system: on a laptop it is as much as a small run needs.
+    Returns the memory that the compiler used to the operating system: on a laptop it is as much as a small run needs. If
+    garbage collection is off, as while a command starts, it is on from here, and passes over what exists by now.
     """
     compiled = function.lower(*arguments).compile()
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
     return compiled

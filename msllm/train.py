@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 
 if __name__ == "__main__":
-    gc.disable()  # hardly anything that imports and tracing make is garbage: to look for it takes a tenth of a start
+    gc.disable()  # until the step is compiled: what imports and tracing make stays, to look for garbage takes a tenth of it
 
 import contextlib
 import dataclasses
@@ -100,7 +100,6 @@ def _train(config: Config, workdir: epath.Path, stop: cluster.Stop | None, secon
 
     with goodput.inside("compile"):
         step_function = compile_step(program.step, program.abstract_state, program.abstract_batch)
-    gc.enable()
     writer, progress = Writer(workdir, config.monitor.wandb_project), Progress(start, config.steps)
     shares = Shares(loader.plan, config.data.mixture.streams, streams, program.silence_id) if loader.plan else None
     meter = Meter(program, writer, progress, goodput, cluster.Clocks(), shares)
