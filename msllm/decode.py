@@ -26,7 +26,7 @@ from msllm.cache import DTYPES
 from msllm.decode_program import RUN_ROWS, Controls, Feed, decode_program
 from msllm.errors import UserError
 from msllm.load import LoadedModel
-from msllm.sampling import FREE, Sampling
+from msllm.sampling import FREE, Sampling, unpacked
 from msllm.session import DecodeOptions, Row, Script, Stop, Transcript, check_tokens, per_stream
 from msllm.sharding import check_lengths
 
@@ -272,8 +272,8 @@ class Engine:
     def _collect(self, flight: _Flight) -> list[Row]:
         """The rows of `_dispatch`, in the order of its sessions."""
         if flight.out is not None:
-            # One by one: jax.device_get takes a tenth of all that the host does for a row.
-            chosen, logits = jax.tree.map(np.asarray, flight.out)
+            packed, logits = flight.out
+            chosen, logits = unpacked(np.asarray(packed)), None if logits is None else np.asarray(logits)
         rows, size = [], self.streams.size
         for session in flight.sessions:
             if session in flight.first:
@@ -301,8 +301,8 @@ class Engine:
                 feeds.penalty[i, slot, :size] = script.penalty(script.rows + i)
                 present[session].append(here)
         most = np.int32(max(wanted.values()))
-        self._state, chosen = self._program.run(self._weights, self._state, self._device_controls(), feeds, most)
-        chosen = jax.device_get(chosen)
+        self._state, packed = self._program.run(self._weights, self._state, self._device_controls(), feeds, most)
+        chosen = unpacked(np.asarray(packed))
         rows_of = lambda session, i: [x[i, session._slot, :size] for x in chosen]
         return {
             session: [session._script.show(*_row(rows_of(session, i), present[session][i + 1])) for i in range(rows)]
@@ -468,7 +468,7 @@ class _Flight(NamedTuple):
     sessions: Sequence[Session]
     first: Mapping[Session, Row]  # rows that need no device
     present: dict[Session, np.ndarray]
-    out: Any  # (Chosen, logits); None: nothing to do
+    out: Any  # (packed Chosen, logits); None: nothing to do
 
 
 class Generated(NamedTuple):

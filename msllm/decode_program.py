@@ -81,8 +81,8 @@ class DecodeProgram:
     prepare(parameters) -> weights: by layer, in the compute dtype where that is what they are used in.
     empty() -> State.
     read(weights, state, slot, tokens, present, rows) -> State: a table, at the beginning of a session.
-    advance(weights, state, controls, feed) -> (State, Chosen, logits or None): one row.
-    run(weights, state, controls, feeds, rows) -> (State, Chosen of [RUN_ROWS, B, S]): `rows` rows.
+    advance(weights, state, controls, feed) -> (State, packed Chosen, logits or None): one row.
+    run(weights, state, controls, feeds, rows) -> (State, packed Chosen of [RUN_ROWS, B, S]): `rows` rows.
     clear(state, slot), copy(state, source, target), allow(state, slot, allowed [S', V]) -> State.
     take(state, slot) -> one session's State, with B = 1. put(state, slot, session) -> State.
 
@@ -120,16 +120,16 @@ class DecodeProgram:
         self.empty = jit(self.empty_state, **placed(specs.state))
         scalar, by_stream = PartitionSpec(), PartitionSpec(None, None, *partition("stream"))
         cells = partition("batch", "stream")
-        chosen = Chosen(cells, cells, cells)
+        chosen = PartitionSpec(None, *cells)
         logits = partition("batch", "stream", "replicated") if all_logits else None
         sharded = functools.partial(self._sharded, jit)
         in_run = lambda spec: PartitionSpec(None, *spec)
         self.advance = sharded(
             self._advance, (specs.weights, specs.state, specs.controls, specs.feed), (specs.state, chosen, logits)
         )
-        feeds, many = Feed(*map(in_run, specs.feed)), Chosen(*map(in_run, chosen))
+        feeds = Feed(*map(in_run, specs.feed))
         self.run = sharded(
-            self._run, (specs.weights, specs.state, specs.controls, feeds, scalar), (specs.state, many)
+            self._run, (specs.weights, specs.state, specs.controls, feeds, scalar), (specs.state, in_run(chosen))
         )
         self.read = sharded(
             self._read, (specs.weights, specs.state, scalar, by_stream, by_stream, scalar), specs.state
@@ -236,7 +236,8 @@ class DecodeProgram:
         return chosen, logits if self.all_logits else None
 
     def _advance(self, weights, state: State, controls: Controls, feed: Feed):
-        return self._next_row(weights, state, controls, feed, feed.read)
+        state, chosen, logits = self._next_row(weights, state, controls, feed, feed.read)
+        return state, chosen.packed(), logits
 
     def _run(self, weights, state: State, controls: Controls, feeds: Feed, rows):
         def body(i, carry):
@@ -251,7 +252,7 @@ class DecodeProgram:
         shape = feeds.read.shape
         out = Chosen(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape))
         state, _, out = jax.lax.fori_loop(0, rows, body, (state, feeds.read[0], out))
-        return state, out
+        return state, out.packed()
 
     def _read(self, weights, state: State, slot, tokens, present, rows) -> State:
         """A table [1, T, S] of which the first `rows` rows are there, into an empty slot. T at most the window."""

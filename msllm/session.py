@@ -171,8 +171,8 @@ class Script:
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """The last row as the model reads it, [S] tokens and present: with what was fed since it was shown."""
-        for s in np.flatnonzero(self.present & ~self._taken & self._inputs & ~self._ablated):
-            if self._fed[s]:
+        for s, fed in enumerate(self._fed):
+            if fed and self.present[s] and self._inputs[s] and not (self._taken[s] or self._ablated[s]):
                 self._take(s, self.tokens, self.rows - 1)
         return self.tokens, self.present
 
@@ -186,7 +186,7 @@ class Script:
         present = row >= self._delays
         given = np.full(self.streams.size, FREE, np.int32)
         silent = self._inputs | self._ablated | (present & ~last_present)  # streams begin with silence
-        if silent.any():
+        if np.count_nonzero(silent):
             given[silent] = self._silence()
         self._taken = np.zeros(self.streams.size, bool)
         for s, (forced, fed) in enumerate(zip(self._forced, self._fed)):
@@ -207,14 +207,13 @@ class Script:
 
     def show(self, tokens, present, logprob, entropy, logits) -> Row:
         """The next row, of what the device chose."""
-        tokens = np.where(present, tokens, 0).astype(np.int32)
+        tokens = tokens * present  # what is absent holds token 0
         self._append(tokens, present)
-        text = None
+        text, said = None, present & (tokens != self.silence_id)
         if self._texts is not None:
-            said = present & (tokens != self.silence_id)
             text = tuple(t.grow(int(token)) if here else "" for t, token, here in zip(self._texts, tokens, said))
         row = Row(self.rows - 1, tokens.copy(), present, logprob, entropy, text, logits)
-        self.silent_rows = 0 if np.any(present & (tokens != self.silence_id)) else self.silent_rows + 1
+        self.silent_rows = 0 if np.count_nonzero(said) else self.silent_rows + 1
         self.finished = self._end(row)
         return row
 
