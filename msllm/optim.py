@@ -45,13 +45,15 @@ def optimizer(config: OptimConfig, steps: int, silence_id: int = -1, moves=True)
 
     Parameters whose path contains one of `config.no_decay` are not decayed; the stream embedding's rate is multiplied
     by `config.stream_embedding_lr`, that of the rows of the token `silence_id` by `config.silence_lr`. Where `moves`
-    ([] bool) is false and the gradients are zero, the moments stay what they are.
+    ([] bool) is false the moments stay what they are; the updates then mean nothing.
     """
     b1, b2 = (b if moves is True else jnp.where(moves, b, 1.0) for b in (config.b1, config.b2))
     decayed = lambda tree: _mask(tree, lambda name: not any(part in name for part in config.no_decay))
     stream_embedding = lambda tree: _mask(tree, lambda name: "stream_embedding" in name)
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    clipped = lambda updates: clip.update(updates, optax.EmptyState())[0]
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.stateless(lambda updates, _: jax.tree.map(lambda x: jnp.where(moves, x, 0), clipped(updates))),
         optax.scale_by_adam(b1, b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, decayed),
         optax.masked(optax.scale(config.stream_embedding_lr), stream_embedding),

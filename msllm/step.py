@@ -155,12 +155,11 @@ class Program:
         norms = leaf_norms(gradients)
         finite = jnp.isfinite(loss) & jnp.all(jnp.isfinite(norms))
         # An update that is left out is an update by zero. To choose between new and old arrays would keep both in memory.
-        zeroed = functools.partial(jax.tree.map, lambda x: jnp.where(finite, x, 0))
         update = optimizer(self.config.optim, self.config.steps, self.silence_id, finite).update
-        updates, opt_state = update(zeroed(gradients), state.opt_state, state.parameters)
-        parameters = optax.apply_updates(state.parameters, updates := zeroed(updates))
-        counted = lambda new, old: new if new.ndim else jnp.where(finite, new, old)
-        opt_state = jax.tree.map(counted, opt_state, state.opt_state)
+        updates, opt_state = update(gradients, state.opt_state, state.parameters)
+        updates = jax.tree.map(lambda x: jnp.where(finite, x, 0), updates)
+        parameters = optax.apply_updates(state.parameters, updates)
+        opt_state = jax.tree.map(lambda x, old: x if x.ndim else jnp.where(finite, x, old), opt_state, state.opt_state)
         skip = (~finite).astype(jnp.int32)
         skipped, in_row = state.skipped + skip, skip * (state.skipped_in_row + 1)
         # The schedule counts updates, not steps: a skipped update does not use up learning rate.
