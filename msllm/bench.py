@@ -17,6 +17,7 @@ a share of its peak (msllm/hardware.py).
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -105,6 +106,7 @@ def accelerator_rates(device, flops_per_second: float, compute_dtype: str) -> di
 
 def train_case(case: dict) -> list[dict]:
     """Measures one case in this process, which should be a new one."""
+    gc.disable()  # until the step is compiled, as the command `msllm.train` starts
     import jax
     import numpy as np
 
