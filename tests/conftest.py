@@ -38,6 +38,10 @@ from msllm.load import LoadedModel, from_parameters  # noqa: E402
 from msllm.model import init_parameters  # noqa: E402
 from msllm.streams import StreamSpec  # noqa: E402
 
+# The backend has read what msllm tells it for eight devices; processes that tests start may have fewer.
+jax.devices()
+os.environ.pop("PJRT_NPROC")
+
 # Examples that compile take seconds; the same examples in every run make a failure repeatable.
 hypothesis.settings.register_profile("msllm", deadline=None, derandomize=True, max_examples=15)
 hypothesis.settings.load_profile("msllm")

@@ -1,6 +1,7 @@
 """The import direction, the size of the core, and what an import costs."""
 
 import ast
+import os
 import pathlib
 import subprocess
 import sys
@@ -126,3 +127,16 @@ def test_data_and_model_import_no_slow_library():
     # grain, which the loader needs, imports orbax where it is installed.
     train = loaded("msllm.train")
     assert "grain" in train and not {"tensorboardX", "msllm.checkpoint"} & train
+
+
+def test_virtual_devices_get_threads_enough_to_wait_for_each_other():
+    def threads(**environment):
+        code = "import msllm, os; print(os.environ.get('PJRT_NPROC'))"
+        clean = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "PJRT_NPROC")}
+        run = [sys.executable, "-c", code]
+        return subprocess.run(run, env=clean | environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    eight = {"XLA_FLAGS": "--xla_a=1 --xla_force_host_platform_device_count=8 --xla_b=2"}
+    assert threads() == threads(XLA_FLAGS="--xla_a=1") == "None"
+    assert int(threads(**eight)) >= 128
+    assert threads(PJRT_NPROC="3", **eight) == "3"
