@@ -24,10 +24,10 @@ ROPE_SPAN = 4096  # rows; see `rope_angles`
 SAVED = ("qkv", "attention", "mid", "mlp")
 
 
-def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], scale: float) -> nnx.Param:
-    """A float32 parameter drawn from normal(0, scale), with its logical axes as metadata."""
+def parameter(rngs: nnx.Rngs | None, shape: tuple[int, ...], axes: tuple[str, ...], scale: float) -> nnx.Param:
+    """A float32 parameter drawn from normal(0, scale) (no `rngs`: zeros), with its logical axes as metadata."""
     assert len(shape) == len(axes), (shape, axes)
-    return nnx.Param(scale * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+    return nnx.Param(scale * jax.random.normal(rngs.params(), shape, jnp.float32) if rngs else jnp.zeros(shape), axes=axes)
 
 
 def constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
@@ -95,7 +95,7 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 class Projections(nnx.Module):
     """The q, k, v and output projections of attention, with optional biases and norms on the heads."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None):
         layers, d_model, heads, kv_heads, head_dim = (
             config.num_layers,
             config.d_model,
@@ -139,7 +139,7 @@ class Projections(nnx.Module):
 class Mlp(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None):
         layers, d_model, d_ff = config.num_layers, config.d_model, config.d_ff
         axes = ("layers", "embed", "mlp")
         self.gate = parameter(rngs, (layers, d_model, d_ff), axes, d_model**-0.5)

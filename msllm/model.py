@@ -22,7 +22,7 @@ ACTIVATION = ("batch", "row", "stream", "d_model")
 class Block(nnx.Module):
     """Pre-norm attention and MLP; weights of all layers, applied to one layer's slice of them."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None):
         self.config = config
         self.attention_norm = constant(1.0, (config.num_layers, config.d_model), ("layers", "embed"))
         self.attention = Projections(config, rngs)
@@ -39,7 +39,7 @@ class Block(nnx.Module):
 class MultiStreamLM(nnx.Module):
     """Decoder-only language model over S streams (Qwen3's form). With S = 1 it is an ordinary one."""
 
-    def __init__(self, config: ModelConfig, streams: StreamSpec, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, streams: StreamSpec, rngs: nnx.Rngs | None):
         self.config, self.streams = config, streams
         table = ("vocab", "embed")
         self.embedding = parameter(rngs, (config.vocab_size, config.d_model), table, 0.02)
@@ -127,7 +127,7 @@ def _remat(layer, policy: str):
 
 def abstract_model(config: ModelConfig, streams: StreamSpec) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
     """(graphdef, parameter shapes, logical axes): the last two are nested dicts of the same structure."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: MultiStreamLM(config, streams, nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: MultiStreamLM(config, streams, None)))
     shapes = nnx.to_pure_dict(state)
     leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
     axes = jax.tree.unflatten(jax.tree.structure(shapes), [leaf.axes for leaf in leaves])
