@@ -84,8 +84,7 @@ def describe(step: int, config: Config, tokenizer: Tokenizer | None, items: dict
     data = base64.b64encode(tokenizer.to_bytes()).decode() if tokenizer else None
     stored = tokenizer and {"kind": tokenizer.kind, "silence": tokenizer.silence, "bytes": data}
     sums = {name: checksums(tree) for name, tree in items.items()}
-    config_dict = json.loads(to_json(config))
-    more |= {"format": FORMAT, "step": step, "config": config_dict, "tokenizer": stored, "checksums": sums}
+    more |= {"format": FORMAT, "step": step, "config": json.loads(to_json(config)), "tokenizer": stored, "checksums": sums}
     return more | {"digest": _digest(more)}
 
 

@@ -138,7 +138,8 @@ def _losses(hidden, head, targets, weights, options: LossConfig, whole, with_gra
             if not with_gradient:
                 return (loss + value, d_table), (nll, None)
             scale = weights * (1 + 2 * z * sums.log_total) if z else weights
-            d_logits = scale[:, None] * jnp.exp(logits - sums.log_total[:, None])
+            # With a column of them as one more operand, XLA:CPU does not overwrite the logits: it vectorizes no loop that does.
+            d_logits = scale[:, None] * jnp.exp(logits - (sums.log_total[:, None] + 0 * logits[:, :1]))
             d_logits -= weights[:, None] * (jnp.where(is_target, 1.0 - smooth, 0.0) + smooth / vocab)
             d_logits = d_logits.astype(hidden.dtype)
             d_hidden = jnp.einsum("nv,vd->nd", d_logits, table)
