@@ -13,12 +13,15 @@ prepared tables from disk to batches, T = 512, B = 32, S = 1, 3 and 10. Each cas
 devices jax finds. CPU-seconds are those of the process (user + system; `prepare`: and of its workers), so that other work
 on the machine matters less than in wall time. What is reached on an accelerator with --compute_dtype=bfloat16 is given as
 a share of its peak (msllm/hardware.py).
+
+With --torch, `train` and `decode` take turns with the same model in torch (transformers' Qwen3 with a dense mask, on CPU;
+both must be installed), from the same parameters: how far loss and gradient norm differ and which rows agree is printed, too.
 """
 
 from __future__ import annotations
 
 import gc
-import importlib
+import importlib.util
 import json
 import os
 import statistics
@@ -30,6 +33,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from msllm.errors import UserError, run
+from msllm.timing import timed
 
 flags.DEFINE_list("rows", ["102", "512"], "T of each case.")
 flags.DEFINE_list("batch", ["4", "1"], "Tables of each case.")
@@ -47,6 +51,7 @@ flags.DEFINE_string("attention", "auto", "train: the backend, as in config.model
 flags.DEFINE_list("backends", [], "attention: the backends to measure; none: all that run on this device.")
 flags.DEFINE_float("memory_gib", 4.0, "attention: a backend whose temporaries take more is not run.")
 flags.DEFINE_enum("remat", "dots", ["none", "dots", "full"], "Remat policy.")
+flags.DEFINE_boolean("torch", False, "train, decode: in turn with the same model in torch, with a dense mask.")
 flags.DEFINE_integer("prefill", 100, "decode: rows of each table that are read before.")
 flags.DEFINE_enum("cache_dtype", "float32", ["float32", "bfloat16", "int8"], "decode: of keys and values.")
 flags.DEFINE_integer("chunk_tokens", 1024, "Cells whose logits exist at one time.")
@@ -63,9 +68,9 @@ HEADS = ("num_heads", "num_kv_heads", "head_dim", "compute_dtype")
 SHAPE = ("vocab_size", "d_model", "d_ff", "num_layers", *HEADS, "remat", "attention")
 # Per benchmark, the flags that make a case, besides rows and batch.
 CASES = {
-    "train": (*SHAPE, "streams", "steps", "chunk_tokens"),
+    "train": (*SHAPE, "streams", "steps", "chunk_tokens", "torch"),
     "attention": (*HEADS, "streams", "steps", "backends", "memory_gib"),
-    "decode": ("vocab_size", "d_model", "d_ff", "num_layers", *HEADS, "streams", "steps", "prefill", "cache_dtype"),
+    "decode": ("vocab_size", "d_model", "d_ff", "num_layers", *HEADS, "streams", "steps", "prefill", "cache_dtype", "torch"),
     "prepare": ("converter", "processes"),
     "loader": ("tables", "sources", "silence", "epochs"),
 }
@@ -86,11 +91,7 @@ def matmul_flops_per_cpu_second(size: int = 2048, repeats: int = 5) -> float:
     product = jax.jit(lambda a, b: a @ b)
     a = jnp.ones((size, size), jnp.float32)
     product(a, a).block_until_ready()
-    seconds = []
-    for _ in range(repeats):
-        begin = time.process_time()
-        product(a, a).block_until_ready()
-        seconds.append(time.process_time() - begin)
+    seconds = (timed(lambda: product(a, a).block_until_ready())[1] for _ in range(repeats))
     return 2 * size**3 / min(seconds)
 
 
@@ -135,16 +136,18 @@ def train_case(case: dict) -> list[dict]:
     state, metrics = step(state, tables)
     jax.block_until_ready((state, metrics))
     start_to_first_step = time.process_time()
-    cpu, wall = [], []
-    for _ in range(case["steps"]):
-        begin, begin_wall = time.process_time(), time.perf_counter()
-        state, metrics = step(state, tables)
-        jax.block_until_ready((state, metrics))
-        cpu.append(time.process_time() - begin)
-        wall.append(time.perf_counter() - begin_wall)
     device = jax.devices()[0]
     peak_mib = (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**20 or memory_mib()
-    seconds = statistics.median(cpu)
+    other = _torch_trainer(config.model, state.parameters, tokens) if case["torch"] else None
+    own_times, other_times, differences = [], [], []
+    for _ in range(case["steps"]):
+        (state, metrics), *times = timed(lambda: jax.block_until_ready(step(state, tables)))
+        own_times.append(times)
+        if other:
+            (loss, norm), *times = timed(other.step)
+            other_times.append(times)
+            differences.append((abs(loss - metrics["loss"]), abs(norm / metrics["gradient_norm"] - 1)))
+    seconds, wall = (statistics.median(x) for x in zip(*own_times))
     flops = train_flops(config.model, streams, batch, rows)
     if device.platform == "cpu":
         matmul = matmul_flops_per_cpu_second()
@@ -154,16 +157,16 @@ def train_case(case: dict) -> list[dict]:
             "share_of_matmul": round(flops / seconds / matmul, 3),
         }
     else:
-        reached = accelerator_rates(device, flops / statistics.median(wall) / jax.device_count(), case["compute_dtype"])
+        reached = accelerator_rates(device, flops / wall / jax.device_count(), case["compute_dtype"])
     line = {
         "benchmark": "train",
         **case,
         "parameters": sum(x.size for x in jax.tree.leaves(program.abstract_state.parameters)),
         "tokens_per_step": batch * rows * size,
         "cpu_seconds_per_step": round(seconds, 4),
-        "wall_seconds_per_step": round(statistics.median(wall), 4),
+        "wall_seconds_per_step": round(wall, 4),
         "tokens_per_cpu_second": round(batch * rows * size / seconds, 1),
-        "tokens_per_second": round(batch * rows * size / statistics.median(wall), 1),
+        "tokens_per_second": round(batch * rows * size / wall, 1),
         "start_to_first_step_cpu_seconds": round(start_to_first_step, 2),
         "peak_memory_mib": round(peak_mib, 1),
         "useful_gflop_per_step": round(flops / 1e9, 1),
@@ -174,7 +177,25 @@ def train_case(case: dict) -> list[dict]:
         "jax": jax.__version__,
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
     }
+    if other:
+        other_seconds, other_wall = (statistics.median(x) for x in zip(*other_times))
+        line |= {
+            "torch_cpu_seconds_per_step": round(other_seconds, 4),
+            "torch_wall_seconds_per_step": round(other_wall, 4),
+            "torch_tokens_per_cpu_second": round(batch * rows * size / other_seconds, 1),
+            "torch_time_to_ours_cpu": round(other_seconds / seconds, 3),
+            "torch_time_to_ours_wall": round(other_wall / wall, 3),
+            # Of the first step that both take from the same parameters.
+            "torch_loss_difference": float(f"{differences[0][0]:.2g}"),
+            "torch_gradient_norm_relative_difference": float(f"{differences[0][1]:.2g}"),
+        }
     return [line]
+
+
+def _torch_trainer(model, parameters, tokens):
+    from msllm import bench_torch
+
+    return bench_torch.Trainer(bench_torch.Model(model, tokens.shape[2], parameters), tokens)
 
 
 def measure(benchmark: str, case: dict) -> None:
@@ -203,12 +224,24 @@ def _cases(benchmark: str) -> list[dict]:
     return [{"rows": int(t), "batch": int(b), **common} for t, b in zip(rows, batches)]
 
 
+def _check_torch(case: dict) -> None:
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--torch: {' and '.join(missing)} not installed: pip install {' '.join(missing)}")
+    if case["compute_dtype"] != "float32":
+        raise UserError(f"--compute_dtype is {case['compute_dtype']}: must be float32 with --torch")
+
+
 def main(argv: Sequence[str]) -> None:
     """Runs each case in a process of its own, with the settings of launch/env.sh."""
     if len(argv) != 2 or argv[1] not in CASES:
         raise UserError(f"what to measure is {argv[1:]}: must be one of {', '.join(CASES)}")
-    for case in _cases(argv[1]):
-        environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ}
+    cases = _cases(argv[1])
+    if cases[0].get("torch"):
+        _check_torch(cases[0])
+    for case in cases:
+        # Of torch: its threads do not spin while ours work.
+        environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "OMP_WAIT_POLICY": "passive", **os.environ}
         code = "import json, sys; from msllm.bench import measure; measure(sys.argv[1], json.loads(sys.argv[2]))"
         done = subprocess.run([sys.executable, "-c", code, argv[1], json.dumps(case)], env=environment)
         if done.returncode:

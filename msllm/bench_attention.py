@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -17,6 +16,7 @@ from msllm.flops import attention_flops, visible_pairs
 from msllm.hardware import lookup
 from msllm.sharding import make_mesh
 from msllm.streams import lag_matrix, make_cells
+from msllm.timing import timed
 
 
 def attention_case(case: dict) -> list[dict]:
@@ -111,8 +111,7 @@ def _interleaved(runs: dict, inputs: Sequence, repeats: int) -> dict:
     seconds = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, compiled in runs.items():
-            begin, begin_cpu = time.perf_counter(), time.process_time()
-            jax.block_until_ready(compiled(*inputs))
+            _, cpu, wall = timed(lambda: jax.block_until_ready(compiled(*inputs)))
             if repeat:  # the first one warms up
-                seconds[name].append((time.perf_counter() - begin, time.process_time() - begin_cpu))
+                seconds[name].append((wall, cpu))
     return {name: tuple(map(statistics.median, zip(*pairs))) for name, pairs in seconds.items()}

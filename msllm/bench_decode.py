@@ -2,23 +2,23 @@
 
 One session each, greedy, whose window holds all rows. A row is `session.step()`; the share of the host is the time of a
 step outside the compiled call. Rows at the start and at the end of the run are compared: attention reads a whole block of
-the window at every row, so they should cost the same.
+the window at every row, so they should cost the same. With `torch`, the same model in torch decodes beside them.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 
 import jax
 import numpy as np
 
 from msllm.config import ModelConfig, StreamsConfig
 from msllm.decode import Engine
-from msllm.load import from_parameters
+from msllm.load import LoadedModel, from_parameters
 from msllm.model import init_parameters
 from msllm.sampling import FREE
 from msllm.streams import StreamSpec
+from msllm.timing import timed
 
 EDGE = 50  # rows at either end that are compared
 
@@ -28,14 +28,21 @@ def decode_case(case: dict) -> list[dict]:
     `prefill` are read in one pass."""
     config = ModelConfig(**{name: case[name] for name in ModelConfig.__dataclass_fields__ if name in case})
     sizes = dict.fromkeys((case["streams"], 1))
-    sessions = {size: _session(config, size, case) for size in sizes}
+    models = {size: _model(config, size) for size in sizes}
+    sessions = {size: _session(model, case) for size, model in models.items()}
+    others = {size: _torch_session(model, case) for size, model in models.items()} if case["torch"] else {}
     compiled = _Compilations()
-    steps = {size: [] for size in sizes}
+    steps, others_steps = {size: [] for size in sizes}, {size: [] for size in sizes}
     for _ in range(case["rows"] - case["prefill"]):
-        for size, session in sessions.items():  # in turn, so that both see the same machine
+        for size, session in sessions.items():  # in turn, so that all see the same machine
             steps[size].append(_timed(session))
+            if others:
+                others_steps[size].append(timed(others[size].step))
+    same = {size: _same_rows(sessions[size], others_steps[size], case) for size in others}
     runs = {size: _timed_run(session, case["steps"]) for size, session in sessions.items()}
     lines = [_line(case, size, steps[size], runs[size]) for size in sizes]
+    if others:
+        lines = [line | _torch_line(line, others_steps[line["streams"]], same[line["streams"]]) for line in lines]
     for line in lines:
         line["compiled_meanwhile"] = compiled.count
     many, one = lines[0], lines[-1]
@@ -44,15 +51,22 @@ def decode_case(case: dict) -> list[dict]:
     return lines
 
 
-def _session(config: ModelConfig, size: int, case: dict):
+def _model(config: ModelConfig, size: int) -> LoadedModel:
     names = tuple(f"s{i}" for i in range(size))
     streams = StreamSpec.from_config(StreamsConfig(names=names, kinds=("output",) * size))
-    parameters = jax.jit(lambda: init_parameters(config, streams, 0))()
+    return from_parameters(config, streams, jax.jit(lambda: init_parameters(config, streams, 0))())
+
+
+def _prefill(model: LoadedModel, case: dict) -> np.ndarray:
+    shape = (case["prefill"], model.streams.size)
+    return np.random.default_rng(0).integers(0, model.config.vocab_size, shape)
+
+
+def _session(model: LoadedModel, case: dict):
     # Rows of `run` come after those that are stepped.
     window = case["rows"] + case["steps"]
-    model = from_parameters(config, streams, parameters)
     engine = Engine(model, window=window, cache_dtype=case["cache_dtype"], silence_id=0)
-    prefill = np.random.default_rng(0).integers(0, config.vocab_size, (case["prefill"], size))
+    prefill = _prefill(model, case)
     warm = engine.open(prefill=prefill)
     warm.force(0, [FREE, 1])
     warm.step(), warm.run(2), warm.close()
@@ -61,29 +75,54 @@ def _session(config: ModelConfig, size: int, case: dict):
     return session
 
 
+def _torch_session(model: LoadedModel, case: dict):
+    from msllm import bench_torch
+
+    other = bench_torch.Model(model.config, model.streams.size, model.parameters)
+    session = bench_torch.Session(other, _prefill(model, case))
+    session.step()
+    return session
+
+
+def _same_rows(session, others_steps: list, case: dict) -> int:
+    """How many rows are the same in both before the first that is not."""
+    ours = session.transcript().tokens[case["prefill"] + 1 :]
+    theirs = np.array([row for row, *_ in others_steps])
+    differs = (ours[: len(theirs)] != theirs).any(1)
+    return int(differs.argmax()) if differs.any() else len(theirs)
+
+
+def _torch_line(line: dict, steps: list, same: int) -> dict:
+    cpu, wall = (1e3 * np.array(x) for x in list(zip(*steps))[1:])
+    return {
+        "torch_cpu_ms_per_row": round(statistics.median(cpu), 3),
+        "torch_wall_ms_per_row": round(statistics.median(wall), 3),
+        "torch_time_to_ours_cpu": round(statistics.median(cpu) / line["cpu_ms_per_row"], 2),
+        "torch_time_to_ours_wall": round(statistics.median(wall) / line["wall_ms_per_row"], 2),
+        "torch_last_rows_to_first_rows_cpu": round(statistics.median(cpu[-EDGE:]) / statistics.median(cpu[:EDGE]), 3),
+        "torch_same_rows": same,
+    }
+
+
 def _timed(session) -> tuple[float, float, float]:
     """(wall, CPU, wall of the compiled call) of a row, seconds."""
     program, inside = session._engine._program, []
     advance = program.advance
 
-    def timed(*arguments):
-        begin = time.perf_counter()
-        out = jax.block_until_ready(advance(*arguments))
-        inside.append(time.perf_counter() - begin)
+    def watched(*arguments):
+        out, _, wall = timed(lambda: jax.block_until_ready(advance(*arguments)))
+        inside.append(wall)
         return out
 
-    program.advance = timed
-    begin, begin_cpu = time.perf_counter(), time.process_time()
-    session.step()
-    row = time.perf_counter() - begin, time.process_time() - begin_cpu, inside[0]
+    program.advance = watched
+    _, cpu, wall = timed(session.step)
     program.advance = advance
-    return row
+    return wall, cpu, inside[0]
 
 
 def _timed_run(session, rows: int) -> tuple[float, float]:
-    begin, begin_cpu = time.perf_counter(), time.process_time()
-    session.run(rows)
-    return (time.perf_counter() - begin) / rows, (time.process_time() - begin_cpu) / rows
+    _, cpu, wall = timed(lambda: session.run(rows))
+    return wall / rows, cpu / rows
 
 
 def _line(case: dict, size: int, steps: list, run: tuple[float, float]) -> dict:

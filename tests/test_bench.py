@@ -1,5 +1,6 @@
 """Benchmarks, tiny: what a line says, and that its numbers fit together."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from msllm.flops import attention_flops, visible_pairs
 from msllm.streams import lag_matrix
 
 pytestmark = pytest.mark.slow
+
+TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+NO_TORCH = "not installed: pip install"
 
 
 def bench(*options):
@@ -121,6 +125,20 @@ def test_decode_compares_streams_with_one():
         assert line["compiled_meanwhile"] == 0 and 0 < line["host_share"] < 1 and line["run_cpu_ms_per_row"] > 0
 
 
+@pytest.mark.skipif(not TORCH, reason="torch or transformers is not installed")
+def test_the_model_in_torch_is_the_same():
+    sizes = ("--d_model=16", "--d_ff=32", "--num_layers=2", "--num_heads=4", "--num_kv_heads=2", "--head_dim=8")
+    sizes += ("--vocab_size=64",)
+    (line,), errors, status = bench("train", "--torch", "--rows=9", "--batch=8", "--streams=3", "--steps=2", *sizes)
+    assert status == 0, errors
+    assert line["torch_loss_difference"] < 1e-5 and line["torch_gradient_norm_relative_difference"] < 1e-4
+    ratio = line["torch_cpu_seconds_per_step"] / line["cpu_seconds_per_step"]
+    assert line["torch_time_to_ours_cpu"] == pytest.approx(ratio, rel=0.05)
+    lines, errors, status = bench("decode", "--torch", "--rows=20", "--prefill=9", "--streams=3", "--steps=1", *sizes)
+    assert status == 0, errors
+    assert [(line["streams"], line["torch_same_rows"]) for line in lines] == [(3, 11), (1, 11)]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -128,8 +146,9 @@ def test_decode_compares_streams_with_one():
         (("attention", "--rows=4", "--batch=1,2"), "both need as many positive numbers as there are cases"),
         (("prepare", "--size_mb=0"), "--size_mb is ['0']: must be positive numbers, one a case"),
         (("attention", "--rows=4", "--batch=1", "--backends=splash"), "'splash': it needs a TPU"),
+        (("train", "--torch", "--compute_dtype=bfloat16"), "must be float32 with --torch" if TORCH else NO_TORCH),
     ],
-    ids=["what", "cases", "sizes", "backend"],
+    ids=["what", "cases", "sizes", "backend", "torch"],
 )
 def test_wrong_options_are_refused(options, message):
     lines, errors, status = bench(*options)

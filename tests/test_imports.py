@@ -11,7 +11,7 @@ import msllm
 PACKAGE = pathlib.Path(msllm.__file__).parent
 # A module imports only modules of lines above its own, or of its own line those to its left.
 ORDER = """
-errors shapes workers progress
+errors shapes workers progress timing
 config
 rope
 streams
@@ -41,7 +41,7 @@ sampling cache decode_program session decode
 train prepare drawing inspect convert score generate evaluate interruptions likelihood
 recording live screen chat
 attention_map plots
-bench_attention bench_decode bench_loader bench_prepare bench
+bench_torch bench_attention bench_decode bench_loader bench_prepare bench
 aot
 """.split()
 # Imports inside functions, by (module, imported module), with the reason.
@@ -50,6 +50,7 @@ NESTED = {
     ("train", "checkpoint"): "orbax is slow to import, and not every use of this module needs it",
     ("train", "initial"): "the same",
     ("chat", "screen"): "textual is installed only where it is asked for",
+    ("bench_decode", "bench_torch"): "torch is installed only where it is asked for",
     ("bench", "*"): "each case is measured in a process of its own: the first one needs none of this",
 }
 CORE = (
