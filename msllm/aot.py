@@ -207,7 +207,7 @@ def sweep(
 ) -> list[dict]:
     """One row per remat policy and batch size; goes on after what fails. `say` gets each row as soon as it is known."""
     rows = []
-    for remat in ("none", "dots", "full"):
+    for remat in ("none", "dots", "full", "offload"):
         failed = False
         for multiple in multiples:
             model = dataclasses.replace(config.model, remat=remat)

@@ -50,7 +50,7 @@ flags.DEFINE_enum("compute_dtype", "float32", ["float32", "bfloat16"], "Of matri
 flags.DEFINE_string("attention", "auto", "train: the backend, as in config.model.attention.")
 flags.DEFINE_list("backends", [], "attention: the backends to measure; none: all that run on this device.")
 flags.DEFINE_float("memory_gib", 4.0, "attention: a backend whose temporaries take more is not run.")
-flags.DEFINE_enum("remat", "dots", ["none", "dots", "full"], "Remat policy.")
+flags.DEFINE_enum("remat", "dots", ["none", "dots", "full", "offload"], "Remat policy.")
 flags.DEFINE_boolean("torch", False, "train, decode: in turn with the same model in torch, with a dense mask.")
 flags.DEFINE_integer("prefill", 100, "decode: rows of each table that are read before.")
 flags.DEFINE_enum("cache_dtype", "float32", ["float32", "bfloat16", "int8"], "decode: of keys and values.")

@@ -8,7 +8,6 @@ they cost no file traffic and do not depend on the mesh; a checkpoint that does 
 from __future__ import annotations
 
 import base64
-import dataclasses
 import functools
 import hashlib
 import json
@@ -21,16 +20,13 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
-from flax import nnx
 
 from msllm import cluster
 from msllm.compiler import compiler_options
 from msllm.config import CheckpointConfig, Config, from_config_dict, to_json
 from msllm.errors import RunError, UserError
-from msllm.model import abstract_model
 from msllm.optim import path_name
 from msllm.step import Program, TrainState
-from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -64,7 +60,8 @@ def _absolute(path: str | os.PathLike) -> epath.Path:
     return path if "://" in str(path) else path.resolve()  # of an address in an object store that makes a local path
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says first; its name if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -154,7 +151,7 @@ class Checkpoints:
     def _raise_not_written(self, error: Exception) -> NoReturn:
         if cluster.is_of_others(error):
             raise error
-        reason = _first_line(error)
+        reason = first_line(error)
         complete = [path for path in self.directory.iterdir() if path.name.isdigit()]
         good = max((int(path.name) for path in complete if ocp.utils.is_checkpoint_finalized(path)), default=None)
         kept = f"the one of step {good} is good" if good is not None else "there is none yet"
@@ -183,7 +180,7 @@ class Checkpoints:
             except Exception as error:
                 if is_no_damage(error):
                     raise
-                reason = _first_line(error)
+                reason = first_line(error)
                 problems.append(f"step {step}: {reason}")
                 log.warning("checkpoint of step %d is damaged and not used: %s", step, reason)
                 continue
@@ -203,7 +200,7 @@ class Checkpoints:
             try:
                 state = self._restore_step(step, program, tokenizer)
             except ValueError as error:
-                log.warning("local checkpoint of step %d is not used: %s", step, _first_line(error))
+                log.warning("local checkpoint of step %d is not used: %s", step, first_line(error))
         # What one process has and another lacks would be written anew by the other alone, which would wait for the first.
         for path in self.directory.iterdir():
             if state is None or path.name != str(step):
@@ -224,7 +221,7 @@ class Checkpoints:
         except Exception as problem:
             if is_no_damage(problem):
                 raise
-            error = _first_line(problem)
+            error = first_line(problem)
         if any(errors := cluster.share(error)):
             raise ValueError(next(filter(None, errors)))
         for name, tree in restored.items():
@@ -327,19 +324,6 @@ def _check_same_run(description: dict[str, Any], config: Config, tokenizer: Toke
                 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A checkpoint, ready to run: everything in it but the optimizer's state."""
-
-    path: str
-    step: int
-    config: Config
-    streams: StreamSpec
-    tokenizer: Tokenizer | None  # None: the model was imported without one
-    graph: nnx.GraphDef
-    parameters: dict[str, Any]
-
-
 def checkpoint_paths(path: str | os.PathLike) -> list[epath.Path]:
     """The one checkpoint that `path` is, or those of a workdir, newest first. Raises UserError if there is none."""
     path = _absolute(path)
@@ -351,36 +335,3 @@ def checkpoint_paths(path: str | os.PathLike) -> list[epath.Path]:
     if not found:
         raise UserError(f"there is no checkpoint in {path}: give a workdir of `msllm.train` or one of its checkpoints")
     return sorted(found, key=lambda p: -int(p.name))
-
-
-def load_model(path: str | os.PathLike, needs_tokenizer: bool = True) -> Loaded:
-    """Loads parameters and description from a checkpoint: a step's directory, or the newest good one of a workdir. Raises
-    UserError, also if it `needs_tokenizer` and was imported without one."""
-    problems = []
-    for candidate in checkpoint_paths(path):
-        try:
-            loaded = _load(candidate)
-            if needs_tokenizer and loaded.tokenizer is None:
-                raise UserError(f"{path} has no tokenizer: import it with --tokenizer=FILE (docs/weights.md)")
-            return loaded
-        except UserError:
-            raise
-        except Exception as error:  # see Checkpoints.restore
-            reason = _first_line(error)
-            problems.append(f"{candidate.name}: {reason}")
-            log.warning("checkpoint %s is damaged and not used: %s", candidate, reason)
-    raise UserError(f"no checkpoint in {path} can be read ({'; '.join(problems)}): restore one from a copy")
-
-
-def _load(path: epath.Path) -> Loaded:
-    description = read_description(path)
-    config = from_config_dict(description["config"])
-    streams = StreamSpec.from_config(config.streams)
-    graph, shapes, _ = abstract_model(config.model, streams)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
-    parameters = read_arrays(path / "parameters", abstract)
-    check_sums(parameters, description["checksums"]["parameters"])
-    stored = description["tokenizer"]
-    tokenizer = stored and Tokenizer.from_bytes(stored["kind"], base64.b64decode(stored["bytes"]), stored["silence"])
-    return Loaded(str(path), description["step"], config, streams, tokenizer, graph, parameters)

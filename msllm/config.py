@@ -22,6 +22,8 @@ import ml_collections
 
 from msllm.errors import UserError
 
+INPUT_ONLY = ("full", "offload")  # remat policies that keep nothing of a layer but its input
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScalingConfig:
@@ -58,7 +60,8 @@ class ModelConfig:
     compute_dtype: str = "float32"  # float32 | bfloat16; parameters are float32 always
     attention: str = "auto"  # auto | splash (TPU) | gpu | chunked (anywhere) | reference (O(L^2) memory: for tests)
     kv_parts: int = 1  # parts of the kv heads whose keys and values are gathered over streams at a time; more: less memory
-    remat: str = "dots"  # none (keep all) | dots (keep matrix products and attention) | full (keep layer inputs only)
+    # none (keep all) | dots (keep matrix products and attention) | full (keep layer inputs) | offload (these on the host)
+    remat: str = "dots"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,7 +294,7 @@ def _convert(hint: Any, value: Any, path: str):
 _CHOICES = {
     "model.compute_dtype": "float32 bfloat16",
     "model.attention": "auto splash gpu chunked reference",
-    "model.remat": "none dots full",
+    "model.remat": "none dots full offload",
     "model.rope_scaling.kind": "none linear llama3 yarn",
     "optim.schedule": "cosine wsd constant",
     "data.tokenizer.model_type": "unigram bpe word char",

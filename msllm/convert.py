@@ -25,12 +25,12 @@ from sentencepiece import sentencepiece_model_pb2
 
 from msllm import errors, gguf_file, hf
 from msllm.atomic import new_folder, refuse_existing
-from msllm.checkpoint import load_model
 from msllm.config import Config, DataConfig, ModelConfig, StreamsConfig, TokenizerConfig
 from msllm.errors import UserError
 from msllm.initial import stream_vectors, write_model
 from msllm.streams import KINDS, PRESETS, StreamSpec
 from msllm.tokenizer import FILE_NAMES, Tokenizer
+from msllm.trained import load_model
 
 ORIGIN = "hf"  # folder inside OUT with what came beside the weights: to_hf writes it again
 COMPANIONS = (

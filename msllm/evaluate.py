@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from msllm.checkpoint import Loaded, load_model
 from msllm.config import MixtureConfig
 from msllm.data.dictation import QUESTION_END, expected_answer, question_end
 from msllm.data.loader import Loader, spread
@@ -27,6 +26,7 @@ from msllm.data.tables import Table, unpack
 from msllm.decode import FREE, generate
 from msllm.errors import UserError
 from msllm.load import from_parameters
+from msllm.trained import Loaded, load_model
 
 BATCH = 128  # examples decoded together
 SLACK = 8  # rows that an answer may come later than in the example

@@ -17,13 +17,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from msllm.checkpoint import Loaded, load_model
 from msllm.data.dictation import BACK, expected_answer
 from msllm.data.tables import unpack
 from msllm.decode import Engine, generate
 from msllm.errors import UserError
 from msllm.evaluate import SLACK, Case, open_data, streams_case
 from msllm.load import LoadedModel, from_parameters
+from msllm.trained import Loaded, load_model
 
 BATCH = 64  # sessions at a time
 FIRST, LAST = "no", "wait"  # the words that take a step back

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msllm.checkpoint import Loaded, load_model
 from msllm.config import LossConfig
 from msllm.errors import UserError
 from msllm.evaluate import open_data
@@ -25,6 +24,7 @@ from msllm.load import from_parameters
 from msllm.loss import next_row_loss, targets_and_weights
 from msllm.model import bind
 from msllm.streams import PRESETS, make_cells, positions
+from msllm.trained import Loaded, load_model
 
 SEED = 0  # of the resampling
 

@@ -50,7 +50,7 @@ def load_any(path: str | pathlib.Path) -> LoadedModel:
     if not path.is_dir():
         raise UserError(f"there is no checkpoint directory {path}: correct --checkpoint")
     if not _is_hf_folder(path):
-        from msllm.checkpoint import load_model  # orbax is slow to import, and a Hugging Face folder needs none of it
+        from msllm.trained import load_model  # orbax is slow to import, and a Hugging Face folder needs none of it
 
         loaded = load_model(path, needs_tokenizer=False)
         return LoadedModel(loaded.config.model, loaded.streams, loaded.graph, loaded.parameters, loaded.tokenizer)

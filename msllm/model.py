@@ -11,7 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from msllm.attention import KEEP_OUTPUT, attention, backend
-from msllm.config import ModelConfig
+from msllm.config import INPUT_ONLY, ModelConfig
 from msllm.layers import SAVED, Mlp, Projections, constant, parameter, rms_norm, rope_angles, whole
 from msllm.sharding import FSDP, axis_index, gather, gather_streams, mesh_axes, named, rows_to_cells, total
 from msllm.streams import Cells, StreamSpec
@@ -68,9 +68,9 @@ class MultiStreamLM(nnx.Module):
 
         def layer(x, weights):
             attend = lambda q, k, v: attention(q, k, v, *rule)
-            if config.remat == "full":  # the gathered keys and values must not wait for the backward of the MLP
+            if config.remat in INPUT_ONLY:  # the gathered keys and values must not wait for the backward of the MLP
                 attend = jax.checkpoint(attend, policy=KEEP_OUTPUT)
-            return nnx.merge(graph, weights)(x, angles, attend), None
+            return nnx.merge(graph, weights)(checkpoint_name(x, "input"), angles, attend), None
 
         x, _ = jax.lax.scan(_remat(layer, config.remat), self.embed(tokens), weights)
         return self.finish(x)
@@ -117,12 +117,19 @@ def _remat(layer, policy: str):
     """Which values of a layer the backward pass has at hand; the others it computes again.
 
     `none`: all. `dots`: results of matrix products and of attention; norms, rotations and activations are cheap to
-    repeat and take most of the memory. `full`: the layer's input only.
+    repeat and take most of the memory. `full`: the layer's input only. `offload`: the same, in the host's memory.
     """
     if policy == "none":
         return layer
-    save = jax.checkpoint_policies.save_only_these_names(*SAVED) if policy == "dots" else None
-    return jax.checkpoint(layer, policy=save, prevent_cse=False)
+    named = jax.checkpoint_policies
+    policies = {
+        "dots": named.save_only_these_names(*SAVED),
+        "full": None,
+        "offload": named.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=["input"], offload_src="device", offload_dst="pinned_host"
+        ),
+    }
+    return jax.checkpoint(layer, policy=policies[policy], prevent_cse=False)
 
 
 def abstract_model(config: ModelConfig, streams: StreamSpec) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:

@@ -95,6 +95,7 @@ def _estimate_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows += [
         ("hardware TFLOP", f"{work['hardware'] / 1e12:,.3g}"),
         ("HBM traffic", size_text(memory["total"])),
+        *([("to the host, and back", size_text(estimate["host_bytes"]))] if estimate["host_bytes"] else []),
         (
             "FLOP per byte",
             f"{estimate['arithmetic_intensity']:,.0f} (of the hardware: {estimate['intensity_of_the_hardware']:,.0f})",
@@ -148,13 +149,13 @@ def text(report: Mapping[str, Any]) -> str:
 
 def sweep_header() -> str:
     """Column names of `sweep_line`."""
-    return "remat  tables  fits   peak  step ms    MFU  compile s"
+    return "remat    tables  fits   peak  step ms    MFU  compile s"
 
 
 def sweep_line(row: Mapping[str, Any]) -> str:
     """One row of a sweep."""
     fits = "yes" if row["fits"] else "no"
-    line = f"{row['remat']:<5}  {row['batch_size']:>6}  {fits:<4}"
+    line = f"{row['remat']:<7}  {row['batch_size']:>6}  {fits:<4}"
     if row.get("bytes") is not None:
         line += f"  {_gib(row['bytes']):>5}  {_ms(row['step_seconds']):>7}  {_percent(row['mfu']):>5}"
         return line + f"  {row['compile_seconds']:>9.0f}"

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from msllm.config import Config
+from msllm.config import INPUT_ONLY, Config
 from msllm.flops import train_flops, visible_pairs
 from msllm.hardware import Hardware
 from msllm.hlo import Collective, axes_of
@@ -21,7 +21,7 @@ from msllm.streams import StreamSpec
 
 ASSUMPTIONS = (
     "Useful FLOPs are what the visibility rule needs for full tables (msllm/flops.py). MFU is their share of the peak.",
-    "Hardware FLOPs add what is computed again or in vain: the layer under remat=full (all but its last product), "
+    "Hardware FLOPs add what is computed again or in vain: the layer under remat=full and offload (all but its last product), "
     "scores in the backward pass of blockwise attention (the kernels of splash: once more, and the gradients of the "
     "weights of the softmax twice), logits twice where the head comes in parts, the head for streams without weight "
     "that share a program with others, all products for streams that only fill up the mesh axis. Masked pairs inside an "
@@ -33,6 +33,8 @@ ASSUMPTIONS = (
     "ICI: every mesh axis is a ring on one axis of the torus with both directions in use; different axes do not "
     "disturb each other. All-gather and reduce-scatter move (n-1)/n of their bytes, all-reduce twice that, all-to-all "
     "a quarter of a ring's length times its bytes per torus axis, a permute its bytes over one link.",
+    "With remat=offload each layer's input goes to the host's memory and comes back while others are computed: its time "
+    "is not counted.",
     "DCN: what the compiler sends between slices, at each device's part of the network.",
     "Step time: asynchronous collectives hide behind compute and HBM traffic, which hide behind each other; "
     "synchronous ones add to it. The bounds are everything hidden, and nothing hidden.",
@@ -116,7 +118,7 @@ def flops(shape: Shape) -> dict[str, float]:
     forward = up_to_down + 2 * rows * model.d_model * model.d_ff
     head = 2 * rows * model.d_model * model.vocab_size  # of one stream, forward
     trained = sum(weight > 0 for weight in streams.loss_weights)
-    full = model.remat == "full"
+    full = model.remat in INPUT_ONLY
     again = {"reference": 0, "splash": 3}.get(shape.attention, 1)  # products as large as that of the scores
     total = {
         "useful": train_flops(model, streams, data.batch_size, data.rows),
@@ -142,7 +144,7 @@ def _layer_values(shape: Shape) -> float:
 def hbm_bytes(shape: Shape, state_bytes: float) -> dict[str, float]:
     """Bytes that a step moves between memory and the cores of one device. `state_bytes`: parameters and moments."""
     config, item, micro = shape.config, shape.item, shape.config.optim.accumulate
-    again = config.model.remat == "full"
+    again = config.model.remat in INPUT_ONLY
     chunks = math.ceil(shape.head_cells / min(config.loss.chunk_tokens, shape.head_cells))
     vocab, parts = config.model.vocab_size / shape.parts("vocab"), config.loss.vocab_chunks
     logits, table = 4 * 4 + item, 3 * item + 8  # bytes moved for each value of them
@@ -158,6 +160,13 @@ def hbm_bytes(shape: Shape, state_bytes: float) -> dict[str, float]:
     }
 
 
+def host_bytes(shape: Shape) -> float:
+    """Bytes that a step of remat=offload moves from one device to the host's memory, and as many back."""
+    model = shape.config.model
+    kept = model.num_layers * shape.cells * model.d_model * shape.item * shape.config.optim.accumulate
+    return kept if model.remat == "offload" else 0
+
+
 def memory_parts(shape: Shape, state_bytes: float) -> dict[str, float]:
     """Where memory goes by formula, in bytes: not exact, but it says what to change first."""
     config, model, item = shape.config, shape.config.model, shape.item
@@ -165,6 +174,7 @@ def memory_parts(shape: Shape, state_bytes: float) -> dict[str, float]:
     f = model.d_ff / shape.parts("mlp")
     kept = (
         {
+            "offload": 0,
             "full": model.d_model,
             "dots": 2 * model.d_model + 2 * q + kv + 2 * f,
             "none": _layer_values(shape),
@@ -192,7 +202,7 @@ def memory_parts(shape: Shape, state_bytes: float) -> dict[str, float]:
 REMEDIES = {
     "state": "more devices along mesh.fsdp (or mesh.stream): state is spread over them",
     "gradients": "more devices along mesh.fsdp (or mesh.stream): gradients are spread over them",
-    "kept_activations": "config.model.remat='full'",
+    "kept_activations": "config.model.remat='full', or 'offload', which keeps them in the host's memory",
     "one_layer": "fewer tables a device: a smaller data.batch_size or a larger optim.accumulate",
     "gathered_keys": "a larger config.model.kv_parts: keys and values are gathered in so many parts",
     "gathered_weights": "more devices along mesh.tensor: it divides heads and ffn",
@@ -206,7 +216,7 @@ def remedies(shape: Shape, state_bytes: float) -> list[str]:
     parts = memory_parts(shape, state_bytes)
     named, remat = dict(REMEDIES), shape.config.model.remat
     if remat == "full":
-        named["kept_activations"] = named["one_layer"]
+        named["kept_activations"] = "config.model.remat='offload': layer inputs wait in the host's memory"
     if remat == "none":
         named["gathered_weights"] = named["kept_activations"]
     lines: dict[str, str] = {}
@@ -259,6 +269,7 @@ def estimate(
     return {
         "flops": work,
         "hbm_bytes": {**traffic, "total": sum(traffic.values())},
+        "host_bytes": host_bytes(shape),
         "arithmetic_intensity": work["hardware"] / sum(traffic.values()),
         "intensity_of_the_hardware": hardware.flops / hardware.hbm_bandwidth,
         "compute_seconds": compute,

@@ -9,7 +9,6 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from msllm import step as step_lib
-from msllm.checkpoint import Loaded
 from msllm.config import Config, MeshConfig, default_config, from_config_dict, to_json
 from msllm.data.loader import Loader
 from msllm.prepare import prepare
@@ -17,6 +16,7 @@ from msllm.sharding import make_mesh
 from msllm.step import Program
 from msllm.streams import StreamSpec
 from msllm.train import to_devices, with_vocabulary
+from msllm.trained import Loaded
 
 SILENCE = 1
 SMALL = {

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from runs import four_streams, make_config, replace, write_config_file
 
 from msllm import aot, hlo, page
 from msllm.config import MeshConfig
 from msllm.errors import UserError
 from msllm.sharding import RULES, gather, make_mesh, partition
-from runs import four_streams, make_config, replace, write_config_file
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason='the TPU compiler is not installed: pip install "jax[tpu]"'
@@ -212,6 +212,23 @@ def test_a_budget_allows_two_percent():
         aot.over_budget(report, "v5e:4x4", budget)
 
 
+@needs_libtpu
+@pytest.mark.slow
+def test_inputs_of_layers_wait_in_the_host_s_memory(tmp_path):
+    """With so many layers that nothing else counts."""
+    reports = {}
+    for remat in ("full", "offload"):
+        file = tmp_path / f"{remat}.json"
+        many = ["--config.model.num_layers=256", "--config.data.rows=256", "--config.loss.chunk_tokens=64"]
+        done = command(tmp_path, "--topology=v5e:2x2", f"--config.model.remat={remat}", *many, f"--json={file}")
+        assert done.returncode == 0, done.stderr
+        reports[remat] = json.loads(file.read_text())
+    kept = reports["full"]["memory"]["parts_by_formula"]["kept_activations"]
+    full, offload = (report["memory"]["peak"] for report in reports.values())
+    assert 0.9 * kept < full - offload < 1.1 * kept
+    assert reports["offload"]["estimate"]["host_bytes"] == kept and "to the host, and back" in done.stdout
+
+
 def test_a_sweep_goes_on_after_what_does_not_fit(monkeypatch):
     def analyse(config, devices):
         if config.data.batch_size > 16:
@@ -228,6 +245,7 @@ def test_a_sweep_goes_on_after_what_does_not_fit(monkeypatch):
         *(("none", 8, False), ("none", 16, False), ("none", 32, False)),
         *(("dots", 8, True), ("dots", 16, True), ("dots", 32, False)),
         *(("full", 8, True), ("full", 16, True), ("full", 32, False)),
+        *(("offload", 8, True), ("offload", 16, True), ("offload", 32, False)),
     ]
     assert "not tried" in rows[1]["error"] and "the batch is odd" in rows[5]["error"]
     lines = [page.sweep_line(row) for row in rows]

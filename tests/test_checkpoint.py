@@ -15,9 +15,10 @@ from jax.experimental import multihost_utils
 
 from msllm import cluster
 from msllm import tokenizer as tokenizer_lib
-from msllm.checkpoint import Checkpoints, load_model
+from msllm.checkpoint import Checkpoints
 from msllm.config import CheckpointConfig, TokenizerConfig
 from msllm.errors import UserError
+from msllm.trained import load_model
 from runs import compile_once, four_streams, host, make_program, replace  # noqa: F401
 
 pytestmark = pytest.mark.slow

@@ -18,7 +18,6 @@ from safetensors.numpy import load_file, save_file
 import golden_cases
 import hf_models
 from msllm import hf
-from msllm.checkpoint import load_model
 from msllm.config import TokenizerConfig, from_config_dict
 from msllm.convert import from_hf, parse_streams, to_hf, with_silence
 from msllm.data.loader import Loader
@@ -31,6 +30,7 @@ from msllm.score import score
 from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer, train as train_tokenizer
 from msllm.train import train
+from msllm.trained import load_model
 from runs import compile_once, make_config, make_program  # noqa: F401
 
 STREAMS = "user,thought,output"

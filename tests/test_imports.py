@@ -31,7 +31,7 @@ data.converters.single data.converters.parallel_documents data.converters.gsm8k 
 data.converters.dictation data.converters data.duplicates data.build
 step
 checkpoint
-initial
+initial trained
 metrics flops
 hardware goodput meter
 hlo roofline markup page
@@ -46,7 +46,7 @@ aot
 """.split()
 # Imports inside functions, by (module, imported module), with the reason.
 NESTED = {
-    ("load", "checkpoint"): "orbax is slow to import, and a Hugging Face folder needs none of it",
+    ("load", "trained"): "orbax is slow to import, and a Hugging Face folder needs none of it",
     ("train", "checkpoint"): "orbax is slow to import, and not every use of this module needs it",
     ("train", "initial"): "the same",
     ("chat", "screen"): "textual is installed only where it is asked for",

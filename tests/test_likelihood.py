@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from runs import data_dir, dictation, loaded  # noqa: F401
 
-from msllm.checkpoint import Loaded
 from msllm.config import DataConfig
 from msllm.data.loader import Loader
 from msllm.data.tables import Table, shift, unpack
@@ -23,6 +22,7 @@ from msllm.sharding import make_mesh
 from msllm.step import Program
 from msllm.streams import StreamSpec, lag_matrix
 from msllm.train import train, with_vocabulary
+from msllm.trained import Loaded
 
 SILENCE = 0
 

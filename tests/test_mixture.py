@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from msllm.checkpoint import load_model
 from msllm.config import DataConfig, MixtureConfig, StreamsConfig, from_config_dict
 from msllm.data.loader import Loader
 from msllm.data.mixture import Plan, Turns, by_source
@@ -20,6 +19,7 @@ from msllm.sharding import make_mesh
 from msllm.step import Program
 from msllm.streams import StreamSpec
 from msllm.train import _Evaluation, train
+from msllm.trained import load_model
 from runs import compile_once, dictation, metrics, replace  # noqa: F401
 from test_loader import key, same
 from test_train import reproducible, same_parameters, stop_after

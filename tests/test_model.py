@@ -109,6 +109,6 @@ def test_remat_changes_no_gradient(make_model):
         return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(forward(other, *inputs, p)))))(model.parameters)
 
     expected = gradient("none")
-    for remat in ("dots", "full"):
+    for remat in ("dots", "full", "offload"):
         for ours, theirs in zip(jax.tree.leaves(gradient(remat)), jax.tree.leaves(expected)):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())

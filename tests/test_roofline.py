@@ -6,12 +6,22 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from runs import make_config, make_program, replace
 
 from msllm.hardware import TABLE, lookup
 from msllm.hlo import Collective
-from msllm.roofline import REMEDIES, Shape, estimate, flops, hbm_bytes, memory_parts, remedies, transfer_seconds
+from msllm.roofline import (
+    REMEDIES,
+    Shape,
+    estimate,
+    flops,
+    hbm_bytes,
+    host_bytes,
+    memory_parts,
+    remedies,
+    transfer_seconds,
+)
 from msllm.streams import StreamSpec
-from runs import make_config, make_program, replace
 
 ONE = {"data": 1, "fsdp": 1, "stream": 1, "tensor": 1}
 CONFIG = make_config(
@@ -125,7 +135,10 @@ def test_the_first_remedy_is_that_of_the_largest_part(changes, state, part):
 
 def test_a_remedy_is_not_what_is_already_so():
     kept = replace(CONFIG, "model", remat="full", num_layers=100_000)
-    assert remedies(shape(kept), 1.0)[0].startswith("fewer tables")
+    assert remedies(shape(kept), 1.0)[0].startswith("config.model.remat='offload'")
+    offloaded = shape(replace(kept, "model", remat="offload"))
+    assert not any("remat" in line for line in remedies(offloaded, 1.0))
+    assert host_bytes(offloaded) == memory_parts(shape(kept), 1.0)["kept_activations"] and host_bytes(shape(kept)) == 0
     gathered = replace(CONFIG, "model", remat="none", num_layers=100_000, d_ff=1 << 20)
     assert remedies(shape(gathered), 1.0)[0].startswith("config.model.remat='full'")
 

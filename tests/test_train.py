@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from msllm import train as train_lib
-from msllm.checkpoint import Checkpoints, load_model
+from msllm.checkpoint import Checkpoints
 from msllm.errors import UserError
 from msllm.goodput import KINDS, PAST
 from msllm.meter import Meter
 from msllm.train import train
+from msllm.trained import load_model
 from runs import compile_once, data_dir, dictation, host, metrics, replace, write_config_file  # noqa: F401
 
 pytestmark = pytest.mark.slow
