@@ -285,7 +285,7 @@ def _unline(x, shape):
 
 def _operands(q, k, v, plan: _Plan):
     """On the kernels' axis: q, scaled; k and v; each query's own k and v."""
-    batch, q_length, k_length = q.shape[0], plan.q_segment.size // q.shape[0], plan.k_segment.size // q.shape[0]
+    q_length, k_length = plan.q_segment.size // q.shape[0], plan.k_segment.size // q.shape[0]
     scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
     own = lax.optimization_barrier(tuple(_line(x[:, :, plan.streams], q_length) for x in (k, v)))
     return (_line(scaled, q_length), _line(k, k_length), _line(v, k_length)), own
