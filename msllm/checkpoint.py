@@ -303,7 +303,7 @@ def _check_same_run(description: dict[str, Any], config: Config, tokenizer: Toke
         f"{section}.{key} is {stored[section].get(key)!r} there and {current[section].get(key)!r} here"
         for section in ("model", "streams")
         for key in sorted(stored[section].keys() | current[section].keys())
-        if stored[section].get(key) != current[section].get(key) and key not in ("attention", "remat", "kv_parts")
+        if stored[section].get(key) != current[section].get(key) and key not in ("attention", "remat", "kv_parts", "kv_ring")
     ]
     if different:
         raise UserError(

@@ -60,8 +60,8 @@ class ModelConfig:
     compute_dtype: str = "float32"  # float32 | bfloat16; parameters are float32 always
     attention: str = "auto"  # auto | splash (TPU) | gpu | chunked (anywhere) | reference (O(L^2) memory: for tests)
     kv_parts: int = 1  # parts of the kv heads whose keys and values are gathered over streams at a time; more: less memory
-    # none (keep all) | dots (keep matrix products and attention) | full (keep layer inputs) | offload (these on the host)
-    remat: str = "dots"
+    kv_ring: bool = False  # keys and values go round the devices of the stream axis instead of being gathered
+    remat: str = "dots"  # a layer keeps: none all | dots products, attention | full its input | offload that on the host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,6 +323,7 @@ def _validate(config: Config) -> None:
     heads, kv_heads = model.num_heads, model.num_kv_heads
     check("model.num_kv_heads", heads % kv_heads == 0, f"must divide model.num_heads={heads}")
     check("model.kv_parts", kv_heads % model.kv_parts == 0, f"must divide model.num_kv_heads={kv_heads}")
+    check("model.kv_parts", model.kv_parts == 1 or not model.kv_ring, "must be 1 with model.kv_ring: nothing is gathered")
     check("model.rope_scaling.factor", model.rope_scaling.factor > 0, "must be positive")
     bands = model.rope_scaling.low_freq_factor < model.rope_scaling.high_freq_factor
     check("model.rope_scaling", bands, "low_freq_factor must be less than high_freq_factor")

@@ -64,7 +64,7 @@ class MultiStreamLM(nnx.Module):
         config = self.config
         angles = rope_angles(position, config)
         graph, weights = nnx.split(self.blocks)
-        rule = (cells, self.streams.lag_array, kernel or anywhere(config), config.kv_parts)
+        rule = (cells, self.streams.lag_array, kernel or anywhere(config), config.kv_parts, config.kv_ring)
 
         def layer(x, weights):
             attend = lambda q, k, v: attention(q, k, v, *rule)
@@ -121,11 +121,10 @@ def _remat(layer, policy: str):
     """
     if policy == "none":
         return layer
-    named = jax.checkpoint_policies
     policies = {
-        "dots": named.save_only_these_names(*SAVED),
+        "dots": jax.checkpoint_policies.save_only_these_names(*SAVED),
         "full": None,
-        "offload": named.save_and_offload_only_these_names(
+        "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[], names_which_can_be_offloaded=["input"], offload_src="device", offload_dst="pinned_host"
         ),
     }

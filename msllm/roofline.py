@@ -184,6 +184,8 @@ def memory_parts(shape: Shape, state_bytes: float) -> dict[str, float]:
     )
     vocab, head_parts = model.vocab_size / shape.parts("vocab"), config.loss.vocab_chunks
     gathered_keys = 2 * shape.cells * shape.parts("stream") * kv * item  # and values, and gradients of both
+    if model.kv_ring:  # those of two devices, the gradients in float32
+        gathered_keys = 2 * shape.cells * kv * (item + 4)
     # Of all layers if nothing is computed again.
     layers = lambda count: model.num_layers if model.remat == "none" else count
     return {
@@ -204,7 +206,7 @@ REMEDIES = {
     "gradients": "more devices along mesh.fsdp (or mesh.stream): gradients are spread over them",
     "kept_activations": "config.model.remat='full', or 'offload', which keeps them in the host's memory",
     "one_layer": "fewer tables a device: a smaller data.batch_size or a larger optim.accumulate",
-    "gathered_keys": "a larger config.model.kv_parts: keys and values are gathered in so many parts",
+    "gathered_keys": "a larger config.model.kv_parts: keys and values are gathered in so many parts; or config.model.kv_ring",
     "gathered_weights": "more devices along mesh.tensor: it divides heads and ffn",
     "logits": "a smaller config.loss.chunk_tokens",
     "tables": "a larger config.loss.vocab_chunks: the head is gathered in so many parts",
@@ -217,6 +219,8 @@ def remedies(shape: Shape, state_bytes: float) -> list[str]:
     named, remat = dict(REMEDIES), shape.config.model.remat
     if remat == "full":
         named["kept_activations"] = "config.model.remat='offload': layer inputs wait in the host's memory"
+    if shape.config.model.kv_ring:
+        named["gathered_keys"] = named["one_layer"]
     if remat == "none":
         named["gathered_weights"] = named["kept_activations"]
     lines: dict[str, str] = {}

@@ -171,11 +171,12 @@ def _cumulative_max(array, axis: int):
     return jax.lax.cummax(array, axis=axis)
 
 
-def visible_between(queries: Cells, keys: Cells, lag, q_streams):
-    """`visible()` of each query and each key: [B, Tq, Sq, Tk, S] bool, numpy or jax.
+def visible_between(queries: Cells, keys: Cells, lag, q_streams, k_start=0):
+    """`visible()` of each query and each key: [B, Tq, Sq, Tk, Sk] bool, numpy or jax.
 
     Args:
-      queries, keys: cells of [B, Tq, Sq] and [B, Tk, S]. lag: [S, S]. q_streams: [Sq], the streams of the queries.
+      queries, keys: cells of [B, Tq, Sq] and [B, Tk, Sk]. lag: [S, Sk]. q_streams: [Sq], the streams of the queries.
+      k_start: the first stream of the keys; the others follow it.
     """
     return visible(
         queries.row[:, :, None, None, None],
@@ -183,7 +184,7 @@ def visible_between(queries: Cells, keys: Cells, lag, q_streams):
         queries.segment[:, :, None, None, None],
         queries.present[:, :, :, None, None],
         keys.row[:, None, None, :, None],
-        np.arange(lag.shape[1], dtype=np.int32),
+        k_start + np.arange(lag.shape[1], dtype=np.int32),
         keys.segment[:, None, None, :, None],
         keys.seen[:, None, None],
         lag[q_streams][:, None, :],

@@ -133,18 +133,42 @@ def test_bfloat16(name, visibility):
 @pytest.mark.parametrize("sizes", [(2, 1, 4, 1), (1, 2, 2, 2), (1, 1, 8, 1)], ids=str)
 @pytest.mark.parametrize("name", ["chunked", "reference", "gpu"])
 def test_sharded_equals_unsharded(sizes, name):
+    compare_sharded(sizes, name, "random", ring=False)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "name", "visibility"),
+    [
+        ((1, 1, 8, 1), "chunked", "random"),
+        ((2, 1, 2, 2), "chunked", "block_causal"),
+        ((1, 1, 4, 2), "chunked", "isolated"),  # no query sees a key of another device
+        ((1, 2, 4, 1), "gpu", "random"),
+        ((2, 1, 2, 2), "gpu", "same_row"),
+        ((1, 1, 4, 2), "splash", "block_causal"),  # splash has three forms of its rule
+        ((2, 1, 4, 1), "splash", "isolated"),
+        ((1, 1, 4, 1), "splash", "random"),
+    ],
+    ids=str,
+)
+def test_keys_that_go_round_equal_keys_that_are_gathered(sizes, name, visibility):
+    compare_sharded(sizes, name, visibility, ring=True)
+
+
+def compare_sharded(sizes, name, visibility, ring):
     kernel = functools.partial(backend(name), **OPTIONS.get(name, [{}])[0])
     q, k, v, cells = random_inputs(1, 2, 9, 8, 4, 2)
-    lag = random_lag(2, 8)
+    lag = random_lag(2, 8) if visibility == "random" else lag_matrix(visibility, 8)
     heads = partition("batch", "row", "stream", "heads", "head_dim")
     table, row = partition("batch", "row", "stream"), partition("batch", "row")
     sharded = jax.shard_map(
-        lambda q, k, v, cells: attention(q, k, v, cells, lag, kernel),
-        mesh=make_mesh(MeshConfig(*sizes)),
+        lambda q, k, v, cells: attention(q, k, v, cells, lag, kernel, ring=ring),
+        mesh=make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)]),
         in_specs=(heads, heads, heads, Cells(row, row, table, table)),
         out_specs=heads,
         check_vma=False,
     )
+    gathers = "all-gather" in jax.jit(sharded).lower(q, k, v, cells).compile().as_text()
+    assert gathers != ring
     ours = outputs_and_gradients(lambda q, k, v: sharded(q, k, v, cells), q, k, v)
     assert_same(ours, outputs_and_gradients(lambda q, k, v: attention(q, k, v, cells, lag, kernel), q, k, v))
 

@@ -108,3 +108,12 @@ def test_only_who_asks_for_the_reference_gets_it(caplog):
 def test_what_is_asked_for_and_declines_is_an_error(device, changes, message):
     with pytest.raises(UserError, match=f"config.model.attention is {message}.*; set it to 'auto' or another backend"):
         choose(dataclasses.replace(MODEL, **changes), LAG, 64, mesh_of(*device))
+
+
+def test_the_reference_takes_no_keys_in_turns(caplog):
+    ring = {"kv_ring": True, "attention": "reference"}
+    assert chosen(mesh_of(*TPU), caplog, **ring)[0] is reference_attention  # one device has them all
+    with pytest.raises(UserError, match="config.model.attention is 'reference': it takes all keys at once, .*kv_ring"):
+        chosen(mesh_of(*TPU, stream=2), caplog, **ring)
+    for device, name in ((TPU, splash_attention), (HOPPER, gpu_attention), (("cpu", "cpu"), chunked_attention)):
+        assert chosen(mesh_of(*device, stream=2), caplog, kv_ring=True)[0] is name

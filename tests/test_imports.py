@@ -17,7 +17,8 @@ rope
 streams
 compiler cluster
 sharding
-attention.case attention.blocks attention.reference attention.chunked attention.gpu attention.splash attention
+attention.case attention.blocks attention.reference attention.chunked attention.gpu attention.splash
+attention.ring attention
 layers
 model
 loss
@@ -57,10 +58,10 @@ CORE = (
     *("config", "streams", "sharding", "layers", "model", "loss", "optim", "step", "train", "checkpoint"),
     *("attention", "data"),
 )
-# For one kind of hardware or of data each, what makes data ahead of all training, and the turns of several sources: nobody
+# For one kind of hardware, of mesh or of data each, what makes data ahead of all training, and the turns of several sources: nobody
 # needs them to follow a step.
 OUTSIDE = (
-    *("attention.blocks", "attention.gpu", "attention.splash"),
+    *("attention.blocks", "attention.gpu", "attention.splash", "attention.ring"),
     *("data.sources", "data.corpora", "data.converters", "data.dictation", "data.packing", "data.duplicates", "data.build"),
     "data.mixture",
 )

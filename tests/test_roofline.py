@@ -133,6 +133,13 @@ def test_the_first_remedy_is_that_of_the_largest_part(changes, state, part):
     assert remedies(shape(config, **changes.get("mesh", {})), state)[0].startswith(REMEDIES[part])
 
 
+def test_keys_in_a_ring_are_those_of_two_devices():
+    gathered, ring = (
+        memory_parts(shape(replace(CONFIG, "model", kv_ring=ring), stream=8), 1.0)["gathered_keys"] for ring in (False, True)
+    )
+    assert ring == gathered * (1 + 4 / 4) / 8  # float32: gradients are no larger than what they are of
+
+
 def test_a_remedy_is_not_what_is_already_so():
     kept = replace(CONFIG, "model", remat="full", num_layers=100_000)
     assert remedies(shape(kept), 1.0)[0].startswith("config.model.remat='offload'")

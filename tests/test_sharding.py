@@ -23,6 +23,7 @@ LAYOUTS = {
         "streams.skip_silence": True,
         "model.tie_embeddings": False,
         "model.attention_bias": True,
+        "model.kv_ring": True,  # the others gather keys and values
     },
     "accumulated": {
         "data.batch_size": 16,

@@ -1,5 +1,6 @@
 """Splash attention against the dense reference, in interpret mode; its block map; compiled ahead of time for TPUs."""
 
+import functools
 import importlib.util
 import inspect
 import math
@@ -14,13 +15,13 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_attention import assert_same, outputs_and_gradients, random_inputs, random_lag
 
-from msllm.attention import splash
+from msllm.attention import attention, splash
 from msllm.attention.blocks import EMPTY, FULL, PARTIAL, block_map, flatten
 from msllm.attention.case import Case
 from msllm.attention.reference import reference_attention
 from msllm.attention.splash import Blocks, blocks_for, declines, splash_attention
 from msllm.config import MeshConfig
-from msllm.sharding import axis_index, gather, make_mesh, partition
+from msllm.sharding import axis_index, gather, make_mesh, named, partition
 from msllm.streams import NEVER, PRESETS, Cells, lag_matrix, visible
 
 SMALL = Blocks(128, 128)
@@ -112,17 +113,23 @@ def earlier(row, stream, k_row, k_stream, lag, segment=1, present=True, k_segmen
 
 
 @pytest.mark.parametrize("visibility", [*PRESETS, "random", "never"])
-@pytest.mark.parametrize("rows, streams, tables", [(21, 3, 1), (21, 3, 4), (16, 16, 2), (4096, 16, 1), (6553, 10, 3)])
-def test_predicate_of_codes_is_the_rule(rows, streams, tables, visibility):
+@pytest.mark.parametrize(
+    "rows, streams, tables, parts",
+    [(21, 3, 1, 1), (21, 3, 4, 3), (16, 16, 2, 1), (16, 16, 2, 4), (4096, 16, 1, 1), (6553, 10, 3, 1), (6553, 10, 3, 5)],
+)
+def test_predicate_of_codes_is_the_rule(rows, streams, tables, parts, visibility):
+    """Of keys of all streams, and of those of one part."""
     lag = np.full((streams, streams), NEVER) if visibility == "never" else some_lag(visibility, streams)
-    length = -(-rows * streams // 384) * 384
-    rule = splash._make_rule(lag, rows, tables, length)
+    size = streams // parts
+    length = -(-rows * size // 384) * 384
+    rule = splash._make_rule(lag, rows, tables, size, length)
     rng = np.random.default_rng(rows)
-    q, k, table = (rng.integers(0, end, 200_000) for end in (rows * streams, rows * streams, tables))
-    near = rng.random(k.shape) < 0.7  # most mistakes would be about neighbours
-    k = np.where(near, np.clip(q + rng.integers(-8 * streams, 3 * streams, q.shape), 0, rows * streams - 1), k)
-    (row, stream), (k_row, k_stream) = np.divmod(q, streams), np.divmod(k, streams)
-    code = rule.encode(*(jnp.asarray(x, jnp.int32) for x in (row, stream, table)))
+    row, stream, table = (rng.integers(0, end, 200_000) for end in (rows, streams, tables))
+    k_row, k_stream, start = (rng.integers(0, end, 200_000) for end in (rows, size, parts))
+    near = rng.random(row.shape) < 0.7  # most mistakes would be about neighbours
+    k_row = np.where(near, np.clip(row + rng.integers(-8, 4, row.shape), 0, rows - 1), k_row)
+    k, k_stream, start = k_row * size + k_stream, k_stream + start * size, start * size
+    code = rule.encode(*(jnp.asarray(x, jnp.int32) for x in (row, stream, table, start)))
     assert code.dtype == jnp.int32 and code.min() >= 0
     seen = rule.sees(code, jnp.asarray(table * length + k, jnp.int32))
     np.testing.assert_array_equal(np.asarray(seen), earlier(row, stream, k_row, k_stream, lag))
@@ -186,8 +193,9 @@ def test_the_plan_of_65536_cells_is_cheap():
     lag = lag_matrix("block_causal", streams)
 
     def plan(cells):
-        rule = splash._make_rule(lag, rows, 1, rows * streams)
-        return splash._plan(cells, cells, lag, np.arange(streams), rule, Blocks(512, 512), *(rows * streams,) * 2)
+        rule, cut = splash._make_rule(lag, rows, 1, streams, rows * streams), Blocks(512, 512)
+        length = {"q_length": rows * streams, "k_length": rows * streams}
+        return splash._plan(cells, cells, np.arange(streams), 0, lag=lag, rule=rule, blocks=cut, **length)
 
     begin = time.process_time()
     compiled = jax.jit(plan).lower(cells).compile()
@@ -250,14 +258,19 @@ def test_blocks_of_a_generation():
         assert q_length < 1024 * 3 + 128 * q_length // q and k_length < 1024 * 10 + 128 * k_length // k
 
 
-def tpu(topology, monkeypatch):
-    """(device, sharding, maker of abstract arrays) of one chip that need not exist."""
+def tpus(topology, monkeypatch):
+    """Chips that need not exist."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu, the TPU compiler, is not installed")
     # It must not look for a TPU, nor for another process that uses it.
     for variable, value in (("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):
         monkeypatch.setenv(variable, value)
-    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+
+
+def tpu(topology, monkeypatch):
+    """(device, sharding, maker of abstract arrays) of one chip."""
+    device = tpus(topology, monkeypatch)[0]
     sharding = NamedSharding(Mesh([device], ("one",)), PartitionSpec())
     return device, sharding, lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
@@ -319,3 +332,37 @@ def test_compiles_for_tpus(topology, rows, streams, visibility, dtype, monkeypat
     temporary, size = compiled.memory_analysis().temp_size_in_bytes, math.prod(q.shape) * q.dtype.itemsize
     print(f"{temporary / 2**20:.1f} MiB of temporaries, q has {size / 2**20:.1f}")
     assert temporary < 10 * size + 2**22
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+def test_keys_go_round_beside_the_kernels(topology, monkeypatch):
+    """Which gathers do not, on these chips."""
+    devices = tpus(topology, monkeypatch)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, stream=4, tensor=1), devices)
+    axes, lag = ("batch", "row", "stream", "heads", "head_dim"), lag_matrix("same_row", 8)
+    kernel = functools.partial(splash_attention, blocks=blocks_for(devices[0].device_kind))
+    heads, table, row = (partition(*axes[:n]) for n in (5, 3, 2))
+
+    def compiled(ring):
+        sharded = jax.shard_map(
+            lambda q, k, v, cells: attention(q, k, v, cells, lag, kernel, ring=ring),
+            mesh=mesh,
+            in_specs=(heads, heads, heads, Cells(row, row, table, table)),
+            out_specs=heads,
+            check_vma=False,
+        )
+
+        def run(q, k, v, cells, d_out):
+            out, pull_back = jax.vjp(lambda *qkv: sharded(*qkv, cells), q, k, v)
+            return out, pull_back(d_out)
+
+        array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=named(mesh, *axes[: len(shape)]))
+        q, k = array(jnp.bfloat16, 1, 512, 8, 4, 128), array(jnp.bfloat16, 1, 512, 8, 2, 128)
+        cells = Cells(*(array(jnp.int32, 1, 512),) * 2, *(array(bool, 1, 512, 8),) * 2)
+        return jax.jit(run).lower(q, k, k, cells, q).compile()
+
+    ring, gathered = compiled(True), compiled(False)
+    assert count_kernels(ring) == 2 * count_kernels(gathered) == 6  # those of the first turn, and of the loop over the others
+    assert "collective-permute-start(" in ring.as_text() and " collective-permute(" not in ring.as_text()
+    assert "all-gather" not in ring.as_text() and " all-gather(" in gathered.as_text()

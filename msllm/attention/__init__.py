@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msllm.attention.case import Case
+from msllm.attention.ring import ring_attention
 from msllm.config import ModelConfig
 from msllm.errors import UserError
 from msllm.sharding import axis_index, axis_size, gather_streams, mesh_axes
@@ -38,7 +39,8 @@ def choose(config: ModelConfig, lag: np.ndarray, rows: int, mesh) -> Callable:
     per_device = -(-lag.shape[0] // mesh.shape["stream"])
     size = per_device * mesh.shape["stream"]
     shape = (size, per_device, config.num_heads // heads, config.num_kv_heads // heads, config.head_dim)
-    case = Case(device.platform, device.device_kind, config.compute_dtype, rows, *shape, pad_lag(lag, size))
+    ring = config.kv_ring and mesh.shape["stream"] > 1
+    case = Case(device.platform, device.device_kind, config.compute_dtype, rows, *shape, pad_lag(lag, size), ring)
     passed = []
     for name in list(BACKENDS)[:-1] if config.attention == "auto" else [config.attention]:
         reason = declines(name, case)
@@ -55,6 +57,8 @@ def declines(name: str, case: Case) -> str | None:
     needs = BACKENDS[name]
     if needs and case.platform != needs:
         return f"it needs a {needs.upper()}, and the devices are of platform {case.platform}"
+    if case.ring and not hasattr(_module(name), "forward_part"):
+        return "it takes all keys at once, and they come one device's streams at a time (model.kv_ring)"
     return _module(name).declines(case) if needs else None
 
 
@@ -66,7 +70,7 @@ def _module(name: str):
 KEEP_OUTPUT = jax.checkpoint_policies.save_only_these_names("attention")
 
 
-def attention(q, k, v, cells: Cells, lag, kernel: Callable, kv_parts: int = 1):
+def attention(q, k, v, cells: Cells, lag, kernel: Callable, kv_parts: int = 1, ring: bool = False):
     """Every cell attends to the cells that it sees.
 
     Inside `shard_map` each device holds some tables, some streams and some heads; it gathers the keys and values of all
@@ -79,13 +83,16 @@ def attention(q, k, v, cells: Cells, lag, kernel: Callable, kv_parts: int = 1):
       kernel: the function of a backend, from `choose` or `backend`.
       kv_parts: how many times to gather, some heads each time. Each part's keys and values are gathered again backward,
         so that 1 / kv_parts of them exist at a time.
+      ring: never gather them: they go round, one device's streams at a time.
 
     Returns: [B, T, S, N, H] in q's dtype.
     """
     size = q.shape[2]
+    lag = pad_lag(lag, size * axis_size("stream"))
+    if ring and axis_size("stream") > 1:
+        return ring_attention(q, k, v, cells, lag, kernel)
     k_cells = cells._replace(present=gather_streams(cells.present), seen=gather_streams(cells.seen))
     streams = axis_index("stream") * size + jnp.arange(size)
-    lag = pad_lag(lag, size * axis_size("stream"))
     all_keys = lambda q, k, v: kernel(q, gather_streams(k), gather_streams(v), cells, k_cells, lag, streams)
     if kv_parts == 1:
         return all_keys(q, k, v)

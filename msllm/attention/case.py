@@ -20,3 +20,4 @@ class Case(NamedTuple):
     kv_heads: int  # K on this device
     head_dim: int  # H
     lag: np.ndarray  # [S, S] int32
+    ring: bool = False  # the keys come in parts, one device's streams at a time

@@ -25,13 +25,37 @@ MASKED = -1e30
 
 def chunked_attention(q, k, v, q_cells: Cells, k_cells: Cells, lag, q_streams, block_cells: int = BLOCK_CELLS):
     """As `reference_attention`, without ever holding [L, L]. Same arguments; `block_cells`: at most, in a block."""
+    return _attention(q, k, v, (jnp.asarray(lag), q_streams, 0), *_cut(q, k, q_cells, k_cells, block_cells))
+
+
+def forward_part(q, k, v, q_cells: Cells, k_cells: Cells, lag, q_streams, k_start, block_cells: int = BLOCK_CELLS):
+    """Output, and log-sum-exp [B, T, Sq, N], over keys of some streams only, from `k_start` on (ring.py)."""
+    rule, cut = _rule_of_part(k, lag, q_streams, k_start), _cut(q, k, q_cells, k_cells, block_cells)
+    out, lse, _ = _outputs(q, k, v, rule, *cut)
+    return _unblock(out, q.shape), _unblock(lse.reshape(*out.shape[:-1], 1), (*q.shape[:-1], 1))[..., 0]
+
+
+def backward_part(q, k, v, q_cells, k_cells, lag, q_streams, k_start, out, lse, d_out, block_cells: int = BLOCK_CELLS):
+    """Gradients of q, k and v through these keys, given output and log-sum-exp over all keys."""
+    rule, (*cells, q_rows, k_rows) = _rule_of_part(k, lag, q_streams, k_start), _cut(q, k, q_cells, k_cells, block_cells)
+    out, lse = (_head_blocks(x, q_rows, k.shape[3]) for x in (out, lse[..., None]))
+    lse, reach = lse.reshape(*lse.shape[:3], -1, q_rows * q.shape[2]), _reach(*cells, rule, q_rows, k_rows)
+    return _backward(q_rows, k_rows, (q, k, v, rule, *cells, out, lse, reach), d_out)[:3]
+
+
+def _rule_of_part(k, lag, q_streams, k_start):
+    k_start = q_streams[0] if k_start is None else k_start
+    return lax.dynamic_slice_in_dim(jnp.asarray(lag), k_start, k.shape[2], axis=1), q_streams, k_start
+
+
+def _cut(q, k, q_cells: Cells, k_cells: Cells, block_cells: int):
+    """The cells in whole blocks, and the rows of a block of queries and of keys."""
     q_rows, k_rows = _block_rows(q.shape[1], q.shape[2], block_cells), _block_rows(k.shape[1], k.shape[2], block_cells)
     # Rows that fill up the last block: absent, and where they do not widen the reach of their block. Queries repeat the
     # last row (their output is cut off); keys lie beyond all rows, so that nobody takes them for itself.
     q_cells, k_cells = _pad_cells(q_cells, q_rows), _pad_cells(k_cells, k_rows)
     beyond = jnp.arange(k_cells.row.shape[1]) >= k.shape[1]
-    k_cells = k_cells._replace(row=jnp.where(beyond, NEVER - 1, k_cells.row))
-    return _attention(q, k, v, q_cells, k_cells, jnp.asarray(lag), q_streams, q_rows, k_rows)
+    return q_cells, k_cells._replace(row=jnp.where(beyond, NEVER - 1, k_cells.row)), q_rows, k_rows
 
 
 def _block_rows(rows: int, streams: int, block_cells: int) -> int:
@@ -74,10 +98,10 @@ def _unblock(x, shape):
     return x.reshape(batch, -1, streams, heads, head_dim)[:, :rows]
 
 
-def _reach(q_cells: Cells, k_cells: Cells, lag, q_streams, q_rows: int, k_rows: int):
+def _reach(q_cells: Cells, k_cells: Cells, rule, q_rows: int, k_rows: int):
     """For each query block: the first and one past the last key block it may see, [nq] each, and per pair of blocks
     whether every query sees every key, [nq, nk]: then the mask need not be computed."""
-    lags = lag[q_streams]
+    lags = rule[0][rule[1]]
     low = lambda x, rows: _blocks(x, rows).min(2)
     high = lambda x, rows: _blocks(x, rows).max(2)
     q_low, q_high = low(q_cells.row, q_rows)[:, None], high(q_cells.row, q_rows)[:, None]
@@ -97,9 +121,9 @@ def _reach(q_cells: Cells, k_cells: Cells, lag, q_streams, q_rows: int, k_rows: 
     return first, jnp.where(some.any(1), end, first), full.all(2)
 
 
-def _block_mask(q_cells: Cells, k_cells: Cells, lag, q_streams):
+def _block_mask(q_cells: Cells, k_cells: Cells, rule):
     """`visible()` for one block of queries and one of keys: [B, 1, 1, q_rows * Sq, k_rows * S] bool."""
-    mask = visible_between(q_cells, k_cells, lag, q_streams)
+    mask = visible_between(q_cells, k_cells, *rule)
     batch, q_rows, q_size, k_rows, k_size = mask.shape
     return mask.reshape(batch, 1, 1, q_rows * q_size, k_rows * k_size)
 
@@ -115,23 +139,31 @@ def _at(x, i):
     return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, i, 0, keepdims=False), x)
 
 
-def _mask_of(pair_is_full, q_cells, k_cells, lag, q_streams):
+def _mask_of(pair_is_full, q_cells, k_cells, rule):
     def all_visible():
         (batch, q_rows, q_size), (_, k_rows, k_size) = q_cells.present.shape, k_cells.seen.shape
         return jnp.ones((batch, 1, 1, q_rows * q_size, k_rows * k_size), bool)
 
-    return lax.cond(pair_is_full, all_visible, lambda: _block_mask(q_cells, k_cells, lag, q_streams))
+    return lax.cond(pair_is_full, all_visible, lambda: _block_mask(q_cells, k_cells, rule))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _attention(q, k, v, q_cells, k_cells, lag, q_streams, q_rows: int, k_rows: int):
-    return _forward(q, k, v, q_cells, k_cells, lag, q_streams, q_rows, k_rows)[0]
+# `rule`: what `visible_between` is told besides the cells, (lag [S, Sk], q_streams, k_start).
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _attention(q, k, v, rule, q_cells, k_cells, q_rows: int, k_rows: int):
+    return _forward(q, k, v, rule, q_cells, k_cells, q_rows, k_rows)[0]
 
 
-def _forward(q, k, v, q_cells, k_cells, lag, q_streams, q_rows, k_rows):
+def _forward(q, k, v, rule, q_cells, k_cells, q_rows, k_rows):
+    saved = _outputs(q, k, v, rule, q_cells, k_cells, q_rows, k_rows)
+    out, lse, reach = (checkpoint_name(x, "attention") for x in saved)
+    return _unblock(out, q.shape), (q, k, v, rule, q_cells, k_cells, out, lse, reach)
+
+
+def _outputs(q, k, v, rule, q_cells, k_cells, q_rows, k_rows):
+    """Output and log-sum-exp in blocks, and `_reach`."""
     kv_heads, head_dim = k.shape[3:]
     groups = q.shape[3] // kv_heads
-    reach = _reach(q_cells, k_cells, lag, q_streams, q_rows, k_rows)
+    reach = _reach(q_cells, k_cells, rule, q_rows, k_rows)
     keys = (_head_blocks(k, k_rows, kv_heads), _head_blocks(v, k_rows, kv_heads), _cell_blocks(k_cells, k_rows))
 
     def query_block(_, block):
@@ -140,7 +172,7 @@ def _forward(q, k, v, q_cells, k_cells, lag, q_streams, q_rows, k_rows):
         def key_block(j, carry):
             top, total, out = carry
             k_block, v_block, k_block_cells = _at(keys, j)
-            scores = _scores(q_block, k_block, _mask_of(full[j], cells, k_block_cells, lag, q_streams))
+            scores = _scores(q_block, k_block, _mask_of(full[j], cells, k_block_cells, rule))
             new_top = jnp.maximum(top, scores.max(-1))
             weights = jnp.exp(scores - new_top[..., None])
             keep = jnp.exp(top - new_top)
@@ -154,9 +186,7 @@ def _forward(q, k, v, q_cells, k_cells, lag, q_streams, q_rows, k_rows):
         return None, ((out / total.reshape(*out.shape[:3], 1)).astype(q.dtype), top + jnp.log(total))
 
     blocks = (_head_blocks(q, q_rows, kv_heads), _cell_blocks(q_cells, q_rows), *reach)
-    _, (out, lse) = lax.scan(query_block, None, blocks)
-    out, lse, reach = (checkpoint_name(x, "attention") for x in (out, lse, reach))
-    return _unblock(out, q.shape), (q, k, v, q_cells, k_cells, lag, q_streams, out, lse, reach)
+    return *lax.scan(query_block, None, blocks)[1], reach
 
 
 def _cell_blocks(cells: Cells, block_rows: int) -> Cells:
@@ -164,7 +194,7 @@ def _cell_blocks(cells: Cells, block_rows: int) -> Cells:
 
 
 def _backward(q_rows, k_rows, saved, d_out):
-    q, k, v, q_cells, k_cells, lag, q_streams, out, lse, reach = saved
+    q, k, v, rule, q_cells, k_cells, out, lse, reach = saved
     kv_heads, head_dim = k.shape[3:]
     keys = (_head_blocks(k, k_rows, kv_heads), _head_blocks(v, k_rows, kv_heads), _cell_blocks(k_cells, k_rows))
     q_blocks, d_out = _head_blocks(q, q_rows, kv_heads), _head_blocks(d_out, q_rows, kv_heads)
@@ -177,7 +207,7 @@ def _backward(q_rows, k_rows, saved, d_out):
         def key_block(j, carry):
             d_q, d_keys, d_values = carry
             k_block, v_block, k_block_cells = _at(keys, j)
-            scores = _scores(q_block, k_block, _mask_of(full[j], cells, k_block_cells, lag, q_streams))
+            scores = _scores(q_block, k_block, _mask_of(full[j], cells, k_block_cells, rule))
             weights = jnp.exp(scores - lse[..., None])
             d_weights = jnp.einsum("bkqh,bkth->bkqt", d_out, v_block, preferred_element_type=jnp.float32)
             d_scores = weights * (d_weights.reshape(weights.shape) - shared[..., None]) * head_dim**-0.5
@@ -201,7 +231,7 @@ def _backward(q_rows, k_rows, saved, d_out):
     (d_k, d_v), d_q = lax.scan(query_block, (zeros, zeros), blocks)
     d_k, d_v = flip(d_k), flip(d_v)
     gradients = (_unblock(d_q, q.shape), _unblock(d_k, k.shape).astype(k.dtype), _unblock(d_v, v.shape).astype(v.dtype))
-    return (*gradients, None, None, None, None)
+    return (*gradients, None, None, None)
 
 
 _attention.defvjp(_forward, _backward)

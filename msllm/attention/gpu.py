@@ -89,13 +89,40 @@ def gpu_attention(
       interpret: run the kernels without a GPU, slowly: for tests.
       tiles: other block sizes than TILES gives, to try them out.
     """
-    batch, rows, streams, heads, head_dim = q.shape
+    return _unflatten(_attention(*_prepare(q, k, v, q_cells, k_cells, lag, q_streams, 0, interpret, tiles)), q.shape)
+
+
+def forward_part(
+    q, k, v, q_cells: Cells, k_cells: Cells, lag, q_streams, k_start, *, interpret: bool = False, tiles: Tiles | None = None
+):
+    """Output, and log-sum-exp [B, T, Sq, N], over keys of some streams only, from `k_start` on (ring.py)."""
+    out, lse = _outputs(*_prepare(q, k, v, q_cells, k_cells, lag, q_streams, k_start, interpret, tiles))
+    return _unflatten(out, q.shape), _unflatten(lse.swapaxes(1, 2) / LOG2E, q.shape[:-1])
+
+
+def backward_part(
+    q, k, v, q_cells: Cells, k_cells: Cells, lag, q_streams, k_start, out, lse, d_out, *, interpret=False, tiles=None
+):
+    """Gradients of q, k and v through these keys, given output and log-sum-exp over all keys."""
+    *arrays, static = _prepare(q, k, v, q_cells, k_cells, lag, q_streams, k_start, interpret, tiles)
+    flat = lambda x: _pad(x.reshape(x.shape[0], -1, *x.shape[3:]), 1, arrays[0].shape[1], "constant")
+    saved = (*arrays, flat(out), flat(lse * LOG2E).swapaxes(1, 2))
+    return tuple(_unflatten(d, x.shape) for d, x in zip(_backward(static, saved, flat(d_out)), (q, k, v)))
+
+
+def _unflatten(x, shape):
+    return x[:, : shape[1] * shape[2]].reshape(shape)
+
+
+def _prepare(q, k, v, q_cells, k_cells, lag, q_streams, k_start, interpret, tiles):
+    """The arguments of `_attention`."""
+    batch, head_dim = q.shape[0], q.shape[-1]
     tiles = tiles or TILES[min(size for size in TILES if size >= head_dim)]
-    lag = np.asarray(lag)
+    lag, k_start = np.asarray(lag), q_streams[0] if k_start is None else k_start
     levels, q_lag = _levels(lag), jnp.asarray(lag)[q_streams]
     # An absent query and an unseen key get different segments, which no other cell has.
     queries = _vectors(q_cells, q_cells.present, q_streams, -2, [q_lag == level for level in levels[1:]])
-    keys = _vectors(k_cells, k_cells.seen, jnp.arange(lag.shape[1]), -1)
+    keys = _vectors(k_cells, k_cells.seen, k_start + jnp.arange(k.shape[2]), -1)
 
     # Cells that fill up the last block. Queries repeat the last one: their output is cut off. Keys are in its row, so
     # that they do not widen the reach of their block, but seen by nobody: neither as a segment nor as themselves.
@@ -106,9 +133,7 @@ def gpu_attention(
     flat = lambda x, block: _pad(x.reshape(batch, -1, *x.shape[3:]), 1, block, "constant")
 
     spans = _Spans(*(_blocks_to_visit(queries, keys, q_lag, *args) for args in zip(tiles, (False, False, True))))
-    static = _Static(levels, tiles, interpret)
-    out = _attention(flat(q, q_block), flat(k, k_block), flat(v, k_block), queries, keys, spans, static)
-    return out[:, : rows * streams].reshape(q.shape)
+    return flat(q, q_block), flat(k, k_block), flat(v, k_block), queries, keys, spans, _Static(levels, tiles, interpret)
 
 
 class _Static(NamedTuple):
@@ -336,13 +361,18 @@ def _attention(q, k, v, queries, keys, spans: _Spans, static: _Static):
 
 
 def _forward(q, k, v, queries, keys, spans, static):
+    saved = _outputs(q, k, v, queries, keys, spans, static)
+    out, lse = (checkpoint_name(x, "attention") for x in saved)
+    return out, (q, k, v, queries, keys, spans, out, lse)
+
+
+def _outputs(q, k, v, queries, keys, spans, static):
+    """Output, and log-sum-exp [B, N, cells] in base 2."""
     tile = static.tiles.forward
     grid, specs = _query_specs(q, k, queries, keys, tile)
     shapes = [jax.ShapeDtypeStruct(q.shape, q.dtype), _statistic(q)]
     in_specs, inputs = specs("q", "k", "k", "queries", "keys", "span"), (q, k, v, queries, keys, spans.forward)
-    out, lse = _call(_forward_kernel, tile, static, grid, in_specs, specs("q", "stat"), shapes, inputs)
-    out, lse = (checkpoint_name(x, "attention") for x in (out, lse))
-    return out, (q, k, v, queries, keys, spans, out, lse)
+    return _call(_forward_kernel, tile, static, grid, in_specs, specs("q", "stat"), shapes, inputs)
 
 
 def _statistic(q):

@@ -97,6 +97,47 @@ def splash_attention(
       interpret: run the kernels on any device, slowly.
       blocks: of `blocks_for(device_kind)`; multiples of 128. Smaller ones are taken where they fill up better.
     """
+    plan, static, by_tables = _setup(q, k, lag, interpret, blocks)
+    attend = lambda q, k, v, *cells: _attention(q, k, v, plan(*cells, q_streams, 0), static)
+    return by_tables(attend, q, k, v, q_cells, k_cells)
+
+
+def forward_part(q, k, v, q_cells: Cells, k_cells: Cells, lag, q_streams, k_start, *, interpret=False, blocks=None):
+    """Output, and log-sum-exp [B, T, Sq, N], over keys of some streams only, from `k_start` on (ring.py)."""
+    plan, static, by_tables = _setup(q, k, lag, interpret, blocks)
+
+    def outputs(q, k, v, *cells):
+        if k_start is None:
+            out, lse, _ = _outputs(q, k, v, plan(*cells, q_streams, q_streams[0]), static)
+        else:
+            early = plan(*cells, q_streams, k_start)
+            out, lse = _run_forward(*_operands(q, k, v, early)[0], early, static)
+        return _unline(out.astype(q.dtype), q.shape), _unline(lse, q.shape[:-1])
+
+    return by_tables(outputs, q, k, v, q_cells, k_cells)
+
+
+def backward_part(
+    q, k, v, q_cells: Cells, k_cells: Cells, lag, q_streams, k_start, out, lse, d_out, *, interpret=False, blocks=None
+):
+    """Gradients of q, k and v through these keys, given output and log-sum-exp over all keys."""
+    plan, static, by_tables = _setup(q, k, lag, interpret, blocks)
+
+    def gradients(q, k, v, q_cells, k_cells, out, lse, d_out):
+        planned = plan(q_cells, k_cells, q_streams, q_streams[0] if k_start is None else k_start)
+        out, lse = (_line(x, planned.q_segment.size // q.shape[0]) for x in (out, lse))
+        itself = None
+        if k_start is None:
+            (scaled, *_), (own_k, _) = _operands(q, k, v, planned)
+            itself = jnp.exp(_own_scores(scaled, own_k, planned) - _grouped(lse, k.shape[3]))
+        return _backward(static, (q, k, v, planned, out, lse, itself), d_out)[:3]
+
+    return by_tables(gradients, q, k, v, q_cells, k_cells, out, lse, d_out)
+
+
+def _setup(q, k, lag, interpret: bool, blocks: Blocks | None):
+    """(q_cells, k_cells, q_streams, k_start) -> _Plan; what the kernels are compiled for; and a function that calls
+    another with as many tables of each array at a time as the kernels can take."""
     batch, rows, q_size = q.shape[:3]
     lag, rows_of_keys = np.asarray(lag), k.shape[1]
     if rows_of_keys != rows:
@@ -105,16 +146,16 @@ def splash_attention(
     (q_block, q_length), (k_block, k_length) = _cuts(rows, q_size, k.shape[2], blocks)
     blocks, per_table = Blocks(q_block, k_block), (q_length // q_block, k_length // k_block, k_length)
     tables = next(n for n in range(batch, 0, -1) if n == 1 or batch % n == 0 and _fits(n, *per_table))
-    rule = _make_rule(lag, rows, tables, k_length)
+    rule = _make_rule(lag, rows, tables, k.shape[2], k_length)
+    plan = functools.partial(_plan, lag=lag, rule=rule, blocks=blocks, q_length=q_length, k_length=k_length)
 
-    def some_tables(q, k, v, q_cells, k_cells):
-        plan = _plan(q_cells, k_cells, lag, q_streams, rule, blocks, q_length, k_length)
-        return _attention(q, k, v, plan, (rule.sees, blocks, interpret))
+    def by_tables(function, *arrays):
+        if tables == batch:
+            return function(*arrays)
+        calls = jax.tree.map(lambda x: x.reshape(-1, tables, *x.shape[1:]), arrays)
+        return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), lax.map(lambda call: function(*call), calls))
 
-    if tables == batch:
-        return some_tables(q, k, v, q_cells, k_cells)
-    calls = jax.tree.map(lambda x: x.reshape(-1, tables, *x.shape[1:]), (q, k, v, q_cells, k_cells))
-    return lax.map(lambda call: some_tables(*call), calls).reshape(q.shape)
+    return plan, (rule.sees, blocks, interpret), by_tables
 
 
 def _cuts(rows: int, q_streams: int, k_streams: int, blocks: Blocks) -> list[tuple[int, int]]:
@@ -136,21 +177,20 @@ def _fits(tables: int, q_blocks: int, k_blocks: int, k_length: int) -> bool:
 
 
 class _Rule(NamedTuple):
-    encode: Any  # (row [Lq], stream [Lq], table []) -> code [Lq] int32
+    encode: Any  # (row [Lq], stream [Lq], table [], first stream of the keys []) -> code [Lq] int32
     sees: Any  # (code, index of the key on the kernels' axis) -> bool, elementwise, in the kernel
 
 
-def _make_rule(lag: np.ndarray, rows: int, tables: int, k_length: int) -> _Rule:
+def _make_rule(lag: np.ndarray, rows: int, tables: int, size: int, k_length: int) -> _Rule:
     """The pairs that `lag` admits (`visible()` without "itself"), in the cheapest of three forms that can say it.
 
-    `tables` tables of `k_length` keys each lie on the kernels' axis.
+    `tables` tables of `k_length` keys each lie on the kernels' axis, of `size` streams: all, or one of equal parts.
     """
-    size = lag.shape[0]
     lags = np.unique(np.minimum(lag, rows))  # a lag of all rows is never reached
     finite = lags[lags < rows]
     if len(lags) == 1:
         # All streams alike: the keys before the first row that is too near.
-        limit = lambda row, stream, table: table * k_length + jnp.maximum(row - lags[0] + 1, 0) * size
+        limit = lambda row, stream, table, start: table * k_length + jnp.maximum(row - lags[0] + 1, 0) * size
         return _Rule(limit, lambda code, key: key < code)
 
     def place(key):
@@ -162,8 +202,10 @@ def _make_rule(lag: np.ndarray, rows: int, tables: int, k_length: int) -> _Rule:
 
     if len(finite) == 1 and rows.bit_length() + size <= 31:
         # One lag, but some streams are not read: one bit for each stream that is.
-        read = jnp.asarray(((lag == finite[0]) << np.arange(size)).sum(1), jnp.int32)
-        encode = lambda row, stream, table: jnp.maximum(row - finite[0] + 1, 0) << size | read[stream]
+        read = jnp.asarray(((lag == finite[0]).reshape(lag.shape[0], -1, size) << np.arange(size)).sum(2), jnp.int32)
+
+        def encode(row, stream, table, start):
+            return jnp.maximum(row - finite[0] + 1, 0) << size | read[stream, start // size]
 
         def sees(code, key):
             row, stream = place(key)
@@ -172,10 +214,11 @@ def _make_rule(lag: np.ndarray, rows: int, tables: int, k_length: int) -> _Rule:
         return _Rule(encode, sees)
 
     # Any lags: the most frequent one, and each pair of streams that differs from it, by comparison.
-    bits = max(size - 1, 1).bit_length()
+    bits = max(lag.size // size - 1, 1).bit_length()
     values, counts = np.unique(lag, return_counts=True)
     usual = int(values[counts.argmax()])
-    others = [(pair, int(value)) for pair, value in enumerate(lag.ravel()) if value != usual]
+    by_part = lag.reshape(lag.shape[0], -1, size).swapaxes(0, 1)  # [part of the keys, S, size]
+    others = [(pair, int(value)) for pair, value in enumerate(by_part.ravel()) if value != usual]
 
     def sees(code, key):
         row, stream = place(key)
@@ -185,7 +228,7 @@ def _make_rule(lag: np.ndarray, rows: int, tables: int, k_length: int) -> _Rule:
             between = jnp.where(pair == other, value, between)
         return row <= (code >> bits) - between
 
-    return _Rule(lambda row, stream, table: row << bits | stream, sees)
+    return _Rule(lambda row, stream, table, start: row << bits | start // size * lag.shape[0] + stream, sees)
 
 
 EXACT = 1 << 22  # `_quotient` is exact below this
@@ -213,21 +256,22 @@ class _Plan(NamedTuple):
     forward: tuple[jax.Array, jax.Array]  # key block to load, kind of block: [1, B * query blocks, key blocks]
     backward: tuple[jax.Array, jax.Array]  # query block to load, kind of block: [1, query blocks, B * key blocks]
     apart: jax.Array  # [B * Lq] bool: the query does not see itself among the earlier keys
-    streams: jax.Array  # [Sq] int32
+    own: jax.Array  # [Sq] int32: where the streams of the queries are among those of the keys, if they are
 
 
-def _plan(q_cells, k_cells, lag, q_streams, rule, blocks, q_length, k_length) -> _Plan:
+def _plan(q_cells, k_cells, q_streams, k_start, *, lag, rule, blocks, q_length, k_length) -> _Plan:
     batch, rows, q_size = q_cells.present.shape
-    q_streams = jnp.asarray(q_streams, jnp.int32)
+    q_streams, k_start = jnp.asarray(q_streams, jnp.int32), jnp.asarray(k_start, jnp.int32)
     row = jnp.arange(rows, dtype=jnp.int32)
     queries = flatten(row, q_cells.segment, q_cells.present, q_length)
     keys = flatten(row, k_cells.segment, k_cells.seen, k_length)
-    lags = jnp.asarray(lag)[q_streams]
+    lags = lax.dynamic_slice_in_dim(jnp.asarray(lag), k_start, k_cells.seen.shape[2], axis=1)[q_streams]
     kinds = block_map(queries, keys, lags.min(), lags.max(), *blocks)
 
     stream = jnp.pad(jnp.tile(q_streams, rows), (0, q_length - rows * q_size))
-    code = jax.vmap(lambda table: rule.encode(queries.row, stream, table))(jnp.arange(batch))
-    seen_itself = q_cells.present & k_cells.seen[:, :, q_streams] & jnp.asarray(np.diagonal(lag) <= 0)[q_streams]
+    code = jax.vmap(lambda table: rule.encode(queries.row, stream, table, k_start))(jnp.arange(batch))
+    own = q_streams - k_start
+    seen_itself = q_cells.present & k_cells.seen[:, :, own] & jnp.asarray(np.diagonal(lag) <= 0)[q_streams]
     return _Plan(
         code=code.reshape(-1),
         q_segment=jnp.where(queries.here, queries.segment, NO_QUERY).reshape(-1),
@@ -235,7 +279,7 @@ def _plan(q_cells, k_cells, lag, q_streams, rule, blocks, q_length, k_length) ->
         forward=_forward_order(kinds),
         backward=_backward_order(kinds),
         apart=~flatten(row, q_cells.segment, seen_itself, q_length).here.reshape(-1),
-        streams=q_streams,
+        own=own,
     )
 
 
@@ -287,7 +331,7 @@ def _operands(q, k, v, plan: _Plan):
     """On the kernels' axis: q, scaled; k and v; each query's own k and v."""
     q_length, k_length = plan.q_segment.size // q.shape[0], plan.k_segment.size // q.shape[0]
     scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
-    own = lax.optimization_barrier(tuple(_line(x[:, :, plan.streams], q_length) for x in (k, v)))
+    own = lax.optimization_barrier(tuple(_line(x[:, :, plan.own], q_length) for x in (k, v)))
     return (_line(scaled, q_length), _line(k, k_length), _line(v, k_length)), own
 
 
@@ -313,6 +357,12 @@ def _attention(q, k, v, plan: _Plan, static):
 
 
 def _forward(q, k, v, plan, static):
+    saved = jax.tree.map(lambda x: checkpoint_name(x, "attention"), (plan, *_outputs(q, k, v, plan, static)))
+    return _unline(saved[1], q.shape), (q, k, v, *saved)
+
+
+def _outputs(q, k, v, plan, static):
+    """Output and log-sum-exp on the kernels' axis, and each query's own part of its softmax."""
     operands, (own_k, own_v) = _operands(q, k, v, plan)
     early_out, early_lse = (_grouped(x, k.shape[3]) for x in _run_forward(*operands, plan, static))
     own = _own_scores(operands[0], own_k, plan)
@@ -322,9 +372,7 @@ def _forward(q, k, v, plan, static):
     early, itself = jnp.exp(early_lse - lse)[..., None], jnp.exp(own - lse)[..., None]
     out = jnp.where(early > 0, early * early_out, 0) + itself * own_v[:, None]
     out, lse = out.astype(q.dtype).reshape(operands[0].shape), lse.reshape(operands[0].shape[:2])
-    saved = plan, out, lse, itself[..., 0]
-    saved = jax.tree.map(lambda x: checkpoint_name(x, "attention"), saved)
-    return _unline(saved[1], q.shape), (q, k, v, *saved)
+    return out, lse, itself[..., 0]
 
 
 def _backward(static, saved, d_out):
@@ -335,6 +383,8 @@ def _backward(static, saved, d_out):
     # The part of the softmax's gradient that all keys of a query share.
     shared = _dot(out, d_out)
     d_q, d_k, d_v = _run_backward(*operands, lse, d_out, shared, plan, static)
+    if itself is None:  # the keys are those of other streams
+        return _unline((d_q * scale).astype(q.dtype), q.shape), _unline(d_k, k.shape), _unline(d_v, k.shape), None
 
     q_line, d_out, shared, d_q = (_grouped(x, kv_heads) for x in (operands[0], d_out, shared, d_q))
     d_scores = itself * (_dot(d_out, own_v[:, None]) - shared)
@@ -343,7 +393,7 @@ def _backward(static, saved, d_out):
     def with_own(d, own):
         """The gradient of all keys, from the kernel, and of each query's own."""
         own = _unline(own.astype(k.dtype), (*q.shape[:3], *k.shape[3:]))
-        return _unline(d, k.shape).at[:, :, plan.streams].add(own, unique_indices=True)
+        return _unline(d, k.shape).at[:, :, plan.own].add(own, unique_indices=True)
 
     d_k = with_own(d_k, jnp.sum(d_scores[..., None] * q_line, 1))
     d_v = with_own(d_v, jnp.sum(itself[..., None] * d_out, 1))
