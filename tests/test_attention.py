@@ -154,23 +154,39 @@ def test_keys_that_go_round_equal_keys_that_are_gathered(sizes, name, visibility
     compare_sharded(sizes, name, visibility, ring=True)
 
 
-def compare_sharded(sizes, name, visibility, ring):
-    kernel = functools.partial(backend(name), **OPTIONS.get(name, [{}])[0])
-    q, k, v, cells = random_inputs(1, 2, 9, 8, 4, 2)
-    lag = random_lag(2, 8) if visibility == "random" else lag_matrix(visibility, 8)
+def spread(sizes, kernel, lag, ring):
+    """`attention` over a mesh, as a function of q, k, v and cells."""
     heads = partition("batch", "row", "stream", "heads", "head_dim")
     table, row = partition("batch", "row", "stream"), partition("batch", "row")
-    sharded = jax.shard_map(
+    return jax.shard_map(
         lambda q, k, v, cells: attention(q, k, v, cells, lag, kernel, ring=ring),
         mesh=make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)]),
         in_specs=(heads, heads, heads, Cells(row, row, table, table)),
         out_specs=heads,
         check_vma=False,
     )
+
+
+def compare_sharded(sizes, name, visibility, ring):
+    kernel = functools.partial(backend(name), **OPTIONS.get(name, [{}])[0])
+    q, k, v, cells = random_inputs(1, 2, 9, 8, 4, 2)
+    lag = random_lag(2, 8) if visibility == "random" else lag_matrix(visibility, 8)
+    sharded = spread(sizes, kernel, lag, ring)
     gathers = "all-gather" in jax.jit(sharded).lower(q, k, v, cells).compile().as_text()
     assert gathers != ring
     ours = outputs_and_gradients(lambda q, k, v: sharded(q, k, v, cells), q, k, v)
     assert_same(ours, outputs_and_gradients(lambda q, k, v: attention(q, k, v, cells, lag, kernel), q, k, v))
+
+
+def test_a_ring_rounds_no_more_than_one_device():
+    q, k, v, cells = random_inputs(8, 2, 24, 8, 4, 2, 16)
+
+    def worst(ring):
+        function = lambda q, k, v, cells, _, lag, streams: spread((1, 1, 8, 1), chunked_attention, lag, ring)(q, k, v, cells)
+        return bfloat16_errors(function, q, k, v, cells, lag_matrix("block_causal", 8))
+
+    gathered, ring = worst(False), worst(True)
+    assert max(ring) < BFLOAT16_ERROR and ring[0] < 2 * gathered[0]
 
 
 def test_chunked_memory_is_linear_in_rows():

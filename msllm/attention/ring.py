@@ -56,8 +56,9 @@ def ring_attention(q, k, v, cells: Cells, lag, kernel: Callable):
         run, keys = with_keys(forward_part, q, cells), (k, v, cells.present, cells.seen)
         # The last turn passes on what nobody needs any more: cheaper to say than to leave out.
         turn = lambda i, carry: (pass_on(carry[0]), _merge(carry[1], run(carry[0], i)))
-        _, total = lax.fori_loop(1, devices, turn, (pass_on(keys), run(keys, None)))
-        out, lse = (checkpoint_name(x, "attention") for x in total)
+        first, lse = run(keys, None)
+        _, (out, lse) = lax.fori_loop(1, devices, turn, (pass_on(keys), (first.astype(jnp.float32), lse)))
+        out, lse = (checkpoint_name(x, "attention") for x in (out.astype(q.dtype), lse))
         return out, (q, k, v, cells, out, lse)
 
     def backward(saved, d_out):
@@ -83,4 +84,4 @@ def _merge(one, other):
     (out, lse), (more, more_lse) = one, other
     both = jnp.logaddexp(lse, more_lse)
     share = lambda x, lse: jnp.where((weight := jnp.exp(lse - both)[..., None]) > 0, weight * x, 0)
-    return (share(out, lse) + share(more, more_lse)).astype(out.dtype), both
+    return share(out, lse) + share(more, more_lse), both
