@@ -8,6 +8,7 @@ setup(
     version="0.1.0",
     description="Pretrain and run multi-stream language models in JAX",
     packages=find_packages(include=["msllm", "msllm.*"]),
+    package_data={"msllm.native": ["*.cc", "*.h"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",

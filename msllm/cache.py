@@ -10,6 +10,7 @@ Every block of rows of every layer has its own arrays: a product reads a whole a
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -125,7 +126,14 @@ def visible_keys(queries: Cells, keys: Cells, lag, streams: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(mask, axis_index("stream") * streams, streams, axis=3).swapaxes(2, 3)
 
 
-def attend(q: jax.Array, keys: list[Stored], values: list[Stored], mask: jax.Array, filled: jax.Array) -> jax.Array:
+def attend(
+    q: jax.Array,
+    keys: list[Stored],
+    values: list[Stored],
+    mask: jax.Array,
+    filled: jax.Array,
+    kernel: Callable | None = None,
+) -> jax.Array:
     """Attention of one row over the cache, with an online softmax over its blocks (arXiv 2205.14135).
 
     Inside `shard_map` every device has the keys of its own streams; all queries come to all keys, which is far less to
@@ -134,6 +142,7 @@ def attend(q: jax.Array, keys: list[Stored], values: list[Stored], mask: jax.Arr
     Args:
       q: [B, 1, S of this device, N, H]. keys, values: one layer's blocks. mask: from `visible_keys`.
       filled: [] int32: places from here on have not been written by any session that matters.
+      kernel: attention over one block, instead of XLA's: `native.attend_row`.
 
     Returns: the same shape and dtype as q.
     """
@@ -146,8 +155,10 @@ def attend(q: jax.Array, keys: list[Stored], values: list[Stored], mask: jax.Arr
     by_head = lambda x: x.reshape(batch, kv_heads, -1, x.shape[-1])
     dot = lambda equation, x, y: jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
-    def part(keys: Stored, values: Stored, mask):
+    def part(keys: Stored, values: Stored, mask, filled):
         """(highest score, sum of the weights, weighted sum of the values) over some rows."""
+        if kernel:
+            return [by_stream(x) for x in kernel(grouped, keys.values, values.values, mask, filled, MASKED)]
         flat = lambda x: x.reshape(*x.shape[:3], -1)  # the keys of all rows and streams, M
         scores = dot("bkqh,bkhm->bkqm", grouped, flat(keys.values).astype(q.dtype))
         if keys.scale is not None:
@@ -170,9 +181,9 @@ def attend(q: jax.Array, keys: list[Stored], values: list[Stored], mask: jax.Arr
     for i, block in enumerate(zip(keys, values)):
         cut = mask[..., i * rows : (i + 1) * rows]
         if i == 0:
-            top, norm, out = part(*block, cut)
+            top, norm, out = part(*block, cut, filled)
         else:
-            add = lambda so_far, keys, values, cut: merge(so_far, part(keys, values, cut))
+            add = lambda so_far, keys, values, cut: merge(so_far, part(keys, values, cut, filled - i * rows))
             skip = lambda so_far, *_: so_far
             top, norm, out = jax.lax.cond(filled > i * rows, add, skip, (top, norm, out), *block, cut)
     if axis_size("stream") > 1:

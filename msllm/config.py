@@ -58,7 +58,7 @@ class ModelConfig:
     rope_theta: float = 1e6
     rope_scaling: RopeScalingConfig = RopeScalingConfig()
     compute_dtype: str = "float32"  # float32 | bfloat16; parameters are float32 always
-    attention: str = "auto"  # auto | splash (TPU) | gpu | chunked (anywhere) | reference (O(L^2) memory: for tests)
+    attention: str = "auto"  # auto | splash (TPU) | gpu | native (CPU) | chunked (anywhere) | reference (O(L^2), for tests)
     kv_parts: int = 1  # parts of the kv heads whose keys and values are gathered over streams at a time; more: less memory
     kv_ring: bool = False  # keys and values go round the devices of the stream axis instead of being gathered
     remat: str = "dots"  # a layer keeps: none all | dots products, attention | full its input | offload that on the host
@@ -293,7 +293,7 @@ def _convert(hint: Any, value: Any, path: str):
 
 _CHOICES = {
     "model.compute_dtype": "float32 bfloat16",
-    "model.attention": "auto splash gpu chunked reference",
+    "model.attention": "auto splash gpu native chunked reference",
     "model.remat": "none dots full offload",
     "model.rope_scaling.kind": "none linear llama3 yarn",
     "optim.schedule": "cosine wsd constant",

@@ -7,12 +7,14 @@ the model are one `shard_map`, as in training; sessions lie along the axes of `b
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from msllm import native
 from msllm.cache import (
     UNREAD,
     Cache,
@@ -27,7 +29,7 @@ from msllm.cache import (
 )
 from msllm.compiler import compiler_options
 from msllm.config import ModelConfig
-from msllm.layers import rope_angles
+from msllm.layers import product, rope_angles
 from msllm.model import MultiStreamLM, abstract_model, anywhere, bind
 from msllm.sampling import FREE, Chosen, Sampling, choose, row_keys
 from msllm.sharding import axis_index, axis_size, gather, gather_streams, mesh_axes, partition
@@ -35,6 +37,9 @@ from msllm.streams import Cells, StreamSpec, pad_lag
 
 NOWHERE = 1 << 30  # a place beyond any window
 RUN_ROWS = 32  # rows that one call of `run` advances at most
+FEW_ROWS = 32  # cells of a product up to which msllm's own is quicker on a CPU than XLA's
+
+log = logging.getLogger("msllm")
 
 
 class State(NamedTuple):
@@ -114,6 +119,7 @@ class DecodeProgram:
         )
         specs = self._specs()
         platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
+        self._product, self._attend_row = _kernels(platform, config.compute_dtype, cache_dtype)
         jit = functools.partial(jax.jit, compiler_options=compiler_options(platform))
         placed = lambda spec: {"out_shardings": _named(mesh, spec)} if mesh else {}
         self.prepare = jit(self._prepare, **placed(specs.weights))
@@ -203,9 +209,9 @@ class DecodeProgram:
 
             def attention(q, k, v):
                 keys[i], values[i] = write_row(keys[i], values[i], k, v, at)
-                return attend(q, keys[i], values[i], mask, filled)
+                return attend(q, keys[i], values[i], mask, filled, self._attend_row)
 
-            x = model.blocks(x, angles, attention)
+            x = model.blocks(x, angles, attention, self._product)
         counts = feed.active[:, None] & feed.read_present & (tokens != self.silence_id)
         batch, stream = jnp.arange(len(tokens))[:, None], jnp.arange(size)
         said = said.at[batch, stream, tokens].max(counts)
@@ -222,7 +228,7 @@ class DecodeProgram:
             nothing = jnp.full(feed.given.shape, jnp.nan, jnp.float32)
             return Chosen(feed.given, nothing, nothing), None
         pick = (lambda x: x) if len(needed) == size else (lambda x: x[:, jnp.array(needed)])
-        logits = gather(model.logits(model.finish(pick(x))), 2, mesh_axes("vocab"))
+        logits = gather(model.logits(model.finish(pick(x)), self._product), 2, mesh_axes("vocab"))
         is_silence = jnp.arange(self.config.vocab_size) == self.silence_id
         bias = jnp.where(is_silence, -pick(feed.penalty)[..., None], 0.0)
         bias -= pick(controls.presence_penalty)[..., None] * pick(state.said)
@@ -330,6 +336,20 @@ def decode_program(
       silence_id: -1 if there is none.
     """
     return DecodeProgram(config, streams, sessions, window, mesh, cache_dtype, all_logits, silence_id)
+
+
+def _kernels(platform: str, compute_dtype: str, cache_dtype: str):
+    """(product of few rows, attention of a row over a block of the cache; None: XLA's) for a platform."""
+    if platform != "cpu" or compute_dtype != "float32":
+        return product, None
+    if reason := native.missing():
+        log.info("decoding by XLA alone, which is slower with several streams: %s", reason)
+        return product, None
+
+    def of_few_rows(x, weight, axis):
+        return (native.product if x.shape[0] <= FEW_ROWS else product)(x, weight, axis)
+
+    return of_few_rows, native.attend_row if cache_dtype == "float32" else None
 
 
 def _is_axes(x) -> bool:

@@ -18,7 +18,6 @@ from msllm.config import ModelConfig
 from msllm.rope import rope_frequencies, rope_size
 from msllm.sharding import RULES, gather, mesh_axes, total
 
-
 ROPE_SPAN = 4096  # rows; see `rope_angles`
 # Names of the values that the remat policy `dots` keeps for the backward pass.
 SAVED = ("qkv", "attention", "mid", "mlp")
@@ -47,21 +46,26 @@ def complete(weight: jax.Array, dtype, axis: int) -> jax.Array:
     return gather(weight.astype(dtype), axis, RULES["embed"])  # cast first: half the bytes in bfloat16
 
 
-def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+def product(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
+    """x [M, K] times weight [K, N] (`axis` 0) or [N, K] (`axis` 1): [M, N]."""
+    return x @ (weight.T if axis else weight)
+
+
+def linear(x: jax.Array, weight: jax.Array, product=product) -> jax.Array:
     """From d_model into heads or MLP: x [..., D], weight [D, ...].
 
     As one 2-D product: with more dimensions, XLA:CPU transposes the operands of the weight's gradient in memory.
     """
     size = weight.shape[0]
-    return (x.reshape(-1, size) @ weight.reshape(size, -1)).reshape(*x.shape[:-1], *weight.shape[1:])
+    return product(x.reshape(-1, size), weight.reshape(size, -1), 0).reshape(*x.shape[:-1], *weight.shape[1:])
 
 
-def linear_back(x: jax.Array, weight: jax.Array) -> jax.Array:
+def linear_back(x: jax.Array, weight: jax.Array, product=product) -> jax.Array:
     """Back to d_model: the product of the last axes of x and those of the weight [D, ...]. D is the first axis of every
     weight: sharded over hundreds of devices it is short, and as the last one it would be padded to a TPU's 128 lanes."""
     size = weight.shape[0]
     kept = x.shape[: x.ndim - weight.ndim + 1]
-    return (x.reshape(math.prod(kept), -1) @ weight.reshape(size, -1).T).reshape(*kept, size)
+    return product(x.reshape(math.prod(kept), -1), weight.reshape(size, -1), 1).reshape(*kept, size)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -96,13 +100,8 @@ class Projections(nnx.Module):
     """The q, k, v and output projections of attention, with optional biases and norms on the heads."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None):
-        layers, d_model, heads, kv_heads, head_dim = (
-            config.num_layers,
-            config.d_model,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-        )
+        layers, d_model, head_dim = config.num_layers, config.d_model, config.head_dim
+        heads, kv_heads = config.num_heads, config.num_kv_heads
         self.config = config
         scale = d_model**-0.5
         self.q = parameter(rngs, (layers, d_model, heads, head_dim), ("layers", "embed", "heads", "head_dim"), scale)
@@ -120,9 +119,9 @@ class Projections(nnx.Module):
             self.q_norm = constant(1.0, (layers, head_dim), ("layers", "head_dim"))
             self.k_norm = constant(1.0, (layers, head_dim), ("layers", "head_dim"))
 
-    def qkv(self, x: jax.Array, angles) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def qkv(self, x: jax.Array, angles, product=product) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, T, S, D] -> q [B, T, S, N, H], k and v [B, T, S, K, H], normalised and rotated."""
-        project = lambda weight: checkpoint_name(linear(x, whole(weight, x.dtype)), "qkv")
+        project = lambda weight: checkpoint_name(linear(x, whole(weight, x.dtype), product), "qkv")
         q, k, v = project(self.q), project(self.k), project(self.v)
         if self.config.attention_bias:
             q, k, v = (y + b[...].astype(y.dtype) for y, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
@@ -131,9 +130,9 @@ class Projections(nnx.Module):
             k = rms_norm(k, self.k_norm[...], self.config.norm_eps)
         return rotate(q, angles), rotate(k, angles), v
 
-    def out(self, x: jax.Array) -> jax.Array:
+    def out(self, x: jax.Array, product=product) -> jax.Array:
         """x [B, T, S, N, H] -> [B, T, S, D]."""
-        return total(linear_back(x, whole(self.o, x.dtype)), *mesh_axes("heads"))
+        return total(linear_back(x, whole(self.o, x.dtype), product), *mesh_axes("heads"))
 
 
 class Mlp(nnx.Module):
@@ -146,13 +145,13 @@ class Mlp(nnx.Module):
         self.up = parameter(rngs, (layers, d_model, d_ff), axes, d_model**-0.5)
         self.down = parameter(rngs, (layers, d_model, d_ff), axes, (d_ff * 2 * layers) ** -0.5)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, product=product) -> jax.Array:
         """x [B, T, S, D] -> the same."""
         # Else XLA:TPU puts the gradients of the weights off, and keeps the widest activations while attention needs room.
         x, gate, up = tie_gradients((x, whole(self.gate, x.dtype), whole(self.up, x.dtype)))
-        gate, up = (checkpoint_name(linear(x, weight), "mlp") for weight in (gate, up))
+        gate, up = (checkpoint_name(linear(x, weight, product), "mlp") for weight in (gate, up))
         down = whole(self.down, x.dtype)
-        return total(linear_back(jax.nn.silu(gate) * up, down), *mesh_axes("mlp"))
+        return total(linear_back(jax.nn.silu(gate) * up, down, product), *mesh_axes("mlp"))
 
 
 @jax.custom_vjp

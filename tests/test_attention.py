@@ -14,7 +14,8 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from msllm.attention import attention, backend
+from msllm.attention import attention, backend, native
+from msllm.attention.case import Case
 from msllm.attention.chunked import chunked_attention
 from msllm.attention.gpu import Tile, Tiles
 from msllm.attention.reference import reference_attention
@@ -62,9 +63,12 @@ def assert_same(ours, theirs):
 
 
 SMALL_TILES = Tiles(Tile(16, 8, 4, 2), Tile(8, 16, 4, 2), Tile(16, 32, 4, 2))
+WITHOUT_NATIVE = native.declines(Case("cpu", "cpu", "float32", 1, 1, 1, 1, 1, 1, np.ones((1, 1), np.int32)))
+needs_native = pytest.mark.skipif(WITHOUT_NATIVE is not None, reason=f"no kernels in C++: {WITHOUT_NATIVE}")
 # Options of each backend, with blocks so small that tables of tests fill several.
 OPTIONS = {
     "chunked": [{"block_cells": cells} for cells in (5, 1, 16, 1000)],
+    "native": [{}],
     "splash": [{"interpret": True, "blocks": blocks} for blocks in (Blocks(128, 128), Blocks(256, 128))],
     "gpu": [
         {"interpret": True, "tiles": tiles}
@@ -73,7 +77,10 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+BACKENDS = [pytest.param(name, marks=needs_native if name == "native" else ()) for name in OPTIONS]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 @settings(max_examples=8, phases=(Phase.explicit, Phase.generate))  # each example compiles twice: no shrinking
 @given(
     seed=st.integers(0, 1 << 16),
@@ -93,6 +100,28 @@ def test_equals_reference_on_random_tables(name, seed, rows, streams, groups, pr
     rest = (cells, cells, lag, jnp.arange(streams))
     ours = outputs_and_gradients(lambda q, k, v: backend(name)(q, k, v, *rest, **options), q, k, v)
     assert_same(ours, outputs_and_gradients(lambda q, k, v: reference_attention(q, k, v, *rest), q, k, v))
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "rows, streams, heads, kv_heads, head_dim, visibility",
+    [
+        (130, 10, 4, 2, 16, "block_causal"),
+        (200, 3, 3, 1, 20, "random"),  # no whole vectors
+        (700, 1, 2, 2, 32, "block_causal"),
+        (90, 4, 8, 2, 64, "isolated"),
+        (45, 16, 2, 1, 8, "same_row"),
+    ],
+    ids=str,
+)
+def test_native_with_many_blocks(rows, streams, heads, kv_heads, head_dim, visibility):
+    for crowded in (False, True):
+        missing = (0.3, 0.3, 4) if crowded else (0.0, 0.0, 1)
+        q, k, v, cells = random_inputs(rows, 2, rows, streams, heads, kv_heads, head_dim, *missing)
+        lag = random_lag(rows, streams) if visibility == "random" else lag_matrix(visibility, streams)
+        rest = (cells, cells, lag, jnp.arange(streams))
+        ours = outputs_and_gradients(lambda q, k, v: native.native_attention(q, k, v, *rest), q, k, v)
+        assert_same(ours, outputs_and_gradients(lambda q, k, v: chunked_attention(q, k, v, *rest), q, k, v))
 
 
 def bfloat16_errors(function, q, k, v, cells, lag):
@@ -122,7 +151,7 @@ BFLOAT16_ERROR = 0.01
 
 
 @pytest.mark.parametrize("visibility", ["block_causal", "random"])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", sorted(set(OPTIONS) - {"native"}))  # which computes in float32
 def test_bfloat16(name, visibility):
     q, k, v, cells = random_inputs(8, 2, 24, 4, 4, 2, 16)
     lag = random_lag(4, 4) if visibility == "random" else lag_matrix(visibility, 4)
@@ -131,7 +160,7 @@ def test_bfloat16(name, visibility):
 
 
 @pytest.mark.parametrize("sizes", [(2, 1, 4, 1), (1, 2, 2, 2), (1, 1, 8, 1)], ids=str)
-@pytest.mark.parametrize("name", ["chunked", "reference", "gpu"])
+@pytest.mark.parametrize("name", ["chunked", "reference", "gpu", pytest.param("native", marks=needs_native)])
 def test_sharded_equals_unsharded(sizes, name):
     compare_sharded(sizes, name, "random", ring=False)
 
@@ -142,6 +171,8 @@ def test_sharded_equals_unsharded(sizes, name):
         ((1, 1, 8, 1), "chunked", "random"),
         ((1, 1, 4, 2), "chunked", "isolated"),  # no query sees a key of another device
         ((1, 2, 4, 1), "gpu", "random"),
+        pytest.param((1, 1, 4, 2), "native", "random", marks=needs_native),
+        pytest.param((1, 1, 8, 1), "native", "isolated", marks=needs_native),
         ((1, 1, 4, 2), "splash", "block_causal"),  # splash has three forms of its rule
         ((2, 1, 4, 1), "splash", "isolated"),
         ((1, 1, 4, 1), "splash", "random"),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from msllm import native
 from msllm.attention import backend
 from msllm.attention.gpu import Tile, Tiles
 from msllm.attention.splash import Blocks
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.slow
 KERNELS = {
     "reference": backend("reference"),
     "chunked": functools.partial(backend("chunked"), block_cells=6),
+    **({"native": backend("native")} if native.missing() is None else {}),
     "splash": functools.partial(backend("splash"), interpret=True, blocks=Blocks(128, 128)),
     "gpu": functools.partial(backend("gpu"), interpret=True, tiles=Tiles(*[Tile(8, 8, 4, 2)] * 3)),
 }

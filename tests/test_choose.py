@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 
+from msllm import native
 from msllm.attention import choose
 from msllm.attention.chunked import chunked_attention
 from msllm.attention.gpu import gpu_attention
+from msllm.attention.native import native_attention
 from msllm.attention.reference import reference_attention
 from msllm.attention.splash import blocks_for, splash_attention
 from msllm.config import MeshConfig, ModelConfig
@@ -44,8 +46,19 @@ def test_on_a_cpu_the_log_names_what_was_passed_over(caplog):
     assert (function, options) == (chunked_attention, {})
     assert logged == [
         "attention: chunked; not splash: it needs a TPU, and the devices are of platform cpu; "
-        "not gpu: it needs a GPU, and the devices are of platform cpu"
+        "not gpu: it needs a GPU, and the devices are of platform cpu; "
+        "not native: it computes in float32, and the model in bfloat16"
     ]
+
+
+def test_a_cpu_gets_its_kernels_if_they_can_be_made(caplog, monkeypatch):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    monkeypatch.setattr(native, "missing", lambda: None)
+    function, options, (line,) = chosen(mesh, caplog, compute_dtype="float32")
+    assert (function, options) == (native_attention, {}) and line.startswith("attention: native; not splash: ")
+    monkeypatch.setattr(native, "missing", lambda: "there is no C++ compiler")
+    function, options, (line,) = chosen(mesh, caplog, compute_dtype="float32")
+    assert (function, options) == (chunked_attention, {}) and line.endswith("; not native: there is no C++ compiler")
 
 
 def test_a_tpu_gets_splash_in_its_blocks(caplog):
@@ -99,11 +112,12 @@ def test_only_who_asks_for_the_reference_gets_it(caplog):
     "device, changes, message",
     [
         (("cpu", "cpu"), {"attention": "splash"}, "'splash': it needs a TPU, and the devices are of platform cpu"),
+        (("cpu", "cpu"), {"attention": "native"}, "'native': it computes in float32, and the model in bfloat16"),
         (TPU, {"attention": "gpu"}, "'gpu': it needs a GPU, and the devices are of platform tpu"),
         (HOPPER, {"attention": "gpu", "head_dim": 96}, "'gpu': it needs a head_dim of .* this is 96"),
         (TPU, {"attention": "splash", "head_dim": 512}, "'splash': it needs a head_dim of at most 256"),
     ],
-    ids=["no TPU", "no GPU", "head_dim on a card", "head_dim on a TPU"],
+    ids=["no TPU", "no float32", "no GPU", "head_dim on a card", "head_dim on a TPU"],
 )
 def test_what_is_asked_for_and_declines_is_an_error(device, changes, message):
     with pytest.raises(UserError, match=f"config.model.attention is {message}.*; set it to 'auto' or another backend"):

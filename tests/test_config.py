@@ -97,7 +97,7 @@ def test_an_integer_is_taken_for_a_float():
     "key, value, rule",
     [
         ("model.compute_dtype", "float16", "must be one of float32, bfloat16"),
-        ("model.attention", "flash", "must be one of auto, splash, gpu, chunked, reference"),
+        ("model.attention", "flash", "must be one of auto, splash, gpu, native, chunked, reference"),
         ("model.remat", "some", "must be one of none, dots, full"),
         ("model.rope_scaling.kind", "dynamic", "must be one of none, linear, llama3, yarn"),
         ("model.rope_scaling.factor", 0.0, "must be positive"),

@@ -11,13 +11,14 @@ import msllm
 PACKAGE = pathlib.Path(msllm.__file__).parent
 # A module imports only modules of lines above its own, or of its own line those to its left.
 ORDER = """
-errors shapes workers progress timing
+errors shapes workers progress timing native
 config
 rope
 streams
 compiler cluster
 sharding
 attention.case attention.blocks attention.reference attention.chunked attention.gpu attention.splash
+attention.native
 attention.ring attention
 layers
 model
@@ -61,7 +62,7 @@ CORE = (
 # For one kind of hardware, of mesh or of data each, what makes data ahead of all training, and the turns of several sources: nobody
 # needs them to follow a step.
 OUTSIDE = (
-    *("attention.blocks", "attention.gpu", "attention.splash", "attention.ring"),
+    *("attention.blocks", "attention.gpu", "attention.native", "attention.splash", "attention.ring"),
     *("data.sources", "data.corpora", "data.converters", "data.dictation", "data.packing", "data.duplicates", "data.build"),
     "data.mixture",
 )

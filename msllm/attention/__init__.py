@@ -22,7 +22,7 @@ log = logging.getLogger("msllm")
 
 # Backends and the platform that each needs, the best first. The module of that name is imported when it is chosen: the
 # libraries of kernels are slow to import. `auto` never takes the last one, whose memory is quadratic.
-BACKENDS = {"splash": "tpu", "gpu": "gpu", "chunked": "", "reference": ""}
+BACKENDS = {"splash": "tpu", "gpu": "gpu", "native": "cpu", "chunked": "", "reference": ""}
 
 
 def backend(name: str) -> Callable:

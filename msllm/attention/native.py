@@ -1,0 +1,93 @@
+"""Attention on CPUs: two kernels in C++ (msllm/native/attention.cc), O(L) memory.
+
+FlashAttention (Dao et al. 2022, arXiv 2205.14135) in blocks of cells as small as a core's caches, of which those that the
+rule or the segments exclude are skipped, as in `chunked`; the products run at the rate of the machine's large ones.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from msllm import native
+from msllm.attention.case import Case
+from msllm.streams import NEVER, Cells
+
+
+def declines(case: Case) -> str | None:
+    """Why `native_attention` is not for this case; None if it is."""
+    if case.dtype != "float32":
+        return f"it computes in float32, and the model in {case.dtype}"
+    return native.missing()
+
+
+def native_attention(q, k, v, q_cells: Cells, k_cells: Cells, lag, q_streams):
+    """As `reference_attention`, without ever holding [L, L]; same arguments, float32. Differentiable in q, k and v."""
+    return _attention(q, k, v, _rule(q_cells, k_cells, jnp.asarray(lag), q_streams, 0))
+
+
+def forward_part(q, k, v, q_cells: Cells, k_cells: Cells, lag, q_streams, k_start):
+    """Output, and log-sum-exp [B, T, Sq, N], over keys of some streams only, from `k_start` on (ring.py)."""
+    return _outputs(q, k, v, _rule_of_part(k, q_cells, k_cells, lag, q_streams, k_start))
+
+
+def backward_part(q, k, v, q_cells, k_cells, lag, q_streams, k_start, out, lse, d_out):
+    """Gradients of q, k and v through these keys, given output and log-sum-exp over all keys."""
+    return _gradients((q, k, v, _rule_of_part(k, q_cells, k_cells, lag, q_streams, k_start), out, lse), d_out)[:3]
+
+
+def _rule_of_part(k, q_cells, k_cells, lag, q_streams, k_start):
+    k_start = q_streams[0] if k_start is None else k_start
+    lag = jax.lax.dynamic_slice_in_dim(jnp.asarray(lag), k_start, k.shape[2], axis=1)
+    return _rule(q_cells, k_cells, lag, q_streams, k_start)
+
+
+def _rule(q_cells: Cells, k_cells: Cells, lag, q_streams, k_start):
+    """What the kernels must know of the cells, by cell: row and segment of queries and keys; lag [Sq, Sk], and which
+    stream of the keys each stream of the queries is."""
+    flat = lambda x: x.reshape(x.shape[0], -1)
+    rows = lambda cells: flat(jnp.broadcast_to(cells.row[..., None], cells.present.shape))
+    # An absent query and an unseen key get different segments, which no other cell has.
+    segments = lambda cells, there, nowhere: flat(jnp.where(there, cells.segment[..., None], nowhere))
+    keys = _pad(rows(k_cells), 1, NEVER - 1), _pad(segments(k_cells, k_cells.seen, -1), 1, -1)
+    return rows(q_cells), segments(q_cells, q_cells.present, -2), *keys, lag[q_streams], (q_streams - k_start).astype(jnp.int32)
+
+
+def _pad(x, axis: int, value=0):
+    """Whole vectors along an axis, of whatever length the CPU has."""
+    fill = [(0, 0)] * x.ndim
+    fill[axis] = (0, -x.shape[axis] % 16)
+    return jnp.pad(x, fill, constant_values=value)
+
+
+def _arguments(q, k, v, rule):
+    q, k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (q, k, v))
+    return q, k, v, *(_pad(x.transpose(0, 2, 3, 1), 3) for x in (k, v)), *rule
+
+
+def _shaped(*shapes):
+    return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+
+
+def _outputs(q, k, v, rule):
+    return jax.ffi.ffi_call("msllm_attention", _shaped(q.shape, q.shape[:-1]))(*_arguments(q, k, v, rule))
+
+
+@jax.custom_vjp
+def _attention(q, k, v, rule):
+    return _forward(q, k, v, rule)[0]
+
+
+def _forward(q, k, v, rule):
+    out, lse = (checkpoint_name(x, "attention") for x in _outputs(q, k, v, rule))
+    return out, (q, k, v, rule, out, lse)
+
+
+def _gradients(saved, d_out):
+    q, k, v, rule, out, lse = saved
+    call = jax.ffi.ffi_call("msllm_attention_gradients", _shaped(q.shape, k.shape, v.shape))
+    return *call(*_arguments(q, k, v, rule), out, lse, d_out), None
+
+
+_attention.defvjp(_forward, _gradients)

@@ -1,0 +1,87 @@
+"""Kernels for CPUs in C++, where XLA's own are far from the machine's limits; `*.cc` beside this file, called through JAX's
+foreign function interface.
+
+The machine's own compiler makes them for its own CPU when they are first needed (some seconds), and they stay in
+`~/.cache/msllm` (`$XDG_CACHE_HOME`). Without a compiler everything runs without them: `missing` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
+TARGETS = ("msllm_product", "msllm_attend_row", "msllm_attention", "msllm_attention_gradients")
+
+log = logging.getLogger("msllm")
+
+
+@functools.cache
+def missing() -> str | None:
+    """Makes the kernels known to XLA. Returns why that is not possible; None if they are there."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if compiler is None:
+        return "there is no C++ compiler (c++, g++ or clang++; $CXX names another)"
+    try:
+        library = ctypes.CDLL(str(_build(compiler)))
+    except subprocess.CalledProcessError as error:
+        return f"{compiler} failed: {(error.stderr.strip().splitlines() or ['it says nothing'])[0]}"
+    except OSError as error:
+        return str(error)
+    for name in TARGETS:
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return None
+
+
+def _build(compiler: str) -> pathlib.Path:
+    """The library, made if it is not there yet. Its name says what it was made of: sources, XLA's interface, compiler, CPU."""
+    folder = pathlib.Path(__file__).parent
+    sources = sorted(path for path in folder.iterdir() if path.suffix in (".cc", ".h"))
+    run = functools.partial(subprocess.run, check=True, text=True, stdin=subprocess.DEVNULL, capture_output=True)
+    macros = run([compiler, *FLAGS, "-dM", "-E", "-x", "c++", "-"]).stdout  # the compiler and what the CPU can do
+    made_of = [path.read_text() for path in sources] + [jaxlib.__version__, macros]
+    digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "msllm"
+    library = cache / f"native-{digest}.so"
+    if not library.exists():
+        log.info("making kernels for this CPU with %s: %s", compiler, library)
+        cache.mkdir(parents=True, exist_ok=True)
+        part = library.with_suffix(f".{os.getpid()}")
+        units = [str(path) for path in sources if path.suffix == ".cc"]
+        try:
+            run([compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", *units, "-o", str(part)])
+            part.replace(library)
+        finally:
+            part.unlink(missing_ok=True)
+    return library
+
+
+def product(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
+    """x [M, K] times w [K, N] (`axis` 0) or w [N, K] (`axis` 1), float32: [M, N]. It reads w once for M up to a hundred."""
+    out = jax.ShapeDtypeStruct((x.shape[0], w.shape[1 - axis]), jnp.float32)
+    return jax.ffi.ffi_call("msllm_product", out)(x, w, axis=axis)
+
+
+def attend_row(q, keys, values, mask, filled, masked: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of one row over some rows R of a cache, float32, for `cache.attend`.
+
+    Args:
+      q: [B, K, Q, H], scaled; Q: heads of a kv head times S. keys, values: [B, K, H, S', R]. mask: [B, S, S', R] bool.
+      filled: [] int32: rows from here on are not visible, and not read. masked: the score of what is not visible.
+
+    Returns: highest scores and sums of e^(score - highest) [B, K, Q, 1], values weighted by these powers [B, K, Q, H].
+    """
+    one = jax.ShapeDtypeStruct((*q.shape[:3], 1), jnp.float32)
+    call = jax.ffi.ffi_call("msllm_attend_row", (one, one, jax.ShapeDtypeStruct(q.shape, jnp.float32)))
+    return call(q, keys, values, mask, filled, masked=np.float32(masked))

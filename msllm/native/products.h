@@ -1,0 +1,146 @@
+// Products of few rows with a matrix that is read once: y [M, N] = x [M, K] times w, for M up to the hundreds.
+#pragma once
+
+#include "simd.h"
+
+namespace msllm {
+
+// Columns (in vectors) that are in registers beside M rows.
+template <int M>
+constexpr int WIDTH = 4 * M <= ACCUMULATORS ? 4 : 2 * M <= ACCUMULATORS ? 2 : 1;
+constexpr int ROWS = ACCUMULATORS / 2;  // rows that are in registers at one time
+constexpr int64_t NEAR = 4;  // rows of a transposed w that stay in the cache while all rows of x come to them
+
+// Rows of a matrix lie `stride` apart, and the values of a row `step` (of x in add_product; 1 elsewhere).
+struct Matrix {
+  const float* data;
+  int64_t stride;
+  int64_t step = 1;
+  const float* row(int64_t i) const { return data + i * stride; }
+};
+
+// y [M, n] += x [M, k] w [k, n], k >= 1, n a multiple of LANES * C. What lies `ahead` of w is fetched meanwhile.
+template <int M, int C>
+void block_of_columns(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t k, int64_t n, int64_t ahead) {
+  for (int64_t j = 0; j < n; j += LANES * C) {
+    Vec sums[M][C];
+    for (int m = 0; m < M; ++m)
+      for (int c = 0; c < C; ++c) sums[m][c] = load(y + m * y_stride + j + LANES * c);
+    const float *from = x.data, *weights = w.data + j;
+    int64_t left = k;
+    do {
+      Vec columns[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        columns[c] = load(weights + LANES * c);
+        __builtin_prefetch(weights + ahead + LANES * c, 0, 2);
+      }
+#pragma GCC unroll 32
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) sums[m][c] += from[m * x.stride] * columns[c];
+      from += x.step;
+      weights += w.stride;
+    } while (--left > 0);
+    for (int m = 0; m < M; ++m)
+      for (int c = 0; c < C; ++c) store(y + m * y_stride + j + LANES * c, sums[m][c]);
+  }
+}
+
+// y [M, n] += x [M, k] w^T, w [n, k], n a multiple of C. The rows of w that are wanted next are fetched meanwhile.
+template <int M, int C>
+void block_of_rows(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t k, int64_t n) {
+  const int64_t vectors = k / LANES * LANES;
+  for (int64_t j = 0; j < n; j += C) {
+    Vec sums[M][C] = {};
+    auto add = [&](const float* from, const float* weights, auto load) {
+      Vec columns[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        columns[c] = load(weights + c * w.stride);
+        __builtin_prefetch(weights + (c + NEAR) * w.stride, 0, 2);
+      }
+#pragma GCC unroll 32
+      for (int m = 0; m < M; ++m) {
+        Vec row = load(from + m * x.stride);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) sums[m][c] += row * columns[c];
+      }
+    };
+    for (int64_t i = 0; i < vectors; i += LANES) add(x.data + i, w.row(j) + i, [](const float* p) { return load(p); });
+    if (vectors < k) add(x.data + vectors, w.row(j) + vectors, [&](const float* p) { return load(p, k - vectors); });
+    for (int m = 0; m < M; ++m)
+      for (int c = 0; c < C; ++c) y[m * y_stride + j + c] += sum(sums[m][c]);
+  }
+}
+
+// Calls f with the number of rows that is `m` (1 to ROWS) as a constant.
+template <int M = ROWS, typename F>
+void with_rows(int64_t m, F f) {
+  if constexpr (M == 1) {
+    f(std::integral_constant<int, 1>());
+  } else if (m == M) {
+    f(std::integral_constant<int, M>());
+  } else {
+    with_rows<M - 1>(m, f);
+  }
+}
+
+// Calls f(first row, number of them as a constant) for all of m rows, in parts of about the same size.
+template <typename F>
+void by_rows(int64_t m, F f) {
+  const int64_t parts = (m + ROWS - 1) / ROWS;
+  for (int64_t part = 0, first = 0; part < parts; ++part) {
+    const int64_t size = (m - first) / (parts - part);
+    with_rows(size, [&](auto rows) { f(first, rows); });
+    first += size;
+  }
+}
+
+// How a product cuts up w: rows that are read side by side, and columns that stay in the cache while all of x comes to them.
+struct Cut {
+  int64_t depth, tile;
+};
+constexpr Cut STREAMED{16, 256};  // w comes from memory: as many rows as the prefetchers follow
+constexpr Cut CACHED{64, 64};     // w is in the second cache: the part fits into the first
+
+// y [m, n] += x [m, k] w [k, n]; `next`: where the columns begin, counted from those of w, that are wanted after these.
+inline void add_product(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n, Cut cut,
+                        int64_t next = 0) {
+  const int64_t vectors = n / LANES * LANES;
+  for (int64_t tile = 0; tile < vectors; tile += cut.tile) {
+    const int64_t end = std::min(tile + cut.tile, vectors);
+    for (int64_t i = 0; i < k; i += cut.depth) {
+      const int64_t depth = std::min(cut.depth, k - i), after = end < vectors ? cut.tile : next - tile;
+      const int64_t ahead = i + depth < k ? depth * w.stride : after - i * w.stride;
+      by_rows(m, [&](int64_t first, auto rows) {
+        constexpr int M = rows, C = WIDTH<M>;
+        const int64_t whole = tile + (end - tile) / (LANES * C) * (LANES * C);
+        auto add = [&](auto columns, int64_t j, int64_t size) {
+          const Matrix from{x.row(first) + i * x.step, x.stride, x.step}, weights{w.row(i) + j, w.stride};
+          block_of_columns<M, columns>(from, weights, y + first * y_stride + j, y_stride, depth, size, ahead);
+        };
+        add(std::integral_constant<int, C>(), tile, whole - tile);
+        add(std::integral_constant<int, 1>(), whole, end - whole);
+      });
+    }
+  }
+  for (int64_t row = 0; row < m && vectors < n; ++row)
+    for (int64_t i = 0; i < k; ++i)
+      for (int64_t j = vectors; j < n; ++j) y[row * y_stride + j] += x.row(row)[i * x.step] * w.row(i)[j];
+}
+
+// y [m, n] += x [m, k] w^T, w [n, k].
+inline void add_product_transposed(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n) {
+  for (int64_t j = 0; j < n; j += NEAR)
+    by_rows(m, [&](int64_t first, auto rows) {
+      constexpr int M = rows, C = WIDTH<M>;
+      const int64_t here = std::min(NEAR, n - j), whole = here / C * C;
+      const Matrix from{x.row(first), x.stride};
+      float* to = y + first * y_stride + j;
+      block_of_rows<M, C>(from, {w.row(j), w.stride}, to, y_stride, k, whole);
+      block_of_rows<M, 1>(from, {w.row(j + whole), w.stride}, to + whole, y_stride, k, here - whole);
+    });
+}
+
+}  // namespace msllm

@@ -1,0 +1,94 @@
+"""The kernels in C++ against float64 and against XLA, and what happens without a compiler."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msllm import native
+from msllm.cache import Stored, attend
+
+pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"no kernels in C++: {native.missing()}")
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 45), st.integers(1, 90), st.integers(1, 150), st.integers(0, 1), st.integers(0, 2**31))
+def test_product_is_a_product(m, k, n, axis, seed):
+    random = np.random.default_rng(seed)
+    x, w = random.standard_normal((m, k), np.float32), random.standard_normal((n, k) if axis else (k, n), np.float32)
+    out = native.product(jnp.asarray(x), jnp.asarray(w), axis)
+    np.testing.assert_allclose(out, x.astype(np.float64) @ (w.T if axis else w), atol=3e-6 * k**0.5, rtol=1e-5)
+
+
+def test_a_large_product_is_shared_among_threads():
+    random = np.random.default_rng(0)
+    x, w = (jnp.asarray(random.standard_normal(shape, np.float32)) for shape in ((10, 600), (600, 3000)))
+    for axis in (0, 1):
+        out = jax.jit(native.product, static_argnums=2)(x, w.T if axis else w, axis)
+        np.testing.assert_allclose(out, np.asarray(x, np.float64) @ np.asarray(w), atol=1e-4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 3), st.integers(1, 5), st.integers(1, 40), st.integers(1, 70)),
+    st.integers(0, 2**31),
+)
+def test_attention_of_a_row_is_that_of_xla(sizes, seed):
+    batch, kv_heads, of_head, streams, head_dim, rows = sizes
+    random = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(random.standard_normal(shape, np.float32))
+    q = 3 * draw(batch, 1, streams, kv_heads * of_head, head_dim)
+    blocks = [[Stored(draw(batch, kv_heads, head_dim, streams, rows), None) for _ in range(2)] for _ in range(2)]
+    filled = int(random.integers(1, 2 * rows + 1))
+    mask = (random.random((batch, streams, streams, 2 * rows)) < 0.6) & (np.arange(2 * rows) < filled)
+    mask[..., 0] = True  # a query sees something
+    case = (q, *blocks, jnp.asarray(mask), jnp.int32(filled))
+    np.testing.assert_allclose(attend(*case, native.attend_row), attend(*case), atol=2e-6)
+
+
+def test_rows_that_are_not_filled_are_not_read():
+    q, filled = jnp.ones((1, 1, 1, 1, 8)), 16
+    nothing = jnp.full((1, 1, 8, 1, 32), jnp.nan).at[..., :filled].set(1.0)
+    mask = (jnp.arange(32) < filled)[None, None, None]
+    out = attend(q, [Stored(nothing, None)], [Stored(nothing, None)], mask, jnp.int32(filled), native.attend_row)
+    np.testing.assert_allclose(out, 1.0, rtol=1e-6)
+
+
+DECODE = """
+import logging; logging.basicConfig(level="INFO")
+import jax, numpy as np
+from msllm.config import ModelConfig, StreamsConfig
+from msllm.decode import Engine
+from msllm.load import from_parameters
+from msllm.model import init_parameters
+from msllm.streams import StreamSpec
+config = ModelConfig(vocab_size=64, d_model=32, d_ff=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
+streams = StreamSpec.from_config(StreamsConfig(names=("a", "b", "c"), kinds=("output",) * 3))
+model = from_parameters(config, streams, jax.jit(lambda: init_parameters(config, streams, 0))())
+session = Engine(model, window=32, silence_id=0).open()
+print("TOKENS", *np.concatenate([session.step().tokens for _ in range(20)]))
+"""
+
+
+def decode(tmp_path, **environment):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment}
+    done = subprocess.run([sys.executable, "-c", DECODE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("TOKENS")[1], done.stderr
+
+
+def test_without_a_compiler_decoding_says_so_and_gives_the_same(tmp_path):
+    with_kernels, said = decode(tmp_path)
+    assert "making kernels for this CPU" in said and len(list(tmp_path.glob("msllm/native-*.so"))) == 1
+    again, said = decode(tmp_path)
+    assert "making kernels" not in said and again == with_kernels
+    for compiler, reason in (("/nowhere/c++", "No such file"), ("false", "false failed")):
+        without, said = decode(tmp_path, CXX=compiler)
+        assert f"decoding by XLA alone, which is slower with several streams: " in said and reason in said
+        assert without == with_kernels
