@@ -15,7 +15,7 @@ using Ints = ffi::Buffer<ffi::S32>;
 using Result = ffi::Result<Floats32>;
 
 constexpr int64_t QUERIES = 64, KEYS = 160;  // about as many cells in a block: what belongs to it stays in the cache
-constexpr float MASKED = -1e30f;             // finite: a query that has seen no key yet must not give inf - inf
+constexpr float MASKED = -1e30f;             // finite, in base 2 as all scores here: a query that has seen no key yet must not give inf - inf
 
 struct Block {
   int64_t begin, cells;
@@ -140,7 +140,7 @@ ffi::Error Attention(ffi::ThreadPool pool, Floats32 q, Floats32 k, Floats32 v, F
   const int64_t heads = q.dimensions()[2], kv_heads = k.dimensions()[2], size = q.dimensions()[3];
   const int64_t q_cells = q.dimensions()[1], k_cells = k.dimensions()[1], length = turned_k.dimensions()[3];
   const int64_t all_heads = tables.size() * heads, blocks = tables.front().queries.size(), stride = heads * size;
-  const float scale = 1 / std::sqrt(float(size));
+  const float scale = LOG2E / std::sqrt(float(size));
   in_parallel(pool, all_heads * blocks, [&](int64_t task) {
     const int64_t b = task % all_heads / heads, head = task % heads, kv_head = head / (heads / kv_heads);
     const Table& table = tables[b];
@@ -165,22 +165,26 @@ ffi::Error Attention(ffi::ThreadPool pool, Floats32 q, Floats32 k, Floats32 v, F
           highest = max(highest, score);
           store(row + j, score);
         }
-        const float now = max(highest), kept = std::exp(most[i] - now);
+        const float now = max(highest);
         for (int64_t j = 0; j < width; j += LANES) {
-          Vec weight = exp(load(row + j) - now);
+          Vec weight = exp2(load(row + j) - now);
           added += weight;
           store(row + j, weight);
         }
-        if (kept < 1) scale_row(sums + i * stride, size, kept);
-        total[i] = total[i] * kept + sum(added);
-        most[i] = now;
+        if (now > most[i]) {
+          const float kept = std::exp2(most[i] - now);
+          scale_row(sums + i * stride, size, kept);
+          total[i] *= kept;
+          most[i] = now;
+        }
+        total[i] += sum(added);
       }
       const Matrix values{v.typed_data() + ((b * k_cells + keys.begin) * kv_heads + kv_head) * size, kv_heads * size};
       add_product({scores.get(), width}, values, sums, stride, queries.cells, keys.cells, size, CACHED);
     }
     for (int64_t i = 0; i < queries.cells; ++i) {
       scale_row(sums + i * stride, size, total[i] > 0 ? 1 / total[i] : 0);
-      lse->typed_data()[at + i * heads] = total[i] > 0 ? most[i] + std::log(total[i]) : MASKED;
+      lse->typed_data()[at + i * heads] = total[i] > 0 ? most[i] / LOG2E + std::log(total[i]) : MASKED;
     }
   });
   return ffi::Error::Success();
@@ -230,10 +234,10 @@ ffi::Error AttentionGradients(ffi::ThreadPool pool, Floats32 q, Floats32 k, Floa
           multiply_turned(from, queries, turned_keys, length, keys, size, scores.get());
           multiply_turned(above, queries, turned_values, length, keys, size, slopes.get());
           for (int64_t i = 0; i < queries.cells; ++i) {
-            const float top = lse.typed_data()[at + i * heads];
+            const float top = lse.typed_data()[at + i * heads] * LOG2E;
             for (int64_t j = 0; j < width; j += LANES) {
               float *score = scores.get() + i * width + j, *slope = slopes.get() + i * width + j;
-              Vec weight = exp(load(score) * scale - top);
+              Vec weight = exp2(load(score) * (scale * LOG2E) - top);
               if (!all) weight = table.visible(queries.begin + i, keys, j) ? weight : Vec{};
               store(score, weight);
               store(slope, weight * (load(slope) - means[i]) * scale);

@@ -68,16 +68,19 @@ ffi::Error AttendRow(ffi::ThreadPool pool, float masked, Array q, Array keys, Ar
             highest = max(highest, score);
             store(row + r, score);
           }
-          const float now = max(highest), kept = std::exp(most[i] - now);
+          const float now = max(highest);
           for (int64_t r = 0; r < seen; r += LANES) {
-            Vec weight = exp(load(row + r) - now);
+            Vec weight = exp2((load(row + r) - now) * LOG2E);
             added += weight;
             store(row + r, weight);
           }
-          if (kept < 1)
+          if (now > most[i]) {
+            const float kept = std::exp2((most[i] - now) * LOG2E);
             for (int64_t h = 0; h < size; ++h) sums[i * size + h] *= kept;
-          total[i] = total[i] * kept + sum(added);
-          most[i] = now;
+            total[i] *= kept;
+            most[i] = now;
+          }
+          total[i] += sum(added);
         }
         add_product_transposed({scores.get(), padded}, v, sums + first * size, size, count, seen, size);
       });

@@ -3,12 +3,17 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <utility>
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #include "xla/ffi/api/ffi.h"
 
@@ -51,15 +56,34 @@ struct Floats {
   typedef float Type __attribute__((vector_size(4 * N)));
 };
 
-template <int N = LANES>
-float sum(typename Floats<N>::Type v) {
+// Puts the lanes of a vector together, by halves.
+template <int N = LANES, typename F>
+float fold(typename Floats<N>::Type v, F f) {
   if constexpr (N == 2) {
-    return v[0] + v[1];
+    return f(v[0], v[1]);
   } else {
     typename Floats<N / 2>::Type halves[2];
     std::memcpy(halves, &v, sizeof v);
-    return sum<N / 2>(halves[0] + halves[1]);
+    return fold<N / 2>(f(halves[0], halves[1]), f);
   }
+}
+
+inline float sum(Vec v) {
+  return fold(v, [](auto a, auto b) { return a + b; });
+}
+
+inline Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);  // compilers take a comparison and a selection
+#elif defined(__AVX__)
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline float max(Vec v) {
+  return fold(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // `a` where the byte of a lane is not 0, else `b`.
@@ -74,28 +98,21 @@ inline Vec choose(const bool* where, int64_t count, Vec a, float b) {
   return __builtin_convertvector(bytes, IntVec) != 0 ? a : broadcast(b);
 }
 
-inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+constexpr float LOG2E = 1.44269504f;
 
-inline float max(Vec v) {
-  float highest = v[0];
-  for (int i = 1; i < LANES; ++i) highest = std::max(highest, v[i]);
-  return highest;
-}
-
-// e^x for x <= 0, with a relative error of 2e-7 (the polynomial of Cephes, S. Moshier); 0 below -87.
-inline Vec exp(Vec x) {
+// 2^x for x <= 0, with a relative error of 2e-7; 0 below -126. The polynomial is that of Cephes (S. Moshier), exp2f.
+inline Vec exp2(Vec x) {
   const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
-  Vec shifted = x * 1.44269504f + magic, n = shifted - magic;
-  Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Vec p = broadcast(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  IntVec power = (IntVec)p + (((IntVec)shifted - (IntVec)magic) << 23);
-  return x > -87.0f ? (Vec)power : Vec{};
+  const Vec shifted = x + magic, r = x - (shifted - magic);
+  Vec p = broadcast(1.535336188319500e-4f);
+  p = p * r + 1.339887440266574e-3f;
+  p = p * r + 9.618437357674640e-3f;
+  p = p * r + 5.550332471162809e-2f;
+  p = p * r + 2.402264791363012e-1f;
+  p = p * r + 6.931472028550421e-1f;
+  p = p * r + 1.0f;
+  const IntVec power = (IntVec)p + (((IntVec)shifted - (IntVec)magic) << 23);
+  return x > -126.0f ? (Vec)power : Vec{};
 }
 
 // Calls f(0), ..., f(tasks - 1), on this thread and on those of the pool that come to it. Waits for no task that nobody
@@ -104,17 +121,24 @@ template <typename F>
 void in_parallel(ffi::ThreadPool& pool, int64_t tasks, F f) {
   struct Shared {
     std::atomic<int64_t> next{0}, done{0};
+    std::mutex mutex;
+    std::condition_variable all_done;
   };
   auto shared = std::make_shared<Shared>();
   auto work = [shared, tasks, &f] {
     for (int64_t i; (i = shared->next.fetch_add(1)) < tasks;) {
       f(i);
-      shared->done.fetch_add(1);
+      if (shared->done.fetch_add(1) + 1 == tasks) {
+        std::lock_guard lock(shared->mutex);
+        shared->all_done.notify_all();
+      }
     }
   };
   for (int64_t i = 1; i < std::min<int64_t>(tasks, pool.num_threads()); ++i) pool.Schedule([work] { work(); });
   work();
-  while (shared->done.load() < tasks) std::this_thread::yield();
+  for (int i = 0; i < 100 && shared->done.load() < tasks; ++i) std::this_thread::yield();  // to sleep and wake up takes longer
+  std::unique_lock lock(shared->mutex);
+  shared->all_done.wait(lock, [&] { return shared->done.load() >= tasks; });
 }
 
 }  // namespace msllm
