@@ -43,11 +43,12 @@ def _checksums(platform: str):
     return jax.jit(sums, compiler_options=compiler_options(platform))  # the defaults copy every array on CPU
 
 
-def checksums(tree: Any) -> dict[str, int]:
-    """Checksum of every array of a tree, by path."""
-    paths, arrays = zip(*jax.tree_util.tree_leaves_with_path(tree))
-    platform = next(iter(arrays[0].devices())).platform
-    return {path_name(path): int(value) for path, value in zip(paths, _checksums(platform)(arrays))}
+def checksums(items: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Checksum of every array of these trees, by name and path; one program for all, so that only one has to be loaded."""
+    leaves = {name: jax.tree_util.tree_leaves_with_path(tree) for name, tree in items.items()}
+    arrays = [array for pairs in leaves.values() for _, array in pairs]
+    values = iter(_checksums(next(iter(arrays[0].devices())).platform)(arrays))
+    return {name: {path_name(path): int(next(values)) for path, _ in pairs} for name, pairs in leaves.items()}
 
 
 def _split(state: TrainState) -> dict[str, Any]:
@@ -80,8 +81,8 @@ def describe(step: int, config: Config, tokenizer: Tokenizer | None, items: dict
     """The description of a checkpoint that holds these items; `more` is added to it."""
     data = base64.b64encode(tokenizer.to_bytes()).decode() if tokenizer else None
     stored = tokenizer and {"kind": tokenizer.kind, "silence": tokenizer.silence, "bytes": data}
-    sums = {name: checksums(tree) for name, tree in items.items()}
-    more |= {"format": FORMAT, "step": step, "config": json.loads(to_json(config)), "tokenizer": stored, "checksums": sums}
+    settings, sums = json.loads(to_json(config)), checksums(items)
+    more |= {"format": FORMAT, "step": step, "config": settings, "tokenizer": stored, "checksums": sums}
     return more | {"digest": _digest(more)}
 
 
@@ -224,8 +225,7 @@ class Checkpoints:
             error = first_line(problem)
         if any(errors := cluster.share(error)):
             raise ValueError(next(filter(None, errors)))
-        for name, tree in restored.items():
-            check_sums(tree, description["checksums"][name])
+        check_sums(restored, description["checksums"])
         rest = restored["rest"]
         return TrainState(rest["step"], restored["parameters"], rest["opt_state"], rest["skipped"], rest["in_row"])
 
@@ -288,12 +288,12 @@ def read_description(path: epath.Path) -> dict[str, Any]:
     return description
 
 
-def check_sums(tree: Any, expected: dict[str, int]) -> None:
-    """Raises ValueError if the arrays are not those of which these are the checksums."""
-    found = checksums(tree)
-    wrong = [name for name in expected if found.get(name) != expected[name]]
-    if wrong or len(found) != len(expected):
-        raise ValueError(f"checksum of {wrong[0] if wrong else 'an array'} differs: its file was changed or cut")
+def check_sums(items: dict[str, Any], expected: dict[str, dict[str, int]]) -> None:
+    """Raises ValueError if the arrays of these trees are not those of which `expected` has the checksums."""
+    for name, found in checksums(items).items():
+        wrong = [path for path in expected[name] if found.get(path) != expected[name][path]]
+        if wrong or len(found) != len(expected[name]):
+            raise ValueError(f"checksum of {wrong[0] if wrong else 'an array'} differs: its file was changed or cut")
 
 
 def _check_same_run(description: dict[str, Any], config: Config, tokenizer: Tokenizer, path: epath.Path) -> None:

@@ -55,15 +55,20 @@ def keep_compiled(setting: str, default: epath.Path) -> None:
 
 
 def compile_step(function, *arguments):
-    """Compiles a jitted function for arguments (arrays or shapes); calling the result can never compile again.
+    """Compiles a jitted function for arguments (arrays or shapes); calling the result can never compile again."""
+    compiled = function.lower(*arguments).compile()
+    settle()
+    return compiled
+
+
+def settle() -> None:
+    """To be called when the step is there: what a start needed, and a run does not, goes.
 
     Returns the memory that the compiler used to the operating system: on a laptop it is as much as a small run needs. If
     garbage collection is off, as while a command starts, it is on from here, and passes over what exists by now.
     """
-    compiled = function.lower(*arguments).compile()
     if not gc.isenabled():
         gc.freeze()
         gc.enable()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
-    return compiled

@@ -100,7 +100,7 @@ def initial_parameters(path: str | os.PathLike, program: Program, tokenizer: Tok
     if any(problems := cluster.share(problem)):
         raise UserError(f"config.init_from is {path}: {next(filter(None, problems))}")
     try:
-        check_sums(restored, description["checksums"]["parameters"])
+        check_sums({"parameters": restored}, description["checksums"])
     except ValueError as error:
         raise UserError(f"config.init_from is {path}: {error}; name another checkpoint") from error
     for key in SAME:

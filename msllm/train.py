@@ -18,23 +18,22 @@ import dataclasses
 import json
 import logging
 import os
-import pathlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-import msllm
-from msllm import cluster
-from msllm.compiler import compile_step, keep_compiled
+from msllm import cluster, code
+from msllm.compiler import keep_compiled
 from msllm.config import Config, to_config_dict, to_json
 from msllm.data.loader import Batch, Loader, spread
 from msllm.data.mixture import by_source
-from msllm.data.records import file_hash
 from msllm.errors import UserError
 from msllm.goodput import Goodput
+from msllm.kept import kept_step
 from msllm.meter import Meter
 from msllm.metrics import Progress, Shares, Writer, append_lines, named_losses, weighted_mean
 from msllm.sharding import make_mesh
@@ -45,28 +44,29 @@ log = logging.getLogger("msllm")
 
 
 def train(
-    config: Config, workdir: str | os.PathLike, stop: cluster.Stop | None = None, seconds_before: float = 0.0
+    config: Config, workdir: str | os.PathLike, stop: cluster.Stop | None = None, before: float = 0.0, command: bool = False
 ) -> TrainState:
     """Trains, or continues, the run in `workdir` up to `config.steps`. Raises UserError, RunError.
 
     In a run of several processes (`cluster.connect`) all call it, with the same config and a workdir that they share.
 
     Args:
-      stop: hears the wish to stop early. seconds_before: how long this process has been running, for the goodput.
+      stop: hears the wish to stop early. before: seconds that this process has been running, for the goodput.
+      command: this process runs what the files of the package say, so its compiled step is kept for the next start.
     """
     workdir = _open_workdir(workdir)
     with cluster.alone_in(workdir):
-        return _train(config, workdir, stop, seconds_before)
+        return _train(config, workdir, stop, before, command)
 
 
-def _train(config: Config, workdir: epath.Path, stop: cluster.Stop | None, seconds_before: float) -> TrainState:
+def _train(config: Config, workdir: epath.Path, stop: cluster.Stop | None, before: float, command: bool) -> TrainState:
     from msllm.checkpoint import Checkpoints  # orbax is slow to import, and not every use of this module needs it
     from msllm.initial import initial_parameters
 
-    goodput = Goodput(workdir / "goodput.json", seconds_before)
+    goodput = Goodput(workdir / "goodput.json", before)
     keep_compiled(config.compilation_cache, workdir / "compiled")
     streams = StreamSpec.from_config(config.streams)
-    loader, held_out = _open_data(config, streams)
+    loader, held_out, facts = _open_data(config, streams)
     config = with_vocabulary(config, loader.tokenizer.vocab_size)
     mesh = make_mesh(config.mesh)
     program = Program(config, streams, mesh, loader.tokenizer.silence_id)
@@ -99,7 +99,7 @@ def _train(config: Config, workdir: epath.Path, stop: cluster.Stop | None, secon
         (workdir / "config.json").write_text(to_json(config))
 
     with goodput.inside("compile"):
-        step_function = compile_step(program.step, program.abstract_state, program.abstract_batch)
+        step_function = kept_step(program, facts if command else None)
     writer, progress = Writer(workdir, config.monitor.wandb_project), Progress(start, config.steps)
     shares = Shares(loader.plan, config.data.mixture.streams, streams, program.silence_id) if loader.plan else None
     meter = Meter(program, writer, progress, goodput, cluster.Clocks(), shares)
@@ -163,18 +163,17 @@ def _open_workdir(path: str | os.PathLike) -> epath.Path:
     return workdir
 
 
-def _open_data(config: Config, streams: StreamSpec) -> tuple[Loader, dict[str, Loader]]:
-    """The loader of the training data and those of the held-out splits by source, which are none if there is nothing to
-    evaluate; once all processes have found the same data, config and code."""
+def _open_data(config: Config, streams: StreamSpec) -> tuple[Loader, dict[str, Loader], dict[str, Any]]:
+    """The loader of the training data, those of the held-out splits by source, which are none if there is nothing to
+    evaluate, and what they are part of: the same data, config and code in all processes, once they have agreed."""
     loader, held_out, facts, error = None, {}, {}, None
     try:
         loader = Loader(config.data, "train", streams, (jax.process_index(), jax.process_count()))
         if config.eval_every and (loader.plan or config.data.eval_percent or config.data.eval_path):
             held_out = _open_held_out(config, loader, streams)
-        package = pathlib.Path(msllm.__file__).parent
         facts = {
             "config": to_config_dict(config).to_dict(),
-            "code": {str(path.relative_to(package)): file_hash(path) for path in sorted(package.rglob("*.py"))},
+            "code": code.hashes(),
             "jax version": jax.__version__,
             "tokenizer": loader.tokenizer.hash,
             **{f"data manifest{name and f' of {name}'}": manifest for name, manifest in loader.manifests.items()},
@@ -182,7 +181,7 @@ def _open_data(config: Config, streams: StreamSpec) -> tuple[Loader, dict[str, L
     except UserError as problem:
         error = str(problem)
     cluster.agree(facts, error)
-    return loader, held_out
+    return loader, held_out, facts
 
 
 def _open_held_out(config: Config, loader: Loader, streams: StreamSpec) -> dict[str, Loader]:
@@ -319,7 +318,7 @@ def _main() -> None:
         if jax.process_count() > 1:
             logging.basicConfig(format=f"[{jax.process_index()}] %(message)s", force=True)
         with cluster.errors_end_this_process(), cluster.Stop() as stop:
-            state = train(config, workdir.value, stop, begin)
+            state = train(config, workdir.value, stop, begin, command=True)
             return cluster.STOPPED if int(state.step) < config.steps and not stop.interrupted else 0
 
     run(main)

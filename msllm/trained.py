@@ -62,7 +62,7 @@ def _load(path: epath.Path) -> Loaded:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     parameters = read_arrays(path / "parameters", abstract)
-    check_sums(parameters, description["checksums"]["parameters"])
+    check_sums({"parameters": parameters}, description["checksums"])
     stored = description["tokenizer"]
     tokenizer = stored and Tokenizer.from_bytes(stored["kind"], base64.b64decode(stored["bytes"]), stored["silence"])
     return Loaded(str(path), description["step"], config, streams, tokenizer, graph, parameters)

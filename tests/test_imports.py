@@ -31,7 +31,9 @@ data.converters.layout data.converters.vary
 data.converters.chat data.converters.wait_k data.converters.timed data.converters.tools data.converters.aligned
 data.converters.single data.converters.parallel_documents data.converters.gsm8k data.converters.tables
 data.converters.dictation data.converters data.duplicates data.build
+code
 step
+kept
 checkpoint
 initial trained
 metrics flops
