@@ -9,8 +9,7 @@ import types
 import jax
 import pytest
 
-from msllm import native
-from msllm import bench_attention, bench_loader
+from msllm import bench_attention, bench_loader, native
 from msllm.bench import accelerator_rates
 from msllm.flops import attention_flops, visible_pairs
 from msllm.streams import lag_matrix
