@@ -87,12 +87,12 @@ void with_rows(int64_t m, F f) {
 }
 
 // Calls f(first row, number of them as a constant) for all of m rows, in parts of about the same size.
-template <typename F>
+template <int MOST = ROWS, typename F>
 void by_rows(int64_t m, F f) {
-  const int64_t parts = (m + ROWS - 1) / ROWS;
+  const int64_t parts = (m + MOST - 1) / MOST;
   for (int64_t part = 0, first = 0; part < parts; ++part) {
     const int64_t size = (m - first) / (parts - part);
-    with_rows(size, [&](auto rows) { f(first, rows); });
+    with_rows<MOST>(size, [&](auto rows) { f(first, rows); });
     first += size;
   }
 }
@@ -133,7 +133,7 @@ inline void add_product(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t 
 // y [m, n] += x [m, k] w^T, w [n, k].
 inline void add_product_transposed(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n) {
   for (int64_t j = 0; j < n; j += NEAR)
-    by_rows(m, [&](int64_t first, auto rows) {
+    by_rows<ACCUMULATORS / NEAR>(m, [&](int64_t first, auto rows) {
       constexpr int M = rows, C = WIDTH<M>;
       const int64_t here = std::min(NEAR, n - j), whole = here / C * C;
       const Matrix from{x.row(first), x.stride};
