@@ -49,7 +49,7 @@ def test_attention_of_a_row_is_that_of_xla(sizes, seed):
     mask = (random.random((batch, streams, streams, 2 * rows)) < 0.6) & (np.arange(2 * rows) < filled)
     mask[..., 0] = True  # a query sees something
     case = (q, *blocks, jnp.asarray(mask), jnp.int32(filled))
-    np.testing.assert_allclose(attend(*case, native.attend_row), attend(*case), atol=2e-6)
+    np.testing.assert_allclose(attend(*case, native.attend_row), attend(*case), atol=5e-6)
 
 
 def test_rows_that_are_not_filled_are_not_read():

@@ -43,6 +43,10 @@ def _rule_of_part(k, q_cells, k_cells, lag, q_streams, k_start):
     return _rule(q_cells, k_cells, lag, q_streams, k_start)
 
 
+BLOCK_CELLS = 160  # about as many in a block of keys: small enough for a core's cache
+LANES = 16  # of the widest vectors; a block holds whole ones
+
+
 def _rule(q_cells: Cells, k_cells: Cells, lag, q_streams, k_start):
     """What the kernels must know of the cells, by cell: row and segment of queries and keys; lag [Sq, Sk], and which
     stream of the keys each stream of the queries is."""
@@ -50,20 +54,27 @@ def _rule(q_cells: Cells, k_cells: Cells, lag, q_streams, k_start):
     rows = lambda cells: flat(jnp.broadcast_to(cells.row[..., None], cells.present.shape))
     # An absent query and an unseen key get different segments, which no other cell has.
     segments = lambda cells, there, nowhere: flat(jnp.where(there, cells.segment[..., None], nowhere))
-    keys = _pad(rows(k_cells), 1, NEVER - 1), _pad(segments(k_cells, k_cells.seen, -1), 1, -1)
+    missing = -k_cells.row.shape[1] * lag.shape[1] % _block(lag.shape[1])
+    fill_up = lambda x, value: jnp.pad(x, ((0, 0), (0, missing)), constant_values=value)
+    keys = fill_up(rows(k_cells), NEVER - 1), fill_up(segments(k_cells, k_cells.seen, -1), -1)
     return rows(q_cells), segments(q_cells, q_cells.present, -2), *keys, lag[q_streams], (q_streams - k_start).astype(jnp.int32)
 
 
-def _pad(x, axis: int, value=0):
-    """Whole vectors along an axis, of whatever length the CPU has."""
-    fill = [(0, 0)] * x.ndim
-    fill[axis] = (0, -x.shape[axis] % 16)
-    return jnp.pad(x, fill, constant_values=value)
+def _block(streams: int) -> int:
+    """Cells of a block of keys: whole rows, and whole vectors."""
+    return max(1, BLOCK_CELLS // (streams * LANES)) * streams * LANES
 
 
-def _arguments(q, k, v, rule):
-    q, k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (q, k, v))
-    return q, k, v, *(_pad(x.transpose(0, 2, 3, 1), 3) for x in (k, v)), *rule
+def _flat(*arrays):
+    """[B, T, S, ...] -> [B, L, ...]."""
+    return (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in arrays)
+
+
+def _turned(x):
+    """Keys or values [B, T, S, K, H] -> [B, K, blocks, H, cells of a block]."""
+    (flat,), block = _flat(x), _block(x.shape[2])
+    flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % block), (0, 0), (0, 0)))
+    return flat.reshape(flat.shape[0], -1, block, *flat.shape[2:]).transpose(0, 3, 1, 4, 2)
 
 
 def _shaped(*shapes):
@@ -71,7 +82,7 @@ def _shaped(*shapes):
 
 
 def _outputs(q, k, v, rule):
-    return jax.ffi.ffi_call("msllm_attention", _shaped(q.shape, q.shape[:-1]))(*_arguments(q, k, v, rule))
+    return jax.ffi.ffi_call("msllm_attention", _shaped(q.shape, q.shape[:-1]))(*_flat(q, v), _turned(k), *rule)
 
 
 @jax.custom_vjp
@@ -87,7 +98,7 @@ def _forward(q, k, v, rule):
 def _gradients(saved, d_out):
     q, k, v, rule, out, lse = saved
     call = jax.ffi.ffi_call("msllm_attention_gradients", _shaped(q.shape, k.shape, v.shape))
-    return *call(*_arguments(q, k, v, rule), out, lse, d_out), None
+    return *call(*_flat(q, k), _turned(k), *rule, _turned(v), out, lse, d_out), None
 
 
 _attention.defvjp(_forward, _gradients)

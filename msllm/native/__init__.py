@@ -37,7 +37,7 @@ def missing() -> str | None:
         library = ctypes.CDLL(str(_build(compiler)))
     except subprocess.CalledProcessError as error:
         return f"{compiler} failed: {(error.stderr.strip().splitlines() or ['it says nothing'])[0]}"
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter: nobody's home
         return str(error)
     for name in TARGETS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")

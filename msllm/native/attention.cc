@@ -14,8 +14,8 @@ using Floats32 = ffi::Buffer<ffi::F32>;
 using Ints = ffi::Buffer<ffi::S32>;
 using Result = ffi::Result<Floats32>;
 
-constexpr int64_t QUERIES = 64, KEYS = 160;  // about as many cells in a block: what belongs to it stays in the cache
-constexpr float MASKED = -1e30f;             // finite, in base 2 as all scores here: a query that has seen no key yet must not give inf - inf
+constexpr int64_t QUERIES = 64;  // about as many cells in a block: what belongs to it stays in the cache
+constexpr float MASKED = -1e30f;  // finite: a query that has seen no key yet must not give inf - inf
 
 struct Block {
   int64_t begin, cells;
@@ -43,11 +43,6 @@ std::vector<Block> blocks_of(const int32_t* row, const int32_t* segment, int64_t
   return blocks;
 }
 
-// Cells of a block: whole rows, of which there are a multiple of `rows`.
-int64_t block_size(int64_t cells, int64_t streams, int64_t rows) {
-  return std::max<int64_t>(1, cells / (streams * rows)) * rows * streams;
-}
-
 IntVec load(const int32_t* from) {
   IntVec v;
   std::memcpy(&v, from, sizeof v);
@@ -55,11 +50,11 @@ IntVec load(const int32_t* from) {
 }
 
 // What a call is given (msllm/attention/native.py), B tables, N heads, K kv heads:
-//   q [B, Lq, N, H], k and v [B, Lk, K, H], turned_k and turned_v [B, K, H, M]: M is Lk and what makes it a multiple of LANES;
-//   row and segment of each cell, [B, Lq] and [B, M]; lag [Sq, Sk]; own [Sq]: which stream of the keys a stream of the queries
-//   is, or any other number.
+//   q [B, Lq, N, H], k and v [B, Lk, K, H]; turned_k and turned_v [B, K, M, H, C] in M blocks of C cells, whole rows and whole
+//   vectors; row and segment of each cell, [B, Lq] and [B, M * C]; lag [Sq, Sk]; own [Sq]: which stream of the keys a stream
+//   of the queries is, or any other number.
 struct Inputs {
-  Floats32 q, k, v, turned_k, turned_v;
+  Floats32 q, k_or_v, turned_k;
   Ints q_row, q_segment, k_row, k_segment, lag, own;
 };
 
@@ -74,9 +69,10 @@ class Table {
         k_row_(in.k_row.typed_data() + index * in.k_row.dimensions()[1]),
         k_segment_(in.k_segment.typed_data() + index * in.k_row.dimensions()[1]),
         own_(in.own.typed_data()) {
-    const int64_t k_streams = in.lag.dimensions()[1], size = block_size(KEYS, k_streams, LANES);
-    queries = blocks_of(q_row_, q_segment_, in.q.dimensions()[1], block_size(QUERIES, q_streams_, 1));
-    keys = blocks_of(k_row_, k_segment_, in.k.dimensions()[1], size);
+    const int64_t k_streams = in.lag.dimensions()[1], size = in.turned_k.dimensions()[4];
+    const int64_t rows = std::max<int64_t>(1, QUERIES / q_streams_);
+    queries = blocks_of(q_row_, q_segment_, in.q.dimensions()[1], rows * q_streams_);
+    keys = blocks_of(k_row_, k_segment_, in.k_or_v.dimensions()[1], size);
     const int32_t* lag = in.lag.typed_data();
     const auto [least, most] = std::minmax_element(lag, lag + q_streams_ * k_streams);
     least_ = *least, most_ = *most;
@@ -119,11 +115,11 @@ std::vector<Table> tables_of(const Inputs& in) {
 
 int64_t padded(const Block& keys) { return (keys.cells + LANES - 1) / LANES * LANES; }
 
-// Products of a block of queries with keys or values that were turned: [q.cells, padded(k)].
-void multiply_turned(Matrix x, const Block& q, const float* turned, int64_t length, const Block& k, int64_t size, float* out) {
+// Products of a block of queries with one of keys or values that were turned, [H, C]: [q.cells, padded(k)].
+void multiply_turned(Matrix x, const Block& q, const float* turned, int64_t stride, const Block& k, int64_t size, float* out) {
   const int64_t width = padded(k);
   std::fill(out, out + q.cells * width, 0.0f);
-  add_product(x, {turned + k.begin, length}, out, width, q.cells, size, width, CACHED);
+  add_product(x, {turned, stride}, out, width, q.cells, size, width, CACHED, size * stride);
 }
 
 std::unique_ptr<float[]> numbers(int64_t count) { return std::unique_ptr<float[]>(new float[count]); }
@@ -133,14 +129,14 @@ void scale_row(float* row, int64_t size, float by) {
 }
 
 // -> out [B, Lq, N, H]; lse [B, Lq, N], the logarithm of the sum of e^score over the keys that a query sees.
-ffi::Error Attention(ffi::ThreadPool pool, Floats32 q, Floats32 k, Floats32 v, Floats32 turned_k, Floats32 turned_v, Ints q_row,
-                     Ints q_segment, Ints k_row, Ints k_segment, Ints lag, Ints own, Result out, Result lse) {
-  const Inputs in{q, k, v, turned_k, turned_v, q_row, q_segment, k_row, k_segment, lag, own};
-  const std::vector<Table> tables = tables_of(in);
-  const int64_t heads = q.dimensions()[2], kv_heads = k.dimensions()[2], size = q.dimensions()[3];
-  const int64_t q_cells = q.dimensions()[1], k_cells = k.dimensions()[1], length = turned_k.dimensions()[3];
-  const int64_t all_heads = tables.size() * heads, blocks = tables.front().queries.size(), stride = heads * size;
-  const float scale = LOG2E / std::sqrt(float(size));
+ffi::Error Attention(ffi::ThreadPool pool, Floats32 q, Floats32 v, Floats32 turned_k, Ints q_row, Ints q_segment, Ints k_row,
+                     Ints k_segment, Ints lag, Ints own, Result out, Result lse) {
+  const std::vector<Table> tables = tables_of({q, v, turned_k, q_row, q_segment, k_row, k_segment, lag, own});
+  const int64_t heads = q.dimensions()[2], kv_heads = v.dimensions()[2], size = q.dimensions()[3];
+  const int64_t q_cells = q.dimensions()[1], k_cells = v.dimensions()[1], block = turned_k.dimensions()[4];
+  const int64_t length = turned_k.dimensions()[2] * block, all_heads = tables.size() * heads;
+  const int64_t blocks = tables.front().queries.size(), stride = heads * size;
+  const float scale = LOG2E / std::sqrt(float(size));  // scores are in base 2 here
   in_parallel(pool, all_heads * blocks, [&](int64_t task) {
     const int64_t b = task % all_heads / heads, head = task % heads, kv_head = head / (heads / kv_heads);
     const Table& table = tables[b];
@@ -154,8 +150,8 @@ ffi::Error Attention(ffi::ThreadPool pool, Floats32 q, Floats32 k, Floats32 v, F
       if (!table.some_visible(queries, keys)) continue;
       const bool all = table.all_visible(queries, keys);
       const int64_t width = padded(keys);
-      const float* turned = turned_k.typed_data() + (b * kv_heads + kv_head) * size * length;
-      multiply_turned({q.typed_data() + at * size, stride}, queries, turned, length, keys, size, scores.get());
+      const float* turned = turned_k.typed_data() + ((b * kv_heads + kv_head) * length + keys.begin) * size;
+      multiply_turned({q.typed_data() + at * size, stride}, queries, turned, block, keys, size, scores.get());
       for (int64_t i = 0; i < queries.cells; ++i) {
         float* row = scores.get() + i * width;
         Vec highest = broadcast(most[i]), added{};
@@ -191,13 +187,13 @@ ffi::Error Attention(ffi::ThreadPool pool, Floats32 q, Floats32 k, Floats32 v, F
 }
 
 // The gradients of q, k and v, from those of out: a thread takes a kv head, or some blocks of queries of one, all its keys.
-ffi::Error AttentionGradients(ffi::ThreadPool pool, Floats32 q, Floats32 k, Floats32 v, Floats32 turned_k, Floats32 turned_v,
-                              Ints q_row, Ints q_segment, Ints k_row, Ints k_segment, Ints lag, Ints own, Floats32 out,
-                              Floats32 lse, Floats32 d_out, Result d_q, Result d_k, Result d_v) {
-  const Inputs in{q, k, v, turned_k, turned_v, q_row, q_segment, k_row, k_segment, lag, own};
-  const std::vector<Table> tables = tables_of(in);
+ffi::Error AttentionGradients(ffi::ThreadPool pool, Floats32 q, Floats32 k, Floats32 turned_k, Ints q_row, Ints q_segment,
+                              Ints k_row, Ints k_segment, Ints lag, Ints own, Floats32 turned_v, Floats32 out, Floats32 lse,
+                              Floats32 d_out, Result d_q, Result d_k, Result d_v) {
+  const std::vector<Table> tables = tables_of({q, k, turned_k, q_row, q_segment, k_row, k_segment, lag, own});
   const int64_t heads = q.dimensions()[2], kv_heads = k.dimensions()[2], size = q.dimensions()[3], groups = heads / kv_heads;
-  const int64_t q_cells = q.dimensions()[1], k_cells = k.dimensions()[1], length = turned_k.dimensions()[3];
+  const int64_t q_cells = q.dimensions()[1], k_cells = k.dimensions()[1], block = turned_k.dimensions()[4];
+  const int64_t length = turned_k.dimensions()[2] * block;
   const int64_t all_heads = tables.size() * kv_heads, stride = heads * size, k_stride = kv_heads * size;
   const int64_t of_all = k.element_count();
   const float scale = 1 / std::sqrt(float(size));
@@ -231,8 +227,8 @@ ffi::Error AttentionGradients(ffi::ThreadPool pool, Floats32 q, Floats32 k, Floa
           if (!table.some_visible(queries, keys)) continue;
           const bool all = table.all_visible(queries, keys);
           const int64_t width = padded(keys), key = keys.begin * k_stride;
-          multiply_turned(from, queries, turned_keys, length, keys, size, scores.get());
-          multiply_turned(above, queries, turned_values, length, keys, size, slopes.get());
+          multiply_turned(from, queries, turned_keys + keys.begin * size, block, keys, size, scores.get());
+          multiply_turned(above, queries, turned_values + keys.begin * size, block, keys, size, slopes.get());
           for (int64_t i = 0; i < queries.cells; ++i) {
             const float top = lse.typed_data()[at + i * heads] * LOG2E;
             for (int64_t j = 0; j < width; j += LANES) {
@@ -268,8 +264,6 @@ auto inputs() {
       .Arg<Floats32>()
       .Arg<Floats32>()
       .Arg<Floats32>()
-      .Arg<Floats32>()
-      .Arg<Floats32>()
       .Arg<Ints>()
       .Arg<Ints>()
       .Arg<Ints>()
@@ -285,6 +279,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(msllm_attention, msllm::Attention,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(msllm_attention_gradients, msllm::AttentionGradients,
                               msllm::inputs()
+                                  .Arg<msllm::Floats32>()
                                   .Arg<msllm::Floats32>()
                                   .Arg<msllm::Floats32>()
                                   .Arg<msllm::Floats32>()
