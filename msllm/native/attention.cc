@@ -14,7 +14,7 @@ using Floats32 = ffi::Buffer<ffi::F32>;
 using Ints = ffi::Buffer<ffi::S32>;
 using Result = ffi::Result<Floats32>;
 
-constexpr int64_t QUERIES = 64;  // about as many cells in a block: what belongs to it stays in the cache
+constexpr int64_t QUERIES = 160;  // about as many cells in a block: what belongs to it stays in the cache
 constexpr float MASKED = -1e30f;  // finite: a query that has seen no key yet must not give inf - inf
 
 struct Block {
