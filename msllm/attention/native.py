@@ -14,6 +14,9 @@ from msllm import native
 from msllm.attention.case import Case
 from msllm.streams import NEVER, Cells
 
+BLOCK_CELLS = 160  # about as many in a block of keys: small enough for a core's cache
+LANES = 16  # of the widest vectors; a block holds whole ones
+
 
 def declines(case: Case) -> str | None:
     """Why `native_attention` is not for this case; None if it is."""
@@ -41,10 +44,6 @@ def _rule_of_part(k, q_cells, k_cells, lag, q_streams, k_start):
     k_start = q_streams[0] if k_start is None else k_start
     lag = jax.lax.dynamic_slice_in_dim(jnp.asarray(lag), k_start, k.shape[2], axis=1)
     return _rule(q_cells, k_cells, lag, q_streams, k_start)
-
-
-BLOCK_CELLS = 160  # about as many in a block of keys: small enough for a core's cache
-LANES = 16  # of the widest vectors; a block holds whole ones
 
 
 def _rule(q_cells: Cells, k_cells: Cells, lag, q_streams, k_start):
