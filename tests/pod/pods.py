@@ -261,8 +261,10 @@ class _Pipe:
         try:
             begin = time.monotonic()
             while time.monotonic() - begin < seconds:
-                with contextlib.suppress(BlockingIOError):  # it is full
-                    os.write(filling, bytes(4096))
+                for size in (4096, 1):  # pages, and the rest of the page that the process has begun
+                    with contextlib.suppress(BlockingIOError):  # it is full
+                        while True:
+                            os.write(filling, bytes(size))
                 time.sleep(0.01)
         finally:
             os.close(filling)
