@@ -80,6 +80,17 @@ class _Sums(NamedTuple):
         return self.top + jnp.log(self.exp)
 
 
+def _compared(logits, targets, token):
+    """The targets' logits, 0 for those that are not among these: part of a pass over all logits that is made anyway."""
+    return jnp.sum(jnp.where(targets[:, None] == token, logits, 0.0), axis=-1)
+
+
+def _looked_up(logits, targets, token):
+    """The same, for XLA:CPU, which would write the chosen logits to memory before it adds them up."""
+    at = jnp.clip(targets - token[0], 0, len(token) - 1)
+    return jnp.where(token[at] == targets, jnp.take_along_axis(logits, at[:, None], axis=1)[:, 0], 0.0)
+
+
 def _losses(hidden, head, targets, weights, options: LossConfig, whole, with_gradient: bool):
     """Sum of the losses, nll, and (if asked) the gradients of the sum by hidden and by head."""
     cells, width = targets.size, hidden.shape[-1]
@@ -105,11 +116,10 @@ def _losses(hidden, head, targets, weights, options: LossConfig, whole, with_gra
             real = row < head.shape[0]
             token = jnp.where(real, token, -1)
             every, logits = jnp.where(real, logits, 0.0), jnp.where(real, logits, MASKED)
-        # A comparison instead of a gather: each device looks in its own part of the vocabulary.
-        is_target = targets[:, None] == token
         top = logits.max(-1)
-        target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+        target = lax.platform_dependent(logits, targets, token, cpu=_looked_up, default=_compared)
         every = every.sum(-1) if smooth else jnp.zeros_like(top)
+        is_target = targets[:, None] == token
         return logits, is_target, _Sums(top, jnp.exp(logits - top[:, None]).sum(-1), target, every)
 
     def values(sums, weights):
