@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +30,7 @@ from msllm.cache import (
 )
 from msllm.compiler import compiler_options
 from msllm.config import ModelConfig
-from msllm.layers import product, rope_angles
+from msllm.layers import products, rope_angles
 from msllm.model import MultiStreamLM, abstract_model, anywhere, bind
 from msllm.sampling import FREE, Chosen, Sampling, choose, row_keys
 from msllm.sharding import axis_index, axis_size, gather, gather_streams, mesh_axes, partition
@@ -37,7 +38,7 @@ from msllm.streams import Cells, StreamSpec, pad_lag
 
 NOWHERE = 1 << 30  # a place beyond any window
 RUN_ROWS = 32  # rows that one call of `run` advances at most
-FEW_ROWS = 32  # cells of a product up to which msllm's own is quicker on a CPU than XLA's
+FEW_ROWS = 32  # cells up to which msllm's product with the head, which is not packed, is quicker on a CPU than XLA's
 
 log = logging.getLogger("msllm")
 
@@ -119,7 +120,7 @@ class DecodeProgram:
         )
         specs = self._specs()
         platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
-        self._product, self._attend_row = _kernels(platform, config.compute_dtype, cache_dtype)
+        self._kernels = _kernels(platform, config.compute_dtype, cache_dtype, mesh is None or mesh.size == 1)
         jit = functools.partial(jax.jit, compiler_options=compiler_options(platform))
         placed = lambda spec: {"out_shardings": _named(mesh, spec)} if mesh else {}
         self.prepare = jit(self._prepare, **placed(specs.weights))
@@ -174,10 +175,13 @@ class DecodeProgram:
         return jit(function, donate_argnums=1)
 
     def _prepare(self, parameters):
-        """Weights of matrix products in the compute dtype, so that no row converts them; each layer's in own arrays."""
+        """Weights of matrix products in the compute dtype, so that no row converts them, and as the kernels read them; each
+        layer's in own arrays."""
         dtype = self.config.compute_dtype
         cast = lambda tree: jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 2 else x, tree)
         blocks = cast(parameters["blocks"])  # with the axis of layers, norms have two dimensions
+        if self._kernels.packed:
+            blocks = jax.tree_util.tree_map_with_path(_pack, blocks)
         tables = {name: parameters[name].astype(dtype) for name in ("embedding", "head") if name in parameters}
         layers = [jax.tree.map(lambda x: x[i], blocks) for i in range(self.config.num_layers)]
         return {**parameters, **tables, "blocks": layers}
@@ -209,9 +213,9 @@ class DecodeProgram:
 
             def attention(q, k, v):
                 keys[i], values[i] = write_row(keys[i], values[i], k, v, at)
-                return attend(q, keys[i], values[i], mask, filled, self._attend_row)
+                return attend(q, keys[i], values[i], mask, filled, self._kernels.attend_row)
 
-            x = model.blocks(x, angles, attention, self._product)
+            x = model.blocks(x, angles, attention, self._kernels.products)
         counts = feed.active[:, None] & feed.read_present & (tokens != self.silence_id)
         batch, stream = jnp.arange(len(tokens))[:, None], jnp.arange(size)
         said = said.at[batch, stream, tokens].max(counts)
@@ -228,7 +232,7 @@ class DecodeProgram:
             nothing = jnp.full(feed.given.shape, jnp.nan, jnp.float32)
             return Chosen(feed.given, nothing, nothing), None
         pick = (lambda x: x) if len(needed) == size else (lambda x: x[:, jnp.array(needed)])
-        logits = gather(model.logits(model.finish(pick(x)), self._product), 2, mesh_axes("vocab"))
+        logits = gather(model.logits(model.finish(pick(x)), self._kernels.head), 2, mesh_axes("vocab"))
         is_silence = jnp.arange(self.config.vocab_size) == self.silence_id
         bias = jnp.where(is_silence, -pick(feed.penalty)[..., None], 0.0)
         bias -= pick(controls.presence_penalty)[..., None] * pick(state.said)
@@ -282,7 +286,7 @@ class DecodeProgram:
                 keys[i], values[i] = write_table(keys[i], k, *at), write_table(values[i], v, *at)
                 return kernel(q, gather_streams(k), gather_streams(v), cells, everyone, self._lag, streams)
 
-            x = model.blocks(x, angles, attention)
+            x = model.blocks(x, angles, attention, self._kernels.products)
         everyone = everyone._replace(row=jnp.where(here, row, UNREAD))
         first = (*at, slice(0, tokens.shape[1]))
         known = jax.tree.map(lambda old, new: old.at[first].set(new[0], mode="drop"), cache.cells, everyone)
@@ -338,18 +342,40 @@ def decode_program(
     return DecodeProgram(config, streams, sessions, window, mesh, cache_dtype, all_logits, silence_id)
 
 
-def _kernels(platform: str, compute_dtype: str, cache_dtype: str):
-    """(product of few rows, attention of a row over a block of the cache; None: XLA's) for a platform."""
+class Kernels(NamedTuple):
+    """What does the work of XLA's products and attention.
+
+    Attributes:
+      products: see `layers.products`. packed: its weights are, see `native.pack`.
+      head: the same for the head, which is not packed, see `model.logits`; None: XLA's.
+      attend_row: attention of a row over a block of the cache, see `cache.attend`; None: XLA's.
+    """
+
+    products: Callable = products
+    packed: bool = False
+    head: Callable | None = None
+    attend_row: Callable | None = None
+
+
+def _kernels(platform: str, compute_dtype: str, cache_dtype: str, one_device: bool) -> Kernels:
     if platform != "cpu" or compute_dtype != "float32":
-        return product, None
+        return Kernels()
     if reason := native.missing():
         log.info("decoding by XLA alone, which is slower with several streams: %s", reason)
-        return product, None
+        return Kernels()
 
-    def of_few_rows(x, weight, axis):
-        return (native.product if x.shape[0] <= FEW_ROWS else product)(x, weight, axis)
+    def head(x, weights, axis):
+        return [native.product_transposed(x, weights[0])] if len(x) <= FEW_ROWS else products(x, weights, axis)
 
-    return of_few_rows, native.attend_row if cache_dtype == "float32" else None
+    attend_row = native.attend_row if cache_dtype == "float32" else None
+    # A device has other panels than the whole weight.
+    return Kernels(native.products, True, head, attend_row) if one_device else Kernels(attend_row=attend_row)
+
+
+def _pack(path, weight):
+    """Packs all layers' weights of `linear` and of `linear_back`."""
+    axis = {"q": 0, "k": 0, "v": 0, "gate": 0, "up": 0, "o": 1, "down": 1}.get(path[-1].key)
+    return weight if axis is None else jax.vmap(functools.partial(native.pack, axis=axis))(weight)
 
 
 def _is_axes(x) -> bool:

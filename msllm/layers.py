@@ -46,26 +46,27 @@ def complete(weight: jax.Array, dtype, axis: int) -> jax.Array:
     return gather(weight.astype(dtype), axis, RULES["embed"])  # cast first: half the bytes in bfloat16
 
 
-def product(x: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
-    """x [M, K] times weight [K, N] (`axis` 0) or [N, K] (`axis` 1): [M, N]."""
-    return x @ (weight.T if axis else weight)
+def products(x: jax.Array, weights: list[jax.Array], axis: int) -> list[jax.Array]:
+    """x [M, K] times each weight [K, N] (`axis` 0) or [N, K] (`axis` 1): [M, N]."""
+    return [x @ (weight.T if axis else weight) for weight in weights]
 
 
-def linear(x: jax.Array, weight: jax.Array, product=product) -> jax.Array:
-    """From d_model into heads or MLP: x [..., D], weight [D, ...].
+def linear(x: jax.Array, weights: list[jax.Array], products=products) -> list[jax.Array]:
+    """From d_model into heads or MLP: x [..., D], weights [D, ...].
 
-    As one 2-D product: with more dimensions, XLA:CPU transposes the operands of the weight's gradient in memory.
+    As 2-D products: with more dimensions, XLA:CPU transposes the operands of the weight's gradient in memory.
     """
-    size = weight.shape[0]
-    return product(x.reshape(-1, size), weight.reshape(size, -1), 0).reshape(*x.shape[:-1], *weight.shape[1:])
+    size = x.shape[-1]
+    out = products(x.reshape(-1, size), [weight.reshape(size, -1) for weight in weights], 0)
+    return [y.reshape(*x.shape[:-1], *weight.shape[1:]) for y, weight in zip(out, weights)]
 
 
-def linear_back(x: jax.Array, weight: jax.Array, product=product) -> jax.Array:
+def linear_back(x: jax.Array, weight: jax.Array, products=products) -> jax.Array:
     """Back to d_model: the product of the last axes of x and those of the weight [D, ...]. D is the first axis of every
     weight: sharded over hundreds of devices it is short, and as the last one it would be padded to a TPU's 128 lanes."""
     size = weight.shape[0]
     kept = x.shape[: x.ndim - weight.ndim + 1]
-    return product(x.reshape(math.prod(kept), -1), weight.reshape(size, -1), 1).reshape(*kept, size)
+    return products(x.reshape(math.prod(kept), -1), [weight.reshape(size, -1)], 1)[0].reshape(*kept, size)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -119,10 +120,10 @@ class Projections(nnx.Module):
             self.q_norm = constant(1.0, (layers, head_dim), ("layers", "head_dim"))
             self.k_norm = constant(1.0, (layers, head_dim), ("layers", "head_dim"))
 
-    def qkv(self, x: jax.Array, angles, product=product) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def qkv(self, x: jax.Array, angles, products=products) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, T, S, D] -> q [B, T, S, N, H], k and v [B, T, S, K, H], normalised and rotated."""
-        project = lambda weight: checkpoint_name(linear(x, whole(weight, x.dtype), product), "qkv")
-        q, k, v = project(self.q), project(self.k), project(self.v)
+        weights = [whole(weight, x.dtype) for weight in (self.q, self.k, self.v)]
+        q, k, v = (checkpoint_name(y, "qkv") for y in linear(x, weights, products))
         if self.config.attention_bias:
             q, k, v = (y + b[...].astype(y.dtype) for y, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
         if self.config.qk_norm:
@@ -130,9 +131,9 @@ class Projections(nnx.Module):
             k = rms_norm(k, self.k_norm[...], self.config.norm_eps)
         return rotate(q, angles), rotate(k, angles), v
 
-    def out(self, x: jax.Array, product=product) -> jax.Array:
+    def out(self, x: jax.Array, products=products) -> jax.Array:
         """x [B, T, S, N, H] -> [B, T, S, D]."""
-        return total(linear_back(x, whole(self.o, x.dtype), product), *mesh_axes("heads"))
+        return total(linear_back(x, whole(self.o, x.dtype), products), *mesh_axes("heads"))
 
 
 class Mlp(nnx.Module):
@@ -145,13 +146,12 @@ class Mlp(nnx.Module):
         self.up = parameter(rngs, (layers, d_model, d_ff), axes, d_model**-0.5)
         self.down = parameter(rngs, (layers, d_model, d_ff), axes, (d_ff * 2 * layers) ** -0.5)
 
-    def __call__(self, x: jax.Array, product=product) -> jax.Array:
+    def __call__(self, x: jax.Array, products=products) -> jax.Array:
         """x [B, T, S, D] -> the same."""
         # Else XLA:TPU puts the gradients of the weights off, and keeps the widest activations while attention needs room.
         x, gate, up = tie_gradients((x, whole(self.gate, x.dtype), whole(self.up, x.dtype)))
-        gate, up = (checkpoint_name(linear(x, weight, product), "mlp") for weight in (gate, up))
-        down = whole(self.down, x.dtype)
-        return total(linear_back(jax.nn.silu(gate) * up, down, product), *mesh_axes("mlp"))
+        gate, up = (checkpoint_name(y, "mlp") for y in linear(x, [gate, up], products))
+        return total(linear_back(jax.nn.silu(gate) * up, whole(self.down, x.dtype), products), *mesh_axes("mlp"))
 
 
 @jax.custom_vjp

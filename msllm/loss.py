@@ -80,17 +80,6 @@ class _Sums(NamedTuple):
         return self.top + jnp.log(self.exp)
 
 
-def _compared(logits, targets, token):
-    """The targets' logits, 0 for those that are not among these: part of a pass over all logits that is made anyway."""
-    return jnp.sum(jnp.where(targets[:, None] == token, logits, 0.0), axis=-1)
-
-
-def _looked_up(logits, targets, token):
-    """The same, for XLA:CPU, which would write the chosen logits to memory before it adds them up."""
-    at = jnp.clip(targets - token[0], 0, len(token) - 1)
-    return jnp.where(token[at] == targets, jnp.take_along_axis(logits, at[:, None], axis=1)[:, 0], 0.0)
-
-
 def _losses(hidden, head, targets, weights, options: LossConfig, whole, with_gradient: bool):
     """Sum of the losses, nll, and (if asked) the gradients of the sum by hidden and by head."""
     cells, width = targets.size, hidden.shape[-1]
@@ -116,10 +105,13 @@ def _losses(hidden, head, targets, weights, options: LossConfig, whole, with_gra
             real = row < head.shape[0]
             token = jnp.where(real, token, -1)
             every, logits = jnp.where(real, logits, 0.0), jnp.where(real, logits, MASKED)
-        top = logits.max(-1)
-        target = lax.platform_dependent(logits, targets, token, cpu=_looked_up, default=_compared)
+        # Each device looks in its own part of the vocabulary. A comparison, which is a part of the passes over the logits;
+        # but XLA:CPU would write the logits it chooses to memory before it adds them up.
+        is_target, at = targets[:, None] == token, jnp.clip(targets - token[0], 0, len(token) - 1)
+        compare = lambda: jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+        look_up = lambda: jnp.where(token[at] == targets, jnp.take_along_axis(logits, at[:, None], axis=1)[:, 0], 0.0)
+        top, target = logits.max(-1), lax.platform_dependent(cpu=look_up, default=compare)
         every = every.sum(-1) if smooth else jnp.zeros_like(top)
-        is_target = targets[:, None] == token
         return logits, is_target, _Sums(top, jnp.exp(logits - top[:, None]).sum(-1), target, every)
 
     def values(sums, weights):
@@ -174,9 +166,8 @@ def _losses(hidden, head, targets, weights, options: LossConfig, whole, with_gra
             d_hidden, d_head = lax.scan(one, zeros, rows)
             d_head = d_head.reshape(parts * part, -1)[: head.shape[0]]
     back = lambda x, *inner: x.reshape(-1, *inner)[:cells]
-    nll = back(nll).reshape(hidden.shape[:-1])
     gradients = (back(d_hidden, width).reshape(hidden.shape), d_head) if with_gradient else None
-    return loss, nll, gradients
+    return loss, back(nll).reshape(hidden.shape[:-1]), gradients
 
 
 def _forward(hidden, head, targets, weights, options, whole):

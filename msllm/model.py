@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from msllm.attention import KEEP_OUTPUT, attention, backend
 from msllm.config import INPUT_ONLY, ModelConfig
-from msllm.layers import SAVED, Mlp, Projections, constant, linear_back, parameter, product, rms_norm, rope_angles, whole
+from msllm.layers import SAVED, Mlp, Projections, constant, linear_back, parameter, products, rms_norm, rope_angles, whole
 from msllm.sharding import FSDP, axis_index, gather, gather_streams, mesh_axes, named, rows_to_cells, total
 from msllm.streams import Cells, StreamSpec
 
@@ -29,12 +29,12 @@ class Block(nnx.Module):
         self.mlp_norm = constant(1.0, (config.num_layers, config.d_model), ("layers", "embed"))
         self.mlp = Mlp(config, rngs)
 
-    def __call__(self, x: jax.Array, angles, attend, product=product):
+    def __call__(self, x: jax.Array, angles, attend, products=products):
         """x [B, T, S, D] -> the same; `attend(q, k, v)` is the attention over whatever keys there are."""
         normed = rms_norm(x, whole(self.attention_norm, jnp.float32), self.config.norm_eps)
-        seen = attend(*self.attention.qkv(normed, angles, product))
-        x = checkpoint_name(x + self.attention.out(seen, product), "mid")
-        return x + self.mlp(rms_norm(x, whole(self.mlp_norm, jnp.float32), self.config.norm_eps), product)
+        seen = attend(*self.attention.qkv(normed, angles, products))
+        x = checkpoint_name(x + self.attention.out(seen, products), "mid")
+        return x + self.mlp(rms_norm(x, whole(self.mlp_norm, jnp.float32), self.config.norm_eps), products)
 
 
 class MultiStreamLM(nnx.Module):
@@ -102,10 +102,10 @@ class MultiStreamLM(nnx.Module):
         """The head in the compute dtype, complete along D."""
         return whole(self.head_parameter, self.config.compute_dtype)
 
-    def logits(self, hidden: jax.Array, product: Callable | None = None) -> jax.Array:
+    def logits(self, hidden: jax.Array, products: Callable | None = None) -> jax.Array:
         """hidden [..., D] -> [..., V] float32. For scoring and decoding; training never holds all logits (loss.py)."""
-        if product:
-            return linear_back(hidden, self.head_table(), product)
+        if products:
+            return linear_back(hidden, self.head_table(), products)
         return jnp.einsum("...d,vd->...v", hidden, self.head_table(), preferred_element_type=jnp.float32)
 
 

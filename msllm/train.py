@@ -288,8 +288,7 @@ class _Evaluation:
         steps = spread(loader.num_batches, self._program.config.eval_batches or loader.num_batches)
         totals = None
         for _, batch in _batches(self._program, loader, steps):
-            sums = self._program.evaluate(parameters, batch)
-            sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+            sums = jax.tree.map(lambda x: np.asarray(x, np.float64), self._program.evaluate(parameters, batch))
             totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
         return {"loss": float(totals["loss"] / max(totals["weight"], 1)), **named_losses(totals, self._program.streams)}
 

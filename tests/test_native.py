@@ -18,20 +18,41 @@ pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"no kernel
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 45), st.integers(1, 90), st.integers(1, 150), st.integers(0, 1), st.integers(0, 2**31))
-def test_product_is_a_product(m, k, n, axis, seed):
+@given(st.integers(1, 45), st.integers(1, 90), st.integers(1, 150), st.integers(0, 2**31))
+def test_products_are_products(m, k, n, seed):
     random = np.random.default_rng(seed)
-    x, w = random.standard_normal((m, k), np.float32), random.standard_normal((n, k) if axis else (k, n), np.float32)
-    out = native.product(jnp.asarray(x), jnp.asarray(w), axis)
-    np.testing.assert_allclose(out, x.astype(np.float64) @ (w.T if axis else w), atol=3e-6 * k**0.5, rtol=1e-5)
+    x, w = (random.standard_normal(shape, np.float32) for shape in ((m, k), (k, n)))
+    right = x.astype(np.float64) @ w
+    outs = [native.products(x, [native.pack(jnp.asarray(w.T if axis else w), axis)], axis)[0] for axis in (0, 1)]
+    for out in (*outs, native.product_transposed(x, jnp.asarray(w.T))):
+        np.testing.assert_allclose(out, right, atol=3e-6 * k**0.5, rtol=1e-5)
 
 
-def test_a_large_product_is_shared_among_threads():
+def test_large_products_are_shared_among_threads():
     random = np.random.default_rng(0)
-    x, w = (jnp.asarray(random.standard_normal(shape, np.float32)) for shape in ((10, 600), (600, 3000)))
-    for axis in (0, 1):
-        out = jax.jit(native.product, static_argnums=2)(x, w.T if axis else w, axis)
-        np.testing.assert_allclose(out, np.asarray(x, np.float64) @ np.asarray(w), atol=1e-4)
+    draw = lambda *shape: jnp.asarray(random.standard_normal(shape, np.float32))
+    x, weights = draw(10, 600), [draw(600, n) for n in (3000, 7, 900)]
+    right = [np.asarray(x, np.float64) @ np.asarray(w) for w in weights]
+
+    @jax.jit
+    def products(x, weights):
+        packed = lambda axis: [native.pack(w.T if axis else w, axis) for w in weights]
+        both = [native.products(x, packed(axis), axis) for axis in (0, 1)]
+        return *both, [native.product_transposed(x, w.T) for w in weights]
+
+    for outs in products(x, weights):
+        for out, expected in zip(outs, right, strict=True):
+            np.testing.assert_allclose(out, expected, atol=1e-4)
+
+
+def test_weights_are_packed_panel_after_panel():
+    w = jnp.arange(3 * 70).reshape(3, 7, 10)  # 70 columns: two panels and six
+    flat, packed = np.asarray(w.reshape(3, 70)), native.pack(w, 0)
+    assert packed.shape == w.shape
+    expected = [flat[:, :32].ravel(), flat[:, 32:64].ravel(), flat[:, 64:].ravel()]
+    np.testing.assert_array_equal(packed.ravel(), np.concatenate(expected))
+    back = native.pack(jnp.asarray(flat.T.reshape(70, 3)), 1)
+    np.testing.assert_array_equal(back.ravel(), packed.ravel())
 
 
 @settings(deadline=None, max_examples=40)

@@ -22,7 +22,8 @@ import jaxlib
 import numpy as np
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
-TARGETS = ("msllm_product", "msllm_attend_row", "msllm_attention", "msllm_attention_gradients")
+PANEL = 32  # see products.h
+TARGETS = ("msllm_products", "msllm_product_transposed", "msllm_attend_row", "msllm_attention", "msllm_attention_gradients")
 
 log = logging.getLogger("msllm")
 
@@ -67,10 +68,29 @@ def _build(compiler: str) -> pathlib.Path:
     return library
 
 
-def product(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
-    """x [M, K] times w [K, N] (`axis` 0) or w [N, K] (`axis` 1), float32: [M, N]. It reads w once for M up to a hundred."""
-    out = jax.ShapeDtypeStruct((x.shape[0], w.shape[1 - axis]), jnp.float32)
-    return jax.ffi.ffi_call("msllm_product", out)(x, w, axis=axis)
+def pack(weight: jax.Array, axis: int) -> jax.Array:
+    """The same numbers, and the same shape, in the order in which `products` reads them: PANEL columns at a time.
+
+    Args:
+      weight: [K, ...] (`axis` 0) or [N, ...] (`axis` 1); its other dimensions are taken as one.
+    """
+    rows = weight.reshape(weight.shape[0], -1)
+    columns = rows if axis else rows.T  # [N, K]
+    end = len(columns) // PANEL * PANEL
+    panels = columns[:end].reshape(-1, PANEL, columns.shape[1]).swapaxes(1, 2)
+    return jnp.concatenate([panels.ravel(), columns[end:].T.ravel()]).reshape(weight.shape)
+
+
+def products(x: jax.Array, weights: list[jax.Array], axis: int) -> list[jax.Array]:
+    """x [M, K] times each packed weight [K, N] (`axis` 0) or [N, K] (`axis` 1), float32: [M, N]."""
+    out = [jax.ShapeDtypeStruct((x.shape[0], w.shape[1 - axis]), jnp.float32) for w in weights]
+    return jax.ffi.ffi_call("msllm_products", out)(x, *weights, axis=axis)
+
+
+def product_transposed(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [M, K] times w [N, K], which is not packed, float32: [M, N]. It reads w once for M up to a hundred."""
+    out = jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.float32)
+    return jax.ffi.ffi_call("msllm_product_transposed", out)(x, w)
 
 
 def attend_row(q, keys, values, mask, filled, masked: float) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,6 +1,7 @@
 // What decoding a row needs on a CPU: products of few rows, and attention of one row over the cache.
 
 #include <cmath>
+#include <vector>
 
 #include "products.h"
 
@@ -9,23 +10,58 @@ namespace msllm {
 using Array = ffi::Buffer<ffi::F32>;
 using Result = ffi::Result<Array>;
 
-// x [M, K], w [K, N] (axis 0) or [N, K] (axis 1) -> y [M, N]. Each thread makes some columns of y.
-ffi::Error Product(ffi::ThreadPool pool, int64_t axis, Array x, Array w, Result y) {
-  const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = y->dimensions()[1], stride = w.dimensions()[1];
-  if (k != w.dimensions()[axis]) return ffi::Error::InvalidArgument("x and w do not fit together");
-  const float *from = x.typed_data(), *weights = w.typed_data();
-  float* to = y->typed_data();
+constexpr int64_t SCORES = 640;  // about as many keys at a time: the scores of some queries stay in the cache
+
+// Cuts `all` columns of products into parts for threads: how many columns each has, in multiples of `unit`.
+int64_t columns_of_a_part(const ffi::ThreadPool& pool, int64_t all, int64_t multiplications_of_one, int64_t unit) {
   const int64_t least = 1 << 16;  // multiplications that are worth another thread
-  const int64_t wanted = std::min<int64_t>(4 * pool.num_threads(), std::max<int64_t>(1, m * k * n / least));
-  const int64_t align = 4 * LANES, columns = ((n + wanted - 1) / wanted + align - 1) / align * align;
+  const int64_t threads = std::clamp<int64_t>(all * multiplications_of_one / least, 1, pool.num_threads());
+  const int64_t parts = threads > 1 ? 4 * threads : 1;  // a thread may come late
+  return std::max<int64_t>(1, (all + parts * unit - 1) / (parts * unit)) * unit;
+}
+
+// x [M, K] and each w [K, N] (axis 0) or [N, K] (axis 1) -> each y [M, N]. Weights are packed: PANEL columns after the other,
+// each panel [K, PANEL], the last one narrower. So memory is read from one end to the other.
+ffi::Error Products(ffi::ThreadPool pool, int64_t axis, Array x, ffi::RemainingArgs ws, ffi::RemainingRets ys) {
+  const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
+  int64_t all = 0;
+  for (size_t i = 0; i < ws.size(); ++i) {
+    if (ws.get<Array>(i)->dimensions()[axis] != k) return ffi::Error::InvalidArgument("x and w do not fit together");
+    all += ws.get<Array>(i)->dimensions()[1 - axis];
+  }
+  struct Part {
+    const float* w;
+    float* y;
+    int64_t n, columns;
+  };
+  std::vector<Part> parts;
+  const int64_t columns = columns_of_a_part(pool, all, m * k, PANEL);
+  for (size_t i = 0; i < ws.size(); ++i) {
+    const int64_t n = ws.get<Array>(i)->dimensions()[1 - axis];
+    const float* w = ws.get<Array>(i)->typed_data();
+    float* y = (*ys.get<Array>(i))->typed_data();
+    for (int64_t j = 0; j < n; j += columns) parts.push_back({w + j * k, y + j, n, std::min(columns, n - j)});
+  }
+  in_parallel(pool, parts.size(), [&](int64_t task) {
+    const auto [w, y, n, columns] = parts[task];
+    for (int64_t j = 0; j < columns; j += PANEL) {
+      const int64_t width = std::min(PANEL, columns - j);
+      multiply_panel({x.typed_data(), k}, w + j * k, y + j, n, m, k, width);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// x [M, K], w [N, K] -> y [M, N].
+ffi::Error ProductTransposed(ffi::ThreadPool pool, Array x, Array w, Result y) {
+  const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = y->dimensions()[1];
+  if (k != w.dimensions()[1]) return ffi::Error::InvalidArgument("x and w do not fit together");
+  const int64_t columns = columns_of_a_part(pool, n, m * k, NEAR);
   in_parallel(pool, (n + columns - 1) / columns, [&](int64_t task) {
     const int64_t first = task * columns, size = std::min(columns, n - first);
-    for (int64_t i = 0; i < m; ++i) std::fill(to + i * n + first, to + i * n + first + size, 0.0f);
-    if (axis == 0) {
-      add_product({from, k}, {weights + first, stride}, to + first, n, m, k, size, STREAMED, size);
-    } else {
-      add_product_transposed({from, k}, {weights + first * stride, stride}, to + first, n, m, k, size);
-    }
+    float* to = y->typed_data() + first;
+    for (int64_t i = 0; i < m; ++i) std::fill(to + i * n, to + i * n + size, 0.0f);
+    add_product_transposed({x.typed_data(), k}, {w.typed_data() + first * k, k}, to, n, m, k, size);
   });
   return ffi::Error::Success();
 }
@@ -52,24 +88,30 @@ ffi::Error AttendRow(ffi::ThreadPool pool, float masked, Array q, Array keys, Ar
     std::fill(most, most + queries, masked);
     std::fill(total, total + queries, 0.0f);
     std::fill(sums, sums + queries * size, 0.0f);
-    const int64_t padded = (seen + LANES - 1) / LANES * LANES;
-    auto scores = std::make_unique<float[]>(ROWS * padded);
-    for (int64_t s = 0; s < streams; ++s)  // with an online softmax: the scores of some queries and one stream stay close
+    // With an online softmax over a few streams at a time, so that the scores of some queries stay in the cache.
+    const int64_t padded = (seen + LANES - 1) / LANES * LANES, together = std::clamp<int64_t>(SCORES / padded, 1, streams);
+    auto scores = std::make_unique<float[]>(ROWS * together * padded);
+    for (int64_t s = 0; s < streams; s += together)
       by_rows(queries, [&](int64_t first, int64_t count) {
-        std::fill(scores.get(), scores.get() + count * padded, 0.0f);
-        const Matrix k{key + s * rows, streams * rows}, v{value + s * rows, streams * rows};
-        add_product({query + first * size, size}, k, scores.get(), padded, count, size, seen, STREAMED, rows);
+        const int64_t here = std::min(together, streams - s), width = here * padded;
+        std::fill(scores.get(), scores.get() + count * width, 0.0f);
+        const Matrix from{query + first * size, size};
+        for (int64_t i = 0; i < here; ++i)
+          add_product(from, {key + (s + i) * rows, streams * rows}, scores.get() + i * padded, width, count, size, seen,
+                      STREAMED, rows);
         for (int64_t i = first; i < first + count; ++i) {
-          float* row = scores.get() + (i - first) * padded;
-          const bool* of_row = visible + (i % of_head * streams + s) * rows;
+          float* row = scores.get() + (i - first) * width;
           Vec highest = broadcast(most[i]), added{};
-          for (int64_t r = 0; r < seen; r += LANES) {
-            Vec score = choose(of_row + r, seen - r, load(row + r), masked);
-            highest = max(highest, score);
-            store(row + r, score);
+          for (int64_t j = 0; j < here; ++j) {
+            const bool* of_row = visible + (i % of_head * streams + s + j) * rows;
+            for (int64_t r = 0; r < seen; r += LANES) {
+              Vec score = choose(of_row + r, seen - r, load(row + j * padded + r), masked);
+              highest = max(highest, score);
+              store(row + j * padded + r, score);
+            }
           }
           const float now = max(highest);
-          for (int64_t r = 0; r < seen; r += LANES) {
+          for (int64_t r = 0; r < width; r += LANES) {
             Vec weight = exp2((load(row + r) - now) * LOG2E);
             added += weight;
             store(row + r, weight);
@@ -82,7 +124,8 @@ ffi::Error AttendRow(ffi::ThreadPool pool, float masked, Array q, Array keys, Ar
           }
           total[i] += sum(added);
         }
-        add_product_transposed({scores.get(), padded}, v, sums + first * size, size, count, seen, size);
+        add_product_transposed({scores.get(), width}, {value + s * rows, streams * rows}, sums + first * size, size, count, seen,
+                               size, {here, padded, rows});
       });
   });
   return ffi::Error::Success();
@@ -90,10 +133,17 @@ ffi::Error AttendRow(ffi::ThreadPool pool, float masked, Array q, Array keys, Ar
 
 }  // namespace msllm
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(msllm_product, msllm::Product,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(msllm_products, msllm::Products,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Attr<int64_t>("axis")
+                                  .Arg<msllm::Array>()
+                                  .RemainingArgs()
+                                  .RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(msllm_product_transposed, msllm::ProductTransposed,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<msllm::Array>()
                                   .Arg<msllm::Array>()
                                   .Ret<msllm::Array>());

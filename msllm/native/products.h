@@ -9,7 +9,7 @@ namespace msllm {
 template <int M>
 constexpr int WIDTH = 4 * M <= ACCUMULATORS ? 4 : 2 * M <= ACCUMULATORS ? 2 : 1;
 constexpr int ROWS = ACCUMULATORS / 2;  // rows that are in registers at one time
-constexpr int64_t NEAR = 4;  // rows of a transposed w that stay in the cache while all rows of x come to them
+constexpr int NEAR = 4;  // rows of a transposed w that stay in the cache while all rows of x come to them
 
 // Rows of a matrix lie `stride` apart, and the values of a row `step` (of x in add_product; 1 elsewhere).
 struct Matrix {
@@ -47,12 +47,17 @@ void block_of_columns(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t k,
   }
 }
 
+// Columns of both operands of a product that lie in `count` runs, so many numbers apart in x and in w.
+struct Runs {
+  int64_t count = 1, x = 0, w = 0;
+};
+
 // y [M, n] += x [M, k] w^T, w [n, k], n a multiple of C. The rows of w that are wanted next are fetched meanwhile.
 template <int M, int C>
-void block_of_rows(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t k, int64_t n) {
+void block_of_rows(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t k, int64_t n, Runs runs) {
   const int64_t vectors = k / LANES * LANES;
   for (int64_t j = 0; j < n; j += C) {
-    Vec sums[M][C] = {};
+    Vec parts[M][C] = {};
     auto add = [&](const float* from, const float* weights, auto load) {
       Vec columns[C];
 #pragma GCC unroll 4
@@ -64,13 +69,25 @@ void block_of_rows(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t k, in
       for (int m = 0; m < M; ++m) {
         Vec row = load(from + m * x.stride);
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) sums[m][c] += row * columns[c];
+        for (int c = 0; c < C; ++c) parts[m][c] += row * columns[c];
       }
     };
-    for (int64_t i = 0; i < vectors; i += LANES) add(x.data + i, w.row(j) + i, [](const float* p) { return load(p); });
-    if (vectors < k) add(x.data + vectors, w.row(j) + vectors, [&](const float* p) { return load(p, k - vectors); });
-    for (int m = 0; m < M; ++m)
-      for (int c = 0; c < C; ++c) y[m * y_stride + j + c] += sum(sums[m][c]);
+    for (int64_t run = 0; run < runs.count; ++run) {
+      const float *from = x.data + run * runs.x, *weights = w.row(j) + run * runs.w;
+      for (int64_t i = 0; i < vectors; i += LANES) add(from + i, weights + i, [](const float* p) { return load(p); });
+      if (vectors < k) add(from + vectors, weights + vectors, [&](const float* p) { return load(p, k - vectors); });
+    }
+    for (int m = 0; m < M; ++m) {
+      float* to = y + m * y_stride + j;
+      if constexpr (C == 4) {
+        Four four;
+        std::memcpy(&four, to, sizeof four);
+        four += sums(parts[m]);
+        std::memcpy(to, &four, sizeof four);
+      } else {
+        for (int c = 0; c < C; ++c) to[c] += sum(parts[m][c]);
+      }
+    }
   }
 }
 
@@ -130,17 +147,33 @@ inline void add_product(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t 
       for (int64_t j = vectors; j < n; ++j) y[row * y_stride + j] += x.row(row)[i * x.step] * w.row(i)[j];
 }
 
-// y [m, n] += x [m, k] w^T, w [n, k].
-inline void add_product_transposed(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n) {
+// y [m, n] += x [m, k] w^T, w [n, k]; k: of each run.
+inline void add_product_transposed(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n,
+                                   Runs runs = {}) {
   for (int64_t j = 0; j < n; j += NEAR)
     by_rows<ACCUMULATORS / NEAR>(m, [&](int64_t first, auto rows) {
-      constexpr int M = rows, C = WIDTH<M>;
-      const int64_t here = std::min(NEAR, n - j), whole = here / C * C;
+      constexpr int M = rows;
       const Matrix from{x.row(first), x.stride};
       float* to = y + first * y_stride + j;
-      block_of_rows<M, C>(from, {w.row(j), w.stride}, to, y_stride, k, whole);
-      block_of_rows<M, 1>(from, {w.row(j + whole), w.stride}, to + whole, y_stride, k, here - whole);
+      if (n - j >= NEAR) {
+        block_of_rows<M, NEAR>(from, {w.row(j), w.stride}, to, y_stride, k, NEAR, runs);
+      } else {
+        block_of_rows<M, 1>(from, {w.row(j), w.stride}, to, y_stride, k, n - j, runs);
+      }
     });
+}
+
+constexpr int64_t PANEL = 32;  // columns of w that lie together when it is packed: see `pack` in __init__.py
+constexpr int64_t AHEAD = 4096;  // numbers by which memory is fetched before they are wanted
+
+// y [m, n] = x [m, k] times a panel [k, n] of w, n at most PANEL. What comes after it is fetched meanwhile.
+inline void multiply_panel(Matrix x, const float* w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n) {
+  for (int64_t i = 0; i < m; ++i) std::fill(y + i * y_stride, y + i * y_stride + n, 0.0f);
+  if (n < PANEL) return add_product(x, {w, n}, y, y_stride, m, k, n, {k, PANEL});
+  by_rows(m, [&](int64_t first, auto rows) {
+    constexpr int M = rows, C = std::min<int>(WIDTH<M>, PANEL / LANES);
+    block_of_columns<M, C>({x.row(first), x.stride}, {w, PANEL}, y + first * y_stride, y_stride, k, PANEL, AHEAD);
+  });
 }
 
 }  // namespace msllm

@@ -72,6 +72,42 @@ inline float sum(Vec v) {
   return fold(v, [](auto a, auto b) { return a + b; });
 }
 
+// In each four lanes, those that are named: 0 to 3 are lanes of a, 4 to 7 of b.
+template <int... FOUR, int... LANE>
+Vec in_fours(Vec a, Vec b, std::integer_sequence<int, FOUR...>, std::integer_sequence<int, LANE...>) {
+  constexpr int from[] = {FOUR...};
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (LANE / 4 * 4 + from[LANE % 4] % 4 + from[LANE % 4] / 4 * LANES)...);
+#else
+  return __builtin_shuffle(a, b, IntVec{(LANE / 4 * 4 + from[LANE % 4] % 4 + from[LANE % 4] / 4 * LANES)...});
+#endif
+}
+
+template <int... FOUR>
+Vec in_fours(Vec a, Vec b) {
+  return in_fours(a, b, std::integer_sequence<int, FOUR...>(), std::make_integer_sequence<int, LANES>());
+}
+
+using Four = Floats<4>::Type;
+
+template <int N = LANES>
+Four add_fours(typename Floats<N>::Type v) {
+  if constexpr (N == 4) {
+    return v;
+  } else {
+    typename Floats<N / 2>::Type halves[2];
+    std::memcpy(&halves, &v, sizeof v);
+    return add_fours<N / 2>(halves[0] + halves[1]);
+  }
+}
+
+// The sums of four vectors, in less than half the instructions that they take one by one.
+inline Four sums(const Vec (&v)[4]) {
+  const Vec first = in_fours<0, 4, 1, 5>(v[0], v[1]) + in_fours<2, 6, 3, 7>(v[0], v[1]);
+  const Vec second = in_fours<0, 4, 1, 5>(v[2], v[3]) + in_fours<2, 6, 3, 7>(v[2], v[3]);
+  return add_fours(in_fours<0, 1, 4, 5>(first, second) + in_fours<2, 3, 6, 7>(first, second));
+}
+
 inline Vec max(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_max_ps((__m512)a, (__m512)b);  // compilers take a comparison and a selection
@@ -86,16 +122,23 @@ inline float max(Vec v) {
   return fold(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// `a` where the byte of a lane is not 0, else `b`.
+// `a` where the byte of a lane is not 0, else `b`; of `count` bytes, where there are fewer than lanes.
 inline Vec choose(const bool* where, int64_t count, Vec a, float b) {
-  typedef uint8_t Bytes __attribute__((vector_size(LANES)));
-  Bytes bytes{};
+  uint8_t bytes[16] = {};
   if (count >= LANES) {
-    std::memcpy(&bytes, where, LANES);
+    std::memcpy(bytes, where, LANES);
   } else {
-    std::memcpy(&bytes, where, count);
+    std::memcpy(bytes, where, count);
   }
-  return __builtin_convertvector(bytes, IntVec) != 0 ? a : broadcast(b);
+#if defined(__AVX512F__)  // compilers convert one byte after the other
+  const IntVec wide = (IntVec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
+#elif defined(__AVX2__)
+  const IntVec wide = (IntVec)_mm256_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
+#else
+  IntVec wide;
+  for (int i = 0; i < LANES; ++i) wide[i] = bytes[i];
+#endif
+  return wide != 0 ? a : broadcast(b);
 }
 
 constexpr float LOG2E = 1.44269504f;
