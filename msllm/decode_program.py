@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from msllm import native
+from msllm.attention import backend
 from msllm.cache import (
     UNREAD,
     Cache,
@@ -120,7 +121,7 @@ class DecodeProgram:
         )
         specs = self._specs()
         platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
-        self._kernels = _kernels(platform, config.compute_dtype, cache_dtype, mesh is None or mesh.size == 1)
+        self._kernels = _kernels(platform, config, cache_dtype, mesh is None or mesh.size == 1)
         jit = functools.partial(jax.jit, compiler_options=compiler_options(platform))
         placed = lambda spec: {"out_shardings": _named(mesh, spec)} if mesh else {}
         self.prepare = jit(self._prepare, **placed(specs.weights))
@@ -273,7 +274,7 @@ class DecodeProgram:
         cells = self._cells(row, tokens, present)
         everyone = cells._replace(present=gather_streams(cells.present), seen=gather_streams(cells.seen))
         streams = axis_index("stream") * size + jnp.arange(size)
-        angles, kernel, x = rope_angles(row, self.config), anywhere(self.config), layers[0].embed(tokens)
+        angles, kernel, x = rope_angles(row, self.config), self._kernels.attention, layers[0].embed(tokens)
         sessions = state.said.shape[0]
         mine = slot - self._batch_index() * sessions
         at = (jnp.where((mine >= 0) & (mine < sessions), mine, sessions),)  # beyond: another device's, write nothing
@@ -343,33 +344,37 @@ def decode_program(
 
 
 class Kernels(NamedTuple):
-    """What does the work of XLA's products and attention.
+    """What does the work.
 
     Attributes:
+      attention: a backend, for tables.
       products: see `layers.products`. packed: its weights are, see `native.pack`.
       head: the same for the head, which is not packed, see `model.logits`; None: XLA's.
       attend_row: attention of a row over a block of the cache, see `cache.attend`; None: XLA's.
     """
 
+    attention: Callable
     products: Callable = products
     packed: bool = False
     head: Callable | None = None
     attend_row: Callable | None = None
 
 
-def _kernels(platform: str, compute_dtype: str, cache_dtype: str, one_device: bool) -> Kernels:
-    if platform != "cpu" or compute_dtype != "float32":
-        return Kernels()
+def _kernels(platform: str, config: ModelConfig, cache_dtype: str, one_device: bool) -> Kernels:
+    slow = Kernels(anywhere(config))
+    if platform != "cpu" or config.compute_dtype != "float32":
+        return slow
     if reason := native.missing():
         log.info("decoding by XLA alone, which is slower with several streams: %s", reason)
-        return Kernels()
+        return slow
 
     def head(x, weights, axis):
         return [native.product_transposed(x, weights[0])] if len(x) <= FEW_ROWS else products(x, weights, axis)
 
-    attend_row = native.attend_row if cache_dtype == "float32" else None
+    attention = backend("native") if config.attention in ("auto", "native") else slow.attention
+    kernels = Kernels(attention, attend_row=native.attend_row if cache_dtype == "float32" else None)
     # A device has other panels than the whole weight.
-    return Kernels(native.products, True, head, attend_row) if one_device else Kernels(attend_row=attend_row)
+    return kernels._replace(products=native.products, packed=True, head=head) if one_device else kernels
 
 
 def _pack(path, weight):
