@@ -31,7 +31,7 @@ from msllm.cache import (
 )
 from msllm.compiler import compiler_options
 from msllm.config import ModelConfig
-from msllm.layers import products, rope_angles
+from msllm.layers import rope_angles
 from msllm.model import MultiStreamLM, abstract_model, anywhere, bind
 from msllm.sampling import FREE, Chosen, Sampling, choose, row_keys
 from msllm.sharding import axis_index, axis_size, gather, gather_streams, mesh_axes, partition
@@ -348,13 +348,13 @@ class Kernels(NamedTuple):
 
     Attributes:
       attention: a backend, for tables.
-      products: see `layers.products`. packed: its weights are, see `native.pack`.
+      products: of all layers; None: XLA's. packed: their weights are, see `native.pack`.
       head: the same for the head, which is not packed, see `model.logits`; None: XLA's.
       attend_row: attention of a row over a block of the cache, see `cache.attend`; None: XLA's.
     """
 
     attention: Callable
-    products: Callable = products
+    products: Callable | None = None
     packed: bool = False
     head: Callable | None = None
     attend_row: Callable | None = None
@@ -369,7 +369,7 @@ def _kernels(platform: str, config: ModelConfig, cache_dtype: str, one_device: b
         return slow
 
     def head(x, weights, axis):
-        return [native.product_transposed(x, weights[0])] if len(x) <= FEW_ROWS else products(x, weights, axis)
+        return [native.product_transposed(x, weights[0]) if len(x) <= FEW_ROWS else x @ weights[0].T]
 
     attention = backend("native") if config.attention in ("auto", "native") else slow.attention
     kernels = Kernels(attention, attend_row=native.attend_row if cache_dtype == "float32" else None)

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from msllm.attention import KEEP_OUTPUT, attention, backend
 from msllm.config import INPUT_ONLY, ModelConfig
-from msllm.layers import SAVED, Mlp, Projections, constant, linear_back, parameter, products, rms_norm, rope_angles, whole
+from msllm.layers import SAVED, Mlp, Projections, constant, linear_back, parameter, rms_norm, rope_angles, whole
 from msllm.sharding import FSDP, axis_index, gather, gather_streams, mesh_axes, named, rows_to_cells, total
 from msllm.streams import Cells, StreamSpec
 
@@ -29,7 +29,7 @@ class Block(nnx.Module):
         self.mlp_norm = constant(1.0, (config.num_layers, config.d_model), ("layers", "embed"))
         self.mlp = Mlp(config, rngs)
 
-    def __call__(self, x: jax.Array, angles, attend, products=products):
+    def __call__(self, x: jax.Array, angles, attend, products=None):
         """x [B, T, S, D] -> the same; `attend(q, k, v)` is the attention over whatever keys there are."""
         normed = rms_norm(x, whole(self.attention_norm, jnp.float32), self.config.norm_eps)
         seen = attend(*self.attention.qkv(normed, angles, products))
