@@ -241,7 +241,8 @@ def main(argv: Sequence[str]) -> None:
         _check_torch(cases[0])
     for case in cases:
         # Of torch: its threads do not spin while ours work.
-        environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "OMP_WAIT_POLICY": "passive", **os.environ}
+        tunables = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
+        environment = {"GLIBC_TUNABLES": tunables, "OMP_WAIT_POLICY": "passive", **os.environ}
         code = "import json, sys; from msllm.bench import measure; measure(sys.argv[1], json.loads(sys.argv[2]))"
         done = subprocess.run([sys.executable, "-c", code, argv[1], json.dumps(case)], env=environment)
         if done.returncode:
