@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from msllm.config import ModelConfig
+from msllm.native import PANEL
 from msllm.sharding import axis_index, axis_size, gather_streams, total
 from msllm.streams import Cells, visible_between
 
@@ -26,11 +27,25 @@ BLOCK_ROWS = 512  # rows that attention reads at a time; the blocks that no sess
 DTYPES = ("float32", "bfloat16", "int8")
 
 
+class Layout(NamedTuple):
+    """The dimensions of keys and of values, by the names of their logical axes. With "panel", "row" is one inside of it."""
+
+    keys: tuple[str, ...]
+    values: tuple[str, ...]
+
+
+# The products of attention by XLA are fastest so on CPUs, and nothing is padded to the lanes of a TPU.
+ROWS_LAST = Layout(*[("batch", "kv_heads", "head_dim", "stream", "row")] * 2)
+# What `native.attend_row` reads from one end to the other.
+PANELS = Layout(
+    ("batch", "kv_heads", "stream", "panel", "head_dim", "row"), ("batch", "kv_heads", "stream", "panel", "row", "head_dim")
+)
+
+
 class Stored(NamedTuple):
     """Keys or values of R rows in one layer."""
 
-    # Rows last: the products of attention are fastest so on CPUs, and nothing is padded to the lanes of a TPU.
-    values: jax.Array  # [B, K, H, S, R] float32, bfloat16 or int8
+    values: jax.Array  # float32, bfloat16 or int8, in a Layout: [B, K, H, S, R], or in panels, float32
     scale: jax.Array | None  # int8: [B, K, 1, S, R] float32, one unit of a head's vector; else None
 
 
@@ -42,25 +57,31 @@ class Cache(NamedTuple):
     cells: Cells  # [B, W] and [B, W, S]; rows not read are not seen
 
 
-def blocks(window: int) -> tuple[int, int]:
+def blocks(window: int, layout: Layout = ROWS_LAST) -> tuple[int, int]:
     """(number, rows of each) of the blocks of a window; they hold at least so many rows."""
-    number = -(-window // BLOCK_ROWS)
-    return number, -(-window // number)
+    number, unit = -(-window // BLOCK_ROWS), _unit(layout.keys)
+    return number, -(-window // (number * unit)) * unit
 
 
-def empty_cache(config: ModelConfig, batch: int, window: int, streams: int, dtype: str) -> Cache:
+def _unit(axes: tuple[str, ...]) -> int:
+    return PANEL if "panel" in axes else 1
+
+
+def empty_cache(config: ModelConfig, batch: int, window: int, streams: int, dtype: str, layout: Layout) -> Cache:
     """A cache of `window` rows for each of `batch` sessions, nothing read yet."""
-    number, rows = blocks(window)
+    number, rows = blocks(window, layout)
     window = number * rows  # the last places may stay empty
-    shape = (batch, config.num_kv_heads, config.head_dim, streams, rows)
+    sizes = {"batch": batch, "kv_heads": config.num_kv_heads, "head_dim": config.head_dim, "stream": streams}
 
-    def stored() -> Stored:
-        return Stored(jnp.zeros(shape, dtype), jnp.zeros((*shape[:2], 1, *shape[3:])) if dtype == "int8" else None)
+    def stored(axes: tuple[str, ...]) -> list[list[Stored]]:
+        unit = _unit(axes)
+        shape = tuple({**sizes, "panel": rows // unit, "row": rows if unit == 1 else unit}[axis] for axis in axes)
+        one = lambda: Stored(jnp.zeros(shape, dtype), jnp.zeros((*shape[:2], 1, *shape[3:])) if dtype == "int8" else None)
+        return [[one() for _ in range(number)] for _ in range(config.num_layers)]
 
     row, segment = jnp.full((batch, window), UNREAD, jnp.int32), jnp.ones((batch, window), jnp.int32)
     present, seen = (jnp.zeros((batch, window, streams), bool) for _ in range(2))
-    keys, values = ([[stored() for _ in range(number)] for _ in range(config.num_layers)] for _ in range(2))
-    return Cache(keys, values, Cells(row, segment, present, seen))
+    return Cache(stored(layout.keys), stored(layout.values), Cells(row, segment, present, seen))
 
 
 def place(row, kept, window: int):
@@ -68,31 +89,42 @@ def place(row, kept, window: int):
     return jnp.where(row < kept, row, kept + (row - kept) % (window - kept))
 
 
-def store(x: jax.Array, dtype) -> Stored:
-    """Keys or values [B, T, S, K, H] as the cache has them, [B, K, H, S, T]; int8 with a scale for each vector."""
-    x = x.transpose(0, 3, 4, 2, 1)
+def store(x: jax.Array, dtype, axes: tuple[str, ...]) -> Stored:
+    """Keys or values [B, T, S, K, H] as the cache has them; int8 with a scale for each vector. Of panels the last one is
+    filled up with zeros, if it is not the only one."""
+    names, rows = ("batch", "row", "stream", "kv_heads", "head_dim"), x.shape[1]
+    if "panel" in axes:
+        size = min(rows, PANEL)
+        x = jnp.pad(x, [(0, 0), (0, -rows % size), *[(0, 0)] * 3]).reshape(len(x), -1, size, *x.shape[2:])
+        names = ("batch", "panel", *names[1:])
+    x = x.transpose(*map(names.index, axes))
     if dtype != jnp.int8:
         return Stored(x.astype(dtype), None)
     x = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x), axis=2, keepdims=True) / 127
+    scale = jnp.max(jnp.abs(x), axis=axes.index("head_dim"), keepdims=True) / 127
     return Stored(jnp.round(x / jnp.where(scale > 0, scale, 1.0)).astype(jnp.int8), scale)
 
 
-def write_row(keys: list[Stored], values: list[Stored], k: jax.Array, v: jax.Array, at: jax.Array):
-    """Stores one row of each session in one layer: k and v [B, 1, S, K, H], at places [B]. Returns (keys, values).
+def write_row(keys: list[Stored], values: list[Stored], k: jax.Array, v: jax.Array, at: jax.Array, layout: Layout, rows: int):
+    """Stores one row of each session in one layer: k and v [B, 1, S, K, H], at places [B], in blocks of so many rows.
+    Returns (keys, values).
 
     A place beyond the window writes nothing. A loop over the others, and not a scatter, nor slices one after the other:
     these XLA:CPU would merge into the products that follow, and write to copies of the cache.
     """
-    new, rows = tuple(store(x, keys[0].values.dtype) for x in (k, v)), keys[0].values.shape[-1]
+    new = tuple(store(x, keys[0].values.dtype, axes) for x, axes in zip((k, v), layout))
 
     def write(order, i, block):
         b = order[i]
+        place = at[b] % rows
 
-        def put(old, new):
-            return jax.lax.dynamic_update_slice(old, jax.lax.dynamic_slice_in_dim(new, b, 1), (b, 0, 0, 0, at[b] % rows))
+        def put(axes, old, new):
+            unit = _unit(axes)
+            start = {"batch": b, "panel": place // unit, "row": place % unit if unit > 1 else place}
+            start = [start.get(axis, 0) for axis in axes]
+            return jax.lax.dynamic_update_slice(old, jax.lax.dynamic_slice_in_dim(new, b, 1), start)
 
-        return jax.tree.map(put, block, new)
+        return tuple(jax.tree.map(functools.partial(put, axes), *both) for axes, *both in zip(layout, block, new))
 
     written = []
     for number, block in enumerate(zip(keys, values)):
@@ -102,13 +134,16 @@ def write_row(keys: list[Stored], values: list[Stored], k: jax.Array, v: jax.Arr
     return [list(x) for x in zip(*written)]
 
 
-def write_table(blocks: list[Stored], x: jax.Array, slot) -> list[Stored]:
-    """Stores rows x [1, T, S, K, H] at the first places of a session; one beyond all sessions stores nothing."""
-    new, rows = store(x, blocks[0].values.dtype), blocks[0].values.shape[-1]
+def write_table(blocks: list[Stored], x: jax.Array, slot, axes: tuple[str, ...], rows: int) -> list[Stored]:
+    """Stores rows x [1, T, S, K, H] at the first places of a session, in blocks of so many rows; a session beyond all of
+    them stores nothing."""
+    unit, new = _unit(axes), store(x, blocks[0].values.dtype, axes)
+    axis = axes.index("panel" if unit > 1 else "row")
 
     def put(old, new, start):
-        part = new[0, ..., start : start + rows]
-        return old.at[slot, ..., : part.shape[-1]].set(part, mode="drop")
+        end = min((start + rows) // unit, new.shape[axis])
+        part = jax.lax.slice_in_dim(new, start // unit, end, axis=axis)[0]
+        return old.at[(slot, *map(slice, part.shape))].set(part, mode="drop")
 
     start = lambda number: functools.partial(put, start=number * rows)
     return [jax.tree.map(start(i), old, new) if i * rows < x.shape[1] else old for i, old in enumerate(blocks)]
@@ -140,9 +175,9 @@ def attend(
     send, and the softmax is put together over the mesh axis `stream`.
 
     Args:
-      q: [B, 1, S of this device, N, H]. keys, values: one layer's blocks. mask: from `visible_keys`.
+      q: [B, 1, S of this device, N, H]. keys, values: one layer's blocks, rows last. mask: from `visible_keys`.
       filled: [] int32: places from here on have not been written by any session that matters.
-      kernel: attention over one block, instead of XLA's: `native.attend_row`.
+      kernel: attention over one block, instead of XLA's: `native.attend_row`, for blocks in panels.
 
     Returns: the same shape and dtype as q.
     """
@@ -177,7 +212,7 @@ def attend(
         scaled = [[x * jnp.exp(of[0] - top) for x in of[1:]] for of in (old, new)]
         return top, *map(jnp.add, *scaled)
 
-    rows = keys[0].values.shape[-1]
+    rows = mask.shape[-1] // len(keys)
     for i, block in enumerate(zip(keys, values)):
         cut = mask[..., i * rows : (i + 1) * rows]
         if i == 0:

@@ -327,8 +327,7 @@ def _check_same_run(description: dict[str, Any], config: Config, tokenizer: Toke
 def checkpoint_paths(path: str | os.PathLike) -> list[epath.Path]:
     """The one checkpoint that `path` is, or those of a workdir, newest first. Raises UserError if there is none."""
     path = _absolute(path)
-    if (path / DIRECTORY).is_dir():
-        path = path / DIRECTORY
+    path = path / DIRECTORY if (path / DIRECTORY).is_dir() else path
     if (path / "description").is_dir():
         return [path]
     found = [p for p in path.iterdir() if p.name.isdigit()] if path.is_dir() else []

@@ -73,7 +73,8 @@ class Engine:
         self._program = decode_program(
             model.config, model.streams, sessions, window, mesh, cache_dtype, all_logits, silence
         )
-        self._kind = (model.config, model.streams, window, cache_dtype, silence, self._program.streams)
+        cache = f"{cache_dtype}, {'in panels' if 'panel' in self._program.layout.keys else 'rows last'}"
+        self._kind = (model.config, model.streams, window, cache, silence, self._program.streams)
         self._weights, self._state = self._program.prepare(model.parameters), self._program.empty()
         devices = jax.tree.leaves(self._weights)[0].devices()
         if mesh is None and len(devices) == 1:

@@ -18,10 +18,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from msllm import native
 from msllm.attention import backend
 from msllm.cache import (
+    PANELS,
+    ROWS_LAST,
     UNREAD,
     Cache,
     Stored,
     attend,
+    blocks,
     empty_cache,
     place,
     visible_keys,
@@ -85,6 +88,7 @@ class DecodeProgram:
     """See `decode_program`. Attributes:
 
     streams: S', which is S and the absent streams that make it a multiple of the mesh axis `stream`.
+    layout: of keys and values.
     prepare(parameters) -> weights: by layer, in the compute dtype where that is what they are used in.
     empty() -> State.
     read(weights, state, slot, tokens, present, rows) -> State: a table, at the beginning of a session.
@@ -115,13 +119,15 @@ class DecodeProgram:
         per_layer = jax.tree.map(lambda a: a[1:], axes["blocks"], is_leaf=_is_axes)
         self._axes = {**axes, "blocks": [per_layer] * config.num_layers}
 
+        platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
+        self._kernels = _kernels(platform, config, cache_dtype, mesh is None or mesh.size == 1)
+        self.layout = PANELS if self._kernels.attend_row else ROWS_LAST
+        self._block_rows = blocks(window, self.layout)[1]
         self.empty_state = lambda: State(
-            empty_cache(config, sessions, window, self.streams, cache_dtype),
+            empty_cache(config, sessions, window, self.streams, cache_dtype, self.layout),
             *(jnp.full((sessions, self.streams, config.vocab_size), value) for value in (False, True)),
         )
         specs = self._specs()
-        platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
-        self._kernels = _kernels(platform, config, cache_dtype, mesh is None or mesh.size == 1)
         jit = functools.partial(jax.jit, compiler_options=compiler_options(platform))
         placed = lambda spec: {"out_shardings": _named(mesh, spec)} if mesh else {}
         self.prepare = jit(self._prepare, **placed(specs.weights))
@@ -152,15 +158,18 @@ class DecodeProgram:
     def _specs(self) -> Specs:
         """How everything lies on the mesh."""
         cells, per_session = partition("batch", "stream"), partition("batch")
-        lies = partition("batch", "kv_heads", "head_dim", "stream", "row")
         state = jax.eval_shape(self.empty_state)
-        fit = lambda x: Stored(lies, None if x.scale is None else lies)
+
+        def fit(axes, layers):
+            lies = partition(*axes)
+            return [[Stored(lies, None if x.scale is None else lies) for x in layer] for layer in layers]
+
         vocabulary = PartitionSpec(*cells, None)
         return Specs(
             jax.tree.map(lambda a: partition(*a), self._axes, is_leaf=_is_axes),
             State(
                 # Which cells are there is known to every device of the mesh axis `stream`: all queries come to all keys.
-                Cache(*([[fit(x) for x in blocks] for blocks in kv] for kv in state.cache[:2]), Cells(*[per_session] * 4)),
+                Cache(*map(fit, self.layout, state.cache[:2]), Cells(*[per_session] * 4)),
                 vocabulary,
                 vocabulary,
             ),
@@ -213,7 +222,7 @@ class DecodeProgram:
         for i, model in enumerate(layers):
 
             def attention(q, k, v):
-                keys[i], values[i] = write_row(keys[i], values[i], k, v, at)
+                keys[i], values[i] = write_row(keys[i], values[i], k, v, at, self.layout, self._block_rows)
                 return attend(q, keys[i], values[i], mask, filled, self._kernels.attend_row)
 
             x = model.blocks(x, angles, attention, self._kernels.products)
@@ -284,7 +293,10 @@ class DecodeProgram:
         for i, model in enumerate(layers):
 
             def attention(q, k, v):
-                keys[i], values[i] = write_table(keys[i], k, *at), write_table(values[i], v, *at)
+                keys[i], values[i] = (
+                    write_table(old[i], new, *at, axes, self._block_rows)
+                    for old, new, axes in zip((keys, values), (k, v), self.layout)
+                )
                 return kernel(q, gather_streams(k), gather_streams(v), cells, everyone, self._lag, streams)
 
             x = model.blocks(x, angles, attention, self._kernels.products)

@@ -30,6 +30,7 @@ FSDP = ("fsdp", "fsdp_inner")
 RULES: dict[str, tuple[str | tuple[str, ...], ...]] = {
     "batch": ("data", *FSDP),
     "row": (),
+    "panel": (),
     "stream": ("stream",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),

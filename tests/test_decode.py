@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import golden_cases
-from msllm import cache
+from msllm import cache, native
 from msllm.config import MeshConfig, ModelConfig
 from msllm.decode import FREE, DecodeOptions, Engine, generate
 from msllm.decode_program import decode_program
@@ -43,10 +43,10 @@ def full_logits(model, transcript, window=0, kept=0):
     return np.asarray(bound.logits(bound(tokens, cells, positions(segment), kernel=kernel)))[0]
 
 
-def crowd(model, rows, prefills, absent=0.0, **settings):
+def crowd(model, rows, prefills, absent=0.0, window=16, **settings):
     """Sessions of one engine that begin at different moments, with input: (sessions, their rows) after `rows` steps."""
     rng = np.random.default_rng(1)
-    engine = Engine(model, sessions=len(prefills), window=16, all_logits=True, silence_id=SILENCE, **settings)
+    engine = Engine(model, sessions=len(prefills), window=window, all_logits=True, silence_id=SILENCE, **settings)
     sessions, shown = [], {}
     for step in range(rows + len(prefills) - 1):
         if step < len(prefills):
@@ -58,7 +58,7 @@ def crowd(model, rows, prefills, absent=0.0, **settings):
         for session, row in zip(active, engine.step(active)):
             shown[session].append(row)
             if row.index % 3 == 1:
-                session.feed("user", [7 + row.index])
+                session.feed("user", [7 + row.index % 25])
     return sessions, shown
 
 
@@ -112,13 +112,22 @@ def test_sharded_equals_full_forward(make_model, axes):
     check_crowd(model, *crowd(model, 4, (2, 3), mesh=mesh))
 
 
-def test_windows_of_many_blocks(make_model, monkeypatch):
-    """Three blocks of six rows, of which sessions fill one, two, three and all again; the last one not to its end."""
-    monkeypatch.setattr(cache, "BLOCK_ROWS", 6)
-    assert cache.blocks(16) == (3, 6)
-    model = make_model(3, d_ff=40)  # a program of its own
-    check_crowd(model, *crowd(model, 6, (9, 1)))
-    run = lambda: Engine(model, window=16, silence_id=SILENCE).open(WARM).run(50)
+@pytest.mark.parametrize(
+    "layout, block, window, prefills",
+    [(cache.ROWS_LAST, 6, 16, (9, 1)), (cache.PANELS, 32, 70, (62, 1, 40))],
+    ids=["rows", "panels"],
+)
+def test_windows_of_many_blocks(make_model, monkeypatch, layout, block, window, prefills):
+    """Three blocks, of which sessions fill one, two, three and all again; the last one not to its end."""
+    if layout == cache.PANELS and native.missing():
+        pytest.skip(f"no kernels in C++: {native.missing()}")
+    monkeypatch.setattr(cache, "BLOCK_ROWS", block)
+    assert cache.blocks(window, layout) == (3, block)
+    model = make_model(3, d_ff=40 + block)  # a program of its own
+    if layout == cache.ROWS_LAST:
+        monkeypatch.setattr(native, "missing", lambda: "not asked for")
+    check_crowd(model, *crowd(model, 6, prefills, window=window))
+    run = lambda: Engine(model, window=window, silence_id=SILENCE).open(WARM).run(3 * window)
     in_blocks = run()
     monkeypatch.undo()
     decode_program.cache_clear()

@@ -97,7 +97,8 @@ def attend_row(q, keys, values, mask, filled, masked: float) -> tuple[jax.Array,
     """Attention of one row over some rows R of a cache, float32, for `cache.attend`.
 
     Args:
-      q: [B, K, Q, H], scaled; Q: heads of a kv head times S. keys, values: [B, K, H, S', R]. mask: [B, S, S', R] bool.
+      q: [B, K, Q, H], scaled; Q: heads of a kv head times S. keys: [B, K, S', R / PANEL, H, PANEL]. values:
+        [B, K, S', R / PANEL, PANEL, H]. mask: [B, S, S', R] bool.
       filled: [] int32: rows from here on are not visible, and not read. masked: the score of what is not visible.
 
     Returns: highest scores and sums of e^(score - highest) [B, K, Q, 1], values weighted by these powers [B, K, Q, H].

@@ -68,20 +68,19 @@ ffi::Error ProductTransposed(ffi::ThreadPool pool, Array x, Array w, Result y) {
 
 // One row of each session over a block of the cache, see `attend` in msllm/cache.py. Each thread takes some kv heads.
 //
-//   q [B, K, Q, H], Q = (heads of a kv head) * queries; keys and values [B, K, H, S, R]; mask [B, queries, S, R];
-//   filled []: rows of the block from here on are not visible.
+//   q [B, K, Q, H], Q = (heads of a kv head) * queries; keys [B, K, S, R / PANEL, H, PANEL]; values [B, K, S, R / PANEL, PANEL, H];
+//   mask [B, queries, S, R]; filled []: rows of the block from here on are not visible.
 //   -> top and norm [B, K, Q, 1]: highest score, sum of e^(score - top); out [B, K, Q, H]: values weighted by these.
 ffi::Error AttendRow(ffi::ThreadPool pool, float masked, Array q, Array keys, Array values, ffi::Buffer<ffi::PRED> mask,
                      ffi::Buffer<ffi::S32> filled, Result top, Result norm, Result out) {
   const auto shape = keys.dimensions();
-  const int64_t kv_heads = shape[1], size = shape[2], streams = shape[3], rows = shape[4];
+  const int64_t kv_heads = shape[1], streams = shape[2], rows = shape[3] * PANEL, size = shape[4];
   const int64_t queries = q.dimensions()[2], of_head = mask.dimensions()[1];
-  const int64_t end = std::clamp<int64_t>(filled.typed_data()[0], 1, rows);
-  const int64_t seen = std::min(rows, (end + LANES - 1) / LANES * LANES);
+  const int64_t end = std::clamp<int64_t>(filled.typed_data()[0], 1, rows), seen = (end + PANEL - 1) / PANEL * PANEL;
   in_parallel(pool, shape[0] * kv_heads, [&](int64_t task) {
     const float* query = q.typed_data() + task * queries * size;
-    const float* key = keys.typed_data() + task * size * streams * rows;
-    const float* value = values.typed_data() + task * size * streams * rows;
+    const float* key = keys.typed_data() + task * streams * rows * size;
+    const float* value = values.typed_data() + task * streams * rows * size;
     const bool* visible = mask.typed_data() + task / kv_heads * of_head * streams * rows;
     float *most = top->typed_data() + task * queries, *total = norm->typed_data() + task * queries;
     float* sums = out->typed_data() + task * queries * size;
@@ -89,25 +88,24 @@ ffi::Error AttendRow(ffi::ThreadPool pool, float masked, Array q, Array keys, Ar
     std::fill(total, total + queries, 0.0f);
     std::fill(sums, sums + queries * size, 0.0f);
     // With an online softmax over a few streams at a time, so that the scores of some queries stay in the cache.
-    const int64_t padded = (seen + LANES - 1) / LANES * LANES, together = std::clamp<int64_t>(SCORES / padded, 1, streams);
-    auto scores = std::make_unique<float[]>(ROWS * together * padded);
+    const int64_t together = std::clamp<int64_t>(SCORES / seen, 1, streams);
+    auto scores = std::make_unique<float[]>(ROWS * together * seen);
     for (int64_t s = 0; s < streams; s += together)
       by_rows(queries, [&](int64_t first, int64_t count) {
-        const int64_t here = std::min(together, streams - s), width = here * padded;
-        std::fill(scores.get(), scores.get() + count * width, 0.0f);
-        const Matrix from{query + first * size, size};
+        const int64_t here = std::min(together, streams - s), width = here * seen;
         for (int64_t i = 0; i < here; ++i)
-          add_product(from, {key + (s + i) * rows, streams * rows}, scores.get() + i * padded, width, count, size, seen,
-                      STREAMED, rows);
+          for (int64_t r = 0; r < seen; r += PANEL)
+            multiply_panel({query + first * size, size}, key + ((s + i) * rows + r) * size, scores.get() + i * seen + r, width,
+                           count, size, PANEL);
         for (int64_t i = first; i < first + count; ++i) {
           float* row = scores.get() + (i - first) * width;
           Vec highest = broadcast(most[i]), added{};
           for (int64_t j = 0; j < here; ++j) {
             const bool* of_row = visible + (i % of_head * streams + s + j) * rows;
             for (int64_t r = 0; r < seen; r += LANES) {
-              Vec score = choose(of_row + r, seen - r, load(row + j * padded + r), masked);
+              Vec score = choose(of_row + r, LANES, load(row + j * seen + r), masked);
               highest = max(highest, score);
-              store(row + j * padded + r, score);
+              store(row + j * seen + r, score);
             }
           }
           const float now = max(highest);
@@ -124,8 +122,9 @@ ffi::Error AttendRow(ffi::ThreadPool pool, float masked, Array q, Array keys, Ar
           }
           total[i] += sum(added);
         }
-        add_product_transposed({scores.get(), width}, {value + s * rows, streams * rows}, sums + first * size, size, count, seen,
-                               size, {here, padded, rows});
+        for (int64_t i = 0; i < here; ++i)
+          add_product({scores.get() + i * seen, width}, {value + (s + i) * rows * size, size}, sums + first * size, size, count,
+                      end, size, CACHED);
       });
   });
   return ffi::Error::Success();

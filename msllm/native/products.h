@@ -47,14 +47,9 @@ void block_of_columns(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t k,
   }
 }
 
-// Columns of both operands of a product that lie in `count` runs, so many numbers apart in x and in w.
-struct Runs {
-  int64_t count = 1, x = 0, w = 0;
-};
-
 // y [M, n] += x [M, k] w^T, w [n, k], n a multiple of C. The rows of w that are wanted next are fetched meanwhile.
 template <int M, int C>
-void block_of_rows(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t k, int64_t n, Runs runs) {
+void block_of_rows(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t k, int64_t n) {
   const int64_t vectors = k / LANES * LANES;
   for (int64_t j = 0; j < n; j += C) {
     Vec parts[M][C] = {};
@@ -72,11 +67,9 @@ void block_of_rows(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t k, in
         for (int c = 0; c < C; ++c) parts[m][c] += row * columns[c];
       }
     };
-    for (int64_t run = 0; run < runs.count; ++run) {
-      const float *from = x.data + run * runs.x, *weights = w.row(j) + run * runs.w;
-      for (int64_t i = 0; i < vectors; i += LANES) add(from + i, weights + i, [](const float* p) { return load(p); });
-      if (vectors < k) add(from + vectors, weights + vectors, [&](const float* p) { return load(p, k - vectors); });
-    }
+    const float *from = x.data, *weights = w.row(j);
+    for (int64_t i = 0; i < vectors; i += LANES) add(from + i, weights + i, [](const float* p) { return load(p); });
+    if (vectors < k) add(from + vectors, weights + vectors, [&](const float* p) { return load(p, k - vectors); });
     for (int m = 0; m < M; ++m) {
       float* to = y + m * y_stride + j;
       if constexpr (C == 4) {
@@ -118,8 +111,7 @@ void by_rows(int64_t m, F f) {
 struct Cut {
   int64_t depth, tile;
 };
-constexpr Cut STREAMED{16, 256};  // w comes from memory: as many rows as the prefetchers follow
-constexpr Cut CACHED{64, 64};     // w is in the second cache: the part fits into the first
+constexpr Cut CACHED{64, 64};  // w is in the second cache: the part fits into the first
 
 // y [m, n] += x [m, k] w [k, n]; `next`: where the columns begin, counted from those of w, that are wanted after these.
 inline void add_product(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n, Cut cut,
@@ -147,23 +139,22 @@ inline void add_product(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t 
       for (int64_t j = vectors; j < n; ++j) y[row * y_stride + j] += x.row(row)[i * x.step] * w.row(i)[j];
 }
 
-// y [m, n] += x [m, k] w^T, w [n, k]; k: of each run.
-inline void add_product_transposed(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n,
-                                   Runs runs = {}) {
+// y [m, n] += x [m, k] w^T, w [n, k].
+inline void add_product_transposed(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n) {
   for (int64_t j = 0; j < n; j += NEAR)
     by_rows<ACCUMULATORS / NEAR>(m, [&](int64_t first, auto rows) {
       constexpr int M = rows;
       const Matrix from{x.row(first), x.stride};
       float* to = y + first * y_stride + j;
       if (n - j >= NEAR) {
-        block_of_rows<M, NEAR>(from, {w.row(j), w.stride}, to, y_stride, k, NEAR, runs);
+        block_of_rows<M, NEAR>(from, {w.row(j), w.stride}, to, y_stride, k, NEAR);
       } else {
-        block_of_rows<M, 1>(from, {w.row(j), w.stride}, to, y_stride, k, n - j, runs);
+        block_of_rows<M, 1>(from, {w.row(j), w.stride}, to, y_stride, k, n - j);
       }
     });
 }
 
-constexpr int64_t PANEL = 32;  // columns of w that lie together when it is packed: see `pack` in __init__.py
+constexpr int64_t PANEL = 32;  // columns of w that lie together when it is packed, rows of the cache: see __init__.py
 constexpr int64_t AHEAD = 4096;  // numbers by which memory is fetched before they are wanted
 
 // y [m, n] = x [m, k] times a panel [k, n] of w, n at most PANEL. What comes after it is fetched meanwhile.
