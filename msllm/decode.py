@@ -241,9 +241,9 @@ class Engine:
             raise UserError("a session is named twice: name each once")
         return chosen
 
-    def _feed(self, rows: int) -> Feed:
-        """Empty arrays for `rows` rows."""
-        sessions, cells = (rows, len(self._slots)), (rows, len(self._slots), self._program.streams)
+    def _feed(self, *rows: int) -> Feed:
+        """Empty arrays for one row, or for many."""
+        sessions, cells = (*rows, len(self._slots)), (*rows, len(self._slots), self._program.streams)
         return Feed(
             np.zeros(sessions, bool), np.zeros(sessions, np.int32), np.zeros(cells, np.int32), np.zeros(cells, bool),
             np.zeros(cells, np.int32), np.zeros(cells, np.float32),
@@ -255,19 +255,17 @@ class Engine:
         flight = _Flight(sessions, first, {}, None)
         if len(first) == len(sessions):
             return flight
-        feed, size = self._feed(1), self.streams.size
+        feed, size = self._feed(), self.streams.size
         for session in sessions:
             if session in first:
                 continue
             slot, script = session._slot, session._script
-            feed.active[0, slot], feed.row[0, slot] = True, script.rows - 1
-            feed.read[0, slot, :size], feed.read_present[0, slot, :size] = script.read()
-            feed.given[0, slot, :size], flight.present[session] = script.given()
-            feed.penalty[0, slot, :size] = script.penalty(script.rows)
+            feed.active[slot], feed.row[slot] = True, script.rows - 1
+            feed.read[slot, :size], feed.read_present[slot, :size] = script.read()
+            feed.given[slot, :size], flight.present[session] = script.given()
+            feed.penalty[slot, :size] = script.penalty(script.rows)
             session._in_flight = True
-        self._state, *out = self._program.advance(
-            self._weights, self._state, self._device_controls(), Feed(*(x[0] for x in feed))
-        )
+        self._state, *out = self._program.advance(self._weights, self._state, self._device_controls(), feed)
         return flight._replace(out=out)
 
     def _collect(self, flight: _Flight) -> list[Row]:

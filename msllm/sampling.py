@@ -37,7 +37,8 @@ class Chosen(NamedTuple):
 
 def unpacked(packed: np.ndarray) -> Chosen:
     """What `Chosen.packed` packed, on the host."""
-    return Chosen(packed[0], *packed[1:].view(np.float32))
+    floats = packed.view(np.float32)
+    return Chosen(packed[0], floats[1], floats[2])
 
 
 def filtered_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
