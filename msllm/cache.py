@@ -64,6 +64,7 @@ def blocks(window: int, layout: Layout = ROWS_LAST) -> tuple[int, int]:
 
 
 def _unit(axes: tuple[str, ...]) -> int:
+    """Rows of which there are whole multiples in a block."""
     return PANEL if "panel" in axes else 1
 
 
@@ -116,12 +117,11 @@ def write_row(keys: list[Stored], values: list[Stored], k: jax.Array, v: jax.Arr
 
     def write(order, i, block):
         b = order[i]
-        place = at[b] % rows
+        row = at[b] % rows
 
         def put(axes, old, new):
-            unit = _unit(axes)
-            start = {"batch": b, "panel": place // unit, "row": place % unit if unit > 1 else place}
-            start = [start.get(axis, 0) for axis in axes]
+            where = {"batch": b, "panel": row // PANEL, "row": row % PANEL if "panel" in axes else row}
+            start = [where.get(axis, 0) for axis in axes]
             return jax.lax.dynamic_update_slice(old, jax.lax.dynamic_slice_in_dim(new, b, 1), start)
 
         return tuple(jax.tree.map(functools.partial(put, axes), *both) for axes, *both in zip(layout, block, new))
