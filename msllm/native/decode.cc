@@ -76,6 +76,7 @@ ffi::Error AttendRow(ffi::ThreadPool pool, float masked, Array q, Array keys, Ar
   const auto shape = keys.dimensions();
   const int64_t kv_heads = shape[1], streams = shape[2], rows = shape[3] * PANEL, size = shape[4];
   const int64_t queries = q.dimensions()[2], of_head = mask.dimensions()[1];
+  if (shape[5] != PANEL || mask.dimensions()[3] != rows) return ffi::Error::InvalidArgument("keys are not in panels");
   const int64_t end = std::clamp<int64_t>(filled.typed_data()[0], 1, rows), seen = (end + PANEL - 1) / PANEL * PANEL;
   in_parallel(pool, shape[0] * kv_heads, [&](int64_t task) {
     const float* query = q.typed_data() + task * queries * size;
@@ -103,7 +104,7 @@ ffi::Error AttendRow(ffi::ThreadPool pool, float masked, Array q, Array keys, Ar
           for (int64_t j = 0; j < here; ++j) {
             const bool* of_row = visible + (i % of_head * streams + s + j) * rows;
             for (int64_t r = 0; r < seen; r += LANES) {
-              Vec score = choose(of_row + r, LANES, load(row + j * seen + r), masked);
+              Vec score = choose(of_row + r, load(row + j * seen + r), masked);
               highest = max(highest, score);
               store(row + j * seen + r, score);
             }

@@ -122,14 +122,10 @@ inline float max(Vec v) {
   return fold(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// `a` where the byte of a lane is not 0, else `b`; of `count` bytes, where there are fewer than lanes.
-inline Vec choose(const bool* where, int64_t count, Vec a, float b) {
+// `a` where the byte of a lane is not 0, else `b`.
+inline Vec choose(const bool* where, Vec a, float b) {
   uint8_t bytes[16] = {};
-  if (count >= LANES) {
-    std::memcpy(bytes, where, LANES);
-  } else {
-    std::memcpy(bytes, where, count);
-  }
+  std::memcpy(bytes, where, LANES);
 #if defined(__AVX512F__)  // compilers convert one byte after the other
   const IntVec wide = (IntVec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
 #elif defined(__AVX2__)
