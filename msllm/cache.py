@@ -25,6 +25,7 @@ UNREAD = -1  # the number of a row that has not been read: no query's
 MASKED = -1e30  # score of a pair that is not visible; finite, since a device may hold no key that a query sees
 BLOCK_ROWS = 512  # rows that attention reads at a time; the blocks that no session has come to are left out
 DTYPES = ("float32", "bfloat16", "int8")
+BITS = "uint16"  # those of bfloat16, on a CPU: there XLA computes in float32, and would convert a whole cache to write one row
 
 
 class Layout(NamedTuple):
@@ -45,8 +46,13 @@ PANELS = Layout(
 class Stored(NamedTuple):
     """Keys or values of R rows in one layer."""
 
-    values: jax.Array  # float32, bfloat16 or int8, in a Layout: [B, K, H, S, R], or in panels, float32
-    scale: jax.Array | None  # int8: [B, K, 1, S, R] float32, one unit of a head's vector; else None
+    values: jax.Array  # float32, bfloat16, BITS or int8, in a Layout: [B, K, H, S, R], or in panels
+    scale: jax.Array | None  # int8: float32, one unit of each head's vector, H = 1; else None
+
+    def numbers(self, dtype) -> jax.Array:
+        """The values in another type, not scaled."""
+        bits = self.values.dtype == BITS
+        return (jax.lax.bitcast_convert_type(self.values, jnp.bfloat16) if bits else self.values).astype(dtype)
 
 
 class Cache(NamedTuple):
@@ -76,8 +82,9 @@ def empty_cache(config: ModelConfig, batch: int, window: int, streams: int, dtyp
 
     def stored(axes: tuple[str, ...]) -> list[list[Stored]]:
         unit = _unit(axes)
-        shape = tuple({**sizes, "panel": rows // unit, "row": rows if unit == 1 else unit}[axis] for axis in axes)
-        one = lambda: Stored(jnp.zeros(shape, dtype), jnp.zeros((*shape[:2], 1, *shape[3:])) if dtype == "int8" else None)
+        all_sizes = {**sizes, "panel": rows // unit, "row": rows if unit == 1 else unit}
+        zeros = lambda dtype, **other: jnp.zeros([{**all_sizes, **other}[axis] for axis in axes], dtype)
+        one = lambda: Stored(zeros(dtype), zeros("float32", head_dim=1) if dtype == "int8" else None)
         return [[one() for _ in range(number)] for _ in range(config.num_layers)]
 
     row, segment = jnp.full((batch, window), UNREAD, jnp.int32), jnp.ones((batch, window), jnp.int32)
@@ -99,6 +106,8 @@ def store(x: jax.Array, dtype, axes: tuple[str, ...]) -> Stored:
         x = jnp.pad(x, [(0, 0), (0, -rows % size), *[(0, 0)] * 3]).reshape(len(x), -1, size, *x.shape[2:])
         names = ("batch", "panel", *names[1:])
     x = x.transpose(*map(names.index, axes))
+    if dtype == BITS:
+        return Stored(jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), dtype), None)
     if dtype != jnp.int8:
         return Stored(x.astype(dtype), None)
     x = x.astype(jnp.float32)
@@ -193,9 +202,10 @@ def attend(
     def part(keys: Stored, values: Stored, mask, filled):
         """(highest score, sum of the weights, weighted sum of the values) over some rows."""
         if kernel:
-            return [by_stream(x) for x in kernel(grouped, keys.values, values.values, mask, filled, MASKED)]
+            scales = [x.scale for x in (keys, values) if x.scale is not None]
+            return [by_stream(x) for x in kernel(grouped, keys.values, values.values, mask, filled, scales, MASKED)]
         flat = lambda x: x.reshape(*x.shape[:3], -1)  # the keys of all rows and streams, M
-        scores = dot("bkqh,bkhm->bkqm", grouped, flat(keys.values).astype(q.dtype))
+        scores = dot("bkqh,bkhm->bkqm", grouped, flat(keys.numbers(q.dtype)))
         if keys.scale is not None:
             scores *= flat(keys.scale)
         scores = jnp.where(mask.reshape(batch, 1, 1, streams, -1), by_stream(scores), MASKED)
@@ -204,7 +214,7 @@ def attend(
         norm, weights = weights.sum(-1, keepdims=True), by_head(weights)
         if values.scale is not None:
             weights *= flat(values.scale)
-        out = dot("bkhm,bkqm->bkhq", flat(values.values).astype(q.dtype), weights.astype(q.dtype))
+        out = dot("bkhm,bkqm->bkhq", flat(values.numbers(q.dtype)), weights.astype(q.dtype))
         return top, norm, by_stream(out.swapaxes(2, 3))
 
     def merge(old, new):

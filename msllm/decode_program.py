@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from msllm import native
 from msllm.attention import backend
 from msllm.cache import (
+    BITS,
     PANELS,
     ROWS_LAST,
     UNREAD,
@@ -120,11 +121,12 @@ class DecodeProgram:
         self._axes = {**axes, "blocks": [per_layer] * config.num_layers}
 
         platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
-        self._kernels = _kernels(platform, config, cache_dtype, mesh is None or mesh.size == 1)
+        self._kernels = _kernels(platform, config, mesh is None or mesh.size == 1)
         self.layout = PANELS if self._kernels.attend_row else ROWS_LAST
         self._block_rows = blocks(window, self.layout)[1]
+        stored = BITS if cache_dtype == "bfloat16" and platform == "cpu" else cache_dtype
         self.empty_state = lambda: State(
-            empty_cache(config, sessions, window, self.streams, cache_dtype, self.layout),
+            empty_cache(config, sessions, window, self.streams, stored, self.layout),
             *(jnp.full((sessions, self.streams, config.vocab_size), value) for value in (False, True)),
         )
         specs = self._specs()
@@ -372,7 +374,7 @@ class Kernels(NamedTuple):
     attend_row: Callable | None = None
 
 
-def _kernels(platform: str, config: ModelConfig, cache_dtype: str, one_device: bool) -> Kernels:
+def _kernels(platform: str, config: ModelConfig, one_device: bool) -> Kernels:
     slow = Kernels(anywhere(config))
     if platform != "cpu" or config.compute_dtype != "float32":
         return slow
@@ -384,7 +386,7 @@ def _kernels(platform: str, config: ModelConfig, cache_dtype: str, one_device: b
         return [native.product_transposed(x, weights[0]) if len(x) <= FEW_ROWS else x @ weights[0].T]
 
     attention = backend("native") if config.attention in ("auto", "native") else slow.attention
-    kernels = Kernels(attention, attend_row=native.attend_row if cache_dtype == "float32" else None)
+    kernels = Kernels(attention, attend_row=native.attend_row)
     # A device has other panels than the whole weight.
     return kernels._replace(products=native.products, packed=True, head=head) if one_device else kernels
 

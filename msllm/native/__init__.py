@@ -93,16 +93,18 @@ def product_transposed(x: jax.Array, w: jax.Array) -> jax.Array:
     return jax.ffi.ffi_call("msllm_product_transposed", out)(x, w)
 
 
-def attend_row(q, keys, values, mask, filled, masked: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Attention of one row over some rows R of a cache, float32, for `cache.attend`.
+def attend_row(q, keys, values, mask, filled, scales, masked: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of one row over some rows R of a cache, for `cache.attend`, in float32; where the CPU multiplies bfloat16 and H
+    is a multiple of 32, queries and weights are rounded to it for keys and values in bfloat16, as a TPU and a GPU do.
 
     Args:
-      q: [B, K, Q, H], scaled; Q: heads of a kv head times S. keys: [B, K, S', R / PANEL, H, PANEL]. values:
-        [B, K, S', R / PANEL, PANEL, H]. mask: [B, S, S', R] bool.
+      q: [B, K, Q, H], float32, scaled; Q: heads of a kv head times S. keys: [B, K, S', R / PANEL, H, PANEL]; values:
+        [B, K, S', R / PANEL, PANEL, H]; both float32, int8, or uint16, the bits of bfloat16. mask: [B, S, S', R] bool.
       filled: [] int32: rows from here on are not visible, and not read. masked: the score of what is not visible.
+      scales: of int8, of keys and of values: R numbers in float32 for each of the S'; else empty.
 
     Returns: highest scores and sums of e^(score - highest) [B, K, Q, 1], values weighted by these powers [B, K, Q, H].
     """
     one = jax.ShapeDtypeStruct((*q.shape[:3], 1), jnp.float32)
     call = jax.ffi.ffi_call("msllm_attend_row", (one, one, jax.ShapeDtypeStruct(q.shape, jnp.float32)))
-    return call(q, keys, values, mask, filled, masked=np.float32(masked))
+    return call(q, keys, values, mask, filled, *scales, masked=np.float32(masked))

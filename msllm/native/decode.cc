@@ -66,55 +66,65 @@ ffi::Error ProductTransposed(ffi::ThreadPool pool, Array x, Array w, Result y) {
   return ffi::Error::Success();
 }
 
-// One row of each session over a block of the cache, see `attend` in msllm/cache.py. Each thread takes some kv heads.
-//
-//   q [B, K, Q, H], Q = (heads of a kv head) * queries; keys [B, K, S, R / PANEL, H, PANEL]; values [B, K, S, R / PANEL, PANEL, H];
-//   mask [B, queries, S, R]; filled []: rows of the block from here on are not visible.
-//   -> top and norm [B, K, Q, 1]: highest score, sum of e^(score - top); out [B, K, Q, H]: values weighted by these.
-ffi::Error AttendRow(ffi::ThreadPool pool, float masked, Array q, Array keys, Array values, ffi::Buffer<ffi::PRED> mask,
-                     ffi::Buffer<ffi::S32> filled, Result top, Result norm, Result out) {
-  const auto shape = keys.dimensions();
-  const int64_t kv_heads = shape[1], streams = shape[2], rows = shape[3] * PANEL, size = shape[4];
-  const int64_t queries = q.dimensions()[2], of_head = mask.dimensions()[1];
-  if (shape[5] != PANEL || mask.dimensions()[3] != rows) return ffi::Error::InvalidArgument("keys are not in panels");
-  const int64_t end = std::clamp<int64_t>(filled.typed_data()[0], 1, rows), seen = (end + PANEL - 1) / PANEL * PANEL;
-  in_parallel(pool, shape[0] * kv_heads, [&](int64_t task) {
-    const float* query = q.typed_data() + task * queries * size;
-    const float* key = keys.typed_data() + task * streams * rows * size;
-    const float* value = values.typed_data() + task * streams * rows * size;
-    const bool* visible = mask.typed_data() + task / kv_heads * of_head * streams * rows;
-    float *most = top->typed_data() + task * queries, *total = norm->typed_data() + task * queries;
-    float* sums = out->typed_data() + task * queries * size;
-    std::fill(most, most + queries, masked);
+// What `AttendRow` is given and makes.
+struct Row {
+  const float* q;
+  const bool* mask;
+  const float* scales[2];  // of keys and of values; null: there are none
+  float *top, *norm, *out;
+  int64_t sessions, kv_heads, queries, of_head, streams, rows, size, filled;
+  float masked;
+};
+
+// `X`: in what queries and weights are multiplied with keys and values in `T`.
+template <typename X, typename T>
+void attend_row(ffi::ThreadPool& pool, const Row& a, const T* keys, const T* values) {
+  const int64_t queries = a.queries, streams = a.streams, rows = a.rows, size = a.size;
+  const int64_t end = std::clamp<int64_t>(a.filled, 1, rows), seen = (end + PANEL - 1) / PANEL * PANEL;
+  in_parallel(pool, a.sessions * a.kv_heads, [&](int64_t task) {
+    const T *key = keys + task * streams * rows * size, *value = values + task * streams * rows * size;
+    const float* scale = a.scales[0] ? a.scales[0] + task * streams * rows : nullptr;
+    const float* value_scale = a.scales[1] ? a.scales[1] + task * streams * rows : nullptr;
+    const bool* visible = a.mask + task / a.kv_heads * a.of_head * streams * rows;
+    float *most = a.top + task * queries, *total = a.norm + task * queries, *sums = a.out + task * queries * size;
+    std::fill(most, most + queries, a.masked);
     std::fill(total, total + queries, 0.0f);
     std::fill(sums, sums + queries * size, 0.0f);
+    auto query = std::make_unique<X[]>(queries * size);
+    convert(a.q + task * queries * size, query.get(), queries * size);
     // With an online softmax over a few streams at a time, so that the scores of some queries stay in the cache.
     const int64_t together = std::clamp<int64_t>(SCORES / seen, 1, streams);
     auto scores = std::make_unique<float[]>(ROWS * together * seen);
+    const auto weights = reinterpret_cast<X*>(scores.get());  // in the place of the scores that they are made of
+    constexpr int64_t PER_SCORE = sizeof(float) / sizeof(X);
     for (int64_t s = 0; s < streams; s += together)
       by_rows(queries, [&](int64_t first, int64_t count) {
         const int64_t here = std::min(together, streams - s), width = here * seen;
         for (int64_t i = 0; i < here; ++i)
           for (int64_t r = 0; r < seen; r += PANEL)
-            multiply_panel({query + first * size, size}, key + ((s + i) * rows + r) * size, scores.get() + i * seen + r, width,
-                           count, size, PANEL);
+            multiply_panel(MatrixOf<X>{query.get() + first * size, size}, key + ((s + i) * rows + r) * size,
+                           scores.get() + i * seen + r, width, count, size, PANEL);
         for (int64_t i = first; i < first + count; ++i) {
           float* row = scores.get() + (i - first) * width;
           Vec highest = broadcast(most[i]), added{};
           for (int64_t j = 0; j < here; ++j) {
-            const bool* of_row = visible + (i % of_head * streams + s + j) * rows;
+            const int64_t from = (s + j) * rows;
             for (int64_t r = 0; r < seen; r += LANES) {
-              Vec score = choose(of_row + r, load(row + j * seen + r), masked);
+              Vec score = load(row + j * seen + r);
+              if (scale) score *= load(scale + from + r);
+              score = choose(visible + i % a.of_head * streams * rows + from + r, score, a.masked);
               highest = max(highest, score);
               store(row + j * seen + r, score);
             }
           }
           const float now = max(highest);
-          for (int64_t r = 0; r < width; r += LANES) {
-            Vec weight = exp2((load(row + r) - now) * LOG2E);
-            added += weight;
-            store(row + r, weight);
-          }
+          for (int64_t j = 0; j < here; ++j)
+            for (int64_t r = j * seen; r < (j + 1) * seen; r += LANES) {
+              Vec weight = exp2((load(row + r) - now) * LOG2E);
+              added += weight;
+              if (value_scale) weight *= load(value_scale + (s + j) * rows + r - j * seen);
+              store(weights + (i - first) * PER_SCORE * width + r, weight);
+            }
           if (now > most[i]) {
             const float kept = std::exp2((most[i] - now) * LOG2E);
             for (int64_t h = 0; h < size; ++h) sums[i * size + h] *= kept;
@@ -124,11 +134,46 @@ ffi::Error AttendRow(ffi::ThreadPool pool, float masked, Array q, Array keys, Ar
           total[i] += sum(added);
         }
         for (int64_t i = 0; i < here; ++i)
-          add_product({scores.get() + i * seen, width}, {value + (s + i) * rows * size, size}, sums + first * size, size, count,
-                      end, size, CACHED);
+          add_product(MatrixOf<X>{weights + i * seen, PER_SCORE * width}, MatrixOf<T>{value + (s + i) * rows * size, size},
+                      sums + first * size, size, count, (end + PER_SCORE - 1) / PER_SCORE * PER_SCORE, size, CACHED);
       });
   });
-  return ffi::Error::Success();
+}
+
+// One row of each session over a block of the cache, see `attend` in msllm/cache.py. Each thread takes some kv heads.
+//
+//   q [B, K, Q, H], Q = (heads of a kv head) * queries; keys [B, K, S, R / PANEL, H, PANEL] and values
+//   [B, K, S, R / PANEL, PANEL, H], float32, int8, or bfloat16 by its bits; mask [B, queries, S, R]; filled []: rows of the block from here
+//   on are not visible; of int8 the scales of keys and of values, [B, K, S, R].
+//   -> top and norm [B, K, Q, 1]: highest score, sum of e^(score - top); out [B, K, Q, H]: values weighted by these.
+ffi::Error AttendRow(ffi::ThreadPool pool, float masked, Array q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                     ffi::Buffer<ffi::PRED> mask, ffi::Buffer<ffi::S32> filled, ffi::RemainingArgs scales, Result top,
+                     Result norm, Result out) {
+  const auto shape = keys.dimensions();
+  Row row{q.typed_data(), mask.typed_data(), {}, top->typed_data(), norm->typed_data(), out->typed_data()};
+  row.sessions = shape[0], row.kv_heads = shape[1], row.streams = shape[2], row.rows = shape[3] * PANEL, row.size = shape[4];
+  row.queries = q.dimensions()[2], row.of_head = mask.dimensions()[1], row.filled = filled.typed_data()[0], row.masked = masked;
+  if (shape[5] != PANEL || mask.dimensions()[3] != row.rows) return ffi::Error::InvalidArgument("keys are not in panels");
+  for (size_t i = 0; i < scales.size(); ++i) row.scales[i] = scales.get<Array>(i)->typed_data();
+  auto attend = [&](auto x, auto t) {
+    using T = decltype(t);
+    attend_row<decltype(x)>(pool, row, reinterpret_cast<const T*>(keys.untyped_data()),
+                            reinterpret_cast<const T*>(values.untyped_data()));
+    return ffi::Error::Success();
+  };
+  switch (keys.element_type()) {
+    case ffi::F32:
+      return attend(float(), float());
+    case ffi::S8:
+      return attend(float(), int8_t());
+    case ffi::U16:
+      if constexpr (PAIRS) {
+        if (row.size % (2 * LANES) == 0) return attend(BFloat16(), BFloat16());
+      }
+      return attend(float(), BFloat16());
+    default:
+      return ffi::Error::InvalidArgument("keys are not float32, bfloat16 in bits, or int8");
+  }
 }
 
 }  // namespace msllm
@@ -153,10 +198,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(msllm_attend_row, msllm::AttendRow,
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Attr<float>("masked")
                                   .Arg<msllm::Array>()
-                                  .Arg<msllm::Array>()
-                                  .Arg<msllm::Array>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::PRED>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .RemainingArgs()
                                   .Ret<msllm::Array>()
                                   .Ret<msllm::Array>()
                                   .Ret<msllm::Array>());

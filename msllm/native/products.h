@@ -12,36 +12,47 @@ constexpr int ROWS = ACCUMULATORS / 2;  // rows that are in registers at one tim
 constexpr int NEAR = 4;  // rows of a transposed w that stay in the cache while all rows of x come to them
 
 // Rows of a matrix lie `stride` apart, and the values of a row `step` (of x in add_product; 1 elsewhere).
-struct Matrix {
-  const float* data;
+template <typename T>
+struct MatrixOf {
+  const T* data;
   int64_t stride;
   int64_t step = 1;
-  const float* row(int64_t i) const { return data + i * stride; }
+  const T* row(int64_t i) const { return data + i * stride; }
 };
+using Matrix = MatrixOf<float>;
 
-// y [M, n] += x [M, k] w [k, n], k >= 1, n a multiple of LANES * C. What lies `ahead` of w is fetched meanwhile.
-template <int M, int C>
-void block_of_columns(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t k, int64_t n, int64_t ahead) {
+// y [M, n] += x [M, k] w [k, n], k >= 1, n a multiple of LANES * C. What lies `ahead` of w is fetched meanwhile. If x is in
+// bfloat16, so is w, and k and C are even.
+template <int M, int C, typename X, typename W>
+void block_of_columns(MatrixOf<X> x, MatrixOf<W> w, float* y, int64_t y_stride, int64_t k, int64_t n, int64_t ahead) {
+  constexpr int DEEP = sizeof(float) / sizeof(X);  // rows of w at a time
   for (int64_t j = 0; j < n; j += LANES * C) {
     Vec sums[M][C];
     for (int m = 0; m < M; ++m)
       for (int c = 0; c < C; ++c) sums[m][c] = load(y + m * y_stride + j + LANES * c);
-    const float *from = x.data, *weights = w.data + j;
+    const X* from = x.data;
+    const W* weights = w.data + j;
     int64_t left = k;
     do {
       Vec columns[C];
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) {
-        columns[c] = load(weights + LANES * c);
-        __builtin_prefetch(weights + ahead + LANES * c, 0, 2);
+      for (int c = 0; c < C; c += DEEP) {
+        const W* here = weights + LANES * c;
+        if constexpr (DEEP == 2) {
+          load_pairs(here, here + w.stride, columns + c);
+          __builtin_prefetch(here + w.stride + ahead, 0, 2);
+        } else {
+          columns[c] = load(here);
+        }
+        __builtin_prefetch(here + ahead, 0, 2);
       }
 #pragma GCC unroll 32
       for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) sums[m][c] += from[m * x.stride] * columns[c];
-      from += x.step;
-      weights += w.stride;
-    } while (--left > 0);
+        for (int c = 0; c < C; ++c) sums[m][c] = multiply_add(from + m * x.stride, columns[c], sums[m][c]);
+      from += DEEP * x.step;
+      weights += DEEP * w.stride;
+    } while ((left -= DEEP) > 0);
     for (int m = 0; m < M; ++m)
       for (int c = 0; c < C; ++c) store(y + m * y_stride + j + LANES * c, sums[m][c]);
   }
@@ -114,8 +125,10 @@ struct Cut {
 constexpr Cut CACHED{64, 64};  // w is in the second cache: the part fits into the first
 
 // y [m, n] += x [m, k] w [k, n]; `next`: where the columns begin, counted from those of w, that are wanted after these.
-inline void add_product(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n, Cut cut,
-                        int64_t next = 0) {
+// If x is in bfloat16, so is w, k is even and n a multiple of 2 * LANES.
+template <typename X = float, typename W = float>
+void add_product(MatrixOf<X> x, MatrixOf<W> w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n, Cut cut,
+                 int64_t next = 0) {
   const int64_t vectors = n / LANES * LANES;
   for (int64_t tile = 0; tile < vectors; tile += cut.tile) {
     const int64_t end = std::min(tile + cut.tile, vectors);
@@ -123,14 +136,15 @@ inline void add_product(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t 
       const int64_t depth = std::min(cut.depth, k - i), after = end < vectors ? cut.tile : next - tile;
       const int64_t ahead = i + depth < k ? depth * w.stride : after - i * w.stride;
       by_rows(m, [&](int64_t first, auto rows) {
-        constexpr int M = rows, C = WIDTH<M>;
+        constexpr int M = rows, C = std::is_same_v<X, float> ? WIDTH<M> : 2;
         const int64_t whole = tile + (end - tile) / (LANES * C) * (LANES * C);
         auto add = [&](auto columns, int64_t j, int64_t size) {
-          const Matrix from{x.row(first) + i * x.step, x.stride, x.step}, weights{w.row(i) + j, w.stride};
+          const MatrixOf<X> from{x.row(first) + i * x.step, x.stride, x.step};
+          const MatrixOf<W> weights{w.row(i) + j, w.stride};
           block_of_columns<M, columns>(from, weights, y + first * y_stride + j, y_stride, depth, size, ahead);
         };
         add(std::integral_constant<int, C>(), tile, whole - tile);
-        add(std::integral_constant<int, 1>(), whole, end - whole);
+        if constexpr (std::is_same_v<X, float>) add(std::integral_constant<int, 1>(), whole, end - whole);
       });
     }
   }
@@ -155,15 +169,18 @@ inline void add_product_transposed(Matrix x, Matrix w, float* y, int64_t y_strid
 }
 
 constexpr int64_t PANEL = 32;  // columns of w that lie together when it is packed, rows of the cache: see __init__.py
-constexpr int64_t AHEAD = 4096;  // numbers by which memory is fetched before they are wanted
+constexpr int64_t AHEAD = 16384;  // bytes by which memory is fetched before they are wanted
 
-// y [m, n] = x [m, k] times a panel [k, n] of w, n at most PANEL. What comes after it is fetched meanwhile.
-inline void multiply_panel(Matrix x, const float* w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n) {
+// y [m, n] = x [m, k] times a panel [k, n] of w, n at most PANEL. What comes after it is fetched meanwhile. If x is in
+// bfloat16, so is w, k is even and n is PANEL.
+template <typename X = float, typename W = float>
+void multiply_panel(MatrixOf<X> x, const W* w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n) {
   for (int64_t i = 0; i < m; ++i) std::fill(y + i * y_stride, y + i * y_stride + n, 0.0f);
-  if (n < PANEL) return add_product(x, {w, n}, y, y_stride, m, k, n, {k, PANEL});
+  if (n < PANEL) return add_product(x, MatrixOf<W>{w, n}, y, y_stride, m, k, n, {k, PANEL});
   by_rows(m, [&](int64_t first, auto rows) {
     constexpr int M = rows, C = std::min<int>(WIDTH<M>, PANEL / LANES);
-    block_of_columns<M, C>({x.row(first), x.stride}, {w, PANEL}, y + first * y_stride, y_stride, k, PANEL, AHEAD);
+    const MatrixOf<X> from{x.row(first), x.stride};
+    block_of_columns<M, C>(from, MatrixOf<W>{w, PANEL}, y + first * y_stride, y_stride, k, PANEL, AHEAD / sizeof(W));
   });
 }
 

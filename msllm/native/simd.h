@@ -44,6 +44,80 @@ inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
 
 inline Vec broadcast(float x) { return x - Vec{}; }
 
+inline Vec multiply_add(const float* x, Vec y, Vec sums) { return sums + *x * y; }
+
+// The numbers of caches that are not float32. A bfloat16 is the upper half of a float32.
+struct BFloat16 {
+  uint16_t bits;
+  operator float() const {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float x;
+    std::memcpy(&x, &wide, sizeof x);
+    return x;
+  }
+};
+
+inline Vec load(const BFloat16* from) {
+#if defined(__AVX512F__)  // compilers convert one number after the other
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+#else
+  Vec v;
+  for (int i = 0; i < LANES; ++i) v[i] = from[i];
+  return v;
+#endif
+}
+
+inline Vec load(const int8_t* from) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(__AVX2__)
+  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
+  Vec v;
+  for (int i = 0; i < LANES; ++i) v[i] = from[i];
+  return v;
+#endif
+}
+
+inline void convert(const float* from, float* to, int64_t count) { std::copy(from, from + count, to); }
+
+// Products of bfloat16 are made in pairs, where the CPU can: two numbers of a row of x with those of two rows of w.
+#if defined(__AVX512BF16__)
+constexpr bool PAIRS = true;
+
+inline void store(BFloat16* to, Vec v) {
+  const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(to, &narrow, sizeof narrow);
+}
+
+inline void convert(const float* from, BFloat16* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += LANES) store(to + i, load(from + i));
+}
+
+// Two vectors of pairs: columns 0 to 15, and 16 to 31, of two rows.
+inline void load_pairs(const BFloat16* first, const BFloat16* second, Vec* pairs) {
+  alignas(64) constexpr auto order = [] {
+    struct {
+      uint16_t of[2][32];
+    } order{};
+    for (int i = 0; i < 64; ++i) order.of[i / 32][i % 32] = i / 2 + i % 2 * 32;
+    return order;
+  }();
+  const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+  for (int i = 0; i < 2; ++i) pairs[i] = (Vec)_mm512_permutex2var_epi16(a, _mm512_load_si512(order.of[i]), b);
+}
+
+inline Vec multiply_add(const BFloat16* pair, Vec pairs, Vec sums) {
+  int both;
+  std::memcpy(&both, pair, sizeof both);
+  return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(both), (__m512bh)pairs);
+}
+#else
+constexpr bool PAIRS = false;
+#endif
+
 // The first `count` values; zeros behind them.
 inline Vec load(const float* from, int64_t count) {
   Vec v{};
