@@ -219,7 +219,9 @@ class DecodeProgram:
         (keys, values, known), said = state.cache, state.said
         known, keys, values = write_cells(known, everyone, at), list(keys), list(values)
         mask = visible_keys(everyone, known, self._lag, size)
-        angles = rope_angles(feed.row[:, None], self.config)
+        angles = lambda: rope_angles(feed.row[:, None], self.config)
+        # A condition: else XLA:CPU fuses them, with their cosines, into the rotations of every layer.
+        angles = jax.lax.cond(jnp.any(feed.active), angles, lambda: jax.tree.map(jnp.zeros_like, angles()))
         x = layers[0].embed(tokens[:, None])
         for i, model in enumerate(layers):
 

@@ -89,7 +89,7 @@ def choose(logits, bias, allowed, sampling: Sampling, given, keys, active) -> Ch
       active: [B] bool: tables whose choice matters; work is not done on account of the others.
     """
     steered = jnp.where(allowed, logits + bias, -jnp.inf)
-    best = jnp.argmax(steered, axis=-1)
+    best = _argmax(steered)
     warm = (sampling.temperature > 0) & active[:, None]
     whole = (sampling.top_k == 0) & (sampling.top_p >= 1) & (sampling.min_p <= 0) & (sampling.min_probability <= 0)
 
@@ -101,6 +101,18 @@ def choose(logits, bias, allowed, sampling: Sampling, given, keys, active) -> Ch
 
     chosen = jax.lax.cond(jnp.any(warm), draw, lambda: best).astype(jnp.int32)
     tokens = jnp.where(given != FREE, given, chosen)
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
-    return Chosen(tokens, jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0], entropy)
+    # log p = z - log(sum(e^z)), entropy = log(sum(e^z)) - sum(e^z z) / sum(e^z).
+    top = jnp.max(logits, axis=-1)
+    z = logits - top[..., None]
+    weights = jnp.exp(z)
+    norm = jnp.sum(weights, axis=-1)
+    weighted = jnp.where(z > -jnp.inf, weights * z, 0.0)
+    logprob = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - top - jnp.log(norm)
+    return Chosen(tokens, logprob, jnp.log(norm) - jnp.sum(weighted, axis=-1) / norm)
+
+
+def _argmax(x: jax.Array) -> jax.Array:
+    """`argmax` of the last axis; where nothing is comparable, the last index. XLA:CPU finds it in vectors so, else one number
+    after the other."""
+    index = jnp.arange(x.shape[-1])
+    return jnp.min(jnp.where(x == jnp.max(x, axis=-1, keepdims=True), index, index[-1]), axis=-1)

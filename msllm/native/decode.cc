@@ -92,18 +92,21 @@ void attend_row(ffi::ThreadPool& pool, const Row& a, const T* keys, const T* val
     std::fill(sums, sums + queries * size, 0.0f);
     auto query = std::make_unique<X[]>(queries * size);
     convert(a.q + task * queries * size, query.get(), queries * size);
-    // With an online softmax over a few streams at a time, so that the scores of some queries stay in the cache.
+    // With an online softmax over a few streams at a time, so that the scores of some queries stay in the cache. Meanwhile what
+    // is wanted next is fetched: values where keys are multiplied, and keys where values are.
     const int64_t together = std::clamp<int64_t>(SCORES / seen, 1, streams);
     auto scores = std::make_unique<float[]>(ROWS * together * seen);
     const auto weights = reinterpret_cast<X*>(scores.get());  // in the place of the scores that they are made of
     constexpr int64_t PER_SCORE = sizeof(float) / sizeof(X);
+    constexpr Cut cut{PER_SCORE * CACHED.depth, CACHED.tile};
+    const int64_t depth = (end + PER_SCORE - 1) / PER_SCORE * PER_SCORE;
     for (int64_t s = 0; s < streams; s += together)
       by_rows(queries, [&](int64_t first, int64_t count) {
         const int64_t here = std::min(together, streams - s), width = here * seen;
         for (int64_t i = 0; i < here; ++i)
           for (int64_t r = 0; r < seen; r += PANEL)
             multiply_panel(MatrixOf<X>{query.get() + first * size, size}, key + ((s + i) * rows + r) * size,
-                           scores.get() + i * seen + r, width, count, size, PANEL);
+                           scores.get() + i * seen + r, width, count, size, PANEL, value - key);
         for (int64_t i = first; i < first + count; ++i) {
           float* row = scores.get() + (i - first) * width;
           Vec highest = broadcast(most[i]), added{};
@@ -120,7 +123,7 @@ void attend_row(ffi::ThreadPool& pool, const Row& a, const T* keys, const T* val
           const float now = max(highest);
           for (int64_t j = 0; j < here; ++j)
             for (int64_t r = j * seen; r < (j + 1) * seen; r += LANES) {
-              Vec weight = exp2((load(row + r) - now) * LOG2E);
+              Vec weight = exp2(load(row + r) * LOG2E - now * LOG2E);
               added += weight;
               if (value_scale) weight *= load(value_scale + (s + j) * rows + r - j * seen);
               store(weights + (i - first) * PER_SCORE * width + r, weight);
@@ -135,7 +138,7 @@ void attend_row(ffi::ThreadPool& pool, const Row& a, const T* keys, const T* val
         }
         for (int64_t i = 0; i < here; ++i)
           add_product(MatrixOf<X>{weights + i * seen, PER_SCORE * width}, MatrixOf<T>{value + (s + i) * rows * size, size},
-                      sums + first * size, size, count, (end + PER_SCORE - 1) / PER_SCORE * PER_SCORE, size, CACHED);
+                      sums + first * size, size, count, depth, size, cut, 0, key - value + here * rows * size);
       });
   });
 }

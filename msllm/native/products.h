@@ -21,15 +21,15 @@ struct MatrixOf {
 };
 using Matrix = MatrixOf<float>;
 
-// y [M, n] += x [M, k] w [k, n], k >= 1, n a multiple of LANES * C. What lies `ahead` of w is fetched meanwhile. If x is in
+// y [M, n] (+)= x [M, k] w [k, n], k >= 1, n a multiple of LANES * C. What lies `ahead` of w is fetched meanwhile. If x is in
 // bfloat16, so is w, and k and C are even.
-template <int M, int C, typename X, typename W>
+template <int M, int C, bool ADD, typename X, typename W>
 void block_of_columns(MatrixOf<X> x, MatrixOf<W> w, float* y, int64_t y_stride, int64_t k, int64_t n, int64_t ahead) {
   constexpr int DEEP = sizeof(float) / sizeof(X);  // rows of w at a time
   for (int64_t j = 0; j < n; j += LANES * C) {
     Vec sums[M][C];
     for (int m = 0; m < M; ++m)
-      for (int c = 0; c < C; ++c) sums[m][c] = load(y + m * y_stride + j + LANES * c);
+      for (int c = 0; c < C; ++c) sums[m][c] = ADD ? load(y + m * y_stride + j + LANES * c) : Vec{};
     const X* from = x.data;
     const W* weights = w.data + j;
     int64_t left = k;
@@ -124,24 +124,26 @@ struct Cut {
 };
 constexpr Cut CACHED{64, 64};  // w is in the second cache: the part fits into the first
 
-// y [m, n] += x [m, k] w [k, n]; `next`: where the columns begin, counted from those of w, that are wanted after these.
-// If x is in bfloat16, so is w, k is even and n a multiple of 2 * LANES.
+// y [m, n] += x [m, k] w [k, n]. What comes after is fetched meanwhile: the next rows of w, or what lies `elsewhere`, counted
+// from w; `next`: where the columns begin, from those of w, that are wanted after these. If x is in bfloat16, so is w, k is
+// even and n a multiple of 2 * LANES.
 template <typename X = float, typename W = float>
 void add_product(MatrixOf<X> x, MatrixOf<W> w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n, Cut cut,
-                 int64_t next = 0) {
+                 int64_t next = 0, int64_t elsewhere = 0) {
   const int64_t vectors = n / LANES * LANES;
   for (int64_t tile = 0; tile < vectors; tile += cut.tile) {
     const int64_t end = std::min(tile + cut.tile, vectors);
     for (int64_t i = 0; i < k; i += cut.depth) {
       const int64_t depth = std::min(cut.depth, k - i), after = end < vectors ? cut.tile : next - tile;
-      const int64_t ahead = i + depth < k ? depth * w.stride : after - i * w.stride;
+      const int64_t rows_ahead = i + depth < k ? depth * w.stride : after - i * w.stride;
+      const int64_t ahead = elsewhere ? elsewhere : rows_ahead;
       by_rows(m, [&](int64_t first, auto rows) {
         constexpr int M = rows, C = std::is_same_v<X, float> ? WIDTH<M> : 2;
         const int64_t whole = tile + (end - tile) / (LANES * C) * (LANES * C);
         auto add = [&](auto columns, int64_t j, int64_t size) {
           const MatrixOf<X> from{x.row(first) + i * x.step, x.stride, x.step};
           const MatrixOf<W> weights{w.row(i) + j, w.stride};
-          block_of_columns<M, columns>(from, weights, y + first * y_stride + j, y_stride, depth, size, ahead);
+          block_of_columns<M, columns, true>(from, weights, y + first * y_stride + j, y_stride, depth, size, ahead);
         };
         add(std::integral_constant<int, C>(), tile, whole - tile);
         if constexpr (std::is_same_v<X, float>) add(std::integral_constant<int, 1>(), whole, end - whole);
@@ -169,18 +171,20 @@ inline void add_product_transposed(Matrix x, Matrix w, float* y, int64_t y_strid
 }
 
 constexpr int64_t PANEL = 32;  // columns of w that lie together when it is packed, rows of the cache: see __init__.py
-constexpr int64_t AHEAD = 16384;  // bytes by which memory is fetched before they are wanted
+constexpr int64_t AHEAD = 4096;  // numbers by which memory is fetched before they are wanted
 
-// y [m, n] = x [m, k] times a panel [k, n] of w, n at most PANEL. What comes after it is fetched meanwhile. If x is in
-// bfloat16, so is w, k is even and n is PANEL.
+// y [m, n] = x [m, k] times a panel [k, n] of w, n at most PANEL. What lies `ahead` is fetched meanwhile, counted from w. If x
+// is in bfloat16, so is w, k is even and n is PANEL.
 template <typename X = float, typename W = float>
-void multiply_panel(MatrixOf<X> x, const W* w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n) {
-  for (int64_t i = 0; i < m; ++i) std::fill(y + i * y_stride, y + i * y_stride + n, 0.0f);
-  if (n < PANEL) return add_product(x, MatrixOf<W>{w, n}, y, y_stride, m, k, n, {k, PANEL});
+void multiply_panel(MatrixOf<X> x, const W* w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n, int64_t ahead = AHEAD) {
+  if (n < PANEL) {
+    for (int64_t i = 0; i < m; ++i) std::fill(y + i * y_stride, y + i * y_stride + n, 0.0f);
+    return add_product(x, MatrixOf<W>{w, n}, y, y_stride, m, k, n, {k, PANEL});
+  }
   by_rows(m, [&](int64_t first, auto rows) {
     constexpr int M = rows, C = std::min<int>(WIDTH<M>, PANEL / LANES);
     const MatrixOf<X> from{x.row(first), x.stride};
-    block_of_columns<M, C>(from, MatrixOf<W>{w, PANEL}, y + first * y_stride, y_stride, k, PANEL, AHEAD / sizeof(W));
+    block_of_columns<M, C, false>(from, MatrixOf<W>{w, PANEL}, y + first * y_stride, y_stride, k, PANEL, ahead);
   });
 }
 

@@ -198,24 +198,28 @@ inline float max(Vec v) {
 
 // `a` where the byte of a lane is not 0, else `b`.
 inline Vec choose(const bool* where, Vec a, float b) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __m128i bytes = _mm_loadu_si128((const __m128i*)where);
+  return (Vec)_mm512_mask_mov_ps((__m512)broadcast(b), _mm_test_epi8_mask(bytes, bytes), (__m512)a);
+#else
   uint8_t bytes[16] = {};
   std::memcpy(bytes, where, LANES);
-#if defined(__AVX512F__)  // compilers convert one byte after the other
-  const IntVec wide = (IntVec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
-#elif defined(__AVX2__)
+#if defined(__AVX2__)  // compilers convert one byte after the other
   const IntVec wide = (IntVec)_mm256_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
 #else
   IntVec wide;
   for (int i = 0; i < LANES; ++i) wide[i] = bytes[i];
 #endif
   return wide != 0 ? a : broadcast(b);
+#endif
 }
 
 constexpr float LOG2E = 1.44269504f;
 
-// 2^x for x <= 0, with a relative error of 2e-7; 0 below -126. The polynomial is that of Cephes (S. Moshier), exp2f.
+// 2^x for x <= 0, with a relative error of 2e-7; 0 from -127 on. The polynomial is that of Cephes (S. Moshier), exp2f.
 inline Vec exp2(Vec x) {
   const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
+  x = max(x, broadcast(-127.0f));
   const Vec shifted = x + magic, r = x - (shifted - magic);
   Vec p = broadcast(1.535336188319500e-4f);
   p = p * r + 1.339887440266574e-3f;
@@ -224,8 +228,7 @@ inline Vec exp2(Vec x) {
   p = p * r + 2.402264791363012e-1f;
   p = p * r + 6.931472028550421e-1f;
   p = p * r + 1.0f;
-  const IntVec power = (IntVec)p + (((IntVec)shifted - (IntVec)magic) << 23);
-  return x > -126.0f ? (Vec)power : Vec{};
+  return (Vec)((IntVec)p + ((IntVec)shifted << 23));
 }
 
 // Calls f(0), ..., f(tasks - 1), on this thread and on those of the pool that come to it. Waits for no task that nobody
