@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from msllm import native
 from msllm.config import ModelConfig
 from msllm.native import PANEL
 from msllm.sharding import axis_index, axis_size, gather_streams, total
@@ -35,6 +36,7 @@ class Layout(NamedTuple):
     values: tuple[str, ...]
 
 
+CELLS = ("batch", "row", "stream", "kv_heads", "head_dim")  # as the model makes them
 # The products of attention by XLA are fastest so on CPUs, and nothing is padded to the lanes of a TPU.
 ROWS_LAST = Layout(*[("batch", "kv_heads", "head_dim", "stream", "row")] * 2)
 # What `native.attend_row` reads from one end to the other.
@@ -98,12 +100,11 @@ def place(row, kept, window: int):
 
 
 def store(x: jax.Array, dtype, axes: tuple[str, ...]) -> Stored:
-    """Keys or values [B, T, S, K, H] as the cache has them; int8 with a scale for each vector. Of panels the last one is
-    filled up with zeros, if it is not the only one."""
-    names, rows = ("batch", "row", "stream", "kv_heads", "head_dim"), x.shape[1]
+    """Keys or values [B, T, S, K, H] as the cache has them; int8 with a scale for each vector. The last panel is filled up with
+    zeros."""
+    names = CELLS
     if "panel" in axes:
-        size = min(rows, PANEL)
-        x = jnp.pad(x, [(0, 0), (0, -rows % size), *[(0, 0)] * 3]).reshape(len(x), -1, size, *x.shape[2:])
+        x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % PANEL), *[(0, 0)] * 3]).reshape(len(x), -1, PANEL, *x.shape[2:])
         names = ("batch", "panel", *names[1:])
     x = x.transpose(*map(names.index, axes))
     if dtype == BITS:
@@ -117,30 +118,37 @@ def store(x: jax.Array, dtype, axes: tuple[str, ...]) -> Stored:
 
 def write_row(keys: list[Stored], values: list[Stored], k: jax.Array, v: jax.Array, at: jax.Array, layout: Layout, rows: int):
     """Stores one row of each session in one layer: k and v [B, 1, S, K, H], at places [B], in blocks of so many rows.
-    Returns (keys, values).
+    Returns (keys, values). A place beyond the window writes nothing."""
+    dtype, pairs = keys[0].values.dtype, zip(keys, values)
+    if "panel" in layout.keys:
+        new = jax.tree.leaves([store(x, dtype, CELLS) for x in (k, v)])
+        write = lambda block, at: jax.tree.unflatten(jax.tree.structure(block), native.write_row(jax.tree.leaves(block), new, at))
+        written = [write(block, at - number * rows) for number, block in enumerate(pairs)]
+    else:
+        new = [store(x, dtype, axes) for x, axes in zip((k, v), layout)]
+        written = [_write_row(block, new, at - number * rows, layout, rows) for number, block in enumerate(pairs)]
+    return [list(x) for x in zip(*written)]
 
-    A place beyond the window writes nothing. A loop over the others, and not a scatter, nor slices one after the other:
-    these XLA:CPU would merge into the products that follow, and write to copies of the cache.
+
+def _write_row(block, new, at: jax.Array, layout: Layout, rows: int):
+    """`write_row` for one block, (keys, values) of `rows` rows, by XLA.
+
+    A loop over the sessions that write here, and not a scatter, nor slices one after the other: these XLA:CPU would merge into
+    the products that follow, and write to copies of the cache.
     """
-    new = tuple(store(x, keys[0].values.dtype, axes) for x, axes in zip((k, v), layout))
+    elsewhere = (at < 0) | (at >= rows)
+    order = jnp.argsort(elsewhere)  # those that write here come first
 
-    def write(order, i, block):
+    def write(i, block):
         b = order[i]
-        row = at[b] % rows
 
         def put(axes, old, new):
-            where = {"batch": b, "panel": row // PANEL, "row": row % PANEL if "panel" in axes else row}
-            start = [where.get(axis, 0) for axis in axes]
+            start = [{"batch": b, "row": at[b]}.get(axis, 0) for axis in axes]
             return jax.lax.dynamic_update_slice(old, jax.lax.dynamic_slice_in_dim(new, b, 1), start)
 
         return tuple(jax.tree.map(functools.partial(put, axes), *both) for axes, *both in zip(layout, block, new))
 
-    written = []
-    for number, block in enumerate(zip(keys, values)):
-        elsewhere = at // rows != number
-        order = jnp.argsort(elsewhere)  # those that write here come first
-        written.append(jax.lax.fori_loop(0, jnp.sum(~elsewhere), functools.partial(write, order), block))
-    return [list(x) for x in zip(*written)]
+    return jax.lax.fori_loop(0, jnp.sum(~elsewhere), write, block)
 
 
 def write_table(blocks: list[Stored], x: jax.Array, slot, axes: tuple[str, ...], rows: int) -> list[Stored]:

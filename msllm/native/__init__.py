@@ -23,7 +23,10 @@ import numpy as np
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
 PANEL = 32  # see products.h
-TARGETS = ("msllm_products", "msllm_product_transposed", "msllm_attend_row", "msllm_attention", "msllm_attention_gradients")
+TARGETS = (
+    *("msllm_products", "msllm_product_transposed", "msllm_attend_row", "msllm_write_row"),
+    *("msllm_attention", "msllm_attention_gradients"),
+)
 
 log = logging.getLogger("msllm")
 
@@ -108,3 +111,16 @@ def attend_row(q, keys, values, mask, filled, scales, masked: float) -> tuple[ja
     one = jax.ShapeDtypeStruct((*q.shape[:3], 1), jnp.float32)
     call = jax.ffi.ffi_call("msllm_attend_row", (one, one, jax.ShapeDtypeStruct(q.shape, jnp.float32)))
     return call(q, keys, values, mask, filled, *scales, masked=np.float32(masked))
+
+
+def write_row(block: list[jax.Array], new: list[jax.Array], at: jax.Array) -> list[jax.Array]:
+    """Puts one row of each session into a block of the cache, in its memory; a place outside of the block writes nothing.
+
+    Args:
+      block: some arrays of keys, then as many of values, in panels as `attend_row` has them.
+      new: for each of them [B, 1, S, K, H], of the same type. at: [B] int32: places in the block.
+    """
+    count = len(block)
+    out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in block]
+    same = {1 + count + i: i for i in range(count)}
+    return jax.ffi.ffi_call("msllm_write_row", out, input_output_aliases=same)(at, *new, *block)

@@ -66,7 +66,7 @@ ffi::Error ProductTransposed(ffi::ThreadPool pool, Array x, Array w, Result y) {
   return ffi::Error::Success();
 }
 
-// What `AttendRow` is given and makes.
+// What `AttendRow` is given and makes, below.
 struct Row {
   const float* q;
   const bool* mask;
@@ -76,30 +76,30 @@ struct Row {
   float masked;
 };
 
-// `X`: in what queries and weights are multiplied with keys and values in `T`.
+// `AttendRow` over keys and values in T, with which queries and weights are multiplied in X. Each thread takes some kv heads.
 template <typename X, typename T>
-void attend_row(ffi::ThreadPool& pool, const Row& a, const T* keys, const T* values) {
-  const int64_t queries = a.queries, streams = a.streams, rows = a.rows, size = a.size;
-  const int64_t end = std::clamp<int64_t>(a.filled, 1, rows), seen = (end + PANEL - 1) / PANEL * PANEL;
-  in_parallel(pool, a.sessions * a.kv_heads, [&](int64_t task) {
+void attend_row(ffi::ThreadPool& pool, const Row& in, const T* keys, const T* values) {
+  constexpr int64_t NARROW = sizeof(float) / sizeof(X);  // numbers in the place of one float
+  constexpr Cut cut{NARROW * CACHED.depth, CACHED.tile};
+  const int64_t queries = in.queries, streams = in.streams, rows = in.rows, size = in.size;
+  const int64_t end = std::clamp<int64_t>(in.filled, 1, rows), seen = (end + PANEL - 1) / PANEL * PANEL;
+  const int64_t depth = (end + NARROW - 1) / NARROW * NARROW;
+  in_parallel(pool, in.sessions * in.kv_heads, [&](int64_t task) {
     const T *key = keys + task * streams * rows * size, *value = values + task * streams * rows * size;
-    const float* scale = a.scales[0] ? a.scales[0] + task * streams * rows : nullptr;
-    const float* value_scale = a.scales[1] ? a.scales[1] + task * streams * rows : nullptr;
-    const bool* visible = a.mask + task / a.kv_heads * a.of_head * streams * rows;
-    float *most = a.top + task * queries, *total = a.norm + task * queries, *sums = a.out + task * queries * size;
-    std::fill(most, most + queries, a.masked);
+    const float* key_scale = in.scales[0] ? in.scales[0] + task * streams * rows : nullptr;
+    const float* value_scale = in.scales[1] ? in.scales[1] + task * streams * rows : nullptr;
+    const bool* visible = in.mask + task / in.kv_heads * in.of_head * streams * rows;
+    float *most = in.top + task * queries, *total = in.norm + task * queries, *sums = in.out + task * queries * size;
+    std::fill(most, most + queries, in.masked);
     std::fill(total, total + queries, 0.0f);
     std::fill(sums, sums + queries * size, 0.0f);
     auto query = std::make_unique<X[]>(queries * size);
-    convert(a.q + task * queries * size, query.get(), queries * size);
+    convert(in.q + task * queries * size, query.get(), queries * size);
     // With an online softmax over a few streams at a time, so that the scores of some queries stay in the cache. Meanwhile what
     // is wanted next is fetched: values where keys are multiplied, and keys where values are.
     const int64_t together = std::clamp<int64_t>(SCORES / seen, 1, streams);
     auto scores = std::make_unique<float[]>(ROWS * together * seen);
-    const auto weights = reinterpret_cast<X*>(scores.get());  // in the place of the scores that they are made of
-    constexpr int64_t PER_SCORE = sizeof(float) / sizeof(X);
-    constexpr Cut cut{PER_SCORE * CACHED.depth, CACHED.tile};
-    const int64_t depth = (end + PER_SCORE - 1) / PER_SCORE * PER_SCORE;
+    const auto weights = reinterpret_cast<X*>(scores.get());  // each in the place of scores that have been read
     for (int64_t s = 0; s < streams; s += together)
       by_rows(queries, [&](int64_t first, int64_t count) {
         const int64_t here = std::min(together, streams - s), width = here * seen;
@@ -109,24 +109,25 @@ void attend_row(ffi::ThreadPool& pool, const Row& a, const T* keys, const T* val
                            scores.get() + i * seen + r, width, count, size, PANEL, value - key);
         for (int64_t i = first; i < first + count; ++i) {
           float* row = scores.get() + (i - first) * width;
+          X* weights_of_row = weights + (i - first) * NARROW * width;
           Vec highest = broadcast(most[i]), added{};
           for (int64_t j = 0; j < here; ++j) {
             const int64_t from = (s + j) * rows;
             for (int64_t r = 0; r < seen; r += LANES) {
               Vec score = load(row + j * seen + r);
-              if (scale) score *= load(scale + from + r);
-              score = choose(visible + i % a.of_head * streams * rows + from + r, score, a.masked);
+              if (key_scale) score *= load(key_scale + from + r);
+              score = choose(visible + i % in.of_head * streams * rows + from + r, score, in.masked);
               highest = max(highest, score);
               store(row + j * seen + r, score);
             }
           }
           const float now = max(highest);
           for (int64_t j = 0; j < here; ++j)
-            for (int64_t r = j * seen; r < (j + 1) * seen; r += LANES) {
-              Vec weight = exp2(load(row + r) * LOG2E - now * LOG2E);
+            for (int64_t r = 0; r < seen; r += LANES) {
+              Vec weight = exp2(load(row + j * seen + r) * LOG2E - now * LOG2E);
               added += weight;
-              if (value_scale) weight *= load(value_scale + (s + j) * rows + r - j * seen);
-              store(weights + (i - first) * PER_SCORE * width + r, weight);
+              if (value_scale) weight *= load(value_scale + (s + j) * rows + r);
+              store(weights_of_row + j * seen + r, weight);
             }
           if (now > most[i]) {
             const float kept = std::exp2((most[i] - now) * LOG2E);
@@ -137,17 +138,17 @@ void attend_row(ffi::ThreadPool& pool, const Row& a, const T* keys, const T* val
           total[i] += sum(added);
         }
         for (int64_t i = 0; i < here; ++i)
-          add_product(MatrixOf<X>{weights + i * seen, PER_SCORE * width}, MatrixOf<T>{value + (s + i) * rows * size, size},
+          add_product(MatrixOf<X>{weights + i * seen, NARROW * width}, MatrixOf<T>{value + (s + i) * rows * size, size},
                       sums + first * size, size, count, depth, size, cut, 0, key - value + here * rows * size);
       });
   });
 }
 
-// One row of each session over a block of the cache, see `attend` in msllm/cache.py. Each thread takes some kv heads.
+// One row of each session over a block of the cache, see `attend` in msllm/cache.py.
 //
 //   q [B, K, Q, H], Q = (heads of a kv head) * queries; keys [B, K, S, R / PANEL, H, PANEL] and values
-//   [B, K, S, R / PANEL, PANEL, H], float32, int8, or bfloat16 by its bits; mask [B, queries, S, R]; filled []: rows of the block from here
-//   on are not visible; of int8 the scales of keys and of values, [B, K, S, R].
+//   [B, K, S, R / PANEL, PANEL, H] in float32, int8, or bfloat16 by its bits; mask [B, queries, S, R]; filled []: rows of the
+//   block from here on are not visible; of int8 the scales of keys and of values, [B, K, S, R].
 //   -> top and norm [B, K, Q, 1]: highest score, sum of e^(score - top); out [B, K, Q, H]: values weighted by these.
 ffi::Error AttendRow(ffi::ThreadPool pool, float masked, Array q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                      ffi::Buffer<ffi::PRED> mask, ffi::Buffer<ffi::S32> filled, ffi::RemainingArgs scales, Result top,
@@ -158,10 +159,9 @@ ffi::Error AttendRow(ffi::ThreadPool pool, float masked, Array q, ffi::AnyBuffer
   row.queries = q.dimensions()[2], row.of_head = mask.dimensions()[1], row.filled = filled.typed_data()[0], row.masked = masked;
   if (shape[5] != PANEL || mask.dimensions()[3] != row.rows) return ffi::Error::InvalidArgument("keys are not in panels");
   for (size_t i = 0; i < scales.size(); ++i) row.scales[i] = scales.get<Array>(i)->typed_data();
-  auto attend = [&](auto x, auto t) {
-    using T = decltype(t);
-    attend_row<decltype(x)>(pool, row, reinterpret_cast<const T*>(keys.untyped_data()),
-                            reinterpret_cast<const T*>(values.untyped_data()));
+  auto attend = [&](auto x, auto number) {
+    using T = decltype(number);
+    attend_row<decltype(x)>(pool, row, static_cast<const T*>(keys.untyped_data()), static_cast<const T*>(values.untyped_data()));
     return ffi::Error::Success();
   };
   switch (keys.element_type()) {
@@ -170,13 +170,60 @@ ffi::Error AttendRow(ffi::ThreadPool pool, float masked, Array q, ffi::AnyBuffer
     case ffi::S8:
       return attend(float(), int8_t());
     case ffi::U16:
-      if constexpr (PAIRS) {
-        if (row.size % (2 * LANES) == 0) return attend(BFloat16(), BFloat16());
-      }
-      return attend(float(), BFloat16());
+      return row.size % (2 * LANES) ? attend(float(), BFloat16()) : attend(Paired(), BFloat16());
     default:
-      return ffi::Error::InvalidArgument("keys are not float32, bfloat16 in bits, or int8");
+      return ffi::Error::InvalidArgument("keys are not float32, int8, or bfloat16 by its bits");
   }
+}
+
+// Puts one row of each session into a block of the cache: new keys and values [B, 1, S, K, H] at places `at` [B] of keys
+// [B, K, S, R / PANEL, H, PANEL] and values [B, K, S, R / PANEL, PANEL, H], numbers of 1, 2 or 4 bytes; a place outside of the
+// block writes nothing. Arguments: `at`, what is new, the block; results: the block, in the same memory. Of each the first half
+// is of keys, the second of values.
+ffi::Error WriteRow(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> at, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  struct Written {
+    void *block, *row;
+    int64_t bytes, size;
+  };
+  std::vector<Written> arrays;
+  const int64_t count = rets.size();
+  int64_t heads = 0, kv_heads = 0, streams = 0, rows = 0, numbers = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const ffi::AnyBuffer row = *args.get<ffi::AnyBuffer>(i), old = *args.get<ffi::AnyBuffer>(count + i);
+    const ffi::AnyBuffer block = **rets.get<ffi::AnyBuffer>(i);
+    if (old.untyped_data() != block.untyped_data()) return ffi::Error::Internal("a block of the cache was copied");
+    const auto shape = block.dimensions();
+    const int inside = i < count / 2 ? 5 : 4;  // which dimension is that of the rows of a panel
+    if (shape[inside] != PANEL) return ffi::Error::InvalidArgument("a block of the cache is not in panels");
+    kv_heads = shape[1], heads = shape[0] * kv_heads, streams = shape[2], rows = shape[3] * PANEL;
+    const int64_t bytes = ffi::ByteWidth(block.element_type()), size = shape[9 - inside];
+    arrays.push_back({block.untyped_data(), row.untyped_data(), bytes, size});
+    numbers += row.element_count();
+  }
+  auto write = [&](auto number, const Written& array, bool keys, int64_t head, int64_t place) {
+    using T = decltype(number);
+    for (int64_t s = 0; s < streams; ++s) {
+      const int64_t cell = (head / kv_heads * streams + s) * kv_heads + head % kv_heads;
+      const T* from = static_cast<T*>(array.row) + cell * array.size;
+      T* panel = static_cast<T*>(array.block) + ((head * streams + s) * rows + place / PANEL * PANEL) * array.size;
+      for (int64_t h = 0; h < array.size; ++h)
+        panel[keys ? h * PANEL + place % PANEL : place % PANEL * array.size + h] = from[h];
+    }
+  };
+  const int64_t least = 1 << 10;  // numbers that are worth another thread: of keys, each lies far from the next
+  const int64_t parts = std::clamp<int64_t>(numbers / least, 1, heads);
+  in_parallel(pool, parts, [&](int64_t task) {
+    for (int64_t head = task * heads / parts; head < (task + 1) * heads / parts; ++head) {
+      const int64_t place = at.typed_data()[head / kv_heads];
+      if (place < 0 || place >= rows) continue;
+      for (int64_t i = 0; i < count; ++i) {
+        if (arrays[i].bytes == 4) write(uint32_t(), arrays[i], i < count / 2, head, place);
+        if (arrays[i].bytes == 2) write(uint16_t(), arrays[i], i < count / 2, head, place);
+        if (arrays[i].bytes == 1) write(uint8_t(), arrays[i], i < count / 2, head, place);
+      }
+    }
+  });
+  return ffi::Error::Success();
 }
 
 }  // namespace msllm
@@ -209,3 +256,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(msllm_attend_row, msllm::AttendRow,
                                   .Ret<msllm::Array>()
                                   .Ret<msllm::Array>()
                                   .Ret<msllm::Array>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(msllm_write_row, msllm::WriteRow,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .RemainingArgs()
+                                  .RemainingRets());

@@ -1,6 +1,8 @@
 // Products of few rows with a matrix that is read once: y [M, N] = x [M, K] times w, for M up to the hundreds.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace msllm {
@@ -176,7 +178,8 @@ constexpr int64_t AHEAD = 4096;  // numbers by which memory is fetched before th
 // y [m, n] = x [m, k] times a panel [k, n] of w, n at most PANEL. What lies `ahead` is fetched meanwhile, counted from w. If x
 // is in bfloat16, so is w, k is even and n is PANEL.
 template <typename X = float, typename W = float>
-void multiply_panel(MatrixOf<X> x, const W* w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n, int64_t ahead = AHEAD) {
+void multiply_panel(MatrixOf<X> x, const W* w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n,
+                    int64_t ahead = AHEAD) {
   if (n < PANEL) {
     for (int64_t i = 0; i < m; ++i) std::fill(y + i * y_stride, y + i * y_stride + n, 0.0f);
     return add_product(x, MatrixOf<W>{w, n}, y, y_stride, m, k, n, {k, PANEL});

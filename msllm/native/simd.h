@@ -85,7 +85,7 @@ inline void convert(const float* from, float* to, int64_t count) { std::copy(fro
 
 // Products of bfloat16 are made in pairs, where the CPU can: two numbers of a row of x with those of two rows of w.
 #if defined(__AVX512BF16__)
-constexpr bool PAIRS = true;
+using Paired = BFloat16;
 
 inline void store(BFloat16* to, Vec v) {
   const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
@@ -115,7 +115,7 @@ inline Vec multiply_add(const BFloat16* pair, Vec pairs, Vec sums) {
   return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(both), (__m512bh)pairs);
 }
 #else
-constexpr bool PAIRS = false;
+using Paired = float;
 #endif
 
 // The first `count` values; zeros behind them.
