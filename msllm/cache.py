@@ -211,7 +211,8 @@ def attend(
         """(highest score, sum of the weights, weighted sum of the values) over some rows."""
         if kernel:
             scales = [x.scale for x in (keys, values) if x.scale is not None]
-            return [by_stream(x) for x in kernel(grouped, keys.values, values.values, mask, filled, scales, MASKED)]
+            queries = grouped.astype(jnp.float32)
+            return [by_stream(x) for x in kernel(queries, keys.values, values.values, mask, filled, scales, MASKED)]
         flat = lambda x: x.reshape(*x.shape[:3], -1)  # the keys of all rows and streams, M
         scores = dot("bkqh,bkhm->bkqm", grouped, flat(keys.numbers(q.dtype)))
         if keys.scale is not None:

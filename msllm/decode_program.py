@@ -378,16 +378,19 @@ class Kernels(NamedTuple):
 
 def _kernels(platform: str, config: ModelConfig, one_device: bool) -> Kernels:
     slow = Kernels(anywhere(config))
-    if platform != "cpu" or config.compute_dtype != "float32":
+    if platform != "cpu":
         return slow
     if reason := native.missing():
         log.info("decoding by XLA alone, which is slower with several streams: %s", reason)
         return slow
 
     def head(x, weights, axis):
-        return [native.product_transposed(x, weights[0]) if len(x) <= FEW_ROWS else x @ weights[0].T]
+        if len(x) <= FEW_ROWS:
+            return [native.product_transposed(x, weights[0])]
+        return [jnp.matmul(x, weights[0].T, preferred_element_type=jnp.float32)]
 
-    attention = backend("native") if config.attention in ("auto", "native") else slow.attention
+    here = config.compute_dtype == "float32" and config.attention in ("auto", "native")
+    attention = backend("native") if here else slow.attention
     kernels = Kernels(attention, attend_row=native.attend_row)
     # A device has other panels than the whole weight.
     return kernels._replace(products=native.products, packed=True, head=head) if one_device else kernels

@@ -143,6 +143,22 @@ def test_small_caches_come_near(make_model, dtype, tolerance):
         check_crowd(model, sessions, shown)
 
 
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "xla"])
+def test_a_model_in_bfloat16_comes_near_itself_in_float32(make_model, monkeypatch, kernels):
+    """Nearer than twice what its full forward is off: cached decoding rounds as often, elsewhere."""
+    if not kernels:
+        monkeypatch.setattr(native, "missing", lambda: "not asked for")
+    exact, model = (make_model(3, d_ff=56 + kernels, compute_dtype=dtype) for dtype in ("float32", "bfloat16"))
+    sessions, shown = crowd(model, 6, (5, 0))
+    for session in sessions:
+        right, rounded = (full_logits(m, session.transcript()) for m in (exact, model))
+        rows = [row for row in shown[session] if row.logits is not None]
+        ours = np.max([np.abs(row.logits - right[row.index - 1]).max() for row in rows])
+        assert 1e-3 < ours < 2 * np.abs(rounded - right).max(), ours
+    monkeypatch.undo()
+    decode_program.cache_clear()
+
+
 @pytest.mark.parametrize("kept", [0, 3])
 def test_endless_session_sees_what_remains(make_model, kept):
     """To ten times the window, against a full pass over all rows in which each sees only those that remained."""

@@ -20,14 +20,19 @@ pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"no kernel
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 45), st.integers(1, 90), st.integers(1, 150), st.integers(0, 2**31))
-def test_products_are_products(m, k, n, seed):
+@given(
+    st.integers(1, 45), st.integers(1, 90), st.integers(1, 150), st.integers(0, 2**31), st.sampled_from(("float32", "bfloat16"))
+)
+def test_products_are_products(m, k, n, seed, dtype):
     random = np.random.default_rng(seed)
-    x, w = (random.standard_normal(shape, np.float32) for shape in ((m, k), (k, n)))
-    right = x.astype(np.float64) @ w
-    outs = [native.products(x, [native.pack(jnp.asarray(w.T if axis else w), axis)], axis)[0] for axis in (0, 1)]
-    for out in (*outs, native.product_transposed(x, jnp.asarray(w.T))):
-        np.testing.assert_allclose(out, right, atol=3e-6 * k**0.5, rtol=1e-5)
+    x, w = (jnp.asarray(random.standard_normal(shape, np.float32), dtype) for shape in ((m, k), (k, n)))
+    right = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    sums = native.product_transposed(x, w.T)
+    outs = [native.products(x, [native.pack(w.T if axis else w, axis)], axis)[0] for axis in (0, 1)]
+    assert sums.dtype == jnp.float32 and {out.dtype for out in outs} == {x.dtype}
+    for out in (sums, *outs):
+        rounded = 2**-8 if out.dtype == jnp.bfloat16 else 1e-5
+        np.testing.assert_allclose(np.asarray(out, np.float64), right, atol=3e-6 * k**0.5, rtol=rounded)
 
 
 def test_large_products_are_shared_among_threads():

@@ -85,13 +85,15 @@ def pack(weight: jax.Array, axis: int) -> jax.Array:
 
 
 def products(x: jax.Array, weights: list[jax.Array], axis: int) -> list[jax.Array]:
-    """x [M, K] times each packed weight [K, N] (`axis` 0) or [N, K] (`axis` 1), float32: [M, N]."""
-    out = [jax.ShapeDtypeStruct((x.shape[0], w.shape[1 - axis]), jnp.float32) for w in weights]
+    """x [M, K] times each packed weight [K, N] (`axis` 0) or [N, K] (`axis` 1): [M, N]; all float32, or all bfloat16, summed in
+    float32."""
+    out = [jax.ShapeDtypeStruct((x.shape[0], w.shape[1 - axis]), x.dtype) for w in weights]
     return jax.ffi.ffi_call("msllm_products", out)(x, *weights, axis=axis)
 
 
 def product_transposed(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [M, K] times w [N, K], which is not packed, float32: [M, N]. It reads w once for M up to a hundred."""
+    """x [M, K] times w [N, K], which is not packed, both float32 or both bfloat16: [M, N] float32. It reads w once for M up to
+    a hundred."""
     out = jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.float32)
     return jax.ffi.ffi_call("msllm_product_transposed", out)(x, w)
 

@@ -20,50 +20,87 @@ int64_t columns_of_a_part(const ffi::ThreadPool& pool, int64_t all, int64_t mult
   return std::max<int64_t>(1, (all + parts * unit - 1) / (parts * unit)) * unit;
 }
 
-// x [M, K] and each w [K, N] (axis 0) or [N, K] (axis 1) -> each y [M, N]. Weights are packed: PANEL columns after the other,
-// each panel [K, PANEL], the last one narrower. So memory is read from one end to the other.
-ffi::Error Products(ffi::ThreadPool pool, int64_t axis, Array x, ffi::RemainingArgs ws, ffi::RemainingRets ys) {
+template <typename T>
+ffi::Error products(ffi::ThreadPool& pool, int64_t axis, ffi::AnyBuffer x, ffi::RemainingArgs ws, ffi::RemainingRets ys) {
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
   int64_t all = 0;
   for (size_t i = 0; i < ws.size(); ++i) {
-    if (ws.get<Array>(i)->dimensions()[axis] != k) return ffi::Error::InvalidArgument("x and w do not fit together");
-    all += ws.get<Array>(i)->dimensions()[1 - axis];
+    const ffi::AnyBuffer w = *ws.get<ffi::AnyBuffer>(i);
+    if (w.dimensions()[axis] != k || w.element_type() != x.element_type())
+      return ffi::Error::InvalidArgument("x and w do not fit together");
+    all += w.dimensions()[1 - axis];
   }
   struct Part {
-    const float* w;
-    float* y;
+    const T* w;
+    T* y;
     int64_t n, columns;
   };
   std::vector<Part> parts;
   const int64_t columns = columns_of_a_part(pool, all, m * k, PANEL);
   for (size_t i = 0; i < ws.size(); ++i) {
-    const int64_t n = ws.get<Array>(i)->dimensions()[1 - axis];
-    const float* w = ws.get<Array>(i)->typed_data();
-    float* y = (*ys.get<Array>(i))->typed_data();
-    for (int64_t j = 0; j < n; j += columns) parts.push_back({w + j * k, y + j, n, std::min(columns, n - j)});
+    const ffi::AnyBuffer from = *ws.get<ffi::AnyBuffer>(i);
+    ffi::AnyBuffer to = **ys.get<ffi::AnyBuffer>(i);
+    const int64_t n = from.dimensions()[1 - axis];
+    const T* w = static_cast<const T*>(from.untyped_data());
+    for (int64_t j = 0; j < n; j += columns)
+      parts.push_back({w + j * k, static_cast<T*>(to.untyped_data()) + j, n, std::min(columns, n - j)});
+  }
+  const T* given = static_cast<const T*>(x.untyped_data());
+  std::vector<float> wide;
+  if constexpr (!std::is_same_v<T, float>) {
+    wide.resize(m * k);
+    convert(given, wide.data(), m * k);
   }
   in_parallel(pool, parts.size(), [&](int64_t task) {
     const auto [w, y, n, columns] = parts[task];
+    std::vector<float> sums(std::is_same_v<T, float> ? 0 : m * PANEL);
     for (int64_t j = 0; j < columns; j += PANEL) {
       const int64_t width = std::min(PANEL, columns - j);
-      multiply_panel({x.typed_data(), k}, w + j * k, y + j, n, m, k, width);
+      if constexpr (std::is_same_v<T, float>) {
+        multiply_panel(Matrix{given, k}, w + j * k, y + j, n, m, k, width);
+      } else {
+        if (std::is_same_v<Paired, T> && width == PANEL && k % 2 == 0) {
+          multiply_panel(MatrixOf<Paired>{reinterpret_cast<const Paired*>(given), k}, w + j * k, sums.data(), PANEL, m, k, width);
+        } else {
+          multiply_panel(Matrix{wide.data(), k}, w + j * k, sums.data(), PANEL, m, k, width);
+        }
+        for (int64_t i = 0; i < m; ++i) convert(sums.data() + i * PANEL, y + i * n + j, width);
+      }
     }
   });
   return ffi::Error::Success();
 }
 
-// x [M, K], w [N, K] -> y [M, N].
-ffi::Error ProductTransposed(ffi::ThreadPool pool, Array x, Array w, Result y) {
+// x [M, K] and each w [K, N] (axis 0) or [N, K] (axis 1) -> each y [M, N], all float32 or all bfloat16, summed in float32.
+// Weights are packed: PANEL columns after the other, each panel [K, PANEL], the last one narrower. So memory is read from one
+// end to the other.
+ffi::Error Products(ffi::ThreadPool pool, int64_t axis, ffi::AnyBuffer x, ffi::RemainingArgs ws, ffi::RemainingRets ys) {
+  if (x.element_type() == ffi::F32) return products<float>(pool, axis, x, ws, ys);
+  if (x.element_type() == ffi::BF16) return products<BFloat16>(pool, axis, x, ws, ys);
+  return ffi::Error::InvalidArgument("x is not float32 or bfloat16");
+}
+
+// x [M, K], w [N, K], both float32 or both bfloat16 -> y [M, N] float32.
+ffi::Error ProductTransposed(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, Result y) {
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = y->dimensions()[1];
-  if (k != w.dimensions()[1]) return ffi::Error::InvalidArgument("x and w do not fit together");
+  if (k != w.dimensions()[1] || w.element_type() != x.element_type())
+    return ffi::Error::InvalidArgument("x and w do not fit together");
   const int64_t columns = columns_of_a_part(pool, n, m * k, NEAR);
-  in_parallel(pool, (n + columns - 1) / columns, [&](int64_t task) {
-    const int64_t first = task * columns, size = std::min(columns, n - first);
-    float* to = y->typed_data() + first;
-    for (int64_t i = 0; i < m; ++i) std::fill(to + i * n, to + i * n + size, 0.0f);
-    add_product_transposed({x.typed_data(), k}, {w.typed_data() + first * k, k}, to, n, m, k, size);
-  });
-  return ffi::Error::Success();
+  auto multiply = [&](const float* x, auto* w) {
+    using W = std::remove_pointer_t<decltype(w)>;
+    in_parallel(pool, (n + columns - 1) / columns, [&](int64_t task) {
+      const int64_t first = task * columns, size = std::min(columns, n - first);
+      float* to = y->typed_data() + first;
+      for (int64_t i = 0; i < m; ++i) std::fill(to + i * n, to + i * n + size, 0.0f);
+      add_product_transposed(Matrix{x, k}, MatrixOf<W>{w + first * k, k}, to, n, m, k, size);
+    });
+    return ffi::Error::Success();
+  };
+  if (x.element_type() == ffi::F32) return multiply(x.typed_data<float>(), w.typed_data<float>());
+  if (x.element_type() != ffi::BF16) return ffi::Error::InvalidArgument("x is not float32 or bfloat16");
+  std::vector<float> wide(m * k);
+  convert(static_cast<const BFloat16*>(x.untyped_data()), wide.data(), m * k);
+  return multiply(wide.data(), static_cast<BFloat16*>(w.untyped_data()));
 }
 
 // What `AttendRow` is given and makes, below.
@@ -232,15 +269,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(msllm_products, msllm::Products,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Attr<int64_t>("axis")
-                                  .Arg<msllm::Array>()
+                                  .Arg<xla::ffi::AnyBuffer>()
                                   .RemainingArgs()
                                   .RemainingRets());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(msllm_product_transposed, msllm::ProductTransposed,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<msllm::Array>()
-                                  .Arg<msllm::Array>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<msllm::Array>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(msllm_attend_row, msllm::AttendRow,

@@ -61,28 +61,27 @@ void block_of_columns(MatrixOf<X> x, MatrixOf<W> w, float* y, int64_t y_stride, 
 }
 
 // y [M, n] += x [M, k] w^T, w [n, k], n a multiple of C. The rows of w that are wanted next are fetched meanwhile.
-template <int M, int C>
-void block_of_rows(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t k, int64_t n) {
+template <int M, int C, typename W>
+void block_of_rows(Matrix x, MatrixOf<W> w, float* y, int64_t y_stride, int64_t k, int64_t n) {
   const int64_t vectors = k / LANES * LANES;
   for (int64_t j = 0; j < n; j += C) {
     Vec parts[M][C] = {};
-    auto add = [&](const float* from, const float* weights, auto load) {
+    auto add = [&](const float* from, const W* weights, auto... count) {
       Vec columns[C];
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
-        columns[c] = load(weights + c * w.stride);
+        columns[c] = load(weights + c * w.stride, count...);
         __builtin_prefetch(weights + (c + NEAR) * w.stride, 0, 2);
       }
 #pragma GCC unroll 32
       for (int m = 0; m < M; ++m) {
-        Vec row = load(from + m * x.stride);
+        Vec row = load(from + m * x.stride, count...);
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) parts[m][c] += row * columns[c];
       }
     };
-    const float *from = x.data, *weights = w.row(j);
-    for (int64_t i = 0; i < vectors; i += LANES) add(from + i, weights + i, [](const float* p) { return load(p); });
-    if (vectors < k) add(from + vectors, weights + vectors, [&](const float* p) { return load(p, k - vectors); });
+    for (int64_t i = 0; i < vectors; i += LANES) add(x.data + i, w.row(j) + i);
+    if (vectors < k) add(x.data + vectors, w.row(j) + vectors, k - vectors);
     for (int m = 0; m < M; ++m) {
       float* to = y + m * y_stride + j;
       if constexpr (C == 4) {
@@ -158,16 +157,17 @@ void add_product(MatrixOf<X> x, MatrixOf<W> w, float* y, int64_t y_stride, int64
 }
 
 // y [m, n] += x [m, k] w^T, w [n, k].
-inline void add_product_transposed(Matrix x, Matrix w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n) {
+template <typename W = float>
+void add_product_transposed(Matrix x, MatrixOf<W> w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n) {
   for (int64_t j = 0; j < n; j += NEAR)
     by_rows<ACCUMULATORS / NEAR>(m, [&](int64_t first, auto rows) {
       constexpr int M = rows;
       const Matrix from{x.row(first), x.stride};
       float* to = y + first * y_stride + j;
       if (n - j >= NEAR) {
-        block_of_rows<M, NEAR>(from, {w.row(j), w.stride}, to, y_stride, k, NEAR);
+        block_of_rows<M, NEAR>(from, MatrixOf<W>{w.row(j), w.stride}, to, y_stride, k, NEAR);
       } else {
-        block_of_rows<M, 1>(from, {w.row(j), w.stride}, to, y_stride, k, n - j);
+        block_of_rows<M, 1>(from, MatrixOf<W>{w.row(j), w.stride}, to, y_stride, k, n - j);
       }
     });
 }

@@ -46,9 +46,15 @@ inline Vec broadcast(float x) { return x - Vec{}; }
 
 inline Vec multiply_add(const float* x, Vec y, Vec sums) { return sums + *x * y; }
 
-// The numbers of caches that are not float32. A bfloat16 is the upper half of a float32.
+// The upper half of a float32.
 struct BFloat16 {
   uint16_t bits;
+  BFloat16() = default;
+  explicit BFloat16(float x) {  // to the nearest, of two the even one
+    uint32_t wide;
+    std::memcpy(&wide, &x, sizeof x);
+    bits = x != x ? 0x7fc0 : (wide + 0x7fff + (wide >> 16 & 1)) >> 16;
+  }
   operator float() const {
     const uint32_t wide = uint32_t(bits) << 16;
     float x;
@@ -56,6 +62,11 @@ struct BFloat16 {
     return x;
   }
 };
+
+template <typename From, typename To>
+void convert(const From* from, To* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = To(from[i]);
+}
 
 inline Vec load(const BFloat16* from) {
 #if defined(__AVX512F__)  // compilers convert one number after the other
@@ -81,8 +92,6 @@ inline Vec load(const int8_t* from) {
 #endif
 }
 
-inline void convert(const float* from, float* to, int64_t count) { std::copy(from, from + count, to); }
-
 // Products of bfloat16 are made in pairs, where the CPU can: two numbers of a row of x with those of two rows of w.
 #if defined(__AVX512BF16__)
 using Paired = BFloat16;
@@ -90,10 +99,6 @@ using Paired = BFloat16;
 inline void store(BFloat16* to, Vec v) {
   const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
   std::memcpy(to, &narrow, sizeof narrow);
-}
-
-inline void convert(const float* from, BFloat16* to, int64_t count) {
-  for (int64_t i = 0; i < count; i += LANES) store(to + i, load(from + i));
 }
 
 // Two vectors of pairs: columns 0 to 15, and 16 to 31, of two rows.
@@ -119,10 +124,11 @@ using Paired = float;
 #endif
 
 // The first `count` values; zeros behind them.
-inline Vec load(const float* from, int64_t count) {
-  Vec v{};
-  std::memcpy(&v, from, 4 * count);
-  return v;
+template <typename T>
+Vec load(const T* from, int64_t count) {
+  T some[LANES] = {};
+  std::memcpy(some, from, sizeof(T) * count);
+  return load(some);
 }
 
 template <int N>
