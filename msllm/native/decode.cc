@@ -117,7 +117,6 @@ struct Row {
 template <typename X, typename T>
 void attend_row(ffi::ThreadPool& pool, const Row& in, const T* keys, const T* values) {
   constexpr int64_t NARROW = sizeof(float) / sizeof(X);  // numbers in the place of one float
-  constexpr Cut cut{NARROW * CACHED.depth, CACHED.tile};
   const int64_t queries = in.queries, streams = in.streams, rows = in.rows, size = in.size;
   const int64_t end = std::clamp<int64_t>(in.filled, 1, rows), seen = (end + PANEL - 1) / PANEL * PANEL;
   const int64_t depth = (end + NARROW - 1) / NARROW * NARROW;
@@ -176,7 +175,7 @@ void attend_row(ffi::ThreadPool& pool, const Row& in, const T* keys, const T* va
         }
         for (int64_t i = 0; i < here; ++i)
           add_product(MatrixOf<X>{weights + i * seen, NARROW * width}, MatrixOf<T>{value + (s + i) * rows * size, size},
-                      sums + first * size, size, count, depth, size, cut, 0, key - value + here * rows * size);
+                      sums + first * size, size, count, depth, size, {depth, CACHED.tile}, 0, key - value + here * rows * size);
       });
   });
 }
