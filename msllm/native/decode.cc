@@ -20,6 +20,7 @@ int64_t columns_of_a_part(const ffi::ThreadPool& pool, int64_t all, int64_t mult
   return std::max<int64_t>(1, (all + parts * unit - 1) / (parts * unit)) * unit;
 }
 
+// `Products` of numbers in T.
 template <typename T>
 ffi::Error products(ffi::ThreadPool& pool, int64_t axis, ffi::AnyBuffer x, ffi::RemainingArgs ws, ffi::RemainingRets ys) {
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
