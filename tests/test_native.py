@@ -82,15 +82,18 @@ def test_attention_of_a_row_is_that_of_xla(sizes, dtype):
     for seed in range(4):
         random = np.random.default_rng(seed)
         draw = lambda *shape: random.standard_normal(shape, np.float32)
-        # In bfloat16, also when they are scaled by 64 ** -0.5: where the kernel rounds queries, these stay as they are.
-        q = jnp.asarray(3 * draw(batch, 1, streams, kv_heads * of_head, head_dim), jnp.bfloat16).astype(jnp.float32)
+        # Whole numbers up to 127, over 16, also when they are scaled by 64 ** -0.5: where the kernel rounds queries, to bfloat16
+        # or to eight bits, these stay as they are.
+        q = np.clip(np.round(48 * draw(batch, 1, streams, kv_heads * of_head, head_dim)), -127, 127)
+        q[..., random.integers(head_dim)] = 127
+        q = jnp.asarray(q / 16)
         blocks = [[draw(batch, rows, streams, kv_heads, head_dim) for _ in range(2)] for _ in range(2)]
         filled = int(random.integers(1, 2 * rows + 1))
         mask = (random.random((batch, streams, streams, 2 * rows)) < 0.6) & (np.arange(2 * rows) < filled)
         mask[..., 0] = True  # a query sees something
-        # Weights that are rounded to bfloat16 are wrong by 2 ** -9 of themselves.
-        rounded = dtype == BITS and head_dim % 32 == 0
-        np.testing.assert_allclose(*both(q, blocks, mask, filled), atol=2**-8 * np.abs(blocks[1]).max() if rounded else 6e-6)
+        # Weights that are rounded to bfloat16 are wrong by 2 ** -9 of themselves, to eight bits by 2 ** -9 of the largest.
+        rounded = {"float32": 0, BITS: 2**-8, "int8": 2**-7}[dtype] * (head_dim % 32 == 0)
+        np.testing.assert_allclose(*both(q, blocks, mask, filled), rtol=0, atol=max(rounded * np.abs(blocks[1]).max(), 6e-6))
         # Of a single key nothing is weighted.
         one = np.zeros_like(mask)
         one[..., random.integers(streams), random.integers(filled)] = True

@@ -1,6 +1,7 @@
 // What decoding a row needs on a CPU: products of few rows, and attention of one row over the cache.
 
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "products.h"
@@ -9,8 +10,6 @@ namespace msllm {
 
 using Array = ffi::Buffer<ffi::F32>;
 using Result = ffi::Result<Array>;
-
-constexpr int64_t SCORES = 640;  // about as many keys at a time: the scores of some queries stay in the cache
 
 // Cuts `all` columns of products into parts for threads: how many columns each has, in multiples of `unit`.
 int64_t columns_of_a_part(const ffi::ThreadPool& pool, int64_t all, int64_t multiplications_of_one, int64_t unit) {
@@ -114,70 +113,99 @@ struct Row {
   float masked;
 };
 
-// `AttendRow` over keys and values in T, with which queries and weights are multiplied in X. Each thread takes some kv heads.
-template <typename X, typename T>
+// How products with a query become scores in base 2: less `zero`, times `unit`.
+struct Scores {
+  float zero, unit;
+};
+
+// Writes a query in the numbers with which keys are multiplied.
+template <typename X>
+Scores round_query(const float* from, X* to, int64_t size) {
+  if constexpr (std::is_same_v<X, int8_t>) {
+    Vec largest{};
+    for (int64_t h = 0; h < size; h += LANES) largest = max(largest, max(load(from + h), -load(from + h)));
+    const float one = max(largest) / 127;
+    for (int64_t h = 0; h < size; h += LANES) store(to + h, load(from + h) * (one > 0 ? 1 / one : 0));
+    return {128.0f * std::accumulate(to, to + size, 0), one * LOG2E};  // keys come without a sign, 128 more
+  } else {
+    convert(from, to, size);
+    return {0, LOG2E};
+  }
+}
+
+// `AttendRow` over keys and values in T: keys are multiplied with queries in X, values with weights in Y.
+template <typename X, typename Y, typename T>
 void attend_row(ffi::ThreadPool& pool, const Row& in, const T* keys, const T* values) {
-  constexpr int64_t NARROW = sizeof(float) / sizeof(X);  // numbers in the place of one float
+  constexpr int64_t NARROW = sizeof(float) / sizeof(Y);  // weights in the place of one float
   const int64_t queries = in.queries, streams = in.streams, rows = in.rows, size = in.size;
   const int64_t end = std::clamp<int64_t>(in.filled, 1, rows), seen = (end + PANEL - 1) / PANEL * PANEL;
   const int64_t depth = (end + NARROW - 1) / NARROW * NARROW;
   in_parallel(pool, in.sessions * in.kv_heads, [&](int64_t task) {
-    const T *key = keys + task * streams * rows * size, *value = values + task * streams * rows * size;
-    const float* key_scale = in.scales[0] ? in.scales[0] + task * streams * rows : nullptr;
-    const float* value_scale = in.scales[1] ? in.scales[1] + task * streams * rows : nullptr;
     const bool* visible = in.mask + task / in.kv_heads * in.of_head * streams * rows;
     float *most = in.top + task * queries, *total = in.norm + task * queries, *sums = in.out + task * queries * size;
     std::fill(most, most + queries, in.masked);
     std::fill(total, total + queries, 0.0f);
     std::fill(sums, sums + queries * size, 0.0f);
     auto query = std::make_unique<X[]>(queries * size);
-    convert(in.q + task * queries * size, query.get(), queries * size);
-    // With an online softmax over a few streams at a time, so that the scores of some queries stay in the cache. Meanwhile what
-    // is wanted next is fetched: values where keys are multiplied, and keys where values are.
-    const int64_t together = std::clamp<int64_t>(SCORES / seen, 1, streams);
-    auto scores = std::make_unique<float[]>(ROWS * together * seen);
-    const auto weights = reinterpret_cast<X*>(scores.get());  // each in the place of scores that have been read
-    for (int64_t s = 0; s < streams; s += together)
+    std::vector<Scores> scores_of(queries);
+    for (int64_t i = 0; i < queries; ++i) scores_of[i] = round_query(in.q + (task * queries + i) * size, &query[i * size], size);
+    auto scores = std::make_unique<float[]>(ROWS * seen), weighted = std::make_unique<float[]>(ROWS * size);
+    const auto weights = reinterpret_cast<Y*>(scores.get());  // each in the place of scores that have been read
+    // With an online softmax over the streams, so that the scores of some queries stay in the cache. Meanwhile what is wanted
+    // next is fetched: values where keys are multiplied, and keys where values are.
+    for (int64_t s = 0; s < streams; ++s)
       by_rows(queries, [&](int64_t first, int64_t count) {
-        const int64_t here = std::min(together, streams - s), width = here * seen;
-        for (int64_t i = 0; i < here; ++i)
-          for (int64_t r = 0; r < seen; r += PANEL)
-            multiply_panel(MatrixOf<X>{query.get() + first * size, size}, key + ((s + i) * rows + r) * size,
-                           scores.get() + i * seen + r, width, count, size, PANEL, value - key);
-        for (int64_t i = first; i < first + count; ++i) {
-          float* row = scores.get() + (i - first) * width;
-          X* weights_of_row = weights + (i - first) * NARROW * width;
-          Vec highest = broadcast(most[i]), added{};
-          for (int64_t j = 0; j < here; ++j) {
-            const int64_t from = (s + j) * rows;
-            for (int64_t r = 0; r < seen; r += LANES) {
-              Vec score = load(row + j * seen + r);
-              if (key_scale) score *= load(key_scale + from + r);
-              score = choose(visible + i % in.of_head * streams * rows + from + r, score, in.masked);
-              highest = max(highest, score);
-              store(row + j * seen + r, score);
-            }
+        const int64_t cell = (task * streams + s) * rows;
+        const T *key = keys + cell * size, *value = values + cell * size;
+        const float* key_scale = in.scales[0] ? in.scales[0] + cell : nullptr;
+        const float* value_scale = in.scales[1] ? in.scales[1] + cell : nullptr;
+        for (int64_t r = 0; r < seen; r += PANEL)
+          multiply_panel(MatrixOf<X>{&query[first * size], size}, key + r * size, &scores[r], seen, count, size, PANEL, value - key);
+        float unit[ROWS], kept[ROWS];
+        for (int64_t i = 0; i < count; ++i) {
+          const auto [zero, unit_of_query] = scores_of[first + i];
+          const bool* seen_by_it = visible + ((first + i) % in.of_head * streams + s) * rows;
+          float *row = &scores[i * seen], before = most[first + i];
+          Vec highest = broadcast(before), added{}, largest{};
+          for (int64_t r = 0; r < seen; r += LANES) {
+            Vec score = (load(row + r) - zero) * unit_of_query;
+            if (key_scale) score *= load(key_scale + r);
+            score = choose(seen_by_it + r, score, in.masked);
+            highest = max(highest, score);
+            store(row + r, score);
           }
           const float now = max(highest);
-          for (int64_t j = 0; j < here; ++j)
-            for (int64_t r = 0; r < seen; r += LANES) {
-              Vec weight = exp2(load(row + j * seen + r) * LOG2E - now * LOG2E);
-              added += weight;
-              if (value_scale) weight *= load(value_scale + (s + j) * rows + r);
-              store(weights_of_row + j * seen + r, weight);
+          Y* weights_of_row = weights + i * NARROW * seen;
+          for (int64_t r = 0; r < seen; r += LANES) {
+            Vec weight = exp2<(NARROW > 1)>(load(row + r) - now);
+            added += weight;
+            if (value_scale) weight *= load(value_scale + r);
+            if constexpr (NARROW == 4) {
+              largest = max(largest, weight);
+              store(row + r, weight);
+            } else {
+              store(weights_of_row + r, weight);
             }
-          if (now > most[i]) {
-            const float kept = std::exp2((most[i] - now) * LOG2E);
-            for (int64_t h = 0; h < size; ++h) sums[i * size + h] *= kept;
-            total[i] *= kept;
-            most[i] = now;
           }
-          total[i] += sum(added);
+          unit[i] = 1;
+          if constexpr (NARROW == 4) {
+            unit[i] = max(largest) / 255;
+            for (int64_t r = 0; r < seen; r += LANES) store(weights_of_row + r, load(row + r) * (unit[i] > 0 ? 1 / unit[i] : 0));
+          }
+          kept[i] = std::exp2(before - now);
+          total[first + i] = total[first + i] * kept[i] + sum(added);
+          most[first + i] = now;
         }
-        for (int64_t i = 0; i < here; ++i)
-          add_product(MatrixOf<X>{weights + i * seen, NARROW * width}, MatrixOf<T>{value + (s + i) * rows * size, size},
-                      sums + first * size, size, count, depth, size, {depth, CACHED.tile}, 0, key - value + here * rows * size);
+        std::fill(&weighted[0], &weighted[count * size], 0.0f);
+        add_product(MatrixOf<Y>{weights, NARROW * seen}, MatrixOf<T>{value, size}, weighted.get(), size, count, depth, size,
+                    {depth, CACHED.tile}, 0, key - value + rows * size);
+        for (int64_t i = 0; i < count; ++i)
+          for (int64_t h = 0; h < size; ++h) {
+            float& sum = sums[(first + i) * size + h];
+            sum = sum * kept[i] + weighted[i * size + h] * unit[i];
+          }
       });
+    for (int64_t i = 0; i < queries; ++i) most[i] /= LOG2E;
   });
 }
 
@@ -196,18 +224,19 @@ ffi::Error AttendRow(ffi::ThreadPool pool, float masked, Array q, ffi::AnyBuffer
   row.queries = q.dimensions()[2], row.of_head = mask.dimensions()[1], row.filled = filled.typed_data()[0], row.masked = masked;
   if (shape[5] != PANEL || mask.dimensions()[3] != row.rows) return ffi::Error::InvalidArgument("keys are not in panels");
   for (size_t i = 0; i < scales.size(); ++i) row.scales[i] = scales.get<Array>(i)->typed_data();
-  auto attend = [&](auto x, auto number) {
+  auto attend = [&](auto x, auto y, auto number) {
     using T = decltype(number);
-    attend_row<decltype(x)>(pool, row, static_cast<const T*>(keys.untyped_data()), static_cast<const T*>(values.untyped_data()));
+    attend_row<decltype(x), decltype(y)>(pool, row, static_cast<const T*>(keys.untyped_data()), static_cast<const T*>(values.untyped_data()));
     return ffi::Error::Success();
   };
+  const bool narrow = row.size % (2 * LANES) == 0;
   switch (keys.element_type()) {
     case ffi::F32:
-      return attend(float(), float());
+      return attend(float(), float(), float());
     case ffi::S8:
-      return attend(float(), int8_t());
+      return narrow ? attend(Query8(), Weight8(), int8_t()) : attend(float(), float(), int8_t());
     case ffi::U16:
-      return row.size % (2 * LANES) ? attend(float(), BFloat16()) : attend(Paired(), BFloat16());
+      return narrow ? attend(Paired(), Paired(), BFloat16()) : attend(float(), float(), BFloat16());
     default:
       return ffi::Error::InvalidArgument("keys are not float32, int8, or bfloat16 by its bits");
   }

@@ -24,29 +24,30 @@ struct MatrixOf {
 using Matrix = MatrixOf<float>;
 
 // y [M, n] (+)= x [M, k] w [k, n], k >= 1, n a multiple of LANES * C. What lies `ahead` of w is fetched meanwhile. If x is in
-// bfloat16, so is w, and k and C are even.
+// bfloat16 or in eight bits, so is w, k is a multiple of 2 or of 4, and C of 2.
 template <int M, int C, bool ADD, typename X, typename W>
 void block_of_columns(MatrixOf<X> x, MatrixOf<W> w, float* y, int64_t y_stride, int64_t k, int64_t n, int64_t ahead) {
   constexpr int DEEP = sizeof(float) / sizeof(X);  // rows of w at a time
+  using Sum = std::conditional_t<DEEP == 4, IntVec, Vec>;
   for (int64_t j = 0; j < n; j += LANES * C) {
-    Vec sums[M][C];
-    for (int m = 0; m < M; ++m)
-      for (int c = 0; c < C; ++c) sums[m][c] = ADD ? load(y + m * y_stride + j + LANES * c) : Vec{};
+    Sum sums[M][C] = {};
     const X* from = x.data;
     const W* weights = w.data + j;
     int64_t left = k;
     do {
-      Vec columns[C];
+      Sum columns[C];
 #pragma GCC unroll 4
-      for (int c = 0; c < C; c += DEEP) {
+      for (int c = 0; c < C; c += std::min(DEEP, 2)) {
         const W* here = weights + LANES * c;
-        if constexpr (DEEP == 2) {
+        if constexpr (DEEP == 4) {
+          load_fours(here, w.stride, columns + c);
+        } else if constexpr (DEEP == 2) {
           load_pairs(here, here + w.stride, columns + c);
-          __builtin_prefetch(here + w.stride + ahead, 0, 2);
         } else {
           columns[c] = load(here);
         }
-        __builtin_prefetch(here + ahead, 0, 2);
+#pragma GCC unroll 4
+        for (int i = 0; i < DEEP; ++i) __builtin_prefetch(here + i * w.stride + ahead, 0, 2);
       }
 #pragma GCC unroll 32
       for (int m = 0; m < M; ++m)
@@ -56,7 +57,10 @@ void block_of_columns(MatrixOf<X> x, MatrixOf<W> w, float* y, int64_t y_stride, 
       weights += DEEP * w.stride;
     } while ((left -= DEEP) > 0);
     for (int m = 0; m < M; ++m)
-      for (int c = 0; c < C; ++c) store(y + m * y_stride + j + LANES * c, sums[m][c]);
+      for (int c = 0; c < C; ++c) {
+        float* to = y + m * y_stride + j + LANES * c;
+        store(to, ADD ? load(to) + to_floats(sums[m][c]) : to_floats(sums[m][c]));
+      }
   }
 }
 
@@ -126,8 +130,8 @@ struct Cut {
 constexpr Cut CACHED{64, 64};  // w is in the second cache: the part fits into the first
 
 // y [m, n] += x [m, k] w [k, n]. What comes after is fetched meanwhile: the next rows of w, or what lies `elsewhere`, counted
-// from w; `next`: where the columns begin, from those of w, that are wanted after these. If x is in bfloat16, so is w, k is
-// even and n a multiple of 2 * LANES.
+// from w; `next`: where the columns begin, from those of w, that are wanted after these. If x is in bfloat16 or in eight bits,
+// so is w, k is a multiple of 2 or of 4, and n of 2 * LANES.
 template <typename X = float, typename W = float>
 void add_product(MatrixOf<X> x, MatrixOf<W> w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n, Cut cut,
                  int64_t next = 0, int64_t elsewhere = 0) {
@@ -176,14 +180,15 @@ constexpr int64_t PANEL = 32;  // columns of w that lie together when it is pack
 constexpr int64_t AHEAD = 4096;  // numbers by which memory is fetched before they are wanted
 
 // y [m, n] = x [m, k] times a panel [k, n] of w, n at most PANEL. What lies `ahead` is fetched meanwhile, counted from w. If x
-// is in bfloat16, so is w, k is even and n is PANEL.
+// is in bfloat16 or in eight bits, so is w, k is a multiple of 2 or of 4, and n is PANEL.
 template <typename X = float, typename W = float>
 void multiply_panel(MatrixOf<X> x, const W* w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n,
                     int64_t ahead = AHEAD) {
-  if (n < PANEL) {
-    for (int64_t i = 0; i < m; ++i) std::fill(y + i * y_stride, y + i * y_stride + n, 0.0f);
-    return add_product(x, MatrixOf<W>{w, n}, y, y_stride, m, k, n, {k, PANEL});
-  }
+  if constexpr (std::is_same_v<X, float>)
+    if (n < PANEL) {
+      for (int64_t i = 0; i < m; ++i) std::fill(y + i * y_stride, y + i * y_stride + n, 0.0f);
+      return add_product(x, MatrixOf<W>{w, n}, y, y_stride, m, k, n, {k, PANEL});
+    }
   by_rows(m, [&](int64_t first, auto rows) {
     constexpr int M = rows, C = std::min<int>(WIDTH<M>, PANEL / LANES);
     const MatrixOf<X> from{x.row(first), x.stride};

@@ -42,6 +42,8 @@ inline Vec load(const float* from) {
 
 inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
 
+inline Vec to_floats(Vec v) { return v; }
+
 inline Vec broadcast(float x) { return x - Vec{}; }
 
 inline Vec multiply_add(const float* x, Vec y, Vec sums) { return sums + *x * y; }
@@ -121,6 +123,56 @@ inline Vec multiply_add(const BFloat16* pair, Vec pairs, Vec sums) {
 }
 #else
 using Paired = float;
+#endif
+
+// Products of int8 are made in fours, where the CPU can: four numbers of a row of x with those of four rows of w, of which one
+// side has no sign. Weights have none; to queries keys come without, that is, 128 more than they are.
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+using Query8 = int8_t;
+using Weight8 = uint8_t;
+
+inline Vec to_floats(IntVec v) { return (Vec)_mm512_cvtepi32_ps((__m512i)v); }
+
+inline void store(int8_t* to, Vec v) { _mm_storeu_si128((__m128i*)to, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32((__m512)v))); }
+
+inline void store(uint8_t* to, Vec v) { _mm_storeu_si128((__m128i*)to, _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32((__m512)v))); }
+
+// Two vectors of fours: columns 0 to 15, and 16 to 31, of four rows.
+inline void load_fours(const int8_t* from, int64_t stride, IntVec* fours) {
+  alignas(64) constexpr auto order = [] {
+    struct {
+      uint8_t of[2][64];
+    } order{};
+    for (int i = 0; i < 128; ++i) order.of[i / 64][i % 64] = i / 4 + i % 4 * 32;
+    return order;
+  }();
+  auto two_rows = [stride](const int8_t* from) {
+    const __m256i first = _mm256_loadu_si256((const __m256i*)from), second = _mm256_loadu_si256((const __m256i*)(from + stride));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+  };
+  const __m512i a = two_rows(from), b = two_rows(from + 2 * stride);
+  for (int i = 0; i < 2; ++i) fours[i] = (IntVec)_mm512_permutex2var_epi8(a, _mm512_load_si512(order.of[i]), b);
+}
+
+inline IntVec without_sign(IntVec fours) { return fours ^ (IntVec{} + int(0x80808080)); }
+
+template <typename X>
+__m512i broadcast_four(const X* four) {
+  int all;
+  std::memcpy(&all, four, sizeof all);
+  return _mm512_set1_epi32(all);
+}
+
+inline IntVec multiply_add(const int8_t* four, IntVec fours, IntVec sums) {
+  return (IntVec)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)without_sign(fours), broadcast_four(four));
+}
+
+inline IntVec multiply_add(const uint8_t* four, IntVec fours, IntVec sums) {
+  return (IntVec)_mm512_dpbusd_epi32((__m512i)sums, broadcast_four(four), (__m512i)fours);
+}
+#else
+using Query8 = float;
+using Weight8 = float;
 #endif
 
 // The first `count` values; zeros behind them.
@@ -222,19 +274,28 @@ inline Vec choose(const bool* where, Vec a, float b) {
 
 constexpr float LOG2E = 1.44269504f;
 
-// 2^x for x <= 0, with a relative error of 2e-7; 0 from -127 on. The polynomial is that of Cephes (S. Moshier), exp2f.
-inline Vec exp2(Vec x) {
+// 2^x for x <= 0, with a relative error of 2e-7, ROUGH 5e-5; 0 from -127 on. The polynomial is that of Cephes (S. Moshier),
+// exp2f.
+template <bool ROUGH = false>
+Vec exp2(Vec x) {
+#if defined(__AVX512F__)
+  const Vec whole = (Vec)_mm512_roundscale_ps((__m512)x, 0), r = x - whole;
+#else
   const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
   x = max(x, broadcast(-127.0f));
   const Vec shifted = x + magic, r = x - (shifted - magic);
-  Vec p = broadcast(1.535336188319500e-4f);
-  p = p * r + 1.339887440266574e-3f;
-  p = p * r + 9.618437357674640e-3f;
+#endif
+  Vec p = broadcast(9.618437357674640e-3f);
+  if (!ROUGH) p += (r * 1.535336188319500e-4f + 1.339887440266574e-3f) * r;
   p = p * r + 5.550332471162809e-2f;
   p = p * r + 2.402264791363012e-1f;
   p = p * r + 6.931472028550421e-1f;
   p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
   return (Vec)((IntVec)p + ((IntVec)shifted << 23));
+#endif
 }
 
 // Calls f(0), ..., f(tasks - 1), on this thread and on those of the pool that come to it. Waits for no task that nobody
