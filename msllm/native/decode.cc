@@ -177,7 +177,8 @@ void attend_row(ffi::ThreadPool& pool, const Row& in, const T* keys, const T* va
           const float now = max(highest);
           Y* weights_of_row = weights + i * NARROW * seen;
           for (int64_t r = 0; r < seen; r += LANES) {
-            Vec weight = exp2<(NARROW > 1)>(load(row + r) - now);
+            const Vec below = load(row + r) - now;
+            Vec weight = NARROW > 1 ? rough_exp2(below) : exp2(below);
             added += weight;
             if (value_scale) weight *= load(value_scale + r);
             if constexpr (NARROW == 4) {

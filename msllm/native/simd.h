@@ -274,27 +274,32 @@ inline Vec choose(const bool* where, Vec a, float b) {
 
 constexpr float LOG2E = 1.44269504f;
 
-// 2^x for x <= 0, with a relative error of 2e-7, ROUGH 5e-5; 0 from -127 on. The polynomial is that of Cephes (S. Moshier),
-// exp2f.
-template <bool ROUGH = false>
-Vec exp2(Vec x) {
-#if defined(__AVX512F__)
-  const Vec whole = (Vec)_mm512_roundscale_ps((__m512)x, 0), r = x - whole;
-#else
+// 2^x for x <= 0, with a relative error of 2e-7; 0 from -127 on. The polynomial is that of Cephes (S. Moshier), exp2f.
+inline Vec exp2(Vec x) {
   const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
   x = max(x, broadcast(-127.0f));
   const Vec shifted = x + magic, r = x - (shifted - magic);
-#endif
-  Vec p = broadcast(9.618437357674640e-3f);
-  if (!ROUGH) p += (r * 1.535336188319500e-4f + 1.339887440266574e-3f) * r;
+  Vec p = broadcast(1.535336188319500e-4f);
+  p = p * r + 1.339887440266574e-3f;
+  p = p * r + 9.618437357674640e-3f;
   p = p * r + 5.550332471162809e-2f;
   p = p * r + 2.402264791363012e-1f;
   p = p * r + 6.931472028550421e-1f;
   p = p * r + 1.0f;
-#if defined(__AVX512F__)
-  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)whole);
-#else
   return (Vec)((IntVec)p + ((IntVec)shifted << 23));
+}
+
+// The same for what will be rounded to eight bits: its relative error may be 9e-5. Of 0 it is 1.
+inline Vec rough_exp2(Vec x) {
+#if defined(__AVX512DQ__)
+  const Vec r = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);  // less the integer below, which scalef takes of x
+  Vec p = broadcast(7.706704e-2f);
+  p = p * r + 2.2764499e-1f;
+  p = p * r + 6.9511679e-1f;
+  p = p * r + 1.0f;
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+  return exp2(x);
 #endif
 }
 
