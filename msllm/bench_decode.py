@@ -46,10 +46,10 @@ def decode_case(case: dict) -> list[dict]:
                     others_rows[size].append(timed(others[size].step))
         for size, session in sessions.items():
             steps[size].append(rows[size])
-            runs[size].append(_timed_run(session, case["steps"]))
             if others:
                 same[size].append(_same_rows(session, [row for row, *_ in others_rows[size]], case))
                 others_steps[size].append([row[1:] for row in others_rows[size]])
+            runs[size].append(_timed_run(session, case["steps"]))  # rows may fall out now
             session.close()
     lines = [_line(case, size, steps[size], runs[size]) for size in sizes]
     if others:

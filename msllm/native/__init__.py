@@ -99,8 +99,10 @@ def product_transposed(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def attend_row(q, keys, values, mask, filled, scales, masked: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Attention of one row over some rows R of a cache, for `cache.attend`, in float32; where the CPU multiplies bfloat16 and H
-    is a multiple of 32, queries and weights are rounded to it for keys and values in bfloat16, as a TPU and a GPU do.
+    """Attention of one row over some rows R of a cache, for `cache.attend`, in float32. For keys and values in bfloat16, queries
+    and weights are rounded to it, as a TPU and a GPU do, where the CPU multiplies it (AVX-512 BF16) and H is a multiple of 32.
+    For int8 they are rounded to eight bits, where it multiplies those (AVX-512 VNNI, VBMI): a query by its largest number, as
+    SageAttention does (arXiv 2410.02367), and weights, times the scales of the values, by the largest of a stream.
 
     Args:
       q: [B, K, Q, H], float32, scaled; Q: heads of a kv head times S. keys: [B, K, S', R / PANEL, H, PANEL]; values:

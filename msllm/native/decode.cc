@@ -57,12 +57,13 @@ ffi::Error products(ffi::ThreadPool& pool, int64_t axis, ffi::AnyBuffer x, ffi::
     for (int64_t j = 0; j < columns; j += PANEL) {
       const int64_t width = std::min(PANEL, columns - j);
       if constexpr (std::is_same_v<T, float>) {
-        multiply_panel(Matrix{given, k}, w + j * k, y + j, n, m, k, width);
+        multiply_panels(Matrix{given, k}, w + j * k, y + j, n, m, k, width);
       } else {
         if (std::is_same_v<Paired, T> && width == PANEL && k % 2 == 0) {
-          multiply_panel(MatrixOf<Paired>{reinterpret_cast<const Paired*>(given), k}, w + j * k, sums.data(), PANEL, m, k, width);
+          const MatrixOf<Paired> pairs{reinterpret_cast<const Paired*>(given), k};
+          multiply_panels(pairs, w + j * k, sums.data(), PANEL, m, k, width);
         } else {
-          multiply_panel(Matrix{wide.data(), k}, w + j * k, sums.data(), PANEL, m, k, width);
+          multiply_panels(Matrix{wide.data(), k}, w + j * k, sums.data(), PANEL, m, k, width);
         }
         for (int64_t i = 0; i < m; ++i) convert(sums.data() + i * PANEL, y + i * n + j, width);
       }
@@ -159,8 +160,7 @@ void attend_row(ffi::ThreadPool& pool, const Row& in, const T* keys, const T* va
         const T *key = keys + cell * size, *value = values + cell * size;
         const float* key_scale = in.scales[0] ? in.scales[0] + cell : nullptr;
         const float* value_scale = in.scales[1] ? in.scales[1] + cell : nullptr;
-        for (int64_t r = 0; r < seen; r += PANEL)
-          multiply_panel(MatrixOf<X>{&query[first * size], size}, key + r * size, &scores[r], seen, count, size, PANEL, value - key);
+        multiply_panels(MatrixOf<X>{&query[first * size], size}, key, scores.get(), seen, count, size, seen, value - key);
         float unit[ROWS], kept[ROWS];
         for (int64_t i = 0; i < count; ++i) {
           const auto [zero, unit_of_query] = scores_of[first + i];
@@ -227,7 +227,8 @@ ffi::Error AttendRow(ffi::ThreadPool pool, float masked, Array q, ffi::AnyBuffer
   for (size_t i = 0; i < scales.size(); ++i) row.scales[i] = scales.get<Array>(i)->typed_data();
   auto attend = [&](auto x, auto y, auto number) {
     using T = decltype(number);
-    attend_row<decltype(x), decltype(y)>(pool, row, static_cast<const T*>(keys.untyped_data()), static_cast<const T*>(values.untyped_data()));
+    const auto *k = static_cast<const T*>(keys.untyped_data()), *v = static_cast<const T*>(values.untyped_data());
+    attend_row<decltype(x), decltype(y)>(pool, row, k, v);
     return ffi::Error::Success();
   };
   const bool narrow = row.size % (2 * LANES) == 0;

@@ -179,11 +179,12 @@ void add_product_transposed(Matrix x, MatrixOf<W> w, float* y, int64_t y_stride,
 constexpr int64_t PANEL = 32;  // columns of w that lie together when it is packed, rows of the cache: see __init__.py
 constexpr int64_t AHEAD = 4096;  // numbers by which memory is fetched before they are wanted
 
-// y [m, n] = x [m, k] times a panel [k, n] of w, n at most PANEL. What lies `ahead` is fetched meanwhile, counted from w. If x
-// is in bfloat16 or in eight bits, so is w, k is a multiple of 2 or of 4, and n is PANEL.
+// y [m, n] = x [m, k] w [k, n], w in panels [k, PANEL], one after the other, or a single one that is narrower. What lies `ahead`
+// is fetched meanwhile, counted from w. If x is in bfloat16 or in eight bits, so is w, k is a multiple of 2 or of 4, and n one of
+// PANEL.
 template <typename X = float, typename W = float>
-void multiply_panel(MatrixOf<X> x, const W* w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n,
-                    int64_t ahead = AHEAD) {
+void multiply_panels(MatrixOf<X> x, const W* w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n,
+                     int64_t ahead = AHEAD) {
   if constexpr (std::is_same_v<X, float>)
     if (n < PANEL) {
       for (int64_t i = 0; i < m; ++i) std::fill(y + i * y_stride, y + i * y_stride + n, 0.0f);
@@ -192,7 +193,8 @@ void multiply_panel(MatrixOf<X> x, const W* w, float* y, int64_t y_stride, int64
   by_rows(m, [&](int64_t first, auto rows) {
     constexpr int M = rows, C = std::min<int>(WIDTH<M>, PANEL / LANES);
     const MatrixOf<X> from{x.row(first), x.stride};
-    block_of_columns<M, C, false>(from, MatrixOf<W>{w, PANEL}, y + first * y_stride, y_stride, k, PANEL, ahead);
+    for (int64_t j = 0; j < n; j += PANEL)
+      block_of_columns<M, C, false>(from, MatrixOf<W>{w + j * k, PANEL}, y + first * y_stride + j, y_stride, k, PANEL, ahead);
   });
 }
 
