@@ -2,17 +2,17 @@
 
     python -m msllm.bench train [--rows=102,512] [--batch=4,1] [--streams=10] [--steps=5] [--d_model=256 ...]
     python -m msllm.bench attention [--rows=102,512] [--batch=4,1] [--backends=chunked,reference] [--head_dim=64 ...]
-    python -m msllm.bench decode [--rows=400] [--prefill=100] [--streams=10] [--cache_dtype=bfloat16]
+    python -m msllm.bench decode [--rows=400] [--prefill=100] [--streams=10] [--cache_dtype=int8]
     python -m msllm.bench prepare [--size_mb=64,256] [--converter=chat] [--processes=2]
     python -m msllm.bench loader [--tables=4000] [--sources=1] [--silence=60] [--epochs=4]
 
 `train`: the train step (forward, backward, AdamW) on random tokens. `attention`: the backends alone, in turn, forward
-and with the backward pass. `decode`: rows of one session, with all streams and with one, in turn (29.4 M parameters
-unless sizes are given). `prepare`: preparing a made corpus of each size, and the memory that it takes. `loader`:
-prepared tables from disk to batches, T = 512, B = 32, S = 1, 3 and 10. Each case runs in a new process, on whatever
-devices jax finds. CPU-seconds are those of the process (user + system; `prepare`: and of its workers), so that other work
-on the machine matters less than in wall time. What is reached on an accelerator with --compute_dtype=bfloat16 is given as
-a share of its peak (msllm/hardware.py).
+and with the backward pass. `decode`: rows of one session, with all streams and with one, in turn, for each type of cache
+(29.4 M parameters unless sizes are given). `prepare`: preparing a made corpus of each size, and the memory that it takes.
+`loader`: prepared tables from disk to batches, T = 512, B = 32, S = 1, 3 and 10. Each case runs in a new process, on
+whatever devices jax finds. CPU-seconds are those of the process (user + system; `prepare`: and of its workers), so that
+other work on the machine matters less than in wall time. What is reached on an accelerator with --compute_dtype=bfloat16 is
+given as a share of its peak (msllm/hardware.py).
 
 With --torch, `train` and `decode` take turns with the same model in torch (transformers' Qwen3 with a dense mask, on CPU;
 both must be installed), from the same parameters: how far loss and gradient norm differ and which rows agree is printed, too.
@@ -35,6 +35,8 @@ from absl import flags
 from msllm.errors import UserError, run
 from msllm.timing import timed
 
+CACHES = ["int8", "bfloat16", "float32"]
+
 flags.DEFINE_list("rows", ["102", "512"], "T of each case.")
 flags.DEFINE_list("batch", ["4", "1"], "Tables of each case.")
 flags.DEFINE_integer("streams", 10, "S.")
@@ -53,7 +55,7 @@ flags.DEFINE_float("memory_gib", 4.0, "attention: a backend whose temporaries ta
 flags.DEFINE_enum("remat", "dots", ["none", "dots", "full", "offload"], "Remat policy.")
 flags.DEFINE_boolean("torch", False, "train, decode: in turn with the same model in torch, with a dense mask.")
 flags.DEFINE_integer("prefill", 100, "decode: rows of each table that are read before.")
-flags.DEFINE_enum("cache_dtype", "float32", ["float32", "bfloat16", "int8"], "decode: of keys and values.")
+flags.DEFINE_list("cache_dtype", CACHES, "decode: of keys and values; each is a case.")
 flags.DEFINE_integer("chunk_tokens", 1024, "Cells whose logits exist at one time.")
 flags.DEFINE_integer("tables", 4000, "loader: tables of each source.")
 flags.DEFINE_integer("sources", 1, "loader: sources; several are mixed.")
@@ -221,7 +223,13 @@ def _cases(benchmark: str) -> list[dict]:
     if len(rows) != len(batches) or not all(x.isdigit() and int(x) > 0 for x in rows + batches):
         rule = "both need as many positive numbers as there are cases"
         raise UserError(f"--rows is {rows} and --batch is {batches}: {rule}")
-    return [{"rows": int(t), "batch": int(b), **common} for t, b in zip(rows, batches)]
+    cases = [{"rows": int(t), "batch": int(b), **common} for t, b in zip(rows, batches)]
+    if benchmark != "decode":
+        return cases
+    dtypes = common["cache_dtype"]
+    if not dtypes or not set(dtypes) <= set(CACHES):
+        raise UserError(f"--cache_dtype is {dtypes}: must be some of {', '.join(CACHES)}")
+    return [{**case, "cache_dtype": dtype} for case in cases for dtype in dtypes]
 
 
 def _check_torch(case: dict) -> None:

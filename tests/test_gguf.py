@@ -16,6 +16,7 @@ import hf_models
 from msllm import gguf_file, hf
 from msllm.config import RopeScalingConfig
 from msllm.convert import from_gguf, to_hf
+from msllm.decode import Engine
 from msllm.errors import UserError
 from msllm.load import load_any
 from msllm.rope import rope_frequencies
@@ -243,7 +244,28 @@ def test_real_model(streams, tmp_path):
         rows = ids + prompt["greedy16_ids"]  # what greedy decoding says is the best token after each of its own
         chosen = logits(rows)[len(ids) - 1 : -1].argmax(-1)
         assert chosen.tolist() == prompt["greedy16_ids"]
+    ids, expected = shakespeare(tokenizer, reference)
+    np.testing.assert_allclose(mean_nll(ids), expected, rtol=0, atol=1e-4)
+
+
+def shakespeare(tokenizer, reference):
+    """The first 1,024 tokens of tinyshakespeare, and their mean NLL, nats."""
     text = (golden_cases.shared_folder() / "data" / "tinyshakespeare" / "input.txt").read_text()[:8000]
     ids = tokenizer.encode(text, add_special_tokens=False).ids[:1024]
-    expected = reference["tinyshakespeare_first_1024_tokens_mean_nll_nats"]
-    np.testing.assert_allclose(mean_nll(ids), expected, rtol=0, atol=1e-4)
+    return ids, reference["tinyshakespeare_first_1024_tokens_mean_nll_nats"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 1e-3), ("int8", 5e-3)])
+def test_real_model_with_small_caches(dtype, tolerance, tmp_path):
+    file, reference = real_model()
+    from_gguf(file, tmp_path / "out", streams="output")
+    model = load_any(tmp_path / "out")
+    ids, expected = shakespeare(tokenizers.Tokenizer.from_str(model.tokenizer.to_bytes().decode()), reference)
+    with Engine(model, window=len(ids), cache_dtype=dtype, all_logits=True).open(prefill=np.array([ids[:1]])) as session:
+        session.force("output", ids[1:])
+        rows = [session.step() for _ in ids[1:]]
+    logits = np.array([row.logits[0, : reference["config"]["vocab_size"]] for row in rows], np.float64)
+    nll = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(rows)), ids[1:]]
+    print("mean NLL", nll.mean())
+    np.testing.assert_allclose(nll.mean(), expected, rtol=0, atol=tolerance)
