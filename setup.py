@@ -51,6 +51,7 @@ setup(
             "psutil",
             "pyarrow",
             "pytest",
+            "pytest-timeout",
             "pytest-xdist",
             "zstandard",
             "jsonschema",

@@ -1,6 +1,9 @@
 # shellcheck shell=bash
 # What the scripts of this folder share. Sourced, from the repository's root.
 
+# Ctrl-C ends a script even if the command that it comes to ends well all the same: without a trap, bash would go on.
+trap 'exit 130' INT
+
 # Prints a Python that runs, is at least 3.11 and can make virtual environments; $PYTHON goes first.
 find_python() {
   local candidate

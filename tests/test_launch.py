@@ -1,5 +1,6 @@
 """The launchers: what they would run, and their loops with real processes and signals around programs that stand in."""
 
+import contextlib
 import importlib.util
 import os
 import pathlib
@@ -42,6 +43,16 @@ def program(path, text):
     path.write_text("#!/usr/bin/env bash\n" + text)
     path.chmod(0o755)
     return path
+
+
+@contextlib.contextmanager
+def started(*command, **options):
+    """A command that runs, from the root. If the test fails it is killed: leaving subprocess.Popen would wait for its end."""
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def wait_for(condition, seconds=15):
@@ -218,9 +229,7 @@ def test_local_pod_gives_up(tmp_path):
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGINT, 0)])
 def test_local_pod_passes_signals_on(tmp_path, number, status):
     command = local_pod(tmp_path, "echo ready; busy", "--restarts=3")
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-    ) as pod:
+    with started(*command, stderr=subprocess.DEVNULL, start_new_session=True) as pod:
         wait_for(lambda: sum("ready" in log for log in logs(tmp_path, 1)) == 3)
         os.killpg(pod.pid, number) if number == signal.SIGINT else pod.send_signal(number)
         assert pod.wait(10) == status
@@ -230,7 +239,7 @@ def test_local_pod_passes_signals_on(tmp_path, number, status):
 
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv (util-linux)")
 def test_local_pod_leaves_nothing_when_it_is_killed(tmp_path):
-    with subprocess.Popen(local_pod(tmp_path, "echo ready; busy"), cwd=ROOT, stdout=subprocess.DEVNULL) as pod:
+    with started(*local_pod(tmp_path, "echo ready; busy")) as pod:
         wait_for(lambda: sum("ready" in log for log in logs(tmp_path, 1)) == 3)
         pod.kill()
     wait_for(lambda: all("saved" in log for log in logs(tmp_path, 1)))
@@ -356,22 +365,30 @@ def test_tpu_vm_goes_on_watching_and_ends_after_stop(cloud):
     folder, environment = cloud
     (folder / "statuses").write_text("wait\n0\n")
     variables = os.environ | {key: str(value) for key, value in environment.items()}
-    with subprocess.Popen([*TPU_VM, "run", "--poll=1"], cwd=ROOT, env=variables, start_new_session=True) as watch:
-        wait_for(lambda: (folder / "host" / "msllm-run" / "train.log").exists())
+    with started(*TPU_VM, "run", "--poll=1", env=variables, start_new_session=True) as watch:
+        wait_for((folder / "host" / "msllm-run" / "pid").exists)
         os.killpg(watch.pid, signal.SIGINT)
+        assert watch.wait(10) == 130
     assert launch(*TPU_VM, "status", **environment).stdout.split() == ["ACTIVE", "1", "running"]
-    with subprocess.Popen([*TPU_VM, "run", "--poll=1"], cwd=ROOT, env=variables, start_new_session=True) as watch:
-        try:
-            time.sleep(1)
-            assert launch(*TPU_VM, "stop", **environment).returncode == 0
-            assert watch.wait(15) == 75
-        finally:
-            watch.kill()
+    with started(*TPU_VM, "run", "--poll=1", env=variables) as watch:
+        time.sleep(1)
+        assert launch(*TPU_VM, "stop", **environment).returncode == 0
+        assert watch.wait(15) == 75
     assert calls(folder).count("scp") == 1 and "delete" not in calls(folder)
     assert not running((folder / "host" / "msllm-run" / "pid").read_text())
     # The same command goes on with the machines that are there.
     assert launch(*TPU_VM, "run", "--poll=1", **environment).returncode == 0
     assert calls(folder).count("create") == 1
+
+
+def test_tpu_vm_ends_with_ctrl_c_whatever_gcloud_makes_of_it(cloud):
+    folder, environment = cloud
+    program(folder / "bin" / "gcloud", 'trap "" INT; touch "$CLOUD/asked"; sleep 1; echo ACTIVE')
+    variables = os.environ | {key: str(value) for key, value in environment.items()}
+    with started(*TPU_VM, "run", "--poll=1", env=variables, start_new_session=True) as watch:
+        wait_for((folder / "asked").exists)
+        os.killpg(watch.pid, signal.SIGINT)
+        assert watch.wait(10) == 130
 
 
 # slurm.sh
@@ -447,7 +464,7 @@ def test_slurm_job_stays_cancelled(cluster):
 def test_slurm_job_saves_before_its_time_limit(cluster):
     folder, base = cluster
     environment = os.environ | {key: str(value) for key, value in base.items()} | {"MODE": "signal"}
-    with subprocess.Popen(["bash", f"{folder}/job.sh"], env=environment, stdout=subprocess.DEVNULL) as batch:
+    with started("bash", f"{folder}/job.sh", env=environment) as batch:
         wait_for((folder / "pid").exists)
         batch.send_signal(signal.SIGTERM)  # to the script alone
         assert batch.wait(10) == 75
