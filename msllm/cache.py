@@ -112,21 +112,20 @@ def store(x: jax.Array, dtype, axes: tuple[str, ...]) -> Stored:
     if dtype != jnp.int8:
         return Stored(x.astype(dtype), None)
     x = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x), axis=axes.index("head_dim"), keepdims=True) / 127
+    scale = jnp.max(jnp.abs(x), axis=axes.index("head_dim"), keepdims=True) * (1 / 127)
     return Stored(jnp.round(x / jnp.where(scale > 0, scale, 1.0)).astype(jnp.int8), scale)
 
 
 def write_row(keys: list[Stored], values: list[Stored], k: jax.Array, v: jax.Array, at: jax.Array, layout: Layout, rows: int):
     """Stores one row of each session in one layer: k and v [B, 1, S, K, H], at places [B], in blocks of so many rows.
     Returns (keys, values). A place beyond the window writes nothing."""
-    dtype, pairs = keys[0].values.dtype, zip(keys, values)
     if "panel" in layout.keys:
-        new = jax.tree.leaves([store(x, dtype, CELLS) for x in (k, v)])
-        write = lambda block, at: jax.tree.unflatten(jax.tree.structure(block), native.write_row(jax.tree.leaves(block), new, at))
-        written = [write(block, at - number * rows) for number, block in enumerate(pairs)]
+        new = [x.astype(jnp.float32) for x in (k, v)]
+        write = lambda block, at: jax.tree.unflatten(jax.tree.structure(block), native.write_row(jax.tree.leaves(block), *new, at))
     else:
-        new = [store(x, dtype, axes) for x, axes in zip((k, v), layout)]
-        written = [_write_row(block, new, at - number * rows, layout, rows) for number, block in enumerate(pairs)]
+        new = [store(x, keys[0].values.dtype, axes) for x, axes in zip((k, v), layout)]
+        write = lambda block, at: _write_row(block, new, at, layout, rows)
+    written = [write(block, at - number * rows) for number, block in enumerate(zip(keys, values))]
     return [list(x) for x in zip(*written)]
 
 

@@ -117,14 +117,14 @@ def attend_row(q, keys, values, mask, filled, scales, masked: float) -> tuple[ja
     return call(q, keys, values, mask, filled, *scales, masked=np.float32(masked))
 
 
-def write_row(block: list[jax.Array], new: list[jax.Array], at: jax.Array) -> list[jax.Array]:
-    """Puts one row of each session into a block of the cache, in its memory; a place outside of the block writes nothing.
+def write_row(block: list[jax.Array], k: jax.Array, v: jax.Array, at: jax.Array) -> list[jax.Array]:
+    """Puts one row of each session into a block of the cache, in its memory, in the numbers that `cache.store` makes of it; a place
+    outside of the block writes nothing.
 
     Args:
-      block: some arrays of keys, then as many of values, in panels as `attend_row` has them.
-      new: for each of them [B, 1, S, K, H], of the same type. at: [B] int32: places in the block.
+      block: keys, with their scales if they are int8, then values in the same way, as `attend_row` has them.
+      k, v: [B, 1, S, K, H] float32. at: [B] int32: places in the block.
     """
-    count = len(block)
     out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in block]
-    same = {1 + count + i: i for i in range(count)}
-    return jax.ffi.ffi_call("msllm_write_row", out, input_output_aliases=same)(at, *new, *block)
+    same = {3 + i: i for i in range(len(block))}
+    return jax.ffi.ffi_call("msllm_write_row", out, input_output_aliases=same)(at, k, v, *block)

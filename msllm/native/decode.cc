@@ -244,54 +244,76 @@ ffi::Error AttendRow(ffi::ThreadPool pool, float masked, Array q, ffi::AnyBuffer
   }
 }
 
-// Puts one row of each session into a block of the cache: new keys and values [B, 1, S, K, H] at places `at` [B] of keys
-// [B, K, S, R / PANEL, H, PANEL] and values [B, K, S, R / PANEL, PANEL, H], numbers of 1, 2 or 4 bytes; a place outside of the
-// block writes nothing. Arguments: `at`, what is new, the block; results: the block, in the same memory. Of each the first half
-// is of keys, the second of values.
-ffi::Error WriteRow(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> at, ffi::RemainingArgs args, ffi::RemainingRets rets) {
-  struct Written {
-    void *block, *row;
-    int64_t bytes, size;
-  };
-  std::vector<Written> arrays;
-  const int64_t count = rets.size();
-  int64_t heads = 0, kv_heads = 0, streams = 0, rows = 0, numbers = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const ffi::AnyBuffer row = *args.get<ffi::AnyBuffer>(i), old = *args.get<ffi::AnyBuffer>(count + i);
-    const ffi::AnyBuffer block = **rets.get<ffi::AnyBuffer>(i);
-    if (old.untyped_data() != block.untyped_data()) return ffi::Error::Internal("a block of the cache was copied");
-    const auto shape = block.dimensions();
-    const int inside = i < count / 2 ? 5 : 4;  // which dimension is that of the rows of a panel
-    if (shape[inside] != PANEL) return ffi::Error::InvalidArgument("a block of the cache is not in panels");
-    kv_heads = shape[1], heads = shape[0] * kv_heads, streams = shape[2], rows = shape[3] * PANEL;
-    const int64_t bytes = ffi::ByteWidth(block.element_type()), size = shape[9 - inside];
-    arrays.push_back({block.untyped_data(), row.untyped_data(), bytes, size});
-    numbers += row.element_count();
+// A number as the cache has it; of int8 in units of `one`.
+template <typename T>
+T stored(float x, float one) {
+  if constexpr (std::is_same_v<T, int8_t>) {
+    const float rounded = std::nearbyint(x / one);
+    return std::abs(rounded) <= 127 ? rounded : 0;  // not so: what is not finite
+  } else {
+    return T(x);
   }
-  auto write = [&](auto number, const Written& array, bool keys, int64_t head, int64_t place) {
+}
+
+// Puts one row of each session into a block of the cache, see `store` in msllm/cache.py: keys and values [B, 1, S, K, H] at places
+// `at` [B] of keys [B, K, S, R / PANEL, H, PANEL] and of values [B, K, S, R / PANEL, PANEL, H] in float32, int8, or bfloat16 by its
+// bits; of int8 the scales come after either, [B, K, S, R]. A place outside of the block writes nothing. Arguments: `at`, the new
+// keys and values, the block; results: the block, in the same memory.
+ffi::Error WriteRow(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> at, Array k, Array v, ffi::RemainingArgs old,
+                    ffi::RemainingRets block) {
+  for (size_t i = 0; i < block.size(); ++i)
+    if ((*old.get<ffi::AnyBuffer>(i)).untyped_data() != (**block.get<ffi::AnyBuffer>(i)).untyped_data())
+      return ffi::Error::Internal("a block of the cache was copied");
+  const int64_t half = block.size() / 2;  // arrays of keys; of values there are as many
+  const ffi::AnyBuffer keys = **block.get<ffi::AnyBuffer>(0), values = **block.get<ffi::AnyBuffer>(half);
+  const auto shape = keys.dimensions();
+  if (shape[5] != PANEL) return ffi::Error::InvalidArgument("a block of the cache is not in panels");
+  const int64_t kv_heads = shape[1], heads = shape[0] * kv_heads, streams = shape[2], rows = shape[3] * PANEL, size = shape[4];
+  float* scales[2] = {};
+  for (int64_t i = 0; i < 2 && half == 2; ++i) scales[i] = (**block.get<Array>(i * half + 1)).typed_data();
+
+  auto write = [&](auto number) {
     using T = decltype(number);
-    for (int64_t s = 0; s < streams; ++s) {
-      const int64_t cell = (head / kv_heads * streams + s) * kv_heads + head % kv_heads;
-      const T* from = static_cast<T*>(array.row) + cell * array.size;
-      T* panel = static_cast<T*>(array.block) + ((head * streams + s) * rows + place / PANEL * PANEL) * array.size;
-      for (int64_t h = 0; h < array.size; ++h)
-        panel[keys ? h * PANEL + place % PANEL : place % PANEL * array.size + h] = from[h];
-    }
-  };
-  const int64_t least = 1 << 10;  // numbers that are worth another thread: of keys, each lies far from the next
-  const int64_t parts = std::clamp<int64_t>(numbers / least, 1, heads);
-  in_parallel(pool, parts, [&](int64_t task) {
-    for (int64_t head = task * heads / parts; head < (task + 1) * heads / parts; ++head) {
-      const int64_t place = at.typed_data()[head / kv_heads];
-      if (place < 0 || place >= rows) continue;
-      for (int64_t i = 0; i < count; ++i) {
-        if (arrays[i].bytes == 4) write(uint32_t(), arrays[i], i < count / 2, head, place);
-        if (arrays[i].bytes == 2) write(uint16_t(), arrays[i], i < count / 2, head, place);
-        if (arrays[i].bytes == 1) write(uint8_t(), arrays[i], i < count / 2, head, place);
+    auto put = [&](const float* row, T* to, float* scale, int64_t head, int64_t place, int64_t first, int64_t step) {
+      for (int64_t s = 0; s < streams; ++s) {
+        const float* from = row + ((head / kv_heads * streams + s) * kv_heads + head % kv_heads) * size;
+        const int64_t cell = (head * streams + s) * rows;
+        float one = 1;
+        if (scale) {
+          float largest = 0;
+          for (int64_t h = 0; h < size; ++h) {
+            const float x = std::abs(from[h]);
+            if (!(x <= largest) && largest == largest) largest = x;  // it keeps a NaN
+          }
+          scale[cell + place] = largest * (1.0f / 127);
+          if (largest > 0) one = scale[cell + place];
+        }
+        T* panel = to + (cell + place / PANEL * PANEL) * size + first;
+        for (int64_t h = 0; h < size; ++h) panel[h * step] = stored<T>(from[h], one);
       }
-    }
-  });
-  return ffi::Error::Success();
+    };
+    const int64_t least = 1 << 9;  // numbers that are worth another thread: of keys, each lies far from the next
+    const int64_t parts = std::clamp<int64_t>(k.element_count() / least, 1, heads);
+    in_parallel(pool, parts, [&](int64_t task) {
+      for (int64_t head = task * heads / parts; head < (task + 1) * heads / parts; ++head) {
+        const int64_t place = at.typed_data()[head / kv_heads], inside = place % PANEL;
+        if (place < 0 || place >= rows) continue;
+        put(k.typed_data(), static_cast<T*>(keys.untyped_data()), scales[0], head, place, inside, PANEL);
+        put(v.typed_data(), static_cast<T*>(values.untyped_data()), scales[1], head, place, inside * size, 1);
+      }
+    });
+    return ffi::Error::Success();
+  };
+  switch (keys.element_type()) {
+    case ffi::F32:
+      return write(float());
+    case ffi::S8:
+      return write(int8_t());
+    case ffi::U16:
+      return write(BFloat16());
+    default:
+      return ffi::Error::InvalidArgument("a block of the cache is not float32, int8, or bfloat16 by its bits");
+  }
 }
 
 }  // namespace msllm
@@ -329,5 +351,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(msllm_write_row, msllm::WriteRow,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Arg<msllm::Array>()
+                                  .Arg<msllm::Array>()
                                   .RemainingArgs()
                                   .RemainingRets());
