@@ -1,5 +1,6 @@
 // What decoding a row needs on a CPU: products of few rows, and attention of one row over the cache.
 
+#include <array>
 #include <cmath>
 #include <numeric>
 #include <vector>
@@ -57,13 +58,13 @@ ffi::Error products(ffi::ThreadPool& pool, int64_t axis, ffi::AnyBuffer x, ffi::
     for (int64_t j = 0; j < columns; j += PANEL) {
       const int64_t width = std::min(PANEL, columns - j);
       if constexpr (std::is_same_v<T, float>) {
-        multiply_panels(Matrix{given, k}, w + j * k, y + j, n, m, k, width);
+        multiply_panel(Matrix{given, k}, w + j * k, y + j, n, m, k, width);
       } else {
         if (std::is_same_v<Paired, T> && width == PANEL && k % 2 == 0) {
           const MatrixOf<Paired> pairs{reinterpret_cast<const Paired*>(given), k};
-          multiply_panels(pairs, w + j * k, sums.data(), PANEL, m, k, width);
+          multiply_panel(pairs, w + j * k, sums.data(), PANEL, m, k, width);
         } else {
-          multiply_panels(Matrix{wide.data(), k}, w + j * k, sums.data(), PANEL, m, k, width);
+          multiply_panel(Matrix{wide.data(), k}, w + j * k, sums.data(), PANEL, m, k, width);
         }
         for (int64_t i = 0; i < m; ++i) convert(sums.data() + i * PANEL, y + i * n + j, width);
       }
@@ -108,7 +109,7 @@ ffi::Error ProductTransposed(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuf
 struct Row {
   const float* q;
   const bool* mask;
-  const float* scales[2];  // of keys and of values; null: there are none
+  const float* scales[2];  // of keys and of values in int8
   float *top, *norm, *out;
   int64_t sessions, kv_heads, queries, of_head, streams, rows, size, filled;
   float masked;
@@ -138,6 +139,7 @@ Scores round_query(const float* from, X* to, int64_t size) {
 template <typename X, typename Y, typename T>
 void attend_row(ffi::ThreadPool& pool, const Row& in, const T* keys, const T* values) {
   constexpr int64_t NARROW = sizeof(float) / sizeof(Y);  // weights in the place of one float
+  static constexpr bool SCALED = std::is_same_v<T, int8_t>;
   const int64_t queries = in.queries, streams = in.streams, rows = in.rows, size = in.size;
   const int64_t end = std::clamp<int64_t>(in.filled, 1, rows), seen = (end + PANEL - 1) / PANEL * PANEL;
   const int64_t depth = (end + NARROW - 1) / NARROW * NARROW;
@@ -158,29 +160,37 @@ void attend_row(ffi::ThreadPool& pool, const Row& in, const T* keys, const T* va
       by_rows(queries, [&](int64_t first, int64_t count) {
         const int64_t cell = (task * streams + s) * rows;
         const T *key = keys + cell * size, *value = values + cell * size;
-        const float* key_scale = in.scales[0] ? in.scales[0] + cell : nullptr;
-        const float* value_scale = in.scales[1] ? in.scales[1] + cell : nullptr;
-        multiply_panels(MatrixOf<X>{&query[first * size], size}, key, scores.get(), seen, count, size, seen, value - key);
+        const float* key_scale = SCALED ? in.scales[0] + cell : nullptr;
+        const float* value_scale = SCALED ? in.scales[1] + cell : nullptr;
+        struct Asking {
+          Vec highest;
+          const bool* sees;
+          Scores scores;
+        };
+        std::array<Asking, ROWS> asking;
+        for (int64_t i = 0; i < count; ++i) {
+          const bool* sees = visible + ((first + i) % in.of_head * streams + s) * rows;
+          asking[i] = {broadcast(most[first + i]), sees, scores_of[first + i]};
+        }
+        auto take = [by = asking.data(), key_scale, to = scores.get(), seen, masked = in.masked](int64_t i, int64_t r, Vec product) {
+          Vec score = (product - by[i].scores.zero) * by[i].scores.unit;
+          if constexpr (SCALED) score *= load(key_scale + r);
+          score = choose(by[i].sees + r, score, masked);
+          by[i].highest = max(by[i].highest, score);
+          store(to + i * seen + r, score);
+        };
+        multiply_panels(MatrixOf<X>{&query[first * size], size}, key, count, size, seen, value - key, take);
         float unit[ROWS], kept[ROWS];
         for (int64_t i = 0; i < count; ++i) {
-          const auto [zero, unit_of_query] = scores_of[first + i];
-          const bool* seen_by_it = visible + ((first + i) % in.of_head * streams + s) * rows;
           float *row = &scores[i * seen], before = most[first + i];
-          Vec highest = broadcast(before), added{}, largest{};
-          for (int64_t r = 0; r < seen; r += LANES) {
-            Vec score = (load(row + r) - zero) * unit_of_query;
-            if (key_scale) score *= load(key_scale + r);
-            score = choose(seen_by_it + r, score, in.masked);
-            highest = max(highest, score);
-            store(row + r, score);
-          }
-          const float now = max(highest);
+          Vec added{}, largest{};
+          const float now = max(asking[i].highest);
           Y* weights_of_row = weights + i * NARROW * seen;
           for (int64_t r = 0; r < seen; r += LANES) {
             const Vec below = load(row + r) - now;
             Vec weight = NARROW > 1 ? rough_exp2(below) : exp2(below);
             added += weight;
-            if (value_scale) weight *= load(value_scale + r);
+            if constexpr (SCALED) weight *= load(value_scale + r);
             if constexpr (NARROW == 4) {
               largest = max(largest, weight);
               store(row + r, weight);
@@ -224,6 +234,7 @@ ffi::Error AttendRow(ffi::ThreadPool pool, float masked, Array q, ffi::AnyBuffer
   row.sessions = shape[0], row.kv_heads = shape[1], row.streams = shape[2], row.rows = shape[3] * PANEL, row.size = shape[4];
   row.queries = q.dimensions()[2], row.of_head = mask.dimensions()[1], row.filled = filled.typed_data()[0], row.masked = masked;
   if (shape[5] != PANEL || mask.dimensions()[3] != row.rows) return ffi::Error::InvalidArgument("keys are not in panels");
+  if (scales.size() != (keys.element_type() == ffi::S8 ? 2 : 0)) return ffi::Error::InvalidArgument("scales are those of int8");
   for (size_t i = 0; i < scales.size(); ++i) row.scales[i] = scales.get<Array>(i)->typed_data();
   auto attend = [&](auto x, auto y, auto number) {
     using T = decltype(number);

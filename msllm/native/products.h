@@ -23,10 +23,10 @@ struct MatrixOf {
 };
 using Matrix = MatrixOf<float>;
 
-// y [M, n] (+)= x [M, k] w [k, n], k >= 1, n a multiple of LANES * C. What lies `ahead` of w is fetched meanwhile. If x is in
-// bfloat16 or in eight bits, so is w, k is a multiple of 2 or of 4, and C of 2.
-template <int M, int C, bool ADD, typename X, typename W>
-void block_of_columns(MatrixOf<X> x, MatrixOf<W> w, float* y, int64_t y_stride, int64_t k, int64_t n, int64_t ahead) {
+// Calls f(row, first column, LANES numbers) with x [M, k] w [k, n], k >= 1, n a multiple of LANES * C. What lies `ahead` of w is
+// fetched meanwhile. If x is in bfloat16 or in eight bits, so is w, k is a multiple of 2 or of 4, and C of 2.
+template <int M, int C, typename X, typename W, typename F>
+void block_of_columns(MatrixOf<X> x, MatrixOf<W> w, int64_t k, int64_t n, int64_t ahead, F f) {
   constexpr int DEEP = sizeof(float) / sizeof(X);  // rows of w at a time
   using Sum = std::conditional_t<DEEP == 4, IntVec, Vec>;
   for (int64_t j = 0; j < n; j += LANES * C) {
@@ -56,11 +56,10 @@ void block_of_columns(MatrixOf<X> x, MatrixOf<W> w, float* y, int64_t y_stride, 
       from += DEEP * x.step;
       weights += DEEP * w.stride;
     } while ((left -= DEEP) > 0);
+#pragma GCC unroll 32
     for (int m = 0; m < M; ++m)
-      for (int c = 0; c < C; ++c) {
-        float* to = y + m * y_stride + j + LANES * c;
-        store(to, ADD ? load(to) + to_floats(sums[m][c]) : to_floats(sums[m][c]));
-      }
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) f(m, j + LANES * c, to_floats(sums[m][c]));
   }
 }
 
@@ -148,7 +147,10 @@ void add_product(MatrixOf<X> x, MatrixOf<W> w, float* y, int64_t y_stride, int64
         auto add = [&](auto columns, int64_t j, int64_t size) {
           const MatrixOf<X> from{x.row(first) + i * x.step, x.stride, x.step};
           const MatrixOf<W> weights{w.row(i) + j, w.stride};
-          block_of_columns<M, columns, true>(from, weights, y + first * y_stride + j, y_stride, depth, size, ahead);
+          float* to = y + first * y_stride + j;
+          block_of_columns<M, columns>(from, weights, depth, size, ahead, [&](int64_t row, int64_t column, Vec v) {
+            store(to + row * y_stride + column, load(to + row * y_stride + column) + v);
+          });
         };
         add(std::integral_constant<int, C>(), tile, whole - tile);
         if constexpr (std::is_same_v<X, float>) add(std::integral_constant<int, 1>(), whole, end - whole);
@@ -179,23 +181,29 @@ void add_product_transposed(Matrix x, MatrixOf<W> w, float* y, int64_t y_stride,
 constexpr int64_t PANEL = 32;  // columns of w that lie together when it is packed, rows of the cache: see __init__.py
 constexpr int64_t AHEAD = 4096;  // numbers by which memory is fetched before they are wanted
 
-// y [m, n] = x [m, k] w [k, n], w in panels [k, PANEL], one after the other, or a single one that is narrower. What lies `ahead`
-// is fetched meanwhile, counted from w. If x is in bfloat16 or in eight bits, so is w, k is a multiple of 2 or of 4, and n one of
-// PANEL.
-template <typename X = float, typename W = float>
-void multiply_panels(MatrixOf<X> x, const W* w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n,
-                     int64_t ahead = AHEAD) {
-  if constexpr (std::is_same_v<X, float>)
-    if (n < PANEL) {
-      for (int64_t i = 0; i < m; ++i) std::fill(y + i * y_stride, y + i * y_stride + n, 0.0f);
-      return add_product(x, MatrixOf<W>{w, n}, y, y_stride, m, k, n, {k, PANEL});
-    }
+// Calls f(row, first column, LANES numbers) with x [m, k] w [k, n], w in panels [k, PANEL], one after the other, n a multiple of
+// PANEL. What lies `ahead` is fetched meanwhile, counted from w. If x is in bfloat16 or in eight bits, so is w, and k is a multiple
+// of 2 or of 4.
+template <typename X, typename W, typename F>
+void multiply_panels(MatrixOf<X> x, const W* w, int64_t m, int64_t k, int64_t n, int64_t ahead, F f) {
   by_rows(m, [&](int64_t first, auto rows) {
     constexpr int M = rows, C = std::min<int>(WIDTH<M>, PANEL / LANES);
     const MatrixOf<X> from{x.row(first), x.stride};
     for (int64_t j = 0; j < n; j += PANEL)
-      block_of_columns<M, C, false>(from, MatrixOf<W>{w + j * k, PANEL}, y + first * y_stride + j, y_stride, k, PANEL, ahead);
+      block_of_columns<M, C>(from, MatrixOf<W>{w + j * k, PANEL}, k, PANEL, ahead,
+                             [f, first, j](int64_t row, int64_t column, Vec v) { f(first + row, j + column, v); });
   });
+}
+
+// y [m, n] = x [m, k] w [k, n], w such a panel, or a narrower one; then x is in float32.
+template <typename X = float, typename W = float>
+void multiply_panel(MatrixOf<X> x, const W* w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n) {
+  if (n == PANEL)
+    return multiply_panels(x, w, m, k, n, AHEAD, [&](int64_t row, int64_t column, Vec v) { store(y + row * y_stride + column, v); });
+  if constexpr (std::is_same_v<X, float>) {
+    for (int64_t i = 0; i < m; ++i) std::fill(y + i * y_stride, y + i * y_stride + n, 0.0f);
+    add_product(x, MatrixOf<W>{w, n}, y, y_stride, m, k, n, {k, PANEL});
+  }
 }
 
 }  // namespace msllm
