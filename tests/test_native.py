@@ -126,11 +126,20 @@ def test_a_row_is_put_in_its_place(sizes, layout, dtype):
     write = jax.jit(write_row, static_argnums=(5, 6))
     for _ in range(6):
         old, new, at = draw(2 * rows), draw(1), random.integers(0, 3 * rows, batch)
+        new[0][0, 0, random.integers(streams)] = 0  # of int8 the scale is 0, too
         written = write(*map(lies, old, layout), *new, jnp.asarray(at), layout, rows)
         for b in np.flatnonzero(at < 2 * rows):
             for x, row in zip(old, new):
                 x[b, at[b]] = row[b, 0]
         jax.tree.map(np.testing.assert_array_equal, written, [lies(x, axes) for x, axes in zip(old, layout)])
+
+
+def test_what_is_not_a_number_stays_so_in_eight_bits():
+    empty = [[store(jnp.zeros((1, native.PANEL, 2, 1, 8)), jnp.dtype("int8"), axes)] for axes in PANELS]
+    row = jnp.ones((1, 1, 2, 1, 8)).at[..., 1, :, 3].set(jnp.nan)
+    for [written] in write_row(*empty, row, row, jnp.array([5]), PANELS, native.PANEL):
+        scale = written.scale.reshape(2, native.PANEL)
+        assert scale[0, 5] == jnp.float32(1 / 127) and jnp.isnan(scale[1, 5]) and not jnp.isnan(scale).sum() > 1
 
 
 DECODE = """

@@ -260,7 +260,7 @@ template <typename T>
 T stored(float x, float one) {
   if constexpr (std::is_same_v<T, int8_t>) {
     const float rounded = std::nearbyint(x / one);
-    return std::abs(rounded) <= 127 ? rounded : 0;  // not so: what is not finite
+    return std::abs(rounded) <= 127 ? rounded : 0;  // not so: 0 / 0, and what is not finite
   } else {
     return T(x);
   }
@@ -296,8 +296,7 @@ ffi::Error WriteRow(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> at, Array k, Arr
             const float x = std::abs(from[h]);
             if (!(x <= largest) && largest == largest) largest = x;  // it keeps a NaN
           }
-          scale[cell + place] = largest * (1.0f / 127);
-          if (largest > 0) one = scale[cell + place];
+          one = scale[cell + place] = largest * (1.0f / 127);
         }
         T* panel = to + (cell + place / PANEL * PANEL) * size + first;
         for (int64_t h = 0; h < size; ++h) panel[h * step] = stored<T>(from[h], one);
