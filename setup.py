@@ -8,7 +8,7 @@ setup(
     version="0.1.0",
     description="Pretrain and run multi-stream language models in JAX",
     packages=find_packages(include=["msllm", "msllm.*"]),
-    package_data={"msllm.native": ["*.cc", "*.h"]},
+    package_data={"msllm.kernels.cpu": ["*.cc", "*.h"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",
@@ -35,9 +35,9 @@ setup(
         "tpu": ["jax[tpu]>=0.10", "gcsfs"],
         "cuda": ["jax[cuda13]>=0.10"],
         "gcs": ["gcsfs"],  # workdirs gs://...
-        "data": ["pyarrow", "zstandard"],  # parquet and .zst files as input of msllm.prepare
-        "chat": ["textual>=8"],  # the screen of msllm.chat
-        "gguf": ["gguf"],  # .gguf files as input of msllm.convert
+        "data": ["pyarrow", "zstandard"],  # parquet and .zst files as input of msllm prepare
+        "chat": ["textual>=8"],  # the screen of `msllm chat`
+        "gguf": ["gguf"],  # .gguf files as input of msllm convert
         # With the TPU compiler that belongs to the installed jax: it needs no TPU.
         # Launchers: shellcheck, and schemas for manifests. Workdirs in a bucket: an emulator.
         "test": [

@@ -1,6 +1,6 @@
 """Qwen3-1.7B with 8 streams on one node of 8 H100.
 
-    python -m msllm.train --config=configs/1b_h100_8.py --config.data.dir=DATA --workdir=WORKDIR
+    msllm train --config=configs/1b_h100_8.py --config.data.dir=DATA --workdir=WORKDIR
 
 Tokens per step: 32 tables x 1,024 rows x 8 streams = 262,144, 32,768 a card.
 Expected memory: parameters and optimizer 2.4 GiB a card; the rest has not been measured on such a node.
@@ -15,7 +15,7 @@ tables, so no keys and values travel.
 """
 
 from msllm.config import default_config
-from msllm.shapes import QWEN3
+from msllm.presets import QWEN3
 
 
 def get_config():
@@ -24,7 +24,16 @@ def get_config():
     config.model.update(QWEN3["1.7b"])
     config.model.compute_dtype = "bfloat16"
     config.model.remat = "dots"
-    config.streams.names = ("system", "user", "tool", "observer", "thought", "plan", "output", "action")
+    config.streams.names = (
+        "system",
+        "user",
+        "tool",
+        "observer",
+        "thought",
+        "plan",
+        "output",
+        "action",
+    )
     config.streams.kinds = ("input",) * 4 + ("thought",) * 2 + ("output",) * 2
     config.data.rows = 1024
     config.data.batch_size = 32

@@ -1,6 +1,6 @@
 """Qwen3-1.7B with 8 streams on 16 chips of TPU v5e (v5e-16).
 
-    python -m msllm.train --config=configs/1b_v5e_16.py --config.data.dir=DATA --workdir=WORKDIR
+    msllm train --config=configs/1b_v5e_16.py --config.data.dir=DATA --workdir=WORKDIR
 
 Topology: v5e:4x4. Tokens per step: 16 tables x 1,024 rows x 8 streams = 131,072, 8,192 a chip.
 Expected memory: 3.4 GiB a chip at the peak, of 15.75 (compiled, not run; 1b_v5e_16.budget.json,
@@ -12,7 +12,7 @@ only. Longer tables need such a mesh; at this length, fsdp 16 and stream 1 moves
 """
 
 from msllm.config import default_config
-from msllm.shapes import QWEN3
+from msllm.presets import QWEN3
 
 
 def get_config():
@@ -21,7 +21,16 @@ def get_config():
     config.model.update(QWEN3["1.7b"])
     config.model.compute_dtype = "bfloat16"
     config.model.remat = "full"
-    config.streams.names = ("system", "user", "tool", "observer", "thought", "plan", "output", "action")
+    config.streams.names = (
+        "system",
+        "user",
+        "tool",
+        "observer",
+        "thought",
+        "plan",
+        "output",
+        "action",
+    )
     config.streams.kinds = ("input",) * 4 + ("thought",) * 2 + ("output",) * 2
     config.data.rows = 1024
     config.data.batch_size = 16

@@ -1,6 +1,6 @@
 """Qwen3-32B with 8 streams on 1,024 chips of TPU v5p.
 
-    python -m msllm.train --config=configs/32b_v5p_1024.py --config.data.dir=DATA --workdir=WORKDIR
+    msllm train --config=configs/32b_v5p_1024.py --config.data.dir=DATA --workdir=WORKDIR
 
 Topology: v5p:8x8x16. Tokens per step: 1,024 tables x 1,024 rows x 8 streams = 8,388,608, 8,192 a chip.
 Expected memory: 16.9 GiB a chip at the peak, of 95.7 (compiled, not run; 32b_v5p_1024.budget.json,
@@ -11,7 +11,7 @@ chip holds whole tables, so no keys and values travel; over `data` scattered gra
 """
 
 from msllm.config import default_config
-from msllm.shapes import QWEN3
+from msllm.presets import QWEN3
 
 
 def get_config():
@@ -20,7 +20,16 @@ def get_config():
     config.model.update(QWEN3["32b"])
     config.model.compute_dtype = "bfloat16"
     config.model.remat = "full"
-    config.streams.names = ("system", "user", "tool", "observer", "thought", "plan", "output", "action")
+    config.streams.names = (
+        "system",
+        "user",
+        "tool",
+        "observer",
+        "thought",
+        "plan",
+        "output",
+        "action",
+    )
     config.streams.kinds = ("input",) * 4 + ("thought",) * 2 + ("output",) * 2
     config.data.rows = 1024
     config.data.batch_size = 1024

@@ -1,6 +1,6 @@
 """Qwen3-8B with 8 streams on two slices of 256 chips of TPU v5e.
 
-    python -m msllm.train --config=configs/8b_v5e_256x2_slices.py --config.data.dir=DATA --workdir=WORKDIR
+    msllm train --config=configs/8b_v5e_256x2_slices.py --config.data.dir=DATA --workdir=WORKDIR
 
 Topology: 2 slices of v5e:16x16. Tokens per step: 512 tables x 1,024 rows x 8 streams = 4,194,304, 8,192 a chip.
 Expected memory: 4.3 GiB a chip at the peak, of 15.75 (compiled, not run; 8b_v5e_256x2_slices.budget.json,
@@ -10,7 +10,7 @@ centre's network, once a step.
 """
 
 from msllm.config import default_config
-from msllm.shapes import QWEN3
+from msllm.presets import QWEN3
 
 
 def get_config():
@@ -19,7 +19,16 @@ def get_config():
     config.model.update(QWEN3["8b"])
     config.model.compute_dtype = "bfloat16"
     config.model.remat = "full"
-    config.streams.names = ("system", "user", "tool", "observer", "thought", "plan", "output", "action")
+    config.streams.names = (
+        "system",
+        "user",
+        "tool",
+        "observer",
+        "thought",
+        "plan",
+        "output",
+        "action",
+    )
     config.streams.kinds = ("input",) * 4 + ("thought",) * 2 + ("output",) * 2
     config.data.rows = 1024
     config.data.batch_size = 512

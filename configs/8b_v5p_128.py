@@ -1,6 +1,6 @@
 """Qwen3-8B with 8 streams on 64 chips of TPU v5p (v5p-128: Cloud counts cores).
 
-    python -m msllm.train --config=configs/8b_v5p_128.py --config.data.dir=DATA --workdir=WORKDIR
+    msllm train --config=configs/8b_v5p_128.py --config.data.dir=DATA --workdir=WORKDIR
 
 Topology: v5p:4x4x4. Tokens per step: 128 tables x 1,024 rows x 8 streams = 1,048,576, 16,384 a chip.
 Expected memory: 51.5 GiB a chip at the peak, of 95.7 (compiled, not run; 8b_v5p_128.budget.json,
@@ -11,7 +11,7 @@ remat keep the results of products, which saves a fifth of the FLOPs.
 """
 
 from msllm.config import default_config
-from msllm.shapes import QWEN3
+from msllm.presets import QWEN3
 
 
 def get_config():
@@ -20,7 +20,16 @@ def get_config():
     config.model.update(QWEN3["8b"])
     config.model.compute_dtype = "bfloat16"
     config.model.remat = "dots"
-    config.streams.names = ("system", "user", "tool", "observer", "thought", "plan", "output", "action")
+    config.streams.names = (
+        "system",
+        "user",
+        "tool",
+        "observer",
+        "thought",
+        "plan",
+        "output",
+        "action",
+    )
     config.streams.kinds = ("input",) * 4 + ("thought",) * 2 + ("output",) * 2
     config.data.rows = 1024
     config.data.batch_size = 128

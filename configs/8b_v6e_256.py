@@ -1,6 +1,6 @@
 """Qwen3-8B with 8 streams on 256 chips of TPU v6e (v6e-256).
 
-    python -m msllm.train --config=configs/8b_v6e_256.py --config.data.dir=DATA --workdir=WORKDIR
+    msllm train --config=configs/8b_v6e_256.py --config.data.dir=DATA --workdir=WORKDIR
 
 Topology: v6e:16x16. Tokens per step: 512 tables x 1,024 rows x 8 streams = 4,194,304, 16,384 a chip.
 Expected memory: 8.1 GiB a chip at the peak, of 31.2 (compiled, not run; 8b_v6e_256.budget.json,
@@ -11,7 +11,7 @@ tokens share each gathered weight, and nothing else is sent.
 """
 
 from msllm.config import default_config
-from msllm.shapes import QWEN3
+from msllm.presets import QWEN3
 
 
 def get_config():
@@ -20,7 +20,16 @@ def get_config():
     config.model.update(QWEN3["8b"])
     config.model.compute_dtype = "bfloat16"
     config.model.remat = "full"
-    config.streams.names = ("system", "user", "tool", "observer", "thought", "plan", "output", "action")
+    config.streams.names = (
+        "system",
+        "user",
+        "tool",
+        "observer",
+        "thought",
+        "plan",
+        "output",
+        "action",
+    )
     config.streams.kinds = ("input",) * 4 + ("thought",) * 2 + ("output",) * 2
     config.data.rows = 1024
     config.data.batch_size = 512

@@ -1,9 +1,9 @@
 """Apollo 13: two voice loops of mission control, six hours from the accident on, and what each is worth to the other.
 
-    python -m msllm.prepare --config=configs/apollo13.py
-    python -m msllm.train --config=configs/apollo13.py --workdir=runs/apollo13
-    python -m msllm.train --config=configs/apollo13.py:isolated --workdir=runs/apollo13_isolated
-    python -m msllm.likelihood --checkpoint=runs/apollo13 --against=runs/apollo13_isolated --block=64
+    msllm prepare --config=configs/apollo13.py
+    msllm train --config=configs/apollo13.py --workdir=runs/apollo13
+    msllm train --config=configs/apollo13.py:isolated --workdir=runs/apollo13_isolated
+    msllm likelihood --checkpoint=runs/apollo13 --against=runs/apollo13_isolated --block=64
 
 Data: data/apollo13_loops in the folder named by MSLLM_SHARED, else in the folder `shared` beside the repository; the last
 eighth of the mission held out. Both models have the same parameters, data and steps; with `isolated` (the word after the
@@ -27,13 +27,19 @@ def get_config(visibility="block_causal"):
     config.streams.kinds = ("output", "output")
     config.streams.visibility = visibility
 
-    shared = pathlib.Path(os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared")
+    shared = pathlib.Path(
+        os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared"
+    )
     config.data.dir = "data/apollo13"
     config.data.converter = "timed"
     config.data.path = str(shared / "data/apollo13_loops/air-ground-loop.json")
     config.data.format = "msllm.data.corpora:apollo13"
     crew = {f"air-ground/{speaker}": "air_ground" for speaker in ("CAPCOM", "CDR", "CMP", "LMP")}
-    config.data.options = {"row_seconds": 0.25, "longest_silence": 8, "roles": {**crew, "*": "flight_director"}}
+    config.data.options = {
+        "row_seconds": 0.25,
+        "longest_silence": 8,
+        "roles": {**crew, "*": "flight_director"},
+    }
     config.data.tokenizer.vocab_size = 1024
     config.data.split = "tail"
     config.data.eval_percent = 12.5

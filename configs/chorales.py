@@ -1,9 +1,9 @@
 """Bach's chorales, four voices in four streams, each a row behind the one above it.
 
-    python -m msllm.prepare --config=configs/chorales.py
-    python -m msllm.train --config=configs/chorales.py --workdir=runs/chorales --config.seed=0
-    python -m msllm.prepare --config=configs/chorales.py:quarter,delays,test
-    python -m msllm.likelihood --checkpoint=runs/chorales --best --data=data/chorales_quarter_delays_test
+    msllm prepare --config=configs/chorales.py
+    msllm train --config=configs/chorales.py --workdir=runs/chorales --config.seed=0
+    msllm prepare --config=configs/chorales.py:quarter,delays,test
+    msllm likelihood --checkpoint=runs/chorales --best --data=data/chorales_quarter_delays_test
 
 Data: data/jsb_chorales/Jsb16thSeparated.json in the folder named by MSLLM_SHARED, else in the folder `shared` beside the
 repository; the official split, training songs in all keys. Shows what delays are worth where streams depend on each
@@ -32,10 +32,14 @@ def get_config(words="quarter,delays"):
     config.streams.visibility = "same_row"
     config.streams.delays = {"delays": (0, 1, 2, 3), "together": (0, 0, 0, 0)}[delays]
 
-    shared = pathlib.Path(os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared")
+    shared = pathlib.Path(
+        os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared"
+    )
     config.data.dir = f"data/chorales_{grid}_{delays}" + "_test" * bool(test)
     config.data.converter = "aligned"
-    config.data.path = config.data.eval_path = str(shared / "data/jsb_chorales/Jsb16thSeparated.json")
+    config.data.path = config.data.eval_path = str(
+        shared / "data/jsb_chorales/Jsb16thSeparated.json"
+    )
     config.data.format = f"msllm.data.corpora:{readers[grid]}_train_transposed"
     config.data.eval_format = f"msllm.data.corpora:{readers[grid]}_{'test' if test else 'valid'}"
     config.data.vary.lead = (1,)  # a silent row first, so that the first frame is predicted too

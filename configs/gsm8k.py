@@ -1,7 +1,7 @@
 """GSM8K in three streams: the user asks, the thought works, the output gives the number.
 
-    python -m msllm.prepare --config=configs/gsm8k.py
-    python -m msllm.train --config=configs/gsm8k.py --workdir=runs/gsm8k
+    msllm prepare --config=configs/gsm8k.py
+    msllm train --config=configs/gsm8k.py --workdir=runs/gsm8k
 
 Data: data/gsm8k/train.jsonl in the folder named by MSLLM_SHARED, else in the folder `shared` beside the repository;
 any file of the same form with --config.data.path=FILE. Let the thought start before the question ends with
@@ -23,7 +23,9 @@ def get_config():
     config.streams.names = ("user", "thought", "output")
     config.streams.kinds = ("input", "thought", "output")
 
-    shared = pathlib.Path(os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared")
+    shared = pathlib.Path(
+        os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared"
+    )
     config.data.dir = "data/gsm8k"
     config.data.converter = "gsm8k"
     config.data.path = str(shared / "data/gsm8k/train.jsonl")

@@ -1,8 +1,8 @@
 """Tiny Shakespeare in 1, 2, 4 or 8 streams that do not see each other: streams cost nothing where they share nothing.
 
-    python -m msllm.prepare --config=configs/parallel_documents.py:4
-    python -m msllm.train --config=configs/parallel_documents.py:4 --workdir=runs/parallel_4
-    python -m msllm.likelihood --checkpoint=runs/parallel_4
+    msllm prepare --config=configs/parallel_documents.py:4
+    msllm train --config=configs/parallel_documents.py:4 --workdir=runs/parallel_4
+    msllm likelihood --checkpoint=runs/parallel_4
 
 Data: data/tinyshakespeare/input.txt in the folder named by MSLLM_SHARED, else in the folder `shared` beside the
 repository, the last tenth held out. The number after the colon is that of streams; every step has the same number of
@@ -29,7 +29,9 @@ def get_config(streams="4"):
     config.streams.kinds = ("output",) * size
     config.streams.visibility = "isolated"
 
-    shared = pathlib.Path(os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared")
+    shared = pathlib.Path(
+        os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared"
+    )
     config.data.dir = f"data/parallel_{size}"
     config.data.converter = "parallel_documents"
     config.data.options = {"shuffle": 1024}  # so that a batch is as varied as one of single streams

@@ -1,7 +1,7 @@
 """Dictated sums in three streams: the model works while the user speaks and answers as he ends.
 
-    python -m msllm.prepare --config=configs/quickstart.py
-    python -m msllm.train --config=configs/quickstart.py --workdir=runs/quickstart
+    msllm prepare --config=configs/quickstart.py
+    msllm train --config=configs/quickstart.py --workdir=runs/quickstart
 
 Data: made by the project (msllm/data/dictation.py), no download. Shows that the answer comes two rows after the
 question mark, also when the user corrects himself; compare with quickstart_single.py.

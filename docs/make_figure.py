@@ -55,11 +55,18 @@ def example() -> Example:
     streams = StreamsConfig()
     data = DataConfig(converter="dictation", options={"examples": 1000, "seed": 0})
     config, spec = Config(streams=streams, data=data), StreamSpec.from_config(streams)
-    tokenizer = train(converters.texts(config, spec), TokenizerConfig(model_type="word", vocab_size=256))
-    piece = lambda token: "" if token == tokenizer.silence_id else tokenizer.decode([token])
+    tokenizer = train(
+        converters.texts(config, spec), TokenizerConfig(model_type="word", vocab_size=256)
+    )
+
+    def piece(token):
+        return "" if token == tokenizer.silence_id else tokenizer.decode([token])
+
     best = None
     for table in converters.convert(config, spec, tokenizer):
-        found = Example(spec.names, [[piece(token) for token in row] for row in table.tokens.tolist()])
+        found = Example(
+            spec.names, [[piece(token) for token in row] for row in table.tokens.tolist()]
+        )
         said = " ".join(row[0] for row in found.words)
         if len(re.findall(r"\d", said.partition("wait")[2])) > 1 and "it" not in said.split():
             best = min(best or found, found, key=lambda e: len(e.words))
@@ -86,7 +93,9 @@ class Card:
     def box(self, x, y, w, h, fill, edge="none", width=0.0, radius=0.05, style="-", z=1):
         shape = f"round,pad=0,rounding_size={radius}"
         line = {"edgecolor": edge, "linewidth": width, "linestyle": style}
-        self.axes.add_patch(FancyBboxPatch((x, y), w, h, shape, facecolor=fill, zorder=z, clip_on=False, **line))
+        self.axes.add_patch(
+            FancyBboxPatch((x, y), w, h, shape, facecolor=fill, zorder=z, clip_on=False, **line)
+        )
 
     def text(self, x, y, text, size=9.0, color=INK, ha="left", va="center", **kwargs):
         self.axes.text(x, y, text, fontsize=size, color=color, ha=ha, va=va, zorder=5, **kwargs)
@@ -99,7 +108,18 @@ class Card:
             )
         )  # fmt: skip
 
-    def grid(self, x, y, size, names: Sequence[str], rows: int, words=None, seen=None, query=None, numbers=True):
+    def grid(
+        self,
+        x,
+        y,
+        size,
+        names: Sequence[str],
+        rows: int,
+        words=None,
+        seen=None,
+        query=None,
+        numbers=True,
+    ):
         """Cells of `size` (width, height) with the names above; those not in `seen` are pale, `query` is outlined."""
         w, h = size
         gap = 0.035
@@ -119,7 +139,14 @@ class Card:
                 left, top = x + s * w + gap / 2, y + t * h + gap / 2
                 self.box(left, top, w - gap, h - gap, fill)
                 if big:
-                    self.text(x + (s + 0.5) * w, y + (t + 0.5) * h + 0.005, word or "\N{MIDDLE DOT}", 10, ink, "center")
+                    self.text(
+                        x + (s + 0.5) * w,
+                        y + (t + 0.5) * h + 0.005,
+                        word or "\N{MIDDLE DOT}",
+                        10,
+                        ink,
+                        "center",
+                    )
         for t in range(rows) if numbers else ():
             self.text(x - 0.1, y + (t + 0.5) * h, str(t), 8, MUTED, "right")
         if query is not None:
@@ -139,7 +166,9 @@ def draw() -> Figure:
     x = 0.72
     card.text(x - 0.3, 0.42, "Rows are time, columns are streams", 12.5, weight="bold")
     card.text(x - 0.3, 0.73, "Each forward pass reads one row and predicts the next.", 9.5, MUTED)
-    card.text(x - 0.3, 0.94, "A stream that has nothing to say is silent (\N{MIDDLE DOT}).", 9.5, MUTED)
+    card.text(
+        x - 0.3, 0.94, "A stream that has nothing to say is silent (\N{MIDDLE DOT}).", 9.5, MUTED
+    )
     card.grid(x, top, (w, h), names, rows, shown.words)
     card.arrow((x - 0.42, top + 0.05), (x - 0.42, top + 4 * h), MUTED, width=1.0)
     card.text(x - 0.42, top + 4.2 * h, "time", 9, MUTED, "center", "top", rotation=90)
@@ -163,8 +192,21 @@ def draw() -> Figure:
     card.text(x - 0.3, 0.94, "before, and itself. It predicts the cell below it.", 9.5, MUTED)
     card.grid(x, top, (w, h), names, rows, shown.words, seen, (row, thought))
     side = x + (thought + 1) * w
-    card.box(x + thought * w, top + (row + 1) * h, w, h, "none", MARK, 1.1, 0.06, style=(0, (2.5, 2)), z=4)
-    card.arrow((side + 0.02, top + (row + 0.5) * h), (side + 0.02, top + (row + 1.5) * h), MARK, bend=-0.9)
+    card.box(
+        x + thought * w,
+        top + (row + 1) * h,
+        w,
+        h,
+        "none",
+        MARK,
+        1.1,
+        0.06,
+        style=(0, (2.5, 2)),
+        z=4,
+    )
+    card.arrow(
+        (side + 0.02, top + (row + 0.5) * h), (side + 0.02, top + (row + 1.5) * h), MARK, bend=-0.9
+    )
     card.text(side + 0.25, top + (row + 1) * h, "predicts", 9, MARK, "left", weight="bold")
 
     # (c) presets and a named edge
@@ -174,7 +216,11 @@ def draw() -> Figure:
         ("block_causal", "earlier rows of all streams", {}),
         ("same_row", "also the same row", {"visibility": "same_row"}),
         ("isolated", "its own stream only", {"visibility": "isolated"}),
-        ('("output", "tool", "never")', "a firewall: tool is never read", {"lags": (("output", "tool", "never"),)}),
+        (
+            '("output", "tool", "never")',
+            "a firewall: tool is never read",
+            {"lags": (("output", "tool", "never"),)},
+        ),
     )
     x, count, marked = 8.38, 5, 3
     w, h = 0.66, 0.12
@@ -185,7 +231,9 @@ def draw() -> Figure:
         y = 1.28 + number * 1.29
         card.text(x, y, title, 9.5, INK, family="DejaVu Sans Mono", weight="bold")
         card.text(x, y + 0.2, meaning, 9, MUTED)
-        seen = seen_from(marked, "output", count, StreamsConfig(names=small, kinds=kinds, **settings))
+        seen = seen_from(
+            marked, "output", count, StreamsConfig(names=small, kinds=kinds, **settings)
+        )
         card.grid(x, y + 0.5, (w, h), small, count, seen=seen, query=(marked, 3), numbers=False)
     return card.figure
 
@@ -193,7 +241,9 @@ def draw() -> Figure:
 def save(out: str | pathlib.Path) -> None:
     """Writes the picture; the same bytes for the same version of matplotlib."""
     out = pathlib.Path(out)
-    with matplotlib.rc_context({"svg.hashsalt": "msllm", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
+    with matplotlib.rc_context(
+        {"svg.hashsalt": "msllm", "svg.fonttype": "path", "font.family": "DejaVu Sans"}
+    ):
         plain = {"metadata": dict.fromkeys(("Date", "Creator", "Format", "Type"))}
         draw().savefig(out, transparent=True, **(plain if out.suffix == ".svg" else {"dpi": 130}))
     if out.suffix == ".svg":  # a thousandth of a point is fine enough

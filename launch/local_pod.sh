@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The rehearsal of a pod: several processes of msllm.train on this machine, with CPU devices, restarted as on a pod.
+# The rehearsal of a pod: several processes of `msllm train` on this machine, with CPU devices, restarted as on a pod.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=/dev/null
@@ -86,7 +86,7 @@ set_command() {
     if [[ $line == XLA_FLAGS=* ]]; then flags=${line#*=}; else command+=("$line"); fi
   done < <(environment_of cpu)
   command+=("XLA_FLAGS=$flags --xla_force_host_platform_device_count=$devices${XLA_FLAGS:+ $XLA_FLAGS}")
-  command+=("$python" -m msllm.train --config="$config" --workdir="$workdir" --coordinator_address="127.0.0.1:$port")
+  command+=("$python" -m msllm train --config="$config" --workdir="$workdir" --coordinator_address="127.0.0.1:$port")
   command+=(--num_processes="$processes" --process_id="$1" ${passed[@]+"${passed[@]}"})
 }
 

@@ -11,7 +11,7 @@ usage: launch/on_host.sh install [DATA] | start [VARIABLE=VALUE ...] -- ARGUMENT
 
   install   makes .venv with msllm in it, with a Python of its own if the host has none that is new enough; copies the
             folder DATA (gs://BUCKET/FOLDER) to data/FOLDER
-  start     ends what is running, then runs `python -m msllm.train ARGUMENT ...` in the background
+  start     ends what is running, then runs `msllm train ARGUMENT ...` in the background
   status    prints none, running, stopped or "exit STATUS"
   stop      ends what is running: the step is finished and saved
 
@@ -54,7 +54,7 @@ supervise() {
   echo $$ >"$state/session"
   (
     trap - TERM INT HUP
-    exec .venv/bin/python -m msllm.train "$@"
+    exec .venv/bin/python -m msllm train "$@"
   ) &
   pid=$!
   echo "$pid" >"$state/pid"

@@ -47,10 +47,10 @@ run() {
 }
 
 steps() {
-  run python -m msllm.prepare --config=configs/quickstart.py "$@"
-  run python -m msllm.train --config=configs/quickstart.py --workdir=runs/quickstart "$@"
-  run python -m msllm.evaluate --checkpoint=runs/quickstart
-  run python -m msllm.generate --checkpoint=runs/quickstart --input="user=$question" --rows=22
+  run msllm prepare --config=configs/quickstart.py "$@"
+  run msllm train --config=configs/quickstart.py --workdir=runs/quickstart "$@"
+  run msllm evaluate --checkpoint=runs/quickstart
+  run msllm generate --checkpoint=runs/quickstart --input="user=$question" --rows=22
 }
 
 # shellcheck source=/dev/null
@@ -67,11 +67,11 @@ cat <<'EOF'
 The table above has a row per step: the user's words are given, thought and output are the model's.
 
 Next (after `. .venv/bin/activate && . launch/env.sh`):
-  another question          python -m msllm.generate --checkpoint=runs/quickstart --rows=16 \
+  another question          msllm generate --checkpoint=runs/quickstart --rows=16 \
                               --input="user=ok take 9 subtract 4 um plus 2 ?"
-  the same in one stream    python -m msllm.prepare --config=configs/quickstart_single.py
-                            python -m msllm.train --config=configs/quickstart_single.py --workdir=runs/quickstart_single
-                            python -m msllm.evaluate --checkpoint=runs/quickstart_single
+  the same in one stream    msllm prepare --config=configs/quickstart_single.py
+                            msllm train --config=configs/quickstart_single.py --workdir=runs/quickstart_single
+                            msllm evaluate --checkpoint=runs/quickstart_single
   losses as curves          runs/quickstart/metrics.jsonl, or: tensorboard --logdir=runs
   your own data             docs/data.md
   real text                 configs/gsm8k.py with --config.data.path=FILE

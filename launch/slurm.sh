@@ -31,7 +31,7 @@ died, up to a number of times. Run from the repository, in a folder that all nod
   --env=VARIABLE=VALUE      set for the processes; may be repeated. What launch/flags.env sets for gpu is set already
   --python=PROGRAM          runs msllm on the nodes, instead of that of .venv, which is made if need be
   --config.KEY=VALUE, --initialization_timeout=SECONDS, --heartbeat_timeout=SECONDS
-                            passed on to msllm.train
+                            passed on to msllm train
   --dry-run                 prints the job's script, and submits nothing
   --help                    this text
 EOF
@@ -106,7 +106,7 @@ EOF
     echo "export JAX_LOCAL_DEVICE_IDS=$(seq -s , 0 $((gpus - 1)))"
   fi
   for line in ${variables[@]+"${variables[@]}"}; do echo "export ${line%%=*}=$(quoted "${line#*=}")"; done
-  line=$(quoted "$python" -m msllm.train --config="$config" --workdir="$workdir" ${passed[@]+"${passed[@]}"})
+  line=$(quoted "$python" -m msllm train --config="$config" --workdir="$workdir" ${passed[@]+"${passed[@]}"})
   cat <<EOF
 
 # The time limit is near, or the job is preempted: the signal came to this script alone. scancel passes it on to all

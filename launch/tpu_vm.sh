@@ -42,7 +42,7 @@ Options:
   --restarts=R              how often run starts again after a crash; default 20. Preemptions do not count
   --keep                    run does not delete the VMs
   --config.KEY=VALUE, --initialization_timeout=SECONDS, --heartbeat_timeout=SECONDS
-                            passed on to msllm.train
+                            passed on to msllm train
   --dry-run                 prints the commands and runs none
   --help                    this text
 

@@ -10,7 +10,9 @@ imported = _time.time()  # files that are newer are not what this process runs
 # XLA reads it when it starts, and has no compiler option for it: to unroll loops takes XLA:CPU a fourth of the time that a
 # train step compiles, and makes it no quicker.
 if "xla_backend_extra_options" not in (_flags := _os.environ.get("XLA_FLAGS", "")):
-    _os.environ["XLA_FLAGS"] = f"{_flags} --xla_backend_extra_options=xla_cpu_disable_loop_unrolling".strip()
+    _os.environ["XLA_FLAGS"] = (
+        f"{_flags} --xla_backend_extra_options=xla_cpu_disable_loop_unrolling".strip()
+    )
 
 # XLA's CPU backend holds a thread in each collective that waits, and has as many threads as cores or devices: virtual
 # devices on few cores then wait for each other for ever. Sixteen for each suffice; the backend reads this when it starts.

@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from msllm import cluster
-from msllm.compiler import compiler_options
 from msllm.config import CheckpointConfig, Config, from_config_dict, to_json
 from msllm.errors import RunError, UserError
 from msllm.optim import path_name
+from msllm.runtime import processes
+from msllm.runtime.compiler import compiler_options
 from msllm.step import Program, TrainState
 from msllm.tokenizer import Tokenizer
 
@@ -38,9 +38,19 @@ log = logging.getLogger("msllm")
 
 @functools.cache
 def _checksums(platform: str):
-    bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32) if x.dtype.itemsize == 4 else x.astype(jnp.uint32)
-    sums = lambda arrays: [jnp.sum(bits(x), dtype=jnp.uint32) for x in arrays]
-    return jax.jit(sums, compiler_options=compiler_options(platform))  # the defaults copy every array on CPU
+    def bits(x):
+        return (
+            jax.lax.bitcast_convert_type(x, jnp.uint32)
+            if x.dtype.itemsize == 4
+            else x.astype(jnp.uint32)
+        )
+
+    def sums(arrays):
+        return [jnp.sum(bits(x), dtype=jnp.uint32) for x in arrays]
+
+    return jax.jit(
+        sums, compiler_options=compiler_options(platform)
+    )  # the defaults copy every array on CPU
 
 
 def checksums(items: dict[str, Any]) -> dict[str, dict[str, int]]:
@@ -48,17 +58,27 @@ def checksums(items: dict[str, Any]) -> dict[str, dict[str, int]]:
     leaves = {name: jax.tree_util.tree_leaves_with_path(tree) for name, tree in items.items()}
     arrays = [array for pairs in leaves.values() for _, array in pairs]
     values = iter(_checksums(next(iter(arrays[0].devices())).platform)(arrays))
-    return {name: {path_name(path): int(next(values)) for path, _ in pairs} for name, pairs in leaves.items()}
+    return {
+        name: {path_name(path): int(next(values)) for path, _ in pairs}
+        for name, pairs in leaves.items()
+    }
 
 
 def _split(state: TrainState) -> dict[str, Any]:
-    rest = {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped, "in_row": state.skipped_in_row}
+    rest = {
+        "step": state.step,
+        "opt_state": state.opt_state,
+        "skipped": state.skipped,
+        "in_row": state.skipped_in_row,
+    }
     return {"parameters": state.parameters, "rest": rest}
 
 
 def _absolute(path: str | os.PathLike) -> epath.Path:
     path = epath.Path(path)
-    return path if "://" in str(path) else path.resolve()  # of an address in an object store that makes a local path
+    return (
+        path if "://" in str(path) else path.resolve()
+    )  # of an address in an object store that makes a local path
 
 
 def first_line(error: Exception) -> str:
@@ -69,7 +89,9 @@ def first_line(error: Exception) -> str:
 def is_no_damage(error: Exception) -> bool:
     """Whether reading a checkpoint failed for another reason than its files: those give whatever orbax, tensorstore and
     json say of them."""
-    return isinstance(error, UserError | jax.errors.JaxRuntimeError) or cluster.is_of_others(error)
+    return isinstance(error, UserError | jax.errors.JaxRuntimeError) or processes.is_of_others(
+        error
+    )
 
 
 def _digest(description: dict[str, Any]) -> str:
@@ -77,12 +99,20 @@ def _digest(description: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def describe(step: int, config: Config, tokenizer: Tokenizer | None, items: dict[str, Any], **more) -> dict[str, Any]:
+def describe(
+    step: int, config: Config, tokenizer: Tokenizer | None, items: dict[str, Any], **more
+) -> dict[str, Any]:
     """The description of a checkpoint that holds these items; `more` is added to it."""
     data = base64.b64encode(tokenizer.to_bytes()).decode() if tokenizer else None
     stored = tokenizer and {"kind": tokenizer.kind, "silence": tokenizer.silence, "bytes": data}
     settings, sums = json.loads(to_json(config)), checksums(items)
-    more |= {"format": FORMAT, "step": step, "config": settings, "tokenizer": stored, "checksums": sums}
+    more |= {
+        "format": FORMAT,
+        "step": step,
+        "config": settings,
+        "tokenizer": stored,
+        "checksums": sums,
+    }
     return more | {"digest": _digest(more)}
 
 
@@ -105,7 +135,11 @@ class Checkpoints:
         self._local, self.directory = local, _absolute(workdir) / DIRECTORY
         if local:
             run = hashlib.sha256(str(self.directory).encode()).hexdigest()[:12]
-            self.directory = _absolute(config.local_dir) / run / f"{jax.process_index()}-of-{jax.process_count()}"
+            self.directory = (
+                _absolute(config.local_dir)
+                / run
+                / f"{jax.process_index()}-of-{jax.process_count()}"
+            )
         self.directory.mkdir(parents=True, exist_ok=True)
         processes = ocp.options.MultiprocessingOptions(
             primary_host=None if local else 0, barrier_sync_key_prefix="local" if local else None
@@ -136,25 +170,34 @@ class Checkpoints:
         save = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
         begin = time.monotonic()
         try:
-            self._manager.save(step, args=ocp.args.Composite(description=ocp.args.JsonSave(description), **save))
+            self._manager.save(
+                step, args=ocp.args.Composite(description=ocp.args.JsonSave(description), **save)
+            )
         except Exception as error:  # see check
             self._raise_not_written(error)
         said = ("local " if self._local else "", step, time.monotonic() - begin)
-        log.info("%scheckpoint of step %d: training waited %.2f s, the rest is written beside it", *said)
+        log.info(
+            "%scheckpoint of step %d: training waited %.2f s, the rest is written beside it", *said
+        )
 
     def check(self) -> None:
         """Raises RunError if a checkpoint that was being written in the background could not be."""
         try:
             self._manager.check_for_errors()
-        except Exception as error:  # whatever orbax and tensorstore say of a disk that is full or gone
+        except (
+            Exception
+        ) as error:  # whatever orbax and tensorstore say of a disk that is full or gone
             self._raise_not_written(error)
 
     def _raise_not_written(self, error: Exception) -> NoReturn:
-        if cluster.is_of_others(error):
+        if processes.is_of_others(error):
             raise error
         reason = first_line(error)
         complete = [path for path in self.directory.iterdir() if path.name.isdigit()]
-        good = max((int(path.name) for path in complete if ocp.utils.is_checkpoint_finalized(path)), default=None)
+        good = max(
+            (int(path.name) for path in complete if ocp.utils.is_checkpoint_finalized(path)),
+            default=None,
+        )
         kept = f"the one of step {good} is good" if good is not None else "there is none yet"
         raise RunError(
             f"a checkpoint could not be written to {self.directory} ({reason}): {kept}; make room or repair the storage, "
@@ -170,10 +213,15 @@ class Checkpoints:
         Local ones are given up without more ado: they are deleted, and those in the workdir decide.
         """
         for leftover in self.directory.glob("*orbax-checkpoint-tmp*"):
-            log.warning("incomplete checkpoint %s: its writing was interrupted; it is not used", leftover.name)
-        everyone, problems = cluster.share([step for step in self.steps() if step > after]), []
+            log.warning(
+                "incomplete checkpoint %s: its writing was interrupted; it is not used",
+                leftover.name,
+            )
+        everyone, problems = processes.share([step for step in self.steps() if step > after]), []
         if self._local:
-            return self._restore_local(sorted(set(everyone[0]).intersection(*everyone)), program, tokenizer)
+            return self._restore_local(
+                sorted(set(everyone[0]).intersection(*everyone)), program, tokenizer
+            )
         steps = everyone[0]
         for step in reversed(steps):
             try:
@@ -194,7 +242,9 @@ class Checkpoints:
             )
         return None
 
-    def _restore_local(self, steps: list[int], program: Program, tokenizer: Tokenizer) -> TrainState | None:
+    def _restore_local(
+        self, steps: list[int], program: Program, tokenizer: Tokenizer
+    ) -> TrainState | None:
         state = None
         while steps and state is None:
             step = steps.pop()
@@ -223,23 +273,25 @@ class Checkpoints:
             if is_no_damage(problem):
                 raise
             error = first_line(problem)
-        if any(errors := cluster.share(error)):
+        if any(errors := processes.share(error)):
             raise ValueError(next(filter(None, errors)))
         check_sums(restored, description["checksums"])
         rest = restored["rest"]
-        return TrainState(rest["step"], restored["parameters"], rest["opt_state"], rest["skipped"], rest["in_row"])
+        return TrainState(
+            rest["step"], restored["parameters"], rest["opt_state"], rest["skipped"], rest["in_row"]
+        )
 
     def _move_aside(self, steps: list[int]) -> None:
         if not steps:
             return
-        if cluster.is_first():
+        if processes.is_first():
             for step in steps:
                 target = self.directory / "damaged" / str(step)
                 target.parent.mkdir(exist_ok=True)
                 if target.exists():
                     target.rmtree()
                 (self.directory / str(step)).rename(target)
-        cluster.share(None)  # nobody looks for what is there while it changes
+        processes.share(None)  # nobody looks for what is there while it changes
         self._manager.reload()
 
     def close(self) -> None:
@@ -256,7 +308,12 @@ def array_handler(processes=ocp.options.MultiprocessingOptions()) -> ocp.PyTreeC
     """Writes and reads arrays as all checkpoints hold them."""
     types = ocp.type_handlers.create_type_handler_registry(
         # Where every process keeps a folder of its own, each one writes all that it holds, replicas too.
-        (jax.Array, ocp.type_handlers.ArrayHandler(primary_host=None, replica_id=None, use_replica_parallel=False))
+        (
+            jax.Array,
+            ocp.type_handlers.ArrayHandler(
+                primary_host=None, replica_id=None, use_replica_parallel=False
+            ),
+        )
     )
     return ocp.PyTreeCheckpointHandler(
         # Float32 that has been trained hardly compresses: to try takes ten times the CPU time of writing, for 8 %.
@@ -266,16 +323,23 @@ def array_handler(processes=ocp.options.MultiprocessingOptions()) -> ocp.PyTreeC
     )
 
 
-def read_arrays(path: epath.Path, abstract: Any, processes=ocp.options.MultiprocessingOptions()) -> Any:
+def read_arrays(
+    path: epath.Path, abstract: Any, processes=ocp.options.MultiprocessingOptions()
+) -> Any:
     """The arrays in `path`, in the shapes and layout of `abstract`; only this process reads, and waits for no other."""
     arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
-    return array_handler(processes).restore(path, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments))
+    return array_handler(processes).restore(
+        path, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments)
+    )
 
 
 def _layout(state: Any) -> dict[str, Any]:
     """What a local checkpoint must have in common with the run that reads it."""
     mesh = state.step.sharding.mesh
-    return {"mesh": dict(mesh.shape), "devices": [[d.process_index, d.id] for d in mesh.devices.flat]}
+    return {
+        "mesh": dict(mesh.shape),
+        "devices": [[d.process_index, d.id] for d in mesh.devices.flat],
+    }
 
 
 def read_description(path: epath.Path) -> dict[str, Any]:
@@ -284,7 +348,9 @@ def read_description(path: epath.Path) -> dict[str, Any]:
     if not isinstance(description, dict) or _digest(description) != description.get("digest"):
         raise ValueError("its description does not match its digest")
     if description["format"] != FORMAT:
-        raise UserError(f"checkpoint {path} has format {description['format']}: this version of msllm reads {FORMAT}")
+        raise UserError(
+            f"checkpoint {path} has format {description['format']}: this version of msllm reads {FORMAT}"
+        )
     return description
 
 
@@ -293,17 +359,25 @@ def check_sums(items: dict[str, Any], expected: dict[str, dict[str, int]]) -> No
     for name, found in checksums(items).items():
         wrong = [path for path in expected[name] if found.get(path) != expected[name][path]]
         if wrong or len(found) != len(expected[name]):
-            raise ValueError(f"checksum of {wrong[0] if wrong else 'an array'} differs: its file was changed or cut")
+            raise ValueError(
+                f"checksum of {wrong[0] if wrong else 'an array'} differs: its file was changed or cut"
+            )
 
 
-def _check_same_run(description: dict[str, Any], config: Config, tokenizer: Tokenizer, path: epath.Path) -> None:
+def _check_same_run(
+    description: dict[str, Any], config: Config, tokenizer: Tokenizer, path: epath.Path
+) -> None:
     # Settings that are newer than the checkpoint had their defaults.
-    stored, current = json.loads(to_json(from_config_dict(description["config"]))), json.loads(to_json(config))
+    stored, current = (
+        json.loads(to_json(from_config_dict(description["config"]))),
+        json.loads(to_json(config)),
+    )
     different = [
         f"{section}.{key} is {stored[section].get(key)!r} there and {current[section].get(key)!r} here"
         for section in ("model", "streams")
         for key in sorted(stored[section].keys() | current[section].keys())
-        if stored[section].get(key) != current[section].get(key) and key not in ("attention", "remat", "kv_parts", "kv_ring")
+        if stored[section].get(key) != current[section].get(key)
+        and key not in ("attention", "remat", "kv_parts", "kv_ring")
     ]
     if different:
         raise UserError(
@@ -332,5 +406,7 @@ def checkpoint_paths(path: str | os.PathLike) -> list[epath.Path]:
         return [path]
     found = [p for p in path.iterdir() if p.name.isdigit()] if path.is_dir() else []
     if not found:
-        raise UserError(f"there is no checkpoint in {path}: give a workdir of `msllm.train` or one of its checkpoints")
+        raise UserError(
+            f"there is no checkpoint in {path}: give a workdir of `msllm train` or one of its checkpoints"
+        )
     return sorted(found, key=lambda p: -int(p.name))

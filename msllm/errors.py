@@ -29,7 +29,9 @@ def run(main: Callable[[Sequence[str]], int | None], positional: int = 0) -> Non
         logging.getLogger("msllm").setLevel(logging.INFO)
         try:
             if len(argv) > 1 + positional:
-                raise UserError(f"unexpected arguments {list(argv[1 + positional :])}: write options as --name=value")
+                raise UserError(
+                    f"unexpected arguments {list(argv[1 + positional :])}: write options as --name=value"
+                )
             return main(argv) or 0
         except (UserError, RunError) as error:
             print(f"error: {error}", file=sys.stderr)
@@ -41,7 +43,11 @@ def run(main: Callable[[Sequence[str]], int | None], positional: int = 0) -> Non
         except (AttributeError, ImportError, OSError, TypeError, UserError, ValueError) as error:
             # A config file that does not load, or --config.KEY=VALUE with a key that does not exist.
             close = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', str(error))
-            what = f"unknown key {close[2]}: did you mean {close[1]}?" if close else f"{error}: no such setting or file"
+            what = (
+                f"unknown key {close[2]}: did you mean {close[1]}?"
+                if close
+                else f"{error}: no such setting or file"
+            )
             print(f"error: --config: {what} (msllm/config.py lists all settings)", file=sys.stderr)
             sys.exit(2)
 

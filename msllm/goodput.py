@@ -10,11 +10,14 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from msllm.cluster import is_first
+from msllm.runtime.processes import is_first
 
 # What this process does, second by second: nothing is counted twice or left out. `steps` is the productive part.
 KINDS = ("startup", "restore", "compile", "steps", "data", "checkpoint", "evaluation")
-PAST = ("lost", "down")  # of earlier attempts: steps that had to be repeated; time in which no process ran
+PAST = (
+    "lost",
+    "down",
+)  # of earlier attempts: steps that had to be repeated; time in which no process ran
 
 log = logging.getLogger("msllm")
 
@@ -35,7 +38,9 @@ class Goodput:
         past = _read(path)
         self.seconds = dict.fromkeys((*KINDS, *PAST), 0.0) | past.get("seconds", {})
         self.attempts = past.get("attempts", 0) + 1
-        self._marks = past.get("steps_seconds_at", {})  # {step: seconds of `steps` when it was saved}
+        self._marks = past.get(
+            "steps_seconds_at", {}
+        )  # {step: seconds of `steps` when it was saved}
         self.seconds["startup"] += before
         if "time" in past:
             self.seconds["down"] += max(0.0, time.time() - before - past["time"])
@@ -75,14 +80,22 @@ class Goodput:
         """`goodput`, the productive share of all time, and `time/KIND` in seconds."""
         self._switch(self._kind)
         total = sum(self.seconds.values())
-        return {"goodput": self.seconds["steps"] / total, **{f"time/{kind}": s for kind, s in self.seconds.items()}}
+        return {
+            "goodput": self.seconds["steps"] / total,
+            **{f"time/{kind}": s for kind, s in self.seconds.items()},
+        }
 
     def write(self) -> None:
         """Keeps the times for the next attempt. In a run of several processes, those of the first one."""
         if not is_first():
             return
         self._switch(self._kind)
-        state = {"seconds": self.seconds, "attempts": self.attempts, "steps_seconds_at": self._marks, "time": time.time()}
+        state = {
+            "seconds": self.seconds,
+            "attempts": self.attempts,
+            "steps_seconds_at": self._marks,
+            "time": time.time(),
+        }
         # Never half written: who is killed, or finds the disk full, leaves the times of before.
         new = self._path.with_name(f"{self._path.name}.new")
         new.write_text(json.dumps(state))

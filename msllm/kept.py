@@ -22,9 +22,10 @@ from etils import epath
 from jax.experimental import serialize_executable
 from jaxlib import xla_client
 
-from msllm import cluster, code
-from msllm.compiler import settle
+from msllm import code
 from msllm.config import to_config_dict
+from msllm.runtime import processes
+from msllm.runtime.compiler import settle
 from msllm.step import Program
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "ml_dtypes", "libtpu")
@@ -48,19 +49,27 @@ def kept_step(program: Program, facts: Mapping[str, Any] | None) -> jax.stages.C
     """
     path = _path(program, facts) if facts else None
     step = _load(path, program) if path else None
-    names, found = zip(*cluster.share([path and path.name, step is not None]))
+    names, found = zip(*processes.share([path and path.name, step is not None]))
     if all(found):
         log.info("the step was compiled by an earlier start")
         settle()
         return step
     lowered, hits = program.step.lower(program.abstract_state, program.abstract_batch), []
-    listen = lambda event, **_: hits.append(event) if event == "/jax/compilation_cache/cache_hits" else None
+
+    def listen(event, **_):
+        return hits.append(event) if event == "/jax/compilation_cache/cache_hits" else None
+
     jax.monitoring.register_event_listener(listen)
     try:
         compiled = lowered.compile()
     finally:
         jax.monitoring.unregister_event_listener(listen)
-    if path and names.index(path.name) == jax.process_index() and not hits and not code.changed_since_import():
+    if (
+        path
+        and names.index(path.name) == jax.process_index()
+        and not hits
+        and not code.changed_since_import()
+    ):
         _keep(path, compiled)
     settle()
     return compiled
@@ -68,7 +77,9 @@ def kept_step(program: Program, facts: Mapping[str, Any] | None) -> jax.stages.C
 
 def _path(program: Program, facts: Mapping[str, Any]) -> epath.Path | None:
     """Where the step is kept, if it is."""
-    folder = jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else None
+    folder = (
+        jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else None
+    )
     if not folder or program.config.compilation_cache == "none":
         return None
     try:
@@ -90,10 +101,18 @@ def _decisive(program: Program, facts: Mapping[str, Any]) -> dict[str, Any]:
         "mesh": program.mesh.shape,
         "devices": [(device.id, device.process_index, device.device_kind) for device in devices],
         "arrays": (program.abstract_state, program.abstract_batch),
-        "platform": (devices[0].platform, devices[0].client.platform_version, _fingerprint(devices)),
+        "platform": (
+            devices[0].platform,
+            devices[0].client.platform_version,
+            _fingerprint(devices),
+        ),
         "python": sys.version,
-        "packages": {name: getattr(sys.modules.get(name), "__version__", None) for name in PACKAGES},
-        "environment": {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT)},
+        "packages": {
+            name: getattr(sys.modules.get(name), "__version__", None) for name in PACKAGES
+        },
+        "environment": {
+            name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT)
+        },
         "jax": {name: value for name, value in jax.config.values.items() if name not in PLACES},
     }
 
@@ -119,8 +138,14 @@ def _load(path: epath.Path, program: Program) -> jax.stages.Compiled | None:
         return load(*pickle.loads(stored), backend=devices[0].client, execution_devices=devices)
     except FileNotFoundError:
         return None
-    except Exception as error:  # whatever storage, pickle and the backend say of a file that is damaged
-        log.warning("%s, a compiled step, cannot be used (%s): compiling; remove it if it stays so", path, _said(error))
+    except (
+        Exception
+    ) as error:  # whatever storage, pickle and the backend say of a file that is damaged
+        log.warning(
+            "%s, a compiled step, cannot be used (%s): compiling; remove it if it stays so",
+            path,
+            _said(error),
+        )
         return None
 
 
@@ -131,7 +156,9 @@ def _keep(path: epath.Path, compiled: jax.stages.Compiled) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         new.write_bytes(hashlib.sha256(stored).digest() + stored)
         new.replace(path)
-    except Exception as error:  # a platform that cannot, a full disk: the next start compiles, as this one did
+    except (
+        Exception
+    ) as error:  # a platform that cannot, a full disk: the next start compiles, as this one did
         log.warning("the compiled step is not kept in %s (%s)", path.parent, _said(error))
         with contextlib.suppress(Exception):
             new.unlink(missing_ok=True)

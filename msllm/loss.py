@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from msllm.config import LossConfig
-from msllm.sharding import axis_index, axis_size, total
+from msllm.sharding import axis_index, axis_size, psum
 from msllm.streams import target_mask
 
 TILE = 128  # lanes of a TPU's registers
@@ -37,7 +37,9 @@ def targets_and_weights(batch: dict[str, Any], stream_weights, loss_mask=None):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def next_row_loss(hidden, head, targets, weights, options: LossConfig, whole: Callable = lambda rows: rows):
+def next_row_loss(
+    hidden, head, targets, weights, options: LossConfig, whole: Callable = lambda rows: rows
+):
     """Weighted sum of the next-row losses, and the plain negative log-likelihoods.
 
     loss(cell) = (1 - e) nll + e mean_v(-log p_v) + z logsumexp(logits)^2, with e = options.label_smoothing and
@@ -72,7 +74,9 @@ class _Sums(NamedTuple):
     def over_devices(self) -> _Sums:
         """Over the parts of the vocabulary that other devices hold."""
         top = lax.pmax(self.top, "tensor") if axis_size("tensor") > 1 else self.top
-        exp, target, logits = total((self.exp * jnp.exp(self.top - top), self.target, self.logits), "tensor")
+        exp, target, logits = psum(
+            (self.exp * jnp.exp(self.top - top), self.target, self.logits), "tensor"
+        )
         return _Sums(top, exp, target, logits)
 
     @property
@@ -93,7 +97,9 @@ def _losses(hidden, head, targets, weights, options: LossConfig, whole, with_gra
 
     def chunks(x, *inner):
         x = x.reshape(cells, *inner)
-        return jnp.pad(x, [(0, count * size - cells)] + [(0, 0)] * len(inner)).reshape(count, size, *inner)
+        return jnp.pad(x, [(0, count * size - cells)] + [(0, 0)] * len(inner)).reshape(
+            count, size, *inner
+        )
 
     def logits_and_sums(table, start, hidden, targets):
         """Of the rows of this device's head from `start` on."""
@@ -108,19 +114,30 @@ def _losses(hidden, head, targets, weights, options: LossConfig, whole, with_gra
         # Each device looks in its own part of the vocabulary. A comparison, which is a part of the passes over the logits;
         # but XLA:CPU would write the logits it chooses to memory before it adds them up.
         is_target, at = targets[:, None] == token, jnp.clip(targets - token[0], 0, len(token) - 1)
-        compare = lambda: jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-        look_up = lambda: jnp.where(token[at] == targets, jnp.take_along_axis(logits, at[:, None], axis=1)[:, 0], 0.0)
+
+        def compare():
+            return jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+
+        def look_up():
+            return jnp.where(
+                token[at] == targets, jnp.take_along_axis(logits, at[:, None], axis=1)[:, 0], 0.0
+            )
+
         top, target = logits.max(-1), lax.platform_dependent(cpu=look_up, default=compare)
         every = every.sum(-1) if smooth else jnp.zeros_like(top)
         return logits, is_target, _Sums(top, jnp.exp(logits - top[:, None]).sum(-1), target, every)
 
     def values(sums, weights):
         nll = sums.log_total - sums.target
-        value = (1 - smooth) * nll + smooth * (sums.log_total - sums.logits / vocab) if smooth else nll
+        value = (
+            (1 - smooth) * nll + smooth * (sums.log_total - sums.logits / vocab) if smooth else nll
+        )
         return jnp.sum(weights * (value + z * jnp.square(sums.log_total) if z else value)), nll
 
     hidden_chunks, targets, weights = chunks(hidden, width), chunks(targets), chunks(weights)
-    transposed = hidden_chunks.swapaxes(1, 2)  # beforehand: XLA:CPU would transpose the much larger d_logits in memory
+    transposed = hidden_chunks.swapaxes(
+        1, 2
+    )  # beforehand: XLA:CPU would transpose the much larger d_logits in memory
 
     def part_sums(rows, start):
         """_Sums [count, size] of one part of the vocabulary."""
@@ -141,45 +158,76 @@ def _losses(hidden, head, targets, weights, options: LossConfig, whole, with_gra
                 return (loss + value, d_table), (nll, None)
             scale = weights * (1 + 2 * z * sums.log_total) if z else weights
             # With a column of them as one more operand, XLA:CPU does not overwrite the logits: it vectorizes no loop that does.
-            d_logits = scale[:, None] * jnp.exp(logits - (sums.log_total[:, None] + 0 * logits[:, :1]))
-            d_logits -= weights[:, None] * (jnp.where(is_target, 1.0 - smooth, 0.0) + smooth / vocab)
+            d_logits = scale[:, None] * jnp.exp(
+                logits - (sums.log_total[:, None] + 0 * logits[:, :1])
+            )
+            d_logits -= weights[:, None] * (
+                jnp.where(is_target, 1.0 - smooth, 0.0) + smooth / vocab
+            )
             d_logits = d_logits.astype(hidden.dtype)
             d_hidden = jnp.einsum("nv,vd->nd", d_logits, table)
-            d_table = d_table + jnp.einsum("dn,nv->dv", hidden_t, d_logits, preferred_element_type=jnp.float32)
+            d_table = d_table + jnp.einsum(
+                "dn,nv->dv", hidden_t, d_logits, preferred_element_type=jnp.float32
+            )
             return (loss + value, d_table), (nll, d_hidden)
 
-        init = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape[::-1] if with_gradient else (), jnp.float32))
-        (loss, d_table), (nll, d_hidden) = lax.scan(chunk, init, (hidden_chunks, transposed, targets, weights, sums))
+        init = (
+            jnp.zeros((), jnp.float32),
+            jnp.zeros(table.shape[::-1] if with_gradient else (), jnp.float32),
+        )
+        (loss, d_table), (nll, d_hidden) = lax.scan(
+            chunk, init, (hidden_chunks, transposed, targets, weights, sums)
+        )
         d_rows = to_rows(d_table.T.astype(table.dtype))[0] if with_gradient else None
         return loss, nll, d_hidden, d_rows
 
     if parts == 1:
         loss, nll, d_hidden, d_head = part_losses(head, 0, None)
     else:
-        rows = (jnp.pad(head, ((0, added), (0, 0))).reshape(parts, part, -1), part * jnp.arange(parts))
-        nothing = _Sums(jnp.full(targets.shape, MASKED), *(jnp.zeros(targets.shape) for _ in range(3)))
-        sums = lax.scan(lambda sums, part: (sums.merge(part_sums(*part)), None), nothing, rows)[0].over_devices()
+        rows = (
+            jnp.pad(head, ((0, added), (0, 0))).reshape(parts, part, -1),
+            part * jnp.arange(parts),
+        )
+        nothing = _Sums(
+            jnp.full(targets.shape, MASKED), *(jnp.zeros(targets.shape) for _ in range(3))
+        )
+        sums = lax.scan(lambda sums, part: (sums.merge(part_sums(*part)), None), nothing, rows)[
+            0
+        ].over_devices()
         loss, nll = values(sums, weights)
         if with_gradient:
             zeros = jnp.zeros(hidden_chunks.shape, jnp.float32)
-            one = lambda d_hidden, part: (lambda _, __, d, d_rows: (d_hidden + d, d_rows))(*part_losses(*part, sums))
+
+            def one(d_hidden, part):
+                return (lambda _, __, d, d_rows: (d_hidden + d, d_rows))(*part_losses(*part, sums))
+
             d_hidden, d_head = lax.scan(one, zeros, rows)
             d_head = d_head.reshape(parts * part, -1)[: head.shape[0]]
-    back = lambda x, *inner: x.reshape(-1, *inner)[:cells]
+
+    def back(x, *inner):
+        return x.reshape(-1, *inner)[:cells]
+
     gradients = (back(d_hidden, width).reshape(hidden.shape), d_head) if with_gradient else None
     return loss, back(nll).reshape(hidden.shape[:-1]), gradients
 
 
 def _forward(hidden, head, targets, weights, options, whole):
-    loss, nll, gradients = _losses(hidden, head, targets, weights, options, whole, with_gradient=True)
+    loss, nll, gradients = _losses(
+        hidden, head, targets, weights, options, whole, with_gradient=True
+    )
     return (loss, nll), (hidden[:0], *gradients)
 
 
 def _backward(options, whole, saved, cotangents):
     hidden, d_hidden, d_head = saved
     # The gradients here go through this device's part of the vocabulary; the loss counts on all of them.
-    scale = total(cotangents[0], "tensor")
-    return (d_hidden * scale).astype(hidden.dtype), (d_head * scale).astype(d_head.dtype), None, None
+    scale = psum(cotangents[0], "tensor")
+    return (
+        (d_hidden * scale).astype(hidden.dtype),
+        (d_head * scale).astype(d_head.dtype),
+        None,
+        None,
+    )
 
 
 next_row_loss.defvjp(_forward, _backward)

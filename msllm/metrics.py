@@ -17,9 +17,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from msllm.cluster import Gather, is_first
 from msllm.data.mixture import Plan
 from msllm.errors import UserError
+from msllm.runtime.processes import Gather, is_first
 from msllm.streams import StreamSpec
 
 
@@ -47,7 +47,11 @@ class Shares:
         self._plan, self._silence_id = plan, silence_id
         self._columns = [streams.names.index(name) for name in chosen or streams.names]
         self._gather = Gather()
-        self._counts, self._targets, self._steps = np.zeros(len(plan.names)), np.zeros(len(plan.names)), 0
+        self._counts, self._targets, self._steps = (
+            np.zeros(len(plan.names)),
+            np.zeros(len(plan.names)),
+            0,
+        )
 
     def read(self, tables: Mapping[str, np.ndarray], sources: Sequence[int]) -> Any:
         """[processes, sources] int32: chosen tokens of a step by source, on their way.
@@ -56,7 +60,9 @@ class Shares:
           tables: tokens and present [b, T, S], those of this process. sources: [b] the number of each one's source.
         """
         spoken = tables["present"] & (tables["tokens"] != self._silence_id)
-        counts = np.bincount(sources, spoken[:, :, self._columns].sum((1, 2)), len(self._plan.names))
+        counts = np.bincount(
+            sources, spoken[:, :, self._columns].sum((1, 2)), len(self._plan.names)
+        )
         return self._gather(counts.astype(np.int32)[None])
 
     def add(self, step: int, counts: np.ndarray) -> None:
@@ -72,10 +78,16 @@ class Shares:
         per_source = {"share": share, "target": target, "epoch": self._plan.epochs(done)}
         self._counts, self._targets, self._steps = 0 * self._counts, 0 * self._targets, 0
         names = self._plan.names
-        return {f"mixture/{name}/{kind}": float(x[k]) for k, name in enumerate(names) for kind, x in per_source.items()}
+        return {
+            f"mixture/{name}/{kind}": float(x[k])
+            for k, name in enumerate(names)
+            for kind, x in per_source.items()
+        }
 
 
-def weighted_mean(parts: Mapping[str, Mapping[str, float]], weights: Mapping[str, float]) -> dict[str, float]:
+def weighted_mean(
+    parts: Mapping[str, Mapping[str, float]], weights: Mapping[str, float]
+) -> dict[str, float]:
     """The mean of the values of several sources {name: {metric: value}} by their weights. A metric that not all have is
     the mean of those that have it; one for which all weights are 0 is left out."""
     result = {}
@@ -174,7 +186,9 @@ class _TensorBoard:
         from tensorboardX.summary import scalar
 
         for name, value in values.items():
-            self._writer.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+            self._writer.write_event(
+                Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+            )
         if time.monotonic() - self._flushed > self._seconds:
             self._writer.flush()
             self._flushed = time.monotonic()
@@ -213,14 +227,19 @@ def read(workdir: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]
     try:
         lines = path.read_text().split("\n")[:-1]  # the last one may not be whole yet
     except OSError as error:
-        raise UserError(f"there are no metrics in {workdir} ({error}): give a workdir of `msllm.train`") from error
+        raise UserError(
+            f"there are no metrics in {workdir} ({error}): give a workdir of `msllm train`"
+        ) from error
     found: dict[str, dict[int, float]] = {}
     for values in map(json.loads, lines):
         step = values.pop("step")
         for name, value in values.items():
             found.setdefault(name, {})[step] = math.nan if value is None else value
     order = {name: sorted(values) for name, values in found.items()}
-    return {name: (np.array(steps), np.array([found[name][step] for step in steps])) for name, steps in order.items()}
+    return {
+        name: (np.array(steps), np.array([found[name][step] for step in steps]))
+        for name, steps in order.items()
+    }
 
 
 class Progress:
@@ -237,7 +256,9 @@ class Progress:
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Shows the state after `step` steps. `values`: loss, tokens_per_second, step_seconds."""
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s")
+            self._bar.set_postfix_str(
+                f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s"
+            )
             self._bar.update(step - self._bar.n)
         elif self._shown:
             minutes, seconds = divmod(int((self._stop - step) * values["step_seconds"]), 60)

@@ -21,7 +21,9 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
         rest = optax.cosine_decay_schedule(config.lr, max(1, steps - warmup), config.final_lr_ratio)
     elif config.schedule == "wsd":  # Hu et al. 2024, arXiv 2404.06395
         decay = max(1, round(config.decay_fraction * steps))
-        rest = optax.linear_schedule(config.lr, last, decay, transition_begin=max(0, steps - warmup - decay))
+        rest = optax.linear_schedule(
+            config.lr, last, decay, transition_begin=max(0, steps - warmup - decay)
+        )
     else:
         rest = optax.constant_schedule(config.lr)
     if not warmup:
@@ -40,7 +42,9 @@ def path_name(path) -> str:
     return "/".join(str(getattr(key, "key", key)) for key in path)
 
 
-def optimizer(config: OptimConfig, steps: int, silence_id: int = -1, moves=True) -> optax.GradientTransformation:
+def optimizer(
+    config: OptimConfig, steps: int, silence_id: int = -1, moves=True
+) -> optax.GradientTransformation:
     """Clip by global norm, Adam (Kingma & Ba 2014), decoupled weight decay (Loshchilov & Hutter 2017), schedule.
 
     Parameters whose path contains one of `config.no_decay` are not decayed; the stream embedding's rate is multiplied
@@ -48,12 +52,22 @@ def optimizer(config: OptimConfig, steps: int, silence_id: int = -1, moves=True)
     ([] bool) is false the moments stay what they are; the updates then mean nothing.
     """
     b1, b2 = (b if moves is True else jnp.where(moves, b, 1.0) for b in (config.b1, config.b2))
-    decayed = lambda tree: _mask(tree, lambda name: not any(part in name for part in config.no_decay))
-    stream_embedding = lambda tree: _mask(tree, lambda name: "stream_embedding" in name)
+
+    def decayed(tree):
+        return _mask(tree, lambda name: not any(part in name for part in config.no_decay))
+
+    def stream_embedding(tree):
+        return _mask(tree, lambda name: "stream_embedding" in name)
+
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    clipped = lambda updates: clip.update(updates, optax.EmptyState())[0]
+
+    def clipped(updates):
+        return clip.update(updates, optax.EmptyState())[0]
+
     return optax.chain(
-        optax.stateless(lambda updates, _: jax.tree.map(lambda x: jnp.where(moves, x, 0), clipped(updates))),
+        optax.stateless(
+            lambda updates, _: jax.tree.map(lambda x: jnp.where(moves, x, 0), clipped(updates))
+        ),
         optax.scale_by_adam(b1, b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, decayed),
         optax.masked(optax.scale(config.stream_embedding_lr), stream_embedding),
@@ -76,7 +90,9 @@ def _scale_row(token: int, factor: float) -> optax.GradientTransformation:
 
 def leaf_norms(tree: Any) -> jax.Array:
     """L2 norm of every leaf, [leaves] float32, in the order of `jax.tree.leaves`."""
-    return jnp.sqrt(jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]))
+    return jnp.sqrt(
+        jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)])
+    )
 
 
 def global_norm(norms: jax.Array) -> jax.Array:

@@ -35,7 +35,10 @@ RULES: dict[str, tuple[str | tuple[str, ...], ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
-    "embed": ("fsdp", ("fsdp_inner", "stream")),  # d_model of parameters: gathered when used, the last stage first
+    "embed": (
+        "fsdp",
+        ("fsdp_inner", "stream"),
+    ),  # d_model of parameters: gathered when used, the last stage first
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "layers": (),
@@ -67,7 +70,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     shape = (data // slices, fsdp // inner, inner, stream, tensor)
     if slices > 1:
         across = (slices, 1, 1, 1, 1)
-        grid = mesh_utils.create_hybrid_device_mesh(shape, across, devices, allow_split_physical_axes=True)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            shape, across, devices, allow_split_physical_axes=True
+        )
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -77,7 +82,9 @@ def _shared_fsdp(devices: Sequence[Any], fsdp: int, within: int) -> int:
     """How many of the fsdp parts fill up the physical axis of the torus that the `within` innermost devices lie on."""
     if not hasattr(devices[0], "coords"):
         return 1
-    for length in sorted({1 + max(device.coords[i] for device in devices) for i in range(len(devices[0].coords))}):
+    for length in sorted(
+        {1 + max(device.coords[i] for device in devices) for i in range(len(devices[0].coords))}
+    ):
         if length > 1 and length % within == 0 and fsdp % (length // within) == 0:
             return length // within
     return 1
@@ -87,7 +94,10 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
     """Raises UserError when an axis of the mesh does not divide what lies along it."""
     model = config.model
     lengths = {
-        "batch": (config.data.batch_size // config.optim.accumulate, "data.batch_size / optim.accumulate"),
+        "batch": (
+            config.data.batch_size // config.optim.accumulate,
+            "data.batch_size / optim.accumulate",
+        ),
         "heads": (model.num_heads, "model.num_heads"),
         "kv_heads": (model.num_kv_heads // model.kv_parts, "model.num_kv_heads / model.kv_parts"),
         "mlp": (model.d_ff, "model.d_ff"),
@@ -111,10 +121,12 @@ def check_lengths(lengths: dict[str, tuple[int, str]], mesh: Mesh) -> None:
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
     """The mesh axes of a logical axis, without the stages."""
-    return tuple(name for stage in RULES[axis] for name in ((stage,) if isinstance(stage, str) else stage))
+    return tuple(
+        name for stage in RULES[axis] for name in ((stage,) if isinstance(stage, str) else stage)
+    )
 
 
-def partition(*axes: str) -> PartitionSpec:
+def partition_spec(*axes: str) -> PartitionSpec:
     """PartitionSpec of logical axes. A mesh axis that two of them claim raises ValueError."""
     used = [name for axis in axes for name in mesh_axes(axis)]
     if len(set(used)) != len(used):
@@ -122,9 +134,9 @@ def partition(*axes: str) -> PartitionSpec:
     return PartitionSpec(*(mesh_axes(axis) or None for axis in axes))
 
 
-def named(mesh: Mesh, *axes: str) -> NamedSharding:
+def named_sharding(mesh: Mesh, *axes: str) -> NamedSharding:
     """NamedSharding of logical axes on `mesh`."""
-    return NamedSharding(mesh, partition(*axes))
+    return NamedSharding(mesh, partition_spec(*axes))
 
 
 def axis_size(axis: str) -> int:
@@ -139,7 +151,9 @@ def axis_index(axis: str):
 
 
 def _used(stage: str | Sequence[str]) -> tuple[str, ...]:
-    return tuple(axis for axis in ((stage,) if isinstance(stage, str) else stage) if axis_size(axis) > 1)
+    return tuple(
+        axis for axis in ((stage,) if isinstance(stage, str) else stage) if axis_size(axis) > 1
+    )
 
 
 def gather(x: jax.Array, axis: int, stages: Sequence[str | tuple[str, ...]]) -> jax.Array:
@@ -166,7 +180,9 @@ def _row_major_gradient(x):
     return x
 
 
-_row_major_gradient.defvjp(lambda x: (x, None), lambda _, gradient: (with_layout_constraint(gradient, Layout((0, 1))),))
+_row_major_gradient.defvjp(
+    lambda x: (x, None), lambda _, gradient: (with_layout_constraint(gradient, Layout((0, 1))),)
+)
 
 
 def gather_streams(x: jax.Array) -> jax.Array:
@@ -183,10 +199,14 @@ def rows_to_cells(x: jax.Array) -> jax.Array:
     return x
 
 
-def total(x, *names: str):
+def psum(x, *names: str):
     """Sum over mesh axes inside `shard_map`; x outside of it."""
     axes = _used(names)
     return jax.lax.psum(x, axes) if axes else x
 
 
-BATCH_AXES = {"tokens": ("batch", "row", "stream"), "present": ("batch", "row", "stream"), "segment": ("batch", "row")}
+BATCH_AXES = {
+    "tokens": ("batch", "row", "stream"),
+    "present": ("batch", "row", "stream"),
+    "segment": ("batch", "row"),
+}

@@ -10,14 +10,22 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from msllm.attention import choose
-from msllm.compiler import compiler_options
 from msllm.config import Config
-from msllm.layers import complete
 from msllm.loss import next_row_loss, targets_and_weights
-from msllm.model import abstract_model, bind, init_parameters, parameter_shardings
+from msllm.model.attention.dispatch import choose_backend
+from msllm.model.layers import gather_weight
+from msllm.model.model import abstract_model, bind, init_parameters, parameter_shardings
 from msllm.optim import global_norm, leaf_norms, optimizer, path_name, schedule
-from msllm.sharding import BATCH_AXES, axis_index, check_mesh, mesh_axes, named, partition, total
+from msllm.runtime.compiler import compiler_options
+from msllm.sharding import (
+    BATCH_AXES,
+    axis_index,
+    check_mesh,
+    mesh_axes,
+    named_sharding,
+    partition_spec,
+    psum,
+)
 from msllm.streams import StreamSpec, make_cells, positions
 
 
@@ -52,27 +60,54 @@ class Program:
         absent = -streams.size % mesh.shape["stream"]
         self._loss_weights = streams.loss_weights + (0.0,) * absent
         tables = (config.data.batch_size, config.data.rows, streams.size + absent)
-        kinds = {"tokens": (tables, jnp.int32), "present": (tables, bool), "segment": (tables[:2], jnp.int32)}
-        batches = {name: named(mesh, *axes) for name, axes in BATCH_AXES.items()}
-        self.abstract_batch = {k: jax.ShapeDtypeStruct(*kinds[k], sharding=batches[k]) for k in BATCH_AXES}
-        self.kernel = choose(config.model, streams.lag_array, config.data.rows, mesh)
+        kinds = {
+            "tokens": (tables, jnp.int32),
+            "present": (tables, bool),
+            "segment": (tables[:2], jnp.int32),
+        }
+        batches = {name: named_sharding(mesh, *axes) for name, axes in BATCH_AXES.items()}
+        self.abstract_batch = {
+            k: jax.ShapeDtypeStruct(*kinds[k], sharding=batches[k]) for k in BATCH_AXES
+        }
+        self.kernel = choose_backend(config.model, streams.lag_array, config.data.rows, mesh)
         self.graph, shapes, axes = abstract_model(config.model, streams)
-        self.parameter_names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
-        self._specs = jax.tree.map(lambda a: partition(*a), axes, is_leaf=lambda a: isinstance(a, tuple))
+        self.parameter_names = [
+            path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
+        ]
+        self._specs = jax.tree.map(
+            lambda a: partition_spec(*a), axes, is_leaf=lambda a: isinstance(a, tuple)
+        )
         self._optimizer = optimizer(config.optim, config.steps, silence_id)
 
-        scalar, shardings = named(mesh), parameter_shardings(axes, mesh)
-        count, moments = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(self._optimizer.init, shapes)
+        scalar, shardings = named_sharding(mesh), parameter_shardings(axes, mesh)
+        count, moments = (
+            jax.ShapeDtypeStruct((), jnp.int32),
+            jax.eval_shape(self._optimizer.init, shapes),
+        )
         of_moments = optax.tree_utils.tree_map_params(
-            self._optimizer, lambda _, x: x, moments, shardings, transform_non_params=lambda _: scalar
+            self._optimizer,
+            lambda _, x: x,
+            moments,
+            shardings,
+            transform_non_params=lambda _: scalar,
         )
         self.state_shardings = states = TrainState(scalar, shardings, of_moments, scalar, scalar)
-        shaped = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        def shaped(x, sharding):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
         state = TrainState(count, shapes, moments, count, count)
         self.abstract_state = jax.tree.map(shaped, state, states)
-        jit = functools.partial(jax.jit, compiler_options=compiler_options(mesh.devices.flat[0].platform))
+        jit = functools.partial(
+            jax.jit, compiler_options=compiler_options(mesh.devices.flat[0].platform)
+        )
         self.init = jit(self._init, out_shardings=states)
-        self.step = jit(self._step, donate_argnums=0, in_shardings=(states, batches), out_shardings=(states, scalar))
+        self.step = jit(
+            self._step,
+            donate_argnums=0,
+            in_shardings=(states, batches),
+            out_shardings=(states, scalar),
+        )
         self.evaluate = jit(self._evaluate, in_shardings=(shardings, batches), out_shardings=scalar)
 
     def _init(self) -> TrainState:
@@ -92,39 +127,63 @@ class Program:
             tokens, size = batch["tokens"], batch["tokens"].shape[2]
             mine = axis_index("stream") * size + jnp.arange(size)
             silent = tokens == self.silence_id
-            cells = make_cells(batch["present"], batch["segment"], silent if streams.skip_silence else None)
+            cells = make_cells(
+                batch["present"], batch["segment"], silent if streams.skip_silence else None
+            )
             hidden = model(tokens, cells, positions(batch["segment"]), kernel=self.kernel)
-            targets, counted, weights = targets_and_weights(batch, jnp.asarray(self._loss_weights)[mine])
+            targets, counted, weights = targets_and_weights(
+                batch, jnp.asarray(self._loss_weights)[mine]
+            )
             # The same program runs for all parts of the stream axis: a place is left out if it has weight 0 in each.
             kept = [s for s in range(size) if all_streams or any(streams.loss_weights[s::size])]
             head = model.head_parameter[...]
-            complete_rows = functools.partial(complete, dtype=hidden.dtype, axis=1)
-            pick = lambda x: x if len(kept) == size else x[:, :, jnp.array(kept)]
+            complete_rows = functools.partial(gather_weight, dtype=hidden.dtype, axis=1)
+
+            def pick(x):
+                return x if len(kept) == size else x[:, :, jnp.array(kept)]
+
             loss, nll = next_row_loss(
-                pick(hidden), head, pick(targets), pick(weights) / total_weight, config.loss, complete_rows
+                pick(hidden),
+                head,
+                pick(targets),
+                pick(weights) / total_weight,
+                config.loss,
+                complete_rows,
             )
             # What is reported must not depend on which streams share a device.
             reported = pick(counted) if all_streams else pick(weights) > 0
             spoken = reported & (pick(targets) != self.silence_id)
-            place = lambda x: x if len(kept) == size else jnp.zeros(size).at[jnp.array(kept)].set(x)
-            over_cells = lambda x: total(place(x.sum((0, 1))), *mesh_axes("batch"))
+
+            def place(x):
+                return x if len(kept) == size else jnp.zeros(size).at[jnp.array(kept)].set(x)
+
+            def over_cells(x):
+                return psum(place(x.sum((0, 1))), *mesh_axes("batch"))
+
             sums = {
                 "nll": over_cells(nll * reported),
                 "nll_spoken": over_cells(nll * spoken),
                 "targets": over_cells(reported.astype(jnp.float32)),
                 "targets_spoken": over_cells(spoken.astype(jnp.float32)),
             }
-            cells_in = lambda x: total(x.sum(dtype=jnp.float32), *mesh_axes("batch"), "stream")
-            counts = {"cells": cells_in(cells.present), "spoken": cells_in(cells.present & ~silent)}
-            return total(loss, *mesh_axes("batch"), "stream"), (sums, counts)
 
-        batch_specs = {name: partition(*axes) for name, axes in BATCH_AXES.items()}
-        scalar, per_stream = PartitionSpec(), partition("stream")
+            def cells_in(x):
+                return psum(x.sum(dtype=jnp.float32), *mesh_axes("batch"), "stream")
+
+            counts = {"cells": cells_in(cells.present), "spoken": cells_in(cells.present & ~silent)}
+            return psum(loss, *mesh_axes("batch"), "stream"), (sums, counts)
+
+        batch_specs = {name: partition_spec(*axes) for name, axes in BATCH_AXES.items()}
+        scalar, per_stream = PartitionSpec(), partition_spec("stream")
         names = ("nll", "nll_spoken", "targets", "targets_spoken")
-        out = (scalar, ({name: per_stream for name in names}, {"cells": scalar, "spoken": scalar}))
+        out = (scalar, (dict.fromkeys(names, per_stream), {"cells": scalar, "spoken": scalar}))
         # The loss has its own VJP, which does not say over which mesh axes its values vary: hence no check of that.
         sharded = jax.shard_map(
-            local, mesh=self.mesh, in_specs=(self._specs, batch_specs, scalar), out_specs=out, check_vma=False
+            local,
+            mesh=self.mesh,
+            in_specs=(self._specs, batch_specs, scalar),
+            out_specs=out,
+            check_vma=False,
         )
         loss, (sums, counts) = sharded(parameters, batch, total_weight)
         return loss, {**{name: x[: streams.size] for name, x in sums.items()}, **counts}
@@ -140,13 +199,18 @@ class Program:
             return gradients, loss, sums
 
         # Table b goes to micro-batch b % parts: each of them stays spread over all devices.
-        micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+        micro = jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch
+        )
 
         def accumulate(carry, batch):
             (loss, sums), gradients = gradient(parameters, batch, total_weight, False)
             return jax.tree.map(jnp.add, carry, (gradients, loss, sums)), None
 
-        shapes = jax.eval_shape(lambda b: gradient(parameters, b, total_weight, False), jax.tree.map(lambda x: x[0], micro))
+        shapes = jax.eval_shape(
+            lambda b: gradient(parameters, b, total_weight, False),
+            jax.tree.map(lambda x: x[0], micro),
+        )
         (loss, sums), gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(accumulate, (gradients, loss, sums), micro)[0]
 
@@ -159,7 +223,9 @@ class Program:
         updates, opt_state = update(gradients, state.opt_state, state.parameters)
         updates = jax.tree.map(lambda x: jnp.where(finite, x, 0), updates)
         parameters = optax.apply_updates(state.parameters, updates)
-        opt_state = jax.tree.map(lambda x, old: x if x.ndim else jnp.where(finite, x, old), opt_state, state.opt_state)
+        opt_state = jax.tree.map(
+            lambda x, old: x if x.ndim else jnp.where(finite, x, old), opt_state, state.opt_state
+        )
         skip = (~finite).astype(jnp.int32)
         skipped, in_row = state.skipped + skip, skip * (state.skipped_in_row + 1)
         # The schedule counts updates, not steps: a skipped update does not use up learning rate.
@@ -170,7 +236,9 @@ class Program:
             "gradient_norm": global_norm(norms),
             "update_norm": global_norm(leaf_norms(updates)),
             "parameter_norm": global_norm(leaf_norms(parameters)),
-            "learning_rate": schedule(self.config.optim, self.config.steps)(state.step - state.skipped),
+            "learning_rate": schedule(self.config.optim, self.config.steps)(
+                state.step - state.skipped
+            ),
             "skipped": skipped,
             "skipped_in_row": in_row,
         }

@@ -64,29 +64,48 @@ class StreamSpec:
         names, kinds = config.names, config.kinds
         size = len(names)
         if not names or len(set(names)) != size:
-            raise UserError(f"config.streams.names is {names}: needs at least one name, each of them once")
+            raise UserError(
+                f"config.streams.names is {names}: needs at least one name, each of them once"
+            )
         for field in ("kinds", "loss_weights", "delays"):
             values = getattr(config, field)
             if len(values) != size and (values or field == "kinds"):
-                raise UserError(f"config.streams.{field} has {len(values)} items: names has {size}, give one per stream")
+                raise UserError(
+                    f"config.streams.{field} has {len(values)} items: names has {size}, give one per stream"
+                )
         for kind in kinds:
             if kind not in KINDS:
-                raise UserError(f"config.streams.kinds holds {kind!r}: must be one of {', '.join(KINDS)}")
+                raise UserError(
+                    f"config.streams.kinds holds {kind!r}: must be one of {', '.join(KINDS)}"
+                )
         weights = config.loss_weights or tuple(float(kind != "input") for kind in kinds)
         if any(w < 0 for w in weights) or not any(weights):
-            raise UserError(f"config.streams.loss_weights is {weights}: must be >= 0, and one of them positive")
+            raise UserError(
+                f"config.streams.loss_weights is {weights}: must be >= 0, and one of them positive"
+            )
         if any(d < 0 for d in config.delays):
             raise UserError(f"config.streams.delays is {config.delays}: must be >= 0 rows")
         lag = lag_matrix(config.visibility, size)
         for reader, source, value in config.lags:
             for name in (reader, source):
                 if name not in names:
-                    raise UserError(f"config.streams.lags names {name!r}: the streams are {', '.join(names)}")
+                    raise UserError(
+                        f"config.streams.lags names {name!r}: the streams are {', '.join(names)}"
+                    )
             if value != "never" and not value.isdigit():
-                raise UserError(f"config.streams.lags holds lag {value!r}: must be a number of rows >= 0, or 'never'")
-            lag[names.index(reader), names.index(source)] = NEVER if value == "never" else int(value)
+                raise UserError(
+                    f"config.streams.lags holds lag {value!r}: must be a number of rows >= 0, or 'never'"
+                )
+            lag[names.index(reader), names.index(source)] = (
+                NEVER if value == "never" else int(value)
+            )
         return cls(
-            names, kinds, weights, tuple(map(tuple, lag.tolist())), config.skip_silence, config.delays or (0,) * size
+            names,
+            kinds,
+            weights,
+            tuple(map(tuple, lag.tolist())),
+            config.skip_silence,
+            config.delays or (0,) * size,
         )
 
     @property
@@ -143,7 +162,9 @@ def positions(segment):
     """RoPE positions [B, T] int32: the row within its segment (a segment is a run of equal ids), numpy or jax."""
     xp = _array_module(segment)
     row = xp.arange(segment.shape[1], dtype=np.int32)[None, :]
-    start = xp.concatenate([xp.ones_like(segment[:, :1], bool), segment[:, 1:] != segment[:, :-1]], axis=1)
+    start = xp.concatenate(
+        [xp.ones_like(segment[:, :1], bool), segment[:, 1:] != segment[:, :-1]], axis=1
+    )
     return row - _cumulative_max(xp.where(start, row, 0), axis=1)
 
 

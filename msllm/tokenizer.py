@@ -45,7 +45,11 @@ class Tokenizer:
             if kind == "sentencepiece":
                 model = sentencepiece.SentencePieceProcessor(model_proto=data)
                 self._pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
-                self._encode, self._decode, self.unknown_id = model.encode, model.decode, model.unk_id()
+                self._encode, self._decode, self.unknown_id = (
+                    model.encode,
+                    model.decode,
+                    model.unk_id(),
+                )
                 control = {piece for i, piece in enumerate(self._pieces) if model.is_control(i)}
             else:
                 model = tokenizers.Tokenizer.from_str(data.decode())
@@ -55,9 +59,15 @@ class Tokenizer:
                 self._encode = lambda text: model.encode(text, add_special_tokens=False).ids
                 self._decode = lambda ids: model.decode(ids, skip_special_tokens=False)
                 self.unknown_id = model.token_to_id(getattr(model.model, "unk_token", None) or "")
-                control = {token.content for token in model.get_added_tokens_decoder().values() if token.special}
+                control = {
+                    token.content
+                    for token in model.get_added_tokens_decoder().values()
+                    if token.special
+                }
         except Exception as error:  # the libraries raise whatever their parsers raise
-            raise UserError(f"{source} is no {kind} file ({error}): give a .model or .json tokenizer") from error
+            raise UserError(
+                f"{source} is no {kind} file ({error}): give a .model or .json tokenizer"
+            ) from error
         self._encode_word = functools.lru_cache(CACHED_WORDS)(self._encode)
         self.vocab_size = len(self._pieces)
         if silence not in control:  # any other piece could come from text
@@ -73,7 +83,9 @@ class Tokenizer:
         """Reads a sentencepiece `.model` or a tokenizers `.json`. Raises UserError."""
         path = pathlib.Path(path)
         if not path.is_file():
-            raise UserError(f"there is no tokenizer file {path}: correct config.data.tokenizer.path, or leave it empty")
+            raise UserError(
+                f"there is no tokenizer file {path}: correct config.data.tokenizer.path, or leave it empty"
+            )
         kind = "tokenizers" if path.suffix == ".json" else "sentencepiece"
         return cls(kind, path.read_bytes(), silence, str(path))
 
@@ -125,7 +137,9 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     # A list, because sentencepiece would hide the errors of an iterator; its length is bounded.
     lines = list(_training_lines(texts, (config.silence, *config.reserved)))
     if not lines:
-        raise UserError("there is no text to train a tokenizer on: give one with config.data.tokenizer.path")
+        raise UserError(
+            "there is no text to train a tokenizer on: give one with config.data.tokenizer.path"
+        )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -161,7 +175,9 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 def _training_lines(texts: Iterable[str], control: Sequence[str]) -> Iterator[str]:
     for text in texts:
         for piece in control:
-            text = text.replace(piece, "\n".join(piece))  # else the trainer would not see these characters
+            text = text.replace(
+                piece, "\n".join(piece)
+            )  # else the trainer would not see these characters
         for line in text.split("\n"):
             for start in range(0, len(line), LINE_CHARACTERS):
                 yield line[start : start + LINE_CHARACTERS]

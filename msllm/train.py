@@ -1,6 +1,6 @@
 """Training: data in, steps, evaluation, checkpoints, metrics.
 
-    python -m msllm.train --config=configs/quickstart.py --workdir=runs/quickstart [--config.optim.lr=1e-3 ...]
+    msllm train --config=configs/quickstart.py --workdir=runs/quickstart [--config.optim.lr=1e-3 ...]
 
 The same command again continues where the run was. Ctrl-C, SIGTERM or a preemption notice ends the step, saves and
 exits; on a cluster, every process runs the same command (docs/pods.md).
@@ -26,16 +26,17 @@ import jax
 import numpy as np
 from etils import epath
 
-from msllm import cluster, code
-from msllm.compiler import keep_compiled
+from msllm import code
 from msllm.config import Config, to_config_dict, to_json
 from msllm.data.loader import Batch, Loader, spread
 from msllm.data.mixture import by_source
 from msllm.errors import UserError
 from msllm.goodput import Goodput
 from msllm.kept import kept_step
-from msllm.meter import Meter
 from msllm.metrics import Progress, Shares, Writer, append_lines, named_losses, weighted_mean
+from msllm.monitor import Meter
+from msllm.runtime import processes
+from msllm.runtime.compiler import keep_compiled
 from msllm.sharding import make_mesh
 from msllm.step import Program, TrainState
 from msllm.streams import StreamSpec
@@ -44,24 +45,32 @@ log = logging.getLogger("msllm")
 
 
 def train(
-    config: Config, workdir: str | os.PathLike, stop: cluster.Stop | None = None, before: float = 0.0, command: bool = False
+    config: Config,
+    workdir: str | os.PathLike,
+    stop: processes.Stop | None = None,
+    before: float = 0.0,
+    command: bool = False,
 ) -> TrainState:
     """Trains, or continues, the run in `workdir` up to `config.steps`. Raises UserError, RunError.
 
-    In a run of several processes (`cluster.connect`) all call it, with the same config and a workdir that they share.
+    In a run of several processes (`processes.connect`) all call it, with the same config and a workdir that they share.
 
     Args:
       stop: hears the wish to stop early. before: seconds that this process has been running, for the goodput.
       command: this process runs what the files of the package say, so its compiled step is kept for the next start.
     """
     workdir = _open_workdir(workdir)
-    with cluster.alone_in(workdir):
+    with processes.alone_in(workdir):
         return _train(config, workdir, stop, before, command)
 
 
-def _train(config: Config, workdir: epath.Path, stop: cluster.Stop | None, before: float, command: bool) -> TrainState:
-    from msllm.checkpoint import Checkpoints  # orbax is slow to import, and not every use of this module needs it
-    from msllm.initial import initial_parameters
+def _train(
+    config: Config, workdir: epath.Path, stop: processes.Stop | None, before: float, command: bool
+) -> TrainState:
+    from msllm.checkpoint import (
+        Checkpoints,  # orbax is slow to import, and not every use of this module needs it
+    )
+    from msllm.weights.warm_start import initial_parameters
 
     goodput = Goodput(workdir / "goodput.json", before)
     keep_compiled(config.compilation_cache, workdir / "compiled")
@@ -73,17 +82,25 @@ def _train(config: Config, workdir: epath.Path, stop: cluster.Stop | None, befor
     evaluation = _Evaluation(program, held_out) if held_out else None
 
     checkpoints = Checkpoints(workdir, config.checkpoint)
-    local = Checkpoints(workdir, config.checkpoint, local=True) if config.checkpoint.local_dir else None
+    local = (
+        Checkpoints(workdir, config.checkpoint, local=True) if config.checkpoint.local_dir else None
+    )
     tiers = [checkpoints, local] if local else [checkpoints]
     with goodput.inside("restore"):
-        state = local.restore(program, loader.tokenizer, max(checkpoints.steps(), default=-1)) if local else None
+        state = (
+            local.restore(program, loader.tokenizer, max(checkpoints.steps(), default=-1))
+            if local
+            else None
+        )
         if state is None:
             state = checkpoints.restore(program, loader.tokenizer)
         if state is None:
             state = program.init()
             if config.init_from:
                 state = state._replace(parameters=None)  # frees their memory
-                state = state._replace(parameters=initial_parameters(config.init_from, program, loader.tokenizer))
+                state = state._replace(
+                    parameters=initial_parameters(config.init_from, program, loader.tokenizer)
+                )
             log.info("starting a new run in %s", workdir)
         else:
             log.info("continuing at step %d of %s", int(state.step), workdir)
@@ -95,19 +112,27 @@ def _train(config: Config, workdir: epath.Path, stop: cluster.Stop | None, befor
         for tier in tiers:
             tier.close()
         return state
-    if cluster.is_first():
+    if processes.is_first():
         (workdir / "config.json").write_text(to_json(config))
 
     with goodput.inside("compile"):
         step_function = kept_step(program, facts if command else None)
     writer, progress = Writer(workdir, config.monitor.wandb_project), Progress(start, config.steps)
-    shares = Shares(loader.plan, config.data.mixture.streams, streams, program.silence_id) if loader.plan else None
-    meter = Meter(program, writer, progress, goodput, cluster.Clocks(), shares)
+    shares = (
+        Shares(loader.plan, config.data.mixture.streams, streams, program.silence_id)
+        if loader.plan
+        else None
+    )
+    meter = Meter(program, writer, progress, goodput, processes.Clocks(), shares)
     rows = host_rows(program)
     batches = _batches(program, loader, range(start, config.steps))
     examples = _examples_log(program, loader, workdir) if config.monitor.examples else None
     last_save = 0
-    with stop or cluster.Stop() as stop, contextlib.ExitStack() as stack, cluster.errors_end_this_process():
+    with (
+        stop or processes.Stop() as stop,
+        contextlib.ExitStack() as stack,
+        processes.errors_end_this_process(),
+    ):
         stack.callback(goodput.write)
         stack.callback(writer.close)
         stack.callback(progress.close)
@@ -122,8 +147,13 @@ def _train(config: Config, workdir: epath.Path, stop: cluster.Stop | None, befor
             if examples:
                 examples(step)
             # The numbers of this step are read after the next one has been dispatched: the device never waits for us.
-            meter.dispatched(step + 1, metrics, tables, loader.sources(step, rows) if loader.plan else None)
-            done, stopping = step + 1, stop.at(step + 1)  # a signal after this line ends the next step: that one saves
+            meter.dispatched(
+                step + 1, metrics, tables, loader.sources(step, rows) if loader.plan else None
+            )
+            done, stopping = (
+                step + 1,
+                stop.at(step + 1),
+            )  # a signal after this line ends the next step: that one saves
             for tier in tiers:
                 tier.check()
             if stopping or done == config.steps or _due(config, done, meter.clock - last_save):
@@ -142,7 +172,10 @@ def _train(config: Config, workdir: epath.Path, stop: cluster.Stop | None, befor
                 with goodput.inside("evaluation"):
                     values = evaluation(state.parameters)
                 writer.write(done, values)
-                progress.say(f"step {done}  evaluation: " + "  ".join(f"{k[5:]} {v:.4f}" for k, v in values.items()))
+                progress.say(
+                    f"step {done}  evaluation: "
+                    + "  ".join(f"{k[5:]} {v:.4f}" for k, v in values.items())
+                )
             if stopping and done < config.steps:
                 progress.say(f"stopped at step {done}, saved; the same command continues here")
                 break
@@ -156,14 +189,22 @@ def _open_workdir(path: str | os.PathLike) -> epath.Path:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except (ImportError, OSError) as error:
-        remedy = "install msllm[gcs] for gs://, and see that this host may write there" if "://" in str(path) else "name another"
+        remedy = (
+            "install msllm[gcs] for gs://, and see that this host may write there"
+            if "://" in str(path)
+            else "name another"
+        )
         raise UserError(f"--workdir is {path}, which cannot be made ({error}): {remedy}") from error
     if (workdir / "description").is_dir():
-        raise UserError(f"--workdir is {path}, a model: name another, and this one with --config.init_from={path}")
+        raise UserError(
+            f"--workdir is {path}, a model: name another, and this one with --config.init_from={path}"
+        )
     return workdir
 
 
-def _open_data(config: Config, streams: StreamSpec) -> tuple[Loader, dict[str, Loader], dict[str, Any]]:
+def _open_data(
+    config: Config, streams: StreamSpec
+) -> tuple[Loader, dict[str, Loader], dict[str, Any]]:
     """The loader of the training data, those of the held-out splits by source, which are none if there is nothing to
     evaluate, and what they are part of: the same data, config and code in all processes, once they have agreed."""
     loader, held_out, facts, error = None, {}, {}, None
@@ -176,11 +217,14 @@ def _open_data(config: Config, streams: StreamSpec) -> tuple[Loader, dict[str, L
             "code": code.hashes(),
             "jax version": jax.__version__,
             "tokenizer": loader.tokenizer.hash,
-            **{f"data manifest{name and f' of {name}'}": manifest for name, manifest in loader.manifests.items()},
+            **{
+                f"data manifest{name and f' of {name}'}": manifest
+                for name, manifest in loader.manifests.items()
+            },
         }
     except UserError as problem:
         error = str(problem)
-    cluster.agree(facts, error)
+    processes.agree(facts, error)
     return loader, held_out, facts
 
 
@@ -192,7 +236,10 @@ def _open_held_out(config: Config, loader: Loader, streams: StreamSpec) -> dict[
         if empty:
             log.warning("nothing is held out of %s: not evaluated", ", ".join(empty))
         parts = {name: part for name, part in parts.items() if name not in empty}
-    return {name: Loader(part, "eval", streams, (jax.process_index(), jax.process_count())) for name, part in parts.items()}
+    return {
+        name: Loader(part, "eval", streams, (jax.process_index(), jax.process_count()))
+        for name, part in parts.items()
+    }
 
 
 def _due(config: Config, done: int, milliseconds: int) -> bool:
@@ -218,7 +265,9 @@ def _examples_log(program: Program, loader: Loader, workdir: epath.Path):
 
     def write(step: int) -> None:
         ids = loader.example_ids(step, rows)
-        file.write(json.dumps({"step": step, "rows": [rows.start, rows.stop], "examples": ids}) + "\n")
+        file.write(
+            json.dumps({"step": step, "rows": [rows.start, rows.stop], "examples": ids}) + "\n"
+        )
         file.flush()
 
     return write
@@ -244,7 +293,9 @@ def host_rows(program: Program) -> range:
     return range(min(p[0] for p in parts), max(p[1] for p in parts))
 
 
-def to_devices(program: Program, batch: Mapping[str, np.ndarray], first_row: int = 0) -> dict[str, jax.Array]:
+def to_devices(
+    program: Program, batch: Mapping[str, np.ndarray], first_row: int = 0
+) -> dict[str, jax.Array]:
     """Global arrays from this host's tables of a batch, which start at `first_row`; absent streams are added."""
 
     def place(name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
@@ -262,7 +313,9 @@ def to_devices(program: Program, batch: Mapping[str, np.ndarray], first_row: int
     return {name: place(name, abstract) for name, abstract in program.abstract_batch.items()}
 
 
-def _batches(program: Program, loader: Loader, steps: Sequence[int]) -> Iterator[tuple[Batch, dict[str, jax.Array]]]:
+def _batches(
+    program: Program, loader: Loader, steps: Sequence[int]
+) -> Iterator[tuple[Batch, dict[str, jax.Array]]]:
     """This host's tables and the global arrays of each batch; the former are made ahead of time."""
     rows = host_rows(program)
     for tables in loader.iterate(steps, rows):
@@ -288,9 +341,14 @@ class _Evaluation:
         steps = spread(loader.num_batches, self._program.config.eval_batches or loader.num_batches)
         totals = None
         for _, batch in _batches(self._program, loader, steps):
-            sums = jax.tree.map(lambda x: np.asarray(x, np.float64), self._program.evaluate(parameters, batch))
+            sums = jax.tree.map(
+                lambda x: np.asarray(x, np.float64), self._program.evaluate(parameters, batch)
+            )
             totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
-        return {"loss": float(totals["loss"] / max(totals["weight"], 1)), **named_losses(totals, self._program.streams)}
+        return {
+            "loss": float(totals["loss"] / max(totals["weight"], 1)),
+            **named_losses(totals, self._program.streams),
+        }
 
 
 def _main() -> None:
@@ -300,25 +358,41 @@ def _main() -> None:
     from msllm.config import from_config_dict
     from msllm.errors import run
 
-    settings = config_flags.DEFINE_config_file("config", None, "Settings of the run, e.g. configs/quickstart.py.")
-    workdir = flags.DEFINE_string("workdir", None, "Directory for checkpoints and metrics, shared by all processes.")
-    address = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where JAX detects no cluster.")
-    processes = flags.DEFINE_integer("num_processes", None, "How many there are; 1: this one alone, on a cluster too.")
+    settings = config_flags.DEFINE_config_file(
+        "config", None, "Settings of the run, e.g. configs/quickstart.py."
+    )
+    workdir = flags.DEFINE_string(
+        "workdir", None, "Directory for checkpoints and metrics, shared by all processes."
+    )
+    address = flags.DEFINE_string(
+        "coordinator_address", None, "HOST:PORT of process 0, where JAX detects no cluster."
+    )
+    processes = flags.DEFINE_integer(
+        "num_processes", None, "How many there are; 1: this one alone, on a cluster too."
+    )
     number = flags.DEFINE_integer("process_id", None, "Which of them this one is.")
-    wait = flags.DEFINE_integer("initialization_timeout", 300, "Seconds to wait for the other processes.")
-    heartbeat = flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds after which a silent process counts as dead.")
+    wait = flags.DEFINE_integer(
+        "initialization_timeout", 300, "Seconds to wait for the other processes."
+    )
+    heartbeat = flags.DEFINE_integer(
+        "heartbeat_timeout", 100, "Seconds after which a silent process counts as dead."
+    )
     flags.mark_flags_as_required(["config", "workdir"])
 
     def main(_) -> int:
         begin = time.process_time()  # imports, mostly: as good as wall time
         config = from_config_dict(settings.value)
         _open_workdir(workdir.value)
-        cluster.connect(workdir.value, address.value, processes.value, number.value, wait.value, heartbeat.value)
+        processes.connect(
+            workdir.value, address.value, processes.value, number.value, wait.value, heartbeat.value
+        )
         if jax.process_count() > 1:
             logging.basicConfig(format=f"[{jax.process_index()}] %(message)s", force=True)
-        with cluster.errors_end_this_process(), cluster.Stop() as stop:
+        with processes.errors_end_this_process(), processes.Stop() as stop:
             state = train(config, workdir.value, stop, begin, command=True)
-            return cluster.STOPPED if int(state.step) < config.steps and not stop.interrupted else 0
+            return (
+                processes.STOPPED if int(state.step) < config.steps and not stop.interrupted else 0
+            )
 
     run(main)
 

@@ -9,7 +9,10 @@ import threading
 
 # A shell starts what runs in its background with Ctrl-C ignored, and a process hands that on: the ones that tests start
 # and interrupt would never hear of it.
-if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+if (
+    threading.current_thread() is threading.main_thread()
+    and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before jax is imported: its backend reads them when it starts. Compiling takes most of the tests' time, so LLVM is
@@ -25,18 +28,29 @@ _FLAGS = (
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     _FLAGS += ("--xla_cpu_use_fusion_emitters=false",)
 _GIVEN = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = " ".join([_GIVEN, *(flag for flag in _FLAGS if flag.split("=")[0] not in _GIVEN)])
+os.environ["XLA_FLAGS"] = " ".join(
+    [_GIVEN, *(flag for flag in _FLAGS if flag.split("=")[0] not in _GIVEN)]
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import hypothesis  # noqa: E402
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import hypothesis
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from runs import dictation
 
-from msllm.config import ModelConfig, StreamsConfig  # noqa: E402
-from msllm.load import LoadedModel, from_parameters  # noqa: E402
-from msllm.model import init_parameters  # noqa: E402
-from msllm.streams import StreamSpec  # noqa: E402
+from msllm import step as step_lib
+from msllm.config import ModelConfig, StreamsConfig
+from msllm.data.loader import Loader
+from msllm.data.prepare import prepare
+from msllm.model.model import init_parameters
+from msllm.sharding import make_mesh
+from msllm.step import Program
+from msllm.streams import StreamSpec
+from msllm.train import with_vocabulary
+from msllm.weights.load import LoadedModel, from_parameters
+from msllm.weights.trained import Loaded
 
 # The backend has read what msllm tells it for eight devices; processes that tests start may have fewer.
 jax.devices()
@@ -63,10 +77,26 @@ def make_model():
 
     def make(streams=3, seed=0, lag=None, **settings) -> LoadedModel:
         names = tuple("user thought output tool system".split()[:streams])
-        kinds = tuple("input thought output input input".split()[:streams]) if streams > 1 else ("output",)
-        fields = {field: settings.pop(field) for field in ("visibility", "skip_silence", "delays") if field in settings}
+        kinds = (
+            tuple("input thought output input input".split()[:streams])
+            if streams > 1
+            else ("output",)
+        )
+        fields = {
+            field: settings.pop(field)
+            for field in ("visibility", "skip_silence", "delays")
+            if field in settings
+        }
         spec = StreamSpec.from_config(StreamsConfig(names=names, kinds=kinds, **fields))
-        sizes = dict(vocab_size=32, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=32)
+        sizes = {
+            "vocab_size": 32,
+            "d_model": 16,
+            "num_layers": 2,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 8,
+            "d_ff": 32,
+        }
         config = ModelConfig(**(sizes | settings))
         parameters = init_parameters(config, spec, seed)
         # Initial parameters are nearly symmetric (norms of 1, no biases): random ones hide no mistake.
@@ -75,6 +105,52 @@ def make_model():
         noise = [0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]
         parameters = jax.tree.unflatten(tree, [leaf + extra for leaf, extra in zip(leaves, noise)])
         model = from_parameters(config, spec, parameters)
-        return model if lag is None else model.with_streams(lag=tuple(map(tuple, np.asarray(lag).tolist())))
+        return (
+            model
+            if lag is None
+            else model.with_streams(lag=tuple(map(tuple, np.asarray(lag).tolist())))
+        )
 
     return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(tmp_path_factory):
+    """Keeps compiled programs for the whole session, subprocesses included: compiling takes most of the tests' time."""
+    folder = str(tmp_path_factory.getbasetemp() / "compiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        compilation_cache.reset_cache()
+        yield
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def compile_fast():
+    """Compiles steps without LLVM's optimizations. Not for tests that compare with a subprocess."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_lib, "compiler_options", lambda platform: {})
+        yield
+
+
+@pytest.fixture
+def data_dir(tmp_path_factory):
+    """Prepared dictation examples; the same directory for the whole session. Read only."""
+    out = tmp_path_factory.getbasetemp() / "dictation"
+    prepare(dictation(), out)
+    return str(out)
+
+
+@pytest.fixture
+def loaded(data_dir) -> Loaded:
+    """An untrained model for the prepared examples, as from a checkpoint."""
+    config = dictation(**{"data.dir": data_dir})
+    streams = StreamSpec.from_config(config.streams)
+    tokenizer = Loader(config.data, "eval", streams).tokenizer
+    config = with_vocabulary(config, tokenizer.vocab_size)
+    program = Program(config, streams, make_mesh(config.mesh), tokenizer.silence_id)
+    return Loaded("", 0, config, streams, tokenizer, program.graph, program.init().parameters)

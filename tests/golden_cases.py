@@ -18,7 +18,15 @@ import pytest
 
 HERE = pathlib.Path(__file__).parent
 COPIED = (
-    *("s7_c10_block", "s7_c10_skip", "s7_c1_block", "s7_c3_causal", "s7_c3_pad", "s7_longce", "s7_noembed"),
+    *(
+        "s7_c10_block",
+        "s7_c10_skip",
+        "s7_c1_block",
+        "s7_c3_causal",
+        "s7_c3_pad",
+        "s7_longce",
+        "s7_noembed",
+    ),
     *("s5_train", "s5_two_stream_offset", "s5_three_stream", "sampler"),
 )
 STRIDE = 4
@@ -47,7 +55,11 @@ def thin(name: str, array: np.ndarray) -> np.ndarray:
     """What the copy keeps of an array of this name."""
     if "logits" in name:
         return array[..., ::STRIDE]
-    if ("grad." in name or name.startswith("train_final.")) and array.ndim == 2 and len(array) > LARGE:
+    if (
+        ("grad." in name or name.startswith("train_final."))
+        and array.ndim == 2
+        and len(array) > LARGE
+    ):
         return array[::STRIDE]
     return array
 
@@ -62,11 +74,15 @@ def case(name: str) -> Case:
     for folder in (HERE / "golden", shared_folder() / "golden"):
         if (folder / name / "meta.json").is_file():
             return Case(folder / name)
-    pytest.skip(f"golden case {name} is not in tests/golden, and $MSLLM_SHARED names no folder with golden/{name}")
+    pytest.skip(
+        f"golden case {name} is not in tests/golden, and $MSLLM_SHARED names no folder with golden/{name}"
+    )
 
 
 def _dropped(name: str, meta: dict) -> bool:
-    single_head = meta.get("spec", {}).get("heads") == 1  # then the two decoding loops give the same
+    single_head = (
+        meta.get("spec", {}).get("heads") == 1
+    )  # then the two decoding loops give the same
     return name.startswith(("trace_hidden", "asis_multi", "longce_", "step0_logits")) or (
         single_head and name.startswith("fixed_multi")
     )

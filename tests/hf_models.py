@@ -32,7 +32,13 @@ VARIANTS = {
     "qwen2": ("qwen2", True, {"rope_type": "default"}, True, False),
     "qwen2_yarn": ("qwen2", False, YARN, True, True),
     "qwen3": ("qwen3", True, {"rope_type": "default"}, False, True),
-    "qwen3_yarn": ("qwen3", False, YARN | {"beta_fast": 4.0, "beta_slow": 0.5, "attention_factor": 1.3}, False, False),
+    "qwen3_yarn": (
+        "qwen3",
+        False,
+        YARN | {"beta_fast": 4.0, "beta_slow": 0.5, "attention_factor": 1.3},
+        False,
+        False,
+    ),
     "qwen3_linear": ("qwen3", False, {"rope_type": "linear", "factor": 4.0}, True, False),
 }
 
@@ -85,7 +91,9 @@ def logits(folder: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     with torch.no_grad():
         return model(torch.tensor(tokens[None], dtype=torch.long)).logits[0].numpy()
 

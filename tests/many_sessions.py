@@ -21,14 +21,22 @@ import jax
 import numpy as np
 
 from msllm.config import ModelConfig, StreamsConfig
-from msllm.decode import DecodeOptions, Engine
-from msllm.load import from_parameters
+from msllm.decode.engine import DecodeOptions, Engine
 from msllm.metrics import memory_mib
-from msllm.model import init_parameters
+from msllm.model.model import init_parameters
 from msllm.streams import StreamSpec
+from msllm.weights.load import from_parameters
 
 WINDOW, SILENCE = 16, 0
-SIZES = dict(vocab_size=64, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=32)
+SIZES = {
+    "vocab_size": 64,
+    "d_model": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 8,
+    "d_ff": 32,
+}
 
 
 def tiny_model():
@@ -53,7 +61,10 @@ class Check:
         """`alone`: room in the engine in which a session is alone."""
         self.rng, self.counts, self.compiled = random.Random(seed), collections.Counter(), 0
         model = tiny_model()
-        make = lambda room: Engine(model, sessions=room, window=WINDOW, silence_id=SILENCE)
+
+        def make(room):
+            return Engine(model, sessions=room, window=WINDOW, silence_id=SILENCE)
+
         self.engine, self.alone = make(sessions), make(alone)
         self.engine.warm_up(), self.alone.warm_up()
         self.logs: dict = {}  # session: (how it was opened, what followed)
@@ -68,16 +79,23 @@ class Check:
         rng, open_now = self.rng, list(self.logs)
         kind = rng.choices(("open", "feed", "fork", "close"), (4, 6, 2, 2))[0]
         if kind == "open" and self.engine.free:
-            temperature, top_k, seed = rng.choice((0.0, 1.0, 2.0)), rng.choice((0, 5)), rng.getrandbits(32)
+            temperature, top_k, seed = (
+                rng.choice((0.0, 1.0, 2.0)),
+                rng.choice((0, 5)),
+                rng.getrandbits(32),
+            )
             options = DecodeOptions(temperature=temperature, top_k=top_k, seed=seed)
-            first = dict(keep=rng.randrange(4))
+            first = {"keep": rng.randrange(4)}
             if rng.random() < 0.5:
                 rows = range(rng.randrange(1, WINDOW))
                 first["prefill"] = np.array([[rng.randrange(64) for _ in range(3)] for _ in rows])
             self.logs[self.engine.open(options, **first)] = ((options, first), [])
             self.counts["opened"] += 1
         elif kind == "feed" and open_now:
-            session, tokens = rng.choice(open_now), [rng.randrange(1, 64) for _ in range(rng.randrange(1, 6))]
+            session, tokens = (
+                rng.choice(open_now),
+                [rng.randrange(1, 64) for _ in range(rng.randrange(1, 6))],
+            )
             session.feed("user", tokens)
             self.logs[session][1].append(("feed", tokens))
             self.counts["fed"] += 1
@@ -86,7 +104,11 @@ class Check:
             how, log = self.logs[session]
             self.logs[session.fork(seed)] = (how, [*log, ("seed", seed)])
             self.counts["forked"] += 1
-        elif kind == "close" and open_now and (not self.engine.free or len(open_now) > self.room // 2):
+        elif (
+            kind == "close"
+            and open_now
+            and (not self.engine.free or len(open_now) > self.room // 2)
+        ):
             session = rng.choice(open_now)
             self._replay(*self.logs.pop(session))
             session.close()
@@ -114,10 +136,19 @@ class Check:
             else:
                 alone = session.step()
                 same = np.array_equal(alone.tokens, value.tokens)
-                pair = lambda name: (getattr(alone, name), getattr(value, name))
-                close = lambda name: np.allclose(*pair(name), rtol=0, atol=1e-3, equal_nan=True)
-                if not close("entropy") or not (close("logprob") or not same and session.options.temperature):
-                    raise AssertionError(f"event {number}, opened by {how}: {value} in the crowd, {alone} alone")
+
+                def pair(name):
+                    return (getattr(alone, name), getattr(value, name))
+
+                def close(name):
+                    return np.allclose(*pair(name), rtol=0, atol=1e-3, equal_nan=True)
+
+                if not close("entropy") or not (
+                    close("logprob") or not same and session.options.temperature
+                ):
+                    raise AssertionError(
+                        f"event {number}, opened by {how}: {value} in the crowd, {alone} alone"
+                    )
                 if not same:
                     self.counts["ties"] += 1
                     break
@@ -132,7 +163,10 @@ def main() -> int:
     parser.add_argument("--sessions", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    check, end = Check(arguments.sessions, arguments.seed), time.monotonic() + 60 * arguments.minutes
+    check, end = (
+        Check(arguments.sessions, arguments.seed),
+        time.monotonic() + 60 * arguments.minutes,
+    )
     memory = {}
     while time.monotonic() < end:
         check.act()

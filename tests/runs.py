@@ -5,18 +5,12 @@ import json
 
 import jax
 import numpy as np
-import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
-from msllm import step as step_lib
 from msllm.config import Config, MeshConfig, default_config, from_config_dict, to_json
-from msllm.data.loader import Loader
-from msllm.prepare import prepare
 from msllm.sharding import make_mesh
 from msllm.step import Program
 from msllm.streams import StreamSpec
-from msllm.train import to_devices, with_vocabulary
-from msllm.trained import Loaded
+from msllm.train import to_devices
 
 SILENCE = 1
 SMALL = {
@@ -38,29 +32,6 @@ FOUR_STREAMS = {
     "data.batch_size": 8,
     "steps": 100,
 }
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compile_once(tmp_path_factory):
-    """Keeps compiled programs for the whole session, subprocesses included: compiling takes most of the tests' time."""
-    folder = str(tmp_path_factory.getbasetemp() / "compiled")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-        compilation_cache.reset_cache()
-        yield
-        jax.config.update("jax_compilation_cache_dir", None)
-        compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def compile_fast():
-    """Compiles steps without LLVM's optimizations. Not for tests that compare with a subprocess."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_lib, "compiler_options", lambda platform: {})
-        yield
 
 
 def settings(**dotted):
@@ -112,25 +83,6 @@ def host(tree):
     return jax.tree.map(lambda x: np.array(x), tree)
 
 
-@pytest.fixture
-def data_dir(tmp_path_factory):
-    """Prepared dictation examples; the same directory for the whole session. Read only."""
-    out = tmp_path_factory.getbasetemp() / "dictation"
-    prepare(dictation(), out)
-    return str(out)
-
-
-@pytest.fixture
-def loaded(data_dir) -> Loaded:
-    """An untrained model for the prepared examples, as from a checkpoint."""
-    config = dictation(**{"data.dir": data_dir})
-    streams = StreamSpec.from_config(config.streams)
-    tokenizer = Loader(config.data, "eval", streams).tokenizer
-    config = with_vocabulary(config, tokenizer.vocab_size)
-    program = Program(config, streams, make_mesh(config.mesh), tokenizer.silence_id)
-    return Loaded("", 0, config, streams, tokenizer, program.graph, program.init().parameters)
-
-
 def dictation(**dotted) -> Config:
     """A config for the prepared examples."""
     return make_config(**dictation_settings() | dotted)
@@ -155,7 +107,9 @@ def dictation_settings() -> dict:
 
 def replace(config: Config, section: str, **changes) -> Config:
     """The config with fields of one section changed."""
-    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **changes)})
+    return dataclasses.replace(
+        config, **{section: dataclasses.replace(getattr(config, section), **changes)}
+    )
 
 
 def metrics(workdir) -> list[dict]:

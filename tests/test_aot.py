@@ -16,13 +16,15 @@ import pytest
 from jax.sharding import NamedSharding
 from runs import four_streams, make_config, replace, write_config_file
 
-from msllm import aot, hlo, page
 from msllm.config import MeshConfig
 from msllm.errors import UserError
-from msllm.sharding import RULES, gather, make_mesh, partition
+from msllm.pod import aot, hlo
+from msllm.pod import report as pages
+from msllm.sharding import RULES, gather, make_mesh, partition_spec
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason='the TPU compiler is not installed: pip install "jax[tpu]"'
+    importlib.util.find_spec("libtpu") is None,
+    reason='the TPU compiler is not installed: pip install "jax[tpu]"',
 )
 SIZES = {
     "model.vocab_size": 160,
@@ -35,7 +37,7 @@ SIZES = {
 def command(path, *arguments):
     """Runs the command with a config file made for the tests."""
     config = write_config_file(path / "config.py", four_streams(**SIZES))
-    line = [sys.executable, "-m", "msllm.aot", f"--config={config}", *arguments]
+    line = [sys.executable, "-m", "msllm", "aot", f"--config={config}", *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
 
@@ -49,7 +51,11 @@ def test_a_program_that_fits_is_reported_in_all_forms_and_held_to_its_budget(tmp
     done = command(tmp_path, "--topology=v5e:2x2", *outputs, f"--budget={budget}", "--write_budget")
     assert done.returncode == 0, done.stderr
     report = json.loads(files["json"].read_text())
-    assert report["topology"] == "v5e:2x2" and report["device_kind"] == "TPU v5 lite" and report["devices"] == 4
+    assert (
+        report["topology"] == "v5e:2x2"
+        and report["device_kind"] == "TPU v5 lite"
+        and report["devices"] == 4
+    )
     assert report["mesh"] == {"data": 1, "fsdp": 2, "fsdp_inner": 1, "stream": 2, "tensor": 1}
     assert report["attention"] == "splash"
     assert report["jax"] == jax.__version__ and report["compile_cpu_seconds"] > 0
@@ -63,11 +69,16 @@ def test_a_program_that_fits_is_reported_in_all_forms_and_held_to_its_budget(tmp
     assert memory["aliased"] >= 3 * 4 * report["parameters"] / 4
 
     collectives = report["collectives"]
-    axes = lambda *kinds: {row["axes"] for row in collectives["rows"] if row["kind"] in kinds}
+
+    def axes(*kinds):
+        return {row["axes"] for row in collectives["rows"] if row["kind"] in kinds}
+
     for axis in ("fsdp", "stream"):  # over which weights are gathered and gradients reduced
         assert axis in axes("all-gather") and axis in axes("reduce-scatter")
     assert all(set(row["axes"].split("+")) <= {"fsdp", "stream"} for row in collectives["rows"])
-    assert sum(collectives["bytes_by_kind"].values()) == sum(row["bytes"] for row in collectives["rows"])
+    assert sum(collectives["bytes_by_kind"].values()) == sum(
+        row["bytes"] for row in collectives["rows"]
+    )
     assert collectives["largest_all_reduce"]["bytes"] > 0 and collectives["not_counted"] == []
     assert 0 < report["estimate"]["mfu"] < 1 and report["assumptions"]
 
@@ -91,20 +102,28 @@ def test_a_program_that_fits_is_reported_in_all_forms_and_held_to_its_budget(tmp
 @needs_libtpu
 @pytest.mark.slow
 def test_a_program_that_does_not_fit_says_what_to_change(tmp_path):
-    done = command(tmp_path, "--topology=v5e:2x2", "--config.model.d_model=16384", "--config.model.d_ff=65536")
+    done = command(
+        tmp_path, "--topology=v5e:2x2", "--config.model.d_model=16384", "--config.model.d_ff=65536"
+    )
     assert done.returncode == 1, done.stderr
-    assert "does not fit" in done.stdout and re.search("change first: more devices along mesh.fsdp", done.stdout)
+    assert "does not fit" in done.stdout and re.search(
+        "change first: more devices along mesh.fsdp", done.stdout
+    )
 
 
 @needs_libtpu
 @pytest.mark.slow
 def test_two_slices_talk_over_the_network_of_the_data_centre(tmp_path):
-    done = command(tmp_path, "--topology=v5e:2x2", "--num_slices=2", f"--json={tmp_path / 'out.json'}")
+    done = command(
+        tmp_path, "--topology=v5e:2x2", "--num_slices=2", f"--json={tmp_path / 'out.json'}"
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["slices"] == 2 and report["mesh"]["data"] == 2
     networks = {(row["network"], row["axes"]) for row in report["collectives"]["rows"]}
-    assert ("DCN", "data") in networks and all("data" not in axes for network, axes in networks if network == "ICI")
+    assert ("DCN", "data") in networks and all(
+        "data" not in axes for network, axes in networks if network == "ICI"
+    )
     assert report["estimate"]["network_seconds"]["DCN"]["asynchronous"] > 0
 
 
@@ -140,7 +159,10 @@ def test_each_stage_of_a_gather_has_physical_axes_of_its_own(topology, axes, sta
     mesh = make_mesh(MeshConfig(**{"data": 1} | axes), aot.topology_devices(topology))
     assert (mesh.shape["fsdp"], mesh.shape["fsdp_inner"]) == stages
     places = np.vectorize(lambda device: tuple(device.coords), otypes=[object])(mesh.devices)
-    varies = lambda group: {i for i in range(3) if len({place[i] for place in group.flat}) > 1}
+
+    def varies(group):
+        return {i for i in range(3) if len({place[i] for place in group.flat}) > 1}
+
     outer, inner = varies(places[0, :, 0, 0, 0]), varies(places[0, 0])
     assert len(inner) == 1 and not outer & inner
 
@@ -155,17 +177,27 @@ def test_the_gradient_of_a_gathered_weight_is_scattered(topology):
         up, down = (gather(weight.astype("bfloat16"), 0, RULES["embed"]) for weight in (up, down))
         return jnp.square((x + jax.nn.silu(x @ up) @ down.T).astype("float32")).sum()
 
-    weight, rows = partition("embed"), partition("batch")
+    weight, rows = partition_spec("embed"), partition_spec("batch")
     gradients = jax.shard_map(
-        lambda *xs: jax.grad(loss, (1, 2))(*xs), mesh=mesh, in_specs=(rows, weight, weight), out_specs=weight
+        lambda *xs: jax.grad(loss, (1, 2))(*xs),
+        mesh=mesh,
+        in_specs=(rows, weight, weight),
+        out_specs=weight,
     )
-    shaped = lambda *shape, dtype="float32", spec=weight: jax.ShapeDtypeStruct(
-        shape, dtype, sharding=NamedSharding(mesh, spec)
+
+    def shaped(*shape, dtype="float32", spec=weight):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    arguments = (
+        shaped(16 * 512, 2048, dtype="bfloat16", spec=rows),
+        shaped(2048, 1024),
+        shaped(2048, 1024),
     )
-    arguments = shaped(16 * 512, 2048, dtype="bfloat16", spec=rows), shaped(2048, 1024), shaped(2048, 1024)
     text = jax.jit(gradients).lower(*arguments).compile().as_text()
     found = hlo.read(text, list(mesh.devices.flat)).collectives
-    scattered = sorted(hlo.axes_of(one.groups, mesh.shape) for one in found if one.kind == "reduce-scatter")
+    scattered = sorted(
+        hlo.axes_of(one.groups, mesh.shape) for one in found if one.kind == "reduce-scatter"
+    )
     assert scattered == [("fsdp",)] * 2 + [("fsdp_inner",)] * 2
     assert not [one for one in found if one.kind == "all-reduce"]
 
@@ -208,7 +240,12 @@ def test_a_budget_allows_two_percent():
     report["memory"] = {"peak": int(1.03 * 2**29), "total": int(1.03 * 2**30)}
     report["collectives"]["bytes_by_kind"] |= {"all-gather": 1030, "all-to-all": 1}
     lines = aot.over_budget(report, "v5e:2x2", budget)
-    assert [line.split(":")[0] for line in lines] == ["memory, peak", "memory, sum", "all-gather", "all-to-all"]
+    assert [line.split(":")[0] for line in lines] == [
+        "memory, peak",
+        "memory, sum",
+        "all-gather",
+        "all-to-all",
+    ]
     with pytest.raises(UserError, match="topology"):
         aot.over_budget(report, "v5e:4x4", budget)
 
@@ -218,9 +255,17 @@ def test_a_budget_allows_two_percent():
 def test_inputs_of_layers_wait_in_the_host_s_memory(tmp_path):
     files = {name: tmp_path / f"out.{name}" for name in ("json", "hlo")}
     outputs = [f"--{name}={path}" for name, path in files.items()]
-    done = command(tmp_path, "--topology=v5e:2x2", "--config.model.remat=offload", "--config.model.num_layers=5", *outputs)
+    done = command(
+        tmp_path,
+        "--topology=v5e:2x2",
+        "--config.model.remat=offload",
+        "--config.model.num_layers=5",
+        *outputs,
+    )
     assert done.returncode == 0, done.stderr
-    on_host = re.findall(r"= bf16\[(5,[\d,]+)\]\S*S\(5\)", files["hlo"].read_text())  # memory space 5
+    on_host = re.findall(
+        r"= bf16\[(5,[\d,]+)\]\S*S\(5\)", files["hlo"].read_text()
+    )  # memory space 5
     sizes = {math.prod(map(int, shape.split(","))) for shape in on_host}
     assert sizes == {json.loads(files["json"].read_text())["estimate"]["host_bytes"] / 2}
     assert "to the host, and back" in done.stdout
@@ -245,5 +290,5 @@ def test_a_sweep_goes_on_after_what_does_not_fit(monkeypatch):
         *(("offload", 8, True), ("offload", 16, True), ("offload", 32, False)),
     ]
     assert "not tried" in rows[1]["error"] and "the batch is odd" in rows[5]["error"]
-    lines = [page.sweep_line(row) for row in rows]
+    lines = [pages.sweep_line(row) for row in rows]
     assert "40.0%" in lines[3] and "the batch is odd" in lines[5]

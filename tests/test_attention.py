@@ -14,23 +14,29 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from msllm.attention import attention, backend, native
-from msllm.attention.case import Case
-from msllm.attention.chunked import chunked_attention
-from msllm.attention.gpu import Tile, Tiles
-from msllm.attention.reference import reference_attention
-from msllm.attention.splash import Blocks
 from msllm.config import MeshConfig
-from msllm.sharding import make_mesh, partition
+from msllm.model.attention import cpu as native
+from msllm.model.attention.backend import Case
+from msllm.model.attention.chunked import chunked_attention
+from msllm.model.attention.dispatch import attention, backend
+from msllm.model.attention.gpu import Tile, Tiles
+from msllm.model.attention.reference import reference_attention
+from msllm.model.attention.splash import Blocks
+from msllm.sharding import make_mesh, partition_spec
 from msllm.streams import NEVER, PRESETS, Cells, lag_matrix, make_cells
 
 pytestmark = pytest.mark.slow
 
 
-def random_inputs(seed, batch, rows, streams, heads, kv_heads, head_dim=4, absent=0.2, silent=0.2, segments=3):
+def random_inputs(
+    seed, batch, rows, streams, heads, kv_heads, head_dim=4, absent=0.2, silent=0.2, segments=3
+):
     rng = np.random.default_rng(seed)
     q = rng.standard_normal((batch, rows, streams, heads, head_dim), np.float32)
-    k, v = (rng.standard_normal((batch, rows, streams, kv_heads, head_dim), np.float32) for _ in range(2))
+    k, v = (
+        rng.standard_normal((batch, rows, streams, kv_heads, head_dim), np.float32)
+        for _ in range(2)
+    )
     segment = np.sort(rng.integers(1, segments + 1, (batch, rows)), axis=1).astype(np.int32)
     segment[0, rows - rows // 5 :] = 0  # empty rows at the end of the first table
     present = rng.random((batch, rows, streams)) >= absent
@@ -39,7 +45,9 @@ def random_inputs(seed, batch, rows, streams, heads, kv_heads, head_dim=4, absen
 
 
 def random_lag(seed, streams):
-    return np.random.default_rng(seed).choice([0, 1, 2, 5, NEVER], (streams, streams)).astype(np.int32)
+    return (
+        np.random.default_rng(seed).choice([0, 1, 2, 5, NEVER], (streams, streams)).astype(np.int32)
+    )
 
 
 def outputs_and_gradients(function, q, k, v):
@@ -63,13 +71,19 @@ def assert_same(ours, theirs):
 
 
 SMALL_TILES = Tiles(Tile(16, 8, 4, 2), Tile(8, 16, 4, 2), Tile(16, 32, 4, 2))
-WITHOUT_NATIVE = native.declines(Case("cpu", "cpu", "float32", 1, 1, 1, 1, 1, 1, np.ones((1, 1), np.int32)))
-needs_native = pytest.mark.skipif(WITHOUT_NATIVE is not None, reason=f"no kernels in C++: {WITHOUT_NATIVE}")
+WITHOUT_NATIVE = native.declines(
+    Case("cpu", "cpu", "float32", 1, 1, 1, 1, 1, 1, np.ones((1, 1), np.int32))
+)
+needs_native = pytest.mark.skipif(
+    WITHOUT_NATIVE is not None, reason=f"no kernels in C++: {WITHOUT_NATIVE}"
+)
 # Options of each backend, with blocks so small that tables of tests fill several.
 OPTIONS = {
     "chunked": [{"block_cells": cells} for cells in (5, 1, 16, 1000)],
     "native": [{}],
-    "splash": [{"interpret": True, "blocks": blocks} for blocks in (Blocks(128, 128), Blocks(256, 128))],
+    "splash": [
+        {"interpret": True, "blocks": blocks} for blocks in (Blocks(128, 128), Blocks(256, 128))
+    ],
     "gpu": [
         {"interpret": True, "tiles": tiles}
         for tiles in (SMALL_TILES, Tiles(Tile(8, 8, 4, 2), Tile(8, 8, 4, 2), Tile(4, 4, 4, 2)))
@@ -81,7 +95,9 @@ BACKENDS = [pytest.param(name, marks=needs_native if name == "native" else ()) f
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@settings(max_examples=8, phases=(Phase.explicit, Phase.generate))  # each example compiles twice: no shrinking
+@settings(
+    max_examples=8, phases=(Phase.explicit, Phase.generate)
+)  # each example compiles twice: no shrinking
 @given(
     seed=st.integers(0, 1 << 16),
     rows=st.integers(1, 20),
@@ -93,13 +109,19 @@ BACKENDS = [pytest.param(name, marks=needs_native if name == "native" else ()) f
     silent=st.sampled_from([0.0, 0.5]),
     data=st.data(),
 )
-def test_equals_reference_on_random_tables(name, seed, rows, streams, groups, preset, segments, absent, silent, data):
+def test_equals_reference_on_random_tables(
+    name, seed, rows, streams, groups, preset, segments, absent, silent, data
+):
     options = data.draw(st.sampled_from(OPTIONS[name]))
-    q, k, v, cells = random_inputs(seed, 2, rows, streams, 2 * groups, 2, 4, absent, silent, segments)
+    q, k, v, cells = random_inputs(
+        seed, 2, rows, streams, 2 * groups, 2, 4, absent, silent, segments
+    )
     lag = random_lag(seed, streams) if preset == "random" else lag_matrix(preset, streams)
     rest = (cells, cells, lag, jnp.arange(streams))
     ours = outputs_and_gradients(lambda q, k, v: backend(name)(q, k, v, *rest, **options), q, k, v)
-    assert_same(ours, outputs_and_gradients(lambda q, k, v: reference_attention(q, k, v, *rest), q, k, v))
+    assert_same(
+        ours, outputs_and_gradients(lambda q, k, v: reference_attention(q, k, v, *rest), q, k, v)
+    )
 
 
 @needs_native
@@ -118,10 +140,16 @@ def test_native_with_many_blocks(rows, streams, heads, kv_heads, head_dim, visib
     for crowded in (False, True):
         missing = (0.3, 0.3, 4) if crowded else (0.0, 0.0, 1)
         q, k, v, cells = random_inputs(rows, 2, rows, streams, heads, kv_heads, head_dim, *missing)
-        lag = random_lag(rows, streams) if visibility == "random" else lag_matrix(visibility, streams)
+        lag = (
+            random_lag(rows, streams) if visibility == "random" else lag_matrix(visibility, streams)
+        )
         rest = (cells, cells, lag, jnp.arange(streams))
-        ours = outputs_and_gradients(lambda q, k, v: native.native_attention(q, k, v, *rest), q, k, v)
-        assert_same(ours, outputs_and_gradients(lambda q, k, v: chunked_attention(q, k, v, *rest), q, k, v))
+        ours = outputs_and_gradients(
+            lambda q, k, v: native.native_attention(q, k, v, *rest), q, k, v
+        )
+        assert_same(
+            ours, outputs_and_gradients(lambda q, k, v: chunked_attention(q, k, v, *rest), q, k, v)
+        )
 
 
 def bfloat16_errors(function, q, k, v, cells, lag):
@@ -133,7 +161,9 @@ def bfloat16_errors(function, q, k, v, cells, lag):
     def run(function, dtype):
         @jax.jit
         def outputs(q, k, v, q_streams):
-            attend = lambda q, k, v: function(q, k, v, cells, cells, lag, q_streams)
+            def attend(q, k, v):
+                return function(q, k, v, cells, cells, lag, q_streams)
+
             out, pull_back = jax.vjp(attend, *(x.astype(dtype) for x in (q, k, v)))
             results = out, *pull_back(weight.astype(dtype))
             assert all(x.dtype == dtype for x in results)
@@ -155,12 +185,16 @@ BFLOAT16_ERROR = 0.01
 def test_bfloat16(name, visibility):
     q, k, v, cells = random_inputs(8, 2, 24, 4, 4, 2, 16)
     lag = random_lag(4, 4) if visibility == "random" else lag_matrix(visibility, 4)
-    errors = bfloat16_errors(functools.partial(backend(name), **OPTIONS[name][0]), q, k, v, cells, lag)
+    errors = bfloat16_errors(
+        functools.partial(backend(name), **OPTIONS[name][0]), q, k, v, cells, lag
+    )
     assert max(errors) < BFLOAT16_ERROR
 
 
 @pytest.mark.parametrize("sizes", [(2, 1, 4, 1), (1, 2, 2, 2), (1, 1, 8, 1)], ids=str)
-@pytest.mark.parametrize("name", ["chunked", "reference", "gpu", pytest.param("native", marks=needs_native)])
+@pytest.mark.parametrize(
+    "name", ["chunked", "reference", "gpu", pytest.param("native", marks=needs_native)]
+)
 def test_sharded_equals_unsharded(sizes, name):
     compare_sharded(sizes, name, "random", ring=False)
 
@@ -185,8 +219,8 @@ def test_keys_that_go_round_equal_keys_that_are_gathered(sizes, name, visibility
 
 def spread(sizes, kernel, lag, ring):
     """`attention` over a mesh, as a function of q, k, v and cells."""
-    heads = partition("batch", "row", "stream", "heads", "head_dim")
-    table, row = partition("batch", "row", "stream"), partition("batch", "row")
+    heads = partition_spec("batch", "row", "stream", "heads", "head_dim")
+    table, row = partition_spec("batch", "row", "stream"), partition_spec("batch", "row")
     return jax.shard_map(
         lambda q, k, v, cells: attention(q, k, v, cells, lag, kernel, ring=ring),
         mesh=make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)]),
@@ -202,7 +236,9 @@ def compare_sharded(sizes, name, visibility, ring):
     lag = random_lag(2, 8) if visibility == "random" else lag_matrix(visibility, 8)
     sharded = spread(sizes, kernel, lag, ring)
     ours = outputs_and_gradients(lambda q, k, v: sharded(q, k, v, cells), q, k, v)
-    assert_same(ours, outputs_and_gradients(lambda q, k, v: attention(q, k, v, cells, lag, kernel), q, k, v))
+    assert_same(
+        ours, outputs_and_gradients(lambda q, k, v: attention(q, k, v, cells, lag, kernel), q, k, v)
+    )
 
 
 def test_a_ring_gathers_nothing():
@@ -210,16 +246,25 @@ def test_a_ring_gathers_nothing():
 
     def collectives(ring):
         sharded = jax.jit(spread((1, 1, 8, 1), chunked_attention, random_lag(2, 8), ring))
-        return set(re.findall(r"\b(all-gather|collective-permute)\(", sharded.lower(q, k, v, cells).compile().as_text()))
+        return set(
+            re.findall(
+                r"\b(all-gather|collective-permute)\(",
+                sharded.lower(q, k, v, cells).compile().as_text(),
+            )
+        )
 
-    assert collectives(ring=True) == {"collective-permute"} and collectives(ring=False) == {"all-gather"}
+    assert collectives(ring=True) == {"collective-permute"} and collectives(ring=False) == {
+        "all-gather"
+    }
 
 
 def test_a_ring_rounds_no_more_than_one_device():
     q, k, v, cells = random_inputs(8, 2, 24, 8, 4, 2, 16)
 
     def worst(ring):
-        function = lambda q, k, v, cells, _, lag, streams: spread((1, 1, 8, 1), chunked_attention, lag, ring)(q, k, v, cells)
+        def function(q, k, v, cells, _, lag, streams):
+            return spread((1, 1, 8, 1), chunked_attention, lag, ring)(q, k, v, cells)
+
         return bfloat16_errors(function, q, k, v, cells, lag_matrix("block_causal", 8))
 
     gathered, ring = worst(False), worst(True)

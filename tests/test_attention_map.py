@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from msllm import attention_map as attention_map_lib
-from msllm.attention.reference import attention_weights, reference_attention
-from msllm.attention_map import attention_map, between_streams
 from msllm.errors import UserError
-from msllm.model import bind
+from msllm.evals import attention_map as attention_map_lib
+from msllm.evals.attention_map import attention_map, between_streams
+from msllm.model.attention.reference import attention_weights, reference_attention
+from msllm.model.model import bind
 from msllm.streams import make_cells, visibility_table
 
 ROWS, SILENCE = 6, 1
@@ -49,7 +49,9 @@ def test_weights_are_shares_of_what_the_rule_admits(make_model, table, skip_sile
     assert weights.shape == (2, 4, ROWS, 3, ROWS, 3)
     np.testing.assert_allclose(weights.sum((-2, -1)), 1, atol=1e-6)
     silent = (tokens == SILENCE)[None] if skip_silence else None
-    seen = visibility_table(make_cells(present[None], np.ones((1, ROWS), np.int32), silent), np.array(LAG))
+    seen = visibility_table(
+        make_cells(present[None], np.ones((1, ROWS), np.int32), silent), np.array(LAG)
+    )
     np.testing.assert_array_equal(weights > 0, np.broadcast_to(seen, weights.shape))
 
 
@@ -67,7 +69,9 @@ def test_the_model_itself_attends_so(make_model, table):
         bind(model.graph, model.parameters)(tokens[None], cells, np.arange(ROWS)[None], kernel)
     jax.effects_barrier()
     assert len(found) == 2
-    np.testing.assert_allclose(attention_map(model, tokens, present), np.array(found)[:, 0], atol=1e-5)
+    np.testing.assert_allclose(
+        attention_map(model, tokens, present), np.array(found)[:, 0], atol=1e-5
+    )
 
 
 def test_shares_between_streams(table):
@@ -75,7 +79,9 @@ def test_shares_between_streams(table):
     weights = np.zeros((2, ROWS, 3, ROWS, 3))
     for t, s in np.ndindex(ROWS, 3):
         weights[0, t, s, t, s] = 1  # everyone itself
-        weights[1, t, s, 0, 0] = 0.75 if present[t, s] else 0  # the first row's user, and what was read last
+        weights[1, t, s, 0, 0] = (
+            0.75 if present[t, s] else 0
+        )  # the first row's user, and what was read last
         weights[1, t, s, t, 2] = 0.25 if present[t, s] else 1
     shares = between_streams(weights, present)
     np.testing.assert_allclose(shares[0], np.eye(3))

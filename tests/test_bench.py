@@ -9,9 +9,11 @@ import types
 import jax
 import pytest
 
-from msllm import bench_attention, bench_loader, native
-from msllm.bench import accelerator_rates
-from msllm.flops import attention_flops, visible_pairs
+from msllm.bench import attention as bench_attention
+from msllm.bench import loader as bench_loader
+from msllm.bench.main import accelerator_rates
+from msllm.kernels import cpu as cpu_kernels
+from msllm.runtime.flops import attention_flops, visible_pairs
 from msllm.streams import lag_matrix
 
 pytestmark = pytest.mark.slow
@@ -22,20 +24,28 @@ NO_TORCH = "not installed: pip install"
 
 def bench(*options):
     """(lines, standard error, exit status) of the command."""
-    line = [sys.executable, "-m", "msllm.bench", *options]
+    line = [sys.executable, "-m", "msllm", "bench", *options]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300)
     return [json.loads(text) for text in done.stdout.splitlines()], done.stderr, done.returncode
 
 
 def test_attention_compares_what_runs_here():
-    lines, errors, status = bench("attention", "--rows=9,4", "--batch=2,1", "--streams=3", "--steps=2", "--head_dim=8")
+    lines, errors, status = bench(
+        "attention", "--rows=9,4", "--batch=2,1", "--streams=3", "--steps=2", "--head_dim=8"
+    )
     assert status == 0, errors
-    names = ["chunked", "reference"] if native.missing() else ["native", "chunked", "reference"]
-    assert [(line["rows"], line["backend"]) for line in lines] == [(rows, name) for rows in (9, 4) for name in names]
+    names = (
+        ["chunked", "reference"]
+        if cpu_kernels.unavailable_reason()
+        else ["native", "chunked", "reference"]
+    )
+    assert [(line["rows"], line["backend"]) for line in lines] == [
+        (rows, name) for rows in (9, 4) for name in names
+    ]
     for line in lines:
-        assert line["device_kind"] == "cpu" and line["visible_pairs"] == line["batch"] * visible_pairs(
-            lag_matrix("block_causal", 3), line["rows"]
-        )
+        assert line["device_kind"] == "cpu" and line["visible_pairs"] == line[
+            "batch"
+        ] * visible_pairs(lag_matrix("block_causal", 3), line["rows"])
         assert line["both_temporary_mib"] > 0 and line["both_wall_seconds"] > 0
         nanoseconds = line["both_cpu_seconds"] / line["visible_pairs"] * 1e9
         assert line["both_cpu_ns_per_pair"] == pytest.approx(nanoseconds, rel=1e-3)
@@ -45,7 +55,12 @@ def test_attention_compares_what_runs_here():
 
 CASE = {
     **{"rows": 16, "batch": 1, "streams": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8},
-    **{"compute_dtype": "bfloat16", "steps": 3, "backends": ["reference", "chunked"], "memory_gib": 1.0},
+    **{
+        "compute_dtype": "bfloat16",
+        "steps": 3,
+        "backends": ["reference", "chunked"],
+        "memory_gib": 1.0,
+    },
 }
 
 
@@ -61,9 +76,14 @@ def test_what_does_not_fit_is_compiled_and_not_run():
 def test_rates_are_useful_work_by_time_and_peak(monkeypatch):
     """On a stand-in for a card, with times that are known."""
     card = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(bench_attention, "_kernels", lambda case, lag: {"reference": None, "gpu": None})
+    monkeypatch.setattr(
+        bench_attention, "_kernels", lambda case, lag: {"reference": None, "gpu": None}
+    )
     nothing = jax.jit(lambda x: x).lower(1.0).compile()
-    compiled = lambda *_: {"forward": nothing, "both": nothing}
+
+    def compiled(*_):
+        return {"forward": nothing, "both": nothing}
+
     monkeypatch.setattr(bench_attention, "_compiled", compiled)
     times = {("reference", "forward"): (4e-3, 1.0), ("gpu", "forward"): (1e-3, 1.0)}
     times |= {("reference", "both"): (9e-3, 1.0), ("gpu", "both"): (2e-3, 1.0)}
@@ -75,7 +95,10 @@ def test_rates_are_useful_work_by_time_and_peak(monkeypatch):
     assert line["both_gflop_per_second"] == round(3 * flops / 2e-3 / 1e9, 1)
     assert line["both_share_of_peak"] == round(3 * flops / 2e-3 / 989.5e12, 4)
     assert (line["forward_speedup"], line["both_speedup"]) == (4.0, 4.5)
-    assert accelerator_rates(card, 494.75e12, "bfloat16") == {"tflop_per_second_per_device": 494.75, "mfu": 0.5}
+    assert accelerator_rates(card, 494.75e12, "bfloat16") == {
+        "tflop_per_second_per_device": 494.75,
+        "mfu": 0.5,
+    }
     assert "mfu" not in accelerator_rates(card, 494.75e12, "float32")
 
 
@@ -86,14 +109,30 @@ def test_train_says_what_the_machine_reaches():
         *("--compute_dtype=bfloat16", "--attention=reference"),
     )
     assert status == 0, errors
-    assert (line["compute_dtype"], line["attention"], line["device_kind"]) == ("bfloat16", "reference", "cpu")
-    assert line["tokens_per_step"] == 128 and line["tokens_per_second"] > 0 and line["share_of_matmul"] > 0
+    assert (line["compute_dtype"], line["attention"], line["device_kind"]) == (
+        "bfloat16",
+        "reference",
+        "cpu",
+    )
+    assert (
+        line["tokens_per_step"] == 128
+        and line["tokens_per_second"] > 0
+        and line["share_of_matmul"] > 0
+    )
     assert "mfu" not in line
 
 
 @pytest.mark.parametrize("sources", [1, 2])
 def test_the_loader_is_measured_by_what_its_batches_hold(sources):
-    case = {"rows": 64, "batch": 8, "streams": 3, "tables": 50, "sources": sources, "silence": 60, "epochs": 2}
+    case = {
+        "rows": 64,
+        "batch": 8,
+        "streams": 3,
+        "tables": 50,
+        "sources": sources,
+        "silence": 60,
+        "epochs": 2,
+    }
     (line,) = bench_loader.loader_case(case)
     assert 180 < line["cells_per_table"] <= 192 and line["bytes_per_table"] > 0
     assert line["spoken_per_table"] == pytest.approx(0.4 * line["cells_per_table"], rel=0.1)
@@ -106,46 +145,98 @@ def test_prepare_counts_what_it_made():
     assert status == 0, errors
     assert line["bytes"] == pytest.approx(1e6, rel=0.01) and line["examples"] > 300
     assert 3 < line["bytes"] / line["tokens"] < 8 and 0.1 < line["silence_rate"] < 0.7
-    assert line["tokens_per_cpu_minute"] == pytest.approx(60 * line["tokens"] / line["cpu_seconds"], rel=0.1)
-    assert line["first_process_peak_mib"] > 30 and line["worker_peak_mib"] == 0  # it needed no other process
+    assert line["tokens_per_cpu_minute"] == pytest.approx(
+        60 * line["tokens"] / line["cpu_seconds"], rel=0.1
+    )
+    assert (
+        line["first_process_peak_mib"] > 30 and line["worker_peak_mib"] == 0
+    )  # it needed no other process
 
 
 def test_decode_compares_streams_with_one():
-    sizes = ("--d_model=16", "--d_ff=32", "--num_layers=1", "--num_heads=2", "--num_kv_heads=1", "--head_dim=8")
+    sizes = (
+        "--d_model=16",
+        "--d_ff=32",
+        "--num_layers=1",
+        "--num_heads=2",
+        "--num_kv_heads=1",
+        "--head_dim=8",
+    )
     sizes += ("--vocab_size=64", "--cache_dtype=int8,float32")
-    lines, errors, status = bench("decode", "--rows=24", "--prefill=9", "--streams=3", "--steps=3", *sizes)
+    lines, errors, status = bench(
+        "decode", "--rows=24", "--prefill=9", "--streams=3", "--steps=3", *sizes
+    )
     assert status == 0, errors
-    assert [(line["cache_dtype"], line["streams"]) for line in lines] == [(x, n) for x in ("int8", "float32") for n in (3, 1)]
+    assert [(line["cache_dtype"], line["streams"]) for line in lines] == [
+        (x, n) for x in ("int8", "float32") for n in (3, 1)
+    ]
     for many, one in zip(lines[::2], lines[1::2]):
-        assert many["cost_of_one_stream_cpu"] == pytest.approx(many["cpu_ms_per_row"] / one["cpu_ms_per_row"], abs=0.01)
+        assert many["cost_of_one_stream_cpu"] == pytest.approx(
+            many["cpu_ms_per_row"] / one["cpu_ms_per_row"], abs=0.01
+        )
     for line in lines:
-        assert line["tokens_per_second"] == pytest.approx(line["streams"] * 1e3 / line["wall_ms_per_row"], rel=0.01)
-        assert line["compiled_meanwhile"] == 0 and 0 < line["host_share"] < 1 and line["run_cpu_ms_per_row"] > 0
+        assert line["tokens_per_second"] == pytest.approx(
+            line["streams"] * 1e3 / line["wall_ms_per_row"], rel=0.01
+        )
+        assert (
+            line["compiled_meanwhile"] == 0
+            and 0 < line["host_share"] < 1
+            and line["run_cpu_ms_per_row"] > 0
+        )
 
 
 @pytest.mark.skipif(not TORCH, reason="torch or transformers is not installed")
 def test_the_model_in_torch_is_the_same():
-    sizes = ("--d_model=16", "--d_ff=32", "--num_layers=2", "--num_heads=4", "--num_kv_heads=2", "--head_dim=8")
+    sizes = (
+        "--d_model=16",
+        "--d_ff=32",
+        "--num_layers=2",
+        "--num_heads=4",
+        "--num_kv_heads=2",
+        "--head_dim=8",
+    )
     sizes += ("--vocab_size=64",)
-    (line,), errors, status = bench("train", "--torch", "--rows=9", "--batch=8", "--streams=3", "--steps=2", *sizes)
+    (line,), errors, status = bench(
+        "train", "--torch", "--rows=9", "--batch=8", "--streams=3", "--steps=2", *sizes
+    )
     assert status == 0, errors
-    assert line["torch_loss_difference"] < 1e-5 and line["torch_gradient_norm_relative_difference"] < 1e-4
+    assert (
+        line["torch_loss_difference"] < 1e-5
+        and line["torch_gradient_norm_relative_difference"] < 1e-4
+    )
     ratio = line["torch_cpu_seconds_per_step"] / line["cpu_seconds_per_step"]
     assert line["torch_time_to_ours_cpu"] == pytest.approx(ratio, rel=0.05)
-    lines, errors, status = bench("decode", "--torch", "--rows=20", "--prefill=9", "--streams=3", "--steps=1", *sizes)
+    lines, errors, status = bench(
+        "decode", "--torch", "--rows=20", "--prefill=9", "--streams=3", "--steps=1", *sizes
+    )
     assert status == 0, errors
-    assert [line["torch_same_rows"] for line in lines if line["cache_dtype"] == "float32"] == [11, 11]
+    assert [line["torch_same_rows"] for line in lines if line["cache_dtype"] == "float32"] == [
+        11,
+        11,
+    ]
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("sleep",), "what to measure is ['sleep']: must be one of train, attention, decode, prepare"),
-        (("attention", "--rows=4", "--batch=1,2"), "both need as many positive numbers as there are cases"),
-        (("decode", "--cache_dtype=int8,int4"), "--cache_dtype is ['int8', 'int4']: must be some of int8, bfloat16, float32"),
+        (
+            ("sleep",),
+            "what to measure is ['sleep']: must be one of train, attention, decode, prepare",
+        ),
+        (
+            ("attention", "--rows=4", "--batch=1,2"),
+            "both need as many positive numbers as there are cases",
+        ),
+        (
+            ("decode", "--cache_dtype=int8,int4"),
+            "--cache_dtype is ['int8', 'int4']: must be some of int8, bfloat16, float32",
+        ),
         (("prepare", "--size_mb=0"), "--size_mb is ['0']: must be positive numbers, one a case"),
         (("attention", "--rows=4", "--batch=1", "--backends=splash"), "'splash': it needs a TPU"),
-        (("train", "--torch", "--compute_dtype=bfloat16"), "must be float32 with --torch" if TORCH else NO_TORCH),
+        (
+            ("train", "--torch", "--compute_dtype=bfloat16"),
+            "must be float32 with --torch" if TORCH else NO_TORCH,
+        ),
     ],
     ids=["what", "cases", "caches", "sizes", "backend", "torch"],
 )

@@ -10,22 +10,25 @@ import sys
 import time
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
+from runs import write_config_file
+from test_prepare import examples
 
 from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
 from msllm.data import build, duplicates, sources
 from msllm.data.converters import input_portions, texts
 from msllm.data.duplicates import Ids, count_duplicates
+from msllm.data.prepare import describe, prepare
 from msllm.errors import RunError, UserError
-from msllm.prepare import describe, prepare
 from msllm.streams import StreamSpec
 from msllm.tokenizer import train
-from runs import write_config_file
-from test_prepare import examples
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 WORDS = TokenizerConfig(model_type="word", vocab_size=2048)
-RECORDS = [{"source": f"w{i} w{i % 7} and w{i % 11}", "target": f"so w{i} it is"} for i in range(500)]
+RECORDS = [
+    {"source": f"w{i} w{i % 7} and w{i % 11}", "target": f"so w{i} it is"} for i in range(500)
+]
 # A converter of the user's own that waits, or dies, at one record.
 OWN = """
 import os, time
@@ -56,7 +59,9 @@ def config(tmp_path, small_portions, monkeypatch):
     (tmp_path / "own_words.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "own_words", raising=False)  # another test's
-    train([text for record in RECORDS for text in record.values()], WORDS).save(tmp_path / "t.model")
+    train([text for record in RECORDS for text in record.values()], WORDS).save(
+        tmp_path / "t.model"
+    )
     return with_own_converter(tmp_path)
 
 
@@ -67,7 +72,12 @@ def with_own_converter(tmp_path):
 
 
 def make(tmp_path, **data):
-    defaults = {"converter": "wait_k", "path": write(tmp_path / "a.jsonl"), "tokenizer": WORDS, "rows": 32}
+    defaults = {
+        "converter": "wait_k",
+        "path": write(tmp_path / "a.jsonl"),
+        "tokenizer": WORDS,
+        "rows": 32,
+    }
     return Config(data=DataConfig(**{**defaults, "eval_percent": 10.0, **data}))
 
 
@@ -80,13 +90,17 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(config, tmp_path):
     assert prepare(config, tmp_path / "three", processes=3) == manifest
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
     shards = [shard["file"] for shard in manifest["splits"]["train"]["shards"]]
-    assert shards == [f"train-{i:05d}-of-00005.array_record" for i in range(5)]  # in place of the four asked for
+    assert shards == [
+        f"train-{i:05d}-of-00005.array_record" for i in range(5)
+    ]  # in place of the four asked for
     assert "unfinished" not in os.listdir(tmp_path / "three")
     train_set, held = (examples(config, tmp_path / "three", split)[0] for split in build.SPLITS)
     assert len(train_set) + len(held) == len(RECORDS) and 20 < len(held) < 90
 
 
-@pytest.mark.parametrize("data", [{"split": "tail"}, {"max_examples": 230}, {"split": "tail", "max_examples": 230}, {}])
+@pytest.mark.parametrize(
+    "data", [{"split": "tail"}, {"max_examples": 230}, {"split": "tail", "max_examples": 230}, {}]
+)
 def test_portions_hold_what_the_whole_holds(tmp_path, monkeypatch, data):
     plain = make(tmp_path, **data)
     found = {}
@@ -98,7 +112,9 @@ def test_portions_hold_what_the_whole_holds(tmp_path, monkeypatch, data):
     assert sum(map(len, found["whole"])) == data.get("max_examples", 500)
     shards = list((tmp_path / "portions").glob("train*"))
     assert len(shards) == (3 if "max_examples" in data else 5)  # the rest is not even read
-    assert len(list((tmp_path / "portions").glob("eval*"))) == (1 if "split" in data else len(shards))
+    assert len(list((tmp_path / "portions").glob("eval*"))) == (
+        1 if "split" in data else len(shards)
+    )
     if len(data) == 2:  # the examples are counted in several processes, too
         prepare(plain, tmp_path / "processes", processes=2)
         assert contents(tmp_path / "portions") == contents(tmp_path / "processes")
@@ -107,17 +123,23 @@ def test_portions_hold_what_the_whole_holds(tmp_path, monkeypatch, data):
 def test_held_out_files_of_their_own(tmp_path, small_portions):
     config = make(tmp_path, eval_path=write(tmp_path / "b.jsonl", RECORDS[300:] + [RECORDS[300]]))
     manifest = prepare(config, tmp_path / "out", processes=2)
-    assert [len(part["shards"]) for part in manifest["splits"].values()] == [5, 4]  # four: those asked for
+    assert [len(part["shards"]) for part in manifest["splits"].values()] == [
+        5,
+        4,
+    ]  # four: those asked for
     assert [part["examples"] for part in manifest["splits"].values()] == [500, 201]
     assert manifest["duplicates"] == {"train": 0, "eval": 1, "train_and_eval": 200}
-    assert "duplicates: 0 examples of train and 1 examples of eval came before; 200 are in both" in describe(manifest)
+    assert (
+        "duplicates: 0 examples of train and 1 examples of eval came before; 200 are in both"
+        in describe(manifest)
+    )
 
 
 def start(tmp_path, out, **environment):
     """The command, in two processes and small portions, in a process group of its own."""
     config = write_config_file(tmp_path / "config.py", with_own_converter(tmp_path))
     small = "from msllm.data import sources; sources.PORTION_BYTES = 6 << 10"
-    code = f"import runpy; {small}; runpy.run_module('msllm.prepare', run_name='__main__')"
+    code = f"import runpy; {small}; runpy.run_module('msllm.data.prepare', run_name='__main__', alter_sys=True)"
     return subprocess.Popen(
         [sys.executable, "-c", code, f"--config={config}", f"--out={out}", "--processes=2"],
         env=os.environ | environment | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
@@ -142,7 +164,9 @@ def test_a_stopped_run_continues_where_it_was(config, tmp_path, stop):
     os.killpg(process.pid, stop)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (-9 if stop == signal.SIGKILL else 1), errors
-    assert stop == signal.SIGKILL or errors.endswith("stopped: what is finished is kept, the same command continues\n")
+    assert stop == signal.SIGKILL or errors.endswith(
+        "stopped: what is finished is kept, the same command continues\n"
+    )
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.array_record")}
     assert len(before) == 8 and not (out / "manifest.json").exists()
 
@@ -189,7 +213,9 @@ def test_an_error_in_a_process_is_raised_here(config, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="a.jsonl:401: 'target' is None"):
         prepare(config, tmp_path / "out", processes=2)
     write(tmp_path / "a.jsonl")
-    (tmp_path / "own_words.py").write_text("def convert(layout, record):\n    yield layout.say('user', 0, None)\n")
+    (tmp_path / "own_words.py").write_text(
+        "def convert(layout, record):\n    yield layout.say('user', 0, None)\n"
+    )
     monkeypatch.delitem(sys.modules, "own_words")
     with pytest.raises(TypeError) as failure:
         prepare(config, tmp_path / "crash", processes=2)
@@ -206,24 +232,36 @@ def test_bad_records_over_several_portions(tmp_path, small_portions, capsys, pro
     manifest = prepare(config, tmp_path / "out", processes)
     assert manifest["bad"]["records"] == 500 and manifest["bad"]["bad"] == 5
     lines = [f"bad.jsonl:{number}: 'source' is None" for number in (8, 108, 208, 308, 408)]
-    assert [message[: len(line)] for message, line in zip(manifest["bad"]["shown"], lines, strict=True)] == lines
+    assert [
+        message[: len(line)] for message, line in zip(manifest["bad"]["shown"], lines, strict=True)
+    ] == lines
     told = capsys.readouterr().err
-    assert sorted(line[len("left out: ") + len(f"{tmp_path}/") :] for line in told.splitlines() if "left" in line) == (
-        sorted(manifest["bad"]["shown"])
-    )
+    assert sorted(
+        line[len("left out: ") + len(f"{tmp_path}/") :]
+        for line in told.splitlines()
+        if "left" in line
+    ) == (sorted(manifest["bad"]["shown"]))
     write(tmp_path / "bad.jsonl", [{"sauce": "y"}, *BAD])
-    with pytest.raises(UserError, match=r"6 of 501 records are bad, .*bad_percent=1.0 .*bad.jsonl:1: .*bad.jsonl:9"):
+    with pytest.raises(
+        UserError, match=r"6 of 501 records are bad, .*bad_percent=1.0 .*bad.jsonl:1: .*bad.jsonl:9"
+    ):
         prepare(config, tmp_path / "more", processes)
 
 
 def test_too_many_bad_records_stop_the_run_before_its_end(config, tmp_path):
     write(tmp_path / "a.jsonl", [{"sauce": "x"}] * 11 + RECORDS)
     with pytest.raises(UserError, match="11 of 11 records are bad"):
-        prepare(dataclasses.replace(config, data=dataclasses.replace(config.data, bad_percent=1.0)), tmp_path / "out")
+        prepare(
+            dataclasses.replace(config, data=dataclasses.replace(config.data, bad_percent=1.0)),
+            tmp_path / "out",
+        )
 
 
 def test_records_that_give_nothing_are_counted(tmp_path, small_portions):
-    records = [{"messages": [] if i % 50 == 0 else [{"role": "user", "content": f"w{i} w1"}]} for i in range(500)]
+    records = [
+        {"messages": [] if i % 50 == 0 else [{"role": "user", "content": f"w{i} w1"}]}
+        for i in range(500)
+    ]
     config = make(tmp_path, converter="chat", path=write(tmp_path / "chat.jsonl", records))
     manifest = prepare(config, tmp_path / "out")
     assert len(build.divide(config)) > 1 and manifest["empty"]["records"] == 10
@@ -237,13 +275,20 @@ def test_records_that_give_nothing_are_counted(tmp_path, small_portions):
 
 def test_small_files_share_a_portion_and_large_ones_are_cut(tmp_path, monkeypatch):
     for i, size in enumerate([10, 10, 300, 2000, 0, 10]):
-        (tmp_path / f"{i}.jsonl").write_text("".join(f'{{"n": {n:2d}}}\n' for n in range(size // 10)))
+        (tmp_path / f"{i}.jsonl").write_text(
+            "".join(f'{{"n": {n:2d}}}\n' for n in range(size // 10))
+        )
     (tmp_path / "6.json").write_text("[" + "1, " * 300 + "1]")
     monkeypatch.setattr(sources, "PORTION_BYTES", 500)
     portions = sources.portions(str(tmp_path / "*.json*"))
-    found = [[(part.file[len(str(tmp_path)) + 1], part.index, part.count) for part in portion] for portion in portions]
+    found = [
+        [(part.file[len(str(tmp_path)) + 1], part.index, part.count) for part in portion]
+        for portion in portions
+    ]
     assert sum(found, []) == sorted(sum(found, [])) and all(found)
-    assert [item for portion in found for item in portion if item[0] == "3"] == [("3", i, 4) for i in range(4)]
+    assert [item for portion in found for item in portion if item[0] == "3"] == [
+        ("3", i, 4) for i in range(4)
+    ]
     assert len(found) < 8 and max(map(len, found)) >= 3
     monkeypatch.setattr(sources, "MOST_PORTIONS", 2)
     assert len(sources.portions(str(tmp_path / "*.json*"))) == 2
@@ -259,7 +304,10 @@ def test_the_tokenizer_sees_all_portions(tmp_path, small_portions):
     assert some == list(texts(config, spec, portions, 1000)) and 1000 < sum(map(len, some)) < 1200
     places = [everything.index(text) for text in some if text.startswith("so")]
     assert places == sorted(places)
-    shares = [sum(len(everything) * i // 5 <= n < len(everything) * (i + 1) // 5 for n in places) for i in range(5)]
+    shares = [
+        sum(len(everything) * i // 5 <= n < len(everything) * (i + 1) // 5 for n in places)
+        for i in range(5)
+    ]
     assert min(shares) > 3 and max(shares) - min(shares) <= 3
     first = dataclasses.replace(config, data=dataclasses.replace(config.data, max_examples=3))
     assert list(texts(first, spec, portions)) == everything[:6]
@@ -289,6 +337,8 @@ def test_duplicates_are_counted_in_blocks(tmp_path_factory, trained, held, block
 
 
 def test_a_worker_needs_neither_jax_nor_its_friends():
-    line = "import sys, msllm.data.build, msllm.workers; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True).stdout.split()
+    line = "import sys, msllm.data.build, msllm.data.workers; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", line], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert not {"jax", "flax", "orbax.checkpoint", "grain"} & set(loaded)

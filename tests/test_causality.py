@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msllm import native
-from msllm.attention import backend
-from msllm.attention.gpu import Tile, Tiles
-from msllm.attention.splash import Blocks
-from msllm.model import bind
+from msllm.kernels import cpu as cpu_kernels
+from msllm.model.attention.dispatch import backend
+from msllm.model.attention.gpu import Tile, Tiles
+from msllm.model.attention.splash import Blocks
+from msllm.model.model import bind
 from msllm.streams import NEVER, PRESETS, make_cells, positions
-from runs import compile_once  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +25,7 @@ pytestmark = pytest.mark.slow
 KERNELS = {
     "reference": backend("reference"),
     "chunked": functools.partial(backend("chunked"), block_cells=6),
-    **({"native": backend("native")} if native.missing() is None else {}),
+    **({"native": backend("native")} if cpu_kernels.unavailable_reason() is None else {}),
     "splash": functools.partial(backend("splash"), interpret=True, blocks=Blocks(128, 128)),
     "gpu": functools.partial(backend("gpu"), interpret=True, tiles=Tiles(*[Tile(8, 8, 4, 2)] * 3)),
 }
@@ -55,15 +54,27 @@ def sees(visibility, skip_silence, present, silent, query, key):
         return True
     (table, row, stream), (k_table, k_row, k_stream) = query, key
     segment, k_segment = SEGMENT[table, row], SEGMENT[k_table, k_row]
-    both = present[query] and present[key] and segment > 0 and table == k_table and segment == k_segment
-    return both and not (skip_silence and silent[key]) and k_row <= row - LAGS[visibility](stream, k_stream)
+    both = (
+        present[query]
+        and present[key]
+        and segment > 0
+        and table == k_table
+        and segment == k_segment
+    )
+    return (
+        both
+        and not (skip_silence and silent[key])
+        and k_row <= row - LAGS[visibility](stream, k_stream)
+    )
 
 
 def dependence(visibility, skip_silence, layers, streams):
     """[cell, cell] bool: the logits of the first depend on the input of the second; cells of all tables."""
     present, silent = tables(streams)
     cells = list(itertools.product(*map(range, present.shape)))
-    rule = np.array([[sees(visibility, skip_silence, present, silent, q, k) for k in cells] for q in cells])
+    rule = np.array(
+        [[sees(visibility, skip_silence, present, silent, q, k) for k in cells] for q in cells]
+    )
     return np.linalg.matrix_power(rule.astype(np.int64), layers) > 0
 
 
@@ -93,17 +104,30 @@ def influences(model, kernel, cases):
     for layers, skip_silence in cases:
         parameters = jax.tree.map(lambda x: x, model.parameters)
         for part, weight in (("attention", "o"), ("mlp", "down")):
-            parameters["blocks"][part][weight] = parameters["blocks"][part][weight].at[layers:].set(0)
-        jacobian = np.asarray(run(parameters, present, silent & skip_silence, SEGMENT))  # [cell, cell, D]
+            parameters["blocks"][part][weight] = (
+                parameters["blocks"][part][weight].at[layers:].set(0)
+            )
+        jacobian = np.asarray(
+            run(parameters, present, silent & skip_silence, SEGMENT)
+        )  # [cell, cell, D]
         assert np.isfinite(jacobian).all()
         yield np.any(jacobian != 0, axis=-1)
 
 
-@pytest.mark.parametrize("visibility, streams", [*((name, 3) for name in LAGS), ("block_causal", 1), ("same_row", 1)])
+@pytest.mark.parametrize(
+    "visibility, streams", [*((name, 3) for name in LAGS), ("block_causal", 1), ("same_row", 1)]
+)
 @pytest.mark.parametrize("name", KERNELS)
 def test_influence_is_visibility(make_model, name, visibility, streams):
-    lag = [[LAGS[visibility](reader, source) for source in range(streams)] for reader in range(streams)]
-    sizes = {"vocab_size": SEGMENT.size * streams, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
+    lag = [
+        [LAGS[visibility](reader, source) for source in range(streams)] for reader in range(streams)
+    ]
+    sizes = {
+        "vocab_size": SEGMENT.size * streams,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+    }
     model = make_model(streams, lag=lag, tie_embeddings=False, remat="none", **sizes)
     cases = [(1, True), (2, False)]
     for (layers, skip_silence), measured in zip(cases, influences(model, KERNELS[name], cases)):
@@ -111,7 +135,10 @@ def test_influence_is_visibility(make_model, name, visibility, streams):
 
 
 def assert_same(measured, expected):
-    for wrong, what in ((measured & ~expected, "not seen but felt"), (expected & ~measured, "seen but not felt")):
+    for wrong, what in (
+        (measured & ~expected, "not seen but felt"),
+        (expected & ~measured, "seen but not felt"),
+    ):
         assert not wrong.any(), f"{what}: cells {np.argwhere(wrong)[:5].tolist()} and others"
 
 

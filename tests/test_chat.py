@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 from textual import events
 
-from msllm import cells, chat, score, tokenizer
+from msllm import tokenizer
+from msllm.chat.player import Live, Pacer, Replay
+from msllm.chat.recording import Recording, free_name
+from msllm.chat.screen import KEYS, ChatApp
+from msllm.cli import chat
 from msllm.config import TokenizerConfig
-from msllm.decode import DecodeOptions, Engine
+from msllm.decode.engine import DecodeOptions, Engine
 from msllm.errors import UserError
-from msllm.live import Live, Pacer, Replay
-from msllm.recording import Recording, free_name
-from msllm.screen import KEYS, ChatApp
+from msllm.evals import score
+from msllm.view import cells
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs/chat.md"
 OPTIONS = DecodeOptions(temperature=1.5, seed=4)
@@ -28,7 +31,9 @@ WINDOW, FAST = 128, 1000.0
 @pytest.fixture
 def engine(make_model):
     """All tests use one shape of engine: its program is compiled once."""
-    letters = tokenizer.train(["abc def ghi"] * 20, TokenizerConfig(model_type="char", vocab_size=16))
+    letters = tokenizer.train(
+        ["abc def ghi"] * 20, TokenizerConfig(model_type="char", vocab_size=16)
+    )
     model = dataclasses.replace(make_model(4, vocab_size=letters.vocab_size), tokenizer=letters)
     return Engine(model, sessions=2, window=WINDOW)
 
@@ -77,7 +82,10 @@ def pilot(app, body, size=(80, 24)):
 
 def lines(app):
     """What the screen shows, line by line."""
-    return ["".join(segment.text for segment in strip).rstrip() for strip in app.screen._compositor.render_strips()]
+    return [
+        "".join(segment.text for segment in strip).rstrip()
+        for strip in app.screen._compositor.render_strips()
+    ]
 
 
 def without_a_screen(engine, branch, options=OPTIONS):
@@ -91,7 +99,11 @@ def without_a_screen(engine, branch, options=OPTIONS):
                 if event["what"] == "feed":
                     session.feed(event["stream"], event["text"])
                 else:
-                    changed = ablated | {event["stream"]} if event["what"] == "mute" else ablated - {event["stream"]}
+                    changed = (
+                        ablated | {event["stream"]}
+                        if event["what"] == "mute"
+                        else ablated - {event["stream"]}
+                    )
                     session.options = dataclasses.replace(session.options, ablated=tuple(changed))
             if session.rows == branch.rows:
                 assert not coming
@@ -113,7 +125,9 @@ def test_pacer():
     assert pacer.wait(5.1, 0.2) == pytest.approx(0.1)  # the pace has changed meanwhile
     pacer.came(5.6, 0.5)  # it took 0.1 s: the next is due as if it had taken none
     assert pacer.wait(5.6, 0.5) == pytest.approx(0.4)
-    pacer.came(8.0, 0.5)  # much too late: one row follows at once, the others that are missing never
+    pacer.came(
+        8.0, 0.5
+    )  # much too late: one row follows at once, the others that are missing never
     assert pacer.wait(8.0, 0.5) == 0
     pacer.came(8.0, 0.5)
     assert pacer.wait(8.0, 0.5) == pytest.approx(0.5)
@@ -167,7 +181,9 @@ def test_live_session_is_the_one_without_a_screen(engine):
         await until(lambda: live.rows > 12)
         assert live.muted == {"output", "user"} and live.waiting["user"] > 0
         live.fork()
-        live.feed("tool", "ihg")  # of the fork alone, though the row under way may be that of the first branch
+        live.feed(
+            "tool", "ihg"
+        )  # of the fork alone, though the row under way may be that of the first branch
         await until(lambda: live.branch == 1 and live.rows > 20)
         live.mute("user"), live.mute("output")
         await until(lambda: live.rows > 28)
@@ -186,11 +202,20 @@ def test_live_session_is_the_one_without_a_screen(engine):
     first, second = live.recording.branches
     assert (second.parent, second.forked, first.rows) == (0, first.rows - 1, first.rows)
     check(engine, first), check(engine, second)
-    text = lambda branch, stream: engine.model.tokenizer.decode(branch.tokens[:, stream])
-    assert text(second, 0) == "abcdefgh" and text(first, 0) in "abcdefgh" and text(first, 0) != "abcdefgh"
+
+    def text(branch, stream):
+        return engine.model.tokenizer.decode(branch.tokens[:, stream])
+
+    assert (
+        text(second, 0) == "abcdefgh"
+        and text(first, 0) in "abcdefgh"
+        and text(first, 0) != "abcdefgh"
+    )
     assert text(second, 3) == "deihg" and text(first, 3) == "de"
     muted = next(event["row"] for event in first.events if event["what"] == "mute")
-    assert np.all(first.tokens[muted:, 2] == engine.silence_id) and np.any(first.tokens[:muted, 2] != engine.silence_id)
+    assert np.all(first.tokens[muted:, 2] == engine.silence_id) and np.any(
+        first.tokens[:muted, 2] != engine.silence_id
+    )
     assert np.all(np.diff(first.time) >= 0) and first.time[0] == 0
     with pytest.raises(UserError, match="'output' is no input: inputs are user, tool"):
         live.feed("output", "a")
@@ -200,9 +225,13 @@ def test_live_session_is_the_one_without_a_screen(engine):
 
 def test_rows_beyond_the_window_are_kept(engine):
     live = Live(engine, OPTIONS, 5000.0)
-    running(live, lambda live: until(lambda: live.rows > 2 * WINDOW + 50))  # more than the first arrays hold
+    running(
+        live, lambda live: until(lambda: live.rows > 2 * WINDOW + 50)
+    )  # more than the first arrays hold
     with engine.open(OPTIONS) as session:
-        expected = [session.step().tokens for _ in range(live.rows)]  # nothing is fed: read as shown
+        expected = [
+            session.step().tokens for _ in range(live.rows)
+        ]  # nothing is fed: read as shown
     np.testing.assert_array_equal(live.shown.tokens, expected)
 
 
@@ -234,11 +263,17 @@ def test_recording(engine, tmp_path):
     for ours, theirs in zip(live.recording.branches, loaded.branches, strict=True):
         for name in ("tokens", "present", "time"):
             np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
-        assert (ours.events, ours.parent, ours.forked) == (theirs.events, theirs.parent, theirs.forked)
+        assert (ours.events, ours.parent, ours.forked) == (
+            theirs.events,
+            theirs.parent,
+            theirs.forked,
+        )
 
     # The score command takes it as it is.
     tables = score.check_tables(score._read_tables(str(path)), 4, engine.model.config.vocab_size)
-    np.testing.assert_array_equal(tables["tokens"][0, : loaded.branches[0].rows], loaded.branches[0].tokens)
+    np.testing.assert_array_equal(
+        tables["tokens"][0, : loaded.branches[0].rows], loaded.branches[0].tokens
+    )
     assert tables["segment"].sum(axis=1).tolist() == [branch.rows for branch in loaded.branches]
 
     (tmp_path / "text.npz").write_text("no recording")
@@ -260,9 +295,13 @@ def shown_rows(app):
 def drawn(recording, branch):
     """The same of a branch."""
     table = zip(branch.tokens.tolist(), branch.present.tolist())
-    draw = lambda tokens, present: [
-        cells.cell(recording.tokenizer, *cell).plain for cell in zip(tokens, present, recording.kinds)
-    ]
+
+    def draw(tokens, present):
+        return [
+            cells.cell(recording.tokenizer, *cell).plain
+            for cell in zip(tokens, present, recording.kinds)
+        ]
+
     return {row: draw(*both) for row, both in enumerate(table)}
 
 
@@ -286,7 +325,11 @@ def test_screen(engine, tmp_path):
         await driver.pause(0.1)  # the row under way
         rows = live.rows
         await driver.pause(0.2)  # four rows' time
-        assert live.rows == rows and live.paused and f"row {rows - 1} · 20 rows/s · paused" in "\n".join(lines(app))
+        assert (
+            live.rows == rows
+            and live.paused
+            and f"row {rows - 1} · 20 rows/s · paused" in "\n".join(lines(app))
+        )
         await press(driver, "ctrl+n")
         await until(lambda: live.rows == rows + 1)
         await press(driver, "ctrl+f", *"ace", "enter", "ctrl+p")
@@ -434,7 +477,7 @@ def test_arguments(monkeypatch):
     }.items():
         with pytest.raises(UserError, match=message):
             chat.player(*arguments)
-    monkeypatch.delitem(sys.modules, "msllm.screen")
+    monkeypatch.delitem(sys.modules, "msllm.chat.screen")
     monkeypatch.setitem(sys.modules, "textual", None)
     monkeypatch.setattr(chat.flags, "FLAGS", None)
     with pytest.raises(UserError, match=re.escape("pip install 'msllm[chat]'")):
@@ -453,7 +496,10 @@ def test_server_of_the_document(engine):
 
     async def client(port, said):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        line = lambda: asyncio.wait_for(reader.readline(), 60)
+
+        def line():
+            return asyncio.wait_for(reader.readline(), 60)
+
         got = [json.loads(await line())]
         if "error" in got[0]:
             return got[0]["error"]

@@ -12,14 +12,14 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
+from runs import four_streams, host, make_program, replace
 
-from msllm import cluster
 from msllm import tokenizer as tokenizer_lib
 from msllm.checkpoint import Checkpoints
 from msllm.config import CheckpointConfig, TokenizerConfig
 from msllm.errors import UserError
-from msllm.trained import load_model
-from runs import compile_once, four_streams, host, make_program, replace  # noqa: F401
+from msllm.runtime import processes
+from msllm.weights.trained import load_model
 
 pytestmark = pytest.mark.slow
 
@@ -32,16 +32,23 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def program(tokenizer):
-    return make_program(four_streams(**{"model.vocab_size": tokenizer.vocab_size}), 8, data=2, fsdp=4)
+    return make_program(
+        four_streams(**{"model.vocab_size": tokenizer.vocab_size}), 8, data=2, fsdp=4
+    )
 
 
 @pytest.fixture(scope="module")
 def state(program):
     """An initial state with random moments: zeros would say little about what was read."""
     rng = np.random.default_rng(0)
-    noise = lambda x: np.where(x.ndim > 0, rng.normal(size=x.shape), x).astype(x.dtype)
+
+    def noise(x):
+        return np.where(x.ndim > 0, rng.normal(size=x.shape), x).astype(x.dtype)
+
     state = program.init()
-    return jax.device_put(state._replace(opt_state=jax.tree.map(noise, state.opt_state)), program.state_shardings)
+    return jax.device_put(
+        state._replace(opt_state=jax.tree.map(noise, state.opt_state)), program.state_shardings
+    )
 
 
 def at_step(program, state, step):
@@ -168,22 +175,32 @@ def test_a_damaged_checkpoint_is_moved_aside(workdir, program, state, tokenizer,
     ],
     ids=["no memory", "another process died"],
 )
-def test_checkpoints_are_not_to_blame_for_other_failures(workdir, program, tokenizer, monkeypatch, error):
+def test_checkpoints_are_not_to_blame_for_other_failures(
+    workdir, program, tokenizer, monkeypatch, error
+):
     def failing(self, *_):
         raise error
 
     monkeypatch.setattr(Checkpoints, "_restore_step", failing)
-    monkeypatch.setattr(cluster, "is_of_others", lambda error: "Gloo" in str(error))
+    monkeypatch.setattr(processes, "is_of_others", lambda error: "Gloo" in str(error))
     with pytest.raises(type(error), match=re.escape(str(error))):
         restore(workdir, program, tokenizer)
-    assert {path.name for path in (workdir / "checkpoints").iterdir() if path.is_dir()} == {"10", "20", "30"}
+    assert {path.name for path in (workdir / "checkpoints").iterdir() if path.is_dir()} == {
+        "10",
+        "20",
+        "30",
+    }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_load_model_uses_the_newest_good_parameters(workdir, state, damage, caplog):
     DAMAGES[damage](workdir / "checkpoints" / "30")
     loaded = load_model(workdir)
-    unread = damage in ("cut moments", "flipped bit in the moments", "missing item")  # it reads no moments
+    unread = damage in (
+        "cut moments",
+        "flipped bit in the moments",
+        "missing item",
+    )  # it reads no moments
     assert loaded.step == (30 if unread else 20)
     expected = jax.tree.map(lambda x: x + np.float32(loaded.step), host(state.parameters))
     jax.tree.map(np.testing.assert_array_equal, host(loaded.parameters), expected)
@@ -196,8 +213,14 @@ def test_a_run_never_starts_over_silently(workdir, program, tokenizer):
     rule = r"none of the checkpoints in .* \(step 30: .*; step 20: .*; step 10: .*\).*--workdir"
     with pytest.raises(UserError, match=rule):
         restore(workdir, program, tokenizer)
-    assert {path.name for path in (workdir / "checkpoints").iterdir() if path.is_dir()} == {"10", "20", "30"}
-    with pytest.raises(UserError, match=r"no checkpoint in .* can be read \(30: .*restore one from a copy"):
+    assert {path.name for path in (workdir / "checkpoints").iterdir() if path.is_dir()} == {
+        "10",
+        "20",
+        "30",
+    }
+    with pytest.raises(
+        UserError, match=r"no checkpoint in .* can be read \(30: .*restore one from a copy"
+    ):
         load_model(workdir)
 
 
@@ -215,12 +238,22 @@ def test_an_interrupted_write_is_not_used(workdir, program, state, tokenizer, ca
     [
         ("model", {"d_model": 24}, "model.d_model is 16 there and 24 here"),
         ("model", {"tie_embeddings": False}, "model.tie_embeddings is True there and False here"),
-        ("streams", {"names": ("user", "tool", "thought", "voice")}, "streams.names is .*'output'.* and .*'voice'"),
-        ("streams", {"visibility": "isolated"}, "streams.visibility is 'block_causal' there and 'isolated' here"),
+        (
+            "streams",
+            {"names": ("user", "tool", "thought", "voice")},
+            "streams.names is .*'output'.* and .*'voice'",
+        ),
+        (
+            "streams",
+            {"visibility": "isolated"},
+            "streams.visibility is 'block_causal' there and 'isolated' here",
+        ),
         ("streams", {"skip_silence": True}, "streams.skip_silence is False there and True here"),
     ],
 )
-def test_a_checkpoint_of_another_model_is_refused(three, program, tokenizer, section, changes, message):
+def test_a_checkpoint_of_another_model_is_refused(
+    three, program, tokenizer, section, changes, message
+):
     other = make_program(replace(program.config, section, **changes))
     with pytest.raises(UserError, match=message):
         restore(three, other, tokenizer)
@@ -235,7 +268,9 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(three, program, tokenizer)
     words = " ".join(f"other{i}" for i in range(20))
     other = tokenizer_lib.train([words] * 3, TokenizerConfig(model_type="word", vocab_size=32))
     assert other.vocab_size == tokenizer.vocab_size
-    with pytest.raises(UserError, match=f"another tokenizer .{tokenizer.hash[:12]}, the data has {other.hash[:12]}"):
+    with pytest.raises(
+        UserError, match=f"another tokenizer .{tokenizer.hash[:12]}, the data has {other.hash[:12]}"
+    ):
         restore(three, program, other)
 
 
@@ -247,12 +282,21 @@ def test_a_changed_rate_is_reported(three, program, state, tokenizer, caplog):
 
 
 def test_which_checkpoints_stay(tmp_path, program, state, tokenizer):
-    save(tmp_path, program, state, tokenizer, range(1, 8), CheckpointConfig(keep_last=2, keep_every=3))
+    save(
+        tmp_path,
+        program,
+        state,
+        tokenizer,
+        range(1, 8),
+        CheckpointConfig(keep_last=2, keep_every=3),
+    )
     kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert kept == {"3", "6", "7"}
 
 
-def test_local_checkpoints_serve_the_mesh_that_wrote_them(tmp_path, program, state, tokenizer, caplog):
+def test_local_checkpoints_serve_the_mesh_that_wrote_them(
+    tmp_path, program, state, tokenizer, caplog
+):
     config = CheckpointConfig(local_dir=str(tmp_path / "disk"))
 
     def opened(action, workdir=tmp_path / "run"):
@@ -275,7 +319,10 @@ def test_local_checkpoints_serve_the_mesh_that_wrote_them(tmp_path, program, sta
     check_restored(restored(program), program, state, 4)
     assert "local checkpoint of step 6 is not used: " in caplog.text
     assert restored(make_program(program.config, 8, fsdp=8)) is None
-    assert "local checkpoint of step 4 is not used: it was written by other processes or another mesh" in caplog.text
+    assert (
+        "local checkpoint of step 4 is not used: it was written by other processes or another mesh"
+        in caplog.text
+    )
     assert opened(lambda local: local.steps()) == []  # the run comes to these steps again
     opened(lambda local: local.save(at_step(program, state, 6), program.config, tokenizer))
     check_restored(restored(program, after=5), program, state, 6)
@@ -284,7 +331,9 @@ def test_local_checkpoints_serve_the_mesh_that_wrote_them(tmp_path, program, sta
 
 def test_saving_a_step_again_changes_nothing(workdir, program, state, tokenizer):
     checkpoints = Checkpoints(workdir, CheckpointConfig())
-    checkpoints.save(at_step(program, state, 30)._replace(skipped=np.int32(5)), program.config, tokenizer)
+    checkpoints.save(
+        at_step(program, state, 30)._replace(skipped=np.int32(5)), program.config, tokenizer
+    )
     checkpoints.close()
     assert int(restore(workdir, program, tokenizer).skipped) == 0
 
@@ -295,11 +344,22 @@ def test_a_checkpoint_needs_nothing_beside_itself(workdir, program, state, token
     shutil.rmtree(workdir)
     loaded = load_model(moved)
     assert (loaded.step, loaded.config, loaded.streams) == (20, program.config, program.streams)
-    assert loaded.tokenizer.to_bytes() == tokenizer.to_bytes() and loaded.tokenizer.silence_id == tokenizer.silence_id
+    assert (
+        loaded.tokenizer.to_bytes() == tokenizer.to_bytes()
+        and loaded.tokenizer.silence_id == tokenizer.silence_id
+    )
     expected = jax.tree.map(lambda x: x + np.float32(20), host(state.parameters))
     jax.tree.map(np.testing.assert_array_equal, host(loaded.parameters), expected)
 
-    line = [sys.executable, "-m", "msllm.generate", f"--checkpoint={moved}", "--input=user=word1 word2", "--rows=4"]
+    line = [
+        sys.executable,
+        "-m",
+        "msllm",
+        "generate",
+        f"--checkpoint={moved}",
+        "--input=user=word1 word2",
+        "--rows=4",
+    ]
     done = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "user: word1 word2" in done.stdout

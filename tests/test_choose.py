@@ -9,15 +9,15 @@ import jax
 import numpy as np
 import pytest
 
-from msllm import native
-from msllm.attention import choose
-from msllm.attention.chunked import chunked_attention
-from msllm.attention.gpu import gpu_attention
-from msllm.attention.native import native_attention
-from msllm.attention.reference import reference_attention
-from msllm.attention.splash import blocks_for, splash_attention
 from msllm.config import MeshConfig, ModelConfig
 from msllm.errors import UserError
+from msllm.kernels import cpu as cpu_kernels
+from msllm.model.attention.chunked import chunked_attention
+from msllm.model.attention.cpu import native_attention
+from msllm.model.attention.dispatch import choose_backend
+from msllm.model.attention.gpu import gpu_attention
+from msllm.model.attention.reference import reference_attention
+from msllm.model.attention.splash import blocks_for, splash_attention
 from msllm.sharding import AXES, make_mesh
 from msllm.streams import lag_matrix
 
@@ -29,14 +29,16 @@ TPU, HOPPER = ("tpu", "TPU v6 lite"), ("gpu", "NVIDIA H100 80GB HBM3")
 def mesh_of(platform, device_kind, **axes):
     """What `choose` reads of a mesh, for devices that are not here."""
     device = types.SimpleNamespace(platform=platform, device_kind=device_kind)
-    return types.SimpleNamespace(devices=np.array([device], object), shape=dict.fromkeys(AXES, 1) | axes)
+    return types.SimpleNamespace(
+        devices=np.array([device], object), shape=dict.fromkeys(AXES, 1) | axes
+    )
 
 
 def chosen(mesh, caplog, lag=LAG, rows=64, **changes):
     """(the backend's function, its options, what was logged)."""
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="msllm"):
-        kernel = choose(dataclasses.replace(MODEL, **changes), lag, rows, mesh)
+        kernel = choose_backend(dataclasses.replace(MODEL, **changes), lag, rows, mesh)
     return kernel.func, kernel.keywords, [record.getMessage() for record in caplog.records]
 
 
@@ -53,33 +55,55 @@ def test_on_a_cpu_the_log_names_what_was_passed_over(caplog):
 
 def test_a_cpu_gets_its_kernels_if_they_can_be_made(caplog, monkeypatch):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    monkeypatch.setattr(native, "missing", lambda: None)
+    monkeypatch.setattr(cpu_kernels, "unavailable_reason", lambda: None)
     function, options, (line,) = chosen(mesh, caplog, compute_dtype="float32")
-    assert (function, options) == (native_attention, {}) and line.startswith("attention: native; not splash: ")
-    monkeypatch.setattr(native, "missing", lambda: "there is no C++ compiler")
+    assert (function, options) == (native_attention, {}) and line.startswith(
+        "attention: native; not splash: "
+    )
+    monkeypatch.setattr(cpu_kernels, "unavailable_reason", lambda: "there is no C++ compiler")
     function, options, (line,) = chosen(mesh, caplog, compute_dtype="float32")
-    assert (function, options) == (chunked_attention, {}) and line.endswith("; not native: there is no C++ compiler")
+    assert (function, options) == (chunked_attention, {}) and line.endswith(
+        "; not native: there is no C++ compiler"
+    )
 
 
 def test_a_tpu_gets_splash_in_its_blocks(caplog):
     for kind in ("TPU v6 lite", "TPU v5 lite"):
         function, options, logged = chosen(mesh_of("tpu", kind), caplog)
-        assert (function, options, logged) == (splash_attention, {"blocks": blocks_for(kind)}, ["attention: splash"])
+        assert (function, options, logged) == (
+            splash_attention,
+            {"blocks": blocks_for(kind)},
+            ["attention: splash"],
+        )
 
 
 def test_a_hopper_card_gets_its_kernels(caplog):
     function, options, logged = chosen(mesh_of(*HOPPER), caplog)
     assert (function, options) == (gpu_attention, {})
-    assert logged == ["attention: gpu; not splash: it needs a TPU, and the devices are of platform gpu"]
+    assert logged == [
+        "attention: gpu; not splash: it needs a TPU, and the devices are of platform gpu"
+    ]
 
 
 @pytest.mark.parametrize(
     "device, changes, reason",
     [
-        (HOPPER, {"head_dim": 96}, "not gpu: it needs a head_dim of 16, 32, 64 or 128, and this is 96"),
+        (
+            HOPPER,
+            {"head_dim": 96},
+            "not gpu: it needs a head_dim of 16, 32, 64 or 128, and this is 96",
+        ),
         (HOPPER, {"compute_dtype": "float32"}, "not gpu: .* and the model computes in float32"),
-        (HOPPER, {"lag": np.arange(9, dtype=np.int32).reshape(3, 3)}, "not gpu: it handles 8 distinct lags, .* 9"),
-        (("gpu", "NVIDIA A100-SXM4-40GB"), {}, "not gpu: it is made for H100, .* this is NVIDIA A100-SXM4-40GB"),
+        (
+            HOPPER,
+            {"lag": np.arange(9, dtype=np.int32).reshape(3, 3)},
+            "not gpu: it handles 8 distinct lags, .* 9",
+        ),
+        (
+            ("gpu", "NVIDIA A100-SXM4-40GB"),
+            {},
+            "not gpu: it is made for H100, .* this is NVIDIA A100-SXM4-40GB",
+        ),
         (TPU, {"head_dim": 512}, "not splash: it needs a head_dim of at most 256, and this is 512"),
     ],
     ids=["head_dim", "dtype", "lags", "older card", "wide heads on a TPU"],
@@ -95,39 +119,81 @@ def test_a_device_is_asked_for_its_own_share(caplog):
     lag = lag_matrix("block_causal", 10)
     assert chosen(mesh_of(*TPU), caplog, lag, rows=30_000)[0] is chunked_attention
     assert chosen(mesh_of(*TPU, stream=4), caplog, lag, rows=30_000)[0] is splash_attention
-    distinct = np.arange(8, dtype=np.int32)[None, :].repeat(8, 0)  # with NEVER for absent streams, one lag too many
+    distinct = np.arange(8, dtype=np.int32)[None, :].repeat(
+        8, 0
+    )  # with NEVER for absent streams, one lag too many
     assert chosen(mesh_of(*HOPPER), caplog, distinct)[0] is gpu_attention
     assert chosen(mesh_of(*HOPPER, stream=3), caplog, distinct)[0] is chunked_attention
 
 
 def test_only_who_asks_for_the_reference_gets_it(caplog):
-    for device in (("cpu", "cpu"), TPU, HOPPER, ("gpu", "NVIDIA A100-SXM4-40GB"), ("rocm", "AMD Instinct")):
+    for device in (
+        ("cpu", "cpu"),
+        TPU,
+        HOPPER,
+        ("gpu", "NVIDIA A100-SXM4-40GB"),
+        ("rocm", "AMD Instinct"),
+    ):
         for changes in ({}, {"head_dim": 1024, "compute_dtype": "float32"}):
             assert chosen(mesh_of(*device), caplog, **changes)[0] is not reference_attention
-            assert chosen(mesh_of(*device), caplog, attention="reference", **changes)[0] is reference_attention
-            assert chosen(mesh_of(*device), caplog, attention="chunked", **changes)[0] is chunked_attention
+            assert (
+                chosen(mesh_of(*device), caplog, attention="reference", **changes)[0]
+                is reference_attention
+            )
+            assert (
+                chosen(mesh_of(*device), caplog, attention="chunked", **changes)[0]
+                is chunked_attention
+            )
 
 
 @pytest.mark.parametrize(
     "device, changes, message",
     [
-        (("cpu", "cpu"), {"attention": "splash"}, "'splash': it needs a TPU, and the devices are of platform cpu"),
-        (("cpu", "cpu"), {"attention": "native"}, "'native': it computes in float32, and the model in bfloat16"),
+        (
+            ("cpu", "cpu"),
+            {"attention": "splash"},
+            "'splash': it needs a TPU, and the devices are of platform cpu",
+        ),
+        (
+            ("cpu", "cpu"),
+            {"attention": "native"},
+            "'native': it computes in float32, and the model in bfloat16",
+        ),
         (TPU, {"attention": "gpu"}, "'gpu': it needs a GPU, and the devices are of platform tpu"),
-        (HOPPER, {"attention": "gpu", "head_dim": 96}, "'gpu': it needs a head_dim of .* this is 96"),
-        (TPU, {"attention": "splash", "head_dim": 512}, "'splash': it needs a head_dim of at most 256"),
+        (
+            HOPPER,
+            {"attention": "gpu", "head_dim": 96},
+            "'gpu': it needs a head_dim of .* this is 96",
+        ),
+        (
+            TPU,
+            {"attention": "splash", "head_dim": 512},
+            "'splash': it needs a head_dim of at most 256",
+        ),
     ],
     ids=["no TPU", "no float32", "no GPU", "head_dim on a card", "head_dim on a TPU"],
 )
 def test_what_is_asked_for_and_declines_is_an_error(device, changes, message):
-    with pytest.raises(UserError, match=f"config.model.attention is {message}.*; set it to 'auto' or another backend"):
-        choose(dataclasses.replace(MODEL, **changes), LAG, 64, mesh_of(*device))
+    with pytest.raises(
+        UserError,
+        match=f"config.model.attention is {message}.*; set it to 'auto' or another backend",
+    ):
+        choose_backend(dataclasses.replace(MODEL, **changes), LAG, 64, mesh_of(*device))
 
 
 def test_the_reference_takes_no_keys_in_turns(caplog):
     ring = {"kv_ring": True, "attention": "reference"}
-    assert chosen(mesh_of(*TPU), caplog, **ring)[0] is reference_attention  # one device has them all
-    with pytest.raises(UserError, match="config.model.attention is 'reference': it takes all keys at once, .*kv_ring"):
+    assert (
+        chosen(mesh_of(*TPU), caplog, **ring)[0] is reference_attention
+    )  # one device has them all
+    with pytest.raises(
+        UserError,
+        match="config.model.attention is 'reference': it takes all keys at once, .*kv_ring",
+    ):
         chosen(mesh_of(*TPU, stream=2), caplog, **ring)
-    for device, name in ((TPU, splash_attention), (HOPPER, gpu_attention), (("cpu", "cpu"), chunked_attention)):
+    for device, name in (
+        (TPU, splash_attention),
+        (HOPPER, gpu_attention),
+        (("cpu", "cpu"), chunked_attention),
+    ):
         assert chosen(mesh_of(*device, stream=2), caplog, kv_ring=True)[0] is name

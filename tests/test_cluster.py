@@ -8,8 +8,8 @@ import pytest
 from etils import epath
 from jax._src.distributed import global_state
 
-from msllm import cluster
 from msllm.goodput import Goodput
+from msllm.runtime import processes
 
 
 @pytest.mark.parametrize("text", ["", '{"seconds": {"st', "null"])
@@ -18,7 +18,10 @@ def test_damaged_times_are_reported_and_do_not_stop_a_run(tmp_path, text, caplog
     path.write_text(text)
     with caplog.at_level(logging.WARNING, "msllm"):
         goodput = Goodput(path)
-    assert goodput.attempts == 1 and f"{path} is damaged: the times of earlier attempts are lost" in caplog.text
+    assert (
+        goodput.attempts == 1
+        and f"{path} is damaged: the times of earlier attempts are lost" in caplog.text
+    )
     goodput.write()
     assert Goodput(path).attempts == 2
 
@@ -53,15 +56,22 @@ def test_the_roll_call_passes_over_files_that_are_empty_or_go_away(tmp_path, mon
         left.append((message, status))
         call._done.set()
 
-    monkeypatch.setattr(cluster, "leave", leave)
-    read, texts = cluster._text, iter(["host-1 7 2", "", "host-1 7 3"])
-    monkeypatch.setattr(cluster, "_text", lambda path: next(texts, "host-1 7 4") if path.name == "1" else read(path))
+    monkeypatch.setattr(processes, "leave", leave)
+    read, texts = processes._text, iter(["host-1 7 2", "", "host-1 7 3"])
+    monkeypatch.setattr(
+        processes,
+        "_text",
+        lambda path: next(texts, "host-1 7 4") if path.name == "1" else read(path),
+    )
     assert read(epath.Path(folder / "5")) == ""
-    call = cluster._RollCall(epath.Path(folder), 2.5)
+    call = processes._RollCall(epath.Path(folder), 2.5)
     with call:
         call._thread.join(20)
     ((message, status),) = left
-    assert status == cluster.LOST and "of 4 processes these have not come: 2, 3 (here: 0 on " in message
+    assert (
+        status == processes.LOST
+        and "of 4 processes these have not come: 2, 3 (here: 0 on " in message
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,27 +80,36 @@ def test_the_roll_call_passes_over_files_that_are_empty_or_go_away(tmp_path, mon
         (jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed"), True),
         (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), True),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), False),
-        (ValueError("RESOURCE_EXHAUSTED: Error writing local file: No space left on device"), False),
+        (
+            ValueError("RESOURCE_EXHAUSTED: Error writing local file: No space left on device"),
+            False,
+        ),
     ],
 )
 def test_what_other_processes_are_to_blame_for(monkeypatch, error, others):
-    assert not cluster.is_of_others(error)  # there are none
-    monkeypatch.setattr(cluster.jax, "process_count", lambda: 2)
-    assert cluster.is_of_others(error) == others
+    assert not processes.is_of_others(error)  # there are none
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    assert processes.is_of_others(error) == others
     wrapped = TimeoutError("a barrier")
     wrapped.__cause__ = error
-    assert cluster.is_of_others(wrapped) == others
+    assert processes.is_of_others(wrapped) == others
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_full_storage_is_told_from_mistakes(monkeypatch, processes):
-    monkeypatch.setattr(cluster.jax, "process_count", lambda: processes)
-    monkeypatch.setattr(cluster, "leave", lambda message, status: _raise(message))
-    with pytest.raises(RuntimeError, match=r"process 0 could not write \(.*No space left.*\): make room or repair the"):
-        with cluster.errors_end_this_process():
+@pytest.mark.parametrize("count", [1, 2])
+def test_full_storage_is_told_from_mistakes(monkeypatch, count):
+    monkeypatch.setattr(processes.jax, "process_count", lambda: count)
+    monkeypatch.setattr(processes, "leave", lambda message, status: _raise(message))
+    with pytest.raises(
+        RuntimeError,
+        match=r"process 0 could not write \(.*No space left.*\): make room or repair the",
+    ):
+        with processes.errors_end_this_process():
             raise OSError(28, "No space left on device", "metrics.jsonl")
-    with pytest.raises((FileNotFoundError, RuntimeError), match="No such file|FileNotFoundError in process 0: see above"):
-        with cluster.errors_end_this_process():
+    with pytest.raises(
+        (FileNotFoundError, RuntimeError),
+        match="No such file|FileNotFoundError in process 0: see above",
+    ):
+        with processes.errors_end_this_process():
             raise FileNotFoundError(2, "No such file or directory", "gone")
 
 

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies
 
-from msllm.config import Config, StreamsConfig, default_config, from_config_dict, to_config_dict, to_json
+from msllm.config import (
+    Config,
+    StreamsConfig,
+    default_config,
+    from_config_dict,
+    to_config_dict,
+    to_json,
+)
 from msllm.errors import UserError
 from msllm.streams import NEVER, StreamSpec
 
@@ -47,7 +54,7 @@ def test_every_config_file_is_valid(path, tmp_path, monkeypatch):
     module = runpy.run_path(str(path))
     if base := module.get("BASE"):  # what it starts from
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(UserError, match="import the model with `python -m msllm.convert`"):
+        with pytest.raises(UserError, match="import the model with `msllm convert`"):
             module["get_config"]()
         (tmp_path / base).mkdir(parents=True)
         (tmp_path / base / "config.json").write_text(to_json(Config()))
@@ -62,7 +69,9 @@ def test_every_config_file_is_valid(path, tmp_path, monkeypatch):
 def test_a_misspelt_key_raises():
     with pytest.raises(AttributeError, match='Did you mean "lr"'):
         default_config().optim.lrr = 1.0
-    with pytest.raises(UserError, match=r"unknown config key config\.optim\.lrr: did you mean config\.optim\.lr\?"):
+    with pytest.raises(
+        UserError, match=r"unknown config key config\.optim\.lrr: did you mean config\.optim\.lr\?"
+    ):
         from_config_dict({"optim": {"lrr": 1.0}})
     with pytest.raises(UserError, match=r"unknown config key config\.zzz: known: steps, seed"):
         from_config_dict({"zzz": 1})
@@ -78,8 +87,14 @@ def test_a_misspelt_key_raises():
         ({"model": {"qk_norm": 1}}, "config.model.qk_norm is 1: expected bool, got int"),
         ({"model": 3}, "config.model is 3: it is a section, set its keys instead"),
         ({"streams": {"names": "user"}}, "config.streams.names is 'user': expected a tuple"),
-        ({"streams": {"delays": (1, "2")}}, "config.streams.delays[1] is '2': expected int, got str"),
-        ({"streams": {"lags": (("a", "b"),)}}, "config.streams.lags[0] is ('a', 'b'): expected 3 items"),
+        (
+            {"streams": {"delays": (1, "2")}},
+            "config.streams.delays[1] is '2': expected int, got str",
+        ),
+        (
+            {"streams": {"lags": (("a", "b"),)}},
+            "config.streams.lags[0] is ('a', 'b'): expected 3 items",
+        ),
     ],
 )
 def test_a_wrong_type_is_named(values, message):
@@ -97,14 +112,21 @@ def test_an_integer_is_taken_for_a_float():
     "key, value, rule",
     [
         ("model.compute_dtype", "float16", "must be one of float32, bfloat16"),
-        ("model.attention", "flash", "must be one of auto, splash, gpu, native, chunked, reference"),
+        (
+            "model.attention",
+            "flash",
+            "must be one of auto, splash, gpu, native, chunked, reference",
+        ),
         ("model.remat", "some", "must be one of none, dots, full"),
         ("model.rope_scaling.kind", "dynamic", "must be one of none, linear, llama3, yarn"),
         ("model.rope_scaling.factor", 0.0, "must be positive"),
         ("optim.schedule", "step", "must be one of cosine, wsd, constant"),
         ("data.tokenizer.model_type", "wordpiece", "must be one of unigram, bpe, word, char"),
         ("data.split", "random", "must be one of hash, tail"),
-        *((f"model.{name}", 0, "must be positive") for name in ("d_model", "num_layers", "num_heads", "num_kv_heads")),
+        *(
+            (f"model.{name}", 0, "must be positive")
+            for name in ("d_model", "num_layers", "num_heads", "num_kv_heads")
+        ),
         *((f"model.{name}", -2, "must be positive") for name in ("head_dim", "d_ff")),
         ("model.vocab_size", -1, "must be positive, or 0 for the tokenizer's size"),
         ("model.num_kv_heads", 3, "must divide model.num_heads=4"),
@@ -130,7 +152,9 @@ def test_a_rule_names_key_value_and_what_is_right(key, value, rule):
     assert str(error.value).startswith(f"config.{key} is {value!r}: {rule}")
 
 
-@pytest.mark.parametrize("axes, rule", [({"data": 0}, "must be positive, or -1"), ({"fsdp": -1}, "only one axis may")])
+@pytest.mark.parametrize(
+    "axes, rule", [({"data": 0}, "must be positive, or -1"), ({"fsdp": -1}, "only one axis may")]
+)
 def test_mesh_rules(axes, rule):
     with pytest.raises(UserError, match=rule):
         from_config_dict({"mesh": axes})
@@ -143,17 +167,35 @@ def test_mesh_rules(axes, rule):
         ({"names": ("user", "user", "output")}, "needs at least one name, each of them once"),
         ({"kinds": ("input", "output")}, "config.streams.kinds has 2 items: names has 3"),
         ({"kinds": ()}, "config.streams.kinds has 0 items: names has 3"),
-        ({"kinds": ("input", "hidden", "output")}, "holds 'hidden': must be one of input, output, thought"),
-        ({"loss_weights": (1.0,)}, "config.streams.loss_weights has 1 items: names has 3, give one per stream"),
+        (
+            {"kinds": ("input", "hidden", "output")},
+            "holds 'hidden': must be one of input, output, thought",
+        ),
+        (
+            {"loss_weights": (1.0,)},
+            "config.streams.loss_weights has 1 items: names has 3, give one per stream",
+        ),
         ({"loss_weights": (0.0, 0.0, 0.0)}, "must be >= 0, and one of them positive"),
         ({"loss_weights": (1.0, -1.0, 0.0)}, "must be >= 0, and one of them positive"),
         ({"kinds": ("input",) * 3}, "one of them positive"),
         ({"delays": (0, 1)}, "config.streams.delays has 2 items"),
         ({"delays": (0, -1, 0)}, "config.streams.delays is (0, -1, 0): must be >= 0 rows"),
-        ({"visibility": "all"}, "visibility is 'all': must be one of block_causal, same_row, isolated"),
-        ({"lags": (("output", "tool", "1"),)}, "names 'tool': the streams are user, thought, output"),
-        ({"lags": (("output", "user", "-1"),)}, "lag '-1': must be a number of rows >= 0, or 'never'"),
-        ({"lags": (("output", "user", "soon"),)}, "lag 'soon': must be a number of rows >= 0, or 'never'"),
+        (
+            {"visibility": "all"},
+            "visibility is 'all': must be one of block_causal, same_row, isolated",
+        ),
+        (
+            {"lags": (("output", "tool", "1"),)},
+            "names 'tool': the streams are user, thought, output",
+        ),
+        (
+            {"lags": (("output", "user", "-1"),)},
+            "lag '-1': must be a number of rows >= 0, or 'never'",
+        ),
+        (
+            {"lags": (("output", "user", "soon"),)},
+            "lag 'soon': must be a number of rows >= 0, or 'never'",
+        ),
     ],
 )
 def test_stream_rules(fields, message):
@@ -171,15 +213,22 @@ EDGES = strategies.dictionaries(
 
 @given(EDGES, strategies.sampled_from(["block_causal", "same_row", "isolated"]))
 def test_edges_change_their_lags_and_no_other(edges, preset):
-    config = StreamsConfig(visibility=preset, lags=tuple((*edge, lag) for edge, lag in edges.items()))
+    config = StreamsConfig(
+        visibility=preset, lags=tuple((*edge, lag) for edge, lag in edges.items())
+    )
     lag = StreamSpec.from_config(config).lag_array
     plain = StreamSpec.from_config(StreamsConfig(visibility=preset)).lag_array
     for reader in range(3):
         for source in range(3):
             edge = edges.get((NAMES[reader], NAMES[source]))
-            expected = plain[reader, source] if edge is None else NEVER if edge == "never" else int(edge)
+            expected = (
+                plain[reader, source] if edge is None else NEVER if edge == "never" else int(edge)
+            )
             assert lag[reader, source] == expected
-    assert np.all(plain[~np.eye(3, dtype=bool)] == {"block_causal": 1, "same_row": 0, "isolated": NEVER}[preset])
+    assert np.all(
+        plain[~np.eye(3, dtype=bool)]
+        == {"block_causal": 1, "same_row": 0, "isolated": NEVER}[preset]
+    )
 
 
 def test_default_config_is_a_fresh_copy():

@@ -9,29 +9,30 @@ import shutil
 import subprocess
 import sys
 
+import golden_cases
+import hf_models
 import jax
 import numpy as np
 import pytest
 import tokenizers
+from runs import make_config, make_program
 from safetensors.numpy import load_file, save_file
 
-import golden_cases
-import hf_models
-from msllm import hf
 from msllm.config import TokenizerConfig, from_config_dict
-from msllm.convert import from_hf, parse_streams, to_hf, with_silence
 from msllm.data.loader import Loader
+from msllm.data.prepare import prepare
 from msllm.data.tables import unpack
 from msllm.errors import UserError
-from msllm.initial import fine_tune, initial_parameters, stream_vectors
-from msllm.load import from_parameters, load_any
-from msllm.prepare import prepare
-from msllm.score import score
+from msllm.evals.score import score
 from msllm.streams import StreamSpec
-from msllm.tokenizer import Tokenizer, train as train_tokenizer
+from msllm.tokenizer import Tokenizer
+from msllm.tokenizer import train as train_tokenizer
 from msllm.train import train
-from msllm.trained import load_model
-from runs import compile_once, make_config, make_program  # noqa: F401
+from msllm.weights import hf
+from msllm.weights.convert import from_hf, parse_streams, to_hf, with_silence
+from msllm.weights.load import from_parameters, load_any
+from msllm.weights.trained import load_model
+from msllm.weights.warm_start import fine_tune, initial_parameters, stream_vectors
 
 STREAMS = "user,thought,output"
 TEXTS = ["take 4 add 3 no wait add 2 ?", "The total is 6.", "0 1 2 3 4 5 6 7 8 9"] * 5
@@ -42,7 +43,9 @@ def tokenizer_file(pieces=30, special=("<eos>", "<unused>")) -> bytes:
     """A `tokenizers` file with so many pieces: words, with the special tokens last."""
     words = sorted({word for text in TEXTS for word in text.split()})[: pieces - len(special)]
     words += [f"word{i}" for i in range(pieces - len(special) - len(words))]
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=words[0]))
+    model = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=words[0])
+    )
     model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     model.add_special_tokens(list(special))
     return model.to_str().encode()
@@ -108,7 +111,9 @@ def test_grown_streams_compute_what_the_base_did(name, folder, tmp_path):
 @pytest.mark.parametrize(
     "name", ["llama", "llama_linear", "llama_llama3", "qwen2", "qwen2_yarn", "qwen3", "qwen3_yarn"]
 )
-@pytest.mark.parametrize("pieces", [hf_models.VOCABULARY, hf_models.VOCABULARY - 3], ids=["full", "padded"])
+@pytest.mark.parametrize(
+    "pieces", [hf_models.VOCABULARY, hf_models.VOCABULARY - 3], ids=["full", "padded"]
+)
 def test_one_stream_round_trip_is_exact(name, pieces, folder, tmp_path):
     source = folder(name, pieces)
     from_hf(source, tmp_path / "out", vocab_multiple=16 if name == "llama" else 1)
@@ -116,14 +121,20 @@ def test_one_stream_round_trip_is_exact(name, pieces, folder, tmp_path):
     assert_same_tensors(tensors_of(tmp_path / "back"), tensors_of(source))
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "back" / file).read_bytes() == (source / file).read_bytes()
-    there, back = (json.loads((path / "config.json").read_text()) for path in (source, tmp_path / "back"))
+    there, back = (
+        json.loads((path / "config.json").read_text()) for path in (source, tmp_path / "back")
+    )
     assert hf.read_config(there) == hf.read_config(back)
     for key in ("max_position_embeddings", "eos_token_id", "vocab_size", "model_type"):
         assert there[key] == back[key]
 
 
 def test_grown_round_trip_is_exact_and_names_its_streams(folder, tmp_path):
-    from_hf(folder("qwen3", hf_models.VOCABULARY - 3), tmp_path / "grown", streams="a=input,b=thought,c=output")
+    from_hf(
+        folder("qwen3", hf_models.VOCABULARY - 3),
+        tmp_path / "grown",
+        streams="a=input,b=thought,c=output",
+    )
     to_hf(tmp_path / "grown", tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["num_channels"] == 3
     assert "model.channel_embedding.weight" in tensors_of(tmp_path / "hf")
@@ -131,7 +142,10 @@ def test_grown_round_trip_is_exact_and_names_its_streams(folder, tmp_path):
     first, exported, second = (load_any(tmp_path / name) for name in ("grown", "hf", "again"))
     for other in (exported, second):
         assert (other.config, other.streams) == (first.config, first.streams)
-        assert other.tokenizer.hash == first.tokenizer.hash and other.tokenizer.silence_id == first.tokenizer.silence_id
+        assert (
+            other.tokenizer.hash == first.tokenizer.hash
+            and other.tokenizer.silence_id == first.tokenizer.silence_id
+        )
         jax.tree.map(np.testing.assert_array_equal, other.parameters, first.parameters)
     from_hf(tmp_path / "hf", tmp_path / "renamed", streams="x=input,y=thought,z=output")
     renamed = load_any(tmp_path / "renamed").streams
@@ -161,7 +175,9 @@ def test_a_stream_vector_is_kept_when_streams_are_added(tmp_path):
     tokens = np.random.default_rng(0).integers(0, one.config.vocab_size, (1, 9, 2))
     for stream in range(2):
         expected = logits_of(one, tokens[..., stream : stream + 1])
-        np.testing.assert_allclose(logits_of(two, tokens)[:, :, stream], expected[:, :, 0], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(
+            logits_of(two, tokens)[:, :, stream], expected[:, :, 0], rtol=0, atol=1e-4
+        )
 
 
 def test_dtype_is_kept_unless_it_would_round(folder, tmp_path):
@@ -196,21 +212,28 @@ def test_silence_is_found_or_added(folder, tmp_path):
     base = hf.read_folder(source)[2]
     from_hf(source, tmp_path / "added")
     added = load_any(tmp_path / "added")
-    assert added.tokenizer.silence == "<silence>" and added.tokenizer.silence_id == hf_models.VOCABULARY - 3
+    assert (
+        added.tokenizer.silence == "<silence>"
+        and added.tokenizer.silence_id == hf_models.VOCABULARY - 3
+    )
     from_hf(source, tmp_path / "named", silence="<unused>")
     named = load_any(tmp_path / "named")
     assert named.tokenizer.silence_id == hf_models.VOCABULARY - 4
     assert named.tokenizer.to_bytes() == (source / "tokenizer.json").read_bytes()
     for model in (added, named):  # the table is long enough: nothing in it changes
         np.testing.assert_array_equal(model.parameters["embedding"], base["embedding"])
-        assert model.tokenizer.encode("take 4") == Tokenizer.load(source / "tokenizer.json", "<eos>").encode("take 4")
+        assert model.tokenizer.encode("take 4") == Tokenizer.load(
+            source / "tokenizer.json", "<eos>"
+        ).encode("take 4")
     with pytest.raises(UserError, match="no such special token .*<eos>, <unused>"):
         from_hf(source, tmp_path / "none", silence="<quiet>")
     assert not (tmp_path / "none").exists()
 
 
 def test_silence_is_added_to_sentencepiece_files():
-    data = train_tokenizer(TEXTS, TokenizerConfig(model_type="char", vocab_size=60, silence="<s>")).to_bytes()
+    data = train_tokenizer(
+        TEXTS, TokenizerConfig(model_type="char", vocab_size=60, silence="<s>")
+    ).to_bytes()
     before = Tokenizer("sentencepiece", data, "<s>")
     tokenizer, added = with_silence("sentencepiece", data, "", "here")
     assert added and tokenizer.silence_id == before.vocab_size == tokenizer.vocab_size - 1
@@ -273,10 +296,15 @@ def test_nothing_is_overwritten(folder, tmp_path):
     source = folder()
     from_hf(source, tmp_path / "out")
     kept = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    for again in (lambda: from_hf(source, tmp_path / "out"), lambda: to_hf(tmp_path / "out", tmp_path / "out")):
+    for again in (
+        lambda: from_hf(source, tmp_path / "out"),
+        lambda: to_hf(tmp_path / "out", tmp_path / "out"),
+    ):
         with pytest.raises(UserError, match="exists already, and nothing is overwritten"):
             again()
-    assert kept == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert kept == {
+        path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()
+    }
     (tmp_path / "empty").mkdir()
     to_hf(tmp_path / "out", tmp_path / "empty")
     assert tensors_of(tmp_path / "empty")
@@ -303,7 +331,12 @@ def tuned(folder, **dotted):
 
 @pytest.mark.slow
 def test_a_run_starts_from_an_import(imported, tmp_path):
-    turns = [("user", "take 4 add 3"), ("assistant", "0 1 2 3"), ("user", "no wait"), ("assistant", "4 5")]
+    turns = [
+        ("user", "take 4 add 3"),
+        ("assistant", "0 1 2 3"),
+        ("user", "no wait"),
+        ("assistant", "4 5"),
+    ]
     chat = json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]})
     (tmp_path / "chats.jsonl").write_text("\n".join([chat] * 8))
     changes = {
@@ -317,18 +350,25 @@ def test_a_run_starts_from_an_import(imported, tmp_path):
     }
     config = tuned(imported, **changes, **{"optim.lr": 1e-8, "optim.weight_decay": 0.0})
     prepare(config, config.data.dir)
-    with pytest.raises(UserError, match="a model: name another, and this one with --config.init_from"):
+    with pytest.raises(
+        UserError, match="a model: name another, and this one with --config.init_from"
+    ):
         train(config, imported)
     state = train(config, tmp_path / "run")
     base = load_model(imported)
-    close = lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=1e-7)
+
+    def close(a, b):
+        return np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=1e-7)
+
     jax.tree.map(close, state.parameters, base.parameters)
     shutil.rmtree(imported)  # needed by a new run only
     again = train(config, tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, again.parameters, state.parameters)
     report = to_hf(tmp_path / "run", tmp_path / "back", like=str(tmp_path / "qwen3"))
     assert "step 1" in report and "float32 is written" in report
-    assert json.loads((tmp_path / "back" / "config.json").read_text())["max_position_embeddings"] == 64
+    assert (
+        json.loads((tmp_path / "back" / "config.json").read_text())["max_position_embeddings"] == 64
+    )
 
 
 @pytest.mark.parametrize("size", ["2", "3"])
@@ -341,7 +381,9 @@ def test_streams_start_where_one_stream_would_go_on(size, folder, tmp_path, monk
         (tmp_path / f"data/gsm8k/{name}.jsonl").write_text(json.dumps(solved))
     monkeypatch.setenv("MSLLM_SHARED", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="models/smollm2/config.json cannot be read .*msllm.convert"):
+    with pytest.raises(
+        UserError, match="models/smollm2/config.json cannot be read .*msllm convert"
+    ):
         runpy.run_path(str(path))["get_config"](size)
     from_hf(folder("llama"), "models/smollm2", streams=STREAMS)
     config = from_config_dict(runpy.run_path(str(path))["get_config"](size))
@@ -350,7 +392,10 @@ def test_streams_start_where_one_stream_would_go_on(size, folder, tmp_path, monk
     loader = Loader(config.data, "eval", streams)
     (table,) = unpack(loader.batch(0))
     silence, working = loader.tokenizer.silence_id, 1  # the thought, or the output
-    said = lambda s: table.present[:, s] & (table.tokens[:, s] != silence)
+
+    def said(s):
+        return table.present[:, s] & (table.tokens[:, s] != silence)
+
     begin, end = np.flatnonzero(said(working))[[0, -1]]
     assert begin == np.flatnonzero(said(0))[-1] + 1 and end > begin + 2
     parameters = initial_parameters(config.init_from, make_program(config), loader.tokenizer)
@@ -366,7 +411,10 @@ def test_streams_start_where_one_stream_would_go_on(size, folder, tmp_path, monk
 
 
 def test_initial_parameters_are_laid_out_for_the_mesh(imported, caplog):
-    streams = {"streams.names": ("output", "tool", "user"), "streams.kinds": ("output", "input", "input")}
+    streams = {
+        "streams.names": ("output", "tool", "user"),
+        "streams.kinds": ("output", "input", "input"),
+    }
     config = tuned(imported, **streams)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, rope_theta=1e4))
     program = make_program(config, 4, data=2, fsdp=2)
@@ -384,7 +432,9 @@ def test_stream_vectors_follow_the_names_of_streams():
     old = np.arange(6, dtype=np.float32).reshape(2, 3)
     new = stream_vectors(old, ("user", "output"), ("output", "tool", "user"), 3)
     np.testing.assert_array_equal(new, [old[1], old.mean(0), old[0]])
-    np.testing.assert_array_equal(stream_vectors(None, ("user",), ("user", "tool"), 3), np.zeros((2, 3)))
+    np.testing.assert_array_equal(
+        stream_vectors(None, ("user",), ("user", "tool"), 3), np.zeros((2, 3))
+    )
 
 
 def test_a_model_that_does_not_fit_is_named(imported, tmp_path):
@@ -394,7 +444,9 @@ def test_a_model_that_does_not_fit_is_named(imported, tmp_path):
         with pytest.raises(UserError, match=message):
             initial_parameters(folder, make_program(tuned(imported, **dotted)), tokenizer)
 
-    refused(r"blocks/mlp/up is \(2, 16, 20\) there, \(2, 16, 24\) here.*fine_tune", **{"model.d_ff": 24})
+    refused(
+        r"blocks/mlp/up is \(2, 16, 20\) there, \(2, 16, 24\) here.*fine_tune", **{"model.d_ff": 24}
+    )
     refused("head is only here", **{"model.tie_embeddings": False})
     refused("q_norm is only there", **{"model.qk_norm": False})
     refused("stream_embedding is only there", **{"model.stream_embedding": False})
@@ -411,14 +463,18 @@ def test_command_line(folder, tmp_path):
     source = folder()
 
     def run(*arguments):
-        command = [sys.executable, "-m", "msllm.convert", *map(str, arguments)]
+        command = [sys.executable, "-m", "msllm", "convert", *map(str, arguments)]
         environment = os.environ | {"PYTHONPATH": str(golden_cases.HERE.parent)}
-        done = subprocess.run(command, capture_output=True, text=True, cwd=golden_cases.HERE.parent, env=environment)
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=golden_cases.HERE.parent, env=environment
+        )
         assert "Traceback" not in done.stderr, done.stderr
         return done
 
     done = run("from_hf", source, tmp_path / "out", f"--streams={STREAMS}")
-    assert done.returncode == 0 and "silence: <silence>, token 40, added" in done.stdout, done.stderr
+    assert done.returncode == 0 and "silence: <silence>, token 40, added" in done.stdout, (
+        done.stderr
+    )
     done = run("from_hf", source, tmp_path / "out2", "--dtype=bfloat16")
     assert done.returncode == 2 and "from_hf takes no --dtype" in done.stderr
     done = run("convert", source)

@@ -5,7 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
 from msllm.data import dictation
@@ -32,7 +33,9 @@ def run(config, tokenizer=TOKENIZER):
 
 def jsonl(tmp_path, *records):
     path = tmp_path / "records.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" if not isinstance(r, str) else r + "\n" for r in records))
+    path.write_text(
+        "".join(json.dumps(r) + "\n" if not isinstance(r, str) else r + "\n" for r in records)
+    )
     return path
 
 
@@ -40,12 +43,16 @@ def spoken(table, stream, tokenizer=TOKENIZER):
     """What a stream says, and the row of its first and after its last token."""
     said = table.present[:, stream] & (table.tokens[:, stream] != tokenizer.silence_id)
     rows = np.flatnonzero(said)
-    return tokenizer.decode(table.tokens[said, stream]), (int(rows[0]), int(rows[-1]) + 1) if len(rows) else None
+    return tokenizer.decode(table.tokens[said, stream]), (int(rows[0]), int(rows[-1]) + 1) if len(
+        rows
+    ) else None
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("data")  # module scope, because hypothesis runs a test many times
+    return tmp_path_factory.mktemp(
+        "data"
+    )  # module scope, because hypothesis runs a test many times
 
 
 @settings(max_examples=30, deadline=None)
@@ -65,7 +72,9 @@ def test_gsm8k_streams(folder, question, worked, after):
     assert thought == "\n".join(f"{line} 3" for line in worked)  # without the calculator marks
     assert thought_start == (asked_end if after < 0 else after)
     assert output_start == max(thought_end, asked_end)
-    assert 1 <= len(table.tokens) - output_end <= CLOSING_ROWS and table.present.all()  # then silence
+    assert (
+        1 <= len(table.tokens) - output_end <= CLOSING_ROWS and table.present.all()
+    )  # then silence
 
 
 def test_gsm8k_answer_waits_for_a_question_that_outlasts_the_thought(tmp_path):
@@ -78,8 +87,13 @@ def test_gsm8k_without_a_thought_is_said_by_the_output(tmp_path):
     path = jsonl(tmp_path, {"question": "a b", "answer": "c <<1+2=3>>3\nd\n#### 3"})
     streams = StreamsConfig(names=("user", "output"), kinds=("input", "output"))
     (table,) = run(make_config("gsm8k", path, streams=streams), CHARACTERS)
-    assert spoken(table, 0, CHARACTERS) == ("a b", (0, 3)) and spoken(table, 1, CHARACTERS) == ("c 3\nd\n#### 3", (3, 15))
-    (table,) = run(make_config("gsm8k", path, streams=streams, options={"think_after": 1}), CHARACTERS)
+    assert spoken(table, 0, CHARACTERS) == ("a b", (0, 3)) and spoken(table, 1, CHARACTERS) == (
+        "c 3\nd\n#### 3",
+        (3, 15),
+    )
+    (table,) = run(
+        make_config("gsm8k", path, streams=streams, options={"think_after": 1}), CHARACTERS
+    )
     assert spoken(table, 1, CHARACTERS)[1] == (1, 13)
 
 
@@ -93,28 +107,41 @@ def test_plain_text_in_one_of_several_streams(tmp_path):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    cells=st.lists(st.tuples(*[st.sampled_from(["a", "b", "", None, 3])] * 2), min_size=1, max_size=6).map(
-        lambda rows: [list(column) for column in zip(*rows)]
-    )
+    cells=st.lists(
+        st.tuples(*[st.sampled_from(["a", "b", "", None, 3])] * 2), min_size=1, max_size=6
+    ).map(lambda rows: [list(column) for column in zip(*rows)])
 )
 def test_ready_tables_keep_every_cell(folder, cells):
-    (table,) = run(make_config("tables", jsonl(folder, {"streams": {"user": cells[0], "output": cells[1]}})))
-    ids = {"": TOKENIZER.silence_id, 3: 3, "a": TOKENIZER.encode("a")[0], "b": TOKENIZER.encode("b")[0]}
+    (table,) = run(
+        make_config("tables", jsonl(folder, {"streams": {"user": cells[0], "output": cells[1]}}))
+    )
+    ids = {
+        "": TOKENIZER.silence_id,
+        3: 3,
+        "a": TOKENIZER.encode("a")[0],
+        "b": TOKENIZER.encode("b")[0],
+    }
     for column, stream in zip(cells, (0, 2)):
         assert table.present[:, stream].tolist() == [item is not None for item in column]
-        assert table.tokens[:, stream].tolist() == [0 if item is None else ids[item] for item in column]
+        assert table.tokens[:, stream].tolist() == [
+            0 if item is None else ids[item] for item in column
+        ]
     assert table.present[:, 1].all() and (table.tokens[:, 1] == TOKENIZER.silence_id).all()
 
 
 def test_ready_tables_from_texts_are_padded_with_silence(tmp_path):
-    (table,) = run(make_config("tables", jsonl(tmp_path, {"streams": {"user": "a b c", "output": "d"}})))
+    (table,) = run(
+        make_config("tables", jsonl(tmp_path, {"streams": {"user": "a b c", "output": "d"}}))
+    )
     assert table.tokens.shape == (3, 3) and table.present.all()
     assert spoken(table, 0) == ("a b c", (0, 3)) and spoken(table, 2) == ("d", (0, 1))
 
 
 @settings(max_examples=30, deadline=None)
 @given(
-    turns=st.lists(st.tuples(st.sampled_from(["human", "thought", "output"]), SENTENCE), min_size=1, max_size=6),
+    turns=st.lists(
+        st.tuples(st.sampled_from(["human", "thought", "output"]), SENTENCE), min_size=1, max_size=6
+    ),
     overlap=st.integers(0, 3),
 )
 def test_chat_keeps_every_turn_in_order(folder, turns, overlap):
@@ -126,12 +153,19 @@ def test_chat_keeps_every_turn_in_order(folder, turns, overlap):
     if overlap == 0:  # one speaks at a time, without gaps, then silence
         talking = (table.tokens != TOKENIZER.silence_id).sum(axis=1)
         closing = len(table.tokens) - sum(talking)
-        assert talking.tolist() == [1] * sum(talking) + [0] * closing and 1 <= closing <= CLOSING_ROWS
+        assert (
+            talking.tolist() == [1] * sum(talking) + [0] * closing and 1 <= closing <= CLOSING_ROWS
+        )
 
 
 def test_chat_answers_overlap_but_inputs_wait(tmp_path):
-    messages = [{"role": role, "content": text} for role, text in (("user", "a b c"), ("output", "d e"), ("user", "f"))]
-    (table,) = run(make_config("chat", jsonl(tmp_path, {"messages": messages}), options={"overlap": 2}))
+    messages = [
+        {"role": role, "content": text}
+        for role, text in (("user", "a b c"), ("output", "d e"), ("user", "f"))
+    ]
+    (table,) = run(
+        make_config("chat", jsonl(tmp_path, {"messages": messages}), options={"overlap": 2})
+    )
     assert spoken(table, 2) == ("d e", (1, 3))
     assert [TOKENIZER.decode([i]) for i in table.tokens[:5, 0]] == ["a", "b", "c", "f", ""]
 
@@ -144,7 +178,10 @@ def test_text_predicts_each_character_once(folder, content, rows):
     one = StreamsConfig(names=("text",), kinds=("output",))
     pieces = run(make_config("single", path, streams=one, rows=rows), CHARACTERS)
     columns = [piece.tokens[:, 0].tolist() for piece in pieces]
-    assert CHARACTERS.decode(columns[0][:1] + [token for column in columns for token in column[1:]]) == content
+    assert (
+        CHARACTERS.decode(columns[0][:1] + [token for column in columns for token in column[1:]])
+        == content
+    )
     assert all(a[-1] == b[0] for a, b in zip(columns, columns[1:]))
     assert all(len(column) == rows for column in columns[:-1]) and 2 <= len(columns[-1]) <= rows
 
@@ -152,10 +189,15 @@ def test_text_predicts_each_character_once(folder, content, rows):
 def test_text_is_the_same_in_small_blocks(tmp_path, monkeypatch):
     path = tmp_path / "plain.txt"
     path.write_text("a b\nc ä\n" * 50)
-    config = make_config("single", path, streams=StreamsConfig(names=("text",), kinds=("output",)), rows=7)
+    config = make_config(
+        "single", path, streams=StreamsConfig(names=("text",), kinds=("output",)), rows=7
+    )
     whole = run(config, CHARACTERS)
     monkeypatch.setattr("msllm.data.sources.BLOCK_CHARACTERS", 5)
-    assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(whole, run(config, CHARACTERS), strict=True))
+    assert all(
+        np.array_equal(a.tokens, b.tokens)
+        for a, b in zip(whole, run(config, CHARACTERS), strict=True)
+    )
 
 
 def test_delays_and_max_examples(tmp_path):
@@ -199,14 +241,20 @@ def test_dictation_answers_are_right():
             sign = -1 if word in ("subtract", "minus") else 1
             value = value * 2 if word == "double" else value + sign * int(operand)
             assert 0 <= value <= dictation.LARGEST
-        assert example.answer == ["that", "makes", str(value), "."] == dictation.expected_answer(example.question)
+        assert (
+            example.answer
+            == ["that", "makes", str(value), "."]
+            == dictation.expected_answer(example.question)
+        )
 
 
 def test_dictation_has_corrections_and_no_repetition():
     examples = list(dictation.generate(2000, seed=5))
     assert len({" ".join(e.question) for e in examples}) == 2000
     assert 0.3 < np.mean(["wait" in e.question for e in examples]) < 0.4
-    assert [e.question for e in dictation.generate(50, seed=5)] == [e.question for e in examples[:50]]
+    assert [e.question for e in dictation.generate(50, seed=5)] == [
+        e.question for e in examples[:50]
+    ]
 
 
 def test_dictation_uses_only_what_could_be_heard():
@@ -219,7 +267,10 @@ def test_dictation_uses_only_what_could_be_heard():
         answer, (answer_start, answer_end) = spoken(table, 2, tokenizer)
         assert start == 0 and end == len(words) - 1
         assert answer.split() == dictation.expected_answer(words)
-        assert answer_start == end + dictation.REACTION and 1 <= len(table.tokens) - answer_end <= CLOSING_ROWS
+        assert (
+            answer_start == end + dictation.REACTION
+            and 1 <= len(table.tokens) - answer_end <= CLOSING_ROWS
+        )
         thoughts, _ = dictation.work_out(words)
         rows = np.flatnonzero(table.tokens[:, 1] != silence).tolist()
         said = [tokenizer.decode([table.tokens[row, 1]]) for row in rows]
@@ -228,7 +279,9 @@ def test_dictation_uses_only_what_could_be_heard():
             assert rows.pop(0) == index + dictation.REACTION
             del rows[: len(thought) - 1]
         value_row = max(np.flatnonzero(table.tokens[:, 1] != silence))
-        assert answer_start + 2 >= value_row + dictation.REACTION  # the number has been worked out before it is said
+        assert (
+            answer_start + 2 >= value_row + dictation.REACTION
+        )  # the number has been worked out before it is said
 
 
 def test_single_layout_holds_the_same_examples():
@@ -253,8 +306,16 @@ BAD = [
     ("gsm8k", [GOOD, GOOD, {"question": "a"}], r"records.jsonl:3: 'answer' is None"),
     ("gsm8k", [{"question": "a", "answer": "b"}], r"records.jsonl:1: .*#### number"),
     ("tables", [GOOD], r"records.jsonl:1: keys are"),
-    ("tables", [{"streams": {"user": ["a"], "output": ["a", "b"]}}], r"jsonl:1: lengths in rows are .*'user': 1.*pad"),
-    ("tables", [{"streams": {"user": "a b", "output": ["a"]}}], r"jsonl:1: lengths in rows are .*pad"),
+    (
+        "tables",
+        [{"streams": {"user": ["a"], "output": ["a", "b"]}}],
+        r"jsonl:1: lengths in rows are .*'user': 1.*pad",
+    ),
+    (
+        "tables",
+        [{"streams": {"user": "a b", "output": ["a"]}}],
+        r"jsonl:1: lengths in rows are .*pad",
+    ),
     ("tables", [{"streams": {"usr": ["a"]}}], r"records.jsonl:1: unknown stream 'usr'"),
     ("tables", [{"streams": {"user": ["a", "b c"]}}], r"jsonl:1, user, row 1: 'b c' is 2 tokens"),
     ("tables", [{"streams": {"user": ["zzz"]}}], r"jsonl:1, user, row 0: 'zzz' .*unknown"),
@@ -262,7 +323,11 @@ BAD = [
     ("tables", [{"streams": {"user": [True]}}], r"jsonl:1, user, row 0: True is no cell"),
     ("tables", [{"streams": {"user": 5}}], r"jsonl:1: stream 'user' is 5"),
     ("chat", [{"messages": "hi"}], r"records.jsonl:1: must be"),
-    ("chat", [{"messages": [{"role": "bot", "content": "a"}]}], r"jsonl:1: role 'bot' .*options.roles"),
+    (
+        "chat",
+        [{"messages": [{"role": "bot", "content": "a"}]}],
+        r"jsonl:1: role 'bot' .*options.roles",
+    ),
     ("single", ["a"], r"exactly one stream; config.data.options.stream names"),
 ]
 
@@ -276,7 +341,10 @@ def test_bad_records_are_named(tmp_path, converter, records, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"converter": "gsm9k"}, "config.data.converter is 'gsm9k': must be one of chat, .*package.module:function"),
+        (
+            {"converter": "gsm9k"},
+            "config.data.converter is 'gsm9k': must be one of chat, .*package.module:function",
+        ),
         ({"converter": "single", "options": {"stream": "outptu"}}, "there is no stream 'outptu'"),
         ({"options": {"think": 1}}, "config.data.options.think: gsm8k knows think_after"),
         ({"options": {"think_after": "1"}}, "think_after is '1': expected int"),
@@ -298,7 +366,10 @@ def test_not_utf8(tmp_path):
 
 # What the configs make of a text is kept: prepared data and checkpoints of earlier versions go on being comparable.
 
-SOLVED = {"question": "A pen costs 2. How much are 3?", "answer": "2*3=<<2*3=6>>6\nSo it is 6.\n#### 6"}
+SOLVED = {
+    "question": "A pen costs 2. How much are 3?",
+    "answer": "2*3=<<2*3=6>>6\nSo it is 6.\n#### 6",
+}
 KEPT = {
     "quickstart": ("dictation", {"examples": 300}, "word", "5fba788acf5a4d5f"),
     "quickstart_single": ("dictation_single", {"examples": 300}, "word", "a2cac5aec0e38a39"),
@@ -310,20 +381,29 @@ KEPT = {
 @pytest.mark.parametrize("name", KEPT)
 def test_the_tables_of_the_configs_are_kept(tmp_path, name):
     converter, options, model_type, expected = KEPT[name]
-    (tmp_path / "x.jsonl").write_text(json.dumps(SOLVED) + "\n" + json.dumps(SOLVED | {"question": "And 1+1?"}))
+    (tmp_path / "x.jsonl").write_text(
+        json.dumps(SOLVED) + "\n" + json.dumps(SOLVED | {"question": "And 1+1?"})
+    )
     play = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak.\n"
     (tmp_path / "x.txt").write_text(play * 9)
     path = tmp_path / ("x.txt" if converter == "single" else "x.jsonl")
-    streams = StreamsConfig() if name in ("quickstart", "gsm8k") else StreamsConfig(names=("text",), kinds=("output",))
+    streams = (
+        StreamsConfig()
+        if name in ("quickstart", "gsm8k")
+        else StreamsConfig(names=("text",), kinds=("output",))
+    )
     config = make_config(converter, path, streams=streams, options=options, rows=65)
     tokenizer = train(
-        texts(config, StreamSpec.from_config(streams)), TokenizerConfig(model_type=model_type, vocab_size=256)
+        texts(config, StreamSpec.from_config(streams)),
+        TokenizerConfig(model_type=model_type, vocab_size=256),
     )
     kept = [
         [[tokenizer.piece(token) for token in row] for row in table.tokens.tolist()]
         + [table.present.tolist(), table.example]
         for table in run(config, tokenizer)
     ]
-    if converter == "single":  # an example's id is made of token ids, which another sentencepiece may number otherwise
+    if (
+        converter == "single"
+    ):  # an example's id is made of token ids, which another sentencepiece may number otherwise
         kept = [table[:-1] for table in kept]
     assert example_hash(json.dumps(kept)) == expected

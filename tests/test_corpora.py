@@ -32,7 +32,9 @@ def test_switchboard(tmp_path):
 
 
 def test_apollo13(tmp_path):
-    said = lambda start, text: {"id": 1, "start": start, "end": 9, "source": "CDR", "message": text}
+    def said(start, text):
+        return {"id": 1, "start": start, "end": 9, "source": "CDR", "message": text}
+
     write(tmp_path / "b-loop.json", [said(3, "two")])
     path = write(tmp_path / "a-loop.json", [said(2, "one"), said(None, "lost")])
     (recording,) = corpora.apollo13(path)
@@ -43,10 +45,18 @@ def test_apollo13(tmp_path):
 
 
 def test_taskmaster4(tmp_path):
-    note = lambda name, value, context: {"name": name, "value": value, "context": context}
+    def note(name, value, context):
+        return {"name": name, "value": value, "context": context}
+
     notes = [note("api_call", "get", "api_call_0"), note("request", "{1}", "api_call_0")]
-    notes += [note("api_response", "get", "api_response_0"), note("response", "{2}", "api_response_0")]
-    turns = [{"speaker": "user", "text": "a", "annotations": notes}, {"speaker": "assistant", "text": "b"}]
+    notes += [
+        note("api_response", "get", "api_response_0"),
+        note("response", "{2}", "api_response_0"),
+    ]
+    turns = [
+        {"speaker": "user", "text": "a", "annotations": notes},
+        {"speaker": "assistant", "text": "b"},
+    ]
     (dialogue,) = corpora.taskmaster4(write(tmp_path / "d.json", [{"utterances": turns}]))
     call = {"id": "0", "function": {"name": "get", "arguments": "{1}"}}
     assert dialogue["messages"] == [
@@ -58,7 +68,11 @@ def test_taskmaster4(tmp_path):
 
 
 def test_bfcl(tmp_path):
-    question = {"id": "x", "question": [[{"role": "user", "content": "q"}]], "function": [{"name": "f"}]}
+    question = {
+        "id": "x",
+        "question": [[{"role": "user", "content": "q"}]],
+        "function": [{"name": "f"}],
+    }
     calls = [{"f": {"a": [1, 2], "b": ["", 3]}}, {"g": {}}]
     path = write(tmp_path / "BFCL.json", question)
     write(tmp_path / "answer_BFCL.json", {"id": "x", "ground_truth": calls})
@@ -70,25 +84,52 @@ def test_bfcl(tmp_path):
 
 # The whole corpora: how much there is of each, as counted without these readers.
 
-CALLS = lambda record: sum(len(message.get("tool_calls") or ()) for message in record["messages"])
+
+def CALLS(record):
+    return sum(len(message.get("tool_calls") or ()) for message in record["messages"])
+
+
 WHOLE = {
-    "switchboard": ("timed_switchboard_sample/timed-transcript", 36, 8881 - 2944, lambda r: len(r["utterances"])),
-    "apollo13": ("apollo13_loops/air-ground-loop.json", 1, 4172 + 1104, lambda r: len(r["utterances"])),
+    "switchboard": (
+        "timed_switchboard_sample/timed-transcript",
+        36,
+        8881 - 2944,
+        lambda r: len(r["utterances"]),
+    ),
+    "apollo13": (
+        "apollo13_loops/air-ground-loop.json",
+        1,
+        4172 + 1104,
+        lambda r: len(r["utterances"]),
+    ),
     "tatoeba": ("translation_tatoeba/eng-swe.txt", 25286, 25286, lambda r: 1),
     "chorales_train": ("jsb_chorales/Jsb16thSeparated.json", 229, 55228, lambda r: len(r["rows"])),
     "chorales_valid": ("jsb_chorales/Jsb16thSeparated.json", 76, 18408, lambda r: len(r["rows"])),
     "chorales_test": ("jsb_chorales/Jsb16thSeparated.json", 77, 18900, lambda r: len(r["rows"])),
-    "quarter_chorales_test": ("jsb_chorales/Jsb16thSeparated.json", 77, 4725, lambda r: len(r["rows"])),
+    "quarter_chorales_test": (
+        "jsb_chorales/Jsb16thSeparated.json",
+        77,
+        4725,
+        lambda r: len(r["rows"]),
+    ),
     "taskmaster4": ("dialogue_taskmaster4/data_0[67].json", 710, 2873, CALLS),
     "bfcl": ("tools_bfcl/BFCL_v4_parallel.json", 200, 540, CALLS),
 }
 MODEL = {
     "switchboard": ("timed", ("A", "B"), {}),
-    "apollo13": ("timed", ("air-ground", "flight"), {"roles": {"*": "flight"}, "row_seconds": 1, "longest_silence": 4}),
+    "apollo13": (
+        "timed",
+        ("air-ground", "flight"),
+        {"roles": {"*": "flight"}, "row_seconds": 1, "longest_silence": 4},
+    ),
     "tatoeba": ("wait_k", ("user", "output"), {"k": [1, 3, -1], "unit": "word"}),
     "chorales_test": ("aligned", ("soprano", "alto", "tenor", "bass"), {}),
     "taskmaster4": ("tools", ("user", "assistant", "call", "result"), {}),
-    "bfcl": ("tools", ("system", "user", "c", "d", "r"), {"calls": ["c", "d"], "results": ["r", "r"]}),
+    "bfcl": (
+        "tools",
+        ("system", "user", "c", "d", "r"),
+        {"calls": ["c", "d"], "results": ["r", "r"]},
+    ),
 }
 
 
@@ -102,7 +143,11 @@ def whole(name):
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_corpora(name):
     _, records, items, count = WHOLE[name]
-    found = [record.value for part in parts(whole(name), f"msllm.data.corpora:{name}") for record in read(part)]
+    found = [
+        record.value
+        for part in parts(whole(name), f"msllm.data.corpora:{name}")
+        for record in read(part)
+    ]
     assert len(found) == records and sum(map(count, found)) == items
 
 
@@ -112,15 +157,24 @@ def test_the_converters_take_whole_corpora(name):
     converter, names, options = MODEL[name]
     streams = StreamsConfig(names=names, kinds=("output",) * len(names))
     format, kind = f"msllm.data.corpora:{name}", "char" if name in ("tatoeba", "bfcl") else "word"
-    data = DataConfig(converter=converter, path=whole(name), format=format, options=options, rows=1 << 20)
+    data = DataConfig(
+        converter=converter, path=whole(name), format=format, options=options, rows=1 << 20
+    )
     data = dataclasses.replace(data, max_examples=300)
     config, spec = Config(streams=streams, data=data), StreamSpec.from_config(streams)
     said = list(texts(config, spec))
     tokenizer = train(said, TokenizerConfig(model_type=kind, vocab_size=30000))
     tables = list(convert(config, spec, tokenizer))
-    placed = sum(int((table.present & (table.tokens != tokenizer.silence_id)).sum()) for table in tables)
+    placed = sum(
+        int((table.present & (table.tokens != tokenizer.silence_id)).sum()) for table in tables
+    )
     if converter == "aligned":  # an item that occurred before is not encoded again
-        items = [item for song in corpora.chorales_test(data.path) for row in song["rows"] for item in row]
+        items = [
+            item
+            for song in corpora.chorales_test(data.path)
+            for row in song["rows"]
+            for item in row
+        ]
         assert placed == sum(item != -1 for item in items)
     else:
         assert placed == sum(len(tokenizer.encode(text)) for text in said) > 5000
@@ -129,9 +183,16 @@ def test_the_converters_take_whole_corpora(name):
 def test_transposed_chorales_keep_every_interval():
     file = whole("chorales_train")
     original = {json.dumps(song["rows"]) for song in corpora.quarter_chorales_train(file)}
-    transposed = [np.array(song["rows"]) for song in corpora.quarter_chorales_train_transposed(file)]
-    assert {json.dumps(song.tolist()) for song in transposed} >= original and len(transposed) > 9 * len(original)
-    intervals = lambda song: np.where(song == -1, -1, song - song[song >= 0].min())
+    transposed = [
+        np.array(song["rows"]) for song in corpora.quarter_chorales_train_transposed(file)
+    ]
+    assert {json.dumps(song.tolist()) for song in transposed} >= original and len(
+        transposed
+    ) > 9 * len(original)
+
+    def intervals(song):
+        return np.where(song == -1, -1, song - song[song >= 0].min())
+
     known = {json.dumps(intervals(np.array(json.loads(song))).tolist()) for song in original}
     assert all(json.dumps(intervals(song).tolist()) in known for song in transposed)
     pitches = np.concatenate(transposed)

@@ -26,8 +26,15 @@ def examples():
         head, *drawn = re.split(r"^row(?: .*)?\n", block, flags=re.M)
         settings = dict(re.findall(r"^(options|rows): (.*)$", head, flags=re.M))
         records = re.sub(r"^(options|rows): .*\n", "", head, flags=re.M).rstrip("\n")
-        tables = [{line.split()[0]: line.split()[1:] for line in part.splitlines() if line} for part in drawn]
-        found[name[1]] = records, {key: json.loads(value) for key, value in settings.items()}, tables
+        tables = [
+            {line.split()[0]: line.split()[1:] for line in part.splitlines() if line}
+            for part in drawn
+        ]
+        found[name[1]] = (
+            records,
+            {key: json.loads(value) for key, value in settings.items()},
+            tables,
+        )
     return found
 
 
@@ -38,18 +45,28 @@ def draw(table, names, tokenizer):
         cells = []
         for token, present in zip(table.tokens[:, stream].tolist(), table.present[:, stream]):
             word = tokenizer.decode([token])
-            silent = "." if token == tokenizer.silence_id else f"<{word}>" if word in (".", "-") else word
+            silent = (
+                "."
+                if token == tokenizer.silence_id
+                else f"<{word}>"
+                if word in (".", "-")
+                else word
+            )
             cells.append(silent if present else "-")
         columns[name] = cells
     return columns
 
 
 def made(tmp_path, converter, records, settings, names):
-    kinds = tuple("input" if INPUTS.fullmatch(n) else "thought" if n == "thought" else "output" for n in names)
+    kinds = tuple(
+        "input" if INPUTS.fullmatch(n) else "thought" if n == "thought" else "output" for n in names
+    )
     streams = StreamsConfig(names=names, kinds=kinds)
     path = tmp_path / ("x.jsonl" if records.startswith("{") else "x.txt")
     path.write_text(records)
-    config = Config(streams=streams, data=DataConfig(converter=converter, path=str(path), **settings))
+    config = Config(
+        streams=streams, data=DataConfig(converter=converter, path=str(path), **settings)
+    )
     spec = StreamSpec.from_config(streams)
     tokenizer = train(texts(config, spec), TokenizerConfig(model_type="word", vocab_size=256))
     for table in convert(config, spec, tokenizer):

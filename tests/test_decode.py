@@ -1,19 +1,20 @@
 """Cached decoding against the full forward pass, with every rule, cache and mesh; endless sessions; sampling."""
 
+import golden_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import golden_cases
-from msllm import cache, native
 from msllm.config import MeshConfig, ModelConfig
-from msllm.decode import FREE, DecodeOptions, Engine, generate
-from msllm.decode_program import decode_program
+from msllm.decode import cache
+from msllm.decode.engine import FREE, DecodeOptions, Engine, generate
+from msllm.decode.program import decode_program
+from msllm.decode.sampling import Sampling, filtered_logits, row_keys, sample
 from msllm.errors import UserError
-from msllm.layers import rope_angles, rope_frequencies
-from msllm.model import bind
-from msllm.sampling import Sampling, choose, filtered_logits, row_keys
+from msllm.kernels import cpu as cpu_kernels
+from msllm.model.layers import rope_angles, rope_frequencies
+from msllm.model.model import bind
 from msllm.sharding import make_mesh
 from msllm.streams import NEVER, make_cells, positions, visible_between
 
@@ -33,7 +34,9 @@ def full_logits(model, transcript, window=0, kept=0):
         q = q.reshape(*q.shape[:3], k.shape[3], -1, q.shape[-1])
         scores = jnp.einsum("btskgh,bupkh->bkgtsup", q, k) / q.shape[-1] ** 0.5
         weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -jnp.inf), axis=(-2, -1))
-        return jnp.einsum("bkgtsup,bupkh->btskgh", weights, v).reshape(*q.shape[:3], -1, q.shape[-1])
+        return jnp.einsum("bkgtsup,bupkh->btskgh", weights, v).reshape(
+            *q.shape[:3], -1, q.shape[-1]
+        )
 
     tokens, present = transcript.tokens[None], transcript.present[None]
     segment = np.ones(tokens.shape[:2], np.int32)
@@ -46,15 +49,29 @@ def full_logits(model, transcript, window=0, kept=0):
 def crowd(model, rows, prefills, absent=0.0, window=16, **settings):
     """Sessions of one engine that begin at different moments, with input: (sessions, their rows) after `rows` steps."""
     rng = np.random.default_rng(1)
-    engine = Engine(model, sessions=len(prefills), window=window, all_logits=True, silence_id=SILENCE, **settings)
+    engine = Engine(
+        model,
+        sessions=len(prefills),
+        window=window,
+        all_logits=True,
+        silence_id=SILENCE,
+        **settings,
+    )
     sessions, shown = [], {}
     for step in range(rows + len(prefills) - 1):
         if step < len(prefills):
-            table = rng.integers(0, 32, (prefills[step], 3)), rng.random((prefills[step], 3)) >= absent
-            first = dict(prefill=table[0], present=table[1]) if prefills[step] else {}
+            table = (
+                rng.integers(0, 32, (prefills[step], 3)),
+                rng.random((prefills[step], 3)) >= absent,
+            )
+            first = {"prefill": table[0], "present": table[1]} if prefills[step] else {}
             sessions.append(engine.open(DecodeOptions(temperature=1.0, seed=step), **first))
             shown[sessions[-1]] = []
-        active = [session for session in sessions if len(shown[session]) < rows and (step + session._slot) % 3]
+        active = [
+            session
+            for session in sessions
+            if len(shown[session]) < rows and (step + session._slot) % 3
+        ]
         for session, row in zip(active, engine.step(active)):
             shown[session].append(row)
             if row.index % 3 == 1:
@@ -66,27 +83,36 @@ def check_crowd(model, sessions, shown, tolerance=1e-4):
     for session in sessions:
         transcript = session.transcript()
         expected = full_logits(model, transcript)
-        assert transcript.present.shape == transcript.tokens.shape and len(transcript.row) == session.rows
+        assert (
+            transcript.present.shape == transcript.tokens.shape
+            and len(transcript.row) == session.rows
+        )
         compared = 0
         for row in shown[session]:
             if row.logits is not None:
-                np.testing.assert_allclose(row.logits, expected[row.index - 1], rtol=0, atol=tolerance)
+                np.testing.assert_allclose(
+                    row.logits, expected[row.index - 1], rtol=0, atol=tolerance
+                )
                 compared += 1
                 logprobs = jax.nn.log_softmax(row.logits)
                 chosen = logprobs[np.arange(3), row.tokens]
-                np.testing.assert_allclose(row.logprob[row.present], chosen[row.present], rtol=0, atol=1e-5)
-                np.testing.assert_allclose(row.entropy, -(np.exp(logprobs) * logprobs).sum(-1), rtol=0, atol=1e-5)
+                np.testing.assert_allclose(
+                    row.logprob[row.present], chosen[row.present], rtol=0, atol=1e-5
+                )
+                np.testing.assert_allclose(
+                    row.entropy, -(np.exp(logprobs) * logprobs).sum(-1), rtol=0, atol=1e-5
+                )
         assert compared >= 2
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(visibility="block_causal", absent=0.3),
-        dict(visibility="same_row"),
-        dict(visibility="isolated", attention="reference"),
-        dict(lag=LAG, absent=0.3, skip_silence=True),
-        dict(visibility="block_causal", delays=(0, 2, 1), prefills=(0, 1)),
+        {"visibility": "block_causal", "absent": 0.3},
+        {"visibility": "same_row"},
+        {"visibility": "isolated", "attention": "reference"},
+        {"lag": LAG, "absent": 0.3, "skip_silence": True},
+        {"visibility": "block_causal", "delays": (0, 2, 1), "prefills": (0, 1)},
     ],
     ids=lambda s: "-".join(str(k if k == "lag" else v) for k, v in s.items()),
 )
@@ -103,12 +129,14 @@ def test_cached_equals_full_forward(make_model, settings):
 
 
 @pytest.mark.parametrize(
-    "axes", [dict(data=2, stream=2, tensor=2), dict(fsdp=2, stream=4)], ids=lambda axes: "-".join(axes)
+    "axes",
+    [{"data": 2, "stream": 2, "tensor": 2}, {"fsdp": 2, "stream": 4}],
+    ids=lambda axes: "-".join(axes),
 )
 def test_sharded_equals_full_forward(make_model, axes):
     """Three streams on two and four devices: places that are left over hold absent ones."""
     model = make_model(3, lag=LAG, skip_silence=True)
-    mesh = make_mesh(MeshConfig(**(dict(data=1, fsdp=1, stream=1, tensor=1) | axes)))
+    mesh = make_mesh(MeshConfig(**({"data": 1, "fsdp": 1, "stream": 1, "tensor": 1} | axes)))
     check_crowd(model, *crowd(model, 4, (2, 3), mesh=mesh))
 
 
@@ -119,15 +147,18 @@ def test_sharded_equals_full_forward(make_model, axes):
 )
 def test_windows_of_many_blocks(make_model, monkeypatch, layout, block, window, prefills):
     """Three blocks, of which sessions fill one, two, three and all again; the last one not to its end."""
-    if layout == cache.PANELS and native.missing():
-        pytest.skip(f"no kernels in C++: {native.missing()}")
+    if layout == cache.PANELS and cpu_kernels.unavailable_reason():
+        pytest.skip(f"no kernels in C++: {cpu_kernels.unavailable_reason()}")
     monkeypatch.setattr(cache, "BLOCK_ROWS", block)
     assert cache.blocks(window, layout) == (3, block)
     model = make_model(3, d_ff=40 + block)  # a program of its own
     if layout == cache.ROWS_LAST:
-        monkeypatch.setattr(native, "missing", lambda: "not asked for")
+        monkeypatch.setattr(cpu_kernels, "unavailable_reason", lambda: "not asked for")
     check_crowd(model, *crowd(model, 6, prefills, window=window))
-    run = lambda: Engine(model, window=window, silence_id=SILENCE).open(WARM).run(3 * window)
+
+    def run():
+        return Engine(model, window=window, silence_id=SILENCE).open(WARM).run(3 * window)
+
     in_blocks = run()
     monkeypatch.undo()
     decode_program.cache_clear()
@@ -148,8 +179,10 @@ def test_small_caches_come_near(make_model, dtype, tolerance, head_dim):
 def test_a_model_in_bfloat16_comes_near_itself_in_float32(make_model, monkeypatch, kernels):
     """Nearer than twice what its full forward is off: cached decoding rounds as often, elsewhere."""
     if not kernels:
-        monkeypatch.setattr(native, "missing", lambda: "not asked for")
-    exact, model = (make_model(3, d_ff=56 + kernels, compute_dtype=dtype) for dtype in ("float32", "bfloat16"))
+        monkeypatch.setattr(cpu_kernels, "unavailable_reason", lambda: "not asked for")
+    exact, model = (
+        make_model(3, d_ff=56 + kernels, compute_dtype=dtype) for dtype in ("float32", "bfloat16")
+    )
     sessions, shown = crowd(model, 6, (5, 0))
     for session in sessions:
         right, rounded = (full_logits(m, session.transcript()) for m in (exact, model))
@@ -182,27 +215,47 @@ def test_endless_session_sees_what_remains(make_model, kept):
     expected = full_logits(model, seen, window, kept)
     for index, ours in logits.items():
         np.testing.assert_allclose(ours, expected[index - 1], rtol=0, atol=1e-4)
-    assert np.abs(full_logits(model, seen)[-2] - logits[index]).max() > 1e-2  # rows that fell out would be missed
+    assert (
+        np.abs(full_logits(model, seen)[-2] - logits[index]).max() > 1e-2
+    )  # rows that fell out would be missed
     transcript = session.transcript()
-    assert transcript.row.tolist() == [*range(kept), *range(len(tokens) - window + kept, len(tokens))]
+    assert transcript.row.tolist() == [
+        *range(kept),
+        *range(len(tokens) - window + kept, len(tokens)),
+    ]
     np.testing.assert_array_equal(transcript.tokens, tokens[transcript.row])
 
 
 def sampling(count, **settings):
-    neutral = dict(temperature=1.0, top_k=0, top_p=1.0, top_p_inside=False, min_p=0.0, min_probability=0.0) | settings
-    dtypes = dict(top_k=np.int32, top_p_inside=bool)
-    return Sampling(*(jnp.full(count, neutral[name], dtypes.get(name, np.float32)) for name in Sampling._fields))
+    neutral = {
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "top_p_inside": False,
+        "min_p": 0.0,
+        "min_probability": 0.0,
+    } | settings
+    dtypes = {"top_k": np.int32, "top_p_inside": bool}
+    return Sampling(
+        *(jnp.full(count, neutral[name], dtypes.get(name, np.float32)) for name in Sampling._fields)
+    )
 
 
-@pytest.mark.parametrize("sampler, number", [("row", n) for n in range(4)] + [("flat", n) for n in range(5)])
+@pytest.mark.parametrize(
+    "sampler, number", [("row", n) for n in range(4)] + [("flat", n) for n in range(5)]
+)
 def test_sampler_probabilities(sampler, number):
     """The reference's two samplers; the second drops the crossing token, and calls an absolute limit min_p."""
     case = golden_cases.case("sampler")
     settings = dict(case.meta[f"{sampler}_sampler"][number])
     logits, penalty = jnp.asarray(case["logits"]), settings.pop("presence_penalty", 0.0)
     logits = logits.at[:, np.unique(case["past_tokens"])].add(-penalty)
-    settings = {{"min_p": "min_probability"}.get(name, name): value for name, value in settings.items()}
-    filtered = filtered_logits(logits, sampling(len(logits), top_p_inside=sampler == "flat", **settings))
+    settings = {
+        {"min_p": "min_probability"}.get(name, name): value for name, value in settings.items()
+    }
+    filtered = filtered_logits(
+        logits, sampling(len(logits), top_p_inside=sampler == "flat", **settings)
+    )
     expected = case[f"{sampler}_sampler_{number}_probs"]
     np.testing.assert_allclose(jax.nn.softmax(filtered), expected, rtol=0, atol=1e-6)
 
@@ -219,7 +272,9 @@ def test_draws_follow_the_probabilities():
     tables, logits = 4000, np.array([[0.0, 1.0, 2.0, -1.0], [1.0, 0.0, 0.0, 0.5]], np.float32)
     keys = row_keys(jnp.arange(tables, dtype=jnp.uint32), jnp.full(tables, 2), jnp.arange(2))
     everything = jnp.ones((tables, 2, 4), bool), sampling((tables, 2)), jnp.full((tables, 2), FREE)
-    drawn = choose(jnp.broadcast_to(logits, (tables, 2, 4)), 0.0, *everything, keys, jnp.ones(tables, bool)).tokens
+    drawn = sample(
+        jnp.broadcast_to(logits, (tables, 2, 4)), 0.0, *everything, keys, jnp.ones(tables, bool)
+    ).tokens
     for stream in range(2):
         share = np.bincount(drawn[:, stream], minlength=4) / tables
         np.testing.assert_allclose(share, jax.nn.softmax(logits[stream]), rtol=0, atol=0.03)
@@ -228,9 +283,12 @@ def test_draws_follow_the_probabilities():
 
 def test_sampling_depends_on_seed_and_not_on_other_tables(make_model):
     model = make_model(3)
-    run = lambda seed, batch: generate(
-        model, 6, DecodeOptions(temperature=2.0, seed=seed), batch=batch, silence_id=SILENCE
-    ).read
+
+    def run(seed, batch):
+        return generate(
+            model, 6, DecodeOptions(temperature=2.0, seed=seed), batch=batch, silence_id=SILENCE
+        ).read
+
     np.testing.assert_array_equal(run(1, 2), run(1, 2))
     np.testing.assert_array_equal(run(1, 2)[0], run(1, 1)[0])
     assert np.any(run(1, 2)[0] != run(1, 2)[1])
@@ -242,18 +300,27 @@ def test_temperature_and_top_k_per_stream(make_model):
     greedy = generate(model, 6, silence_id=SILENCE).read
     narrow = generate(model, 6, DecodeOptions(temperature=5.0, top_k=1), silence_id=SILENCE).read
     np.testing.assert_array_equal(narrow, greedy)
-    mixed = generate(model, 6, DecodeOptions(temperature=(0.0, 50.0, 0.0), seed=1), silence_id=SILENCE).read
+    mixed = generate(
+        model, 6, DecodeOptions(temperature=(0.0, 50.0, 0.0), seed=1), silence_id=SILENCE
+    ).read
     np.testing.assert_array_equal(mixed[0, 1, [0, 2]], greedy[0, 1, [0, 2]])
     assert mixed[0, 1, 1] != greedy[0, 1, 1]
 
 
 def test_silent_rows_stop(make_model):
     model = make_model(3)
-    loud = DecodeOptions(silence_penalty=-1e4, penalty_start=0, penalty_ramp=1)  # everything is silent
+    loud = DecodeOptions(
+        silence_penalty=-1e4, penalty_start=0, penalty_ramp=1
+    )  # everything is silent
     assert generate(model, 9, loud, silent_rows_to_stop=3, silence_id=SILENCE).read.shape[1] == 3
     forced = np.full((9, 3), FREE)
     forced[1, 2] = 5
-    assert generate(model, 9, loud, forced=forced, silent_rows_to_stop=3, silence_id=SILENCE).read.shape[1] == 5
+    assert (
+        generate(
+            model, 9, loud, forced=forced, silent_rows_to_stop=3, silence_id=SILENCE
+        ).read.shape[1]
+        == 5
+    )
 
 
 def test_tables_of_one_call_are_those_of_many(make_model):
@@ -261,7 +328,9 @@ def test_tables_of_one_call_are_those_of_many(make_model):
     model, rng = make_model(3), np.random.default_rng(2)
     forced = np.where(rng.random((2, 40, 3)) < 0.2, rng.integers(0, 32, (2, 40, 3)), FREE)
     at_once = generate(model, 40, WARM, forced=forced, silence_id=SILENCE, batch=2)
-    stepwise = generate(model, 40, WARM, forced=forced, silence_id=SILENCE, batch=2, silent_rows_to_stop=40)
+    stepwise = generate(
+        model, 40, WARM, forced=forced, silence_id=SILENCE, batch=2, silent_rows_to_stop=40
+    )
     np.testing.assert_array_equal(at_once.read, stepwise.read)
     given = np.where(forced == FREE, at_once.shown, forced)
     np.testing.assert_array_equal(at_once.shown, given)
@@ -270,9 +339,15 @@ def test_tables_of_one_call_are_those_of_many(make_model):
 def test_wrong_arrays_are_refused(make_model):
     model = make_model(3)
     for message, bad in {
-        "forced has shape": lambda: generate(model, 2, forced=np.zeros((3, 3), int), silence_id=SILENCE),
-        "must be .tables, rows, 3.": lambda: generate(model, 2, prefill=np.zeros(3, int), silence_id=SILENCE),
-        "must be .rows, 3., with at least": lambda: generate(model, 2, prefill=np.zeros((2, 4), int), silence_id=SILENCE),
+        "forced has shape": lambda: generate(
+            model, 2, forced=np.zeros((3, 3), int), silence_id=SILENCE
+        ),
+        "must be .tables, rows, 3.": lambda: generate(
+            model, 2, prefill=np.zeros(3, int), silence_id=SILENCE
+        ),
+        "must be .rows, 3., with at least": lambda: generate(
+            model, 2, prefill=np.zeros((2, 4), int), silence_id=SILENCE
+        ),
     }.items():
         with pytest.raises(UserError, match=message):
             bad()

@@ -6,11 +6,11 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-
 from many_sessions import Check
+
 from msllm import tokenizer
 from msllm.config import TokenizerConfig
-from msllm.decode import FREE, DecodeOptions, Engine, Stop
+from msllm.decode.engine import FREE, DecodeOptions, Engine, Stop
 from msllm.errors import UserError
 
 SILENCE = 3
@@ -22,7 +22,9 @@ def engine(make_model):
     """All tests use one shape of engine: its program is compiled once."""
     model = make_model(3)
     # As those of a checkpoint, they are bound to a device.
-    model = dataclasses.replace(model, parameters=jax.device_put(model.parameters, jax.devices()[0]))
+    model = dataclasses.replace(
+        model, parameters=jax.device_put(model.parameters, jax.devices()[0])
+    )
     return Engine(model, sessions=3, window=16, silence_id=SILENCE)
 
 
@@ -40,7 +42,9 @@ def test_input_enters_the_next_row_that_is_read(engine):
     assert session.step().tokens[0] == 10  # known before the row was shown
     assert session.step().tokens[0] == SILENCE
     session.feed("user", [11, 12, 13])
-    assert session.step().tokens[0] == 12  # 11 went into the row before, which had been shown but not read
+    assert (
+        session.step().tokens[0] == 12
+    )  # 11 went into the row before, which had been shown but not read
     session.feed("user", [14])
     assert tokens(session.run(3))[:, 0].tolist() == [13, 14, SILENCE]
     whole = session.transcript()
@@ -69,20 +73,31 @@ def test_changes_do_not_recompile(engine):
     engine.warm_up()
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
+        lambda name, *_, **__: (
+            compiled.append(name) if name.endswith("backend_compile_duration") else None
+        )
     )
     try:
         session = engine.open(prefill=np.full((5, 3), 4), keep=2)
         for options in (
             WARM,
-            DecodeOptions(temperature=(0.0, 0.5, 2.0), top_k=(0, 3, 5), top_p=0.5, min_p=0.1, seed=3),
-            DecodeOptions(silence_penalty=2.0, presence_penalty=1.0, penalty_start=1, ablated=("thought",)),
+            DecodeOptions(
+                temperature=(0.0, 0.5, 2.0), top_k=(0, 3, 5), top_p=0.5, min_p=0.1, seed=3
+            ),
+            DecodeOptions(
+                silence_penalty=2.0, presence_penalty=1.0, penalty_start=1, ablated=("thought",)
+            ),
         ):
             session.options = options
             session.feed("user", [4])
             session.force("output", [FREE, 8])
             session.allow("thought", [1, 2])
-            session.step(), session.run(3), session.fork().step(), engine.restore(session.snapshot()).step()
+            (
+                session.step(),
+                session.run(3),
+                session.fork().step(),
+                engine.restore(session.snapshot()).step(),
+            )
             for other in engine._slots[1:]:
                 other.close()
         assert compiled == []
@@ -93,7 +108,9 @@ def test_changes_do_not_recompile(engine):
 
 
 def test_forced_allowed_and_ablated_cells(engine):
-    session = engine.open(DecodeOptions(temperature=3.0, ablated=("thought",)), allowed={"output": [20, 21]})
+    session = engine.open(
+        DecodeOptions(temperature=3.0, ablated=("thought",)), allowed={"output": [20, 21]}
+    )
     session.force("output", [9, FREE, 8])
     shown = np.concatenate([steps(session, 4), tokens(session.run(8))])
     assert shown[[0, 2], 2].tolist() == [9, 8]
@@ -105,7 +122,9 @@ def test_forced_allowed_and_ablated_cells(engine):
     assert set(steps(session, 2)[:, 0]) == {SILENCE} and session.waiting == {"user": 2}
     session.options = DecodeOptions()
     session.step()
-    assert session.transcript(2).tokens[:, 0].tolist() == [10, 11] and session.waiting == {"user": 0}
+    assert session.transcript(2).tokens[:, 0].tolist() == [10, 11] and session.waiting == {
+        "user": 0
+    }
     session.allow("output", None)
     session.options = WARM
     shown = tokens(session.run(12))
@@ -115,7 +134,11 @@ def test_forced_allowed_and_ablated_cells(engine):
 def test_presence_penalty_counts_a_token_once_and_forever(engine):
     """So large that no token comes twice in a stream until all have been there; silence is exempt."""
     for _ in range(2):  # also in a place where another session has been
-        session = engine.open(DecodeOptions(presence_penalty=1e3, silence_penalty=1e6, penalty_start=0, penalty_ramp=1))
+        session = engine.open(
+            DecodeOptions(
+                presence_penalty=1e3, silence_penalty=1e6, penalty_start=0, penalty_ramp=1
+            )
+        )
         session.force("output", [30])
         assert sorted(tokens(session.run(31))[:, 2]) == sorted({*range(32)} - {SILENCE})
         session.close()
@@ -140,7 +163,13 @@ def test_silence_penalty_starts_after_the_input(engine):
 
 
 def test_stop_conditions(engine):
-    count = lambda **stop: (session := engine.open(WARM, stop=Stop(**stop)), len(list(session)), session.close())[:2]
+    def count(**stop):
+        return (
+            session := engine.open(WARM, stop=Stop(**stop)),
+            len(list(session)),
+            session.close(),
+        )[:2]
+
     rows = tokens(engine.open(WARM).run(12))
     token = int(rows[6, 2])
     first = int(np.argmax(rows[:, 2] == token))
@@ -179,7 +208,9 @@ def test_forks_and_snapshots_go_on_alike(engine):
 
 
 def test_awaited_rows_share_a_step(engine):
-    expected = [tokens(engine.open(dataclasses.replace(WARM, seed=seed)).run(9)) for seed in range(3)]
+    expected = [
+        tokens(engine.open(dataclasses.replace(WARM, seed=seed)).run(9)) for seed in range(3)
+    ]
     for session in list(engine._slots):
         session.close()
     dispatched, dispatch = [], engine._dispatch
@@ -204,17 +235,24 @@ def test_awaited_rows_share_a_step(engine):
 
 
 def test_text_of_each_stream(make_model):
-    letters = tokenizer.train(["abc déf ghi"] * 20, TokenizerConfig(model_type="bpe", vocab_size=280))
+    letters = tokenizer.train(
+        ["abc déf ghi"] * 20, TokenizerConfig(model_type="bpe", vocab_size=280)
+    )
     model = dataclasses.replace(make_model(3, vocab_size=letters.vocab_size), tokenizer=letters)
     session = Engine(model, window=64).open()
     text = "abc déf 漢字"  # the last two are bytes, three tokens each
     session.feed("user", text)
     count = len(letters.encode(text))
     shown = [session.step().text[0] for _ in range(count + 3)]
-    assert "".join(shown) == text and shown[-1] == "" and len(shown) > len([t for t in shown if t]) + 4
+    assert (
+        "".join(shown) == text and shown[-1] == "" and len(shown) > len([t for t in shown if t]) + 4
+    )
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(shown)
     session.force("output", "ghi" * 20)
-    assert "".join(session.step().text[2] for _ in range(len(letters.encode("ghi" * 20)))) == "ghi" * 20
+    assert (
+        "".join(session.step().text[2] for _ in range(len(letters.encode("ghi" * 20))))
+        == "ghi" * 20
+    )
 
 
 def test_inputs_have_no_head(engine):

@@ -3,18 +3,31 @@
 import numpy as np
 import pytest
 
-from runs import data_dir, loaded  # noqa: F401
-
-from msllm import evaluate as evaluation
 from msllm.config import StreamsConfig
 from msllm.data.dictation import expected_answer
 from msllm.data.tables import Placement, make_table
-from msllm.decode import FREE, Generated
+from msllm.decode.engine import FREE, Generated
 from msllm.errors import UserError
+from msllm.evals import exact_match as evaluation
 from msllm.streams import StreamSpec
 
 SILENCE = 0
-WORDS = ["<silence>", "take", "3", "add", "1", "?", "=3", "+1", "=4", "that", "makes", "4", ".", "##"]
+WORDS = [
+    "<silence>",
+    "take",
+    "3",
+    "add",
+    "1",
+    "?",
+    "=3",
+    "+1",
+    "=4",
+    "that",
+    "makes",
+    "4",
+    ".",
+    "##",
+]
 
 
 class WordTokenizer:
@@ -62,18 +75,31 @@ def say(monkeypatch, tokens, absent=()):
 
 STREAMS = (("user", "thought", "output"), ("input", "thought", "output"))
 EXAMPLE = make_table(
-    [placed(0, 0, "take 3 add 1 ?"), placed(1, 3, "=3"), placed(1, 5, "+1 =4"), placed(2, 6, "that makes 4 .")], 12, 3, SILENCE
+    [
+        placed(0, 0, "take 3 add 1 ?"),
+        placed(1, 3, "=3"),
+        placed(1, 5, "+1 =4"),
+        placed(2, 6, "that makes 4 ."),
+    ],
+    12,
+    3,
+    SILENCE,
 )
 
 
 def test_streams_are_right_whatever_the_thoughts_and_the_timing(monkeypatch):
     loaded = FakeLoaded(*STREAMS)
     case = evaluation.streams_case(EXAMPLE, loaded)
-    later = make_table([placed(0, 0, "take 3 add 1 ?"), placed(2, 9, "that makes 4 .")], 14, 3, SILENCE).tokens
+    later = make_table(
+        [placed(0, 0, "take 3 add 1 ?"), placed(2, 9, "that makes 4 .")], 14, 3, SILENCE
+    ).tokens
     asked = say(monkeypatch, later)
     assert evaluation._answer([case], loaded, rows=20, batch=2) == [(True, 9 - 4, 12 - 4)]
     forced = asked["forced"][0]
-    assert forced[:5, 0].tolist() == WordTokenizer().encode("take 3 add 1 ?") and (forced[5:, 0] == SILENCE).all()
+    assert (
+        forced[:5, 0].tolist() == WordTokenizer().encode("take 3 add 1 ?")
+        and (forced[5:, 0] == SILENCE).all()
+    )
     assert (forced[1:, 1:] == FREE).all()  # the model chooses all else
     assert case.one_stream_rows == 3 + 1  # three words of thought, then the answer
 
@@ -82,18 +108,30 @@ def test_streams_are_right_whatever_the_thoughts_and_the_timing(monkeypatch):
 def test_a_wrong_short_or_long_answer_is_wrong(monkeypatch, answer):
     loaded = FakeLoaded(*STREAMS)
     say(monkeypatch, make_table([placed(2, 6, answer)], 12, 3, SILENCE).tokens)
-    assert not evaluation._answer([evaluation.streams_case(EXAMPLE, loaded)], loaded, rows=20, batch=2)[0][0]
+    assert not evaluation._answer(
+        [evaluation.streams_case(EXAMPLE, loaded)], loaded, rows=20, batch=2
+    )[0][0]
 
 
 def test_one_stream_is_prompted_with_the_question_and_judged_by_its_last_words(monkeypatch):
     loaded = FakeLoaded(("text",), ("output",))
-    question, thoughts, answer = "take 3 add 1 ?", "=3 +1 =4", " ".join(expected_answer("take 3 add 1 ?".split()))
+    question, thoughts, answer = (
+        "take 3 add 1 ?",
+        "=3 +1 =4",
+        " ".join(expected_answer("take 3 add 1 ?".split())),
+    )
     table = make_table([placed(0, 0, f"{question} {thoughts} {answer}")], 14, 1, SILENCE)
     case = evaluation._single_case(table, loaded)
     asked = say(monkeypatch, table.tokens)
-    assert evaluation._answer([case], loaded, rows=20, batch=2) == [(True, 4, 7)] and case.one_stream_rows == 4
+    assert (
+        evaluation._answer([case], loaded, rows=20, batch=2) == [(True, 4, 7)]
+        and case.one_stream_rows == 4
+    )
     assert (asked["forced"][0, :5, 0] != FREE).all() and (asked["forced"][0, 5:, 0] == FREE).all()
-    say(monkeypatch, make_table([placed(0, 0, f"{question} {thoughts} that makes 3 .")], 14, 1, SILENCE).tokens)
+    say(
+        monkeypatch,
+        make_table([placed(0, 0, f"{question} {thoughts} that makes 3 .")], 14, 1, SILENCE).tokens,
+    )
     assert not evaluation._answer([case], loaded, rows=20, batch=2)[0][0]
 
 
@@ -102,12 +140,17 @@ def test_absent_cells_say_nothing(monkeypatch):
     shown = EXAMPLE.tokens.copy()
     shown[0, 2] = WORDS.index("take")  # above a stream that begins a row late
     say(monkeypatch, shown, absent=[(0, 2)])
-    assert evaluation._answer([evaluation.streams_case(EXAMPLE, loaded)], loaded, rows=20, batch=1) == [(True, 2, 5)]
+    assert evaluation._answer(
+        [evaluation.streams_case(EXAMPLE, loaded)], loaded, rows=20, batch=1
+    ) == [(True, 2, 5)]
 
 
 def test_an_answer_may_come_after_its_working(monkeypatch):
     loaded = FakeLoaded(("user", "output"), ("input", "output"))
-    table = lambda text: make_table([placed(0, 0, "take 3 add 1 ?"), placed(1, 5, text)], 16, 2, SILENCE)
+
+    def table(text):
+        return make_table([placed(0, 0, "take 3 add 1 ?"), placed(1, 5, text)], 16, 2, SILENCE)
+
     case = evaluation.streams_case(table("=3 +1 =4 ## 4 ."), loaded)
     case = evaluation._only_after(case, "##", loaded.tokenizer)
     assert loaded.tokenizer.decode(case.answer[0]) == "4 ." and case.one_stream_rows == 1 + 4
@@ -120,7 +163,9 @@ def test_an_answer_may_come_after_its_working(monkeypatch):
     assert result("## 3 . ## 4 .") == (True, 5, 6)  # the last one counts
     assert result("=3 ## 3") == (False, 3, 3)
     assert result("=3 +1 4 .") == result("4 . ##") == (False, None, None)
-    with pytest.raises(UserError, match="nothing comes after it in the example's output .*correct the mark"):
+    with pytest.raises(
+        UserError, match="nothing comes after it in the example's output .*correct the mark"
+    ):
         evaluation._only_after(case, "##", loaded.tokenizer)
 
 
@@ -129,19 +174,30 @@ def test_the_end_of_a_mark_of_several_tokens():
         def decode(self, tokens):
             return "".join(tokens)
 
-    end = lambda *tokens: evaluation._end_of_mark(tokens, "##", Letters())
+    def end(*tokens):
+        return evaluation._end_of_mark(tokens, "##", Letters())
+
     assert end("a", "#", "#", "b") == 3 and end("##", "b") == 1 and end("a#", "#b", "c") == 2
-    assert end("##", "b", "#", "#", "c") == 4 and end("#", "#", "#", "b") == 3 and end("a", "#") == 2
+    assert (
+        end("##", "b", "#", "#", "c") == 4 and end("#", "#", "#", "b") == 3 and end("a", "#") == 2
+    )
 
 
-def test_a_part_of_the_examples_is_taken_from_everywhere(loaded, monkeypatch):  # noqa: F811
+def test_a_part_of_the_examples_is_taken_from_everywhere(loaded, monkeypatch):
     taken = []
     case = evaluation.streams_case
-    monkeypatch.setattr(evaluation, "streams_case", lambda table, model: taken.append(table) or case(table, model))
-    monkeypatch.setattr(evaluation, "_answer", lambda cases, *_: [evaluation.Result(False, None, None)] * len(cases))
+    monkeypatch.setattr(
+        evaluation, "streams_case", lambda table, model: taken.append(table) or case(table, model)
+    )
+    monkeypatch.setattr(
+        evaluation, "_answer", lambda cases, *_: [evaluation.Result(False, None, None)] * len(cases)
+    )
     assert evaluation.evaluate(loaded)["examples"] > 8
     everything = taken[:]
     taken.clear()
     assert evaluation.evaluate(loaded, examples=4)["examples"] == 4
-    places = [[np.array_equal(table.tokens, other.tokens) for other in everything].index(True) for table in taken]
+    places = [
+        [np.array_equal(table.tokens, other.tokens) for other in everything].index(True)
+        for table in taken
+    ]
     assert places == [i * len(everything) // 4 for i in range(4)]

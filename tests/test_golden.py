@@ -2,18 +2,18 @@
 
 import dataclasses
 
+import golden_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import golden_cases
 from msllm.config import LossConfig
-from msllm.hf import to_hf
-from msllm.load import load_any
 from msllm.loss import next_row_loss, targets_and_weights
-from msllm.model import abstract_model, bind
+from msllm.model.model import abstract_model, bind
 from msllm.streams import make_cells, positions, visibility_table
+from msllm.weights.hf import to_hf
+from msllm.weights.load import load_any
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,11 @@ LOSSES = {
     # name: (streams without loss, options, prefix of the gradients' names)
     "loss_ce": ((), LossConfig(chunk_tokens=40), ""),
     "loss_ce_mask_user": ((0,), LossConfig(chunk_tokens=40), "ce_mask_user."),
-    "loss_ce_smooth_z": ((), LossConfig(chunk_tokens=40, label_smoothing=0.1, z_loss=1e-3), "ce_smooth_z."),
+    "loss_ce_smooth_z": (
+        (),
+        LossConfig(chunk_tokens=40, label_smoothing=0.1, z_loss=1e-3),
+        "ce_smooth_z.",
+    ),
 }
 
 
@@ -32,19 +36,27 @@ class Setup:
     def __init__(self, name, attention):
         self.case = case = golden_cases.case(name)
         spec = case.meta["spec"]
-        model = load_any(case.path).with_visibility("same_row" if spec["mask"] == "causal" else "block_causal")
+        model = load_any(case.path).with_visibility(
+            "same_row" if spec["mask"] == "causal" else "block_causal"
+        )
         model = model.with_streams(skip_silence="skip_silence" in spec["mask"])
         config = dataclasses.replace(model.config, attention=attention)
-        self.model = dataclasses.replace(model, config=config, graph=abstract_model(config, model.streams)[0])
+        self.model = dataclasses.replace(
+            model, config=config, graph=abstract_model(config, model.streams)[0]
+        )
         tokens = case["tokens"]
         row = np.arange(tokens.shape[1])
         segment = (row < case["num_rows"][:, None]).astype(np.int32)
         present = np.broadcast_to(segment[:, :, None] > 0, tokens.shape)
         self.batch = {"tokens": tokens, "present": present, "segment": segment}
         self.silent = tokens == spec["silence"]
-        self.cells = make_cells(present, segment, self.silent if model.streams.skip_silence else None)
+        self.cells = make_cells(
+            present, segment, self.silent if model.streams.skip_silence else None
+        )
         # Rows of a prefix are context that belongs to another example: seen, not predicted from.
-        self.loss_mask = np.broadcast_to((row >= case["prefix_rows"][:, None])[:, :, None], tokens.shape)
+        self.loss_mask = np.broadcast_to(
+            (row >= case["prefix_rows"][:, None])[:, :, None], tokens.shape
+        )
 
     def hidden(self, parameters):
         model = bind(self.model.graph, parameters)
@@ -87,7 +99,9 @@ def test_labels(setup):
 
 def test_losses_and_gradients(setup):
     losses = {name: rule for name, rule in LOSSES.items() if name in setup.case}
-    assert len(losses) == 3 or setup.model.streams.size == 1  # without the user's stream nothing is left
+    assert (
+        len(losses) == 3 or setup.model.streams.size == 1
+    )  # without the user's stream nothing is left
     weighted = {name: setup.weighted(excluded) for name, (excluded, _, _) in losses.items()}
 
     @jax.jit
@@ -100,7 +114,10 @@ def test_losses_and_gradients(setup):
         values, slopes = {}, {}
         for name, (_, options, _) in losses.items():
             targets, _, weights = weighted[name]
-            loss_of = lambda hidden, table: next_row_loss(hidden, table, targets, weights, options)
+
+            def loss_of(hidden, table):
+                return next_row_loss(hidden, table, targets, weights, options)
+
             (total, nll), slopes[name] = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(*outputs)
             values[name] = (total, nll)
         # One compiled backward pass serves all losses.
@@ -114,7 +131,9 @@ def test_losses_and_gradients(setup):
         np.testing.assert_allclose(total / weights.sum(), setup.case[name], rtol=0, atol=1e-5)
         if name == "loss_ce":
             check_per_stream(setup, np.asarray(nll), np.asarray(weights), np.asarray(targets))
-        ours = to_hf(jax.tree.map(lambda x: x[index] / weights.sum(), gradients[0]), setup.model.config)
+        ours = to_hf(
+            jax.tree.map(lambda x: x[index] / weights.sum(), gradients[0]), setup.model.config
+        )
         check_gradients(setup.case, f"{prefix}grad.", ours)
 
 
@@ -132,8 +151,12 @@ def check_per_stream(setup, nll, counted, targets):
     """Losses by stream, and of cells whose target is not silence."""
     per_stream = (nll * counted).sum((0, 1)) / counted.sum((0, 1))
     np.testing.assert_allclose(per_stream, setup.case["loss_per_stream"], rtol=0, atol=1e-5)
-    np.testing.assert_allclose((nll * counted).sum() / counted.sum(), setup.case["loss_avg"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        (nll * counted).sum() / counted.sum(), setup.case["loss_avg"], rtol=0, atol=1e-5
+    )
     spoken = counted * (targets != setup.case.meta["spec"]["silence"])
-    for stream, name in enumerate(["loss_user_nonsilence", "loss_output_nonsilence"][: nll.shape[2]]):
+    for stream, name in enumerate(
+        ["loss_user_nonsilence", "loss_output_nonsilence"][: nll.shape[2]]
+    ):
         mean = (nll * spoken)[..., stream].sum() / spoken[..., stream].sum()
         np.testing.assert_allclose(mean, setup.case[name], rtol=0, atol=1e-5)

@@ -1,11 +1,11 @@
 """Every recorded generation run, row by row: the harness only maps recorded settings onto decode's arguments."""
 
+import golden_cases
 import numpy as np
 import pytest
 
-import golden_cases
-from msllm.decode import FREE, DecodeOptions, generate
-from msllm.load import load_any
+from msllm.decode.engine import FREE, DecodeOptions, generate
+from msllm.weights.load import load_any
 
 RUNS = [
     *[("s7_c10_block", run) for run in ("interactive", "penalty", "forced", "seed")],
@@ -23,14 +23,19 @@ def test_all_runs_are_covered():
 def test_generation(name, run):
     case = golden_cases.case(name)
     settings = case.meta["generation"][run].get("settings", {})
-    record = lambda array: case[f"gen_{run}__{array}"]
+
+    def record(array):
+        return case[f"gen_{run}__{array}"]
+
     shown, read, step_logits = record("rows_yielded"), record("rows_fed"), record("step_logits")
     model = load_any(case.path).with_streams(skip_silence=bool(settings.get("skip_silence")))
     size = model.streams.size
     first = max(int(record("is_prefill").sum()), 1)  # without a prefill, row 0 is given
     rows = len(shown) - first
 
-    penalty = [0.0, settings.get("silence_penalty", 0.0)] + [settings.get("think_silence_penalty", 0.0)] * size
+    penalty = [0.0, settings.get("silence_penalty", 0.0)] + [
+        settings.get("think_silence_penalty", 0.0)
+    ] * size
     ablated = tuple(f"stream{s}" for s in settings.get("ablate_channels") or ())
     forced, start = np.full((rows, size), FREE), None
     if f"gen_{run}__user_tokens" in case:
@@ -39,7 +44,13 @@ def test_generation(name, run):
         start = settings["pre_think"] + len(text)
     elif size > 1:
         # An oddity of the reference: the user's cell of the first row after the prefill is the model's own choice.
-        only = generate(model, 1, prefill=shown[:first], keep_logits=True, silence_id=case.meta["spec"]["silence"])
+        only = generate(
+            model,
+            1,
+            prefill=shown[:first],
+            keep_logits=True,
+            silence_id=case.meta["spec"]["silence"],
+        )
         forced[0, 0] = np.argmax(only.logits[0][0, 0])
 
     result = generate(
@@ -48,7 +59,10 @@ def test_generation(name, run):
         DecodeOptions(silence_penalty=tuple(penalty[:size]), penalty_start=start, ablated=ablated),
         prefill=shown[:first],
         forced=forced,
-        fed=[(int(row), 0, int(token)) for row, token in zip(record("inject_row"), record("inject_token"))],
+        fed=[
+            (int(row), 0, int(token))
+            for row, token in zip(record("inject_row"), record("inject_token"))
+        ],
         keep_logits=True,
         silence_id=case.meta["spec"]["silence"],
     )

@@ -6,18 +6,18 @@ are time. docs/semantics.md tells how the one is expressed by the other, and whe
 
 import dataclasses
 
+import golden_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import golden_cases
 from msllm.config import LossConfig, StreamsConfig
-from msllm.hf import read_folder, to_hf
-from msllm.load import from_parameters
 from msllm.loss import next_row_loss, targets_and_weights
-from msllm.model import bind
+from msllm.model.model import bind
 from msllm.streams import StreamSpec, make_cells, visibility_table
+from msllm.weights.hf import read_folder, to_hf
+from msllm.weights.load import from_parameters
 
 LOOPS = [
     ("s5_two_stream_offset", "stream"),
@@ -84,7 +84,9 @@ def test_loop(name, loop):
     # What the loop sampled from those logits: each head's next fed token.
     for head in range(2, size):
         chosen = np.argmax(logits[(stream == head + size - 1)], axis=-1)
-        np.testing.assert_array_equal(chosen, case[f"{loop}__output_head{head - 2}"][1 : len(chosen) + 1])
+        np.testing.assert_array_equal(
+            chosen, case[f"{loop}__output_head{head - 2}"][1 : len(chosen) + 1]
+        )
 
 
 def test_training_form():
@@ -95,14 +97,21 @@ def test_training_form():
     tokens, present, mask, cells_of = [], [], [], []
     for b in range(len(labels)):
         visible = case["visible"][b]
-        is_pad = (np.arange(len(visible)) == len(visible) - 1) & (labels[b] == -100)  # only the second has one
+        is_pad = (np.arange(len(visible)) == len(visible) - 1) & (
+            labels[b] == -100
+        )  # only the second has one
         cid, y = case["position_ids"][b][~is_pad].T
         table, exists = table_of(y, cid, case["input_ids"][b][~is_pad], (rows, size))
         predicts = np.zeros((rows, size), bool)
         for start, end, ok in zip(case["head_start"][b], case["head_end"][b], case["head_ok"][b]):
             for t in range(start, end if ok else start):
                 predicts[y[t] - 1, cid[t]] = labels[b][t] != -100
-        tokens.append(table), present.append(exists), mask.append(predicts), cells_of.append((y, cid))
+        (
+            tokens.append(table),
+            present.append(exists),
+            mask.append(predicts),
+            cells_of.append((y, cid)),
+        )
     tokens, present, mask = np.concatenate(tokens), np.concatenate(present), np.stack(mask)
     segment = np.ones(tokens.shape[:2], np.int32)
     cells = make_cells(present, segment)
@@ -122,7 +131,9 @@ def test_training_form():
         return total / weights.sum(), bound.logits(hidden)
 
     with jax.default_matmul_precision("highest"):
-        (loss, logits), gradients = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(model.parameters)
+        (loss, logits), gradients = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(
+            model.parameters
+        )
     np.testing.assert_allclose(loss, case["loss"], rtol=0, atol=1e-5)
     for b, (y, cid) in enumerate(cells_of):
         ours = golden_cases.thin("logits", np.asarray(logits)[b, y, cid])

@@ -7,12 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
-from test_attention import BFLOAT16_ERROR, SMALL_TILES, assert_same, bfloat16_errors
-from test_attention import outputs_and_gradients, random_inputs, random_lag
+from test_attention import (
+    BFLOAT16_ERROR,
+    SMALL_TILES,
+    assert_same,
+    bfloat16_errors,
+    outputs_and_gradients,
+    random_inputs,
+    random_lag,
+)
 
-from msllm.attention.case import Case
-from msllm.attention.gpu import Tile, _blocks_to_visit, _vectors, declines, gpu_attention
-from msllm.attention.reference import reference_attention
+from msllm.model.attention.backend import Case
+from msllm.model.attention.gpu import Tile, _blocks_to_visit, _vectors, declines, gpu_attention
+from msllm.model.attention.reference import reference_attention
 from msllm.streams import NEVER, Cells, lag_matrix, make_cells
 
 pytestmark = pytest.mark.slow
@@ -20,9 +27,17 @@ pytestmark = pytest.mark.slow
 
 def compare(q, k, v, q_cells, k_cells, lag, q_streams):
     """Runs both; the streams of the queries are traced, as they are inside `shard_map`."""
-    run = lambda backend, lag, **settings: outputs_and_gradients(
-        lambda q, k, v: backend(q, k, v, q_cells, k_cells, lag, jnp.asarray(q_streams), **settings), q, k, v
-    )
+
+    def run(backend, lag, **settings):
+        return outputs_and_gradients(
+            lambda q, k, v: backend(
+                q, k, v, q_cells, k_cells, lag, jnp.asarray(q_streams), **settings
+            ),
+            q,
+            k,
+            v,
+        )
+
     ours = run(gpu_attention, lag, interpret=True, tiles=SMALL_TILES)
     assert_same(ours, run(reference_attention, jnp.asarray(lag)))
 
@@ -33,7 +48,8 @@ def lag_of(preset, streams, seed=2):
 
 @pytest.mark.parametrize("dense", [True, False], ids=["all present", "absent and silent"])
 @pytest.mark.parametrize(
-    "streams, rows, preset", [(1, 50, "same_row"), (3, 20, "block_causal"), (8, 9, "isolated"), (10, 13, "random")]
+    "streams, rows, preset",
+    [(1, 50, "same_row"), (3, 20, "block_causal"), (8, 9, "isolated"), (10, 13, "random")],
 )
 def test_equals_reference(streams, rows, preset, dense):
     sparsity = {"absent": 0.0, "silent": 0.0, "segments": 2} if dense else {}
@@ -44,7 +60,9 @@ def test_equals_reference(streams, rows, preset, dense):
 def test_some_rows_and_streams_of_queries():
     q, k, v, cells = random_inputs(6, 2, 20, 6, 4, 2)
     rows, streams = slice(7, 16), np.array([4, 1, 5])
-    q_cells = Cells(cells.row[:, rows], cells.segment[:, rows], *(x[:, rows][:, :, streams] for x in cells[2:]))
+    q_cells = Cells(
+        cells.row[:, rows], cells.segment[:, rows], *(x[:, rows][:, :, streams] for x in cells[2:])
+    )
     compare(q[:, rows][:, :, streams], k, v, q_cells, cells, random_lag(7, 6), streams)
 
 
@@ -55,7 +73,9 @@ def test_some_rows_and_streams_of_queries():
 @pytest.mark.parametrize("dense", [True, False], ids=["all present", "absent and silent"])
 def test_on_a_card(streams, rows, preset, head_dim, dense):
     device, lag = jax.devices()[0], lag_of(preset, streams)
-    reason = declines(hopper_case(head_dim, platform=device.platform, device_kind=device.device_kind, lag=lag))
+    reason = declines(
+        hopper_case(head_dim, platform=device.platform, device_kind=device.device_kind, lag=lag)
+    )
     if reason:
         pytest.skip(reason)
     sparsity = {"absent": 0.0, "silent": 0.0, "segments": 2} if dense else {}
@@ -73,17 +93,27 @@ def test_blocks_that_nobody_sees_are_never_touched():
 
     @jax.jit
     def finite(poison):
-        attend = lambda q, k, v: gpu_attention(q, k, v, *rest, interpret=True, tiles=SMALL_TILES)
-        spoil = lambda x: jnp.where(poison[:, None, None, None], jnp.nan, x)
-        out, pull_back = jax.vjp(attend, *map(spoil, (q, k, v)))
-        return [jnp.isfinite(x[0]).all((1, 2, 3)) for x in (out, *pull_back(spoil(jnp.ones(q.shape))))]
+        def attend(q, k, v):
+            return gpu_attention(q, k, v, *rest, interpret=True, tiles=SMALL_TILES)
 
-    finite_rows = lambda poisoned: [np.flatnonzero(x) for x in finite(np.isin(np.arange(rows), poisoned))]
+        def spoil(x):
+            return jnp.where(poison[:, None, None, None], jnp.nan, x)
+
+        out, pull_back = jax.vjp(attend, *map(spoil, (q, k, v)))
+        return [
+            jnp.isfinite(x[0]).all((1, 2, 3)) for x in (out, *pull_back(spoil(jnp.ones(q.shape))))
+        ]
+
+    def finite_rows(poisoned):
+        return [np.flatnonzero(x) for x in finite(np.isin(np.arange(rows), poisoned))]
+
     first, second = np.arange(16), np.arange(16, 32)
     for poisoned, untouched in ((first, second), (second, first)):
         for rows_of in finite_rows(poisoned):
             np.testing.assert_array_equal(rows_of, untouched)
-    out, d_q, d_k, d_v = finite_rows(np.arange(24, 32))  # causality: earlier queries never meet these keys
+    out, d_q, d_k, d_v = finite_rows(
+        np.arange(24, 32)
+    )  # causality: earlier queries never meet these keys
     assert set(range(24)) <= set(out) and set(range(24)) <= set(d_q)
     out, d_q, d_k, d_v = finite_rows(np.arange(16, 24))  # nor later keys these queries
     assert not set(range(24, 32)) & set(out) and set(range(16)) <= set(d_k)
@@ -106,26 +136,53 @@ def arrays_in(jaxpr):
     """Shapes of all values, those inside kernels and loops as well."""
     for equation in jaxpr.eqns:
         yield from (v.aval.shape for v in equation.outvars if hasattr(v.aval, "shape"))
-        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+        for inner in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
             if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
                 yield from arrays_in(getattr(inner, "jaxpr", inner))
 
 
 def hopper_case(head_dim=64, rows=1024, **changes):
-    case = Case("gpu", "NVIDIA H100 80GB HBM3", "bfloat16", rows, 8, 8, 4, 2, head_dim, lag_matrix("block_causal", 8))
+    case = Case(
+        "gpu",
+        "NVIDIA H100 80GB HBM3",
+        "bfloat16",
+        rows,
+        8,
+        8,
+        4,
+        2,
+        head_dim,
+        lag_matrix("block_causal", 8),
+    )
     return case._replace(**changes)
 
 
 def gradient(case: Case):
     """The gradient of a sum over gpu_attention, and shapes of its arguments, for a case."""
-    shape = lambda heads: jax.ShapeDtypeStruct((2, case.rows, case.streams, heads, case.head_dim), case.dtype)
+
+    def shape(heads):
+        return jax.ShapeDtypeStruct((2, case.rows, case.streams, heads, case.head_dim), case.dtype)
 
     def loss(q, k, v, present, segment):
         cells = make_cells(present, segment)
-        return gpu_attention(q, k, v, cells, cells, case.lag, jnp.arange(case.streams)).astype(jnp.float32).sum()
+        return (
+            gpu_attention(q, k, v, cells, cells, case.lag, jnp.arange(case.streams))
+            .astype(jnp.float32)
+            .sum()
+        )
 
-    cells = jax.ShapeDtypeStruct((2, case.rows, case.streams), bool), jax.ShapeDtypeStruct((2, case.rows), jnp.int32)
-    return jax.jit(jax.grad(loss, (0, 1, 2))), (shape(case.heads), shape(case.kv_heads), shape(case.kv_heads), *cells)
+    cells = (
+        jax.ShapeDtypeStruct((2, case.rows, case.streams), bool),
+        jax.ShapeDtypeStruct((2, case.rows), jnp.int32),
+    )
+    return jax.jit(jax.grad(loss, (0, 1, 2))), (
+        shape(case.heads),
+        shape(case.kv_heads),
+        shape(case.kv_heads),
+        *cells,
+    )
 
 
 def test_memory_is_linear_in_rows():
@@ -153,7 +210,10 @@ def test_lowers_to_triton(head_dim):
 
 def test_declines_what_it_is_not_for():
     assert declines(hopper_case()) is None
-    assert declines(hopper_case(device_kind="NVIDIA GH200 480GB", lag=lag_matrix("isolated", 8))) is None
+    assert (
+        declines(hopper_case(device_kind="NVIDIA GH200 480GB", lag=lag_matrix("isolated", 8)))
+        is None
+    )
     for changes, reason in (
         ({"platform": "cpu", "device_kind": "cpu"}, "cpu"),
         ({"device_kind": "NVIDIA A100-SXM4-40GB"}, "NVIDIA A100-SXM4-40GB"),

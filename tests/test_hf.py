@@ -2,34 +2,47 @@
 
 import json
 
+import golden_cases
+import hf_models
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import golden_cases
-import hf_models
-from msllm import hf
 from msllm.config import ModelConfig, RopeScalingConfig
 from msllm.errors import UserError
-from msllm.load import load_any
-from msllm.score import score
+from msllm.evals.score import score
+from msllm.weights import hf
+from msllm.weights.load import load_any
 
 LLAMA3 = RopeScalingConfig("llama3", 8.0, 1.0, 4.0, original_max_position=8192)
 SHAPES = {
-    "qwen3": dict(qk_norm=True),
-    "qwen3_streams": dict(qk_norm=True, streams=3, stream_embedding=True, tie_embeddings=False),
-    "qwen3_unembedded": dict(qk_norm=True, streams=3),
-    "qwen2": dict(attention_bias=True),
-    "llama": dict(tie_embeddings=False, rope_scaling=LLAMA3),
-    "llama_linear": dict(rope_scaling=RopeScalingConfig("linear", 4.0), num_kv_heads=4),
-    "qwen3_yarn": dict(qk_norm=True, rope_scaling=RopeScalingConfig("yarn", 4.0, beta_slow=2.0, attention_factor=1.5)),
+    "qwen3": {"qk_norm": True},
+    "qwen3_streams": {
+        "qk_norm": True,
+        "streams": 3,
+        "stream_embedding": True,
+        "tie_embeddings": False,
+    },
+    "qwen3_unembedded": {"qk_norm": True, "streams": 3},
+    "qwen2": {"attention_bias": True},
+    "llama": {"tie_embeddings": False, "rope_scaling": LLAMA3},
+    "llama_linear": {"rope_scaling": RopeScalingConfig("linear", 4.0), "num_kv_heads": 4},
+    "qwen3_yarn": {
+        "qk_norm": True,
+        "rope_scaling": RopeScalingConfig("yarn", 4.0, beta_slow=2.0, attention_factor=1.5),
+    },
 }
 
 
 @pytest.fixture(params=SHAPES)
 def model(make_model, request):
-    settings = dict(streams=1, qk_norm=False, stream_embedding=False, rope_theta=5e5) | SHAPES[request.param]
+    settings = {
+        "streams": 1,
+        "qk_norm": False,
+        "stream_embedding": False,
+        "rope_theta": 5e5,
+    } | SHAPES[request.param]
     return make_model(**settings)
 
 
@@ -77,7 +90,9 @@ def test_linear_weights_are_out_by_in(make_model):
     x = np.random.default_rng(0).standard_normal(config.d_model)
     q = np.asarray(parameters["blocks"]["attention"]["q"])[1]
     ours = np.einsum("d,dnh->nh", x, q).reshape(-1)
-    np.testing.assert_allclose(arrays["model.layers.1.self_attn.q_proj.weight"] @ x, ours, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        arrays["model.layers.1.self_attn.q_proj.weight"] @ x, ours, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_newer_rope_parameters_are_read():
@@ -90,7 +105,10 @@ def test_newer_rope_parameters_are_read():
 def test_yarn_defaults():
     settings = hf.hf_config(ModelConfig(vocab_size=8), 1) | {"max_position_embeddings": 64}
     yarn = {"type": "yarn", "factor": 8.0}
-    read = lambda **rope: hf.read_config(settings | {"rope_scaling": yarn | rope})[0].rope_scaling
+
+    def read(**rope):
+        return hf.read_config(settings | {"rope_scaling": yarn | rope})[0].rope_scaling
+
     assert read() == RopeScalingConfig("yarn", 8.0, original_max_position=64)
     assert read(original_max_position_embeddings=16).original_max_position == 16
     assert read(attention_factor=None).attention_factor == 0
@@ -103,7 +121,10 @@ def test_yarn_defaults():
     [
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": "4x"}}, "must be numbers"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate=false"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
+            "truncate=false",
+        ),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0.0}}, "must be positive"),
         ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
@@ -159,7 +180,9 @@ def test_wrong_tensors_are_named(make_model, tmp_path):
 def test_numbers_beyond_a_type_are_refused(tmp_path):
     config, streams, parameters = hf.read_folder(hf_models.RECORDED / "llama")
     parameters["final_norm"][0] = 1e5
-    with pytest.raises(UserError, match="model.norm.weight has numbers beyond the range of float16"):
+    with pytest.raises(
+        UserError, match="model.norm.weight has numbers beyond the range of float16"
+    ):
         hf.write_folder(tmp_path / "out", config, streams, parameters, dtype="float16")
     assert not list(tmp_path.iterdir())
 

@@ -14,12 +14,13 @@ from jax import lax
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from msllm.aot import topology_devices
-from msllm.hlo import axes_of, parse, read, replica_groups, shapes_of, size_of
+from msllm.pod.aot import topology_devices
+from msllm.pod.hlo import axes_of, parse, read, replica_groups, shapes_of, size_of
 
 AXES = ("data", "fsdp", "stream", "tensor")
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason='the TPU compiler is not installed: pip install "jax[tpu]"'
+    importlib.util.find_spec("libtpu") is None,
+    reason='the TPU compiler is not installed: pip install "jax[tpu]"',
 )
 
 
@@ -50,11 +51,23 @@ GROUPS = "channel_id=1, replica_groups={{0,2},{1,3}}"
     ("line", "kind", "size"),
     [
         (f"%y = f32[16,16]{{1,0}} all-gather(%x), {GROUPS}, dimensions={{0}}", "all-gather", 1024),
-        (f"%y = f32[4,16]{{1,0}} reduce-scatter(%x), {GROUPS}, dimensions={{0}}, to_apply=%add", "reduce-scatter", 512),
+        (
+            f"%y = f32[4,16]{{1,0}} reduce-scatter(%x), {GROUPS}, dimensions={{0}}, to_apply=%add",
+            "reduce-scatter",
+            512,
+        ),
         (f"%y = f32[8,16]{{1,0}} all-reduce(%x), {GROUPS}, to_apply=%add", "all-reduce", 512),
-        (f"%y = (f32[8,16]{{1,0}}, f32[8,16]{{1,0}}) all-reduce(%x, %x), {GROUPS}, to_apply=%add", "all-reduce", 1024),
+        (
+            f"%y = (f32[8,16]{{1,0}}, f32[8,16]{{1,0}}) all-reduce(%x, %x), {GROUPS}, to_apply=%add",
+            "all-reduce",
+            1024,
+        ),
         (f"%y = f32[8,16]{{1,0}} all-to-all(%x), {GROUPS}, dimensions={{0}}", "all-to-all", 512),
-        ("%y = f32[8,16]{1,0} collective-permute(%x), source_target_pairs={{0,2},{2,0}}", "collective-permute", 512),
+        (
+            "%y = f32[8,16]{1,0} collective-permute(%x), source_target_pairs={{0,2},{2,0}}",
+            "collective-permute",
+            512,
+        ),
     ],
 )
 def test_bytes_are_those_of_the_larger_side(line, kind, size):
@@ -62,7 +75,11 @@ def test_bytes_are_those_of_the_larger_side(line, kind, size):
     # The asynchronous form has a tuple as its result and a second line that is no second collective.
     name = f"{kind}-start("
     started = line.replace(f"{kind}(", name).replace("%y = f32", "%y = (f32[8,16]{1,0}, f32", 1)
-    started = started.replace(f"}} {name}", f"}}) {name}") if "= (f32[8,16]{1,0}, f32" in started else started
+    started = (
+        started.replace(f"}} {name}", f"}}) {name}")
+        if "= (f32[8,16]{1,0}, f32" in started
+        else started
+    )
     done = f"ROOT %z = f32[8,16]{{1,0}} {kind}-done(%y)"
     assert found(module(started, done)) == {(kind, ("fsdp",), True): (1, size)}
 
@@ -72,11 +89,14 @@ def test_bytes_are_those_of_the_larger_side(line, kind, size):
     [("async", "calls=%w"), ("call", "to_apply=%w"), ("custom-call", "called_computations={%w}")],
 )
 def test_what_a_wrapper_starts_is_asynchronous(opcode, attribute):
-    wrapped = "%w (p: f32[8,16]) -> f32[4,16] {\n  %p = f32[8,16]{1,0} parameter(0)\n  ROOT %r = f32[4,16]{1,0} " + (
-        f"reduce-scatter(%p), {GROUPS}, dimensions={{0}}\n}}\n"
+    wrapped = (
+        "%w (p: f32[8,16]) -> f32[4,16] {\n  %p = f32[8,16]{1,0} parameter(0)\n  ROOT %r = f32[4,16]{1,0} "
+        + (f"reduce-scatter(%p), {GROUPS}, dimensions={{0}}\n}}\n")
     )
     start = f"%s = ((f32[8,16]{{1,0}}), f32[4,16]{{1,0}}, u32[]) {opcode}-start(%x), {attribute}"
-    text = module(start, f"%d = f32[4,16]{{1,0}} {opcode}-done(%s), {attribute}", computations=wrapped)
+    text = module(
+        start, f"%d = f32[4,16]{{1,0}} {opcode}-done(%s), {attribute}", computations=wrapped
+    )
     assert found(text) == {("reduce-scatter", ("fsdp",), True): (1, 512)}
 
 
@@ -103,7 +123,10 @@ def loop(trips: str, body_line: str, name: str, start=0, step=1):
 }}
 """
     begin = f"%{name}_begin = s32[] constant({start})\n  %{name}_tuple = {kind} tuple(%{name}_begin, %x)\n  "
-    return f"{begin}%{name} = {kind} while(%{name}_tuple), condition=%{name}_condition, body=%{name}_body", computations
+    return (
+        f"{begin}%{name} = {kind} while(%{name}_tuple), condition=%{name}_condition, body=%{name}_body",
+        computations,
+    )
 
 
 REDUCE = f"%y = f32[8,16]{{1,0}} all-reduce(%x), {GROUPS}, to_apply=%add"
@@ -112,34 +135,44 @@ REDUCE = f"%y = f32[8,16]{{1,0}} all-reduce(%x), {GROUPS}, to_apply=%add"
 def test_loops_multiply_what_they_hold():
     inner, inner_text = loop("5", REDUCE, "inner")
     outer, outer_text = loop("3", inner, "outer")
-    assert found(module(outer, computations=inner_text + outer_text)) == {("all-reduce", ("fsdp",), False): (15, 512)}
+    assert found(module(outer, computations=inner_text + outer_text)) == {
+        ("all-reduce", ("fsdp",), False): (15, 512)
+    }
 
 
 @pytest.mark.parametrize(("start", "step", "count"), [(0, 1, 7), (1, 1, 6), (0, 2, 4), (9, 1, 0)])
 def test_trips_follow_from_start_step_and_limit(start, step, count):
     line, text = loop("7", REDUCE, "loop", start, step)
-    assert found(module(line, computations=text)) == {("all-reduce", ("fsdp",), False): (count, 512)}
+    assert found(module(line, computations=text)) == {
+        ("all-reduce", ("fsdp",), False): (count, 512)
+    }
 
 
 def test_the_known_trip_count_of_other_backends_is_read():
     line, text = loop("dynamic", REDUCE, "loop")
-    line += ', backend_config={"known_trip_count":{"n":"11"},"known_init_step":{"init":"0","step":"1"}}'
+    line += (
+        ', backend_config={"known_trip_count":{"n":"11"},"known_init_step":{"init":"0","step":"1"}}'
+    )
     assert found(module(line, computations=text)) == {("all-reduce", ("fsdp",), False): (11, 512)}
 
 
 def test_a_loop_of_unknown_length_counts_once_and_is_named():
     line, text = loop("dynamic", REDUCE, "loop")
     program = read(module(line, computations=text), devices(4))
-    assert [one.count for one in program.collectives] == [1] and program.unknown_loops == ["loop_body"]
+    assert [one.count for one in program.collectives] == [1] and program.unknown_loops == [
+        "loop_body"
+    ]
 
 
 def test_of_branches_the_larger_one_counts():
-    branch = lambda name, line: (
-        f"%{name} (x: f32[8,16]) -> f32[8,16] {{\n  %x = f32[8,16]{{1,0}} parameter(0)\n  {line}\n}}\n"
-    )
+    def branch(name, line):
+        return f"%{name} (x: f32[8,16]) -> f32[8,16] {{\n  %x = f32[8,16]{{1,0}} parameter(0)\n  {line}\n}}\n"
+
     two = f"%z = f32[8,16]{{1,0}} all-reduce(%x), {GROUPS}, to_apply=%add"
     text = (
-        branch("small", REDUCE) + branch("large", f"{REDUCE}\n  {two}") + branch("none", "ROOT %n = f32[8,16] copy(%x)")
+        branch("small", REDUCE)
+        + branch("large", f"{REDUCE}\n  {two}")
+        + branch("none", "ROOT %n = f32[8,16] copy(%x)")
     )
     line = "%c = f32[8,16]{1,0} conditional(%i, %x, %x, %x), branch_computations={%small, %large, %none}"
     assert len(read(module(line, computations=text), devices(4)).collectives) == 2
@@ -157,11 +190,18 @@ def chain_piece(name, chain, channel=1):
 
 
 @pytest.mark.parametrize("chained", [True, False])
-def test_pieces_of_an_asynchronous_gather_count_once_also_if_its_steps_lie_in_an_inner_loop(chained):
-    piece = lambda name, chain: chain_piece(name, chain if chained else "", channel=1 if chained else chain)
+def test_pieces_of_an_asynchronous_gather_count_once_also_if_its_steps_lie_in_an_inner_loop(
+    chained,
+):
+    def piece(name, chain):
+        return chain_piece(name, chain if chained else "", channel=1 if chained else chain)
+
     pieces = piece("start.1", 1) + piece("async_collective_fusion.1", 1) + piece("done.1", 1)
     pieces += piece("start.2", 2) + piece("async_collective_fusion.2", 2) + piece("done.2", 2)
-    fusion = lambda name, callee: f"%{name} = f32[16,16]{{1,0}} fusion(%x), kind=kCustom, calls=%{callee}"
+
+    def fusion(name, callee):
+        return f"%{name} = f32[16,16]{{1,0}} fusion(%x), kind=kCustom, calls=%{callee}"
+
     inner, inner_text = loop("9", fusion("fusion.1", "async_collective_fusion.1"), "inner")
     lines = "\n  ".join(
         (
@@ -191,19 +231,24 @@ def test_an_all_reduce_inside_a_fused_reduce_scatter_is_one(by):
     caller = "fusion.3" if by == "computation" else "all-reduce-scatter.3"
     text = f"%{name} (x: f32[8,16]) -> f32[4,16] {{\n  %x = f32[8,16]{{1,0}} parameter(0)\n  {REDUCE}\n}}\n"
     line = f"%{caller} = f32[4,16]{{1,0}} fusion(%x), kind=kCustom, calls=%{name}"
-    assert found(module(line, computations=text)) == {("reduce-scatter", ("fsdp",), False): (1, 512)}
+    assert found(module(line, computations=text)) == {
+        ("reduce-scatter", ("fsdp",), False): (1, 512)
+    }
 
 
 def test_sizes_of_types():
-    assert shapes_of("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/pred[5]{0}, s4[8]{0}, f32[]{:T(128)})") == [
+    assert shapes_of(
+        "(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/pred[5]{0}, s4[8]{0}, f32[]{:T(128)})"
+    ) == [
         ("bf16", (2, 3)),
         ("pred", (5,)),
         ("s4", (8,)),
         ("f32", ()),
     ]
-    assert [size_of(s) for s in (("bf16", (2, 3)), ("pred", (5,)), ("s4", (8,)), ("f32", ()), ("f8e4m3fn", (7,)))] == [
-        *(12, 5, 4, 4, 7)
-    ]
+    assert [
+        size_of(s)
+        for s in (("bf16", (2, 3)), ("pred", (5,)), ("s4", (8,)), ("f32", ()), ("f8e4m3fn", (7,)))
+    ] == [*(12, 5, 4, 4, 7)]
 
 
 @st.composite
@@ -214,15 +259,21 @@ def iota(draw):
     ids = np.arange(math.prod(shape)).reshape(shape).transpose(order).reshape(-1)
     size = draw(st.sampled_from([n for n in range(1, ids.size + 1) if ids.size % n == 0]))
     transposed = f"T({','.join(map(str, order))})" if len(shape) > 1 else ""
-    return f"[{ids.size // size},{size}]<=[{','.join(map(str, shape))}]{transposed}", ids.reshape(-1, size)
+    return f"[{ids.size // size},{size}]<=[{','.join(map(str, shape))}]{transposed}", ids.reshape(
+        -1, size
+    )
 
 
 @given(iota())
 def test_iota_groups_are_the_lists_they_stand_for(case):
     text, expected = case
-    listed = "{" + ",".join("{" + ",".join(map(str, group)) + "}" for group in expected.tolist()) + "}"
+    listed = (
+        "{" + ",".join("{" + ",".join(map(str, group)) + "}" for group in expected.tolist()) + "}"
+    )
     for form in (text, listed):
-        groups = replica_groups(f" channel_id=1, replica_groups={form}, dimensions={{0}}, more={{1}}", expected.size)
+        groups = replica_groups(
+            f" channel_id=1, replica_groups={form}, dimensions={{0}}, more={{1}}", expected.size
+        )
         np.testing.assert_array_equal(groups, expected)
 
 
@@ -244,7 +295,9 @@ def test_mesh_groups_are_the_devices_that_differ_along_the_axes(sizes, chosen, f
         text = text.replace(" {", f", device_ids=({','.join(map(str, ids))}) {{", 1)
     groups = replica_groups(f" replica_groups={text}, use_global_device_ids=true", ids.size)
     rest = [i for i in range(len(sizes)) if i not in chosen]
-    expected = ids.reshape(sizes).transpose(rest + chosen).reshape(-1, math.prod(sizes[i] for i in chosen))
+    expected = (
+        ids.reshape(sizes).transpose(rest + chosen).reshape(-1, math.prod(sizes[i] for i in chosen))
+    )
     np.testing.assert_array_equal(groups, expected)
     if not reverse:
         mesh = dict(zip(names, sizes))
@@ -280,12 +333,17 @@ def compiled(topology, num_slices, sizes, function, slices_along="data"):
     if num_slices > 1:
         across = [num_slices if axis == slices_along else 1 for axis in AXES]
         inside = [size // slices for size, slices in zip(sizes, across)]
-        place = mesh_utils.create_hybrid_device_mesh(inside, across, devices=every, allow_split_physical_axes=True)
+        place = mesh_utils.create_hybrid_device_mesh(
+            inside, across, devices=every, allow_split_physical_axes=True
+        )
     else:
         place = mesh_utils.create_device_mesh(sizes, devices=every, allow_split_physical_axes=True)
     mesh = Mesh(place, AXES)
     spread, weights = PartitionSpec(("data", "fsdp", "stream")), PartitionSpec(None, "fsdp")
-    abstract = lambda shape, spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+
+    def abstract(shape, spec):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+
     run = jax.shard_map(
         lambda x, w: function(x, w, mesh.shape),
         mesh=mesh,
@@ -293,7 +351,9 @@ def compiled(topology, num_slices, sizes, function, slices_along="data"):
         out_specs=spread,
         check_vma=False,
     )
-    lowered = jax.jit(run).lower(abstract((ROWS * mesh.size, WIDTH), spread), abstract((INNER, WIDTH, WIDTH), weights))
+    lowered = jax.jit(run).lower(
+        abstract((ROWS * mesh.size, WIDTH), spread), abstract((INNER, WIDTH, WIDTH), weights)
+    )
     return lowered.compile().as_text(), mesh
 
 
@@ -306,7 +366,9 @@ def layers(x, w, mesh):
     def outer(x, _):
         x, _ = lax.scan(inner, x, w)
         x = lax.ppermute(x, "fsdp", [(i, (i + 1) % mesh["fsdp"]) for i in range(mesh["fsdp"])])
-        x = jnp.tanh(lax.all_to_all(x, "stream", split_axis=1, concat_axis=0, tiled=True)).reshape(x.shape)
+        x = jnp.tanh(lax.all_to_all(x, "stream", split_axis=1, concat_axis=0, tiled=True)).reshape(
+            x.shape
+        )
         y = lax.psum_scatter(jnp.tanh(x), "stream", scatter_dimension=0, tiled=True)
         x = jnp.tanh(x) * jnp.tanh(lax.all_gather(jnp.tanh(y), "stream", axis=0, tiled=True))
         total = lax.psum(x.astype(jnp.float32).sum(0), ("fsdp", "stream"))
@@ -358,19 +420,35 @@ def test_a_compiled_program_moves_what_it_was_written_to_move(topology, num_slic
     [
         (lambda x, n: lax.psum(x, "data"), "all-reduce", BLOCK),
         (lambda x, n: lax.all_gather(x, "data", axis=0, tiled=True), "all-gather", 2 * BLOCK),
-        (lambda x, n: lax.psum_scatter(x, "data", scatter_dimension=0, tiled=True), "reduce-scatter", BLOCK),
-        (lambda x, n: lax.all_to_all(x, "data", split_axis=1, concat_axis=0, tiled=True), "all-to-all", BLOCK),
-        (lambda x, n: lax.ppermute(x, "data", [(i, (i + 1) % n) for i in range(n)]), "collective-permute", BLOCK),
+        (
+            lambda x, n: lax.psum_scatter(x, "data", scatter_dimension=0, tiled=True),
+            "reduce-scatter",
+            BLOCK,
+        ),
+        (
+            lambda x, n: lax.all_to_all(x, "data", split_axis=1, concat_axis=0, tiled=True),
+            "all-to-all",
+            BLOCK,
+        ),
+        (
+            lambda x, n: lax.ppermute(x, "data", [(i, (i + 1) % n) for i in range(n)]),
+            "collective-permute",
+            BLOCK,
+        ),
     ],
 )
 def test_transfers_between_slices_are_collectives_over_dcn(function, kind, size):
-    run = lambda x, w, mesh: jnp.tanh(function(jnp.tanh(x), mesh["data"]))
+    def run(x, w, mesh):
+        return jnp.tanh(function(jnp.tanh(x), mesh["data"]))
+
     assert sums(*compiled("v5e:2x2", 2, (2, 2, 2, 1), run)) == {(kind, ("data",), True): (1, size)}
 
 
 @needs_libtpu
 def test_groups_are_those_of_one_slice_wherever_its_devices_lie_in_the_mesh():
-    run = lambda x, w, mesh: jnp.tanh(lax.psum(jnp.tanh(lax.psum(jnp.tanh(x), "fsdp")), "data"))
+    def run(x, w, mesh):
+        return jnp.tanh(lax.psum(jnp.tanh(lax.psum(jnp.tanh(x), "fsdp")), "data"))
+
     assert sums(*compiled("v5e:2x2", 2, (2, 2, 2, 1), run, slices_along="stream")) == {
         ("all-reduce", ("fsdp",), False): (1, BLOCK),
         ("all-reduce", ("data",), False): (1, BLOCK),
@@ -380,7 +458,10 @@ def test_groups_are_those_of_one_slice_wherever_its_devices_lie_in_the_mesh():
 @needs_libtpu
 def test_a_sum_over_all_axes_has_a_part_inside_and_a_part_between_slices():
     text, mesh = compiled(
-        "v5e:2x4", 2, (4, 2, 2, 1), lambda x, w, mesh: jnp.tanh(lax.psum(jnp.tanh(x), ("data", "fsdp")))
+        "v5e:2x4",
+        2,
+        (4, 2, 2, 1),
+        lambda x, w, mesh: jnp.tanh(lax.psum(jnp.tanh(x), ("data", "fsdp"))),
     )
     assert sums(text, mesh) == {
         ("reduce-scatter", ("data", "fsdp"), False): (1, BLOCK),
@@ -396,7 +477,10 @@ def test_a_computation_that_is_called_in_an_unknown_way_is_named():
     assert program.collectives == [] and program.unreached == ["piece"]
     assert (
         read(
-            module(line.replace("novel-call", "call").replace("runs", "to_apply"), computations=text), devices(4)
+            module(
+                line.replace("novel-call", "call").replace("runs", "to_apply"), computations=text
+            ),
+            devices(4),
         ).unreached
         == []
     )
@@ -405,5 +489,8 @@ def test_a_computation_that_is_called_in_an_unknown_way_is_named():
 def test_every_instruction_of_a_text_has_its_computation():
     computations, entry = parse(module(REDUCE, computations=loop("2", REDUCE, "loop")[1]))
     assert entry == "main" and set(computations) == {"main", "loop_condition", "loop_body"}
-    assert computations["loop_condition"]["limit"].arguments == "2" and computations["loop_condition"]["lt"].root
+    assert (
+        computations["loop_condition"]["limit"].arguments == "2"
+        and computations["loop_condition"]["lt"].root
+    )
     assert computations["main"]["y"].operands == ("x",)

@@ -15,14 +15,16 @@ import pytest
 import tokenizers
 from rich.cells import cell_len
 
-from msllm import cells, inspect, tokenizer
+from msllm import tokenizer
 from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
 from msllm.data import records
 from msllm.data.loader import Loader
+from msllm.data.prepare import prepare
 from msllm.data.tables import unpack
 from msllm.errors import UserError
-from msllm.prepare import prepare
 from msllm.streams import StreamSpec
+from msllm.view import cells
+from msllm.view import prepared as prepared_view
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DELAYED = StreamsConfig(names=("user", "output"), kinds=("input", "output"), delays=(0, 1))
@@ -31,22 +33,34 @@ DELAYED = StreamsConfig(names=("user", "output"), kinds=("input", "output"), del
 def prepared(folder, lines, streams=DELAYED, model_type="word", **data):
     """A prepared directory of lists of cells, one list a stream (msllm.data.converters.tables), and its config."""
     path = folder / "in.jsonl"
-    path.write_text("".join(json.dumps({"streams": dict(zip(streams.names, line))}) + "\n" for line in lines))
+    path.write_text(
+        "".join(json.dumps({"streams": dict(zip(streams.names, line))}) + "\n" for line in lines)
+    )
     words = TokenizerConfig(model_type=model_type, vocab_size=256)
-    defaults = {"converter": "tables", "path": str(path), "tokenizer": words, "eval_percent": 0.0, "rows": 8}
-    config = Config(streams=streams, data=DataConfig(**{**defaults, "dir": str(folder / "out"), **data}))
+    defaults = {
+        "converter": "tables",
+        "path": str(path),
+        "tokenizer": words,
+        "eval_percent": 0.0,
+        "rows": 8,
+    }
+    config = Config(
+        streams=streams, data=DataConfig(**{**defaults, "dir": str(folder / "out"), **data})
+    )
     prepare(config, folder / "out")
     return folder / "out", config
 
 
 def many(count):
     """Lines for `prepared`: examples of 2 to 5 rows, each with words of its own."""
-    return [[[f"u{i}", *["a"] * (i % 4), ""], ["b", *[""] * (i % 4), f"o{i}"]] for i in range(count)]
+    return [
+        [[f"u{i}", *["a"] * (i % 4), ""], ["b", *[""] * (i % 4), f"o{i}"]] for i in range(count)
+    ]
 
 
 def shown(directory, *, width=200, terminal=False, **options):
     console = cells.console(file=io.StringIO(), width=width, force_terminal=terminal)
-    inspect.run(directory, console, **options)
+    prepared_view.run(directory, console, **options)
     return console.file.getvalue()
 
 
@@ -57,7 +71,7 @@ def small(tmp_path):
 
 
 def test_plain_output(small):
-    (packed,) = [packed for _, packed in inspect.Split(small, "train").tables()]
+    (packed,) = [packed for _, packed in prepared_view.Split(small, "train").tables()]
     assert packed.segment.tolist() == [1, 1, 1, 1, 1, 2, 2, 2]
     first, second = packed.examples
     lines = shown(small).splitlines()
@@ -102,7 +116,7 @@ def test_plain_output(small):
 
 def test_limits_and_empty_rows(tmp_path):
     directory, _ = prepared(tmp_path, many(9), rows=16)
-    data = inspect.Split(directory, "train")
+    data = prepared_view.Split(directory, "train")
     packed = data.table(0)
     filled = int((packed.segment > 0).sum())
     lines = shown(directory, rows=7).splitlines()
@@ -115,7 +129,9 @@ def test_limits_and_empty_rows(tmp_path):
     assert text.count("example ") == 9 and text.count("table ") == len(data)
     assert f"({16 - int((data.table(len(data) - 1).segment > 0).sum())} empty rows)" in text
     for number, (first, packed) in enumerate(data.tables()):
-        assert all(f"example {first + i}, {name}, " in text for i, name in enumerate(packed.examples)), number
+        assert all(
+            f"example {first + i}, {name}, " in text for i, name in enumerate(packed.examples)
+        ), number
 
 
 def test_silence_is_dimmed_on_a_terminal_only(small, monkeypatch):
@@ -123,9 +139,15 @@ def test_silence_is_dimmed_on_a_terminal_only(small, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert "\x1b" not in shown(small)
     text = shown(small, terminal=True)
-    row = next(line for line in text.splitlines() if re.sub(r"\x1b\[\d+m", "", line) == "6   ·    ·")
+    row = next(
+        line for line in text.splitlines() if re.sub(r"\x1b\[\d+m", "", line) == "6   ·    ·"
+    )
     assert row.count("\x1b[2m·") == 2
-    absent = next(line for line in text.splitlines() if re.sub(r"\x1b\[\d+m", "", line).rstrip() == "7        w")
+    absent = next(
+        line
+        for line in text.splitlines()
+        if re.sub(r"\x1b\[\d+m", "", line).rstrip() == "7        w"
+    )
     assert "·" not in absent and "\x1b[2m7" in absent and "\x1b[2mw" not in absent
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in shown(small, terminal=True)
@@ -136,7 +158,9 @@ def test_columns_are_cut_to_the_terminal(tmp_path, width):
     names = tuple(f"stream_{i}" for i in range(16))
     streams = StreamsConfig(names=names, kinds=("output",) * 16)
     wide = ["\u65e5\u672c\u8a9e\u306e\u9577\u3044\u8a00\u8449", "short", "unpronounceable", ""]
-    directory, _ = prepared(tmp_path, [[[wide[(i + j) % 4] for j in range(4)] for i in range(16)]], streams)
+    directory, _ = prepared(
+        tmp_path, [[[wide[(i + j) % 4] for j in range(4)] for i in range(16)]], streams
+    )
     text = shown(directory, width=width)
     assert all(word in text for word in wide)  # a file may be as wide as it likes
     lines = shown(directory, width=width, terminal=True, example="0")
@@ -145,7 +169,10 @@ def test_columns_are_cut_to_the_terminal(tmp_path, width):
     assert len(rows) == 5 and max(cell_len(line) for line in rows) <= max(width, 4 + 16 * 4)
     assert sum("\u2026" in line for line in rows) >= 4
     starts = [re.search(r"\u00b7|un", line) for line in rows[1:]]
-    assert all(cell_len(rows[1 + i][: found.start()]) % 2 == 0 or width != 60 for i, found in enumerate(starts))
+    assert all(
+        cell_len(rows[1 + i][: found.start()]) % 2 == 0 or width != 60
+        for i, found in enumerate(starts)
+    )
 
 
 def test_columns_are_aligned(tmp_path):
@@ -159,22 +186,47 @@ def test_columns_are_aligned(tmp_path):
 
 
 def test_spelling():
-    words = tokenizer.train(["ab \n cd  ."] * 5, TokenizerConfig(model_type="unigram", vocab_size=300))
-    spelled = lambda text: [cells.spelling(words, token) for token in words.encode(text)]
+    words = tokenizer.train(
+        ["ab \n cd  ."] * 5, TokenizerConfig(model_type="unigram", vocab_size=300)
+    )
+
+    def spelled(text):
+        return [cells.spelling(words, token) for token in words.encode(text)]
+
     assert spelled("\u00e9") == ["<0xC3>", "<0xA9>"]
     assert spelled("\n") == [r"\n"]
     assert cells.visible("\t\x1b[2m\u202e\u200d") == r"\t\x1b[2m\u202e\u200d"
 
     # An alphabet for bytes, as GPT-2's: what the bytes say is shown, or how the vocabulary spells them.
-    pieces = ["<silence>", "\u0120the", "\u010a", "\u0120\u0120", "\u00c3", "\u00b7", "\u00c2\u00b7", "<&>"]
+    pieces = [
+        "<silence>",
+        "\u0120the",
+        "\u010a",
+        "\u0120\u0120",
+        "\u00c3",
+        "\u00b7",
+        "\u00c2\u00b7",
+        "<&>",
+    ]
     pieces.append("\u0120a\u0120")
-    model = tokenizers.Tokenizer(tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    model = tokenizers.Tokenizer(
+        tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, [])
+    )
     model.decoder = tokenizers.decoders.ByteLevel()
     model.add_special_tokens(["<silence>"])
     loaded = tokenizer.Tokenizer.from_bytes("tokenizers", model.to_str().encode(), "<silence>")
     spelled = [cells.spelling(loaded, token) for token in range(1, len(pieces))]
     # Of the middle dots, the first is half a character; the other is one, and silence is drawn so.
-    assert spelled == ["the", r"\n", "\u2423\u2423", "\u00c3", "<\u00b7>", "<\u00b7>", "<&>", "a\u2423"]
+    assert spelled == [
+        "the",
+        r"\n",
+        "\u2423\u2423",
+        "\u00c3",
+        "<\u00b7>",
+        "<\u00b7>",
+        "<&>",
+        "a\u2423",
+    ]
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
@@ -184,8 +236,10 @@ def test_examples_by_number_and_id_are_the_loaders(tmp_path, split):
     expected = {}
     for step in range(loader.num_batches):
         rows = range(min(4, loader.num_tables - 4 * step))
-        expected |= {t.example: t for t in unpack(loader.batch(step, rows), loader.example_ids(step, rows))}
-    data = inspect.Split(directory, split)
+        expected |= {
+            t.example: t for t in unpack(loader.batch(step, rows), loader.example_ids(step, rows))
+        }
+    data = prepared_view.Split(directory, split)
     assert len(expected) == data.part["examples"] > 20
     found = [data.example(str(number)) for number in range(len(expected))]
     assert [number for number, _ in found] == list(range(len(expected)))
@@ -201,21 +255,30 @@ def test_examples_by_number_and_id_are_the_loaders(tmp_path, split):
     lines = text.splitlines()
     assert f"── example 3, {names[3]}, {len(found[3][1].tokens)} rows ──" in lines
     assert sum(bool(re.match(r"\d", line)) for line in lines) == len(found[3][1].tokens)
-    said = [loader.tokenizer.decode(found[3][1].tokens[:, s][found[3][1].present[:, s]]) for s in range(2)]
+    said = [
+        loader.tokenizer.decode(found[3][1].tokens[:, s][found[3][1].present[:, s]])
+        for s in range(2)
+    ]
     assert lines[-2:] == [f"user: {said[0]}", f"output: {said[1]}"]
 
 
 def test_overlap_of_a_sample(tmp_path):
     directory, config = prepared(tmp_path, many(60), shards=4)
-    data = inspect.Split(directory, "train")
+    data = prepared_view.Split(directory, "train")
     silence = data.columns.tokenizer.silence_id
     tables = [packed for _, packed in data.tables()]
     speak = [(t.present & (t.tokens != silence)).sum(axis=1) > 1 for t in tables]
-    assert inspect.overlap(data, 1000) == (sum(int(s.sum()) for s in speak), data.part["rows"], len(data))
+    assert prepared_view.overlap(data, 1000) == (
+        sum(int(s.sum()) for s in speak),
+        data.part["rows"],
+        len(data),
+    )
     third = [len(data) * i // 3 for i in range(3)]
     rows = sum(int((tables[i].segment > 0).sum()) for i in third)
-    assert inspect.overlap(data, 3) == (sum(int(speak[i].sum()) for i in third), rows, 3)
-    assert "(a sample: 3 tables, evenly spread)" in str(inspect.statistics(data, inspect.overlap(data, 3)))
+    assert prepared_view.overlap(data, 3) == (sum(int(speak[i].sum()) for i in third), rows, 3)
+    assert "(a sample: 3 tables, evenly spread)" in str(
+        prepared_view.statistics(data, prepared_view.overlap(data, 3))
+    )
 
 
 def test_only_shards_that_are_shown_are_read(tmp_path, monkeypatch):
@@ -225,12 +288,14 @@ def test_only_shards_that_are_shown_are_read(tmp_path, monkeypatch):
         shard.unlink()
     opened = []
     check = records.check_shard
-    monkeypatch.setattr(records, "check_shard", lambda *a, **options: opened.append(options) or check(*a, **options))
-    data = inspect.Split(directory, "train")
+    monkeypatch.setattr(
+        records, "check_shard", lambda *a, **options: opened.append(options) or check(*a, **options)
+    )
+    data = prepared_view.Split(directory, "train")
     assert opened == []
     assert data.example("0")[0] == 0 and shown(directory, example="1")
     assert opened == [{"whole": False}] * 2
-    with pytest.raises(UserError, match="train-00007.* is missing.*msllm.prepare"):
+    with pytest.raises(UserError, match="train-00007.* is missing.*msllm prepare"):
         data.table(len(data) - 1)
     shards[0].write_bytes(bytes(shards[0].stat().st_size))
     with pytest.raises(UserError, match="train-00000.* is corrupt .*prepare again"):
@@ -290,16 +355,22 @@ def test_page_holds_every_cell(tmp_path):
     assert "prefers-color-scheme: dark" in text and "://" not in text and "url(" not in text
     found = Page(text)
     assert "<b>" in found.text and f"{directory}, split train" in found.text
-    data = inspect.Split(directory, "train")
+    data = prepared_view.Split(directory, "train")
     words = data.columns.tokenizer
     expected, marks = [], []
     for first, packed in data.tables():
         rows = []
-        for tokens, present in zip(packed.tokens[packed.segment > 0], packed.present[packed.segment > 0]):
+        for tokens, present in zip(
+            packed.tokens[packed.segment > 0], packed.present[packed.segment > 0]
+        ):
             row = []
             for token, there in zip(tokens.tolist(), present):
                 silent = token == words.silence_id
-                cell = ["s", cells.SILENT] if silent else [None, words.piece(token).replace("\n", r"\n")]
+                cell = (
+                    ["s", cells.SILENT]
+                    if silent
+                    else [None, words.piece(token).replace("\n", r"\n")]
+                )
                 row.append(cell if there else ["a", ""])
             rows.append(row)
         expected.append(rows)
@@ -343,36 +414,49 @@ def test_bad_requests(small, tmp_path):
     for message, options in {
         "--example=2: split 'train' of .* holds the examples 0 to 1": {"example": "2"},
         "--example='-1': give a number from 0 to 1, or an id of 16 hex digits": {"example": "-1"},
-        f"--example={16 * '0'}: split 'train' of .* does not hold it.*--split=eval": {"example": 16 * "0"},
+        f"--example={16 * '0'}: split 'train' of .* does not hold it.*--split=eval": {
+            "example": 16 * "0"
+        },
         "--split=eval: .* has no table in it; look at --split=train": {"split": "eval"},
         "no split 'test': must be one of train, eval": {"split": "test"},
         "--rows=0: must be at least 1": {"rows": 0},
         "--tables=0: must be at least 1": {"tables": 0},
-        "--html=.*: No such file or directory; give a file in a folder that exists": {"file": tmp_path / "no/x.html"},
+        "--html=.*: No such file or directory; give a file in a folder that exists": {
+            "file": tmp_path / "no/x.html"
+        },
     }.items():
         with pytest.raises(UserError, match=message):
             shown(small, **options)
     (tmp_path / "empty").mkdir()
-    for directory, message in (("empty", "is unfinished or no prepared data"), ("nowhere", "does not exist")):
-        with pytest.raises(UserError, match=f"{directory} {message}.*msllm.prepare"):
+    for directory, message in (
+        ("empty", "is unfinished or no prepared data"),
+        ("nowhere", "does not exist"),
+    ):
+        with pytest.raises(UserError, match=f"{directory} {message}.*msllm prepare"):
             shown(tmp_path / directory)
 
 
 def test_command_line(small):
     def run(*arguments):
-        line = [sys.executable, "-m", "msllm.inspect", *map(str, arguments)]
-        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"FORCE_COLOR": ""})
+        line = [sys.executable, "-m", "msllm", "inspect", *map(str, arguments)]
+        return subprocess.run(
+            line, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"FORCE_COLOR": ""}
+        )
 
     done = run(small, "--example", "1")
     assert done.returncode == 0, done.stderr
     assert done.stdout == shown(small, example="1")
     done = run()
-    assert done.returncode == 2 and done.stderr.startswith("error: there is no directory to look at")
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: there is no directory to look at"
+    )
 
 
 def test_a_reader_that_has_seen_enough(small):
-    line = [sys.executable, "-m", "msllm.inspect", str(small)]
-    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    line = [sys.executable, "-m", "msllm", "inspect", str(small)]
+    with subprocess.Popen(
+        line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == -signal.SIGPIPE

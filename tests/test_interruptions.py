@@ -4,21 +4,20 @@ import dataclasses
 
 import numpy as np
 import pytest
-from runs import data_dir, loaded  # noqa: F401
 
 from msllm.data.dictation import REACTION
 from msllm.data.tables import unpack
 from msllm.errors import UserError
-from msllm.evaluate import open_data, streams_case
-from msllm.interruptions import Verdict, _corrected, _given, _live, interruptions, judge
-from msllm.load import from_parameters
+from msllm.evals.exact_match import open_data, streams_case
+from msllm.evals.interruptions import Verdict, _corrected, _given, _live, interruptions, judge
 from msllm.tokenizer import Tokenizer
+from msllm.weights.load import from_parameters
 
 USER, THOUGHT, OUTPUT = range(3)
 
 
 @pytest.fixture
-def model(loaded):  # noqa: F811
+def model(loaded):
     return from_parameters(loaded.config.model, loaded.streams, loaded.parameters, loaded.tokenizer)
 
 
@@ -32,29 +31,42 @@ def table(tokenizer: Tokenizer, **columns) -> np.ndarray:
     return tokens
 
 
-def test_an_output_follows_or_ignores_a_correction_and_a_thought_notices_it(loaded, model):  # noqa: F811
+def test_an_output_follows_or_ignores_a_correction_and_a_thought_notices_it(loaded, model):
     case = next(_corrected(loaded, "", 1))
     user = {0: "take 3 add 1 no wait add 2 ?"}
     encode = loaded.tokenizer.encode
     case = case._replace(answer=[encode("that makes 5 .")])
-    look = lambda **columns: judge(table(loaded.tokenizer, user=user, **columns), case, model)
+
+    def look(**columns):
+        return judge(table(loaded.tokenizer, user=user, **columns), case, model)
+
     thought = {0: "undo", 8: "undo =3"}  # before the user's "wait" it is no reaction to it
     assert look(thought=thought, output={11: "that makes 5 ."}) == Verdict(True, False, 3)
     assert look(thought=thought, output={11: "that makes 4 ."}) == Verdict(False, True, 3)
     assert look(output={11: "that makes 5 . ."}) == Verdict(False, False, None)
 
 
-def test_the_examples_follow_their_own_corrections(loaded, model):  # noqa: F811
+def test_the_examples_follow_their_own_corrections(loaded, model):
     loader, wait = open_data(loaded), loaded.tokenizer.encode("wait")[0]
-    tables = [t for step in range(loader.num_batches) for t in unpack(loader.batch(step)) if (t.tokens == wait).any()]
+    tables = [
+        t
+        for step in range(loader.num_batches)
+        for t in unpack(loader.batch(step))
+        if (t.tokens == wait).any()
+    ]
     verdicts = [judge(t.tokens, streams_case(t, loaded), model) for t in tables]
-    assert len(verdicts) >= 3 and {(v.followed, v.ignored, v.rows_to_notice) for v in verdicts} == {(True, False, REACTION)}
+    assert len(verdicts) >= 3 and {(v.followed, v.ignored, v.rows_to_notice) for v in verdicts} == {
+        (True, False, REACTION)
+    }
     assert len(list(_corrected(loaded, "", 500))) == len(tables)
 
 
-def test_sessions_hear_every_word_in_its_order(loaded, model):  # noqa: F811
+def test_sessions_hear_every_word_in_its_order(loaded, model):
     cases = list(_corrected(loaded, "", 3))
-    said = lambda column: column[column != loaded.tokenizer.silence_id].tolist()
+
+    def said(column):
+        return column[column != loaded.tokenizer.silence_id].tolist()
+
     for case, given, live in zip(cases, _given(model, cases, 40), _live(model, cases, 40)):
         assert (given[: len(case.prompt), USER] == case.prompt[:, USER]).all()
         assert said(live[:, USER]) == said(case.prompt[:, USER])
@@ -62,9 +74,13 @@ def test_sessions_hear_every_word_in_its_order(loaded, model):  # noqa: F811
         assert -1 <= late <= 0  # after silence a word still comes into the row that was shown last
 
 
-def test_figures_and_data_of_another_kind(loaded):  # noqa: F811
+def test_figures_and_data_of_another_kind(loaded):
     found = interruptions(loaded, examples=2)
-    assert set(found) == {"table", "live"} and all(figures["cases"] == 2 for figures in found.values())
-    other = dataclasses.replace(loaded.config, data=dataclasses.replace(loaded.config.data, converter="chat"))
+    assert set(found) == {"table", "live"} and all(
+        figures["cases"] == 2 for figures in found.values()
+    )
+    other = dataclasses.replace(
+        loaded.config, data=dataclasses.replace(loaded.config.data, converter="chat")
+    )
     with pytest.raises(UserError, match="converter is 'chat': must be 'dictation'"):
         interruptions(dataclasses.replace(loaded, config=other))

@@ -9,13 +9,13 @@ import pytest
 from etils import epath
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
+from runs import dictation, four_streams, make_program, metrics, place, random_tables
 
 import msllm
-from msllm.cluster import Stop
 from msllm.kept import kept_step
+from msllm.runtime.processes import Stop
 from msllm.step import Program
 from msllm.train import train
-from runs import compile_once, data_dir, dictation, four_streams, make_program, metrics, place, random_tables  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -23,9 +23,12 @@ FACTS = {"code": {"step.py": "0123"}}
 
 
 @pytest.fixture
-def cache(tmp_path, compile_once):  # noqa: F811
+def cache(tmp_path, compile_once):
     """An empty directory for what JAX compiles."""
-    session, seconds = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    session, seconds = (
+        jax.config.jax_compilation_cache_dir,
+        jax.config.jax_persistent_cache_min_compile_time_secs,
+    )
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     compilation_cache.reset_cache()
@@ -39,7 +42,9 @@ def cache(tmp_path, compile_once):  # noqa: F811
 def traced(monkeypatch):
     """A list that grows with every step that is traced."""
     result, step = [], Program._step
-    monkeypatch.setattr(Program, "_step", lambda self, *arguments: result.append(self) or step(self, *arguments))
+    monkeypatch.setattr(
+        Program, "_step", lambda self, *arguments: result.append(self) or step(self, *arguments)
+    )
     return result
 
 
@@ -66,16 +71,21 @@ class StopAt3(Stop):
         return step == 3
 
 
-def test_a_restart_traces_no_step_and_loses_no_bit(data_dir, tmp_path, cache, traced):  # noqa: F811
+def test_a_restart_traces_no_step_and_loses_no_bit(data_dir, tmp_path, cache, traced):
     config = dictation(**{"data.dir": data_dir, "mesh.data": 2, "mesh.fsdp": 4})
     assert int(train(config, tmp_path / "run", StopAt3(), command=True).step) == 3
     assert len(traced) == len(kept(cache)) == 1
     continued = train(config, tmp_path / "run", command=True)
     assert len(traced) == 1
-    uninterrupted = train(config, tmp_path / "other")  # in a notebook, where functions may be other than in the files
+    uninterrupted = train(
+        config, tmp_path / "other"
+    )  # in a notebook, where functions may be other than in the files
     assert len(traced) == 2 and len(kept(cache)) == 1
     jax.tree.map(np.testing.assert_array_equal, continued, uninterrupted)
-    losses = [[line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("run", "other")]
+    losses = [
+        [line["loss"] for line in metrics(tmp_path / name) if "loss" in line]
+        for name in ("run", "other")
+    ]
     assert len(losses[0]) == 8 and losses[0] == losses[1]
 
 
@@ -114,7 +124,9 @@ def test_another_compiler_or_machine_compiles_anew(cache, traced, monkeypatch, c
     kept_step(make_program(small()), FACTS)
     program, before = make_program(small()), jax.config.jax_default_matmul_precision
     if change == "flags":
-        monkeypatch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_enable_fast_math=true")
+        monkeypatch.setenv(
+            "XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_enable_fast_math=true"
+        )
     elif change == "precision":
         jax.config.update("jax_default_matmul_precision", "highest")
     elif change == "silence":
@@ -139,7 +151,9 @@ def flip(content):
     return content[:-1000] + bytes([content[-1000] ^ 1]) + content[-999:]
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, lambda content: b""], ids=["truncated", "flipped", "empty"])
+@pytest.mark.parametrize(
+    "damage", [truncate, flip, lambda content: b""], ids=["truncated", "flipped", "empty"]
+)
 def test_a_damaged_file_is_passed_over(cache, traced, caplog, damage):
     program = make_program(small())
     expected = first_losses(program, kept_step(program, FACTS))
@@ -149,7 +163,9 @@ def test_a_damaged_file_is_passed_over(cache, traced, caplog, damage):
         program = make_program(small())
         step = kept_step(program, FACTS)
     (said,) = [record.message for record in caplog.records if record.name == "msllm"]
-    assert path.name in said and "its checksum differs): compiling; remove it if it stays so" in said
+    assert (
+        path.name in said and "its checksum differs): compiling; remove it if it stays so" in said
+    )
     assert len(traced) == 2 and first_losses(program, step) == expected
 
 

@@ -17,8 +17,8 @@ import psutil
 import pytest
 import yaml
 
-from msllm import aot
 from msllm.errors import UserError
+from msllm.pod import aot
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"
@@ -26,15 +26,27 @@ POD = ("--name=pod", "--zone=us-west4-a", "--project=mine")
 TRAIN = ("--config=configs/8b_v5e_256.py", "--workdir=gs://bucket/run")
 TPU_VM = ("launch/tpu_vm.sh", *POD, *TRAIN, "--type=v5litepod-256")
 SLURM = ("launch/slurm.sh", "--config=configs/1b_h100_8.py")
-JOBSET = (sys.executable, "launch/gke/jobset.py", "--image=here/msllm:1", "--name=mine", "--workdir=gs://bucket/run")
+JOBSET = (
+    sys.executable,
+    "launch/gke/jobset.py",
+    "--image=here/msllm:1",
+    "--name=mine",
+    "--workdir=gs://bucket/run",
+)
 
 
 def launch(*command, timeout=30, **environment):
     """Runs a command from the root; what the launchers set must not come from outside."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS", "SLURM_JOB_ID")}
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("XLA_FLAGS", "JAX_PLATFORMS", "SLURM_JOB_ID")
+    }
     clean["PYTHONPATH"] = str(ROOT)
     clean |= {key: str(value) for key, value in environment.items()}
-    return subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def program(path, text):
@@ -70,7 +82,11 @@ def running(pid):
 
 
 def values_of(hardware):
-    lines = [line.split(" ", 1) for line in (LAUNCH / "flags.env").read_text().splitlines() if line[:1] != "#"]
+    lines = [
+        line.split(" ", 1)
+        for line in (LAUNCH / "flags.env").read_text().splitlines()
+        if line[:1] != "#"
+    ]
     return dict(value.split("=", 1) for name, value in lines if name == hardware)
 
 
@@ -86,26 +102,45 @@ def test_shellcheck_finds_nothing(tmp_path):
     assert found.returncode == 0, found.stdout
 
 
-@pytest.mark.parametrize("script", ["local_pod.sh", "tpu_vm.sh", "on_host.sh", "slurm.sh", "gke/jobset.py"])
+@pytest.mark.parametrize(
+    "script", ["local_pod.sh", "tpu_vm.sh", "on_host.sh", "slurm.sh", "gke/jobset.py"]
+)
 def test_help_names_what_there_is(script):
     command = [sys.executable] if script.endswith(".py") else []
     shown = launch(*command, f"launch/{script}", "--help")
     assert shown.stdout and "error" not in shown.stderr
     if script in ("local_pod.sh", "tpu_vm.sh", "slurm.sh"):
         assert shown.returncode == 0
-        accepted = set(re.findall(r"^    (--[a-z-]+)(?:=\*)?(?: \||\))", (LAUNCH / script).read_text(), re.M))
+        accepted = set(
+            re.findall(r"^    (--[a-z-]+)(?:=\*)?(?: \||\))", (LAUNCH / script).read_text(), re.M)
+        )
         assert accepted and accepted <= set(re.findall(r"--[a-z-]+", shown.stdout))
 
 
 @pytest.mark.parametrize(
     "command, message",
     [
-        (("launch/local_pod.sh", "0", "configs/quickstart.py"), "PROCESSES is '0': must be a whole number"),
-        (("launch/local_pod.sh", "2", "configs/none.py"), "'configs/none.py': there is no such file"),
+        (
+            ("launch/local_pod.sh", "0", "configs/quickstart.py"),
+            "PROCESSES is '0': must be a whole number",
+        ),
+        (
+            ("launch/local_pod.sh", "2", "configs/none.py"),
+            "'configs/none.py': there is no such file",
+        ),
         (("launch/local_pod.sh", "2"), "CONFIG are missing:"),
-        (("launch/local_pod.sh", "2", "configs/quickstart.py", "--restarts=x"), "--restarts is 'x'"),
-        (("launch/local_pod.sh", "2", "configs/quickstart.py", "--workdir=gs://a/b"), "are local files"),
-        (("launch/local_pod.sh", "2", "configs/quickstart.py", "--lr=1"), "unknown argument --lr=1"),
+        (
+            ("launch/local_pod.sh", "2", "configs/quickstart.py", "--restarts=x"),
+            "--restarts is 'x'",
+        ),
+        (
+            ("launch/local_pod.sh", "2", "configs/quickstart.py", "--workdir=gs://a/b"),
+            "are local files",
+        ),
+        (
+            ("launch/local_pod.sh", "2", "configs/quickstart.py", "--lr=1"),
+            "unknown argument --lr=1",
+        ),
         (("launch/tpu_vm.sh", "fly", *POD), "unknown command 'fly'"),
         (("launch/tpu_vm.sh", "create", "--name=pod", "--zone=z"), "--project is missing"),
         ((*TPU_VM, "create", "--name=Pod"), "--name is 'Pod': lower-case"),
@@ -119,8 +154,14 @@ def test_help_names_what_there_is(script):
         ((*SLURM, "--workdir=/tmp/x", "--time=9"), "--time is '9'"),
         (SLURM, "--workdir is ''"),
         ((*JOBSET, "--topology=v5e:16x16"), "--config is missing"),
-        ((*JOBSET, "--config=configs/8b_v5e_256.py", "--topology=v5e:4x4"), "does not fit 16 devices"),
-        ((*JOBSET, "--config=configs/8b_v5e_256.py", "--topology=v5e:16x16", "--restarts=-1"), "--restarts is -1"),
+        (
+            (*JOBSET, "--config=configs/8b_v5e_256.py", "--topology=v5e:4x4"),
+            "does not fit 16 devices",
+        ),
+        (
+            (*JOBSET, "--config=configs/8b_v5e_256.py", "--topology=v5e:16x16", "--restarts=-1"),
+            "--restarts is -1",
+        ),
     ],
 )
 def test_bad_arguments_end_with_status_2(command, message):
@@ -177,9 +218,19 @@ def test_local_pod_prints_its_commands(tmp_path):
     commands = [shlex.split(line) for line in shown.stdout.splitlines()]
     assert shown.returncode == 0 and len(commands) == 3 and not (tmp_path / "run").exists()
     for i, command in enumerate(commands):
-        assert {"--num_processes=3", f"--process_id={i}", "--config.steps=3", "JAX_PLATFORMS=cpu"} <= set(command)
+        assert {
+            "--num_processes=3",
+            f"--process_id={i}",
+            "--config.steps=3",
+            "JAX_PLATFORMS=cpu",
+        } <= set(command)
         assert any(word.endswith("--xla_force_host_platform_device_count=4") for word in command)
-    ports = {word for command in commands for word in command if word.startswith("--coordinator_address=127.0.0.1:")}
+    ports = {
+        word
+        for command in commands
+        for word in command
+        if word.startswith("--coordinator_address=127.0.0.1:")
+    }
     assert len(ports) == 1
 
 
@@ -188,11 +239,19 @@ def test_local_pod_ends_well(tmp_path):
     found = launch(*local_pod(tmp_path, body, "--devices=2"), XLA_FLAGS="--mine=1")
     assert found.returncode == 0, found.stderr
     assert found.stdout == logs(tmp_path, 1)[0] and "count=2 --mine=1 on cpu" in found.stdout
-    assert [line.split(" of ")[0] for line in logs(tmp_path, 1)] == ["process 0", "process 1", "process 2"]
+    assert [line.split(" of ")[0] for line in logs(tmp_path, 1)] == [
+        "process 0",
+        "process 1",
+        "process 2",
+    ]
 
 
 def test_local_pod_does_not_repeat_bad_input(tmp_path):
-    found = launch(*local_pod(tmp_path, "if [[ $id == 1 ]]; then exit 2; fi; sleep 0.4; exit 1", "--restarts=3"))
+    found = launch(
+        *local_pod(
+            tmp_path, "if [[ $id == 1 ]]; then exit 2; fi; sleep 0.4; exit 1", "--restarts=3"
+        )
+    )
     assert found.returncode == 2 and len(logs(tmp_path, 1)) == 3 and not logs(tmp_path, 2)
     no_orphans(tmp_path)
 
@@ -210,7 +269,11 @@ def test_local_pod_starts_again_after_a_death(tmp_path):
     """
     found = launch(*local_pod(tmp_path, body, "--restarts=1", "--grace=3"))
     assert found.returncode == 0, found.stderr
-    assert "noticed" in logs(tmp_path, 1)[2] and "killing 1 process" in found.stderr and len(logs(tmp_path, 2)) == 3
+    assert (
+        "noticed" in logs(tmp_path, 1)[2]
+        and "killing 1 process" in found.stderr
+        and len(logs(tmp_path, 2)) == 3
+    )
     assert "process 1 ended with status 137" in found.stderr
     no_orphans(tmp_path)
 
@@ -222,7 +285,9 @@ def test_local_pod_starts_again_after_a_preemption(tmp_path):
 
 
 def test_local_pod_gives_up(tmp_path):
-    found = launch(*local_pod(tmp_path, "if [[ $id == 0 ]]; then exit 9; fi; exit 75", "--restarts=1"))
+    found = launch(
+        *local_pod(tmp_path, "if [[ $id == 0 ]]; then exit 9; fi; exit 75", "--restarts=1")
+    )
     assert found.returncode == 9 and logs(tmp_path, 2) and not logs(tmp_path, 3)
 
 
@@ -259,29 +324,51 @@ def test_tpu_vm_asks_for_one_slice_and_for_several():
     resources = ["gcloud", "compute", "tpus", "queued-resources"]
     place = ["--zone=us-west4-a", "--project=mine"]
     what = ["--accelerator-type=v5litepod-256", "--runtime-version=v2-alpha-tpuv5-lite"]
-    assert shown_commands(*TPU_VM, "create") == [[*resources, "create", "pod", *what, "--node-id=pod", *place]]
+    assert shown_commands(*TPU_VM, "create") == [
+        [*resources, "create", "pod", *what, "--node-id=pod", *place]
+    ]
     several = [*what, "--node-count=2", "--node-prefix=pod", "--spot", "--service-account=me@x"]
     options = ("--slices=2", "--spot", "--service-account=me@x")
-    assert shown_commands(*TPU_VM, "create", *options) == [[*resources, "create", "pod", *several, *place]]
-    assert shown_commands(*TPU_VM, "delete") == [[*resources, "delete", "pod", "--force", "--quiet", *place]]
+    assert shown_commands(*TPU_VM, "create", *options) == [
+        [*resources, "create", "pod", *several, *place]
+    ]
+    assert shown_commands(*TPU_VM, "delete") == [
+        [*resources, "delete", "pod", "--force", "--quiet", *place]
+    ]
     for type_, runtime in (
         ("v6e-256", "v2-alpha-tpuv6e"),
         ("v5p-128", "v2-alpha-tpuv5"),
         ("v4-128", "tpu-ubuntu2204-base"),
     ):
-        assert f"--runtime-version={runtime}" in shown_commands(*TPU_VM, "create", f"--type={type_}")[0]
+        assert (
+            f"--runtime-version={runtime}"
+            in shown_commands(*TPU_VM, "create", f"--type={type_}")[0]
+        )
 
 
 def test_tpu_vm_quotes_what_a_host_shall_read():
     lags = "--config.streams.lags=(('output', 'user', '3'),)"
-    (command,) = shown_commands(*TPU_VM, "start", lags, "--env=A=b c", "--ssh-option=--tunnel-through-iap")
+    (command,) = shown_commands(
+        *TPU_VM, "start", lags, "--env=A=b c", "--ssh-option=--tunnel-through-iap"
+    )
     assert {"--node=all", "--worker=all", "--tunnel-through-iap"} <= set(command)
     (sent,) = [word.removeprefix("--command=") for word in command if word.startswith("--command=")]
-    assert shlex.split(sent) == ["bash", "msllm/launch/on_host.sh", "start", "A=b c", "--", *TRAIN, lags]
+    assert shlex.split(sent) == [
+        "bash",
+        "msllm/launch/on_host.sh",
+        "start",
+        "A=b c",
+        "--",
+        *TRAIN,
+        lags,
+    ]
 
 
 def test_tpu_vm_run_prints_the_whole_course():
-    verbs = [command[4] if command[0] == "gcloud" else command[0] for command in shown_commands(*TPU_VM, "run")]
+    verbs = [
+        command[4] if command[0] == "gcloud" else command[0]
+        for command in shown_commands(*TPU_VM, "run")
+    ]
     assert verbs == ["create", "list", "git", "scp", "rm", "ssh", "ssh", "ssh", "delete"]
     assert "delete" not in [
         command[4] for command in shown_commands(*TPU_VM, "run", "--keep") if command[0] == "gcloud"
@@ -325,10 +412,18 @@ def cloud(tmp_path, monkeypatch):
     stamp.touch()
     os.utime(stamp, (2**32, 2**32))
     # What is installed is a commit: one of the files as they are, which leaves them and all branches alone.
-    who = {f"GIT_{role}_{what}": "test" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    who = {
+        f"GIT_{role}_{what}": "test"
+        for role in ("AUTHOR", "COMMITTER")
+        for what in ("NAME", "EMAIL")
+    }
     commit = launch("git", "stash", "create", **who).stdout.strip() or "HEAD"
     monkeypatch.setattr(sys.modules[__name__], "TPU_VM", (*TPU_VM, f"--commit={commit}"))
-    return tmp_path, {"CLOUD": tmp_path, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "TMPDIR": tmp_path}
+    return tmp_path, {
+        "CLOUD": tmp_path,
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+        "TMPDIR": tmp_path,
+    }
 
 
 def calls(folder):
@@ -340,16 +435,19 @@ def test_tpu_vm_runs_until_complete(cloud):
     (folder / "statuses").write_text("preempted\n1\n0\n")
     found = launch(*TPU_VM, "run", "--poll=1", "--env=MINE=1", timeout=60, **environment)
     assert found.returncode == 0, found.stderr
-    assert calls(folder).count("create") == calls(folder).count("delete") == 2 and not (folder / "state").exists()
+    assert (
+        calls(folder).count("create") == calls(folder).count("delete") == 2
+        and not (folder / "state").exists()
+    )
     log = (folder / "host" / "msllm-run" / "train.log").read_text().splitlines()
-    assert log == [f"train -m msllm.train {' '.join(TRAIN)} tpu,cpu"] * 3
+    assert log == [f"train -m msllm train {' '.join(TRAIN)} tpu,cpu"] * 3
 
 
 def test_tpu_vm_stops_at_bad_input(cloud):
     folder, environment = cloud
     (folder / "statuses").write_text("2\n")
     found = launch(*TPU_VM, "run", "--poll=1", **environment)
-    assert found.returncode == 2 and "train -m msllm.train" in found.stderr
+    assert found.returncode == 2 and "train -m msllm train" in found.stderr
     assert calls(folder).count("create") == calls(folder).count("delete") == 1
 
 
@@ -357,7 +455,11 @@ def test_tpu_vm_gives_up_after_crashes_and_keeps_the_machines(cloud):
     folder, environment = cloud
     (folder / "statuses").write_text("1\n134\n0\n")
     found = launch(*TPU_VM, "run", "--poll=1", "--restarts=1", **environment)
-    assert found.returncode == 1 and "it still costs" not in found.stderr and "still there and costs" in found.stderr
+    assert (
+        found.returncode == 1
+        and "it still costs" not in found.stderr
+        and "still there and costs" in found.stderr
+    )
     assert "delete" not in calls(folder)
 
 
@@ -411,9 +513,14 @@ def cluster(tmp_path):
     program(tmp_path / "bin" / "sbatch", 'cat >"$CLUSTER/job.sh"')
     program(tmp_path / "bin" / "srun", SRUN)
     program(tmp_path / "bin" / "scontrol", SCONTROL)
-    program(tmp_path / "bin" / "scancel", '[[ $* == "--signal=TERM 7" ]] && kill -TERM "$(cat "$CLUSTER/pid")"')
+    program(
+        tmp_path / "bin" / "scancel",
+        '[[ $* == "--signal=TERM 7" ]] && kill -TERM "$(cat "$CLUSTER/pid")"',
+    )
     environment = {"CLUSTER": tmp_path, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
-    submitted = launch(*SLURM, f"--workdir={tmp_path}/run", "--requeues=1", "--python=/opt/python", **environment)
+    submitted = launch(
+        *SLURM, f"--workdir={tmp_path}/run", "--requeues=1", "--python=/opt/python", **environment
+    )
     assert submitted.returncode == 0, submitted.stderr
     return tmp_path, environment | {"SLURM_JOB_ID": "7"}
 
@@ -428,7 +535,12 @@ def job(cluster, **environment):
 
 def test_slurm_job_asks_for_what_is_needed(tmp_path):
     per_node = launch(
-        *SLURM, "--workdir=runs/x", "--nodes=2", "--sbatch=--partition=gpu", "--dry-run", "--env=A=b c"
+        *SLURM,
+        "--workdir=runs/x",
+        "--nodes=2",
+        "--sbatch=--partition=gpu",
+        "--dry-run",
+        "--env=A=b c",
     ).stdout
     options = set(re.findall(r"^#SBATCH (.*)", per_node, re.M))
     wanted = (
@@ -439,8 +551,16 @@ def test_slurm_job_asks_for_what_is_needed(tmp_path):
         "--requeue",
         "--partition=gpu",
     )
-    assert {*wanted, "--open-mode=append", "--time=24:00:00", f"--output={ROOT}/runs/x/slurm-%j.log"} <= options
-    assert "export JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7\n" in per_node and "export A='b c'\n" in per_node
+    assert {
+        *wanted,
+        "--open-mode=append",
+        "--time=24:00:00",
+        f"--output={ROOT}/runs/x/slurm-%j.log",
+    } <= options
+    assert (
+        "export JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7\n" in per_node
+        and "export A='b c'\n" in per_node
+    )
     assert all(f"export {key}={value}\n" in per_node for key, value in values_of("gpu").items())
     per_gpu = launch(*SLURM, "--workdir=runs/x", "--per=gpu", "--gpus=4", "--dry-run").stdout
     assert "#SBATCH --ntasks-per-node=4\n" in per_gpu and "JAX_LOCAL_DEVICE_IDS" not in per_gpu
@@ -493,7 +613,8 @@ JOBSET_SCHEMA = OBJECT | {
     "properties": {
         "apiVersion": {"const": "jobset.x-k8s.io/v1alpha2"},
         "kind": {"const": "JobSet"},
-        "metadata": OBJECT | {"required": ["name"], "properties": {"name": {"type": "string"}, "annotations": TEXTS}},
+        "metadata": OBJECT
+        | {"required": ["name"], "properties": {"name": {"type": "string"}, "annotations": TEXTS}},
         "spec": OBJECT
         | {
             "required": ["replicatedJobs"],
@@ -502,7 +623,9 @@ JOBSET_SCHEMA = OBJECT | {
                 | {
                     "properties": {
                         "maxRestarts": {"type": "integer", "minimum": 0},
-                        "restartStrategy": {"enum": ["Recreate", "BlockingRecreate", "InPlaceRestart"]},
+                        "restartStrategy": {
+                            "enum": ["Recreate", "BlockingRecreate", "InPlaceRestart"]
+                        },
                         "rules": {"type": "array", "items": RULE},
                     }
                 },
@@ -521,7 +644,8 @@ JOBSET_SCHEMA = OBJECT | {
                         "properties": {
                             "name": {"type": "string"},
                             "replicas": {"type": "integer", "minimum": 1},
-                            "template": OBJECT | {"properties": {"spec": {"type": "object"}}},  # a Job's: below
+                            "template": OBJECT
+                            | {"properties": {"spec": {"type": "object"}}},  # a Job's: below
                         },
                     },
                 },
@@ -557,7 +681,12 @@ def validated(manifest):
 
 def test_jobset_of_a_slice(tmp_path):
     out = tmp_path / "job.yaml"
-    options = ("--config=configs/8b_v5e_256.py", "--topology=v5e:16x16", "--config.optim.lr=1e-3", f"--out={out}")
+    options = (
+        "--config=configs/8b_v5e_256.py",
+        "--topology=v5e:16x16",
+        "--config.optim.lr=1e-3",
+        f"--out={out}",
+    )
     made = launch(*JOBSET, *options)
     assert made.returncode == 0, made.stderr
     manifest = yaml.safe_load(out.read_text())
@@ -573,7 +702,14 @@ def test_jobset_of_a_slice(tmp_path):
     }
     (container,) = pod["containers"]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
-    assert container["command"] == ["python", "-m", "msllm.train", *TRAIN, "--config.optim.lr=1e-3"]
+    assert container["command"] == [
+        "python",
+        "-m",
+        "msllm",
+        "train",
+        *TRAIN,
+        "--config.optim.lr=1e-3",
+    ]
     assert {entry["name"]: entry["value"] for entry in container["env"]} == values_of("tpu")
     # 8.2e9 parameters, 12 bytes each, over 64 hosts at 50 MB/s: 31 s, in halves of a minute, and a minute for the step.
     assert pod["terminationGracePeriodSeconds"] == 60 + 60
@@ -581,7 +717,12 @@ def test_jobset_of_a_slice(tmp_path):
 
 def test_jobset_of_several_slices(jobset):
     shape = jobset.Slice("tpu-v6e-slice", "16x16", hosts=64, chips_per_host=4)
-    options = dict(service_account="trainer", data_bucket="data", spot=True, host_network=True)
+    options = {
+        "service_account": "trainer",
+        "data_bucket": "data",
+        "spot": True,
+        "host_network": True,
+    }
     manifest = jobset.manifest("mine", "image", ["--workdir=gs://b/r"], shape, 3, 90, 5, **options)
     pod = validated(manifest)["template"]["spec"]
     assert manifest["spec"]["replicatedJobs"][0]["replicas"] == 3
@@ -590,9 +731,15 @@ def test_jobset_of_several_slices(jobset):
     assert variables["MEGASCALE_COORDINATOR_ADDRESS"]["value"] == "mine-slice-0-0.mine"
     index = "metadata.annotations['jobset.sigs.k8s.io/job-index']"
     assert variables["MEGASCALE_SLICE_ID"]["valueFrom"]["fieldRef"]["fieldPath"] == index
-    assert pod["serviceAccountName"] == "trainer" and pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    assert (
+        pod["serviceAccountName"] == "trainer"
+        and pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    )
     assert pod["hostNetwork"] and pod["dnsPolicy"] == "ClusterFirstWithHostNet"
-    assert [mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]] == ["/dev/shm", "/data"]
+    assert [mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]] == [
+        "/dev/shm",
+        "/data",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -616,13 +763,17 @@ def test_jobset_restarts_what_is_worth_it(jobset, code, disrupted, action):
             # The words of pkg/controller/job/pod_failure_policy.go of kubernetes.
             message = f"Container msllm for pod default/p failed with exit code {code} matching FailJob rule at index 0"
         elif disrupted and "onPodConditions" in rule:
-            message = "Pod default/p has condition DisruptionTarget matching FailJob rule at index 2"
+            message = (
+                "Pod default/p has condition DisruptionTarget matching FailJob rule at index 2"
+            )
         if message:
             reason = "PodFailurePolicy"
             break
     for rule in manifest["spec"]["failurePolicy"]["rules"]:
         patterns = rule.get("onJobFailureMessagePatterns", [""])
-        if reason in rule["onJobFailureReasons"] and any(re.search(pattern, message) for pattern in patterns):
+        if reason in rule["onJobFailureReasons"] and any(
+            re.search(pattern, message) for pattern in patterns
+        ):
             assert rule["action"] == action
             return
     assert action is None
@@ -637,9 +788,15 @@ def test_jobset_knows_hosts_and_generations(jobset):
             for _ in range(chips)
         ]
 
-    assert jobset.describe("v5p:4x4x4", devices(16), 1) == jobset.Slice("tpu-v5p-slice", "4x4x4", 16, 4)
-    assert jobset.describe("tpu7x:4x4x4", devices(16, chips=8), 1) == jobset.Slice("tpu7x", "4x4x4", 16, 4)
-    assert jobset.describe("v5e:4x4", devices(4, slices=2), 2) == jobset.Slice("tpu-v5-lite-podslice", "4x4", 4, 4)
+    assert jobset.describe("v5p:4x4x4", devices(16), 1) == jobset.Slice(
+        "tpu-v5p-slice", "4x4x4", 16, 4
+    )
+    assert jobset.describe("tpu7x:4x4x4", devices(16, chips=8), 1) == jobset.Slice(
+        "tpu7x", "4x4x4", 16, 4
+    )
+    assert jobset.describe("v5e:4x4", devices(4, slices=2), 2) == jobset.Slice(
+        "tpu-v5-lite-podslice", "4x4", 4, 4
+    )
     for example in aot.EXAMPLES.split(", "):
         assert jobset.describe(example, devices(1), 1).accelerator
     with pytest.raises(UserError, match="launch/tpus.txt"):

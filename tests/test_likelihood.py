@@ -8,21 +8,18 @@ import sys
 
 import numpy as np
 import pytest
-from runs import data_dir, dictation, loaded  # noqa: F401
+from runs import dictation
 
 from msllm.config import DataConfig
 from msllm.data.loader import Loader
+from msllm.data.prepare import prepare
 from msllm.data.tables import Table, shift, unpack
 from msllm.errors import UserError
-from msllm.likelihood import Units, _nll, best, describe, difference, measure, report
-from msllm.load import from_parameters
-from msllm.prepare import prepare
-from msllm.score import score
-from msllm.sharding import make_mesh
-from msllm.step import Program
+from msllm.evals.likelihood import Units, _nll, best, describe, difference, measure, report
+from msllm.evals.score import score
 from msllm.streams import StreamSpec, lag_matrix
-from msllm.train import train, with_vocabulary
-from msllm.trained import Loaded
+from msllm.train import train
+from msllm.weights.load import from_parameters
 
 SILENCE = 0
 
@@ -35,11 +32,17 @@ def test_the_probabilities_of_all_tables_sum_to_one(make_model, delays):
     tables = []
     for cells in itertools.product(range(pitches), repeat=frames * 3):
         rows = [[SILENCE] * 3, *np.reshape(cells, (frames, 3)).tolist()]
-        tables.append(shift(Table(np.array(rows, np.int32), np.ones((frames + 1, 3), bool)), delays))
-    tokens, present = (np.stack([getattr(table, name) for table in tables]) for name in ("tokens", "present"))
+        tables.append(
+            shift(Table(np.array(rows, np.int32), np.ones((frames + 1, 3), bool)), delays)
+        )
+    tokens, present = (
+        np.stack([getattr(table, name) for table in tables]) for name in ("tokens", "present")
+    )
     batch = {"tokens": tokens, "present": present, "segment": np.ones(tokens.shape[:2], np.int32)}
     nll, _, _, counted = map(np.asarray, _nll(model.graph, SILENCE, model.parameters, batch))
-    assert (counted.sum((1, 2)) == frames * 3).all()  # every voice of every frame is predicted, once
+    assert (
+        counted.sum((1, 2)) == frames * 3
+    ).all()  # every voice of every frame is predicted, once
     probability = np.exp(-(nll * counted).sum((1, 2), dtype=np.float64))
     assert probability.sum() == pytest.approx(1, abs=1e-4)
     assert probability.max() > 2 * probability.min()  # a model that says something
@@ -48,7 +51,9 @@ def test_the_probabilities_of_all_tables_sum_to_one(make_model, delays):
 def test_sums_are_those_of_score(loaded):
     loader = Loader(loaded.config.data, "eval", loaded.streams)
     examples = [t for step in range(loader.num_batches) for t in unpack(loader.batch(step))]
-    model = from_parameters(loaded.config.model, loaded.streams, loaded.parameters, loaded.tokenizer)
+    model = from_parameters(
+        loaded.config.model, loaded.streams, loaded.parameters, loaded.tokenizer
+    )
     units = measure(loaded)
     assert len(units.nll) == len(examples)
     for i in (0, 1, len(examples) - 1):
@@ -71,14 +76,18 @@ def test_sums_are_those_of_score(loaded):
     for whole, parts in zip(units, blocks):
         np.testing.assert_allclose(whole.sum(0), parts.sum(0), rtol=1e-6)
     isolated = measure(loaded, visibility="isolated")
-    assert np.abs(isolated.nll - units.nll).max() > 1e-3 and (isolated.targets == units.targets).all()
+    assert (
+        np.abs(isolated.nll - units.nll).max() > 1e-3 and (isolated.targets == units.targets).all()
+    )
     assert np.abs(measure(loaded, skip_silence=True).nll - units.nll).max() > 1e-3
 
 
 def test_data_may_have_other_rows_and_delays_than_the_checkpoint(loaded, tmp_path):
     there = loaded.config.data.dir
     tokenizer = {"data.tokenizer.path": f"{there}/tokenizer.model", "data.max_examples": 30}
-    prepare(dictation(**tokenizer, **{"data.rows": 48, "streams.delays": (0, 0, 1)}), tmp_path / "other")
+    prepare(
+        dictation(**tokenizer, **{"data.rows": 48, "streams.delays": (0, 0, 1)}), tmp_path / "other"
+    )
     units = measure(loaded, str(tmp_path / "other"))
     streams = dataclasses.replace(loaded.streams, delays=(0, 0, 1))
     config = dataclasses.replace(loaded.config.data, dir=str(tmp_path / "other"), rows=48)
@@ -86,8 +95,14 @@ def test_data_may_have_other_rows_and_delays_than_the_checkpoint(loaded, tmp_pat
     tables = unpack(batch)
     assert len(units.nll) == len(tables) and not tables[0].present[0, 2]
     assert units.targets[0].tolist() == [len(tables[0].tokens) - 2] * 3
-    with pytest.raises(UserError, match="streams.names is .*'output'.*, but .* was prepared with .*'text'"):
-        streams = {"streams.names": ("text",), "streams.kinds": ("output",), "data.converter": "dictation_single"}
+    with pytest.raises(
+        UserError, match="streams.names is .*'output'.*, but .* was prepared with .*'text'"
+    ):
+        streams = {
+            "streams.names": ("text",),
+            "streams.kinds": ("output",),
+            "data.converter": "dictation_single",
+        }
         prepare(dictation(**tokenizer, **streams), tmp_path / "single")
         measure(loaded, str(tmp_path / "single"))
     imported = dataclasses.replace(loaded.config, data=DataConfig())
@@ -103,7 +118,9 @@ def test_intervals_and_differences():
     result = report(units, ("a", "b"))
     for s, name in enumerate("ab"):
         mean = nll[:, s].sum() / targets[:, s].sum()
-        error = np.sqrt(np.sum((nll[:, s] - mean * targets[:, s]) ** 2)) / targets[:, s].sum()  # of a ratio
+        error = (
+            np.sqrt(np.sum((nll[:, s] - mean * targets[:, s]) ** 2)) / targets[:, s].sum()
+        )  # of a ratio
         assert result[name]["nll"] == pytest.approx(mean)
         assert result[name]["low"] == pytest.approx(mean - 1.96 * error, abs=0.3 * error)
         assert result[name]["high"] == pytest.approx(mean + 1.96 * error, abs=0.3 * error)
@@ -111,28 +128,55 @@ def test_intervals_and_differences():
     assert result["all"]["nll"] == pytest.approx(nll.sum() / targets.sum())
     assert "a      " in describe(result) and len(describe(result).splitlines()) == 5
 
-    worse = units._replace(nll=nll + 0.01 * targets)  # a small difference, but the same in every unit
+    worse = units._replace(
+        nll=nll + 0.01 * targets
+    )  # a small difference, but the same in every unit
     found = report(difference(units, worse), ("a", "b"))["all"]
     assert found["low"] == pytest.approx(0.01) and found["high"] == pytest.approx(0.01)
     with pytest.raises(UserError, match="predict different cells"):
         difference(units, Units(*(x[:5] for x in units)))
 
 
-def test_the_best_checkpoint_and_the_command(tmp_path, data_dir):  # noqa: F811
-    config = dictation(**{"data.dir": data_dir, "steps": 4, "eval_every": 1, "checkpoint.every": 1, "checkpoint.keep_every": 1})
+def test_the_best_checkpoint_and_the_command(tmp_path, data_dir):
+    config = dictation(
+        **{
+            "data.dir": data_dir,
+            "steps": 4,
+            "eval_every": 1,
+            "checkpoint.every": 1,
+            "checkpoint.keep_every": 1,
+        }
+    )
     train(config, tmp_path / "run")
     lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
     losses = {line["step"]: line["eval/loss"] for line in lines if "eval/loss" in line}
     assert best(str(tmp_path / "run")).endswith(f"/{min(losses, key=losses.get)}")
     out = tmp_path / "out.json"
-    command = ["-m", "msllm.likelihood", f"--checkpoint={tmp_path / 'run'}", "--best", f"--json={out}"]
-    done = subprocess.run([sys.executable, *command, f"--against={tmp_path / 'run'}"], capture_output=True, text=True)
+    command = [
+        "-m",
+        "msllm",
+        "likelihood",
+        f"--checkpoint={tmp_path / 'run'}",
+        "--best",
+        f"--json={out}",
+    ]
+    done = subprocess.run(
+        [sys.executable, *command, f"--against={tmp_path / 'run'}"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert result["against"]["worse"]["all"]["nll"] == 0 and "is worse by" in done.stdout
-    weighted = [name for name, weight in zip(config.streams.names, StreamSpec.from_config(config.streams).loss_weights) if weight]
+    weighted = [
+        name
+        for name, weight in zip(
+            config.streams.names, StreamSpec.from_config(config.streams).loss_weights
+        )
+        if weight
+    ]
     found = [result["nll"][name] for name in weighted]
-    mean = sum(entry["nll"] * entry["targets"] for entry in found) / sum(entry["targets"] for entry in found)
+    mean = sum(entry["nll"] * entry["targets"] for entry in found) / sum(
+        entry["targets"] for entry in found
+    )
     assert mean == pytest.approx(min(losses.values()), rel=1e-4)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no checkpoint of a step that was evaluated"):

@@ -8,13 +8,14 @@ import time
 import grain
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
 from msllm.data import records
 from msllm.data.loader import Loader, spread
+from msllm.data.prepare import prepare
 from msllm.errors import UserError
-from msllm.prepare import prepare
 from msllm.streams import StreamSpec
 
 SPEC = StreamSpec.from_config(StreamsConfig())
@@ -54,8 +55,14 @@ def same(a, b):
 
 def test_shapes(config, loader):
     batch = loader.batch(3)
-    assert batch["tokens"].shape == batch["present"].shape == (8, 64, 3) and batch["segment"].shape == (8, 64)
-    assert (batch["tokens"].dtype, batch["present"].dtype, batch["segment"].dtype) == (np.int32, bool, np.int32)
+    assert batch["tokens"].shape == batch["present"].shape == (8, 64, 3) and batch[
+        "segment"
+    ].shape == (8, 64)
+    assert (batch["tokens"].dtype, batch["present"].dtype, batch["segment"].dtype) == (
+        np.int32,
+        bool,
+        np.int32,
+    )
     assert not batch["present"][batch["segment"] == 0].any()
     assert batch["tokens"].min() >= 0 and batch["tokens"].max() < loader.tokenizer.vocab_size
 
@@ -105,14 +112,21 @@ def test_processes_share_the_checking_and_still_name_every_damage(config, tmp_pa
     content[2000] ^= 1
     shard.write_bytes(content)
     for part in ((0, 1), (0, 2), (2, 3), (2, 5)):
-        with pytest.raises(UserError, match="train-00002-of-00004.array_record is corrupt .sha256 differs"):
+        with pytest.raises(
+            UserError, match="train-00002-of-00004.array_record is corrupt .sha256 differs"
+        ):
             Loader(damaged, "train", SPEC, part)
     for part in ((1, 2), (1, 3), (4, 5)):
         loader = Loader(damaged, "train", SPEC, part)
-        with pytest.raises(UserError, match=r"train-00002-of-00004.array_record is corrupt at record \d+ .*hash mismatch"):
+        with pytest.raises(
+            UserError,
+            match=r"train-00002-of-00004.array_record is corrupt at record \d+ .*hash mismatch",
+        ):
             list(loader.iterate(range(8)))
     shard.write_bytes(content[:-1])
-    with pytest.raises(UserError, match="train-00002-of-00004.array_record has .* bytes, manifest.json says"):
+    with pytest.raises(
+        UserError, match="train-00002-of-00004.array_record has .* bytes, manifest.json says"
+    ):
         Loader(damaged, "train", SPEC, (1, 2))
 
 
@@ -120,7 +134,9 @@ def test_batch_size_does_not_change_the_order(config, loader):
     small = Loader(dataclasses.replace(config, batch_size=4), "train", SPEC)
     for step in range(10):
         pair = [small.batch(2 * step), small.batch(2 * step + 1)]
-        assert same(loader.batch(step), {name: np.concatenate([p[name] for p in pair]) for name in pair[0]})
+        assert same(
+            loader.batch(step), {name: np.concatenate([p[name] for p in pair]) for name in pair[0]}
+        )
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 4])
@@ -129,7 +145,9 @@ def test_iterate_gives_the_batches_from_any_step_on(config, prefetch, start):
     loader = Loader(dataclasses.replace(config, prefetch=prefetch), "train", SPEC)
     batches = list(loader.iterate(range(start, 14), range(2, 5)))
     assert len(batches) == 14 - start
-    assert all(same(batch, loader.batch(step, range(2, 5))) for step, batch in enumerate(batches, start))
+    assert all(
+        same(batch, loader.batch(step, range(2, 5))) for step, batch in enumerate(batches, start)
+    )
     assert list(loader.iterate(range(14, 14))) == []
 
 
@@ -194,7 +212,10 @@ def test_data_that_does_not_fit_the_config(config):
     with pytest.raises(UserError, match="config.data.rows is 128, but .* was prepared with 64"):
         Loader(dataclasses.replace(config, rows=128), "train", SPEC)
     for streams, message in [
-        (StreamsConfig(names=("user", "mind", "output")), "config.streams.names .*'mind'.*'thought'"),
+        (
+            StreamsConfig(names=("user", "mind", "output")),
+            "config.streams.names .*'mind'.*'thought'",
+        ),
         (StreamsConfig(kinds=("input", "output", "output")), "config.streams.kinds"),
         (StreamsConfig(delays=(0, 1, 1)), "config.streams.delays"),
         (StreamsConfig(names=("text",), kinds=("output",)), "config.streams.names"),

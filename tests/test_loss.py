@@ -22,7 +22,12 @@ def inputs(seed=0, scale=1.0):
     rng = np.random.default_rng(seed)
     weights = rng.random((B, T, S)) * (rng.random((B, T, S)) < 0.7)
     hidden, table = scale * rng.normal(size=(B, T, S, D)), rng.normal(size=(V, D))
-    return jnp.float32(hidden), jnp.float32(table), jnp.int32(rng.integers(0, V, (B, T, S))), jnp.float32(weights)
+    return (
+        jnp.float32(hidden),
+        jnp.float32(table),
+        jnp.int32(rng.integers(0, V, (B, T, S))),
+        jnp.float32(weights),
+    )
 
 
 def dense(hidden, table, targets, weights, options):
@@ -31,7 +36,11 @@ def dense(hidden, table, targets, weights, options):
     log_p = jax.nn.log_softmax(logits)
     nll = -jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0]
     smooth = options.label_smoothing
-    loss = (1 - smooth) * nll - smooth * log_p.mean(-1) + options.z_loss * jax.nn.logsumexp(logits, -1) ** 2
+    loss = (
+        (1 - smooth) * nll
+        - smooth * log_p.mean(-1)
+        + options.z_loss * jax.nn.logsumexp(logits, -1) ** 2
+    )
     return jnp.sum(weights * loss), nll
 
 
@@ -40,7 +49,10 @@ def dense(hidden, table, targets, weights, options):
 def test_value_and_gradients_are_those_of_the_definition(name, chunk, parts):
     options = LossConfig(chunk_tokens=chunk, vocab_chunks=parts, **OPTIONS[name])
     arguments = inputs()
-    run = lambda f: jax.value_and_grad(lambda *xs: f(*xs, options), (0, 1), has_aux=True)(*arguments)
+
+    def run(f):
+        return jax.value_and_grad(lambda *xs: f(*xs, options), (0, 1), has_aux=True)(*arguments)
+
     (loss, nll), gradients = run(next_row_loss)
     (expected, expected_nll), expected_gradients = run(dense)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
@@ -53,7 +65,12 @@ def test_value_and_gradients_are_those_of_the_definition(name, chunk, parts):
 
 def test_the_gradient_scales_with_what_follows():
     arguments = inputs()
-    slope = lambda factor: jax.grad(lambda h: factor * next_row_loss(h, *arguments[1:], LossConfig())[0])(arguments[0])
+
+    def slope(factor):
+        return jax.grad(lambda h: factor * next_row_loss(h, *arguments[1:], LossConfig())[0])(
+            arguments[0]
+        )
+
     np.testing.assert_allclose(slope(-3.0), -3.0 * slope(1.0), rtol=1e-5)
 
 
@@ -67,7 +84,9 @@ def test_large_logits_do_not_overflow(parts):
 
 def test_cells_without_weight_have_no_gradient():
     hidden, table, targets, weights = inputs()
-    gradient = jax.grad(lambda h: next_row_loss(h, table, targets, weights, LossConfig(z_loss=0.1))[0])(hidden)
+    gradient = jax.grad(
+        lambda h: next_row_loss(h, table, targets, weights, LossConfig(z_loss=0.1))[0]
+    )(hidden)
     np.testing.assert_array_equal(np.any(np.asarray(gradient), axis=-1), np.asarray(weights) > 0)
 
 
@@ -78,7 +97,9 @@ def test_bfloat16_sums_in_float32():
     (loss, nll), gradients = run(*half, targets, weights, LossConfig())
     assert loss.dtype == nll.dtype == jnp.float32
     assert [g.dtype for g in gradients] == [jnp.bfloat16] * 2
-    exact = dense(half[0].astype(jnp.float32), half[1].astype(jnp.float32), targets, weights, LossConfig())[0]
+    exact = dense(
+        half[0].astype(jnp.float32), half[1].astype(jnp.float32), targets, weights, LossConfig()
+    )[0]
     np.testing.assert_allclose(loss, exact, rtol=1e-3)
 
 
@@ -86,7 +107,11 @@ def test_targets_and_weights():
     tokens = np.arange(2 * 4 * 2).reshape(2, 4, 2)
     present = np.ones((2, 4, 2), bool)
     present[0, 2, 1] = False
-    batch = {"tokens": tokens, "present": present, "segment": np.array([[1, 1, 2, 2], [1, 1, 1, 0]])}
+    batch = {
+        "tokens": tokens,
+        "present": present,
+        "segment": np.array([[1, 1, 2, 2], [1, 1, 1, 0]]),
+    }
     targets, counted, weights = targets_and_weights(batch, (0.0, 2.0))
     np.testing.assert_array_equal(targets[:, :-1], tokens[:, 1:])
     expected = np.zeros((2, 4, 2), bool)

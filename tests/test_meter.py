@@ -8,16 +8,17 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from runs import SILENCE, dictation, four_streams, make_program, metrics
 
-from msllm import cluster, meter
+from msllm import monitor
 from msllm.errors import UserError
-from msllm.flops import train_flops
 from msllm.goodput import KINDS, PAST, Goodput
-from msllm.hardware import Hardware
-from msllm.meter import Meter
 from msllm.metrics import Progress, Writer, append_lines
+from msllm.monitor import Meter
+from msllm.runtime import processes
+from msllm.runtime.flops import train_flops
+from msllm.runtime.hardware import Hardware
 from msllm.train import train
-from runs import SILENCE, compile_once, data_dir, dictation, four_streams, make_program, metrics, replace  # noqa: F401
 
 
 class Clock:
@@ -35,7 +36,7 @@ class Clock:
 def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr("msllm.goodput.time", clock)
-    monkeypatch.setattr("msllm.meter.time", clock)
+    monkeypatch.setattr("msllm.monitor.time", clock)
     return clock
 
 
@@ -58,7 +59,14 @@ def test_every_second_of_all_attempts_has_one_name(clock, tmp_path):
     second = Goodput(path, before=1.0)
     second.restored(5)
     expected = dict.fromkeys((*KINDS, *PAST), 0.0)
-    expected |= {"startup": 6.0, "steps": 10.0, "checkpoint": 1.0, "data": 4.0, "lost": 20.0, "down": 6.0}
+    expected |= {
+        "startup": 6.0,
+        "steps": 10.0,
+        "checkpoint": 1.0,
+        "data": 4.0,
+        "lost": 20.0,
+        "down": 6.0,
+    }
     assert second.seconds == expected and second.attempts == 2
     clock.now += 13
     values = second.values()
@@ -70,7 +78,7 @@ class Times:
     """Stands in for the clocks of two processes; the second one is 9 s late for some steps."""
 
     hosts = ["a", "b"]
-    latest = cluster.Clocks.latest
+    latest = processes.Clocks.latest
 
     def __init__(self, *late_for):
         self._late_for, self._step = late_for, 0
@@ -91,9 +99,24 @@ def make_meter(tmp_path, clocks, **settings):
 
 def fake_metrics(program, cells=128.0, targets=30.0):
     streams = program.streams.size
-    sums = {name: np.full(streams, targets / 2) for name in ("nll", "nll_spoken", "targets", "targets_spoken")}
-    scalars = ("loss", "gradient_norm", "parameter_norm", "update_norm", "learning_rate", "skipped", "skipped_in_row")
-    return sums | dict.fromkeys(scalars, np.float32(0)) | {"cells": np.float32(cells), "spoken": np.float32(cells / 2)}
+    sums = {
+        name: np.full(streams, targets / 2)
+        for name in ("nll", "nll_spoken", "targets", "targets_spoken")
+    }
+    scalars = (
+        "loss",
+        "gradient_norm",
+        "parameter_norm",
+        "update_norm",
+        "learning_rate",
+        "skipped",
+        "skipped_in_row",
+    )
+    return (
+        sums
+        | dict.fromkeys(scalars, np.float32(0))
+        | {"cells": np.float32(cells), "spoken": np.float32(cells / 2)}
+    )
 
 
 def full_tables(program):
@@ -109,11 +132,16 @@ def full_tables(program):
     "late_for, who",
     [
         (9, "process 1 on b gave it to its devices 9.0 s after the others"),
-        (10, "process 1 on b gave it to its devices 9.0 s after the others"),  # this process was late to read step 9
+        (
+            10,
+            "process 1 on b gave it to its devices 9.0 s after the others",
+        ),  # this process was late to read step 9
         (None, "all processes gave it to their devices in time: devices or network were slow"),
     ],
 )
-def test_a_slow_step_is_reported_with_the_process_that_was_late(clock, tmp_path, capsys, late_for, who):
+def test_a_slow_step_is_reported_with_the_process_that_was_late(
+    clock, tmp_path, capsys, late_for, who
+):
     meter_, program = make_meter(tmp_path, Times(late_for))
     for step in range(1, 15):
         clock.now += 10.0 if step == 10 else 1.0  # step 9 is read when step 10 has been dispatched
@@ -123,7 +151,7 @@ def test_a_slow_step_is_reported_with_the_process_that_was_late(clock, tmp_path,
 
 
 def test_steps_after_an_evaluation_are_not_slow(clock, tmp_path, capsys):
-    meter_, program = make_meter(tmp_path, cluster.Clocks())
+    meter_, program = make_meter(tmp_path, processes.Clocks())
     for step in range(1, 12):
         clock.now += 1
         meter_.dispatched(step, fake_metrics(program), full_tables(program))
@@ -136,8 +164,10 @@ def test_steps_after_an_evaluation_are_not_slow(clock, tmp_path, capsys):
 
 
 def test_mfu_is_the_formula_over_time_and_peak(clock, tmp_path, monkeypatch):
-    monkeypatch.setattr(meter, "lookup", lambda kind: Hardware(flops=1e9, hbm_gib=1, hbm_bandwidth=1))
-    meter_, program = make_meter(tmp_path, cluster.Clocks(), log_every=2)
+    monkeypatch.setattr(
+        monitor, "lookup", lambda kind: Hardware(flops=1e9, hbm_gib=1, hbm_bandwidth=1)
+    )
+    meter_, program = make_meter(tmp_path, processes.Clocks(), log_every=2)
     config, streams = program.config, program.streams
     cells = config.data.batch_size * config.data.rows * streams.size
     targets = config.data.batch_size * config.data.rows * 2  # two streams are trained
@@ -155,29 +185,48 @@ def test_weights_and_biases_gets_the_same_numbers(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "wandb", None)
         Writer(epath.Path(tmp_path), "mine")
     logged = []
-    run = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("end"))
+    run = types.SimpleNamespace(
+        log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("end")
+    )
     started = {}
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **kw: started.update(kw) or run))
+    monkeypatch.setitem(
+        sys.modules, "wandb", types.SimpleNamespace(init=lambda **kw: started.update(kw) or run)
+    )
     writer = Writer(epath.Path(tmp_path), "mine")
     writer.write(3, {"loss": 1.5})
     writer.close()
-    assert logged == [(3, {"loss": 1.5}), "end"] and started["project"] == "mine" and started["resume"] == "allow"
+    assert (
+        logged == [(3, {"loss": 1.5}), "end"]
+        and started["project"] == "mine"
+        and started["resume"] == "allow"
+    )
     assert metrics(tmp_path) == [{"step": 3, "loss": 1.5}]
 
 
 @pytest.mark.slow
-def test_a_trace_the_examples_and_the_compiled_programs_are_kept(data_dir, tmp_path):  # noqa: F811
-    changes = {"monitor.profile_start": 2, "monitor.profile_steps": 2, "monitor.examples": True, "checkpoint.every": 3}
-    config = dictation(**{"data.dir": data_dir, "steps": 5, "eval_every": 0, "mesh.data": 8, **changes})
+def test_a_trace_the_examples_and_the_compiled_programs_are_kept(data_dir, tmp_path):
+    changes = {
+        "monitor.profile_start": 2,
+        "monitor.profile_steps": 2,
+        "monitor.examples": True,
+        "checkpoint.every": 3,
+    }
+    config = dictation(
+        **{"data.dir": data_dir, "steps": 5, "eval_every": 0, "mesh.data": 8, **changes}
+    )
     train(config, tmp_path)
     assert list((tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb"))
     (file,) = (tmp_path / "examples").iterdir()
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(5)) and all(line["rows"] == [0, 8] for line in lines)
+    assert [line["step"] for line in lines] == list(range(5)) and all(
+        line["rows"] == [0, 8] for line in lines
+    )
     assert all(len(line["examples"]) == 8 and line["examples"][0] for line in lines)
 
 
-@pytest.mark.parametrize("content, kept", [(None, ""), ("", ""), ("a\nb\n", "a\nb\n"), ("a\nb", "a\n"), ("a", "")])
+@pytest.mark.parametrize(
+    "content, kept", [(None, ""), ("", ""), ("a\nb\n", "a\nb\n"), ("a\nb", "a\n"), ("a", "")]
+)
 def test_a_line_that_was_cut_off_is_left_out(tmp_path, content, kept):
     path = epath.Path(tmp_path / "lines")
     if content is not None:
@@ -189,27 +238,39 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path, content, kept):
 
 def test_processes_that_differ_are_told_apart(monkeypatch):
     everyone = []
-    monkeypatch.setattr(cluster, "share", lambda value: everyone)
+    monkeypatch.setattr(processes, "share", lambda value: everyone)
     facts = {"config": {"optim": {"lr": 0.1, "b1": 0.9}}, "tokenizer": "abc"}
-    say = lambda host, facts, error=None: {"host": host, "facts": facts, "error": error}
+
+    def say(host, facts, error=None):
+        return {"host": host, "facts": facts, "error": error}
+
     everyone[:] = [say("a", facts), say("b", facts)]
-    cluster.agree(facts)
-    everyone[:] = [say("a", facts), say("b", {**facts, "config": {"optim": {"lr": 0.2, "b1": 0.9}}})]
+    processes.agree(facts)
+    everyone[:] = [
+        say("a", facts),
+        say("b", {**facts, "config": {"optim": {"lr": 0.2, "b1": 0.9}}}),
+    ]
     rule = r"process 1 on b has another config than process 0 on a: \w{12} there, \w{12} here \(optim.lr is 0.2 there, 0.1 here\)"
     with pytest.raises(UserError, match=rule):
-        cluster.agree(facts)
+        processes.agree(facts)
     everyone[:] = [say("a", facts), say("b", {}, "no data")]
     with pytest.raises(UserError, match="process 1 on b: no data"):
-        cluster.agree(facts)
+        processes.agree(facts)
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"address": "localhost:1"}, "--num_processes is not set: give all of --coordinator_address, --num_processes"),
-        ({"address": "localhost:1", "num_processes": 2, "process_id": 2}, r"--process_id is 2: must be in 0..1"),
+        (
+            {"address": "localhost:1"},
+            "--num_processes is not set: give all of --coordinator_address, --num_processes",
+        ),
+        (
+            {"address": "localhost:1", "num_processes": 2, "process_id": 2},
+            r"--process_id is 2: must be in 0..1",
+        ),
     ],
 )
 def test_what_cannot_be_a_cluster_is_refused(tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
-        cluster.connect(tmp_path, **arguments)
+        processes.connect(tmp_path, **arguments)

@@ -6,28 +6,33 @@ from fractions import Fraction
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runs import dictation, metrics, replace
+from test_loader import key, same
+from test_train import reproducible, same_parameters, stop_after
 
 from msllm.config import DataConfig, MixtureConfig, StreamsConfig, from_config_dict
 from msllm.data.loader import Loader
 from msllm.data.mixture import Plan, Turns, by_source
+from msllm.data.prepare import prepare
 from msllm.errors import UserError
-from msllm.evaluate import evaluate
-from msllm.prepare import prepare
+from msllm.evals.exact_match import evaluate
 from msllm.metrics import weighted_mean
 from msllm.sharding import make_mesh
 from msllm.step import Program
 from msllm.streams import StreamSpec
 from msllm.train import _Evaluation, train
-from msllm.trained import load_model
-from runs import compile_once, dictation, metrics, replace  # noqa: F401
-from test_loader import key, same
-from test_train import reproducible, same_parameters, stop_after
+from msllm.weights.trained import load_model
 
 WEIGHTS = st.lists(st.integers(0, 1000).map(lambda x: x / 1000), min_size=1, max_size=8).filter(any)
 
 
-@given(weights=WEIGHTS, tables=st.lists(st.integers(1, 9999), min_size=8, max_size=8), begin=st.integers(0, 10**12))
+@given(
+    weights=WEIGHTS,
+    tables=st.lists(st.integers(1, 9999), min_size=8, max_size=8),
+    begin=st.integers(0, 10**12),
+)
 def test_turns_are_exact_at_any_place(weights, tables, begin):
     """Also after 10^12 tables, where a float would have lost count."""
     shares = [Fraction(repr(w)) / n for w, n in zip(weights, tables)]
@@ -39,7 +44,10 @@ def test_turns_are_exact_at_any_place(weights, tables, begin):
         counts[source] += 1
         assert counts == turns.counts(index + 1)
         halvings = (size - 1).bit_length()
-        assert all(abs(n - share / total * (index + 1)) <= Fraction(halvings, 2) for n, share in zip(counts, shares))
+        assert all(
+            abs(n - share / total * (index + 1)) <= Fraction(halvings, 2)
+            for n, share in zip(counts, shares)
+        )
 
 
 def manifest(tables, **tokens):
@@ -58,7 +66,9 @@ def plan(weights, manifests, batch_size=8, schedule=(), streams=()):
     index=st.integers(0, 10**9),
 )
 def test_shares_of_tokens_are_within_a_table_of_the_target(weights, sizes, index):
-    manifests = [manifest(tables, user=0, output=tokens) for tables, tokens in sizes[: len(weights)]]
+    manifests = [
+        manifest(tables, user=0, output=tokens) for tables, tokens in sizes[: len(weights)]
+    ]
     counts = plan(weights, manifests).counts(index)
     assert sum(counts) == index
     per_table = [Fraction(tokens, tables) for tables, tokens in sizes]
@@ -68,12 +78,17 @@ def test_shares_of_tokens_are_within_a_table_of_the_target(weights, sizes, index
 
 def test_weights_count_the_tokens_of_chosen_streams():
     manifests = [manifest(10, user=100, output=100), manifest(10, user=300, output=50)]
-    assert plan((1.0, 1.0), manifests).counts(2 * 750) == [2 * 350 * 15 // 11 + 1, 2 * 200 * 15 // 11]
+    assert plan((1.0, 1.0), manifests).counts(2 * 750) == [
+        2 * 350 * 15 // 11 + 1,
+        2 * 200 * 15 // 11,
+    ]
     assert plan((1.0, 1.0), manifests, streams=("output",)).counts(900) == [300, 600]
     assert plan((1.0, 1.0), manifests, streams=("user",)).counts(800) == [600, 200]
     assert plan((3.0, 1.0), manifests, streams=("user",)).counts(1000) == [900, 100]
     silent = [manifest(10, user=100, output=0), manifest(10, user=300, output=50)]
-    rule = r"source 's0' \(s0\) has weight 1.0 and only silence in config.data.mixture.streams output"
+    rule = (
+        r"source 's0' \(s0\) has weight 1.0 and only silence in config.data.mixture.streams output"
+    )
     with pytest.raises(UserError, match=rule):
         plan((1.0, 1.0), silent, streams=("output",))
     assert plan((0.0, 1.0), silent, streams=("output",)).counts(9) == [0, 9]
@@ -89,7 +104,9 @@ def test_a_schedule_goes_on_where_each_source_was():
     sources = [source for source, _ in places]
     assert sources[:12] == [0] * 12 and sum(sources[12:40]) == 14 and sum(sources[40:80]) == 30
     assert scheduled.counts(80) == [80 - 44, 44] and scheduled.counts(12) == [12, 0]
-    assert [scheduled.targets(step) for step in (0, 2, 3, 9, 10)] == [[1, 0]] * 2 + [[0.5, 0.5]] * 2 + [[0.25, 0.75]]
+    assert [scheduled.targets(step) for step in (0, 2, 3, 9, 10)] == [[1, 0]] * 2 + [
+        [0.5, 0.5]
+    ] * 2 + [[0.25, 0.75]]
     assert scheduled.epochs(20) == [36 / 10, 44 / 20]
 
 
@@ -134,23 +151,32 @@ def test_every_table_is_the_next_of_its_source(config):
 
 
 def test_a_source_has_a_seed_of_its_own(directories):
-    seeds = lambda config: {name: data.seed for name, data in by_source(config.data).items()}
+    def seeds(config):
+        return {name: data.seed for name, data in by_source(config.data).items()}
+
     both = seeds(mixed(directories))
     assert both["first"] != both["second"]
-    assert seeds(mixed(directories, ("second", "other", "first"), (1.0, 1.0, 1.0))).items() >= both.items()
+    assert (
+        seeds(mixed(directories, ("second", "other", "first"), (1.0, 1.0, 1.0))).items()
+        >= both.items()
+    )
     assert not both.items() & seeds(mixed(directories, **{"data.seed": 1})).items()
 
 
 @settings(max_examples=10)
 @given(step=st.integers(0, 40), hosts=st.sampled_from([2, 4, 8]))
 def test_hosts_together_hold_the_batch(directories, step, hosts):
-    loader = Loader(mixed(directories, **{"data.mixture.schedule": ((7, (1.0, 1.0)),)}).data, "train", SPEC)
+    loader = Loader(
+        mixed(directories, **{"data.mixture.schedule": ((7, (1.0, 1.0)),)}).data, "train", SPEC
+    )
     whole, size = loader.batch(step), 8 // hosts
     parts = [loader.batch(step, range(host * size, (host + 1) * size)) for host in range(hosts)]
     assert same(whole, {name: np.concatenate([part[name] for part in parts]) for name in whole})
     sources = [loader.sources(step, range(host * size, (host + 1) * size)) for host in range(hosts)]
     assert loader.sources(step) == sum(sources, [])
-    assert all(same(a, loader.batch(s)) for s, a in enumerate(loader.iterate(range(step, step + 3)), step))
+    assert all(
+        same(a, loader.batch(s)) for s, a in enumerate(loader.iterate(range(step, step + 3)), step)
+    )
 
 
 def test_the_tokens_that_are_read_have_the_shares(directories):
@@ -176,7 +202,9 @@ def test_sources_that_do_not_fit_each_other(directories, tmp_path):
     with pytest.raises(UserError, match="config.data.rows is 32, but .*long was prepared with 64"):
         Loader(mixed(directories, ("first", tmp_path / "long")).data, "train", SPEC)
     delayed = StreamSpec.from_config(StreamsConfig(delays=(0, 1, 1)))
-    with pytest.raises(UserError, match="config.streams.delays is .*, but .*first was prepared with"):
+    with pytest.raises(
+        UserError, match="config.streams.delays is .*, but .*first was prepared with"
+    ):
         Loader(mixed(directories).data, "train", delayed)
     with pytest.raises(UserError, match="nowhere does not exist"):
         Loader(mixed(directories, ("first", "nowhere")).data, "train", SPEC)
@@ -186,17 +214,26 @@ def test_sources_that_do_not_fit_each_other(directories, tmp_path):
     "changes, message",
     [
         ({"weights": (1.0,)}, "weights must be 2 numbers >= 0, one per directory"),
-        ({"weights": (0.0, 0.0)}, r"config.data.mixture.weights is \(0.0, 0.0\): .* one of them positive"),
+        (
+            {"weights": (0.0, 0.0)},
+            r"config.data.mixture.weights is \(0.0, 0.0\): .* one of them positive",
+        ),
         ({"weights": (1.0, float("nan"))}, "weights must be 2 numbers >= 0"),
         ({"weights": (-1.0, 2.0)}, "weights must be 2 numbers >= 0"),
         ({"schedule": ((3, (1.0,)),)}, "config.data.mixture.schedule .* weights must be 2 numbers"),
         ({"schedule": ((3, (1.0, 1.0)), (3, (1.0, 1.0)))}, "its steps must be positive and grow"),
         ({"schedule": ((0, (1.0, 1.0)),)}, "its steps must be positive and grow"),
-        ({"streams": ("output", "speech")}, "config.data.mixture.streams .* must be of streams.names"),
+        (
+            {"streams": ("output", "speech")},
+            "config.data.mixture.streams .* must be of streams.names",
+        ),
         ({"names": ("a",)}, "must be one per directory, of which there are 2"),
         ({"names": ("a", "a")}, "config.data.mixture.names is .*must be different"),
         ({"names": ("nll", "b")}, "not nll or nll_spoken"),
-        ({"dirs": ("x/a", "y/a")}, r"names is \('a', 'a'\): must be different.*set data.mixture.names"),
+        (
+            {"dirs": ("x/a", "y/a")},
+            r"names is \('a', 'a'\): must be different.*set data.mixture.names",
+        ),
         ({"dirs": ()}, "needs data.mixture.dirs"),
     ],
 )
@@ -226,7 +263,9 @@ def test_a_run_logs_shares_and_evaluates_each_source(config, uninterrupted):
     assert steps[-1]["mixture/second/epoch"] == loader.plan.counts(64)[1] / tables
     for line in steps:
         batch, sources = loader.batch(line["step"] - 1), np.array(loader.sources(line["step"] - 1))
-        said = (batch["present"] & (batch["tokens"] != loader.tokenizer.silence_id))[:, :, [0, 2]].sum((1, 2))
+        said = (batch["present"] & (batch["tokens"] != loader.tokenizer.silence_id))[
+            :, :, [0, 2]
+        ].sum((1, 2))
         assert line["mixture/second/share"] == pytest.approx(said[sources == 1].sum() / said.sum())
         assert line["mixture/first/share"] + line["mixture/second/share"] == pytest.approx(1)
     evaluated = [line for line in lines if "eval/loss" in line]
@@ -243,14 +282,21 @@ def test_each_source_is_evaluated_on_its_own_split(config, uninterrupted, direct
     for name in ("first", "second"):
         alone = replace(loaded.config, "data", dir=str(directories / name), mixture=MixtureConfig())
         program = Program(alone, loaded.streams, make_mesh(alone.mesh), loaded.tokenizer.silence_id)
-        place = lambda array, abstract: jax.device_put(array, abstract.sharding)
+
+        def place(array, abstract):
+            return jax.device_put(array, abstract.sharding)
+
         parameters = jax.tree.map(place, loaded.parameters, program.abstract_state.parameters)
         values = _Evaluation(program, {"": Loader(alone.data, "eval", SPEC)})(parameters)
         assert values["eval/loss"] == pytest.approx(line[f"eval/{name}/loss"], rel=1e-5)
 
 
 def test_the_whole_is_weighted():
-    parts = {"a": {"loss": 1.0, "nll/x": 2.0}, "b": {"loss": 4.0}, "c": {"loss": 100.0, "nll/y": 1.0}}
+    parts = {
+        "a": {"loss": 1.0, "nll/x": 2.0},
+        "b": {"loss": 4.0},
+        "c": {"loss": 100.0, "nll/y": 1.0},
+    }
     assert weighted_mean(parts, {"a": 2.0, "b": 1.0, "c": 0.0}) == {"loss": 2.0, "nll/x": 2.0}
 
 
@@ -267,6 +313,8 @@ def test_a_stopped_run_continues_bit_for_bit(config, uninterrupted, tmp_path, mo
 
 @pytest.mark.slow
 def test_evaluate_wants_one_source(uninterrupted, directories):
-    with pytest.raises(UserError, match="trained on a mixture of .*first, .*second: choose one, --data=DIR"):
+    with pytest.raises(
+        UserError, match="trained on a mixture of .*first, .*second: choose one, --data=DIR"
+    ):
         evaluate(load_model(uninterrupted))
     assert evaluate(load_model(uninterrupted), str(directories / "second"), 2)["examples"] == 2

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from msllm.config import MeshConfig
-from msllm.load import from_parameters
-from msllm.model import abstract_model, bind
-from msllm.sharding import make_mesh, partition
+from msllm.model.model import abstract_model, bind
+from msllm.sharding import make_mesh, partition_spec
 from msllm.streams import NEVER, Cells, make_cells, positions
+from msllm.weights.load import from_parameters
 
 
 def table(rows, streams, batch=1, vocab_size=32, seed=0, absent=0.0, segments=1, silence=None):
@@ -31,7 +31,10 @@ def forward(model, tokens, cells, position, parameters=None):
 
 def plain_decoder(config, parameters, tokens):
     """An ordinary causal language model in numpy, written without msllm: tokens [T] -> logits [T, V]."""
-    norm = lambda x, weight: weight * x / np.sqrt(np.mean(x * x, -1, keepdims=True) + config.norm_eps)
+
+    def norm(x, weight):
+        return weight * x / np.sqrt(np.mean(x * x, -1, keepdims=True) + config.norm_eps)
+
     rows, half = len(tokens), config.head_dim // 2
     angle = np.arange(rows)[:, None] * config.rope_theta ** (-np.arange(half) / half)
     turn = np.exp(1j * angle)[:, None]
@@ -44,7 +47,9 @@ def plain_decoder(config, parameters, tokens):
     embedding = np.asarray(parameters["embedding"], np.float64)
     x = embedding[tokens] + np.asarray(parameters["stream_embedding"], np.float64)[0]
     for i in range(config.num_layers):
-        attention, mlp = ({k: w[i] for k, w in blocks[part].items()} for part in ("attention", "mlp"))
+        attention, mlp = (
+            {k: w[i] for k, w in blocks[part].items()} for part in ("attention", "mlp")
+        )
         y = norm(x, blocks["attention_norm"][i])
         q = rotated(norm(np.einsum("td,dnh->tnh", y, attention["q"]), attention["q_norm"]))
         k = rotated(norm(np.einsum("td,dnh->tnh", y, attention["k"]), attention["k_norm"]))
@@ -67,16 +72,22 @@ def test_one_stream_is_an_ordinary_decoder(make_model):
     model = make_model(1)
     tokens, cells, position = table(11, 1)
     ours = forward(model, tokens, cells, position)[0, :, 0]
-    np.testing.assert_allclose(ours, plain_decoder(model.config, model.parameters, tokens[0, :, 0]), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        ours, plain_decoder(model.config, model.parameters, tokens[0, :, 0]), rtol=0, atol=1e-4
+    )
 
 
 def test_streams_are_interchangeable(make_model):
     model, order = make_model(3), np.array([2, 0, 1])
     tokens, cells, position = table(7, 3, absent=0.2)
-    parameters = dict(model.parameters, stream_embedding=model.parameters["stream_embedding"][order])
+    parameters = dict(
+        model.parameters, stream_embedding=model.parameters["stream_embedding"][order]
+    )
     moved = Cells(cells.row, cells.segment, cells.present[..., order], cells.seen[..., order])
     ours = forward(model, tokens[..., order], moved, position, parameters)
-    np.testing.assert_allclose(ours, forward(model, tokens, cells, position)[:, :, order], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        ours, forward(model, tokens, cells, position)[:, :, order], rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 4, 2)], ids=str)
@@ -84,14 +95,14 @@ def test_sharded_equals_unsharded(make_model, sizes):
     model = make_model(4, lag=np.random.default_rng(3).choice([0, 1, 2, NEVER], (4, 4)))
     tokens, cells, position = table(6, 4, batch=8, absent=0.1, segments=2)
     axes = abstract_model(model.config, model.streams)[2]
-    specs = jax.tree.map(lambda a: partition(*a), axes, is_leaf=lambda a: isinstance(a, tuple))
-    cell, row = partition("batch", "row", "stream"), partition("batch", "row")
+    specs = jax.tree.map(lambda a: partition_spec(*a), axes, is_leaf=lambda a: isinstance(a, tuple))
+    cell, row = partition_spec("batch", "row", "stream"), partition_spec("batch", "row")
     sharded = jax.jit(
         jax.shard_map(
             lambda parameters, *args: forward(model, *args, parameters),
             mesh=make_mesh(MeshConfig(*sizes)),
             in_specs=(specs, cell, Cells(row, row, cell, cell), row),
-            out_specs=partition("batch", "row", "stream", "vocab"),
+            out_specs=partition_spec("batch", "row", "stream", "vocab"),
             check_vma=False,
         )
     )
@@ -106,7 +117,9 @@ def test_remat_changes_no_gradient(make_model):
     def gradient(remat):
         config = dataclasses.replace(model.config, remat=remat)
         other = from_parameters(config, model.streams, model.parameters)
-        return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(forward(other, *inputs, p)))))(model.parameters)
+        return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(forward(other, *inputs, p)))))(
+            model.parameters
+        )
 
     expected = gradient("none")
     for remat in ("dots", "full", "offload"):

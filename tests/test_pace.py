@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
+from runs import dictation, metrics
 
 from msllm import train as train_lib
 from msllm.checkpoint import Checkpoints
 from msllm.train import train
-from runs import compile_once, data_dir, dictation, metrics  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -34,10 +34,13 @@ def watch_steps(monkeypatch):
     return watch
 
 
-def test_nothing_compiles_after_everything_ran_once(data_dir, tmp_path, watch_steps):  # noqa: F811
+def test_nothing_compiles_after_everything_ran_once(data_dir, tmp_path, watch_steps):
     """Steps 1 to 4 contain a step, an evaluation and a checkpoint; the four after them the same."""
     seen, started = [], []
-    listen = lambda name, seconds, **_: seen.append(name) if started and name.startswith("/jax/core/compile/") else None
+
+    def listen(name, seconds, **_):
+        return seen.append(name) if started and name.startswith("/jax/core/compile/") else None
+
     jax.monitoring.register_event_duration_secs_listener(listen)
     deleted = []
 
@@ -51,7 +54,9 @@ def test_nothing_compiles_after_everything_ran_once(data_dir, tmp_path, watch_st
         return state, values
 
     watch_steps(before, after)
-    config = dictation(**{"data.dir": data_dir, "mesh.data": 2, "mesh.fsdp": 4, "checkpoint.every": 4})
+    config = dictation(
+        **{"data.dir": data_dir, "mesh.data": 2, "mesh.fsdp": 4, "checkpoint.every": 4}
+    )
     try:
         train(config, tmp_path)
         assert seen == []
@@ -86,23 +91,39 @@ class Watched:
         return bool(self.__array__())
 
 
-def test_a_step_is_dispatched_before_the_last_one_is_read(data_dir, tmp_path, watch_steps):  # noqa: F811
+def test_a_step_is_dispatched_before_the_last_one_is_read(data_dir, tmp_path, watch_steps):
     dispatched, reads = [], []  # steps; (step whose results are used, steps dispatched by then)
 
     def watched(number, tree):
-        return jax.tree.map(lambda x: Watched(x, lambda: reads.append((number, len(dispatched)))), tree)
+        return jax.tree.map(
+            lambda x: Watched(x, lambda: reads.append((number, len(dispatched)))), tree
+        )
 
     def before(number, state, batch):
         dispatched.append(number)
-        assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(batch))  # nothing is copied by the call itself
+        assert all(
+            isinstance(x, jax.Array) for x in jax.tree.leaves(batch)
+        )  # nothing is copied by the call itself
         return jax.tree.map(lambda x: x.value if isinstance(x, Watched) else x, state)
 
-    watch_steps(before, lambda number, old, state, values: (watched(number, state), watched(number, values)))
-    config = dictation(**{"data.dir": data_dir, "mesh.data": 2, "mesh.fsdp": 4, "eval_every": 0, "checkpoint.every": 0})
+    watch_steps(
+        before, lambda number, old, state, values: (watched(number, state), watched(number, values))
+    )
+    config = dictation(
+        **{
+            "data.dir": data_dir,
+            "mesh.data": 2,
+            "mesh.fsdp": 4,
+            "eval_every": 0,
+            "checkpoint.every": 0,
+        }
+    )
     # The last step is saved, which reads it.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoints, "save", lambda *_: None)
         train(config, tmp_path)
     assert {step for step, _ in reads} == set(range(1, config.steps + 1))
-    assert {(step, by) for step, by in reads if step < config.steps} == {(n, n + 1) for n in range(1, config.steps)}
+    assert {(step, by) for step, by in reads if step < config.steps} == {
+        (n, n + 1) for n in range(1, config.steps)
+    }
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, config.steps + 1))

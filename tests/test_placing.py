@@ -8,7 +8,8 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
 from msllm.data.converters import convert
@@ -26,12 +27,16 @@ LENGTHS = st.integers(1, 4)
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """run(converter, records, streams, tokenizer, **data settings): the tables of records."""
-    folder = tmp_path_factory.mktemp("data")  # module scope, because hypothesis runs a test many times
+    folder = tmp_path_factory.mktemp(
+        "data"
+    )  # module scope, because hypothesis runs a test many times
 
     def run(converter, records, streams=THREE, tokenizer=TOKENIZER, **data):
         path = folder / "records.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        config = Config(streams=streams, data=DataConfig(converter=converter, path=str(path), **data))
+        config = Config(
+            streams=streams, data=DataConfig(converter=converter, path=str(path), **data)
+        )
         return list(convert(config, StreamSpec.from_config(streams), tokenizer))
 
     return run
@@ -68,7 +73,9 @@ def assert_complete(found, texts):
 
 @settings(max_examples=100)
 @given(
-    turns=st.lists(st.tuples(st.sampled_from(["user", "thought", "output"]), LENGTHS), min_size=1, max_size=8),
+    turns=st.lists(
+        st.tuples(st.sampled_from(["user", "thought", "output"]), LENGTHS), min_size=1, max_size=8
+    ),
     overlap=st.integers(0, 3),
     wait=st.integers(-1, 4),
     thoughts=st.sampled_from(["before", "beside"]),
@@ -84,7 +91,9 @@ def test_chat(run, turns, overlap, wait, thoughts):
         stream = THREE.names.index(message["role"])
         start, end = span(found, message["content"], stream)
         earlier = [last for first, last in spans]
-        own = [last for (_, last), other in zip(spans, messages) if other["role"] == message["role"]]
+        own = [
+            last for (_, last), other in zip(spans, messages) if other["role"] == message["role"]
+        ]
         if message["role"] == "user":
             assert start == max(earlier, default=0)
         elif followed is None:
@@ -126,13 +135,20 @@ SENTENCE = st.lists(LENGTHS, min_size=1, max_size=5)
 
 @given(source=SENTENCE, target=SENTENCE, k=st.integers(-1, 6))
 def test_wait_k_words(run, source, target, k):
-    pair = {"source": " ".join("w" * n for n in source), "target": " ".join("w" * n for n in target)}
+    pair = {
+        "source": " ".join("w" * n for n in source),
+        "target": " ".join("w" * n for n in target),
+    }
     (table,) = run("wait_k", [pair], tokenizer=CHARACTERS, options={"k": k, "unit": "word"})
     silent = table.tokens == CHARACTERS.silence_id
     rows = [np.flatnonzero(~silent[:, stream]).tolist() for stream in (0, 2)]
-    assert [CHARACTERS.decode(table.tokens[r, s]) for r, s in zip(rows, (0, 2))] == list(pair.values())
+    assert [CHARACTERS.decode(table.tokens[r, s]) for r, s in zip(rows, (0, 2))] == list(
+        pair.values()
+    )
     # Rows or characters after each word and none; the space between two belongs to the second.
-    ends = [np.cumsum([0, lengths[0], *(n + 1 for n in lengths[1:])]) for lengths in (source, target)]
+    ends = [
+        np.cumsum([0, lengths[0], *(n + 1 for n in lengths[1:])]) for lengths in (source, target)
+    ]
     for j, (first, last) in enumerate(zip(ends[1], ends[1][1:])):
         read = len(source) if k < 0 else min(j + k, len(source))
         free = rows[1][first - 1] + 1 if first else 0
@@ -141,7 +157,9 @@ def test_wait_k_words(run, source, target, k):
 
 
 def test_drawn_numbers(run):
-    pairs = [{"source": f"{a} {b} w0", "target": "w1"} for a, b in itertools.permutations(WORDS[2:10], 2)]
+    pairs = [
+        {"source": f"{a} {b} w0", "target": "w1"} for a, b in itertools.permutations(WORDS[2:10], 2)
+    ]
     tables = run("wait_k", pairs, options={"k": [0, 2, -1]})
     starts = [cells(table)["w1"][0] for table in tables]
     assert all(starts.count(k) > 8 for k in (0, 2, 3)) and len(starts) == len(pairs)
@@ -156,7 +174,9 @@ def test_drawn_numbers(run):
 # timed
 
 UTTERANCES = st.lists(
-    st.tuples(st.integers(0, 40), st.integers(0, 12), st.sampled_from(["A", "B", "C"]), LENGTHS), min_size=1, max_size=8
+    st.tuples(st.integers(0, 40), st.integers(0, 12), st.sampled_from(["A", "B", "C"]), LENGTHS),
+    min_size=1,
+    max_size=8,
 )
 SPEAKERS = {"A": "user", "B": "output", "C": "output"}
 
@@ -164,7 +184,12 @@ SPEAKERS = {"A": "user", "B": "output", "C": "output"}
 def recording(utterances):
     words = iter(WORDS)
     return [
-        {"start": start / 4, "end": (start + length) / 4, "speaker": speaker, "text": text(words, count)}
+        {
+            "start": start / 4,
+            "end": (start + length) / 4,
+            "speaker": speaker,
+            "text": text(words, count),
+        }
         for start, length, speaker, count in utterances
     ]
 
@@ -179,7 +204,11 @@ def test_timed(run, utterances, row):
     for utterance in sorted(said, key=lambda u: (u["start"], u["end"])):
         name, words = SPEAKERS[utterance["speaker"]], utterance["text"].split()
         for number, word in enumerate(words, 1):
-            moment = utterance["start"] - first + (utterance["end"] - utterance["start"]) * number / len(words)
+            moment = (
+                utterance["start"]
+                - first
+                + (utterance["end"] - utterance["start"]) * number / len(words)
+            )
             place, stream = found[word]
             assert stream == THREE.names.index(name)
             assert (place + 1) * row >= moment - 1e-9  # never before it was said
@@ -195,8 +224,12 @@ def test_timed_with_short_silences(run, utterances, longest):
     (whole,) = run("timed", [record], options=options)
     (short,) = run("timed", [record], options=options | {"longest_silence": longest})
     before, after = cells(whole), cells(short)
-    assert {word: stream for word, (_, stream) in before.items()} == {w: stream for w, (_, stream) in after.items()}
-    moved = sorted({(before[word][0], after[word][0]) for word in before})  # a row goes to one row, in order
+    assert {word: stream for word, (_, stream) in before.items()} == {
+        w: stream for w, (_, stream) in after.items()
+    }
+    moved = sorted(
+        {(before[word][0], after[word][0]) for word in before}
+    )  # a row goes to one row, in order
     assert len(moved) == len({old for old, _ in moved}) == len({new for _, new in moved})
     gaps = [(b[0] - a[0] - 1, b[1] - a[1] - 1) for a, b in zip([(-1, -1), *moved], moved)]
     assert all(new == min(old, longest) for old, new in gaps)
@@ -206,12 +239,22 @@ def test_timed_recordings_go_on_in_the_next_table(run):
     said = [{"start": i, "end": i + 1, "speaker": "AB"[i % 2], "text": WORDS[i]} for i in range(40)]
     options = {"roles": SPEAKERS, "row_seconds": 1.0}
     (whole,) = run("timed", [{"utterances": said}], options=options, rows=100)
-    parts = run("timed", [{"utterances": said}], options=options, rows=16, streams=StreamsConfig(delays=(0, 0, 3)))
-    assert max(len(part.tokens) for part in parts) == 16 and len(parts) > 3  # with the rows that delays take
+    parts = run(
+        "timed",
+        [{"utterances": said}],
+        options=options,
+        rows=16,
+        streams=StreamsConfig(delays=(0, 0, 3)),
+    )
+    assert (
+        max(len(part.tokens) for part in parts) == 16 and len(parts) > 3
+    )  # with the rows that delays take
     assert {part.example[:12] for part in parts} == {whole.example[:12]}
     assert len({part.example for part in parts}) == len(parts)
     for stream, delay in enumerate((0, 0, 3)):
-        columns = [part.tokens[delay : len(part.tokens) - 3 + delay, stream].tolist() for part in parts]
+        columns = [
+            part.tokens[delay : len(part.tokens) - 3 + delay, stream].tolist() for part in parts
+        ]
         assert all(a[-1] == b[0] for a, b in zip(columns, columns[1:]))
         joined = columns[0] + [token for column in columns[1:] for token in column[1:]]
         assert joined == whole.tokens[:, stream].tolist()
@@ -231,7 +274,11 @@ TOOLS = StreamsConfig(
     kinds=("input", "output", "output", "input", "input", "output"),
 )
 ROUNDS = st.lists(
-    st.tuples(st.integers(0, 4), st.lists(st.tuples(LENGTHS, st.integers(0, 3)), max_size=4), *[st.booleans()] * 2),
+    st.tuples(
+        st.integers(0, 4),
+        st.lists(st.tuples(LENGTHS, st.integers(0, 3)), max_size=4),
+        *[st.booleans()] * 2,
+    ),
     min_size=1,
     max_size=3,
 )
@@ -244,7 +291,10 @@ def test_tools(run, rounds, latency, after):
     for asked, calls, speaks, backwards in rounds:
         messages += [{"role": "user", "content": text(words, asked)}] * (asked > 0)
         called = [{"name": next(words), "arguments": text(words, length)} for length, _ in calls]
-        made = [{"id": str(len(messages) + i), "function": function} for i, function in enumerate(called)]
+        made = [
+            {"id": str(len(messages) + i), "function": function}
+            for i, function in enumerate(called)
+        ]
         content = text(words, 2) if speaks or not made else None
         messages.append({"role": "assistant", "content": content, "tool_calls": made})
         results = [
@@ -257,11 +307,21 @@ def test_tools(run, rounds, latency, after):
     streams = {"calls": ["call_1", "call_2"], "results": ["result_1", "result_2"]}
     (table,) = run("tools", [{"messages": messages}], TOOLS, options=options | streams)
     found = cells(table)
-    said = lambda call: f"{call['function']['name']} {call['function']['arguments']}"
-    everything = [m["content"] for m in messages if m["content"]]
-    assert_complete(found, everything + [said(call) for m in messages for call in m.get("tool_calls", ())])
 
-    last, known, heard, calls = 0, 0, 0, {}  # row after all before; after the results; start of the question
+    def said(call):
+        return f"{call['function']['name']} {call['function']['arguments']}"
+
+    everything = [m["content"] for m in messages if m["content"]]
+    assert_complete(
+        found, everything + [said(call) for m in messages for call in m.get("tool_calls", ())]
+    )
+
+    last, known, heard, calls = (
+        0,
+        0,
+        0,
+        {},
+    )  # row after all before; after the results; start of the question
     for message in messages:
         now = last
         if message["role"] == "tool":
@@ -284,7 +344,9 @@ def test_tools(run, rounds, latency, after):
             starts.append(start)
         earliest = now if after < 0 else min(now, max(heard + after, known))
         assert all(start >= earliest for start in starts)
-        assert starts[:2] == [earliest] * len(starts[:2])  # calls run at once, as far as there are streams
+        assert starts[:2] == [earliest] * len(
+            starts[:2]
+        )  # calls run at once, as far as there are streams
 
 
 def test_arguments_as_an_object_and_ids_that_nobody_gave(run):
@@ -304,12 +366,32 @@ TALK = {"speaker": "A", "text": "w1", "start": 0, "end": 1}
 BAD = [
     ("wait_k", {"source": "w1"}, "1: 'target' is None"),
     ("timed", {"utterances": "w1"}, r"1: must be \{\"utterances\""),
-    ("timed", {"utterances": [TALK | {"end": None}]}, "1, utterance 0: 'end' is None: must be a time"),
-    ("timed", {"utterances": [TALK | {"start": 2}]}, "1, utterance 0: ends at 1, before it starts at 2"),
-    ("timed", {"utterances": [TALK, TALK | {"speaker": "Z"}]}, "1, utterance 1: role 'Z' is none of"),
+    (
+        "timed",
+        {"utterances": [TALK | {"end": None}]},
+        "1, utterance 0: 'end' is None: must be a time",
+    ),
+    (
+        "timed",
+        {"utterances": [TALK | {"start": 2}]},
+        "1, utterance 0: ends at 1, before it starts at 2",
+    ),
+    (
+        "timed",
+        {"utterances": [TALK, TALK | {"speaker": "Z"}]},
+        "1, utterance 1: role 'Z' is none of",
+    ),
     ("tools", {"messages": [{"content": "w1"}]}, "1, message 0: 'role' is None"),
-    ("tools", {"messages": [{"role": "tool", "content": "w1", "tool_call_id": 7}]}, "1, message 0: 'tool_call_id' is"),
-    ("tools", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "1, message 0: 'name' is None"),
+    (
+        "tools",
+        {"messages": [{"role": "tool", "content": "w1", "tool_call_id": 7}]},
+        "1, message 0: 'tool_call_id' is",
+    ),
+    (
+        "tools",
+        {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
+        "1, message 0: 'name' is None",
+    ),
     ("aligned", {"rows": [[1, 2]]}, "1: 'rows' must be a list of rows, each a list of 3 items"),
     ("aligned", {"rows": [[1, {}, "w1"]]}, "1, user, row 0: '1' is"),
     ("aligned", {"rows": [["w1", {}, "w1"]]}, "1, thought, row 0: {} is no cell"),
@@ -343,14 +425,20 @@ def test_bad_options_are_named(run, converter, options, message):
 
 
 @given(
-    rows=st.lists(st.tuples(*[st.sampled_from(["w1", "w2", "", None, -1, -7])] * 3), min_size=2, max_size=20),
+    rows=st.lists(
+        st.tuples(*[st.sampled_from(["w1", "w2", "", None, -1, -7])] * 3), min_size=2, max_size=20
+    ),
     size=st.integers(2, 9),
 )
 def test_aligned(run, rows, size):
     parts = run("aligned", [{"rows": rows}], options={"silence": [-1, -7]}, rows=size)
     assert all(len(part.tokens) <= size for part in parts)
-    joined = parts[0].tokens.tolist() + [row for part in parts[1:] for row in part.tokens[1:].tolist()]
-    present = parts[0].present.tolist() + [row for part in parts[1:] for row in part.present[1:].tolist()]
+    joined = parts[0].tokens.tolist() + [
+        row for part in parts[1:] for row in part.tokens[1:].tolist()
+    ]
+    present = parts[0].present.tolist() + [
+        row for part in parts[1:] for row in part.present[1:].tolist()
+    ]
     ids = {"w1": TOKENIZER.encode("w1")[0], "w2": TOKENIZER.encode("w2")[0], None: 0}
     assert joined == [[ids.get(item, TOKENIZER.silence_id) for item in row] for row in rows]
     assert present == [[item is not None for item in row] for row in rows]
@@ -377,18 +465,25 @@ def test_parallel_documents(run, lengths, size, streams, shuffle):
             pairs += [pair for pair in zip(said, said[1:]) if all(pair)]
             ends += said.count("")
     split = [document.split() for document in documents]
-    assert sorted(pairs) == sorted(pair for document in split for pair in zip(document, document[1:]))
+    assert sorted(pairs) == sorted(
+        pair for document in split for pair in zip(document, document[1:])
+    )
     assert ends <= sum(length > 1 for length in lengths)
 
 
 def test_shuffled_documents_leave_their_neighbours_and_come_in_the_same_order_again(run):
     documents = [{"text": f"w{2 * i} w{2 * i + 1}"} for i in range(100)]
     spec = StreamsConfig(names=("a", "b"), kinds=("output",) * 2)
-    firsts = lambda **options: [
-        [int(TOKENIZER.decode([token])[1:]) // 2 for token in table.tokens[0]]
-        for table in run("parallel_documents", documents, spec, rows=2, options=options)
-    ]
-    neighbours = lambda tables: sum(abs(a - b) == 1 for a, b in tables)
+
+    def firsts(**options):
+        return [
+            [int(TOKENIZER.decode([token])[1:]) // 2 for token in table.tokens[0]]
+            for table in run("parallel_documents", documents, spec, rows=2, options=options)
+        ]
+
+    def neighbours(tables):
+        return sum(abs(a - b) == 1 for a, b in tables)
+
     assert neighbours(firsts()) == 50 and firsts(shuffle=0) == firsts()
     assert neighbours(firsts(shuffle=40)) < 10 and firsts(shuffle=40) == firsts(shuffle=40)
     assert sorted(sum(firsts(shuffle=40), [])) == list(range(100))

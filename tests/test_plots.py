@@ -4,18 +4,21 @@ import numpy as np
 import pytest
 from scipy.stats import entropy as scipy_entropy
 
-from msllm import cells, metrics, plots
+from msllm import metrics
 from msllm.config import TokenizerConfig
-from msllm.decode import DecodeOptions, Engine
-from msllm.drawing import Columns
+from msllm.decode.engine import DecodeOptions, Engine
 from msllm.errors import UserError
-from msllm.streams import make_cells, visible, visibility_table
+from msllm.streams import make_cells, visibility_table, visible
 from msllm.tokenizer import train
+from msllm.view import cells, plots
+from msllm.view.tables import Columns
 
-pytest.importorskip("matplotlib", reason="matplotlib is not installed (extras `test` and `notebooks`)")
+pytest.importorskip(
+    "matplotlib", reason="matplotlib is not installed (extras `test` and `notebooks`)"
+)
 
-from matplotlib.colors import to_rgba  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
 
 NAMES = ("user", "thought", "output")
 
@@ -28,7 +31,10 @@ def axes():
 def test_a_table_shows_words_silence_and_what_is_absent(axes):
     tokenizer = train(["one two three $"], TokenizerConfig(model_type="word", vocab_size=16))
     one, two, silence = *tokenizer.encode("one two"), tokenizer.silence_id
-    tokens, present = np.array([[one, silence, 0], [two, one, silence]]), np.array([[1, 1, 0], [1, 1, 1]], bool)
+    tokens, present = (
+        np.array([[one, silence, 0], [two, one, silence]]),
+        np.array([[1, 1, 0], [1, 1, 1]], bool),
+    )
     shade = np.array([[0.2, np.nan, 1.0], [0.9, 0.4, 0.0]])
     plots.table(axes, Columns(NAMES, (), tokenizer), tokens, present, shade, cell=(1, 0))
     shown = {text.get_position(): (text.get_text(), text.get_color()) for text in axes.texts}
@@ -43,7 +49,10 @@ def test_a_table_shows_words_silence_and_what_is_absent(axes):
     np.testing.assert_array_equal(image.mask, ~present)
     np.testing.assert_array_equal(image.data[present], [0.2, 0, 0.9, 0.4, 0])
     assert [label.get_text() for label in axes.get_xticklabels()] == list(NAMES)
-    left, right = np.array(axes.lines[0].get_data()).min(1), np.array(axes.lines[0].get_data()).max(1)
+    left, right = (
+        np.array(axes.lines[0].get_data()).min(1),
+        np.array(axes.lines[0].get_data()).max(1),
+    )
     assert (left < [0, 1]).all() and (right > [0, 1]).all() and (right - left < 1).all()
 
 
@@ -51,17 +60,26 @@ def test_visibility_is_the_rule(axes):
     lag = np.array([[1, 1, 1], [1, 1, 2], [1 << 30, 1, 1]])
     present = np.ones((1, 4, 3), bool)
     present[0, 0, 2] = False
-    plots.visibility(axes, visibility_table(make_cells(present, np.array([[1, 1, 2, 2]])), lag), NAMES)
+    plots.visibility(
+        axes, visibility_table(make_cells(present, np.array([[1, 1, 2, 2]])), lag), NAMES
+    )
     segment = (1, 1, 2, 2)
     expected = [
         [
-            visible(t, s, segment[t], present[0, t, s], u, z, segment[u], present[0, u, z], lag[s, z])
+            visible(
+                t, s, segment[t], present[0, t, s], u, z, segment[u], present[0, u, z], lag[s, z]
+            )
             for u, z in np.ndindex(4, 3)
         ]
         for t, s in np.ndindex(4, 3)
     ]
     np.testing.assert_array_equal(axes.images[0].get_array(), expected)
-    assert [label.get_text() for label in axes.get_yticklabels()][:4] == ["user 0", "thought 0", "output 0", "user 1"]
+    assert [label.get_text() for label in axes.get_yticklabels()][:4] == [
+        "user 0",
+        "thought 0",
+        "output 0",
+        "user 1",
+    ]
 
 
 def test_losses_of_each_stream(axes, tmp_path):
@@ -81,7 +99,9 @@ def test_losses_of_each_stream(axes, tmp_path):
     np.testing.assert_array_equal(drawn["output, nll"].get_data(), [[1, 2], [2.0, np.nan]])
     plots.losses(axes, found, NAMES, "eval/nll")
     assert axes.lines[-1].get_xydata().tolist() == [[2, 4]]
-    assert [to_rgba(line.get_color()) for line in axes.lines] == [to_rgba(f"C{s}") for s in (1, 2, 0)]
+    assert [to_rgba(line.get_color()) for line in axes.lines] == [
+        to_rgba(f"C{s}") for s in (1, 2, 0)
+    ]
     with pytest.raises(UserError, match="'nll_spoken': there are eval/nll, nll"):
         plots.losses(axes, found, NAMES, "nll_spoken")
     with pytest.raises(UserError, match="no metrics in"):
@@ -92,13 +112,17 @@ def test_what_streams_take_of_each_other(axes):
     shares = np.array([[0.9, 0.1, 0.0], [0.25, 0.5, 0.25], [0.0, 0.7, 0.3]])
     plots.between(axes, shares, NAMES)
     np.testing.assert_array_equal(axes.images[0].get_array(), shares)
-    written = {(text.get_position()[1], text.get_position()[0]): text.get_text() for text in axes.texts}
+    written = {
+        (text.get_position()[1], text.get_position()[0]): text.get_text() for text in axes.texts
+    }
     assert written == {(s, z): f"{shares[s, z]:.2f}" for s, z in np.ndindex(3, 3)}
     assert axes.get_xlabel() == "attends to"
 
 
 def test_entropy_is_that_of_the_logits(axes, make_model):
-    session = Engine(make_model(), window=16, all_logits=True, silence_id=1).open(DecodeOptions(temperature=1.0, seed=3))
+    session = Engine(make_model(), window=16, all_logits=True, silence_id=1).open(
+        DecodeOptions(temperature=1.0, seed=3)
+    )
     rows = [session.step() for _ in range(4)]
     plots.entropy(axes, rows, NAMES)
     for s, line in enumerate(axes.lines):  # of inputs too, since the engine computes all logits
@@ -108,6 +132,11 @@ def test_entropy_is_that_of_the_logits(axes, make_model):
         expected = [scipy_entropy(np.exp(row.logits[s] - row.logits[s].max())) for row in rows[1:]]
         np.testing.assert_allclose(values[1:], expected, atol=1e-5)
     axes.clear()
-    rows = [row._replace(entropy=np.where([True, False, False], np.nan, row.entropy)) for row in rows]
+    rows = [
+        row._replace(entropy=np.where([True, False, False], np.nan, row.entropy)) for row in rows
+    ]
     plots.entropy(axes, rows, NAMES)
-    assert [(line.get_label(), line.get_color()) for line in axes.lines] == [("thought", "C1"), ("output", "C2")]
+    assert [(line.get_label(), line.get_color()) for line in axes.lines] == [
+        ("thought", "C1"),
+        ("output", "C2"),
+    ]

@@ -10,10 +10,10 @@ import subprocess
 import sys
 
 import pytest
-
-from msllm import aot
-from msllm.config import from_config_dict
 from test_aot import needs_libtpu
+
+from msllm.config import from_config_dict
+from msllm.pod import aot
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 WITHOUT_BUDGET = ["1b_h100_8"]  # no compiler that runs without a GPU
@@ -40,7 +40,9 @@ def budget_of(name):
 
 
 def test_every_pod_config_but_those_named_has_a_budget_and_every_budget_a_config():
-    budgets = {path.name.removesuffix(".budget.json") for path in (ROOT / "configs").glob("*.budget.json")}
+    budgets = {
+        path.name.removesuffix(".budget.json") for path in (ROOT / "configs").glob("*.budget.json")
+    }
     assert len(PODS) > 5 and budgets == set(PODS) - set(WITHOUT_BUDGET)
     assert all("No budget: " in PODS[name][0] for name in WITHOUT_BUDGET)
 
@@ -53,14 +55,18 @@ def test_a_header_says_what_the_config_does(name):
     cells = data.batch_size * data.rows * len(config.streams.names)
     assert f"--config=configs/{name}.py" in header
     text = " ".join(header.split())
-    tables = f"{data.batch_size:,} tables x {data.rows:,} rows x {len(config.streams.names)} streams"
+    tables = (
+        f"{data.batch_size:,} tables x {data.rows:,} rows x {len(config.streams.names)} streams"
+    )
     assert f"Tokens per step: {tables} = {cells:,}, {cells // devices:,} a " in text
     assert "Mesh: " in header and config.model.vocab_size > 0
     if name in WITHOUT_BUDGET:
         return
     budget = budget_of(name)
     topology, slices = budget["topology"], budget["num_slices"]
-    assert f"Topology: {topology}." in header or f"Topology: {slices} slices of {topology}." in header
+    assert (
+        f"Topology: {topology}." in header or f"Topology: {slices} slices of {topology}." in header
+    )
     assert math.prod(map(int, re.findall(r"\d+", topology.split(":")[1]))) * slices == devices
     assert mesh.data % slices == 0
     assert f"Expected memory: {budget['peak_gib']:.1f} GiB a chip at the peak" in text
@@ -71,7 +77,9 @@ def test_a_budget_leaves_no_room_to_reduce_whole_gradients(name):
     # Norms and counts are summed over all devices, and over `data` the parts of the gradients that scattering left.
     config = PODS[name][1]
     model, mesh = config.model, config.mesh
-    layer = model.d_model * (2 * (model.num_heads + model.num_kv_heads) * model.head_dim + 3 * model.d_ff)
+    layer = model.d_model * (
+        2 * (model.num_heads + model.num_kv_heads) * model.head_dim + 3 * model.d_ff
+    )
     tables = (2 - model.tie_embeddings) * model.vocab_size * model.d_model
     scattered = 4 * (model.num_layers * layer + tables) / (mesh.fsdp * mesh.stream)
     replicas = mesh.data // budget_of(name)["num_slices"]
@@ -83,10 +91,16 @@ def test_the_stored_report_is_that_of_its_budget():
     """The one that notebooks/pod_report.ipynb reads."""
     report = json.loads((ROOT / "configs/1b_v5e_16.report.json").read_text())
     assert report["config"] == "1b_v5e_16.py"
-    again = "python -m msllm.aot --config=configs/1b_v5e_16.py --topology=v5e:4x4 --json=configs/1b_v5e_16.report.json"
-    assert aot.budget_of(report, report["topology"]) == budget_of("1b_v5e_16"), f"another program: {again}"
+    again = "msllm aot --config=configs/1b_v5e_16.py --topology=v5e:4x4 --json=configs/1b_v5e_16.report.json"
+    assert aot.budget_of(report, report["topology"]) == budget_of("1b_v5e_16"), (
+        f"another program: {again}"
+    )
     config = PODS["1b_v5e_16"][1]
-    said = {"rows": config.data.rows, "batch_size": config.data.batch_size, "remat": config.model.remat}
+    said = {
+        "rows": config.data.rows,
+        "batch_size": config.data.batch_size,
+        "remat": config.model.remat,
+    }
     assert {key: report[key] for key in said} == said
 
 
@@ -95,12 +109,24 @@ def test_the_stored_report_is_that_of_its_budget():
 def test_a_pod_config_compiles_within_its_budget(tmp_path):
     """The largest that compiles in two minutes; `launch/check_budgets.sh` does them all."""
     name = "8b_v5e_256"
-    line = [sys.executable, "-m", "msllm.aot", f"--config=configs/{name}.py", f"--json={tmp_path / 'report.json'}"]
+    line = [
+        sys.executable,
+        "-m",
+        "msllm",
+        "aot",
+        f"--config=configs/{name}.py",
+        f"--json={tmp_path / 'report.json'}",
+    ]
     line += [f"--topology={budget_of(name)['topology']}", f"--budget=configs/{name}.budget.json"]
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["attention"] == "splash" and report["memory"]["peak"] < 4.5 * 2**30
     collectives = report["collectives"]
-    assert collectives["largest_all_reduce"]["bytes"] < 2**20 and collectives["whole_embedding_tables"] == []
+    assert (
+        collectives["largest_all_reduce"]["bytes"] < 2**20
+        and collectives["whole_embedding_tables"] == []
+    )

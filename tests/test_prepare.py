@@ -13,9 +13,9 @@ import pytest
 from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig, from_config_dict
 from msllm.data import records
 from msllm.data.loader import Loader
+from msllm.data.prepare import describe, prepare
 from msllm.data.tables import example_hash, held_out, unpack
 from msllm.errors import UserError
-from msllm.prepare import describe, prepare
 from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
 
@@ -25,19 +25,30 @@ WORD = TokenizerConfig(model_type="word", vocab_size=256)
 
 
 def dictation_config(**data):
-    defaults = {"converter": "dictation", "options": {"examples": 150}, "tokenizer": WORD, "rows": 64}
+    defaults = {
+        "converter": "dictation",
+        "options": {"examples": 150},
+        "tokenizer": WORD,
+        "rows": 64,
+    }
     return Config(data=DataConfig(**{**defaults, "eval_percent": 10.0, **data}))
 
 
 def examples(config, out, split):
     """Every example of a split, by id."""
-    loader = Loader(dataclasses.replace(config.data, dir=str(out)), split, StreamSpec.from_config(config.streams))
+    loader = Loader(
+        dataclasses.replace(config.data, dir=str(out)),
+        split,
+        StreamSpec.from_config(config.streams),
+    )
     tables = []
     for step in range(loader.num_batches):
         if split == "eval":
             tables += unpack(loader.batch(step), loader.example_ids(step))
         else:  # one epoch, without the rows of a last batch that belong to the next one
-            rows = range(min(config.data.batch_size, loader.num_tables - step * config.data.batch_size))
+            rows = range(
+                min(config.data.batch_size, loader.num_tables - step * config.data.batch_size)
+            )
             tables += unpack(loader.batch(step, rows), loader.example_ids(step, rows))
     assert len({table.example for table in tables}) == len(tables)
     return {table.example: table for table in tables}, loader
@@ -55,12 +66,16 @@ def test_dictation_end_to_end(tmp_path):
         assert example_hash(loader.tokenizer.decode(said)) == name
 
     part = manifest["splits"]["train"]
-    assert part["examples"] == len(train) and part["rows"] == sum(len(t.tokens) for t in train.values())
+    assert part["examples"] == len(train) and part["rows"] == sum(
+        len(t.tokens) for t in train.values()
+    )
     silent = np.concatenate([t.tokens for t in train.values()]) == loader.tokenizer.silence_id
     assert list(part["silence"].values()) == silent.sum(axis=0).tolist()
     assert list(part["tokens"].values()) == (~silent).sum(axis=0).tolist()
     assert part["silence_rate"] == pytest.approx(silent.mean(), abs=1e-4)
-    assert part["packing_efficiency"] == pytest.approx(part["rows"] / (64 * part["tables"]), abs=1e-4)
+    assert part["packing_efficiency"] == pytest.approx(
+        part["rows"] / (64 * part["tables"]), abs=1e-4
+    )
     assert sum(shard["records"] for shard in part["shards"]) == part["tables"] == loader.num_tables
     assert f"{len(train)} examples" in describe(manifest)
 
@@ -82,11 +97,15 @@ def test_both_dictation_layouts_hold_out_the_same_examples(tmp_path):
 
 def test_tables_with_absent_cells_and_delays(tmp_path):
     path = tmp_path / "t.jsonl"
-    records_ = [{"streams": {"user": ["a", "b", None], "output": [None, "", str(i)]}} for i in range(20)]
+    records_ = [
+        {"streams": {"user": ["a", "b", None], "output": [None, "", str(i)]}} for i in range(20)
+    ]
     path.write_text("".join(json.dumps(r) + "\n" for r in records_))
     config = Config(
         streams=StreamsConfig(delays=(0, 0, 2)),
-        data=DataConfig(converter="tables", path=str(path), tokenizer=WORD, rows=16, eval_percent=0.0),
+        data=DataConfig(
+            converter="tables", path=str(path), tokenizer=WORD, rows=16, eval_percent=0.0
+        ),
     )
     manifest = prepare(config, tmp_path / "out")
     assert manifest["splits"]["eval"]["tables"] == 0
@@ -95,7 +114,9 @@ def test_tables_with_absent_cells_and_delays(tmp_path):
     for table in found.values():
         assert table.present.tolist() == [[1, 1, 0], [1, 1, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]]
         assert table.tokens[3, 2] == loader.tokenizer.silence_id
-    assert {loader.tokenizer.decode([t.tokens[4, 2]]) for t in found.values()} == {str(i) for i in range(20)}
+    assert {loader.tokenizer.decode([t.tokens[4, 2]]) for t in found.values()} == {
+        str(i) for i in range(20)
+    }
     with pytest.raises(UserError, match="split 'eval' .* holds no table.*eval_percent"):
         examples(config, tmp_path / "out", "eval")
 
@@ -104,14 +125,24 @@ def test_chat_with_an_imported_tokenizer(tmp_path):
     first = dictation_config()
     prepare(first, tmp_path / "first")
     path = tmp_path / "chat.jsonl"
-    turns = [{"role": "user", "content": "please add 3"}, {"role": "output", "content": "that makes 3 ."}]
+    turns = [
+        {"role": "user", "content": "please add 3"},
+        {"role": "output", "content": "that makes 3 ."},
+    ]
     path.write_text(json.dumps({"messages": turns}) + "\n\n")
     tokenizer = TokenizerConfig(path=str(tmp_path / "first/tokenizer.model"))
-    config = Config(data=DataConfig(converter="chat", path=str(path), tokenizer=tokenizer, rows=16, eval_percent=0.0))
+    config = Config(
+        data=DataConfig(
+            converter="chat", path=str(path), tokenizer=tokenizer, rows=16, eval_percent=0.0
+        )
+    )
     prepare(config, tmp_path / "out")
     (table,) = examples(config, tmp_path / "out", "train")[0].values()
     loaded = Tokenizer.load(tmp_path / "out/tokenizer.model")
-    assert loaded.decode(table.tokens[:, 0]) == "please add 3" and loaded.decode(table.tokens[:, 2]) == "that makes 3 ."
+    assert (
+        loaded.decode(table.tokens[:, 0]) == "please add 3"
+        and loaded.decode(table.tokens[:, 2]) == "that makes 3 ."
+    )
 
 
 def test_text_holds_out_the_tail(tmp_path):
@@ -120,25 +151,43 @@ def test_text_holds_out_the_tail(tmp_path):
     path.write_text(content)
     tokenizer = TokenizerConfig(model_type="char", vocab_size=64)
     data = DataConfig(
-        converter="single", path=str(path), tokenizer=tokenizer, rows=33, split="tail", eval_percent=10.0, batch_size=4
+        converter="single",
+        path=str(path),
+        tokenizer=tokenizer,
+        rows=33,
+        split="tail",
+        eval_percent=10.0,
+        batch_size=4,
     )
     config = Config(streams=ONE, data=data)
     manifest = prepare(config, tmp_path / "out")
     held, loader = examples(config, tmp_path / "out", "eval")
     total = sum(part["examples"] for part in manifest["splits"].values())
     assert len(held) == round(total / 10)
-    assert sorted(len(table.tokens) < 33 for table in held.values())[-2:] == [False, True]  # the short rest is kept
+    assert sorted(len(table.tokens) < 33 for table in held.values())[-2:] == [
+        False,
+        True,
+    ]  # the short rest is kept
     texts = {loader.tokenizer.decode(table.tokens[:, 0]) for table in held.values()}
     assert all(text in content[int(0.85 * len(content)) :] for text in texts)
 
 
 def test_a_held_out_split_of_its_own(tmp_path):
     for name, words in (("train", "abc"), ("official", "xy")):
-        lines = [json.dumps({"streams": {"user": [word, word], "output": ["", word]}}) + "\n" for word in words]
+        lines = [
+            json.dumps({"streams": {"user": [word, word], "output": ["", word]}}) + "\n"
+            for word in words
+        ]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     (tmp_path / "tokenizer.txt").write_text("a b c x y")
     words = dataclasses.replace(WORD, path=str(tmp_path / "words/tokenizer.model"))
-    data = DataConfig(converter="single", path=str(tmp_path / "tokenizer.txt"), tokenizer=WORD, rows=8, eval_percent=0.0)
+    data = DataConfig(
+        converter="single",
+        path=str(tmp_path / "tokenizer.txt"),
+        tokenizer=WORD,
+        rows=8,
+        eval_percent=0.0,
+    )
     prepare(Config(streams=ONE, data=data), tmp_path / "words")
     data = DataConfig(
         converter="tables",
@@ -164,14 +213,20 @@ def test_a_held_out_split_of_its_own(tmp_path):
 def test_an_existing_directory_is_kept_if_it_is_the_same_and_refused_if_not(tmp_path, capsys):
     path = tmp_path / "t.jsonl"
     path.write_text('{"streams": {"user": "a b", "output": "c"}}\n')
-    config = Config(data=DataConfig(converter="tables", path=str(path), tokenizer=WORD, rows=8, eval_percent=0.0))
+    config = Config(
+        data=DataConfig(
+            converter="tables", path=str(path), tokenizer=WORD, rows=8, eval_percent=0.0
+        )
+    )
     manifest = prepare(config, tmp_path / "out")
     before = (tmp_path / "out/train-00000-of-00004.array_record").stat().st_mtime_ns
     assert prepare(config, tmp_path / "out") == manifest
     assert "already holds this data" in capsys.readouterr().out
     assert (tmp_path / "out/train-00000-of-00004.array_record").stat().st_mtime_ns == before
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, rows=9))
-    with pytest.raises(UserError, match=r"other settings \(rows differ\): give another --out, or delete it"):
+    with pytest.raises(
+        UserError, match=r"other settings \(rows differ\): give another --out, or delete it"
+    ):
         prepare(other, tmp_path / "out")
     path.write_text('{"streams": {"user": "a b", "output": "d"}}\n')
     with pytest.raises(UserError, match=r"other settings \(inputs differ\)"):
@@ -185,10 +240,12 @@ def test_an_interrupted_run_leaves_no_manifest_and_can_be_repeated(tmp_path):
     tokenizer = tmp_path / "t.model"
     prepare(dictation_config(), tmp_path / "words")
     tokenizer.write_bytes((tmp_path / "words/tokenizer.model").read_bytes())
-    data = DataConfig(converter="tables", path=str(path), tokenizer=TokenizerConfig(path=str(tokenizer)), rows=8)
+    data = DataConfig(
+        converter="tables", path=str(path), tokenizer=TokenizerConfig(path=str(tokenizer)), rows=8
+    )
     with pytest.raises(UserError, match="t.jsonl:2: invalid JSON"):
         prepare(Config(data=data), tmp_path / "out")
-    with pytest.raises(UserError, match="unfinished or no prepared data.*msllm.prepare"):
+    with pytest.raises(UserError, match="unfinished or no prepared data.*msllm prepare"):
         records.open_prepared(tmp_path / "out", "train")
     path.write_text(good)
     prepare(Config(data=dataclasses.replace(data, eval_percent=0.0)), tmp_path / "out")
@@ -261,7 +318,7 @@ def test_damage_is_found_at_open(prepared, damage, message):
     spec = StreamSpec.from_config(config.streams)
     Loader(config.data, "train", spec)
     damage(prepared)
-    with pytest.raises(UserError, match=f"{message}.*msllm.prepare"):
+    with pytest.raises(UserError, match=f"{message}.*msllm prepare"):
         Loader(config.data, "train", spec)
 
 
@@ -282,11 +339,27 @@ def test_configs_are_valid(name):
 
 
 def test_command_line(tmp_path):
-    command = [sys.executable, "-m", "msllm.prepare", "--config=configs/quickstart.py", f"--out={tmp_path}/out"]
-    done = subprocess.run([*command, "--config.data.options.examples=60"], cwd=ROOT, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "msllm",
+        "prepare",
+        "--config=configs/quickstart.py",
+        f"--out={tmp_path}/out",
+    ]
+    done = subprocess.run(
+        [*command, "--config.data.options.examples=60"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    assert "tokenizer: sentencepiece" in done.stdout and f"prepared in {tmp_path}/out" in done.stdout
+    assert (
+        "tokenizer: sentencepiece" in done.stdout and f"prepared in {tmp_path}/out" in done.stdout
+    )
     command[3] = "--config=configs/gsm8k.py"
-    done = subprocess.run([*command, "--config.data.path=/nowhere.jsonl"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--config.data.path=/nowhere.jsonl"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: config.data.path is '/nowhere.jsonl'") and "MSLLM_SHARED" in done.stderr
+    assert (
+        done.stderr.startswith("error: config.data.path is '/nowhere.jsonl'")
+        and "MSLLM_SHARED" in done.stderr
+    )

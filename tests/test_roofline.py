@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from runs import make_config, make_program, replace
 
-from msllm.hardware import TABLE, lookup
-from msllm.hlo import Collective
-from msllm.roofline import (
+from msllm.pod.hlo import Collective
+from msllm.pod.roofline import (
     REMEDIES,
     Shape,
     estimate,
@@ -21,6 +20,7 @@ from msllm.roofline import (
     remedies,
     transfer_seconds,
 )
+from msllm.runtime.hardware import TABLE, lookup
 from msllm.streams import StreamSpec
 
 ONE = {"data": 1, "fsdp": 1, "stream": 1, "tensor": 1}
@@ -50,12 +50,19 @@ def test_remat_recomputes_what_xla_counts():
     def counted(remat):
         config = replace(CONFIG, "model", remat=remat)
         program = make_program(config)
-        return program.step.lower(program.abstract_state, program.abstract_batch).cost_analysis()["flops"]
+        return program.step.lower(program.abstract_state, program.abstract_batch).cost_analysis()[
+            "flops"
+        ]
 
-    work = {remat: flops(shape(replace(CONFIG, "model", remat=remat)))["remat"] for remat in ("none", "dots", "full")}
+    work = {
+        remat: flops(shape(replace(CONFIG, "model", remat=remat)))["remat"]
+        for remat in ("none", "dots", "full")
+    }
     assert work["none"] == work["dots"] == 0
     none, dots, full = (counted(remat) for remat in ("none", "dots", "full"))
-    assert full - none == pytest.approx(work["full"], rel=0.06)  # norms and rotations are in XLA's count only
+    assert full - none == pytest.approx(
+        work["full"], rel=0.06
+    )  # norms and rotations are in XLA's count only
     assert dots - none < 0.1 * work["full"]
 
 
@@ -66,7 +73,9 @@ def test_scores_are_computed_again_by_blockwise_attention_only():
     # Two backward kernels: each computes the scores and the gradients of the softmax's weights.
     assert flops(shape(attention="splash"))["attention_scores_again"] == 3 * 2 * 4 * 16 * pairs
     assert flops(shape())["attention_scores_again"] == 0
-    assert blockwise["hardware"] == sum(value for name, value in blockwise.items() if name != "hardware")
+    assert blockwise["hardware"] == sum(
+        value for name, value in blockwise.items() if name != "hardware"
+    )
 
 
 def test_the_head_of_a_stream_without_weight_counts_where_it_shares_a_program():
@@ -78,7 +87,10 @@ def test_the_head_of_a_stream_without_weight_counts_where_it_shares_a_program():
 
 def test_a_head_in_parts_computes_logits_twice_and_holds_less():
     parts = replace(CONFIG, "loss", vocab_chunks=4)
-    assert flops(shape(parts))["logits_again"] == 2 * 4 * 8 * 2 * 64 * 64 and flops(shape())["logits_again"] == 0
+    assert (
+        flops(shape(parts))["logits_again"] == 2 * 4 * 8 * 2 * 64 * 64
+        and flops(shape())["logits_again"] == 0
+    )
     assert hbm_bytes(shape(parts), 1.0)["head"] > hbm_bytes(shape(), 1.0)["head"]
     assert memory_parts(shape(parts), 1.0)["logits"] == memory_parts(shape(), 1.0)["logits"] / 4
     assert memory_parts(shape(parts), 1.0)["tables"] < memory_parts(shape(), 1.0)["tables"]
@@ -99,13 +111,18 @@ def test_devices_share_flops_activations_and_weights():
     for part in ("useful", "hardware"):
         assert flops(shape(fsdp=2, tensor=2))[part] == flops(shape())[part] / 4
     whole, spread = hbm_bytes(shape(), 1200.0), hbm_bytes(shape(fsdp=2), 600.0)
-    assert spread["state"] == whole["state"] / 2 and spread["activations"] == whole["activations"] / 2
+    assert (
+        spread["state"] == whole["state"] / 2 and spread["activations"] == whole["activations"] / 2
+    )
     assert spread["weights"] == whole["weights"]  # every device gathers and reads all of them
 
 
 def test_micro_batches_shrink_activations_and_read_weights_again():
     parts = dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, accumulate=2))
-    assert memory_parts(shape(parts), 1.0)["kept_activations"] == memory_parts(shape(), 1.0)["kept_activations"] / 2
+    assert (
+        memory_parts(shape(parts), 1.0)["kept_activations"]
+        == memory_parts(shape(), 1.0)["kept_activations"] / 2
+    )
     assert hbm_bytes(shape(parts), 1.0)["weights"] == 2 * hbm_bytes(shape(), 1.0)["weights"]
     assert hbm_bytes(shape(parts), 1.0)["activations"] == hbm_bytes(shape(), 1.0)["activations"]
 
@@ -115,14 +132,26 @@ def test_micro_batches_shrink_activations_and_read_weights_again():
     [
         ({"model": {"remat": "none", "num_layers": 100}}, 1e3, "kept_activations"),
         (
-            {"model": {"vocab_size": 1 << 20}, "loss": {"chunk_tokens": 1 << 20}, "data": {"batch_size": 64}},
+            {
+                "model": {"vocab_size": 1 << 20},
+                "loss": {"chunk_tokens": 1 << 20},
+                "data": {"batch_size": 64},
+            },
             1e3,
             "logits",
         ),
         ({"model": {"vocab_size": 1 << 20}, "loss": {"chunk_tokens": 2}}, 1e3, "tables"),
-        ({"model": {"num_heads": 8, "num_kv_heads": 8, "d_ff": 8}, "mesh": {"stream": 32}}, 1e3, "gathered_keys"),
+        (
+            {"model": {"num_heads": 8, "num_kv_heads": 8, "d_ff": 8}, "mesh": {"stream": 32}},
+            1e3,
+            "gathered_keys",
+        ),
         ({}, 1e12, "state"),
-        ({"model": {"remat": "dots", "d_ff": 1 << 20, "vocab_size": 32}, "data": {"rows": 2}}, 1e3, "gathered_weights"),
+        (
+            {"model": {"remat": "dots", "d_ff": 1 << 20, "vocab_size": 32}, "data": {"rows": 2}},
+            1e3,
+            "gathered_weights",
+        ),
         ({"data": {"batch_size": 4096}, "model": {"remat": "full"}}, 1e3, "one_layer"),
     ],
 )
@@ -135,9 +164,12 @@ def test_the_first_remedy_is_that_of_the_largest_part(changes, state, part):
 
 def test_keys_in_a_ring_are_those_of_two_devices():
     gathered, ring = (
-        memory_parts(shape(replace(CONFIG, "model", kv_ring=ring), stream=8), 1.0)["gathered_keys"] for ring in (False, True)
+        memory_parts(shape(replace(CONFIG, "model", kv_ring=ring), stream=8), 1.0)["gathered_keys"]
+        for ring in (False, True)
     )
-    assert ring == gathered * (1 + 4 / 4) / 8  # float32: gradients are no larger than what they are of
+    assert (
+        ring == gathered * (1 + 4 / 4) / 8
+    )  # float32: gradients are no larger than what they are of
 
 
 def test_a_remedy_is_not_what_is_already_so():
@@ -145,14 +177,20 @@ def test_a_remedy_is_not_what_is_already_so():
     assert remedies(shape(kept), 1.0)[0].startswith("config.model.remat='offload'")
     offloaded = shape(replace(kept, "model", remat="offload"))
     assert not any("remat" in line for line in remedies(offloaded, 1.0))
-    assert host_bytes(offloaded) == memory_parts(shape(kept), 1.0)["kept_activations"] and host_bytes(shape(kept)) == 0
+    assert (
+        host_bytes(offloaded) == memory_parts(shape(kept), 1.0)["kept_activations"]
+        and host_bytes(shape(kept)) == 0
+    )
     gathered = replace(CONFIG, "model", remat="none", num_layers=100_000, d_ff=1 << 20)
     assert remedies(shape(gathered), 1.0)[0].startswith("config.model.remat='full'")
 
 
 def places(slices=1, ring=4):
     """Devices of a mesh of `slices` x `ring`, each ring on one axis of its torus."""
-    return [SimpleNamespace(id=i, slice_index=i // ring, coords=(i % ring, 0, 0)) for i in range(slices * ring)]
+    return [
+        SimpleNamespace(id=i, slice_index=i // ring, coords=(i % ring, 0, 0))
+        for i in range(slices * ring)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +219,10 @@ def test_transfer_times(kind, dcn, moved):
 def test_a_step_takes_its_longest_part_and_what_nothing_hides():
     def seconds(*asynchronous):
         ring = np.array([[0, 1, 2, 3]])
-        found = [Collective("all-gather", int(1e9), ("u8[1000000000]",), ring, 1, hidden) for hidden in asynchronous]
+        found = [
+            Collective("all-gather", int(1e9), ("u8[1000000000]",), ring, 1, hidden)
+            for hidden in asynchronous
+        ]
         return estimate(shape(fsdp=4), 1e9, found, places(), V5E)
 
     alone, hidden, exposed = seconds(), seconds(True), seconds(False)
@@ -190,11 +231,15 @@ def test_a_step_takes_its_longest_part_and_what_nothing_hides():
     assert alone["step_seconds"] == work
     assert hidden["step_seconds"] == max(work, gather)
     assert exposed["step_seconds"] == pytest.approx(work + gather)
-    assert exposed["network_seconds"] == {"ICI fsdp": {"asynchronous": 0.0, "synchronous": pytest.approx(gather)}}
+    assert exposed["network_seconds"] == {
+        "ICI fsdp": {"asynchronous": 0.0, "synchronous": pytest.approx(gather)}
+    }
     for result in (alone, hidden, exposed):
         low, high = result["step_seconds_bounds"]
         assert low <= result["step_seconds"] <= high
-        assert result["mfu"] == pytest.approx(result["flops"]["useful"] / V5E.flops / result["step_seconds"])
+        assert result["mfu"] == pytest.approx(
+            result["flops"]["useful"] / V5E.flops / result["step_seconds"]
+        )
 
 
 def test_a_bandwidth_that_is_not_known_makes_no_estimate():
@@ -205,6 +250,12 @@ def test_a_bandwidth_that_is_not_known_makes_no_estimate():
 
 def test_devices_are_found_by_the_kind_that_the_runtime_names():
     assert lookup("TPU v5 lite") == V5E and lookup("TPU v5") == lookup("TPU v5p") != V5E
-    assert lookup("NVIDIA H100 80GB HBM3").flops == 989.5e12 and lookup("NVIDIA H100 PCIe").flops == 756.5e12
-    assert lookup("NVIDIA A100-SXM4-80GB").hbm_gib == 80 and lookup("NVIDIA A100-SXM4-40GB").hbm_gib == 40
+    assert (
+        lookup("NVIDIA H100 80GB HBM3").flops == 989.5e12
+        and lookup("NVIDIA H100 PCIe").flops == 756.5e12
+    )
+    assert (
+        lookup("NVIDIA A100-SXM4-80GB").hbm_gib == 80
+        and lookup("NVIDIA A100-SXM4-40GB").hbm_gib == 40
+    )
     assert lookup("cpu") is None

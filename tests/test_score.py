@@ -3,18 +3,18 @@
 import subprocess
 import sys
 
+import golden_cases
 import numpy as np
 import pytest
 
-import golden_cases
-from msllm import score as score_module
 from msllm.errors import UserError
-from msllm.load import load_any
-from msllm.score import check_tables, score
+from msllm.evals import score as score_module
+from msllm.evals.score import check_tables, score
+from msllm.weights.load import load_any
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "msllm.score", *arguments]
+    command = [sys.executable, "-m", "msllm", "score", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=golden_cases.HERE.parent)
 
 
@@ -28,7 +28,11 @@ def test_command_line(tmp_path):
     tokens, rows = case["tokens"], np.arange(case["tokens"].shape[1])
     present = np.broadcast_to((rows < case["num_rows"][:, None])[:, :, None], tokens.shape)
     np.savez(tmp_path / "in.npz", tokens=tokens, present=present)
-    arguments = [f"--checkpoint={case.path}", f"--tables={tmp_path / 'in.npz'}", f"--out={tmp_path / 'out.npz'}"]
+    arguments = [
+        f"--checkpoint={case.path}",
+        f"--tables={tmp_path / 'in.npz'}",
+        f"--out={tmp_path / 'out.npz'}",
+    ]
     done = run(*arguments, "--visibility=block_causal", "--skip_silence", "--silence_id=5")
     assert done.returncode == 0, done.stderr
     out = np.load(tmp_path / "out.npz")
@@ -63,7 +67,9 @@ def test_a_few_tables_at_a_time(make_model, monkeypatch):
     monkeypatch.setattr(score_module, "LOGITS_AT_ONCE", 2 * 4 * 3 * 32)
     parts = list(score(model, {"tokens": tokens}))
     assert [len(part["logits"]) for part in parts] == [2, 2, 1]
-    np.testing.assert_allclose(np.concatenate([part["logits"] for part in parts]), whole["logits"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        np.concatenate([part["logits"] for part in parts]), whole["logits"], rtol=0, atol=1e-5
+    )
 
 
 def test_visibility_is_used(make_model):
@@ -76,16 +82,16 @@ def test_visibility_is_used(make_model):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(tokens=np.zeros((1, 4, 2), int)), "2 streams: the model has 3"),
-        (dict(tokens=np.zeros((4, 3), int)), r"must be \[B, T, S\]"),
-        (dict(tokens=np.zeros((1, 4, 3))), "must be integers"),
-        (dict(tokens=np.full((1, 4, 3), 32)), r"tokens\[0, 0, 0\] is 32"),
-        (dict(tokens=np.full((1, 4, 3), -1)), "is -1: the vocabulary"),
-        (dict(present=np.ones((1, 4, 3), int)), "present is int64"),
-        (dict(present=np.ones((1, 3, 3), bool)), "present is bool"),
-        (dict(segment=np.ones((1, 3), int)), "segment is int64"),
-        (dict(segment=np.array([[1, 2, 1, 0]])), "id 1 comes back"),
-        (dict(segment=np.array([[1, 1, -1, 0]])), "it holds -1"),
+        ({"tokens": np.zeros((1, 4, 2), int)}, "2 streams: the model has 3"),
+        ({"tokens": np.zeros((4, 3), int)}, r"must be \[B, T, S\]"),
+        ({"tokens": np.zeros((1, 4, 3))}, "must be integers"),
+        ({"tokens": np.full((1, 4, 3), 32)}, r"tokens\[0, 0, 0\] is 32"),
+        ({"tokens": np.full((1, 4, 3), -1)}, "is -1: the vocabulary"),
+        ({"present": np.ones((1, 4, 3), int)}, "present is int64"),
+        ({"present": np.ones((1, 3, 3), bool)}, "present is bool"),
+        ({"segment": np.ones((1, 3), int)}, "segment is int64"),
+        ({"segment": np.array([[1, 2, 1, 0]])}, "id 1 comes back"),
+        ({"segment": np.array([[1, 1, -1, 0]])}, "it holds -1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -101,7 +107,9 @@ def test_absent_cells_may_hold_anything(make_model):
     tokens = np.full((1, 4, 3), -1)
     tokens[:, :2] = 5
     present = tokens >= 0
-    assert np.isfinite(scored(make_model(3), {"tokens": tokens, "present": present})["logits"][present]).all()
+    assert np.isfinite(
+        scored(make_model(3), {"tokens": tokens, "present": present})["logits"][present]
+    ).all()
 
 
 def test_load_names_the_missing_directory(tmp_path):

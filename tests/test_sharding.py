@@ -6,12 +6,12 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from runs import four_streams, host, make_program, place, random_tables
 
 from msllm import sharding
 from msllm.config import MeshConfig
 from msllm.errors import UserError
-from msllm.sharding import AXES, make_mesh, mesh_axes, partition
-from runs import compile_fast, compile_once, four_streams, host, make_program, place, random_tables  # noqa: F401
+from msllm.sharding import AXES, make_mesh, mesh_axes, partition_spec
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_fast")]
 STEPS = 5
@@ -19,7 +19,11 @@ ADAM = {"optim.lr": 1e-2, "optim.eps": 1e-5}
 LAYOUTS = {
     "lags": {
         "streams.loss_weights": (0.0, 0.0, 0.5, 2.0),
-        "streams.lags": (("output", "tool", "never"), ("thought", "user", "0"), ("output", "thought", "3")),
+        "streams.lags": (
+            ("output", "tool", "never"),
+            ("thought", "user", "0"),
+            ("output", "thought", "3"),
+        ),
         "streams.skip_silence": True,
         "model.tie_embeddings": False,
         "model.attention_bias": True,
@@ -66,7 +70,11 @@ def one_device(layout):
 
 
 def mesh_name(value):
-    return value if isinstance(value, str) else "-".join(f"{axis}{size}" for axis, size in value.items())
+    return (
+        value
+        if isinstance(value, str)
+        else "-".join(f"{axis}{size}" for axis, size in value.items())
+    )
 
 
 @pytest.mark.parametrize("layout, axes", MESHES, ids=mesh_name)
@@ -79,7 +87,9 @@ def test_a_mesh_computes_what_one_device_computes(layout, axes):
     assert losses[-1] < losses[0]
     for name, value in metrics.items():
         np.testing.assert_allclose(sharded_metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(parameters), jax.tree.leaves(sharded_parameters)):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(parameters), jax.tree.leaves(sharded_parameters)
+    ):
         np.testing.assert_allclose(b, a, rtol=0, atol=2e-5, err_msg=jax.tree_util.keystr(path))
     check_parts(program, state)
 
@@ -94,7 +104,11 @@ def test_a_part_of_fsdp_inside_a_physical_axis_changes_nothing(monkeypatch):
 
 FACTORS = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(sizes) == 8]
 EVERY = {
-    "streams.names": ("user", "thought", "output"),  # no axis divides three: absent streams fill it up
+    "streams.names": (
+        "user",
+        "thought",
+        "output",
+    ),  # no axis divides three: absent streams fill it up
     "streams.kinds": ("input", "thought", "output"),
     "streams.lags": (("output", "user", "2"),),
     "model.num_heads": 8,
@@ -107,10 +121,14 @@ EVERY = {
 
 def losses_of_20_steps(sizes):
     config = four_streams(**ADAM | EVERY)
-    program = make_program(config, int(np.prod(sizes)), **dict(zip(("data", "fsdp", "stream", "tensor"), sizes)))
+    program = make_program(
+        config, int(np.prod(sizes)), **dict(zip(("data", "fsdp", "stream", "tensor"), sizes))
+    )
     state, losses = program.init(), []
     for step in range(20):
-        state, metrics = jax.block_until_ready(program.step(state, place(program, random_tables(config, step % 4))))
+        state, metrics = jax.block_until_ready(
+            program.step(state, place(program, random_tables(config, step % 4)))
+        )
         losses.append([float(metrics["loss"]), *metrics["nll"], *metrics["targets"]])
     return np.array(losses)
 
@@ -136,17 +154,32 @@ def test_initial_parameters_do_not_depend_on_the_mesh():
 def check_parts(program, state):
     """Every parameter and both of its moments lie in parts, one a device, as the table of rules says."""
     shape = program.mesh.shape
-    parts = lambda *axes: int(np.prod([shape[mesh_axis] for axis in axes for mesh_axis in mesh_axes(axis)]))
-    expected = {"embedding": parts("vocab", "embed"), "stream_embedding": parts("embed"), "final_norm": parts("embed")}
+
+    def parts(*axes):
+        return int(np.prod([shape[mesh_axis] for axis in axes for mesh_axis in mesh_axes(axis)]))
+
+    expected = {
+        "embedding": parts("vocab", "embed"),
+        "stream_embedding": parts("embed"),
+        "final_norm": parts("embed"),
+    }
     adam = next(part for part in state.opt_state if hasattr(part, "mu"))
     for tree in (state.parameters, adam.mu, adam.nu):
-        sizes = {name: tree[name].size / tree[name].addressable_shards[0].data.size for name in expected}
+        sizes = {
+            name: tree[name].size / tree[name].addressable_shards[0].data.size for name in expected
+        }
         assert sizes == expected
         attention, mlp = tree["blocks"]["attention"], tree["blocks"]["mlp"]
-        for name, axes in (("q", ("embed", "heads")), ("k", ("embed", "kv_heads")), ("o", ("heads", "embed"))):
+        for name, axes in (
+            ("q", ("embed", "heads")),
+            ("k", ("embed", "kv_heads")),
+            ("o", ("heads", "embed")),
+        ):
             part = attention[name].addressable_shards[0].data
             assert attention[name].size == part.size * parts(*axes), name
-        assert mlp["down"].size == mlp["down"].addressable_shards[0].data.size * parts("mlp", "embed")
+        assert mlp["down"].size == mlp["down"].addressable_shards[0].data.size * parts(
+            "mlp", "embed"
+        )
 
 
 def test_make_mesh_fills_the_axis_left_open():
@@ -157,20 +190,47 @@ def test_make_mesh_fills_the_axis_left_open():
 
 @pytest.mark.parametrize("axes", [{"data": 3}, {"data": -1, "stream": 3}, {"data": 16}])
 def test_make_mesh_names_the_devices_and_what_was_asked(axes):
-    with pytest.raises(UserError, match=r"config\.mesh \(data=.*\) does not fit 8 devices.*set one axis to -1"):
+    with pytest.raises(
+        UserError, match=r"config\.mesh \(data=.*\) does not fit 8 devices.*set one axis to -1"
+    ):
         make_mesh(MeshConfig(**axes))
 
 
 @pytest.mark.parametrize(
     "axes, changes, length, name",
     [
-        ({"data": 8}, {"optim.accumulate": 2}, "4 over data=8 x fsdp=1", "data.batch_size / optim.accumulate"),
-        ({"data": 4, "fsdp": 2}, {"data.batch_size": 12}, "12 over data=4 x fsdp=2", "data.batch_size"),
-        ({"data": 4, "tensor": 2}, {"model.num_kv_heads": 1}, "1 over tensor=2", "model.num_kv_heads"),
+        (
+            {"data": 8},
+            {"optim.accumulate": 2},
+            "4 over data=8 x fsdp=1",
+            "data.batch_size / optim.accumulate",
+        ),
+        (
+            {"data": 4, "fsdp": 2},
+            {"data.batch_size": 12},
+            "12 over data=4 x fsdp=2",
+            "data.batch_size",
+        ),
+        (
+            {"data": 4, "tensor": 2},
+            {"model.num_kv_heads": 1},
+            "1 over tensor=2",
+            "model.num_kv_heads",
+        ),
         ({"tensor": 8}, {"model.num_kv_heads": 4}, "4 over tensor=8", "model.num_heads"),
-        ({"data": 4, "tensor": 2}, {"model.vocab_size": 31}, "31 over tensor=2", "model.vocab_size"),
+        (
+            {"data": 4, "tensor": 2},
+            {"model.vocab_size": 31},
+            "31 over tensor=2",
+            "model.vocab_size",
+        ),
         ({"data": 4, "tensor": 2}, {"model.d_ff": 33}, "33 over tensor=2", "model.d_ff"),
-        ({"fsdp": 4, "stream": 2}, {"model.d_model": 20}, "20 over fsdp=4 x fsdp_inner=1 x stream=2", "model.d_model"),
+        (
+            {"fsdp": 4, "stream": 2},
+            {"model.d_model": 20},
+            "20 over fsdp=4 x fsdp_inner=1 x stream=2",
+            "model.d_model",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_divide_names_what_and_by_what(axes, changes, length, name):
@@ -181,8 +241,10 @@ def test_a_mesh_that_does_not_divide_names_what_and_by_what(axes, changes, lengt
 
 
 def test_partition_refuses_a_mesh_axis_twice():
-    assert partition("vocab", "embed") == jax.sharding.PartitionSpec(("tensor",), ("fsdp", "fsdp_inner", "stream"))
+    assert partition_spec("vocab", "embed") == jax.sharding.PartitionSpec(
+        ("tensor",), ("fsdp", "fsdp_inner", "stream")
+    )
     with pytest.raises(ValueError, match="use a mesh axis twice.*tensor"):
-        partition("heads", "vocab")
+        partition_spec("heads", "vocab")
     with pytest.raises(ValueError, match="stream"):
-        partition("batch", "stream", "embed")
+        partition_spec("batch", "stream", "embed")

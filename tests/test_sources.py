@@ -11,7 +11,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 from array_record.python import array_record_module
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from msllm.data import sources
 from msllm.data.sources import BadRecord, BadRecords, parts, read, texts
@@ -64,19 +65,29 @@ def test_every_format_gives_the_same_records(tmp_path, name, count):
     records = [list(read(part)) for part in found]
     assert all(records)  # each part holds some
     assert [record.value for part in records for record in part] == RECORDS
-    assert [record.where for part in records for record in part] == [f"{path}:{i}" for i in range(1, 701)]
-    documents = [(where, "".join(blocks)) for part in found for where, blocks in texts(part, "text", BadRecords())]
+    assert [record.where for part in records for record in part] == [
+        f"{path}:{i}" for i in range(1, 701)
+    ]
+    documents = [
+        (where, "".join(blocks))
+        for part in found
+        for where, blocks in texts(part, "text", BadRecords())
+    ]
     assert documents == [(f"{path}:{i}", record["text"]) for i, record in enumerate(RECORDS, 1)]
 
 
-@given(lines=st.lists(st.text("a\n", max_size=5).map(str.encode), max_size=12), count=st.integers(1, 6))
+@given(
+    lines=st.lists(st.text("a\n", max_size=5).map(str.encode), max_size=12), count=st.integers(1, 6)
+)
 def test_a_line_belongs_to_exactly_one_part(tmp_path_factory, lines, count):
     path = tmp_path_factory.getbasetemp() / "lines"
     path.write_bytes(b"\n".join(lines))
     whole = list(sources._lines(str(path)))
     assert b"".join(line for _, line in whole) == path.read_bytes()
     before = sources._lines_before(str(path), count)
-    assert [item for i in range(count) for item in sources._lines(str(path), i, count, before[i])] == whole
+    assert [
+        item for i in range(count) for item in sources._lines(str(path), i, count, before[i])
+    ] == whole
 
 
 def test_a_text_is_one_document_read_in_blocks(tmp_path, monkeypatch):
@@ -85,17 +96,29 @@ def test_a_text_is_one_document_read_in_blocks(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_bytes(text.encode())
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"second"))
     found = parts(str(tmp_path / "*.txt*"), other="text", count=4)
-    documents = [(where, list(blocks)) for part in found for where, blocks in texts(part, "text", BadRecords())]
+    documents = [
+        (where, list(blocks))
+        for part in found
+        for where, blocks in texts(part, "text", BadRecords())
+    ]
     assert [where for where, _ in documents] == [f"{tmp_path}/a.txt:1", f"{tmp_path}/b.txt.gz:1"]
-    assert len(documents[0][1]) > 4 and "".join(documents[0][1]) == text and documents[1][1] == ["second"]
+    assert (
+        len(documents[0][1]) > 4
+        and "".join(documents[0][1]) == text
+        and documents[1][1] == ["second"]
+    )
     (record,) = read(parts(str(tmp_path / "a.txt"), "text")[0])
     assert record.value == text
 
 
 def test_the_config_overrides_names(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_bytes(LINES)
-    assert [record.value for record in read(parts(str(tmp_path / "a.txt"), "jsonl", "text")[0])] == RECORDS
-    (tmp_path / "own_reader.py").write_text("def rows(file):\n    yield from open(file).read().split()\n")
+    assert [
+        record.value for record in read(parts(str(tmp_path / "a.txt"), "jsonl", "text")[0])
+    ] == RECORDS
+    (tmp_path / "own_reader.py").write_text(
+        "def rows(file):\n    yield from open(file).read().split()\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     (part,) = parts(str(tmp_path / "a.txt"), "own_reader:rows", count=5)
     assert [record.value for record in read(part)][:2] == LINES.decode().split()[:2]
@@ -114,7 +137,9 @@ class Bucket:
         self._path = pathlib.Path(path.replace("gs://bucket", str(self.folder)))
 
     def glob(self, pattern):
-        return [str(path).replace(str(self.folder), "gs://bucket") for path in self._path.glob(pattern)]
+        return [
+            str(path).replace(str(self.folder), "gs://bucket") for path in self._path.glob(pattern)
+        ]
 
     def exists(self):
         return self._path.exists()
@@ -126,7 +151,9 @@ class Bucket:
         return types.SimpleNamespace(length=self._path.stat().st_size)
 
 
-@pytest.mark.parametrize("path", ["gs://bucket/x/a.parquet", "gs://bucket/x/*.parquet", "gs://bucket/*/a.par?uet"])
+@pytest.mark.parametrize(
+    "path", ["gs://bucket/x/a.parquet", "gs://bucket/x/*.parquet", "gs://bucket/*/a.par?uet"]
+)
 def test_remote_files(tmp_path, monkeypatch, path):
     Bucket.folder = tmp_path
     monkeypatch.setattr(sources.epath, "Path", Bucket)
@@ -144,7 +171,9 @@ def test_remote_files(tmp_path, monkeypatch, path):
         list(read(parts("gs://bucket/x/a.array_record")[0]))
 
 
-BAD_LINES = b'{"text": "a"}\n{"text"\n\n[1]\n{"text": "\xff"}\n{"text": 5}\n' + b'{"text": "a"}\n' * 20
+BAD_LINES = (
+    b'{"text": "a"}\n{"text"\n\n[1]\n{"text": "\xff"}\n{"text": 5}\n' + b'{"text": "a"}\n' * 20
+)
 
 
 def test_bad_records_are_left_out_counted_and_shown(tmp_path, capsys):
@@ -156,7 +185,9 @@ def test_bad_records_are_left_out_counted_and_shown(tmp_path, capsys):
     bad.finish()
     assert found == ["a"] * 21 and (bad.bad, bad.records) == (4, 25)
     reasons = ["2: invalid JSON", "4: '[1]': each line", "5: not UTF-8", "6: 'text' is 5"]
-    assert [message.startswith(f"{path}:{why}") for message, why in zip(bad.shown, reasons, strict=True)] == [True] * 4
+    assert [
+        message.startswith(f"{path}:{why}") for message, why in zip(bad.shown, reasons, strict=True)
+    ] == [True] * 4
     assert capsys.readouterr().err.splitlines() == [f"left out: {message}" for message in bad.shown]
 
 
@@ -168,7 +199,10 @@ def test_a_run_stops_when_too_many_are_bad(tmp_path):
         list(read(part))
     bad = BadRecords(percent=11.0)
     assert len(list(read(part, bad))) == 22  # 3 of 25: below a share of the first 1,000
-    with pytest.raises(UserError, match=r"3 of 25 records are bad, .*bad_percent=11.0.*a.jsonl:2: invalid JSON.*:4:"):
+    with pytest.raises(
+        UserError,
+        match=r"3 of 25 records are bad, .*bad_percent=11.0.*a.jsonl:2: invalid JSON.*:4:",
+    ):
         bad.finish()
     path.write_bytes(b"oops\n" * 3000)
     bad = BadRecords(percent=2.0)
@@ -177,17 +211,24 @@ def test_a_run_stops_when_too_many_are_bad(tmp_path):
     assert len(bad.shown) == sources.SHOWN
 
 
-@pytest.mark.parametrize("module, name", [("pyarrow.parquet", "a.parquet"), ("zstandard", "a.jsonl.zst")])
+@pytest.mark.parametrize(
+    "module, name", [("pyarrow.parquet", "a.parquet"), ("zstandard", "a.jsonl.zst")]
+)
 def test_a_missing_package_is_named(tmp_path, monkeypatch, module, name):
     WRITERS[name](tmp_path / name)
     monkeypatch.setitem(sys.modules, module, None)
     package = module.partition(".")[0]
-    with pytest.raises(UserError, match=rf"{name}: needs the package {package}: .*pip install {package}.*msllm.data"):
+    with pytest.raises(
+        UserError,
+        match=rf"{name}: needs the package {package}: .*pip install {package}.*msllm.data",
+    ):
         list(read(parts(str(tmp_path / name))[0]))
 
 
 @pytest.mark.parametrize("name", ["a.JSONL.gz", "a.jsonl.zst", "a.parquet", "a.array_record"])
-@pytest.mark.parametrize("damage", [lambda content: content[:-900], lambda content: b"what is this?" * 9])
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:-900], lambda content: b"what is this?" * 9]
+)
 def test_damaged_files_are_named(tmp_path, name, damage):
     WRITERS[name](tmp_path / name)
     content = (tmp_path / name).read_bytes()

@@ -15,29 +15,36 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_attention import assert_same, outputs_and_gradients, random_inputs, random_lag
 
-from msllm.attention import attention, splash
-from msllm.attention.blocks import EMPTY, FULL, PARTIAL, block_map, flatten
-from msllm.attention.case import Case
-from msllm.attention.reference import reference_attention
-from msllm.attention.splash import Blocks, blocks_for, declines, splash_attention
 from msllm.config import MeshConfig
-from msllm.sharding import axis_index, gather, make_mesh, named, partition
+from msllm.model.attention import splash
+from msllm.model.attention.backend import Case
+from msllm.model.attention.blocks import EMPTY, FULL, PARTIAL, block_map, flatten
+from msllm.model.attention.dispatch import attention
+from msllm.model.attention.reference import reference_attention
+from msllm.model.attention.splash import Blocks, blocks_for, declines, splash_attention
+from msllm.sharding import axis_index, gather, make_mesh, named_sharding, partition_spec
 from msllm.streams import NEVER, PRESETS, Cells, lag_matrix, visible
 
 SMALL = Blocks(128, 128)
 
 
 def some_lag(visibility, streams):
-    return random_lag(streams, streams) if visibility == "random" else lag_matrix(visibility, streams)
+    return (
+        random_lag(streams, streams) if visibility == "random" else lag_matrix(visibility, streams)
+    )
 
 
 def compare(q, k, v, cells, lag, q_streams=None, blocks=SMALL, check=assert_same):
     q_streams = np.arange(lag.shape[0]) if q_streams is None else np.array(q_streams)
-    q_cells = cells._replace(present=cells.present[:, :, q_streams], seen=cells.seen[:, :, q_streams])
+    q_cells = cells._replace(
+        present=cells.present[:, :, q_streams], seen=cells.seen[:, :, q_streams]
+    )
     q = q[:, :, q_streams]
 
     def ours(q, k, v):
-        return splash_attention(q, k, v, q_cells, cells, lag, jnp.asarray(q_streams), interpret=True, blocks=blocks)
+        return splash_attention(
+            q, k, v, q_cells, cells, lag, jnp.asarray(q_streams), interpret=True, blocks=blocks
+        )
 
     def theirs(q, k, v):
         return reference_attention(q, k, v, q_cells, cells, jnp.asarray(lag), q_streams)
@@ -48,7 +55,9 @@ def compare(q, k, v, cells, lag, q_streams=None, blocks=SMALL, check=assert_same
 # T * S is between 2 and 3 blocks, and none of them divides it.
 @pytest.mark.slow
 @pytest.mark.parametrize("visibility", [*PRESETS, "random"])
-@pytest.mark.parametrize("streams, rows", [(1, 270), (2, 150), (3, 95), (4, 75), (8, 37), (10, 27), (16, 19)])
+@pytest.mark.parametrize(
+    "streams, rows", [(1, 270), (2, 150), (3, 95), (4, 75), (8, 37), (10, 27), (16, 19)]
+)
 def test_splash_equals_reference(streams, rows, visibility):
     batch = 2 if streams != 2 else 1
     q, k, v, cells = random_inputs(streams, batch, rows, streams, 4, (2, 4, 1)[streams % 3])
@@ -71,9 +80,13 @@ def test_some_streams_of_queries(visibility, q_streams, settings, blocks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("edges", [{(2, 0): NEVER}, {(2, 0): NEVER, (0, 1): 0, (1, 2): 4}], ids=["firewall", "edges"])
+@pytest.mark.parametrize(
+    "edges", [{(2, 0): NEVER}, {(2, 0): NEVER, (0, 1): 0, (1, 2): 4}], ids=["firewall", "edges"]
+)
 def test_named_edges_and_calls_of_some_tables(edges, monkeypatch):
-    monkeypatch.setattr(splash, "MAP_ENTRIES", 8)  # 2 * 2 blocks a table: two of the four tables a call
+    monkeypatch.setattr(
+        splash, "MAP_ENTRIES", 8
+    )  # 2 * 2 blocks a table: two of the four tables a call
     lag = lag_matrix("block_causal", 3)
     for edge, value in edges.items():
         lag[edge] = value
@@ -85,14 +98,18 @@ def test_named_edges_and_calls_of_some_tables(edges, monkeypatch):
 def test_sharded_equals_unsharded(visibility):
     q, k, v, cells = random_inputs(1, 2, 40, 4, 4, 2)
     lag = some_lag(visibility, 4)
-    heads = partition("batch", "row", "stream", "heads", "head_dim")
-    table, row = partition("batch", "row", "stream"), partition("batch", "row")
+    heads = partition_spec("batch", "row", "stream", "heads", "head_dim")
+    table, row = partition_spec("batch", "row", "stream"), partition_spec("batch", "row")
 
     def local(q, k, v, cells):
-        whole = lambda x: gather(x, 2, ("stream",))
+        def whole(x):
+            return gather(x, 2, ("stream",))
+
         k_cells = cells._replace(present=whole(cells.present), seen=whole(cells.seen))
         streams = axis_index("stream") * q.shape[2] + jnp.arange(q.shape[2])
-        return splash_attention(q, whole(k), whole(v), cells, k_cells, lag, streams, interpret=True, blocks=SMALL)
+        return splash_attention(
+            q, whole(k), whole(v), cells, k_cells, lag, streams, interpret=True, blocks=SMALL
+        )
 
     sharded = jax.shard_map(
         local,
@@ -102,7 +119,10 @@ def test_sharded_equals_unsharded(visibility):
         check_vma=False,
     )
     ours = outputs_and_gradients(lambda q, k, v: sharded(q, k, v, cells), q, k, v)
-    theirs = lambda q, k, v: reference_attention(q, k, v, cells, cells, jnp.asarray(lag), jnp.arange(4))
+
+    def theirs(q, k, v):
+        return reference_attention(q, k, v, cells, cells, jnp.asarray(lag), jnp.arange(4))
+
     assert_same(ours, outputs_and_gradients(theirs, q, k, v))
 
 
@@ -115,11 +135,23 @@ def earlier(row, stream, k_row, k_stream, lag, segment=1, present=True, k_segmen
 @pytest.mark.parametrize("visibility", [*PRESETS, "random", "never"])
 @pytest.mark.parametrize(
     "rows, streams, tables, parts",
-    [(21, 3, 1, 1), (21, 3, 4, 3), (16, 16, 2, 1), (16, 16, 2, 4), (4096, 16, 1, 1), (6553, 10, 3, 1), (6553, 10, 3, 5)],
+    [
+        (21, 3, 1, 1),
+        (21, 3, 4, 3),
+        (16, 16, 2, 1),
+        (16, 16, 2, 4),
+        (4096, 16, 1, 1),
+        (6553, 10, 3, 1),
+        (6553, 10, 3, 5),
+    ],
 )
 def test_predicate_of_codes_is_the_rule(rows, streams, tables, parts, visibility):
     """Of keys of all streams, and of those of one part."""
-    lag = np.full((streams, streams), NEVER) if visibility == "never" else some_lag(visibility, streams)
+    lag = (
+        np.full((streams, streams), NEVER)
+        if visibility == "never"
+        else some_lag(visibility, streams)
+    )
     size = streams // parts
     length = -(-rows * size // 384) * 384
     rule = splash._make_rule(lag, rows, tables, size, length)
@@ -146,7 +178,9 @@ def test_quotient_is_exact():
 @pytest.mark.parametrize("visibility", [*PRESETS, "random"])
 def test_block_map_is_safe_and_sharp(visibility, segments, absent):
     rows, streams, q_block, k_block = 40, 3, 9, 12  # 120 cells: neither divides it
-    *_, cells = random_inputs(segments, 2, rows, streams, 1, 1, absent=absent, silent=absent, segments=segments)
+    *_, cells = random_inputs(
+        segments, 2, rows, streams, 1, 1, absent=absent, silent=absent, segments=segments
+    )
     lag = some_lag(visibility, streams)
     length = 144
     queries = flatten(jnp.arange(rows), cells.segment, cells.present, length)
@@ -159,31 +193,49 @@ def test_block_map_is_safe_and_sharp(visibility, segments, absent):
         present, seen = (np.asarray(x)[table].ravel() for x in (cells.present, cells.seen))
         pairs = np.zeros((length, length), bool)
         pairs[: row.size, : row.size] = earlier(
-            *(row[:, None], stream[:, None], row, stream, lag, segment[:, None], present[:, None], segment, seen)
+            *(
+                row[:, None],
+                stream[:, None],
+                row,
+                stream,
+                lag,
+                segment[:, None],
+                present[:, None],
+                segment,
+                seen,
+            )
         )
         blocks = pairs.reshape(length // q_block, q_block, -1, k_block).swapaxes(1, 2)
         some, every = blocks.any((2, 3)), blocks.all((2, 3))
         assert not (some & (kinds[table] == EMPTY)).any()
         assert not (~every & (kinds[table] == FULL)).any()
         if absent == 0 and visibility in ("block_causal", "same_row"):
-            np.testing.assert_array_equal(kinds[table], np.where(every, FULL, np.where(some, PARTIAL, EMPTY)))
+            np.testing.assert_array_equal(
+                kinds[table], np.where(every, FULL, np.where(some, PARTIAL, EMPTY))
+            )
 
 
 def test_steps_load_the_block_that_they_compute():
-    kinds = jnp.asarray(np.random.default_rng(0).choice([EMPTY, EMPTY, PARTIAL, FULL], (3, 4, 5)), jnp.int8)
+    kinds = jnp.asarray(
+        np.random.default_rng(0).choice([EMPTY, EMPTY, PARTIAL, FULL], (3, 4, 5)), jnp.int8
+    )
     kinds = kinds.at[1, 2].set(EMPTY).at[2].set(EMPTY)
     load, kind = splash._forward_order(kinds)
     assert load.shape == kind.shape == (1, 12, 5)
     active = np.asarray(kind[0]) > 0
     table, key = np.divmod(np.asarray(load[0]), 5)
-    assert (key == np.arange(5))[active].all() and (table == np.arange(12)[:, None] // 4)[active].all()
+    assert (key == np.arange(5))[active].all() and (table == np.arange(12)[:, None] // 4)[
+        active
+    ].all()
     first_ahead = np.asarray(load[0]).ravel()[np.flatnonzero(~active.ravel())[0]]
     assert first_ahead in np.asarray(load[0])[active]  # an idle step loads for a later one
     load, kind = splash._backward_order(kinds)
     assert load.shape == kind.shape == (1, 4, 15)
     active = np.asarray(kind[0]) > 0
     table, query = np.divmod(np.asarray(load[0]), 4)
-    assert (query == np.arange(4)[:, None])[active].all() and (table == np.arange(15) // 5)[active].all()
+    assert (query == np.arange(4)[:, None])[active].all() and (table == np.arange(15) // 5)[
+        active
+    ].all()
     np.testing.assert_array_equal(np.asarray(kind[0]).reshape(4, 3, 5).swapaxes(0, 1), kinds)
 
 
@@ -195,7 +247,9 @@ def test_the_plan_of_65536_cells_is_cheap():
     def plan(cells):
         rule, cut = splash._make_rule(lag, rows, 1, streams, rows * streams), Blocks(512, 512)
         length = {"q_length": rows * streams, "k_length": rows * streams}
-        return splash._plan(cells, cells, np.arange(streams), 0, lag=lag, rule=rule, blocks=cut, **length)
+        return splash._plan(
+            cells, cells, np.arange(streams), 0, lag=lag, rule=rule, blocks=cut, **length
+        )
 
     begin = time.process_time()
     compiled = jax.jit(plan).lower(cells).compile()
@@ -205,36 +259,51 @@ def test_the_plan_of_65536_cells_is_cheap():
     result = jax.block_until_ready(compiled(cells))
     seconds = time.process_time() - begin
     active = float(np.mean(np.asarray(result.forward[1]) != EMPTY))
-    print(f"traced and compiled in {traced:.2f} CPU-s, run in {seconds * 1e3:.1f} CPU-ms, {active:.1%} of the blocks")
+    print(
+        f"traced and compiled in {traced:.2f} CPU-s, run in {seconds * 1e3:.1f} CPU-ms, {active:.1%} of the blocks"
+    )
     assert seconds < 0.1 and active < 0.1  # 16 examples: about 1 / 32 of all blocks
     shapes = re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", compiled.as_text())
     assert max(math.prod(map(int, shape.split(","))) for shape in shapes) <= 2 * rows * streams
 
 
 def test_the_private_functions_are_those_that_were_tested():
-    """jax may change them in any version: then msllm/attention/splash.py, its last section, must follow."""
-    common = "q k v segment_ids sinks is_mqa mask_value mask_function attn_logits_soft_cap interpret"
+    """jax may change them in any version: then msllm/model/attention/splash.py, its last section, must follow."""
+    common = (
+        "q k v segment_ids sinks is_mqa mask_value mask_function attn_logits_soft_cap interpret"
+    )
     forward = "fwd_mask_info block_sizes residual_checkpoint_name save_residuals"
     backward = "mask_info logsumexp do di bq bkv q_layout k_layout v_layout"
     expected = {
         "_splash_attention_forward": {*common.split(), *forward.split()},
         "_splash_attention_bwd_dq": {*common.split(), *backward.split()},
-        "_splash_attention_bwd_dkv": {*common.split(), *backward.split(), "bkv_compute", "use_fused_bwd_kernel"},
+        "_splash_attention_bwd_dkv": {
+            *common.split(),
+            *backward.split(),
+            "bkv_compute",
+            "use_fused_bwd_kernel",
+        },
     }
     for name, parameters in expected.items():
-        assert set(inspect.signature(getattr(splash.kernels, name)).parameters) == parameters, f"jax {jax.__version__}"
+        assert set(inspect.signature(getattr(splash.kernels, name)).parameters) == parameters, (
+            f"jax {jax.__version__}"
+        )
     fields = "data_next mask_next block_mask partial_mask_blocks q_sequence is_dynamic_mask"
     assert splash.MaskInfo._fields == tuple(fields.split())
 
 
 def make_case(**changes):
-    case = Case("tpu", "TPU v5 lite", "bfloat16", 1024, 8, 8, 32, 8, 128, lag_matrix("block_causal", 8))
+    case = Case(
+        "tpu", "TPU v5 lite", "bfloat16", 1024, 8, 8, 32, 8, 128, lag_matrix("block_causal", 8)
+    )
     return case._replace(**changes)
 
 
 def test_declines_say_why():
     assert declines(make_case()) is None
-    assert declines(make_case(device_kind="TPU7x", dtype="float32", kv_heads=32, head_dim=64)) is None
+    assert (
+        declines(make_case(device_kind="TPU7x", dtype="float32", kv_heads=32, head_dim=64)) is None
+    )
     assert declines(make_case(rows=4096, streams=16, lag=random_lag(0, 16))) is None  # 65,536 cells
     assert "cpu" in declines(make_case(platform="cpu"))
     assert "float16" in declines(make_case(dtype="float16"))
@@ -247,15 +316,30 @@ def test_declines_say_why():
 def test_other_rows_of_keys_are_refused():
     q, k, v, cells = random_inputs(0, 1, 4, 2, 2, 2)
     with pytest.raises(ValueError, match="1 rows and the keys 4"):
-        splash_attention(q[:, :1], k, v, cells, cells, lag_matrix("block_causal", 2), np.arange(2), interpret=True)
+        splash_attention(
+            q[:, :1],
+            k,
+            v,
+            cells,
+            cells,
+            lag_matrix("block_causal", 2),
+            np.arange(2),
+            interpret=True,
+        )
 
 
 def test_blocks_of_a_generation():
     assert blocks_for("TPU v6 lite") != blocks_for("TPU v5 lite") == blocks_for("TPU v9")
     for blocks in splash.BLOCKS.values():
         (q, q_length), (k, k_length) = splash._cuts(1024, 3, 10, blocks)
-        assert q <= blocks.q and k <= blocks.k and q % 128 == k % 128 == q_length % q == k_length % k == 0
-        assert q_length < 1024 * 3 + 128 * q_length // q and k_length < 1024 * 10 + 128 * k_length // k
+        assert (
+            q <= blocks.q
+            and k <= blocks.k
+            and q % 128 == k % 128 == q_length % q == k_length % k == 0
+        )
+        assert (
+            q_length < 1024 * 3 + 128 * q_length // q and k_length < 1024 * 10 + 128 * k_length // k
+        )
 
 
 def tpus(topology, monkeypatch):
@@ -272,7 +356,11 @@ def tpu(topology, monkeypatch):
     """(device, sharding, maker of abstract arrays) of one chip."""
     device = tpus(topology, monkeypatch)[0]
     sharding = NamedSharding(Mesh([device], ("one",)), PartitionSpec())
-    return device, sharding, lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    return (
+        device,
+        sharding,
+        lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding),
+    )
 
 
 def count_kernels(compiled):
@@ -289,13 +377,19 @@ def test_a_kept_forward_kernel_does_not_run_again(monkeypatch):
         """Kernels of a scan over layers that keep the values of these names for the backward pass."""
 
         def loss(x, cells):
-            attend = lambda x: jnp.sin(splash_attention(x, x, x, cells, cells, lag, np.arange(2)))
+            def attend(x):
+                return jnp.sin(splash_attention(x, x, x, cells, cells, lag, np.arange(2)))
+
             policy = jax.checkpoint_policies.save_only_these_names(*names)
-            layer = jax.checkpoint(lambda x, _: (x + attend(x), None), policy=policy, prevent_cse=False)
+            layer = jax.checkpoint(
+                lambda x, _: (x + attend(x), None), policy=policy, prevent_cse=False
+            )
             return jax.lax.scan(layer, x, length=3)[0].sum()
 
         x = array(jnp.float32, 1, 64, 2, 2, 128)
-        return count_kernels(jax.jit(jax.grad(loss), out_shardings=sharding).lower(x, cells).compile())
+        return count_kernels(
+            jax.jit(jax.grad(loss), out_shardings=sharding).lower(x, cells).compile()
+        )
 
     assert (kernels("attention"), kernels("others")) == (3, 4)
 
@@ -320,7 +414,12 @@ def test_compiles_for_tpus(topology, rows, streams, visibility, dtype, monkeypat
 
     def run(q, k, v, cells, d_out):
         streams = jnp.arange(lag.shape[0])
-        attend = lambda *qkv: splash_attention(*qkv, cells, cells, lag, streams, blocks=blocks_for(device.device_kind))
+
+        def attend(*qkv):
+            return splash_attention(
+                *qkv, cells, cells, lag, streams, blocks=blocks_for(device.device_kind)
+            )
+
         out, pull_back = jax.vjp(attend, q, k, v)
         return out, pull_back(d_out)
 
@@ -329,7 +428,10 @@ def test_compiles_for_tpus(topology, rows, streams, visibility, dtype, monkeypat
     cells = Cells(*(array(jnp.int32, 1, rows),) * 2, *(array(bool, *table),) * 2)
     compiled = jax.jit(run, out_shardings=sharding).lower(q, k, k, cells, q).compile()
     assert count_kernels(compiled) == 3
-    temporary, size = compiled.memory_analysis().temp_size_in_bytes, math.prod(q.shape) * q.dtype.itemsize
+    temporary, size = (
+        compiled.memory_analysis().temp_size_in_bytes,
+        math.prod(q.shape) * q.dtype.itemsize,
+    )
     print(f"{temporary / 2**20:.1f} MiB of temporaries, q has {size / 2**20:.1f}")
     assert temporary < 10 * size + 2**22
 
@@ -341,7 +443,7 @@ def test_keys_go_round_beside_the_kernels(monkeypatch):
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, stream=4, tensor=1), devices)
     axes, lag = ("batch", "row", "stream", "heads", "head_dim"), lag_matrix("same_row", 8)
     kernel = functools.partial(splash_attention, blocks=blocks_for(devices[0].device_kind))
-    heads, table, row = (partition(*axes[:n]) for n in (5, 3, 2))
+    heads, table, row = (partition_spec(*axes[:n]) for n in (5, 3, 2))
     sharded = jax.shard_map(
         lambda q, k, v, cells: attention(q, k, v, cells, lag, kernel, ring=True),
         mesh=mesh,
@@ -354,10 +456,16 @@ def test_keys_go_round_beside_the_kernels(monkeypatch):
         out, pull_back = jax.vjp(lambda *qkv: sharded(*qkv, cells), q, k, v)
         return out, pull_back(d_out)
 
-    array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=named(mesh, *axes[: len(shape)]))
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct(
+            shape, dtype, sharding=named_sharding(mesh, *axes[: len(shape)])
+        )
+
     q, k = array(jnp.bfloat16, 1, 512, 8, 4, 128), array(jnp.bfloat16, 1, 512, 8, 2, 128)
     cells = Cells(*(array(jnp.int32, 1, 512),) * 2, *(array(bool, 1, 512, 8),) * 2)
     compiled = jax.jit(run).lower(q, k, k, cells, q).compile()
     assert count_kernels(compiled) == 6  # those of the first turn, and of the loop over the others
-    collectives = set(re.findall(r" (all-gather|collective-permute)(-start)?\(", compiled.as_text()))
+    collectives = set(
+        re.findall(r" (all-gather|collective-permute)(-start)?\(", compiled.as_text())
+    )
     assert collectives == {("collective-permute", "-start")}

@@ -7,17 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from msllm.model import bind
-from msllm.streams import make_cells, positions
-from runs import compile_fast, compile_once  # noqa: F401
 from runs import SILENCE, four_streams, host, make_program, place, random_tables
+
+from msllm.model.model import bind
+from msllm.streams import make_cells, positions
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_fast")]
 WEIGHTS = (0.0, 0.0, 0.5, 2.0)
 OPTIONS = {
     "streams.loss_weights": WEIGHTS,
-    "streams.lags": (("output", "tool", "never"), ("thought", "user", "0"), ("output", "thought", "3")),
+    "streams.lags": (
+        ("output", "tool", "never"),
+        ("thought", "user", "0"),
+        ("output", "thought", "3"),
+    ),
     "streams.skip_silence": True,
     "optim.lr": 1e-2,
     "optim.eps": 1e-6,
@@ -61,7 +64,9 @@ def test_loss_and_sums_are_those_of_a_dense_computation():
     assert metrics["cells"] == present.sum()
     assert metrics["spoken"] == (present & (tables["tokens"] != SILENCE)).sum()
 
-    sums = machine.evaluate(parameters, place(machine, tables))  # all streams, also those without weight
+    sums = machine.evaluate(
+        parameters, place(machine, tables)
+    )  # all streams, also those without weight
     np.testing.assert_allclose(sums["nll"], (nll * counted).sum((0, 1)), rtol=1e-5)
     np.testing.assert_array_equal(sums["targets"], counted.sum((0, 1)))
     assert float(sums["loss"] / sums["weight"]) == pytest.approx(float(metrics["loss"]), abs=1e-6)
@@ -80,7 +85,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         for name in ("loss", "nll", "targets_spoken", "cells", "gradient_norms", "update_norm"):
             np.testing.assert_allclose(other[name], one[name], rtol=2e-5, err_msg=name)
     for a, b in zip(*(jax.tree.leaves(host(state.parameters)) for state in states)):
-        np.testing.assert_allclose(b, a, atol=3e-5)  # Adam's quotient magnifies the noise of small gradients
+        np.testing.assert_allclose(
+            b, a, atol=3e-5
+        )  # Adam's quotient magnifies the noise of small gradients
 
 
 @pytest.mark.parametrize("value", [np.inf, 1e25])
@@ -130,7 +137,9 @@ def test_no_array_of_all_logits_exists():
 def test_the_head_is_not_computed_for_streams_without_weight():
     def head_flops(loss_weights):
         """What 512 more entries of the vocabulary cost: the head, and a little of the optimizer."""
-        sizes = [{"model.vocab_size": size, "streams.loss_weights": loss_weights} for size in (512, 1024)]
+        sizes = [
+            {"model.vocab_size": size, "streams.loss_weights": loss_weights} for size in (512, 1024)
+        ]
         # One chunk: the analysis counts the body of a loop once.
         programs = [program(**size, **{"loss.chunk_tokens": 1024}) for size in sizes]
         small, large = (lowered(machine).cost_analysis()["flops"] for machine in programs)
@@ -153,7 +162,9 @@ def test_the_moments_exist_once():
     """What is kept besides the state grows by gradients and updates, not by new moments beside the old ones."""
 
     def temporaries(vocab_size):
-        compiled = lowered(program(**{"model.vocab_size": vocab_size, "loss.chunk_tokens": 8})).compile()
+        compiled = lowered(
+            program(**{"model.vocab_size": vocab_size, "loss.chunk_tokens": 8})
+        ).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     width = program().config.model.d_model

@@ -8,12 +8,22 @@ import runpy
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from msllm.config import from_config_dict
 from msllm.data import packing
 from msllm.data.packing import Packer
-from msllm.data.tables import Placement, Table, example_hash, held_out, make_table, shift, unpack, unshift
+from msllm.data.tables import (
+    Placement,
+    Table,
+    example_hash,
+    held_out,
+    make_table,
+    shift,
+    unpack,
+    unshift,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = pathlib.Path(os.environ.get("MSLLM_SHARED") or ROOT.parent / "shared")
@@ -27,22 +37,34 @@ def random_table(rows, streams, seed):
 
 
 def same(a, b):
-    return a.example == b.example and np.array_equal(a.tokens, b.tokens) and np.array_equal(a.present, b.present)
+    return (
+        a.example == b.example
+        and np.array_equal(a.tokens, b.tokens)
+        and np.array_equal(a.present, b.present)
+    )
 
 
 def test_make_table_fills_with_silence():
-    table = make_table([Placement(0, 0, [5, 6]), Placement(2, 1, [7])], rows=3, streams=3, silence_id=1)
+    table = make_table(
+        [Placement(0, 0, [5, 6]), Placement(2, 1, [7])], rows=3, streams=3, silence_id=1
+    )
     assert table.tokens.tolist() == [[5, 1, 1], [6, 1, 7], [1, 1, 1]]
     assert table.present.all()
 
 
 def test_shift_by_hand():
-    table = shift(Table(np.array([[1, 4], [2, 5], [3, 6]], np.int32), np.ones((3, 2), bool)), (0, 1))
+    table = shift(
+        Table(np.array([[1, 4], [2, 5], [3, 6]], np.int32), np.ones((3, 2), bool)), (0, 1)
+    )
     assert table.tokens.tolist() == [[1, 0], [2, 4], [3, 5], [0, 6]]
     assert table.present.tolist() == [[True, False], [True, True], [True, True], [False, True]]
 
 
-@given(rows=st.integers(1, 8), delays=st.lists(st.integers(0, 4), min_size=1, max_size=4), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 8),
+    delays=st.lists(st.integers(0, 4), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+)
 def test_unshift_undoes_shift_and_no_cell_is_lost(rows, delays, seed):
     table = random_table(rows, len(delays), seed)
     shifted = shift(table, delays)
@@ -56,7 +78,9 @@ def test_held_out_share():
     assert 0.08 < np.mean([held_out(name, 10.0) for name in names]) < 0.12
     assert not any(held_out(name, 0.0) for name in names)
     five = {name for name in names if held_out(name, 5.0)}
-    assert five <= {name for name in names if held_out(name, 10.0)}  # more percent keep what was held out
+    assert five <= {
+        name for name in names if held_out(name, 10.0)
+    }  # more percent keep what was held out
 
 
 @settings(max_examples=40, deadline=None)
@@ -71,7 +95,10 @@ def test_packing_keeps_every_example_once_and_whole(lengths, window):
     seen = {}
     for table in packed:
         assert table.tokens.shape == (16, 2) and table.segment.shape == (16,)
-        assert not table.present[table.segment == 0].any() and not table.tokens[table.segment == 0].any()
+        assert (
+            not table.present[table.segment == 0].any()
+            and not table.tokens[table.segment == 0].any()
+        )
         for single in unpack(table._asdict(), table.examples):
             assert single.example not in seen
             seen[single.example] = single
@@ -84,7 +111,9 @@ def test_packing_fills_tables_and_holds_few():
     packer, rng, most = Packer(512), np.random.default_rng(0), 0
     packed, lengths = [], np.clip(rng.lognormal(5, 0.5, 12_000), 20, 500).astype(int)
     for seed, length in enumerate(lengths):
-        packed += packer.add(Table(np.zeros((length, 1), np.int32), np.ones((length, 1), bool), f"{seed:016x}"))
+        packed += packer.add(
+            Table(np.zeros((length, 1), np.int32), np.ones((length, 1), bool), f"{seed:016x}")
+        )
         most = max(most, len(packer._window) + sum(map(len, packer._bins.values())))
     packed += packer.finish()
     assert lengths.sum() / (512 * len(packed)) > 0.97
@@ -114,7 +143,10 @@ def test_unpack_reads_batches():
     for table in examples:
         packer.add(table)
     tables = packer.finish()
-    batch = {name: np.stack([getattr(t, name) for t in tables]) for name in ("tokens", "present", "segment")}
+    batch = {
+        name: np.stack([getattr(t, name) for t in tables])
+        for name in ("tokens", "present", "segment")
+    }
     singles = {t.example: t for t in unpack(batch, [t.examples for t in tables])}
     assert all(same(singles[table.example], table) for table in examples)
     assert collections.Counter(t.example for t in unpack(batch)) == {"": 3}
@@ -125,7 +157,7 @@ def test_gsm8k_wastes_under_five_percent_of_512_rows(tmp_path):
     path = SHARED / "data/gsm8k/train.jsonl"
     if not path.is_file():
         pytest.skip(f"{path} is missing: set MSLLM_SHARED to the folder that holds data/gsm8k")
-    from msllm.prepare import prepare
+    from msllm.data.prepare import prepare
 
     data = dataclasses.replace(config.data, path=str(path), eval_percent=0.0)
     part = prepare(dataclasses.replace(config, data=data), tmp_path)["splits"]["train"]

@@ -4,13 +4,17 @@ import functools
 
 import pytest
 import tokenizers
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from msllm.config import Config, DataConfig, TokenizerConfig
 from msllm.errors import UserError
 from msllm.tokenizer import Tokenizer, train
 
-CORPUS = ["Anna sold 48 clips,\n  then half as many. <silence>\n", "What is 48/2?\n\nIt is 24.\t"] * 20
+CORPUS = [
+    "Anna sold 48 clips,\n  then half as many. <silence>\n",
+    "What is 48/2?\n\nIt is 24.\t",
+] * 20
 ALPHABET = sorted(set("".join(CORPUS)))
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"))
 
@@ -78,7 +82,10 @@ def test_silence_comes_from_no_text_and_is_dropped_by_decode(model_type):
     tokenizer = trained(model_type)
     assert tokenizer.silence_id not in tokenizer.encode("<silence> then<silence>")
     ids = tokenizer.encode("then half")
-    assert tokenizer.decode([tokenizer.silence_id, ids[0], tokenizer.silence_id, *ids[1:]]) == "then half"
+    assert (
+        tokenizer.decode([tokenizer.silence_id, ids[0], tokenizer.silence_id, *ids[1:]])
+        == "then half"
+    )
     assert tokenizer.piece(tokenizer.silence_id) == "<silence>"
 
 
@@ -89,7 +96,9 @@ def test_reserved_pieces_come_from_no_text(before, after):
     ids = tokenizer.encode(f"{before}<turn>{after}<silence><end>")
     assert tokenizer.decode(ids) == f"{before}<turn>{after}<silence><end>"
     assert set(tokenizer.control) == {"<silence>", "<turn>", "<end>"}
-    assert not set(ids) & set(tokenizer.control.values()) and len(set(tokenizer.control.values())) == 3
+    assert (
+        not set(ids) & set(tokenizer.control.values()) and len(set(tokenizer.control.values())) == 3
+    )
 
 
 @functools.cache
@@ -107,13 +116,18 @@ def with_reserved():
     ],
 )
 def test_wrong_reserved_pieces_are_named(wrong):
-    with pytest.raises(UserError, match=r"config.data.tokenizer.reserved is \('.*must be different pieces"):
+    with pytest.raises(
+        UserError, match=r"config.data.tokenizer.reserved is \('.*must be different pieces"
+    ):
         Config(data=DataConfig(tokenizer=TokenizerConfig(**wrong)))
 
 
 def test_imported_decode_drops_silence():
     tokenizer = Tokenizer.from_bytes("tokenizers", IMPORTED, "<silence>")
-    assert tokenizer.decode([tokenizer.silence_id, *tokenizer.encode("half"), tokenizer.silence_id]) == "half"
+    assert (
+        tokenizer.decode([tokenizer.silence_id, *tokenizer.encode("half"), tokenizer.silence_id])
+        == "half"
+    )
 
 
 @pytest.mark.parametrize("model_type", ["unigram", "bpe", "word", "char"])
@@ -127,7 +141,11 @@ def test_save_and_load(tmp_path):
         path = tmp_path / ("t.json" if tokenizer.kind == "tokenizers" else "t.model")
         tokenizer.save(path)
         loaded = Tokenizer.load(path)
-        assert (loaded.kind, loaded.hash, loaded.vocab_size) == (tokenizer.kind, tokenizer.hash, tokenizer.vocab_size)
+        assert (loaded.kind, loaded.hash, loaded.vocab_size) == (
+            tokenizer.kind,
+            tokenizer.hash,
+            tokenizer.vocab_size,
+        )
         assert loaded.encode(CORPUS[0]) == tokenizer.encode(CORPUS[0])
 
 
@@ -138,7 +156,9 @@ def test_errors_name_the_file_and_the_remedy(tmp_path):
     with pytest.raises(UserError, match="bad.json is no tokenizers file"):
         Tokenizer.load(tmp_path / "bad.json")
     trained("char").save(tmp_path / "good.model")
-    with pytest.raises(UserError, match="good.model has no control .*'<quiet>'.*config.data.tokenizer.silence"):
+    with pytest.raises(
+        UserError, match="good.model has no control .*'<quiet>'.*config.data.tokenizer.silence"
+    ):
         Tokenizer.load(tmp_path / "good.model", "<quiet>")
     with pytest.raises(UserError, match="no control"):  # a piece, but one that text gives
         Tokenizer.from_bytes("tokenizers", IMPORTED, "h")

@@ -1,6 +1,5 @@
 """Runs: continuing, stopping, what is written, what goes wrong."""
 
-import dataclasses
 import re
 import shutil
 import signal
@@ -10,25 +9,32 @@ import sys
 import jax
 import numpy as np
 import pytest
+from runs import dictation, host, metrics, replace, write_config_file
 
 from msllm import train as train_lib
 from msllm.checkpoint import Checkpoints
 from msllm.errors import UserError
 from msllm.goodput import KINDS, PAST
-from msllm.meter import Meter
+from msllm.monitor import Meter
 from msllm.train import train
-from msllm.trained import load_model
-from runs import compile_once, data_dir, dictation, host, metrics, replace, write_config_file  # noqa: F401
+from msllm.weights.trained import load_model
 
 pytestmark = pytest.mark.slow
 
-AGAIN = "run `python -m msllm.prepare` again into an empty directory"
-TIMES = ("tokens_per_second", "spoken_tokens_per_second", "step_seconds", "data_wait_share", "memory_mib", "goodput")
+AGAIN = "run `msllm prepare` again into an empty directory"
+TIMES = (
+    "tokens_per_second",
+    "spoken_tokens_per_second",
+    "step_seconds",
+    "data_wait_share",
+    "memory_mib",
+    "goodput",
+)
 TIMES += tuple(f"time/{kind}" for kind in (*KINDS, *PAST))
 
 
 @pytest.fixture
-def config(data_dir):  # noqa: F811
+def config(data_dir):
     return dictation(**{"data.dir": data_dir, "mesh.data": 2, "mesh.fsdp": 4})
 
 
@@ -59,7 +65,10 @@ def stop_after(monkeypatch, step):
 
 
 def same_parameters(workdir, other):
-    jax.tree.map(np.testing.assert_array_equal, *(host(load_model(path).parameters) for path in (workdir, other)))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        *(host(load_model(path).parameters) for path in (workdir, other)),
+    )
 
 
 def test_a_run_writes_what_it_measured(uninterrupted):
@@ -67,10 +76,27 @@ def test_a_run_writes_what_it_measured(uninterrupted):
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 9))
     assert [line["step"] for line in lines if "eval/loss" in line] == [4, 8]
-    names = {"loss", "loss_spoken", "nll/thought", "nll/output", "nll_spoken/thought", "nll_spoken/output", *TIMES}
-    names |= {"gradient_norm", "parameter_norm", "update_norm", "learning_rate", "skipped_updates", "step"}
+    names = {
+        "loss",
+        "loss_spoken",
+        "nll/thought",
+        "nll/output",
+        "nll_spoken/thought",
+        "nll_spoken/output",
+        *TIMES,
+    }
+    names |= {
+        "gradient_norm",
+        "parameter_norm",
+        "update_norm",
+        "learning_rate",
+        "skipped_updates",
+        "step",
+    }
     assert set(steps[-1]) == names
-    evaluated = {f"eval/{kind}/{s}" for kind in ("nll", "nll_spoken") for s in ("user", "thought", "output")}
+    evaluated = {
+        f"eval/{kind}/{s}" for kind in ("nll", "nll_spoken") for s in ("user", "thought", "output")
+    }
     assert set(lines[-1]) == evaluated | {"eval/loss", "eval/loss_spoken", "step"}
     assert steps[-1]["loss"] < steps[0]["loss"] and lines[-1]["eval/loss"] < steps[0]["loss"]
     assert steps[-1]["tokens_per_second"] > steps[-1]["spoken_tokens_per_second"] > 0
@@ -93,7 +119,9 @@ def scalars(content):
     while content:  # records: length, its checksum, event, its checksum
         size = int.from_bytes(content[:8], "little")
         event, content = Event.FromString(content[12 : 12 + size]), content[16 + size :]
-        result.update({(value.tag, event.step): value.simple_value for value in event.summary.value})
+        result.update(
+            {(value.tag, event.step): value.simple_value for value in event.summary.value}
+        )
     return result
 
 
@@ -109,7 +137,9 @@ def test_a_stopped_run_continues_bit_for_bit(config, uninterrupted, tmp_path, mo
     assert reproducible(tmp_path) == reproducible(uninterrupted)
     same_parameters(tmp_path, uninterrupted)
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    jax.tree.map(np.testing.assert_array_equal, host(train(config, tmp_path)), host(finished))  # nothing to do
+    jax.tree.map(
+        np.testing.assert_array_equal, host(train(config, tmp_path)), host(finished)
+    )  # nothing to do
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
@@ -137,7 +167,9 @@ def test_a_signal_during_evaluation_loses_nothing(config, tmp_path, monkeypatch,
     assert "stopped at step 5, saved" in capsys.readouterr().out
 
 
-def test_a_run_whose_gradients_are_not_finite_names_them_and_stops(config, tmp_path, monkeypatch, capsys):
+def test_a_run_whose_gradients_are_not_finite_names_them_and_stops(
+    config, tmp_path, monkeypatch, capsys
+):
     def poisoned(self, program, tokenizer):
         state = program.init()
         final_norm = state.parameters["final_norm"] * 1e25
@@ -155,28 +187,48 @@ def test_a_run_whose_gradients_are_not_finite_names_them_and_stops(config, tmp_p
 
 
 def command(workdir, config, *options):
-    """`python -m msllm.train` with a config file."""
+    """`msllm train` with a config file."""
     file = write_config_file(workdir.parent / f"{workdir.name}.py", config)
-    return [sys.executable, "-m", "msllm.train", f"--config={file}", f"--workdir={workdir}", *options]
+    return [
+        sys.executable,
+        "-m",
+        "msllm",
+        "train",
+        f"--config={file}",
+        f"--workdir={workdir}",
+        *options,
+    ]
 
 
 def test_ctrl_c_saves_and_the_same_command_continues(config, uninterrupted, tmp_path):
     line = command(tmp_path / "run", config)
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         for said in process.stdout:
             if said.startswith("step 4/8"):  # then it evaluates, which takes a while
-                with pytest.raises(UserError, match=f"in which process {process.pid} on .* is training: wait for it"):
+                with pytest.raises(
+                    UserError,
+                    match=f"in which process {process.pid} on .* is training: wait for it",
+                ):
                     train(config, tmp_path / "run")
                 process.send_signal(signal.SIGINT)
                 break
         rest, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert "stopped at step 5, saved; the same command continues here" in rest and "step 6/8" not in rest
+    assert (
+        "stopped at step 5, saved; the same command continues here" in rest
+        and "step 6/8" not in rest
+    )
     assert metrics(tmp_path / "run")[-1]["step"] == 5
 
     done = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "continuing at step 5" in done.stderr and "step 8/8" in done.stdout and "step 5/8" not in done.stdout
+    assert (
+        "continuing at step 5" in done.stderr
+        and "step 8/8" in done.stdout
+        and "step 5/8" not in done.stdout
+    )
     for text in done.stdout.splitlines():  # plain lines: this is no terminal
         progress = r"step \d/8  loss \d+\.\d{4}  [\d,]+ tokens/s  ETA 0:0\d"
         evaluation = r"step 8  evaluation: loss \d+\.\d{4}  nll/user .*  loss_spoken \d+\.\d{4}"
@@ -185,7 +237,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(config, uninterrupted, tmp_
     same_parameters(tmp_path / "run", uninterrupted)
 
 
-def test_commands_that_cannot_run_say_so_in_one_line(config, data_dir, tmp_path):  # noqa: F811
+def test_commands_that_cannot_run_say_so_in_one_line(config, data_dir, tmp_path):
     copy = tmp_path / "data"
     shutil.copytree(data_dir, copy)
     shard = next(copy.glob("train-00002*"))
@@ -193,19 +245,28 @@ def test_commands_that_cannot_run_say_so_in_one_line(config, data_dir, tmp_path)
     line = command(tmp_path / "run", config, f"--config.data.dir={copy}")
     done = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"error: {shard} is missing (manifest.json lists it): restore it, or {AGAIN}\n"
+    assert (
+        done.stderr
+        == f"error: {shard} is missing (manifest.json lists it): restore it, or {AGAIN}\n"
+    )
 
-    done = subprocess.run([*line, "--config.optim.lrr=1"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*line, "--config.optim.lrr=1"], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode != 0
     assert "unknown key lrr: did you mean lr?" in done.stderr
 
 
 def test_a_workdir_that_cannot_be_made_is_refused(config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--workdir is .*file/run, which cannot be made \(.*\): name another"):
+    with pytest.raises(
+        UserError, match=r"--workdir is .*file/run, which cannot be made \(.*\): name another"
+    ):
         train(config, tmp_path / "file" / "run")
     (tmp_path / "run" / "lock").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"--workdir is .*run, where lock cannot be written \(.*\): repair that"):
+    with pytest.raises(
+        UserError, match=r"--workdir is .*run, where lock cannot be written \(.*\): repair that"
+    ):
         train(config, tmp_path / "run")
 
 
@@ -226,15 +287,24 @@ def flip_a_byte(path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda data: flip_a_byte(next(data.glob("train-00001*"))), r"train-00001.* is corrupt \(sha256 differs"),
-        (lambda data: flip_a_byte(next(data.glob("eval-00000*"))), r"eval-00000.* is corrupt \(sha256 differs"),
-        (lambda data: flip_a_byte(next(data.glob("*.model"))), r"is not the tokenizer of this data \(sha256 differs\)"),
+        (
+            lambda data: flip_a_byte(next(data.glob("train-00001*"))),
+            r"train-00001.* is corrupt \(sha256 differs",
+        ),
+        (
+            lambda data: flip_a_byte(next(data.glob("eval-00000*"))),
+            r"eval-00000.* is corrupt \(sha256 differs",
+        ),
+        (
+            lambda data: flip_a_byte(next(data.glob("*.model"))),
+            r"is not the tokenizer of this data \(sha256 differs\)",
+        ),
         (lambda data: (data / "manifest.json").write_text("{"), r"manifest.json is damaged"),
         (shutil.rmtree, r"does not exist \(no manifest.json\)"),
     ],
     ids=["shard", "evaluation shard", "tokenizer", "manifest", "no data"],
 )
-def test_damaged_data_stops_the_run_before_it_starts(config, data_dir, tmp_path, change, message):  # noqa: F811
+def test_damaged_data_stops_the_run_before_it_starts(config, data_dir, tmp_path, change, message):
     data = changed_data(data_dir, tmp_path, change)
     with pytest.raises(UserError, match=message):
         train(replace(config, "data", dir=data), tmp_path / "run")
@@ -243,14 +313,28 @@ def test_damaged_data_stops_the_run_before_it_starts(config, data_dir, tmp_path,
 @pytest.mark.parametrize(
     "section, changes, message",
     [
-        ("mesh", {"data": 2, "fsdp": 1, "tensor": 4}, "does not divide model.num_kv_heads .*: 2 over tensor=4"),
+        (
+            "mesh",
+            {"data": 2, "fsdp": 1, "tensor": 4},
+            "does not divide model.num_kv_heads .*: 2 over tensor=4",
+        ),
         ("mesh", {"data": 16}, "does not fit 8 devices"),
         ("data", {"rows": 48}, r"config.data.rows is 48, but .* was prepared with 32"),
-        ("streams", {"names": ("user", "thought", "answer")}, r"config.streams.names is .*'answer'.*prepared with"),
-        ("model", {"vocab_size": 20}, r"vocab_size is 20: the data's tokenizer has \d+ pieces; set it to 0"),
+        (
+            "streams",
+            {"names": ("user", "thought", "answer")},
+            r"config.streams.names is .*'answer'.*prepared with",
+        ),
+        (
+            "model",
+            {"vocab_size": 20},
+            r"vocab_size is 20: the data's tokenizer has \d+ pieces; set it to 0",
+        ),
     ],
     ids=["heads", "devices", "rows", "names", "vocabulary"],
 )
-def test_a_config_that_does_not_fit_stops_the_run_before_it_starts(config, tmp_path, section, changes, message):
+def test_a_config_that_does_not_fit_stops_the_run_before_it_starts(
+    config, tmp_path, section, changes, message
+):
     with pytest.raises(UserError, match=message):
         train(replace(config, section, **changes), tmp_path)

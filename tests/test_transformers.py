@@ -3,19 +3,21 @@
 CI has neither; the same models are recorded in tests/hf (tests/hf_models.py).
 """
 
+import hf_models
 import numpy as np
 import pytest
 import tokenizers
-
-import hf_models
-from msllm import hf
-from msllm.convert import from_hf, to_hf, with_silence
-from msllm.gguf_file import PATTERNS
-from msllm.load import load_any
-from msllm.score import score
 from test_convert import TEXTS, tokenizer_file
 
-pytest.importorskip("torch", reason="torch is not installed; tests/hf holds what transformers computes")
+from msllm.evals.score import score
+from msllm.weights import hf
+from msllm.weights.convert import from_hf, to_hf, with_silence
+from msllm.weights.gguf import PATTERNS
+from msllm.weights.load import load_any
+
+pytest.importorskip(
+    "torch", reason="torch is not installed; tests/hf holds what transformers computes"
+)
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 pytestmark = pytest.mark.slow
@@ -36,27 +38,35 @@ def test_logits_of_both(variant, tmp_path):
     from_hf(tmp_path / "theirs", tmp_path / "one")
     for dtype in ("", "float32"):
         to_hf(tmp_path / "one", tmp_path / f"back{dtype}", dtype)
-        assert np.array_equal(hf_models.logits(tmp_path / f"back{dtype}", recorded["tokens"]), recorded["logits"])
+        assert np.array_equal(
+            hf_models.logits(tmp_path / f"back{dtype}", recorded["tokens"]), recorded["logits"]
+        )
 
 
 FAMILIES = {
-    "qwen3": dict(qk_norm=True),
-    "qwen2": dict(qk_norm=False, attention_bias=True),
-    "llama": dict(qk_norm=False),
+    "qwen3": {"qk_norm": True},
+    "qwen2": {"qk_norm": False, "attention_bias": True},
+    "llama": {"qk_norm": False},
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_of_ours_opens_there(family, make_model, tmp_path):
     model = make_model(1, stream_embedding=False, tie_embeddings=False, **FAMILIES[family])
-    files = {"tokenizer.json": byte_level(), "tokenizer_config.json": b'{"tokenizer_class": "PreTrainedTokenizerFast"}'}
+    files = {
+        "tokenizer.json": byte_level(),
+        "tokenizer_config.json": b'{"tokenizer_class": "PreTrainedTokenizerFast"}',
+    }
     hf.write_folder(tmp_path / "out", model.config, 1, model.parameters, files=files)
     tokens = np.random.default_rng(0).integers(0, 32, 20).astype(np.int32)
     ours = next(score(model, {"tokens": tokens[None, :, None]}))["logits"][0, :, 0]
     np.testing.assert_allclose(hf_models.logits(tmp_path / "out", tokens), ours, rtol=0, atol=1e-4)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = f"{TEXTS[0]}<silence>{TEXTS[1]}"
-    assert tokenizer(text).input_ids == tokenizers.Tokenizer.from_str(byte_level().decode()).encode(text).ids
+    assert (
+        tokenizer(text).input_ids
+        == tokenizers.Tokenizer.from_str(byte_level().decode()).encode(text).ids
+    )
     assert tokenizer.convert_tokens_to_ids("<silence>") in tokenizer(text).input_ids
 
 
@@ -68,6 +78,8 @@ def byte_level() -> bytes:
     model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, plain])
     model.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=280, initial_alphabet=alphabet, show_progress=False
+    )
     model.train_from_iterator(TEXTS, trainer)
     return with_silence("tokenizers", model.to_str().encode(), "", "here")[0].to_bytes()

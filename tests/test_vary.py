@@ -5,18 +5,28 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
-from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig, VaryConfig, from_config_dict
+from msllm.config import (
+    Config,
+    DataConfig,
+    StreamsConfig,
+    TokenizerConfig,
+    VaryConfig,
+    from_config_dict,
+)
 from msllm.data.converters import convert, vary
+from msllm.data.prepare import prepare
 from msllm.data.tables import Table, example_hash, held_out
 from msllm.errors import UserError
-from msllm.prepare import prepare
 from msllm.streams import StreamSpec
 from msllm.tokenizer import train
 
 SILENCE = 99
-TOKENIZER = train([" ".join(f"w{i}" for i in range(50))], TokenizerConfig(model_type="word", vocab_size=64))
+TOKENIZER = train(
+    [" ".join(f"w{i}" for i in range(50))], TokenizerConfig(model_type="word", vocab_size=64)
+)
 TABLES = st.builds(
     lambda cells, name: Table(np.array(cells, np.int32), np.array(cells) > 0, example_hash(name)),
     st.lists(st.tuples(*[st.integers(0, 5)] * 3), min_size=1, max_size=20),  # 0: absent
@@ -55,7 +65,9 @@ def test_silence_is_put_in_between_rows(table, lead, percent, lengths):
 
 
 def test_draws_differ_between_examples():
-    table = lambda i: Table(np.ones((9, 3), np.int32), np.ones((9, 3), bool), example_hash(str(i)))
+    def table(i):
+        return Table(np.ones((9, 3), np.int32), np.ones((9, 3), bool), example_hash(str(i)))
+
     settings = VaryConfig(lead=(0, 1, 5))
     lengths = [len(vary.insert_silence(table(i), settings, SILENCE).tokens) - 9 for i in range(90)]
     assert all(lengths.count(n) > 15 for n in (0, 1, 5))
@@ -79,7 +91,9 @@ def test_pieces_share_one_row_and_one_side_of_the_split(table, rows, percent):
     assert np.array_equal(joined, table.tokens) and all(len(part.tokens) <= rows for part in parts)
     assert all(np.array_equal(a.tokens[-1], b.tokens[0]) for a, b in zip(parts, parts[1:]))
     assert {held_out(part.example, percent) for part in parts} == {held_out(table.example, percent)}
-    assert len({part.example for part in parts}) == len(parts) and all(len(part.tokens) > 1 for part in parts[1:])
+    assert len({part.example for part in parts}) == len(parts) and all(
+        len(part.tokens) > 1 for part in parts[1:]
+    )
 
 
 # In `convert`, from the config.
@@ -93,8 +107,13 @@ def run(tmp_path, records, model, **data):
 
 
 def said(table):
-    piece = lambda token, present: TOKENIZER.decode([token]) or "." if present else "-"
-    return ["".join(map(piece, *column)).replace("w", "") for column in zip(table.tokens.T, table.present.T)]
+    def piece(token, present):
+        return TOKENIZER.decode([token]) or "." if present else "-"
+
+    return [
+        "".join(map(piece, *column)).replace("w", "")
+        for column in zip(table.tokens.T, table.present.T)
+    ]
 
 
 ROWS = {"rows": [["w1", "w2", "w3"], ["w4", "w5", "w6"]]}
@@ -105,7 +124,13 @@ def test_streams_are_chosen_by_name_and_delayed(tmp_path):
     (table,) = run(tmp_path, [ROWS], TWO, streams=("a", "b", "c"))
     assert said(table) == ["36", "14"] and table.source == f"{tmp_path}/t.jsonl:1"
     vary = VaryConfig(lead=(1,), delays=((0, 1),))
-    (table,) = run(tmp_path, [ROWS], dataclasses.replace(TWO, delays=(5, 0)), streams=("a", "b", "c"), vary=vary)
+    (table,) = run(
+        tmp_path,
+        [ROWS],
+        dataclasses.replace(TWO, delays=(5, 0)),
+        streams=("a", "b", "c"),
+        vary=vary,
+    )
     assert said(table) == [".36-", "-.14"]
     with pytest.raises(UserError, match=r"config.data.streams is \('b', 'c'\): it lacks a"):
         run(tmp_path, [ROWS], TWO, streams=("b", "c"))
@@ -118,7 +143,9 @@ def test_delays_and_sides_are_drawn(tmp_path):
     assert 10 < sum(len(table.tokens) == 4 for table in tables) < 30
     swapped = run(tmp_path, records, TWO, vary=VaryConfig(permute=("a", "c")))
     assert {said(table)[0][-1] for table in swapped} == {"1", "2"}
-    with pytest.raises(UserError, match=r"config.data.rows is 3: delays of \(\(0, 2\),\) rows leave none"):
+    with pytest.raises(
+        UserError, match=r"config.data.rows is 3: delays of \(\(0, 2\),\) rows leave none"
+    ):
         run(tmp_path, records, TWO, vary=VaryConfig(delays=((0, 2),)), rows=3)
 
 
@@ -139,11 +166,21 @@ def test_bad_settings_are_named(changes, message):
 
 def test_prepared_data_is_told_apart_by_them(tmp_path):
     path = tmp_path / "t.jsonl"
-    path.write_text("".join(json.dumps({"rows": [[f"w{i}", "w1", "w2"], ["w1", "w2", "w3"]]}) + "\n" for i in range(9)))
+    path.write_text(
+        "".join(
+            json.dumps({"rows": [[f"w{i}", "w1", "w2"], ["w1", "w2", "w3"]]}) + "\n"
+            for i in range(9)
+        )
+    )
     word = TokenizerConfig(model_type="word", vocab_size=64)
-    data = DataConfig(converter="aligned", path=str(path), streams=("a", "b", "c"), rows=16, tokenizer=word)
+    data = DataConfig(
+        converter="aligned", path=str(path), streams=("a", "b", "c"), rows=16, tokenizer=word
+    )
     plain = DataConfig(converter="aligned", path=str(path), rows=16, tokenizer=word)
-    prepare(Config(streams=StreamsConfig(), data=dataclasses.replace(plain, bad_percent=1.0)), tmp_path / "bad")
+    prepare(
+        Config(streams=StreamsConfig(), data=dataclasses.replace(plain, bad_percent=1.0)),
+        tmp_path / "bad",
+    )
     with pytest.raises(UserError, match=r"other settings \(data.bad_percent differ"):
         prepare(Config(streams=StreamsConfig(), data=plain), tmp_path / "bad")
     manifest = prepare(Config(streams=TWO, data=data), tmp_path / "out")
@@ -156,12 +193,15 @@ def test_prepared_data_is_told_apart_by_them(tmp_path):
         "bad_percent": 1.0,
     }.items():
         with pytest.raises(UserError, match=rf"other settings \(data.{name} differ"):
-            prepare(Config(streams=TWO, data=dataclasses.replace(data, **{name: value})), tmp_path / "out")
+            prepare(
+                Config(streams=TWO, data=dataclasses.replace(data, **{name: value})),
+                tmp_path / "out",
+            )
 
 
 # A converter of the user's own.
 
-OWN = '''
+OWN = """
 from msllm.data.sources import BadRecord
 
 def convert(layout, record):
@@ -170,7 +210,7 @@ def convert(layout, record):
     words = record.value["text"].split()
     heard = layout.say("user", 0, " ".join(words))
     yield layout.table([heard, layout.say("output", layout.options["after"], " ".join(words))], record.value["text"])
-'''
+"""
 
 
 def test_own_converter(tmp_path, monkeypatch):
@@ -181,7 +221,13 @@ def test_own_converter(tmp_path, monkeypatch):
     lines = [json.dumps({"text": f"w{i} w{i + 1} w{i + 2}"}) for i in range(30)]
     path.write_text("\n".join(lines + ['{"txt": 1}', "{"]))
     word = TokenizerConfig(model_type="word", vocab_size=64)
-    data = DataConfig(converter="own_converter:convert", path=str(path), options={"after": 2}, rows=16, tokenizer=word)
+    data = DataConfig(
+        converter="own_converter:convert",
+        path=str(path),
+        options={"after": 2},
+        rows=16,
+        tokenizer=word,
+    )
     config = Config(data=dataclasses.replace(data, bad_percent=10.0))
     manifest = prepare(config, tmp_path / "out")
     assert manifest["bad"]["bad"] == 2 and manifest["bad"]["records"] == 32
@@ -198,5 +244,7 @@ def test_own_converter(tmp_path, monkeypatch):
         prepare(config, tmp_path / "crash")
     assert failure.value.__notes__ == [f"in {path}:1"]
     for name in ("own_converter:nothing", "nowhere:convert"):
-        with pytest.raises(UserError, match=f"config.data.converter is '{name}': cannot be imported"):
+        with pytest.raises(
+            UserError, match=f"config.data.converter is '{name}': cannot be imported"
+        ):
             prepare(Config(data=dataclasses.replace(data, converter=name)), tmp_path / "none")

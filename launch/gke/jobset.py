@@ -20,10 +20,10 @@ from typing import Any
 import jax
 import yaml
 
-from msllm.aot import topology_devices
 from msllm.config import Config
 from msllm.errors import UserError
-from msllm.model import abstract_model
+from msllm.model.model import abstract_model
+from msllm.pod.aot import topology_devices
 from msllm.sharding import make_mesh
 from msllm.streams import StreamSpec
 
@@ -51,12 +51,23 @@ class Slice:
 def describe(topology: str, devices: Sequence[Any], num_slices: int) -> Slice:
     """The slice of a topology such as `v5e:16x16`, whose devices the TPU compiler has named. Raises UserError."""
     generation, _, shape = topology.partition(":")
-    rows = [line.split() for line in (LAUNCH / "tpus.txt").read_text().splitlines() if not line.startswith("#")]
+    rows = [
+        line.split()
+        for line in (LAUNCH / "tpus.txt").read_text().splitlines()
+        if not line.startswith("#")
+    ]
     accelerators = {row[0]: row[3] for row in rows}
     if generation not in accelerators:
-        raise UserError(f"--topology is {topology!r}: GKE is known to have {', '.join(accelerators)} (launch/tpus.txt)")
-    hosts = len({(getattr(device, "slice_index", 0), device.process_index) for device in devices}) // num_slices
-    return Slice(accelerators[generation], shape, hosts, math.prod(map(int, shape.split("x"))) // hosts)
+        raise UserError(
+            f"--topology is {topology!r}: GKE is known to have {', '.join(accelerators)} (launch/tpus.txt)"
+        )
+    hosts = (
+        len({(getattr(device, "slice_index", 0), device.process_index) for device in devices})
+        // num_slices
+    )
+    return Slice(
+        accelerators[generation], shape, hosts, math.prod(map(int, shape.split("x"))) // hosts
+    )
 
 
 def grace_seconds(config: Config, hosts: int) -> int:
@@ -77,9 +88,13 @@ def environment(num_slices: int, name: str) -> list[dict[str, Any]]:
     the MEGASCALE variables (jax/_src/clusters/cloud_tpu_cluster.py); the index of a slice is that of its Job.
     """
     lines = [
-        line.removeprefix("tpu ") for line in (LAUNCH / "flags.env").read_text().splitlines() if line[:4] == "tpu "
+        line.removeprefix("tpu ")
+        for line in (LAUNCH / "flags.env").read_text().splitlines()
+        if line[:4] == "tpu "
     ]
-    variables = [{"name": key, "value": value} for key, _, value in (line.partition("=") for line in lines)]
+    variables = [
+        {"name": key, "value": value} for key, _, value in (line.partition("=") for line in lines)
+    ]
     if num_slices > 1:
         index = {"fieldRef": {"fieldPath": "metadata.annotations['jobset.sigs.k8s.io/job-index']"}}
         variables += [
@@ -103,8 +118,10 @@ def manifest(
     spot: bool = False,
     host_network: bool = False,
 ) -> dict[str, Any]:
-    """The JobSet. `arguments`: of `python -m msllm.train`. Raises UserError."""
-    longest = 63 - len(f"-{JOB}-{num_slices - 1}-{shape.hosts - 1}-abcde")  # a pod's name is a label: 63 characters
+    """The JobSet. `arguments`: of `msllm train`. Raises UserError."""
+    longest = 63 - len(
+        f"-{JOB}-{num_slices - 1}-{shape.hosts - 1}-abcde"
+    )  # a pod's name is a label: 63 characters
     if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name) or len(name) > longest:
         raise UserError(
             f"--name is {name!r}: lower-case letters, digits and hyphens, a letter first, at most {longest} characters "
@@ -113,7 +130,7 @@ def manifest(
     container = {
         "name": "msllm",
         "image": image,
-        "command": ["python", "-m", "msllm.train", *arguments],
+        "command": ["python", "-m", "msllm", "train", *arguments],
         "env": environment(num_slices, name),
         "ports": [{"name": key, "containerPort": port} for key, port in PORTS.items()],
         "resources": {"limits": {"google.com/tpu": shape.chips_per_host}},
@@ -136,13 +153,19 @@ def manifest(
     if data_bucket:
         annotations["gke-gcsfuse/volumes"] = "true"
         attributes = {"bucketName": data_bucket, "mountOptions": "implicit-dirs"}
-        driver = {"driver": "gcsfuse.csi.storage.gke.io", "readOnly": True, "volumeAttributes": attributes}
+        driver = {
+            "driver": "gcsfuse.csi.storage.gke.io",
+            "readOnly": True,
+            "volumeAttributes": attributes,
+        }
         pod["volumes"].append({"name": "data", "csi": driver})
         container["volumeMounts"].append({"name": "data", "mountPath": "/data", "readOnly": True})
     if spot:
         label = "cloud.google.com/gke-spot"
         pod["nodeSelector"][label] = "true"
-        pod["tolerations"] = [{"key": label, "operator": "Equal", "value": "true", "effect": "NoSchedule"}]
+        pod["tolerations"] = [
+            {"key": label, "operator": "Equal", "value": "true", "effect": "NoSchedule"}
+        ]
     if host_network:
         pod |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
 
@@ -160,10 +183,15 @@ def manifest(
             "rules": [
                 on_exit(2),
                 on_exit(75),
-                {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                {
+                    "action": "FailJob",
+                    "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+                },
             ]
         },
-        "template": {"metadata": {"annotations": annotations}, "spec": pod} if annotations else {"spec": pod},
+        "template": {"metadata": {"annotations": annotations}, "spec": pod}
+        if annotations
+        else {"spec": pod},
     }
     policy = {
         "maxRestarts": restarts,  # of what no rule names: a process died
@@ -188,7 +216,9 @@ def manifest(
         "metadata": {
             "name": name,
             # A slice has a node pool for itself.
-            "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
+            "annotations": {
+                "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+            },
         },
         "spec": {
             "failurePolicy": policy,
@@ -205,21 +235,31 @@ def _main() -> None:
     from msllm.config import from_config_dict
     from msllm.errors import run
 
-    settings = config_flags.DEFINE_config_file("config", None, "Settings of the run, as the image has them.")
+    settings = config_flags.DEFINE_config_file(
+        "config", None, "Settings of the run, as the image has them."
+    )
     text = {
         name: flags.DEFINE_string(name, None, said)
         for name, said in (
-            ("topology", "Of a slice, as for msllm.aot: v5e:16x16, v6e:8x8, v5p:4x4x4, ..."),
+            ("topology", "Of a slice, as for msllm aot: v5e:16x16, v6e:8x8, v5p:4x4x4, ..."),
             ("image", "Made with launch/gke/Dockerfile."),
             ("name", "Of the JobSet; pods are named after it."),
             ("workdir", "gs://BUCKET/FOLDER for checkpoints and metrics."),
-            ("service_account", "Kubernetes service account of the pods, with access to the workdir."),
-            ("data_bucket", "A bucket to mount at /data, for --config.data.dir=/data/FOLDER (Cloud Storage FUSE)."),
+            (
+                "service_account",
+                "Kubernetes service account of the pods, with access to the workdir.",
+            ),
+            (
+                "data_bucket",
+                "A bucket to mount at /data, for --config.data.dir=/data/FOLDER (Cloud Storage FUSE).",
+            ),
             ("out", "File for the manifest; without it, it is printed."),
         )
     }
     num_slices = flags.DEFINE_integer("num_slices", 1, "Slices of that topology.")
-    restarts = flags.DEFINE_integer("restarts", 20, "Restarts after a process has died; preemptions do not count.")
+    restarts = flags.DEFINE_integer(
+        "restarts", 20, "Restarts after a process has died; preemptions do not count."
+    )
     grace = flags.DEFINE_integer(
         "grace",
         None,
@@ -236,7 +276,9 @@ def _main() -> None:
             raise UserError("--config is missing: name a file, e.g. --config=configs/8b_v5e_256.py")
         for name in ("topology", "image", "name", "workdir"):
             if not text[name].value:
-                raise UserError(f"--{name} is missing: {text[name].help[0].lower()}{text[name].help[1:]}")
+                raise UserError(
+                    f"--{name} is missing: {text[name].help[0].lower()}{text[name].help[1:]}"
+                )
         for flag, least in ((num_slices, 1), (restarts, 0), (grace, 1)):
             if flag.value is not None and flag.value < least:
                 raise UserError(f"--{flag.name} is {flag.value}: must be at least {least}")

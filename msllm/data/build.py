@@ -1,4 +1,4 @@
-"""Builds prepared data portion by portion: what the processes of `msllm.prepare` do.
+"""Builds prepared data portion by portion: what the processes of `msllm prepare` do.
 
 A portion of the input is converted, split, packed and written by one process, to shards of its own: so the bytes do not
 depend on how many processes there are, and a finished portion need not be done again.
@@ -41,7 +41,9 @@ class Portion(NamedTuple):
     parts: list[Part | None]  # of the input
     split: str = ""  # where all its examples belong; empty: that depends on each
     examples: int | None = None  # take only the first ones
-    held_out_from: int | None = None  # the example, by number, from which on all are held out; None: by their ids
+    held_out_from: int | None = (
+        None  # the example, by number, from which on all are held out; None: by their ids
+    )
 
     @property
     def name(self) -> str:
@@ -50,7 +52,9 @@ class Portion(NamedTuple):
 
     def __str__(self) -> str:
         files = [part.file for part in self.parts if part]
-        named = f", {files[0]}" + (f" to {files[-1]}" if files[-1] != files[0] else "") if files else ""
+        named = (
+            f", {files[0]}" + (f" to {files[-1]}" if files[-1] != files[0] else "") if files else ""
+        )
         return f"portion {self.number + 1} of {self.of}{named}"
 
 
@@ -66,7 +70,9 @@ def divide(config: Config) -> list[Portion]:
     """The portions of the input: they depend on settings and input alone. Raises UserError."""
     inputs = [("train" if config.data.eval_path else "", config)]
     if config.data.eval_path:
-        data = dataclasses.replace(config.data, path=config.data.eval_path, format=config.data.eval_format)
+        data = dataclasses.replace(
+            config.data, path=config.data.eval_path, format=config.data.eval_format
+        )
         inputs.append(("eval", dataclasses.replace(config, data=data)))
     found = []
     for split, one in inputs:
@@ -75,10 +81,14 @@ def divide(config: Config) -> list[Portion]:
     return found
 
 
-def count(config: Config, spec: StreamSpec, tokenizer: Tokenizer, portion: Portion) -> Iterator[Told]:
+def count(
+    config: Config, spec: StreamSpec, tokenizer: Tokenizer, portion: Portion
+) -> Iterator[Told]:
     """Returns the number of examples of a portion, as many as it may give."""
     told, number = time.monotonic(), 0
-    for number, _ in enumerate(_tables(config, spec, tokenizer, portion, BadRecords(config.data.bad_percent)), 1):
+    for number, _ in enumerate(
+        _tables(config, spec, tokenizer, portion, BadRecords(config.data.bad_percent)), 1
+    ):
         if time.monotonic() - told > TELL_SECONDS:
             yield Told(number, 0, [])
             told = time.monotonic()
@@ -92,14 +102,20 @@ def place(config: Config, portions: Sequence[Portion], counts: Sequence[int]) ->
     """
     most, placed = config.data.max_examples, []
     for split in {portion.split: None for portion in portions}:
-        mine = [(portion, found) for portion, found in zip(portions, counts) if portion.split == split]
+        mine = [
+            (portion, found) for portion, found in zip(portions, counts) if portion.split == split
+        ]
         total = sum(found for _, found in mine)
         total = min(total, most) if most else total
         first_held_out = total - round(total * config.data.eval_percent / 100)
         start = 0
         for portion, found in mine:
             if start < total or not most:
-                tail = max(first_held_out - start, 0) if config.data.split == "tail" and not split else None
+                tail = (
+                    max(first_held_out - start, 0)
+                    if config.data.split == "tail" and not split
+                    else None
+                )
                 cut = most - start if most and start + found >= most else None
                 placed.append(portion._replace(examples=cut, held_out_from=tail))
             start += found
@@ -111,7 +127,10 @@ def build(
 ) -> Iterator[Told]:
     """Writes the shards of a portion and, when they are in place, its report. Raises UserError."""
     packers = {split: Packer(config.data.rows) for split in SPLITS}
-    writers = {split: ShardWriter(out, split, portion, config.data.shards, spec.size, tokenizer) for split in SPLITS}
+    writers = {
+        split: ShardWriter(out, split, portion, config.data.shards, spec.size, tokenizer)
+        for split in SPLITS
+    }
     bad = BadRecords(config.data.bad_percent)
     examples, told, shown = 0, time.monotonic(), 0
 
@@ -120,7 +139,9 @@ def build(
         return Told(examples, tokens, bad.shown[shown:])
 
     for number, table in enumerate(_tables(config, spec, tokenizer, portion, bad)):
-        split = portion.split or ("eval" if _is_held_out(config, portion, number, table) else "train")
+        split = portion.split or (
+            "eval" if _is_held_out(config, portion, number, table) else "train"
+        )
         for packed in packers[split].add(table):
             writers[split].write(packed)
         examples = number + 1
@@ -130,7 +151,10 @@ def build(
     for split in SPLITS:
         for packed in packers[split].finish():
             writers[split].write(packed)
-    report = {"splits": {split: _report(packers[split], writers[split]) for split in SPLITS}, "bad": bad.counts()}
+    report = {
+        "splits": {split: _report(packers[split], writers[split]) for split in SPLITS},
+        "bad": bad.counts(),
+    }
     path = _report_path(out, portion)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(report))
@@ -172,7 +196,13 @@ class ShardWriter:
     """Writes the packed tables that one split has of a portion to shards, in turns, and counts what it writes."""
 
     def __init__(
-        self, directory: pathlib.Path, split: str, portion: Portion, shards: int, streams: int, tokenizer: Tokenizer
+        self,
+        directory: pathlib.Path,
+        split: str,
+        portion: Portion,
+        shards: int,
+        streams: int,
+        tokenizer: Tokenizer,
     ):
         """`shards`: how many the split is to have; every portion has at least one."""
         own = -(-shards // portion.of)
@@ -189,7 +219,9 @@ class ShardWriter:
         shard = self.tables % len(self._names)
         if shard == len(self._writers):  # opened when needed: a small split has fewer shards
             path = self._temporary(self._names[shard])
-            self._writers.append(array_record_module.ArrayRecordWriter(str(path), records.WRITER_OPTIONS))
+            self._writers.append(
+                array_record_module.ArrayRecordWriter(str(path), records.WRITER_OPTIONS)
+            )
         self._writers[shard].write(records.encode_record(table, self._tokenizer.vocab_size))
         silent = table.present & (table.tokens == self._tokenizer.silence_id)
         self.silence += silent.sum(axis=0)
@@ -208,17 +240,25 @@ class ShardWriter:
             os.replace(self._temporary(name), path)
             tables = len(range(i, self.tables, len(self._names)))
             size = path.stat().st_size
-            shards.append({"file": name, "records": tables, "bytes": size, "sha256": records.file_hash(path)})
+            shards.append(
+                {"file": name, "records": tables, "bytes": size, "sha256": records.file_hash(path)}
+            )
         return shards
 
     def _temporary(self, name: str) -> pathlib.Path:
-        return self._directory / f"{name}.{os.getpid()}.tmp"  # a process that outlives its run disturbs no other
+        return (
+            self._directory / f"{name}.{os.getpid()}.tmp"
+        )  # a process that outlives its run disturbs no other
 
 
 def _tables(
     config: Config, spec: StreamSpec, tokenizer: Tokenizer, portion: Portion, bad: BadRecords
 ) -> Iterator[Table]:
-    tables = (table for part in portion.parts for table in converters.convert_part(config, spec, tokenizer, part, bad))
+    tables = (
+        table
+        for part in portion.parts
+        for table in converters.convert_part(config, spec, tokenizer, part, bad)
+    )
     return itertools.islice(tables, portion.examples)
 
 

@@ -24,7 +24,9 @@ def switchboard(file: str) -> Iterator[dict[str, Any]]:
             for line in block.strip().splitlines():
                 start, end, text = line.strip().split(maxsplit=2)
                 if text != "[silence]":
-                    utterances.append({"start": float(start), "end": float(end), "speaker": speaker, "text": text})
+                    utterances.append(
+                        {"start": float(start), "end": float(end), "speaker": speaker, "text": text}
+                    )
         yield {"utterances": utterances}
 
 
@@ -40,7 +42,9 @@ def apollo13(file: str) -> Iterator[dict[str, Any]]:
         for said in json.loads(path.read_text()):
             times = {"start": said.get("start"), "end": said.get("end")}
             if None not in times.values():
-                utterances.append(times | {"speaker": f"{loop}/{said['source']}", "text": said["message"]})
+                utterances.append(
+                    times | {"speaker": f"{loop}/{said['source']}", "text": said["message"]}
+                )
     yield {"utterances": utterances}
 
 
@@ -66,7 +70,12 @@ def _chorales(part: str, every: int, transpose: bool, file: str) -> Iterator[dic
         pitches = [pitch for row in song for pitch in row if pitch >= 0]  # -1 is silence
         for shift in TRANSPOSITIONS if transpose else (0,):
             if LOWEST <= min(pitches) + shift and max(pitches) + shift <= HIGHEST:
-                yield {"rows": [[pitch + shift if pitch >= 0 else pitch for pitch in row] for row in song[::every]]}
+                yield {
+                    "rows": [
+                        [pitch + shift if pitch >= 0 else pitch for pitch in row]
+                        for row in song[::every]
+                    ]
+                }
 
 
 chorales_train = functools.partial(_chorales, "train", 1, False)
@@ -90,13 +99,18 @@ def taskmaster4(file: str) -> Iterator[dict[str, Any]]:
                 _, kind, number = note["context"].split("_")
                 notes[kind].setdefault(number, {})[note["name"]] = note["value"]
             calls = [
-                {"id": number, "function": {"name": call["api_call"], "arguments": call.get("request", "")}}
+                {
+                    "id": number,
+                    "function": {"name": call["api_call"], "arguments": call.get("request", "")},
+                }
                 for number, call in notes["call"].items()
             ]
             if calls:
                 messages.append({"role": "assistant", "content": None, "tool_calls": calls})
             for number, answer in notes["response"].items():
-                messages.append({"role": "tool", "tool_call_id": number, "content": answer.get("response", "")})
+                messages.append(
+                    {"role": "tool", "tool_call_id": number, "content": answer.get("response", "")}
+                )
         yield {"messages": messages}
 
 

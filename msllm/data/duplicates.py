@@ -28,17 +28,26 @@ class Ids:
 
     def close(self) -> None:
         """Writes what is left."""
-        np.save(self._folder / f"{self._name}.{self._files:04d}.npy", np.unique(np.array(self._ids, np.uint64)))
+        np.save(
+            self._folder / f"{self._name}.{self._files:04d}.npy",
+            np.unique(np.array(self._ids, np.uint64)),
+        )
         self._files += 1
         self._ids = array.array("Q")
 
 
-def count_duplicates(files: dict[str, Sequence[pathlib.Path]], examples: dict[str, int]) -> dict[str, int]:
+def count_duplicates(
+    files: dict[str, Sequence[pathlib.Path]], examples: dict[str, int]
+) -> dict[str, int]:
     """From the files of `Ids` by split, and the number of examples of each: how many of them came before in their own
     split, and in "train_and_eval" how many different ones are in both."""
     distinct = dict.fromkeys(files, 0)
     both = 0
-    blocks = sum(len(np.load(path, mmap_mode="r")) for paths in files.values() for path in paths) // BLOCK + 1
+    blocks = (
+        sum(len(np.load(path, mmap_mode="r")) for paths in files.values() for path in paths)
+        // BLOCK
+        + 1
+    )
     for block in range(blocks):  # ids are hashes: equal ranges hold about as many
         first, last = _IDS * block // blocks, _IDS * (block + 1) // blocks - 1
         found = {split: _between(paths, first, last) for split, paths in files.items()}
@@ -53,6 +62,9 @@ def _between(paths: Sequence[pathlib.Path], first: int, last: int) -> np.ndarray
     found = [np.zeros(0, np.uint64)]
     for path in paths:
         ids = np.load(path, mmap_mode="r")
-        start, stop = np.searchsorted(ids, np.uint64(first)), np.searchsorted(ids, np.uint64(last), side="right")
+        start, stop = (
+            np.searchsorted(ids, np.uint64(first)),
+            np.searchsorted(ids, np.uint64(last), side="right"),
+        )
         found.append(np.array(ids[start:stop]))
     return np.unique(np.concatenate(found))

@@ -41,23 +41,32 @@ class Loader:
       num_batches: batches that hold so many tables, the last of them perhaps in part.
     """
 
-    def __init__(self, config: DataConfig, split: str, spec: StreamSpec, part: tuple[int, int] = (0, 1)):
+    def __init__(
+        self, config: DataConfig, split: str, spec: StreamSpec, part: tuple[int, int] = (0, 1)
+    ):
         """Opens and checks the data. Raises UserError where it is damaged, empty, or does not fit the config.
 
         Args:
           part: (i, n) of a process that shares the checking with others: see `records.open_prepared`.
         """
         if config.mixture.dirs and split != "train":
-            raise ValueError(f"split {split!r} of a mixture: open it for each source alone (mixture.by_source)")
+            raise ValueError(
+                f"split {split!r} of a mixture: open it for each source alone (mixture.by_source)"
+            )
         self._config, self._split, self._streams = config, split, spec.size
-        sources = {name: _Source(alone, split, spec, part) for name, alone in mixture.by_source(config).items()}
+        sources = {
+            name: _Source(alone, split, spec, part)
+            for name, alone in mixture.by_source(config).items()
+        }
         self._sources = list(sources.values())
         self.manifests = {name: source.manifest for name, source in sources.items()}
         self.manifest = self._sources[0].manifest
         mixture.check_alike({source.directory: source.manifest for source in self._sources})
         self.plan = mixture.Plan(config, self.manifests) if config.mixture.dirs else None
         stored = self.manifest["tokenizer"]
-        self.tokenizer = Tokenizer.load(pathlib.Path(self._sources[0].directory) / stored["file"], stored["silence"])
+        self.tokenizer = Tokenizer.load(
+            pathlib.Path(self._sources[0].directory) / stored["file"], stored["silence"]
+        )
         self.num_tables = sum(source.num_tables for source in self._sources)
         self.num_batches = -(-self.num_tables // config.batch_size)
 
@@ -81,7 +90,10 @@ class Loader:
 
     def example_ids(self, step: int, rows: range | slice | None = None) -> list[list[str]]:
         """The ids of the examples in each table of a batch, in the order of their segments."""
-        return [self._read(index).examples if self._holds(index) else [] for index in self._indices(step, rows)]
+        return [
+            self._read(index).examples if self._holds(index) else []
+            for index in self._indices(step, rows)
+        ]
 
     def sources(self, step: int, rows: range | slice | None = None) -> list[int]:
         """The number of the source of each table of a mixture's batch."""
@@ -104,7 +116,9 @@ class Loader:
     def _indices(self, step: int, rows: range | slice | None) -> range:
         size = self._config.batch_size
         if step < 0 or (self._split != "train" and step >= self.num_batches):
-            raise ValueError(f"step is {step}: split {self._split!r} has batches 0..{self.num_batches - 1}")
+            raise ValueError(
+                f"step is {step}: split {self._split!r} has batches 0..{self.num_batches - 1}"
+            )
         if rows is None:
             rows = range(size)
         elif isinstance(rows, slice):
@@ -140,7 +154,9 @@ class _Source:
         self._order = order.shuffle(seed=config.seed).repeat() if split == "train" else order
 
     def read(self, index: int) -> Packed:
-        return records.decode_record(self._records[self._order[index]], self._streams, self._vocab_size)
+        return records.decode_record(
+            self._records[self._order[index]], self._streams, self._vocab_size
+        )
 
 
 def _check(config: DataConfig, manifest: Mapping[str, Any], spec: StreamSpec) -> None:

@@ -27,16 +27,26 @@ def by_source(config: DataConfig) -> dict[str, DataConfig]:
     mixture = config.mixture
     if not mixture.dirs:
         return {"": config}
-    digest = lambda name: hashlib.sha256(f"{config.seed} {name}".encode()).digest()
-    alone = lambda path, name: dataclasses.replace(
-        config, dir=path, mixture=MixtureConfig(), seed=int.from_bytes(digest(name)[:4], "little")
-    )
+
+    def digest(name):
+        return hashlib.sha256(f"{config.seed} {name}".encode()).digest()
+
+    def alone(path, name):
+        return dataclasses.replace(
+            config,
+            dir=path,
+            mixture=MixtureConfig(),
+            seed=int.from_bytes(digest(name)[:4], "little"),
+        )
+
     return {name: alone(path, name) for path, name in zip(mixture.dirs, mixture.source_names)}
 
 
 def check_alike(manifests: Mapping[str, Mapping[str, Any]]) -> None:
     """Raises UserError unless all prepared directories {path: manifest} have the same tokenizer."""
-    (first, expected), *others = [(path, manifest["tokenizer"]) for path, manifest in manifests.items()]
+    (first, expected), *others = [
+        (path, manifest["tokenizer"]) for path, manifest in manifests.items()
+    ]
     for path, tokenizer in others:
         for what in ("sha256", "silence"):
             if tokenizer[what] != expected[what]:
@@ -124,7 +134,9 @@ class Plan:
         self._phases: list[_Phase] = []
         for step, weights in ((0, mixture.weights), *mixture.schedule):
             shares = []
-            for name, path, weight, tables, count in zip(self.names, mixture.dirs, weights, self._tables, tokens):
+            for name, path, weight, tables, count in zip(
+                self.names, mixture.dirs, weights, self._tables, tokens
+            ):
                 if weight and not count:
                     chosen = ", ".join(mixture.streams)
                     where = f"config.data.mixture.streams {chosen}" if chosen else "all streams"
@@ -146,7 +158,9 @@ class Plan:
     def counts(self, index: int) -> list[int]:
         """How many of the run's first `index` tables are of each source."""
         phase = self._phase(index)
-        return [old + new for old, new in zip(phase.before, phase.turns.counts(index - phase.start))]
+        return [
+            old + new for old, new in zip(phase.before, phase.turns.counts(index - phase.start))
+        ]
 
     def targets(self, step: int) -> list[float]:
         """The share of the chosen tokens that each source should have in a step."""
@@ -154,7 +168,12 @@ class Plan:
 
     def epochs(self, steps: int) -> list[float]:
         """How often each source has been read after so many steps."""
-        return [count / tables for count, tables in zip(self.counts(steps * self._batch_size), self._tables)]
+        return [
+            count / tables
+            for count, tables in zip(self.counts(steps * self._batch_size), self._tables)
+        ]
 
     def _phase(self, index: int) -> _Phase:
-        return self._phases[bisect.bisect_right(self._phases, index, key=lambda phase: phase.start) - 1]
+        return self._phases[
+            bisect.bisect_right(self._phases, index, key=lambda phase: phase.start) - 1
+        ]

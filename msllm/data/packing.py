@@ -49,12 +49,18 @@ class Packer:
         if length > self.table_rows:
             self.cut += 1
             self.cut_rows += length - self.table_rows
-            table = table._replace(tokens=table.tokens[: self.table_rows], present=table.present[: self.table_rows])
+            table = table._replace(
+                tokens=table.tokens[: self.table_rows], present=table.present[: self.table_rows]
+            )
         self.examples += 1
         self.rows += len(table.tokens)
         self._window.append(table)
         self._cells += table.tokens.size
-        return self._pack(OPEN_BINS) if len(self._window) >= WINDOW or self._cells >= WINDOW_CELLS else []
+        return (
+            self._pack(OPEN_BINS)
+            if len(self._window) >= WINDOW or self._cells >= WINDOW_CELLS
+            else []
+        )
 
     def finish(self) -> list[Packed]:
         """Gives all tables that are left."""
@@ -76,7 +82,10 @@ class Packer:
         self._window, self._cells = [], 0
         done = self._free[: max(len(self._free) - keep, 0)]
         self._free = self._free[len(done) :]
-        return [self._join(self._bins.pop(number)) for _, number in sorted(done, key=lambda item: item[1])]
+        return [
+            self._join(self._bins.pop(number))
+            for _, number in sorted(done, key=lambda item: item[1])
+        ]
 
     def _join(self, tables: list[Table]) -> Packed:
         streams = tables[0].tokens.shape[1]

@@ -26,7 +26,7 @@ from msllm.errors import UserError
 FORMAT = 1
 MANIFEST = "manifest.json"
 WRITER_OPTIONS = "group_size:1,zstd:1"  # one record a chunk: any record is read alone
-_AGAIN = "run `python -m msllm.prepare` again into an empty directory"
+_AGAIN = "run `msllm prepare` again into an empty directory"
 
 
 def token_dtype(vocab_size: int) -> type:
@@ -52,7 +52,11 @@ def decode_record(record: bytes, streams: int, vocab_size: int) -> Packed:
     segment = np.frombuffer(fields["segment"], np.int32)
     shape = (len(segment), streams)
     tokens = np.frombuffer(fields["tokens"], token_dtype(vocab_size)).reshape(shape)
-    present = np.unpackbits(np.frombuffer(fields["present"], np.uint8), count=tokens.size).view(bool).reshape(shape)
+    present = (
+        np.unpackbits(np.frombuffer(fields["present"], np.uint8), count=tokens.size)
+        .view(bool)
+        .reshape(shape)
+    )
     return Packed(tokens, present, segment, fields["examples"])
 
 
@@ -68,7 +72,7 @@ def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         what = "is unfinished or no prepared data" if path.parent.is_dir() else "does not exist"
         raise UserError(
-            f"{path.parent} {what} (no {MANIFEST}): run `python -m msllm.prepare --config=...`, or correct"
+            f"{path.parent} {what} (no {MANIFEST}): run `msllm prepare --config=...`, or correct"
             " config.data.dir"
         )
     try:
@@ -95,17 +99,25 @@ def open_prepared(
     directory = pathlib.Path(directory)
     manifest = read_manifest(directory)
     if split not in manifest["splits"]:
-        raise UserError(f"{directory} has no split {split!r}: must be one of {', '.join(manifest['splits'])}")
+        raise UserError(
+            f"{directory} has no split {split!r}: must be one of {', '.join(manifest['splits'])}"
+        )
     tokenizer = manifest["tokenizer"]
     path = directory / tokenizer["file"]
     if not path.is_file():
-        raise UserError(f"{path} is missing: restore the tokenizer that {MANIFEST} names, or {_AGAIN}")
+        raise UserError(
+            f"{path} is missing: restore the tokenizer that {MANIFEST} names, or {_AGAIN}"
+        )
     if file_hash(path) != tokenizer["sha256"]:
-        raise UserError(f"{path} is not the tokenizer of this data (sha256 differs): restore it, or {_AGAIN}")
+        raise UserError(
+            f"{path} is not the tokenizer of this data (sha256 differs): restore it, or {_AGAIN}"
+        )
     shards = manifest["splits"][split]["shards"]
     if part is not None:
         whole = [number % part[1] == part[0] for number in range(len(shards))]
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:  # hashing runs outside the interpreter lock
+        with concurrent.futures.ThreadPoolExecutor(
+            4
+        ) as pool:  # hashing runs outside the interpreter lock
             list(pool.map(lambda shard, whole: check_shard(directory, shard, whole), shards, whole))
     return manifest, [str(directory / shard["file"]) for shard in shards]
 
@@ -117,9 +129,13 @@ def check_shard(directory: pathlib.Path, shard: dict[str, Any], whole: bool = Tr
         raise UserError(f"{path} is missing ({MANIFEST} lists it): restore it, or {_AGAIN}")
     size = path.stat().st_size
     if size != shard["bytes"]:
-        raise UserError(f"{path} has {size} bytes, {MANIFEST} says {shard['bytes']}: restore it, or {_AGAIN}")
+        raise UserError(
+            f"{path} has {size} bytes, {MANIFEST} says {shard['bytes']}: restore it, or {_AGAIN}"
+        )
     if whole and file_hash(path) != shard["sha256"]:
-        raise UserError(f"{path} is corrupt (sha256 differs from {MANIFEST}): restore it, or {_AGAIN}")
+        raise UserError(
+            f"{path} is corrupt (sha256 differs from {MANIFEST}): restore it, or {_AGAIN}"
+        )
 
 
 class Reader:
@@ -134,7 +150,12 @@ class Reader:
 
     def __init__(self, paths: Sequence[str]):
         self._paths = paths
-        open_shard = lambda path: array_record_module.ArrayRecordReader(path, self._OPTIONS, file_reader_buffer_size=1 << 14)
+
+        def open_shard(path):
+            return array_record_module.ArrayRecordReader(
+                path, self._OPTIONS, file_reader_buffer_size=1 << 14
+            )
+
         self._readers = [open_shard(path) for path in paths]
         self._ends = list(itertools.accumulate(reader.num_records() for reader in self._readers))
 

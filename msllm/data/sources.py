@@ -131,7 +131,11 @@ def text_of(value: Any, key: str, where: str) -> str:
     """value[key], which must be a text. Raises BadRecord."""
     text = value.get(key) if isinstance(value, dict) else None
     if not isinstance(text, str):
-        keys = f"the record's keys: {sorted(value)}" if isinstance(value, dict) else f"the record is {_short(value)}"
+        keys = (
+            f"the record's keys: {sorted(value)}"
+            if isinstance(value, dict)
+            else f"the record is {_short(value)}"
+        )
         raise BadRecord(f"{where}: {key!r} is {text!r}: must be a text ({keys})")
     return text
 
@@ -139,10 +143,16 @@ def text_of(value: Any, key: str, where: str) -> str:
 def input_files(path: str) -> list[str]:
     """The files that a path or glob names, sorted. Raises UserError if there are none."""
     if "://" in path:
-        root = re.match(r"\w+://[^/]*(?:/[^/*?\[]*(?=/|$))*", path)[0]  # up to the first part with a wildcard
+        root = re.match(r"\w+://[^/]*(?:/[^/*?\[]*(?=/|$))*", path)[
+            0
+        ]  # up to the first part with a wildcard
         rest = path[len(root) :].lstrip("/")
         with _readable(path):
-            files = [str(file) for file in epath.Path(root).glob(rest)] if rest else [path] * epath.Path(path).exists()
+            files = (
+                [str(file) for file in epath.Path(root).glob(rest)]
+                if rest
+                else [path] * epath.Path(path).exists()
+            )
     else:
         files = glob.glob(path, recursive=True)
     if not files:
@@ -231,7 +241,9 @@ def load_function(path: str, setting: str) -> Callable:
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{setting} is {path!r}: cannot be imported ({error}); give package.module:function") from error
+        raise UserError(
+            f"{setting} is {path!r}: cannot be imported ({error}); give package.module:function"
+        ) from error
     if not callable(function):
         raise UserError(f"{setting} is {path!r}: that is {function!r}, not a function")
     return function
@@ -273,7 +285,9 @@ def _parquet(part: Part) -> Iterator[tuple[int, Any]]:
         try:
             file = parquet.ParquetFile(stream)
         except ValueError as error:  # pyarrow.ArrowInvalid is one
-            raise UserError(f"{part.file} is no parquet file ({error}): correct config.data.path") from error
+            raise UserError(
+                f"{part.file} is no parquet file ({error}): correct config.data.path"
+            ) from error
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         groups = _share(len(sizes), part)
         number = sum(sizes[: groups.start])
@@ -285,7 +299,9 @@ def _parquet(part: Part) -> Iterator[tuple[int, Any]]:
 
 def _array_record(part: Part) -> Iterator[tuple[int, Any]]:
     if "://" in part.file:
-        raise UserError(f"{part.file}: ArrayRecord files are read from disk only: copy it, or use jsonl or parquet")
+        raise UserError(
+            f"{part.file}: ArrayRecord files are read from disk only: copy it, or use jsonl or parquet"
+        )
     try:
         reader = array_record_module.ArrayRecordReader(part.file)
         rows = _share(reader.num_records(), part)
@@ -295,7 +311,9 @@ def _array_record(part: Part) -> Iterator[tuple[int, Any]]:
                 yield number, _parse(content, f"{part.file}:{number}")
         reader.close()  # tells what was wrong with a file that seemed empty
     except Exception as error:  # its errors have no common class
-        raise UserError(f"{part.file}: cannot be read ({error}): correct config.data.path") from error
+        raise UserError(
+            f"{part.file}: cannot be read ({error}): correct config.data.path"
+        ) from error
 
 
 def _own(part: Part) -> Iterator[tuple[int, Any]]:
@@ -321,11 +339,15 @@ def _parse(content: bytes, where: str) -> Any:
     except json.JSONDecodeError as error:
         return BadRecord(f"{where}: invalid JSON ({error}): each line must be a JSON object")
     if not isinstance(value, dict):
-        return BadRecord(f"{where}: {_short(content.decode().strip())}: each line must be a JSON object")
+        return BadRecord(
+            f"{where}: {_short(content.decode().strip())}: each line must be a JSON object"
+        )
     return value
 
 
-def _lines(file: str, index: int = 0, count: int = 1, before: int = 0) -> Iterator[tuple[int, bytes]]:
+def _lines(
+    file: str, index: int = 0, count: int = 1, before: int = 0
+) -> Iterator[tuple[int, bytes]]:
     """(number from 1, line) of the lines that begin in part `index` of `count` equal ones of a file, after `before`."""
     with _readable(file), _open(file) as stream:
         if count == 1:
@@ -378,7 +400,9 @@ def _blocks(file: str) -> Iterator[str]:
                 yield "".join(lines)
                 lines, size = [], 0
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}:{number}: not UTF-8 ({error}): convert the file to UTF-8") from error
+        raise UserError(
+            f"{file}:{number}: not UTF-8 ({error}): convert the file to UTF-8"
+        ) from error
     if lines:
         yield "".join(lines)
 
@@ -452,7 +476,9 @@ def _need(module: str, file: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise UserError(f"{file}: needs the package {package}: `pip install {package}`, or msllm[data]") from error
+        raise UserError(
+            f"{file}: needs the package {package}: `pip install {package}`, or msllm[data]"
+        ) from error
 
 
 def _share(total: int, part: Part) -> range:

@@ -41,7 +41,9 @@ def held_out(example: str, percent: float) -> bool:
     return int(example, 16) < percent / 100 * 16 ** len(example)
 
 
-def make_table(placements: Sequence[Placement], rows: int, streams: int, silence_id: int, example: str = "") -> Table:
+def make_table(
+    placements: Sequence[Placement], rows: int, streams: int, silence_id: int, example: str = ""
+) -> Table:
     """The table [rows, streams] of placements; every other cell is silence, none is absent."""
     tokens = np.full((rows, streams), silence_id, np.int32)
     for placement in placements:

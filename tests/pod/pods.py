@@ -1,4 +1,4 @@
-"""Pods on one machine: real processes of `python -m msllm.train` over the loopback, signals, and what they leave."""
+"""Pods on one machine: real processes of `msllm train` over the loopback, signals, and what they leave."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from msllm.config import Config, default_config, from_config_dict, to_json
-from msllm.prepare import prepare
+from msllm.data.prepare import prepare
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 STEPS = 24
 HEARTBEAT = 10  # seconds
 START = 180  # seconds that a start may take on a busy machine, compiling included
-LOST = (76, -signal.SIGABRT)  # how a process ends when another one is gone: told so, or aborted by JAX's runtime
+LOST = (
+    76,
+    -signal.SIGABRT,
+)  # how a process ends when another one is gone: told so, or aborted by JAX's runtime
 SETTINGS = {
     "steps": STEPS,
     "log_every": 1,
@@ -112,9 +115,15 @@ class Pod:
           pipe: the process whose output `hold_output` can hold.
         """
         self.files, self.workdir, self.options = files, workdir, options
-        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        flags = (
+            f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        )
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
-        environment = inherited | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+        environment = inherited | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": flags,
+            "PYTHONPATH": str(ROOT),
+        }
         logs = workdir.parent / f"{workdir.name}-logs"
         logs.mkdir(parents=True, exist_ok=True)
         attempt = len({path.name.split("-")[0] for path in logs.iterdir()}) + 1
@@ -123,11 +132,26 @@ class Pod:
         self._paths = {i: logs / f"{attempt:03d}-process-{i}.log" for i in range(processes)}
         port = _free_port()
         for i in set(range(processes)) - set(absent):
-            command = [*prefix, sys.executable, "-m", "msllm.train", f"--config={files / 'config.py'}"]
-            command += [f"--workdir={workdir}", f"--num_processes={processes}", f"--heartbeat_timeout={HEARTBEAT}"]
+            command = [
+                *prefix,
+                sys.executable,
+                "-m",
+                "msllm",
+                "train",
+                f"--config={files / 'config.py'}",
+            ]
+            command += [
+                f"--workdir={workdir}",
+                f"--num_processes={processes}",
+                f"--heartbeat_timeout={HEARTBEAT}",
+            ]
             if processes > 1:
                 command += [f"--coordinator_address=127.0.0.1:{port}", f"--process_id={i}"]
-            command += [f"--initialization_timeout={wait_seconds}", *options, *(own or {}).get(i, ())]
+            command += [
+                f"--initialization_timeout={wait_seconds}",
+                *options,
+                *(own or {}).get(i, ()),
+            ]
             with _Pipe(self._paths[i]) if i == pipe else self._paths[i].open("w") as log:
                 self._pipe = log if i == pipe else self._pipe
                 self._processes[i] = subprocess.Popen(
@@ -173,7 +197,11 @@ class Pod:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 8192))
             lines = file.read().split(b"\n")
-        return json.loads(lines[-2])["step"] if len(lines) > 1 and lines[-2].startswith(b'{"step"') else -1
+        return (
+            json.loads(lines[-2])["step"]
+            if len(lines) > 1 and lines[-2].startswith(b'{"step"')
+            else -1
+        )
 
     def hold_output(self, seconds: float) -> None:
         """For so long, nobody reads the output of the process with a pipe."""
@@ -181,12 +209,16 @@ class Pod:
 
     def reach(self, step: int, seconds: float = START, process: int = 0) -> None:
         """Waits until a process has given `step` to its devices."""
-        self.wait_for(lambda: self.step(process) >= step, seconds, f"step {step} in process {process}")
+        self.wait_for(
+            lambda: self.step(process) >= step, seconds, f"step {step} in process {process}"
+        )
 
     def writing(self) -> bool:
         """Whether a checkpoint is being written."""
         folder = self.workdir / "checkpoints"
-        return folder.exists() and any("orbax-checkpoint-tmp" in name for name in os.listdir(folder))
+        return folder.exists() and any(
+            "orbax-checkpoint-tmp" in name for name in os.listdir(folder)
+        )
 
     def stop_while_writing(self) -> None:
         """Stops all processes (SIGSTOP) at a moment when a checkpoint is begun and not complete."""
@@ -220,7 +252,10 @@ class Pod:
     def told(self) -> str:
         """The end of all logs."""
         statuses = {i: process.poll() for i, process in self._processes.items()}
-        ends = [f"--- process {i}, status {statuses.get(i)}:\n{log[-3000:]}" for i, log in enumerate(self.logs)]
+        ends = [
+            f"--- process {i}, status {statuses.get(i)}:\n{log[-3000:]}"
+            for i, log in enumerate(self.logs)
+        ]
         return "\n".join(ends)
 
     def ended(self, *statuses: int | tuple[int, ...], seconds: float = START) -> list[str]:
@@ -251,7 +286,10 @@ class _Pipe:
         os.close(self._write)  # the process has its own
 
     def _copy(self) -> None:
-        with self._path.open("wb", buffering=0) as file, open(self._read, "rb", buffering=0) as pipe:
+        with (
+            self._path.open("wb", buffering=0) as file,
+            open(self._read, "rb", buffering=0) as pipe,
+        ):
             while self._open.wait() and (text := pipe.read(65536)):
                 file.write(text.replace(b"\0", b""))
 
@@ -299,7 +337,11 @@ class Run:
 def saved(workdir: pathlib.Path) -> list[int]:
     """Steps of the complete checkpoints."""
     folder = workdir / "checkpoints"
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+    return (
+        sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+        if folder.exists()
+        else []
+    )
 
 
 def read(workdir: pathlib.Path) -> Run:
@@ -332,7 +374,9 @@ def same(workdir: pathlib.Path, reference: Run, exact: bool) -> Run:
         assert found.keys() == expected.keys(), name
         for step, values in found.items():
             wanted = expected[step][:1] * len(values)
-            np.testing.assert_allclose(values, wanted, rtol=0 if exact else 1e-4, err_msg=f"{name} of step {step}")
+            np.testing.assert_allclose(
+                values, wanted, rtol=0 if exact else 1e-4, err_msg=f"{name} of step {step}"
+            )
     if exact:
         assert run.checksums == reference.checksums
     return run

@@ -20,7 +20,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # as in the tests
 
-from pods import HEARTBEAT, LOST, START, STEPS, Pod, make_files, read, same, saved  # noqa: E402
+from pods import HEARTBEAT, LOST, START, STEPS, Pod, make_files, read, same, saved
 
 NOTICED = HEARTBEAT + 40  # seconds; more than in the tests: hours on busy machines see everything
 KINDS = (
@@ -40,14 +40,21 @@ SPARE = 2  # steps before the last one that are not disturbed: whoever is asked 
 
 def layouts(most: int) -> list[tuple[int, int, tuple[str, ...]]]:
     """(processes, devices of each, options)."""
-    meshes = lambda **axes: tuple(f"--config.mesh.{axis}={size}" for axis, size in axes.items())
+
+    def meshes(**axes):
+        return tuple(f"--config.mesh.{axis}={size}" for axis, size in axes.items())
+
     every = [
         (2, 1, ()),
         (1, 2, ()),
         (1, 4, meshes(data=2, fsdp=2)),
         (2, 2, meshes(data=2, fsdp=1, tensor=2)),
         (2, 2, meshes(data=4, fsdp=1)),
-        (4, 1, meshes(data=1, fsdp=1, stream=4)),  # of three streams: one place is filled with absent cells
+        (
+            4,
+            1,
+            meshes(data=1, fsdp=1, stream=4),
+        ),  # of three streams: one place is filled with absent cells
         (4, 1, ()),
         (4, 1, meshes(data=2, fsdp=2)),
     ]
@@ -65,7 +72,9 @@ def disturb(pod: Pod, count: int, rng: random.Random) -> tuple[str, bool]:
     which = tuple(range(count)) if "of all" in kind or "to all" in kind else (one,)
     if kind == "SIGKILL at the start":
         end = time.monotonic() + rng.uniform(0, 12)
-        while time.monotonic() < end and pod.step(one) < 0:  # a quick machine is through all steps before
+        while (
+            time.monotonic() < end and pod.step(one) < 0
+        ):  # a quick machine is through all steps before
             time.sleep(0.005)
     elif "checkpoint" in kind:
         pod.wait_for(lambda: pod.step(one) >= min(step, STEPS - 6), START, "a step")
@@ -73,7 +82,12 @@ def disturb(pod: Pod, count: int, rng: random.Random) -> tuple[str, bool]:
     else:
         pod.wait_for(lambda: pod.step(one) >= step, START, f"step {step} in process {one}")
         time.sleep(rng.uniform(0, 0.2))
-    number = {"SIGK": signal.SIGKILL, "SIGT": signal.SIGTERM, "SIGI": signal.SIGINT, "SIGS": signal.SIGSTOP}[kind[:4]]
+    number = {
+        "SIGK": signal.SIGKILL,
+        "SIGT": signal.SIGTERM,
+        "SIGI": signal.SIGINT,
+        "SIGS": signal.SIGSTOP,
+    }[kind[:4]]
     pod.signal(number, *which)
     if "checkpoint" in kind:
         pod.signal(signal.SIGCONT)
@@ -110,7 +124,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=4, choices=(2, 3, 4), help="the most at a time")
+    parser.add_argument(
+        "--processes", type=int, default=4, choices=(2, 3, 4), help="the most at a time"
+    )
     arguments = parser.parse_args()
     rng, end = random.Random(arguments.seed), time.monotonic() + 60 * arguments.minutes
     folder = pathlib.Path(tempfile.mkdtemp(prefix="soak-"))
@@ -118,7 +134,11 @@ def main() -> int:
     files, every = make_files(folder), layouts(arguments.processes)
     with Pod(files, folder / "undisturbed") as pod:
         pod.ended(0, 0)
-    reference, counts, kinds = read(folder / "undisturbed"), collections.Counter(), collections.Counter()
+    reference, counts, kinds = (
+        read(folder / "undisturbed"),
+        collections.Counter(),
+        collections.Counter(),
+    )
     number = 0
     try:
         while time.monotonic() < end:
@@ -126,13 +146,18 @@ def main() -> int:
             workdir, moves = folder / f"run-{number}", number % 2 == 0
             for _ in range(rng.randrange(2, 6)):
                 processes, devices, options = rng.choice(every) if moves else every[0]
-                with Pod(files, workdir, *options, processes=processes, devices=devices, wait_seconds=40) as pod:
+                with Pod(
+                    files, workdir, *options, processes=processes, devices=devices, wait_seconds=40
+                ) as pod:
                     if last(workdir) >= STEPS - SPARE - 1:
                         break
                     kind, complete = disturb(pod, processes, rng)
                 counts["starts"] += 1
                 kinds[kind] += 1
-                print(f"run {number}: {processes} processes of {devices} {' '.join(options)}: {kind}", flush=True)
+                print(
+                    f"run {number}: {processes} processes of {devices} {' '.join(options)}: {kind}",
+                    flush=True,
+                )
                 if complete:
                     break
             processes, devices, options = rng.choice(every) if moves else every[0]
@@ -143,7 +168,10 @@ def main() -> int:
             counts["runs", "moved" if moves else "same bits"] += 1
             counts["steps"] += STEPS
             counts["steps done again"] += sum(len(losses) - 1 for losses in run.losses.values())
-            print(f"run {number}: complete, as the undisturbed one{'' if moves else ', bit by bit'}", flush=True)
+            print(
+                f"run {number}: complete, as the undisturbed one{'' if moves else ', bit by bit'}",
+                flush=True,
+            )
             shutil.rmtree(workdir)
     except AssertionError as error:
         print(f"FAILED in run {number}, kept in {folder}: {error}", flush=True)

@@ -9,14 +9,16 @@ import subprocess
 import time
 
 import pytest
+from pods import HEARTBEAT, LOST, STEPS, Pod, make_config, make_files, read, same, saved, wait_for
 
 from msllm.data.loader import Loader
 from msllm.streams import StreamSpec
-from pods import HEARTBEAT, LOST, STEPS, Pod, make_config, make_files, read, same, saved, wait_for
 
 pytestmark = pytest.mark.slow
 
-NOTICED = HEARTBEAT + 20  # seconds after which nobody waits for the dead any more; the machine may be busy
+NOTICED = (
+    HEARTBEAT + 20
+)  # seconds after which nobody waits for the dead any more; the machine may be busy
 
 
 @pytest.fixture(scope="session")
@@ -67,8 +69,13 @@ def test_the_undisturbed_run_consumes_each_example_once(files, reference):
     found = [[reference.examples[step][row] for row in range(8)] for step in range(STEPS)]
     assert found == [[{tuple(ids)} for ids in batch] for batch in batches]
     ids = [id for batch in batches for table in batch for id in table]
-    assert len(set(ids)) == len(ids) > 2 * 8 * STEPS  # less than an epoch; tables hold several examples
-    assert all(len(losses) == 1 for losses in reference.losses.values()) and len(reference.losses) == STEPS
+    assert (
+        len(set(ids)) == len(ids) > 2 * 8 * STEPS
+    )  # less than an epoch; tables hold several examples
+    assert (
+        all(len(losses) == 1 for losses in reference.losses.values())
+        and len(reference.losses) == STEPS
+    )
 
 
 def test_who_is_asked_to_stop_saves_and_continues(files, reference, tmp_path):
@@ -83,13 +90,20 @@ def test_who_is_asked_to_stop_saves_and_continues(files, reference, tmp_path):
             pod.reach(step)
             pod.signal(number, *which)
             first, _ = pod.ended(*statuses, seconds=NOTICED)
-        (stopped,) = re.findall(r"stopped at step (\d+), saved; the same command continues here", first)
+        (stopped,) = re.findall(
+            r"stopped at step (\d+), saved; the same command continues here", first
+        )
         assert int(stopped) > step and saved(workdir)[-1] == int(stopped)
     with Pod(files, workdir) as pod:
         for log in pod.ended(0, 0):
-            assert f"continuing at step {stopped}" in log and "the step was compiled by an earlier start" in log
+            assert (
+                f"continuing at step {stopped}" in log
+                and "the step was compiled by an earlier start" in log
+            )
     run = same(workdir, reference, exact=True)
-    assert all(len(losses) == 1 for losses in run.losses.values())  # what was saved is not done again
+    assert all(
+        len(losses) == 1 for losses in run.losses.values()
+    )  # what was saved is not done again
 
 
 def test_the_dead_are_noticed_and_the_run_continues_where_it_was_saved(files, reference, tmp_path):
@@ -110,30 +124,46 @@ def test_the_dead_are_noticed_and_the_run_continues_where_it_was_saved(files, re
 
     assert says_that_one_is_gone(die(1, step=6))
     assert says_that_one_is_gone(die(0, step=6))
-    with Pod(files, workdir) as pod:  # on a busy machine, these may have died before the first checkpoint was complete
+    with Pod(
+        files, workdir
+    ) as pod:  # on a busy machine, these may have died before the first checkpoint was complete
         pod.wait_for(lambda: saved(workdir) != [], 90, "a checkpoint")
         pod.signal(signal.SIGKILL)
     before = saved(workdir)
-    assert says_that_one_is_gone(die(0, step=before[-1] + 2, writing=True))  # process 0 completes checkpoints
+    assert says_that_one_is_gone(
+        die(0, step=before[-1] + 2, writing=True)
+    )  # process 0 completes checkpoints
     assert says_that_one_is_gone(die(1, step=before[-1] + 2, writing=True))
     die(0, 1, step=before[-1] + 2, writing=True)
     assert saved(workdir) == before
     with Pod(files, workdir) as pod:
         logs = pod.ended(0, 0)
-    assert "its writing was interrupted; it is not used" in logs[0] and f"continuing at step {before[-1]}" in logs[0]
+    assert (
+        "its writing was interrupted; it is not used" in logs[0]
+        and f"continuing at step {before[-1]}" in logs[0]
+    )
     assert not leftovers(workdir)
     run = same(workdir, reference, exact=True)
-    assert max(map(len, run.losses.values())) > 1  # some steps were done again, with the same result
+    assert (
+        max(map(len, run.losses.values())) > 1
+    )  # some steps were done again, with the same result
 
 
 def leftovers(workdir):
-    return [path.name for path in (workdir / "checkpoints").iterdir() if "orbax-checkpoint-tmp" in path.name]
+    return [
+        path.name
+        for path in (workdir / "checkpoints").iterdir()
+        if "orbax-checkpoint-tmp" in path.name
+    ]
 
 
 def says_that_one_is_gone(log):
     """Our words, or those with which JAX's runtime aborts a process."""
     own = "most likely another process is gone, see their logs; the same command continues from the last checkpoint"
-    return own in log or "Terminating process because the JAX distributed service detected fatal errors" in log
+    return (
+        own in log
+        or "Terminating process because the JAX distributed service detected fatal errors" in log
+    )
 
 
 def test_a_run_goes_on_with_more_and_fewer_processes_and_other_meshes(files, reference, tmp_path):
@@ -166,7 +196,9 @@ def small_disk(files, tmp_path):
         yield None
         return
     mount = f"mount -t tmpfs -o size=1m tmpfs {folder} && echo mounted && exec sleep 600"
-    holder = subprocess.Popen(["unshare", "-rm", "sh", "-c", mount], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        ["unshare", "-rm", "sh", "-c", mount], stdout=subprocess.PIPE, text=True
+    )
     enter = ("nsenter", f"--target={holder.pid}", "--user", "--mount", "--preserve-credentials")
     enter += ("env", f"--chdir={files}")
     try:
@@ -176,12 +208,17 @@ def small_disk(files, tmp_path):
         holder.wait()
 
 
-def test_a_full_disk_ends_the_run_and_it_continues_when_there_is_room(files, reference, tmp_path, small_disk):
+def test_a_full_disk_ends_the_run_and_it_continues_when_there_is_room(
+    files, reference, tmp_path, small_disk
+):
     def limit():  # where nobody may mount: what is beyond the limit cannot be written either, with another error
         if not small_disk:
             resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
 
-    print("the full disk is", "a tmpfs of 1 MB" if small_disk else "a limit of the size of files: no mounts here")
+    print(
+        "the full disk is",
+        "a tmpfs of 1 MB" if small_disk else "a limit of the size of files: no mounts here",
+    )
     folder, prefix = small_disk or (tmp_path / "disk", ())
     with Pod(files, folder / "run", prefix=prefix, limits=limit) as pod:
         logs = pod.ended((1, *LOST), (1, *LOST), seconds=90 + NOTICED)
@@ -193,17 +230,23 @@ def test_a_full_disk_ends_the_run_and_it_continues_when_there_is_room(files, ref
         subprocess.run([*prefix, "mount", "-o", "remount,size=50m", str(folder)], check=True)
     with Pod(files, folder / "run", prefix=prefix) as pod:
         logs = pod.ended(0, 0)
-    assert re.search(r"continuing at step (4|8|12)\b" if small_disk else "starting a new run", logs[0])
+    assert re.search(
+        r"continuing at step (4|8|12)\b" if small_disk else "starting a new run", logs[0]
+    )
     subprocess.run([*prefix, "cp", "-r", str(folder / "run"), str(tmp_path / "copy")], check=True)
     same(tmp_path / "copy", reference, exact=True)
 
 
-def test_damaged_checkpoints_are_passed_over_by_all_alike(files, uninterrupted, reference, tmp_path):
+def test_damaged_checkpoints_are_passed_over_by_all_alike(
+    files, uninterrupted, reference, tmp_path
+):
     workdir = cut_back(uninterrupted, tmp_path / "run", 20)
     newest = saved(workdir)[-3:]
 
     def own(step, process):
-        files = (workdir / "checkpoints" / str(step)).glob(f"parameters/ocdbt.process_{process}/d/*")
+        files = (workdir / "checkpoints" / str(step)).glob(
+            f"parameters/ocdbt.process_{process}/d/*"
+        )
         return max(files, key=lambda path: path.stat().st_size)
 
     cut = own(newest[2], 1)  # what one process has written, the other need not read
@@ -218,7 +261,9 @@ def test_damaged_checkpoints_are_passed_over_by_all_alike(files, uninterrupted, 
         for step in newest[1:]:
             assert f"checkpoint of step {step} is damaged and not used: " in log
         assert f"continuing at step {newest[0]}" in log
-    assert {path.name for path in (workdir / "checkpoints" / "damaged").iterdir()} == {str(step) for step in newest[1:]}
+    assert {path.name for path in (workdir / "checkpoints" / "damaged").iterdir()} == {
+        str(step) for step in newest[1:]
+    }
     continues_like(workdir, reference, newest[0])
 
 
@@ -244,7 +289,10 @@ def test_bad_input_of_one_ends_all_before_the_first_step(files, uninterrupted, t
     missing.write_bytes(kept)
 
     rate = r"\(optim.lr is 0.002 there, 0.001 here\); start all with the same"
-    refused(f"{host} has another config than process 0 on .*: {digest} {rate}", {1: ["--config.optim.lr=2e-3"]})
+    refused(
+        f"{host} has another config than process 0 on .*: {digest} {rate}",
+        {1: ["--config.optim.lr=2e-3"]},
+    )
 
     shutil.rmtree(hosts[1] / "data")
     make_files(hosts[1], **{"data.eval_percent": 6.0})
@@ -289,18 +337,28 @@ def test_the_late_are_named_and_the_frozen_given_up(files, reference, tmp_path):
     same(workdir, reference, exact=True)
 
 
-def test_checkpoints_on_the_hosts_own_disks_are_taken_where_all_have_newer_ones(files, reference, tmp_path):
+def test_checkpoints_on_the_hosts_own_disks_are_taken_where_all_have_newer_ones(
+    files, reference, tmp_path
+):
     workdir, disk = tmp_path / "run", tmp_path / "disk"
-    options = ["--config.checkpoint.every=10", "--config.checkpoint.local_every=3", f"--config.checkpoint.local_dir={disk}"]
+    options = [
+        "--config.checkpoint.every=10",
+        "--config.checkpoint.local_every=3",
+        f"--config.checkpoint.local_dir={disk}",
+    ]
 
     def newest():
-        kept = [{int(p.name) for p in disk.glob(f"*/{i}-of-2/*") if p.name.isdigit()} for i in range(2)]
+        kept = [
+            {int(p.name) for p in disk.glob(f"*/{i}-of-2/*") if p.name.isdigit()} for i in range(2)
+        ]
         return max(set.intersection(*kept), default=0)
 
     for new_host in (True, False):
         with Pod(files, workdir, *options) as pod:
             pod.reach(12)
-            pod.wait_for(lambda: newest() > 10, 20, "a checkpoint on both disks")  # it is written beside the steps
+            pod.wait_for(
+                lambda: newest() > 10, 20, "a checkpoint on both disks"
+            )  # it is written beside the steps
             pod.signal(signal.SIGKILL, 1)
             first, _ = pod.wait(NOTICED) and pod.logs
         assert newest() > 10 and saved(workdir) == [10]

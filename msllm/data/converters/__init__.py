@@ -51,7 +51,9 @@ CONVERTERS = {
     "tools": Converter(tools.convert, tools.OPTIONS),
     "aligned": Converter(aligned.convert, aligned.OPTIONS, pieces=True),
     "single": Converter(single.convert, single.OPTIONS, reads="text", pieces=True),
-    "parallel_documents": Converter(parallel_documents.convert, parallel_documents.OPTIONS, reads="text", pieces=True),
+    "parallel_documents": Converter(
+        parallel_documents.convert, parallel_documents.OPTIONS, reads="text", pieces=True
+    ),
     "gsm8k": Converter(gsm8k.convert, gsm8k.OPTIONS),
     "tables": Converter(tables.convert, tables.OPTIONS),
     "dictation": Converter(dictation.convert, dictation.OPTIONS, reads=""),
@@ -62,7 +64,9 @@ CONVERTERS = {
 def get_converter(name: str, options: Mapping[str, Any]) -> tuple[Converter, dict[str, Any]]:
     """The converter that `config.data.converter` names, and its options with defaults filled in. Raises UserError."""
     if ":" in name:
-        return Converter(each_record(sources.load_function(name, "config.data.converter")), None), dict(options)
+        return Converter(
+            each_record(sources.load_function(name, "config.data.converter")), None
+        ), dict(options)
     if name not in CONVERTERS:
         raise UserError(
             f"config.data.converter is {name!r}: must be one of {', '.join(CONVERTERS)}, or package.module:function"
@@ -70,8 +74,12 @@ def get_converter(name: str, options: Mapping[str, Any]) -> tuple[Converter, dic
     known = CONVERTERS[name].options
     for key in options:
         if key not in known:
-            raise UserError(f"unknown option config.data.options.{key}: {name} knows {', '.join(known) or 'none'}")
-    return CONVERTERS[name], {key: _option(key, options.get(key, default), default) for key, default in known.items()}
+            raise UserError(
+                f"unknown option config.data.options.{key}: {name} knows {', '.join(known) or 'none'}"
+            )
+    return CONVERTERS[name], {
+        key: _option(key, options.get(key, default), default) for key, default in known.items()
+    }
 
 
 def _option(key: str, value: Any, default: Any) -> Any:
@@ -81,27 +89,41 @@ def _option(key: str, value: Any, default: Any) -> Any:
         if type(default) is float and type(value) is int:
             value = float(value)
         if type(value) is not type(default):
-            raise UserError(f"config.data.options.{key} is {value!r}: expected {type(default).__name__}")
+            raise UserError(
+                f"config.data.options.{key} is {value!r}: expected {type(default).__name__}"
+            )
         return value
     value = default.default if value is default else value
     for item in value if isinstance(value, list) and value else [value]:
         if type(item) is not int:
-            raise UserError(f"config.data.options.{key} is {value!r}: expected int, or a list of them to draw from")
+            raise UserError(
+                f"config.data.options.{key} is {value!r}: expected int, or a list of them to draw from"
+            )
         if item < default.least:
-            raise UserError(f"config.data.options.{key} is {value!r}: must be at least {default.least}")
+            raise UserError(
+                f"config.data.options.{key} is {value!r}: must be at least {default.least}"
+            )
     return value
 
 
 def input_parts(config: Config) -> list[Part | None]:
     """The parts of the input of `config.data`, in order; [None] where the converter reads no files."""
     converter, _ = get_converter(config.data.converter, config.data.options)
-    return sources.parts(config.data.path, config.data.format, converter.reads) if converter.reads else [None]
+    return (
+        sources.parts(config.data.path, config.data.format, converter.reads)
+        if converter.reads
+        else [None]
+    )
 
 
 def input_portions(config: Config) -> list[list[Part | None]]:
     """The same parts in portions for one process each; they depend on the input alone."""
     converter, _ = get_converter(config.data.converter, config.data.options)
-    return sources.portions(config.data.path, config.data.format, converter.reads) if converter.reads else [[None]]
+    return (
+        sources.portions(config.data.path, config.data.format, converter.reads)
+        if converter.reads
+        else [[None]]
+    )
 
 
 def convert(
@@ -123,7 +145,11 @@ def convert(
 
 
 def convert_part(
-    config: Config, spec: StreamSpec, tokenizer: Tokenizer | Recorder, part: Part | None, bad: BadRecords
+    config: Config,
+    spec: StreamSpec,
+    tokenizer: Tokenizer | Recorder,
+    part: Part | None,
+    bad: BadRecords,
 ) -> Iterator[Table]:
     """The tables of one part of the input, as `convert`."""
     converter, options = get_converter(config.data.converter, config.data.options)
@@ -132,7 +158,9 @@ def convert_part(
     written = data_spec(config, spec)
     rows = data.rows - max(map(max, delays))
     if rows < 2:
-        raise UserError(f"config.data.rows is {data.rows}: delays of {delays} rows leave none of it")
+        raise UserError(
+            f"config.data.rows is {data.rows}: delays of {delays} rows leave none of it"
+        )
     layout = Layout(written, tokenizer, rows, options, bad)
     columns = [written.index(name) for name in spec.names]
     exchanged = [spec.index(name) for name in changes.permute]
@@ -160,11 +188,16 @@ def data_spec(config: Config, spec: StreamSpec) -> StreamSpec:
             " (they are silent if nothing is written to them)"
         )
     kinds = tuple(spec.kinds[spec.index(name)] if name in spec.names else "input" for name in names)
-    return StreamSpec.from_config(StreamsConfig(names=names, kinds=kinds, loss_weights=(1.0,) * len(names)))
+    return StreamSpec.from_config(
+        StreamsConfig(names=names, kinds=kinds, loss_weights=(1.0,) * len(names))
+    )
 
 
 def texts(
-    config: Config, spec: StreamSpec, portions: Sequence[list[Part | None]] = (), characters: float = math.inf
+    config: Config,
+    spec: StreamSpec,
+    portions: Sequence[list[Part | None]] = (),
+    characters: float = math.inf,
 ) -> Iterator[str]:
     """The texts of `config.data`: what its tokenizer is trained on.
 
@@ -176,8 +209,12 @@ def texts(
     bad = BadRecords(config.data.bad_percent)
     for portion in portions:
         recorder, taken = Recorder(), 0
-        tables = (table for part in portion for table in convert_part(config, spec, recorder, part, bad))
-        for _ in itertools.chain(itertools.islice(tables, config.data.max_examples or None), [None]):
+        tables = (
+            table for part in portion for table in convert_part(config, spec, recorder, part, bad)
+        )
+        for _ in itertools.chain(
+            itertools.islice(tables, config.data.max_examples or None), [None]
+        ):
             for text in recorder.texts:
                 if taken > characters / len(portions):
                     break

@@ -20,21 +20,29 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     """
     key, names = layout.options["key"], layout.spec.names
     rows = record.value.get(key) if isinstance(record.value, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == len(names) for row in rows):
-        raise BadRecord(f"{record.where}: {key!r} must be a list of rows, each a list of {len(names)} items {names}")
+    if not isinstance(rows, list) or not all(
+        isinstance(row, list) and len(row) == len(names) for row in rows
+    ):
+        raise BadRecord(
+            f"{record.where}: {key!r} must be a list of rows, each a list of {len(names)} items {names}"
+        )
     silent = ["", *layout.options["silence"]]
-    known = {item: layout.tokenizer.silence_id for item in silent}
+    known = dict.fromkeys(silent, layout.tokenizer.silence_id)
     columns = []
     for name, column in zip(names, zip(*rows)):
         tokens = []
         for number, item in enumerate(column):
             if item is not None and not isinstance(item, (int, float, str)):
-                raise BadRecord(f"{record.where}, {name}, row {number}: {item!r} is no cell: give a number or a word")
+                raise BadRecord(
+                    f"{record.where}, {name}, row {number}: {item!r} is no cell: give a number or a word"
+                )
             if item is not None and item not in known:
                 known[item] = layout.one_token(str(item), f"{record.where}, {name}, row {number}")
             tokens.append(0 if item is None else known[item])
         columns.append(tokens)
-    table = layout.table([Placement(s, 0, c) for s, c in enumerate(columns)], json.dumps(rows), closed=False)
+    table = layout.table(
+        [Placement(s, 0, c) for s, c in enumerate(columns)], json.dumps(rows), closed=False
+    )
     for number, row in enumerate(rows):
         table.present[number] = [item is not None for item in row]
     yield table

@@ -10,7 +10,12 @@ from msllm.data.sources import BadRecord, Record, text_of
 from msllm.data.tables import Table
 from msllm.errors import UserError
 
-OPTIONS = {"roles": {}, "overlap": Choice(0, least=0), "wait": Choice(-1, least=-1), "thoughts": "before"}
+OPTIONS = {
+    "roles": {},
+    "overlap": Choice(0, least=0),
+    "wait": Choice(-1, least=-1),
+    "thoughts": "before",
+}
 
 
 @each_record
@@ -30,13 +35,18 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
         raise UserError(f"config.data.options.thoughts is {thoughts!r}: must be before or beside")
     messages = record.value.get("messages") if isinstance(record.value, dict) else None
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise BadRecord(f'{record.where}: must be {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
+        raise BadRecord(
+            f'{record.where}: must be {{"messages": [{{"role": ..., "content": ...}}, ...]}}'
+        )
     key = json.dumps(messages, sort_keys=True)
     overlap, wait = layout.draw("overlap", key), layout.draw("wait", key)
     turns, ends = [], dict.fromkeys(spec.names, 0)
     before = None  # the turn that the next one follows
     for message in messages:
-        role, content = text_of(message, "role", record.where), text_of(message, "content", record.where)
+        role, content = (
+            text_of(message, "role", record.where),
+            text_of(message, "content", record.where),
+        )
         name = layout.stream_of(role, record.where)
         kind = spec.kinds[spec.index(name)]
         start = 0

@@ -19,7 +19,9 @@ def convert(layout: Layout, part: Part | None) -> Iterator[Table]:
     for example in dictation.generate(layout.options["examples"], layout.options["seed"]):
         placements, free = [layout.say_words(user, 0, example.question)], 0
         for word, said in example.thoughts:
-            start = max(word + dictation.REACTION, free)  # wait while the thought before it is still being said
+            start = max(
+                word + dictation.REACTION, free
+            )  # wait while the thought before it is still being said
             placements.append(layout.say_words(thought, start, said))
             free = placements[-1].end
         # The number, third word of the answer, comes REACTION rows after its thought, which ends in row `free - 1`.

@@ -24,7 +24,9 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     question, answer = record.text("question"), record.text("answer")
     worked, mark, number = answer.rpartition("####")
     if not mark:
-        raise BadRecord(f"{record.where}: the answer has no last line '#### number': correct the record")
+        raise BadRecord(
+            f"{record.where}: the answer has no last line '#### number': correct the record"
+        )
     asked = layout.say("user", 0, question)
     think_after = layout.draw("think_after", question)
     start = asked.end if think_after < 0 else think_after

@@ -54,14 +54,18 @@ class Layout(NamedTuple):
 
     def say_words(self, stream: int, start: int, words: Sequence[str]) -> Placement:
         """Words in a stream, one a row."""
-        return Placement(stream, start, [self.one_token(word, self.spec.names[stream]) for word in words])
+        return Placement(
+            stream, start, [self.one_token(word, self.spec.names[stream]) for word in words]
+        )
 
     def stream_of(self, role: str, where: str) -> str:
         """The name of the stream in which a role speaks, by the option `roles` ("*": all others). Raises BadRecord."""
         roles, names = self.options["roles"], self.spec.names
         name = roles.get(role) or (role if role in names else roles.get("*", role))
         if name not in names:
-            raise BadRecord(f"{where}: role {role!r} is none of {names}: map it by config.data.options.roles")
+            raise BadRecord(
+                f"{where}: role {role!r} is none of {names}: map it by config.data.options.roles"
+            )
         return name
 
     def draw(self, option: str, key: str) -> int:
@@ -83,7 +87,9 @@ class Layout(NamedTuple):
         their number varies (drawn by the example's hash), or it would learn to start again after so many."""
         closing_rows = 1 + int(example_hash(key), 16) % CLOSING_ROWS if closed else 0
         rows = max((p.end for p in placements), default=0) + closing_rows
-        return make_table(placements, rows, self.spec.size, self.tokenizer.silence_id, example_hash(key))
+        return make_table(
+            placements, rows, self.spec.size, self.tokenizer.silence_id, example_hash(key)
+        )
 
 
 class Recorder:
@@ -130,4 +136,6 @@ def each_record(function: Callable[[Layout, Record], Iterable[Table]]) -> Conver
 def one_stream(layout: Layout, converter: str, remedy: str = "") -> None:
     """Raises UserError, with the remedy if there is another, unless there is one stream."""
     if layout.spec.size != 1:
-        raise UserError(f"config.streams.names is {layout.spec.names}: {converter!r} takes exactly one stream{remedy}")
+        raise UserError(
+            f"config.streams.names is {layout.spec.names}: {converter!r} takes exactly one stream{remedy}"
+        )

@@ -19,7 +19,11 @@ def convert(layout: Layout, part: Part) -> Iterator[Table]:
     `stream` says it, and the others are silent; empty: there is but one.
     """
     if not (name := layout.options["stream"]):
-        one_stream(layout, "single", "; config.data.options.stream names the one of several that says the text")
+        one_stream(
+            layout,
+            "single",
+            "; config.data.options.stream names the one of several that says the text",
+        )
     stream = layout.spec.index(name) if name else 0
     for where, blocks in texts(part, layout.options["key"], layout.bad):
         for tokens in layout.counted(pieces(layout, blocks)):

@@ -28,20 +28,31 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     placements, absent, lists = [], [], False
     for name, content in streams.items():
         if name not in layout.spec.names:
-            raise BadRecord(f"{where}: unknown stream {name!r}: config.streams.names is {layout.spec.names}")
+            raise BadRecord(
+                f"{where}: unknown stream {name!r}: config.streams.names is {layout.spec.names}"
+            )
         if isinstance(content, str):
             placements.append(layout.say(name, 0, content))
         elif isinstance(content, list):
             stream, lists = layout.spec.index(name), True
-            cells = [cell(layout, item, f"{where}, {name}, row {row}") for row, item in enumerate(content)]
+            cells = [
+                cell(layout, item, f"{where}, {name}, row {row}")
+                for row, item in enumerate(content)
+            ]
             absent += [(row, stream) for row, token in enumerate(cells) if token is None]
             placements.append(Placement(stream, 0, [token or 0 for token in cells]))
         else:
-            raise BadRecord(f"{where}: stream {name!r} is {content!r}: must be a list of cells or a text")
+            raise BadRecord(
+                f"{where}: stream {name!r} is {content!r}: must be a list of cells or a text"
+            )
     table = layout.table(placements, json.dumps(streams, sort_keys=True), closed=False)
     lengths = {layout.spec.names[p.stream]: p.end for p in placements}
-    if lists and any(isinstance(streams[name], list) and n < len(table.tokens) for name, n in lengths.items()):
-        raise BadRecord(f'{where}: lengths in rows are {lengths}: lists must be equally long; pad with "" or null')
+    if lists and any(
+        isinstance(streams[name], list) and n < len(table.tokens) for name, n in lengths.items()
+    ):
+        raise BadRecord(
+            f'{where}: lengths in rows are {lengths}: lists must be equally long; pad with "" or null'
+        )
     for place in absent:
         table.present[place] = False
     yield table
@@ -55,5 +66,7 @@ def cell(layout: Layout, item: Any, where: str) -> int | None:
         return layout.one_token(item, where)
     if type(item) is not int or not 0 <= item < layout.tokenizer.vocab_size:
         size = layout.tokenizer.vocab_size
-        raise BadRecord(f"{where}: {item!r} is no cell: must be a token id below {size}, a string or null")
+        raise BadRecord(
+            f"{where}: {item!r} is no cell: must be a token id below {size}, a string or null"
+        )
     return item

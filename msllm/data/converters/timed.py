@@ -31,7 +31,9 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
         raise UserError(f"config.data.options.row_seconds is {seconds}: must be positive")
     utterances = record.value.get("utterances") if isinstance(record.value, dict) else None
     if not isinstance(utterances, list):
-        raise BadRecord(f'{record.where}: must be {{"utterances": [{{"start", "end", "speaker", "text"}}, ...]}}')
+        raise BadRecord(
+            f'{record.where}: must be {{"utterances": [{{"start", "end", "speaker", "text"}}, ...]}}'
+        )
     said = []
     for number, utterance in enumerate(utterances):
         where = f"{record.where}, utterance {number}"
@@ -39,14 +41,20 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
         name = layout.stream_of(text_of(utterance, "speaker", where), where)
         start, end = _time(utterance, "start", where), _time(utterance, "end", where)
         if end < start:
-            raise BadRecord(f"{where}: ends at {end}, before it starts at {start}: correct the times")
+            raise BadRecord(
+                f"{where}: ends at {end}, before it starts at {start}: correct the times"
+            )
         if text not in layout.options["ignored"]:
             said.append((start, end, name, text))
     if not said:
         return
-    said.sort(key=lambda item: item[:2])  # stable: of two that start and end at once, the first given is first
+    said.sort(
+        key=lambda item: item[:2]
+    )  # stable: of two that start and end at once, the first given is first
     first = said[0][0]
-    cells: dict[str, list[tuple[int, int]]] = {name: [] for name in layout.spec.names}  # (row, token), rising
+    cells: dict[str, list[tuple[int, int]]] = {
+        name: [] for name in layout.spec.names
+    }  # (row, token), rising
     for start, end, name, text in said:
         tokens, column = layout.tokenizer.encode(text), cells[name]
         for i, token in enumerate(tokens, 1):

@@ -36,17 +36,23 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     """
     calls, results = layout.options["calls"], layout.options["results"]
     if len(calls) != len(results) or not calls:
-        raise UserError(f"config.data.options.calls is {calls}, results is {results}: give as many, one or more")
+        raise UserError(
+            f"config.data.options.calls is {calls}, results is {results}: give as many, one or more"
+        )
     for name in (*calls, *results):
         layout.spec.index(name)  # raises UserError
     messages = record.value.get("messages") if isinstance(record.value, dict) else None
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise BadRecord(f'{record.where}: must be {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
+        raise BadRecord(
+            f'{record.where}: must be {{"messages": [{{"role": ..., "content": ...}}, ...]}}'
+        )
     key = json.dumps(messages, sort_keys=True)
     call_after, latency = layout.draw("call_after", key), layout.draw("latency", key)
     placements: list[Placement] = []
     free = dict.fromkeys(layout.spec.names, 0)  # the row after the last token of each stream
-    made: dict[str, tuple[int, int]] = {}  # id of a call: (place in `calls`, row after its last token)
+    made: dict[
+        str, tuple[int, int]
+    ] = {}  # id of a call: (place in `calls`, row after its last token)
     heard = 0  # the row in which the last speech of an input started
     known = 0  # the row after the results so far
 
@@ -60,7 +66,9 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
         role, content = text_of(message, "role", where), message.get("content")
         if role == "tool":
             place, end = _of_call(made, message, where)
-            known = max(known, say(results[place], end + latency, text_of(message, "content", where)).end)
+            known = max(
+                known, say(results[place], end + latency, text_of(message, "content", where)).end
+            )
             continue
         now = max(free.values())
         if content or not message.get("tool_calls"):
@@ -90,10 +98,14 @@ def _calls(message: Mapping[str, Any], where: str) -> Iterator[tuple[str, str, s
         yield name, str(call.get("id", "")), arguments
 
 
-def _of_call(made: Mapping[str, tuple[int, int]], message: Mapping[str, Any], where: str) -> tuple[int, int]:
+def _of_call(
+    made: Mapping[str, tuple[int, int]], message: Mapping[str, Any], where: str
+) -> tuple[int, int]:
     """Place and end of the call whose result a message is."""
     identity = str(message.get("tool_call_id", ""))
     if identity not in made:
         known = ", ".join(made) or "none"
-        raise BadRecord(f"{where}: 'tool_call_id' is {identity!r}: must be the id of a call before it ({known})")
+        raise BadRecord(
+            f"{where}: 'tool_call_id' is {identity!r}: must be the id of a call before it ({known})"
+        )
     return made[identity]

@@ -37,7 +37,9 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
         start = read.end if k < 0 else min(k, read.end)
         yield layout.table([read, layout.say(options["target_stream"], start, target)], source)
         return
-    reader, writer = (layout.spec.index(options[name]) for name in ("source_stream", "target_stream"))
+    reader, writer = (
+        layout.spec.index(options[name]) for name in ("source_stream", "target_stream")
+    )
     placements, ends = [], [0]  # rows after the source's words; none is read at row 0
     for word in layout.words(source):
         placements.append(Placement(reader, ends[-1], word))

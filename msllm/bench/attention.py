@@ -1,0 +1,143 @@
+"""Attention alone, its backends side by side: the measuring part of `msllm bench attention`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msllm.bench.timing import timed
+from msllm.config import MeshConfig, ModelConfig
+from msllm.errors import UserError
+from msllm.model.attention.dispatch import BACKENDS, choose_backend
+from msllm.runtime.flops import attention_flops, visible_pairs
+from msllm.runtime.hardware import lookup
+from msllm.sharding import make_mesh
+from msllm.streams import lag_matrix, make_cells
+
+
+def attention_case(case: dict) -> list[dict]:
+    """Measures one case on the first device; one result per backend. Tables are full: every cell is present.
+
+    Args:
+      case: rows, batch, streams, num_heads, num_kv_heads, head_dim, compute_dtype, steps; backends: names, empty for
+        all that run on this device; memory_gib: a backend whose temporaries take more is compiled and not run.
+
+    Raises UserError if a backend that is named declines.
+    """
+    device, lag = _device(), lag_matrix("block_causal", case["streams"])
+    inputs = _inputs(case)
+    results, runs = {}, {}
+    for name, kernel in _kernels(case, lag).items():
+        result = results[name] = {"benchmark": "attention", "backend": name, **case}
+        functions = _compiled(kernel, lag, inputs)
+        temporary = {
+            what: compiled.memory_analysis().temp_size_in_bytes
+            for what, compiled in functions.items()
+        }
+        result.update(
+            {f"{what}_temporary_mib": round(size / 2**20, 3) for what, size in temporary.items()}
+        )
+        if max(temporary.values()) > case["memory_gib"] * 2**30:
+            result["not_run"] = f"its temporaries take more than --memory_gib={case['memory_gib']}"
+        else:
+            runs.update({(name, what): compiled for what, compiled in functions.items()})
+
+    times = _interleaved(runs, inputs, case["steps"])
+    flops = attention_flops(
+        case["num_heads"], case["head_dim"], case["batch"] * visible_pairs(lag, case["rows"])
+    )
+    pairs, hardware = case["batch"] * visible_pairs(lag, case["rows"]), lookup(device.device_kind)
+    for name, result in results.items():
+        result |= {
+            "device_kind": device.device_kind,
+            "jax": jax.__version__,
+            "visible_pairs": pairs,
+        }
+        for what, work in (("forward", flops), ("both", 3 * flops)):
+            if (name, what) not in times:
+                continue
+            wall, cpu = times[name, what]
+            result |= {
+                f"{what}_wall_seconds": float(f"{wall:.4g}"),
+                f"{what}_cpu_seconds": float(f"{cpu:.4g}"),
+                f"{what}_useful_gflop": round(work / 1e9, 2),
+                f"{what}_gflop_per_second": round(work / wall / 1e9, 1),
+            }
+            if device.platform == "cpu":
+                result[f"{what}_cpu_ns_per_pair"] = float(f"{cpu / pairs * 1e9:.4g}")
+            elif hardware and case["compute_dtype"] == "bfloat16":
+                result[f"{what}_share_of_peak"] = round(work / wall / hardware.flops, 4)
+            if ("reference", what) in times:
+                seconds = 1 if device.platform == "cpu" else 0
+                result[f"{what}_speedup"] = round(
+                    times["reference", what][seconds] / times[name, what][seconds], 2
+                )
+    return list(results.values())
+
+
+def _device():
+    return jax.devices()[0]
+
+
+def _kernels(case: dict, lag) -> dict[str, Callable]:
+    """The backends that are asked for, or all that do not decline."""
+    mesh, kernels = make_mesh(MeshConfig(), [_device()]), {}
+    sizes = {
+        name: case[name] for name in ("num_heads", "num_kv_heads", "head_dim", "compute_dtype")
+    }
+    for name in case["backends"] or BACKENDS:
+        try:
+            kernels[name] = choose_backend(
+                ModelConfig(attention=name, **sizes), lag, case["rows"], mesh
+            )
+        except UserError:
+            if case["backends"]:
+                raise
+    return kernels
+
+
+def _inputs(case: dict):
+    """q, k, v, the gradient of the output, and the cells."""
+    rng, tables = np.random.default_rng(0), (case["batch"], case["rows"], case["streams"])
+
+    def make(heads):
+        return jnp.asarray(
+            rng.standard_normal((*tables, case[heads], case["head_dim"]), np.float32),
+            case["compute_dtype"],
+        )
+
+    cells = jax.tree.map(
+        jnp.asarray, make_cells(np.ones(tables, bool), np.ones(tables[:2], np.int32))
+    )
+    return make("num_heads"), make("num_kv_heads"), make("num_kv_heads"), make("num_heads"), cells
+
+
+def _compiled(kernel: Callable, lag, inputs) -> dict[str, Callable]:
+    """`forward`, and `both`: forward and backward."""
+
+    def forward(q, k, v, d_out, cells):
+        return kernel(q, k, v, cells, cells, lag, jnp.arange(lag.shape[0]))
+
+    def both(q, k, v, d_out, cells):
+        out, pull_back = jax.vjp(lambda *qkv: forward(*qkv, d_out, cells), q, k, v)
+        return out, *pull_back(d_out)
+
+    return {
+        "forward": jax.jit(forward).lower(*inputs).compile(),
+        "both": jax.jit(both).lower(*inputs).compile(),
+    }
+
+
+def _interleaved(runs: dict, inputs: Sequence, repeats: int) -> dict:
+    """Medians (wall seconds, CPU-seconds of this process) by run: in turn, so that all see the same machine."""
+    seconds = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, compiled in runs.items():
+            _, cpu, wall = timed(lambda: jax.block_until_ready(compiled(*inputs)))
+            if repeat:  # the first one warms up
+                seconds[name].append((wall, cpu))
+    return {name: tuple(map(statistics.median, zip(*pairs))) for name, pairs in seconds.items()}

@@ -1,0 +1,1 @@
+"""Decoding row by row: sessions, their compiled program and its cache."""

@@ -1,0 +1,1 @@
+"""Scores and evaluations of a trained model."""

@@ -1,0 +1,1 @@
+"""Attention over the cells of tables: one visibility, several backends."""

@@ -1,0 +1,530 @@
+"""Attention on Hopper cards (H100, H200): three Triton kernels written in Pallas, O(L) memory.
+
+FlashAttention-2 (Dao 2023, arXiv 2307.08691): a program holds a block of queries and walks over blocks of keys with an
+online softmax; the backward pass computes the scores again from the saved log-sum-exp, once per block of queries for
+d_q and once per block of keys for d_k and d_v. A block is a run of cells in row-major order (row, then stream).
+
+From the lowest and highest row and segment of each block follows which blocks a program must visit, and which run of
+them is visible in full and needs no mask; in the others `visible()` is asked. What it must know of a cell travels as
+integer vectors along the cells: the segment is negative where a cell is absent, and the lags of a query's stream are
+sets of the streams of the keys, as bits, one set for each distinct lag, so that the kernels gather nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from msllm.model.attention.backend import Case
+from msllm.streams import Cells, visible
+
+CARDS = ("H100", "H200", "H800")  # GH200 is one of them by its name
+MAX_LAGS = (
+    8  # distinct values in a lag matrix: each costs a vector per query and a selection per score
+)
+MAX_STREAMS = 32  # bits of an int32
+LOG2E = math.log2(math.e)  # scores are kept in base 2: the hardware has exp2
+MASKED = -1e30  # finite: a query that has seen no key yet must not give inf - inf
+
+
+class Tile(NamedTuple):
+    """How one kernel cuts up its work."""
+
+    queries: int  # cells of a block, a power of two; as keys
+    keys: int
+    warps: int
+    stages: int  # blocks in flight between memory and the tensor cores
+
+
+class Tiles(NamedTuple):
+    forward: Tile
+    d_q: Tile
+    d_kv: Tile
+
+
+# By the largest head_dim that they serve. Accumulators stay in registers (255 of 4 bytes for each of 32 * warps
+# threads), blocks in flight in shared memory (227 KiB). At 128 the accumulator of the forward pass and d_q takes 64
+# registers of each thread, those of d_k and d_v 128, the two score blocks of the backward passes 32 each. Chosen by
+# this arithmetic and by what the compiler makes of it (it spills tens of bytes of d_kv at 128, nothing else), not yet by
+# timing.
+TILES = {
+    64: Tiles(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+    128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+}
+
+
+def declines(case: Case) -> str | None:
+    """Why `gpu_attention` is not for this case; None if it is."""
+    if case.platform != "gpu":
+        return f"it needs a GPU, and this is a {case.platform}"
+    if not any(card in case.device_kind for card in CARDS):
+        return f"it is made for {', '.join(CARDS)} cards, and this is {case.device_kind}"
+    if case.dtype != "bfloat16":
+        return f"it multiplies on tensor cores in bfloat16, and the model computes in {case.dtype}"
+    if case.head_dim not in (16, 32, 64, 128):
+        return f"it needs a head_dim of 16, 32, 64 or 128, and this is {case.head_dim}"
+    distinct = len(_levels(case.lag))
+    if distinct > MAX_LAGS:
+        return f"it handles {MAX_LAGS} distinct lags, and the lag matrix holds {distinct}"
+    if distinct > 1 and case.streams > MAX_STREAMS:
+        return f"it handles {MAX_STREAMS} streams whose lags differ, and there are {case.streams}"
+    return None
+
+
+def gpu_attention(
+    q,
+    k,
+    v,
+    q_cells: Cells,
+    k_cells: Cells,
+    lag,
+    q_streams,
+    *,
+    interpret: bool = False,
+    tiles: Tiles | None = None,
+):
+    """As `reference_attention`, without ever holding [L, L]; same arguments, but `lag` must not be traced.
+
+    Differentiable in q, k and v. Products are of the dtype of q, k and v, accumulated in float32.
+
+    Args:
+      interpret: run the kernels without a GPU, slowly: for tests.
+      tiles: other block sizes than TILES gives, to try them out.
+    """
+    return _unflatten(
+        _attention(*_prepare(q, k, v, q_cells, k_cells, lag, q_streams, 0, interpret, tiles)),
+        q.shape,
+    )
+
+
+def forward_part(
+    q,
+    k,
+    v,
+    q_cells: Cells,
+    k_cells: Cells,
+    lag,
+    q_streams,
+    k_start,
+    *,
+    interpret: bool = False,
+    tiles: Tiles | None = None,
+):
+    """Output, and log-sum-exp [B, T, Sq, N], over keys of some streams only, from `k_start` on (ring.py)."""
+    out, lse = _outputs(
+        *_prepare(q, k, v, q_cells, k_cells, lag, q_streams, k_start, interpret, tiles)
+    )
+    return _unflatten(out, q.shape), _unflatten(lse.swapaxes(1, 2) / LOG2E, q.shape[:-1])
+
+
+def backward_part(
+    q,
+    k,
+    v,
+    q_cells: Cells,
+    k_cells: Cells,
+    lag,
+    q_streams,
+    k_start,
+    out,
+    lse,
+    d_out,
+    *,
+    interpret=False,
+    tiles=None,
+):
+    """Gradients of q, k and v through these keys, given output and log-sum-exp over all keys."""
+    *arrays, static = _prepare(q, k, v, q_cells, k_cells, lag, q_streams, k_start, interpret, tiles)
+
+    def flat(x):
+        return _pad(x.reshape(x.shape[0], -1, *x.shape[3:]), 1, arrays[0].shape[1], "constant")
+
+    saved = (*arrays, flat(out), flat(lse * LOG2E).swapaxes(1, 2))
+    return tuple(
+        _unflatten(d, x.shape) for d, x in zip(_backward(static, saved, flat(d_out)), (q, k, v))
+    )
+
+
+def _unflatten(x, shape):
+    return x[:, : shape[1] * shape[2]].reshape(shape)
+
+
+def _prepare(q, k, v, q_cells, k_cells, lag, q_streams, k_start, interpret, tiles):
+    """The arguments of `_attention`."""
+    batch, head_dim = q.shape[0], q.shape[-1]
+    tiles = tiles or TILES[min(size for size in TILES if size >= head_dim)]
+    lag, k_start = np.asarray(lag), q_streams[0] if k_start is None else k_start
+    levels, q_lag = _levels(lag), jnp.asarray(lag)[q_streams]
+    # An absent query and an unseen key get different segments, which no other cell has.
+    queries = _vectors(
+        q_cells, q_cells.present, q_streams, -2, [q_lag == level for level in levels[1:]]
+    )
+    keys = _vectors(k_cells, k_cells.seen, k_start + jnp.arange(k.shape[2]), -1)
+
+    # Cells that fill up the last block. Queries repeat the last one: their output is cut off. Keys are in its row, so
+    # that they do not widen the reach of their block, but seen by nobody: neither as a segment nor as themselves.
+    key_count = keys.shape[2]
+    q_block, k_block = max(tile.queries for tile in tiles), max(tile.keys for tile in tiles)
+    queries, keys = _pad(queries, 2, q_block, "edge"), _pad(keys, 2, k_block, "edge")
+    keys = jnp.where(
+        (jnp.arange(keys.shape[2]) >= key_count) & (jnp.arange(3) > 0)[:, None], -1, keys
+    )
+
+    def flat(x, block):
+        return _pad(x.reshape(batch, -1, *x.shape[3:]), 1, block, "constant")
+
+    spans = _Spans(
+        *(
+            _blocks_to_visit(queries, keys, q_lag, *args)
+            for args in zip(tiles, (False, False, True))
+        )
+    )
+    return (
+        flat(q, q_block),
+        flat(k, k_block),
+        flat(v, k_block),
+        queries,
+        keys,
+        spans,
+        _Static(levels, tiles, interpret),
+    )
+
+
+class _Static(NamedTuple):
+    """What the kernels are compiled for."""
+
+    levels: tuple[int, ...]
+    tiles: Tiles
+    interpret: bool
+
+
+class _Spans(NamedTuple):
+    """Per kernel, for each of its blocks: the blocks [first, end) that it visits, and the run [full, full_end) of them
+    that needs no mask: the last such run. [B, blocks, 4] int32: first, full, full_end, end."""
+
+    forward: jax.Array
+    d_q: jax.Array
+    d_kv: jax.Array
+
+
+def _levels(lag) -> tuple[int, ...]:
+    """The distinct lags, the largest first."""
+    return tuple(int(level) for level in np.unique(lag)[::-1])
+
+
+def _vectors(cells: Cells, known, streams, unknown_segment: int, stream_sets=()):
+    """[B, 3 + sets, cells] int32: row, stream, segment, and the sets [Sq, S] bool of a cell's stream as bits."""
+    segment = jnp.where(known, cells.segment[:, :, None], unknown_segment)
+    bits = [
+        jnp.sum(jnp.where(members, 1 << jnp.arange(members.shape[1]), 0), axis=1)
+        for members in stream_sets
+    ]
+    vectors = [cells.row[:, :, None], streams, segment, *bits]
+    flat = [jnp.broadcast_to(x, known.shape).reshape(known.shape[0], -1) for x in vectors]
+    return jnp.stack(flat, axis=1).astype(jnp.int32)
+
+
+def _pad(x, axis: int, block: int, mode: str):
+    missing = -x.shape[axis] % block
+    return (
+        jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)], mode=mode)
+        if missing
+        else x
+    )
+
+
+def _blocks_to_visit(queries, keys, q_lag, tile: Tile, of_keys: bool):
+    """[B, blocks, 4] as `_Spans` says: for each block of queries the blocks of keys, or (`of_keys`) the reverse."""
+
+    def bounds(vectors, block):
+        row, _, segment = (
+            x.reshape(x.shape[0], -1, block) for x in jnp.moveaxis(vectors[:, :3], 1, 0)
+        )
+        some_segment = jnp.where(segment < 0, jnp.iinfo(jnp.int32).max, segment)
+        return row.min(2), row.max(2), some_segment.min(2), segment.max(2), segment.min(2)
+
+    q_row, q_row_end, q_segment, q_segment_end, q_lowest = (
+        x[:, :, None] for x in bounds(queries, tile.queries)
+    )
+    k_row, k_row_end, k_segment, k_segment_end, k_lowest = (
+        x[:, None, :] for x in bounds(keys, tile.keys)
+    )
+    itself = (k_row <= q_row_end) & (q_row <= k_row_end)
+    earlier = (
+        (k_row <= q_row_end - q_lag.min())
+        & (k_segment <= q_segment_end)
+        & (q_segment <= k_segment_end)
+    )
+    # One segment in both, of present and seen cells only: the segments of others are negative and differ.
+    one_segment = (q_lowest == q_segment_end) & (k_lowest == k_segment_end) & (q_lowest == k_lowest)
+    full = (k_row_end <= q_row - q_lag.max()) & one_segment
+    some = itself | earlier
+    return _runs(some.swapaxes(1, 2), full.swapaxes(1, 2)) if of_keys else _runs(some, full)
+
+
+def _runs(some, full):
+    """Along the last axis: the range that holds all of `some`, and the last run of `full` in it. [..., 4] int32."""
+    index = jnp.arange(some.shape[-1], dtype=jnp.int32)
+
+    def after_last(mask):
+        return jnp.max(jnp.where(mask, index, -1), axis=-1) + 1
+
+    full_end = after_last(full)
+    first = jnp.min(jnp.where(some, index, index.size), axis=-1)
+    return jnp.stack(
+        [first, after_last(~full & (index < full_end[..., None])), full_end, after_last(some)],
+        axis=-1,
+    )
+
+
+def _walk(span, visit, init):
+    """visit(block, carry, masked) over the blocks of a span: those without a mask first, then the others."""
+    first, full, full_end, end = span
+    carry = lax.fori_loop(full, full_end, functools.partial(visit, masked=False), init)
+
+    def others(i, carry):
+        return visit(jnp.where(i < full, i, i + (full_end - full)), carry, masked=True)
+
+    return lax.fori_loop(first, end - (full_end - full), others, carry)
+
+
+def _load(ref, cells=slice(None)):
+    """The integer vectors of some cells, one by one: Triton's arrays have sizes that are powers of two."""
+    return [ref[i, cells] for i in range(ref.shape[0])]
+
+
+def _mask(queries, keys, levels, q_axis: int):
+    """`visible()` of a block of queries and one of keys, the queries along axis `q_axis` of two."""
+    q_row, q_stream, q_segment, *bits = (jnp.expand_dims(x, 1 - q_axis) for x in queries)
+    k_row, k_stream, k_segment = (jnp.expand_dims(x, q_axis) for x in keys)
+    lag = levels[0]
+    for level, bit in zip(levels[1:], bits):
+        lag = jnp.where((bit >> k_stream) & 1 == 1, level, lag)
+    return visible(q_row, q_stream, q_segment, True, k_row, k_stream, k_segment, True, lag)
+
+
+def _forward_kernel(
+    q_ref, k_ref, v_ref, queries_ref, keys_ref, span_ref, out_ref, lse_ref, *, tile, levels
+):
+    q, queries = q_ref[...], _load(queries_ref)
+
+    def visit(block, carry, masked):
+        top, total, out = carry
+        cells = pl.ds(block * tile.keys, tile.keys)
+        scores = plgpu.dot(q, k_ref[cells, :], trans_b=True) * (LOG2E * q.shape[1] ** -0.5)
+        if masked:
+            scores = jnp.where(_mask(queries, _load(keys_ref, cells), levels, 0), scores, MASKED)
+        new_top = jnp.maximum(top, scores.max(1))
+        weights = jnp.exp2(scores - new_top[:, None])
+        keep = jnp.exp2(top - new_top)
+        added = plgpu.dot(weights.astype(v_ref.dtype), v_ref[cells, :])
+        return new_top, total * keep + weights.sum(1), out * keep[:, None] + added
+
+    init = (
+        jnp.full(tile.queries, MASKED, jnp.float32),
+        *(jnp.zeros(x, jnp.float32) for x in (tile.queries, q.shape)),
+    )
+    top, total, out = _walk(_load_span(span_ref), visit, init)
+    out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
+    lse_ref[...] = top + jnp.log(total) * LOG2E
+
+
+def _d_q_kernel(
+    q_ref,
+    k_ref,
+    v_ref,
+    d_out_ref,
+    lse_ref,
+    shared_ref,
+    queries_ref,
+    keys_ref,
+    span_ref,
+    d_q_ref,
+    *,
+    tile,
+    levels,
+):
+    q, d_out, queries = q_ref[...], d_out_ref[...], _load(queries_ref)
+    lse, shared = lse_ref[...][:, None], shared_ref[...][:, None]
+
+    def visit(block, d_q, masked):
+        cells = pl.ds(block * tile.keys, tile.keys)
+        k = k_ref[cells, :]
+        scores = plgpu.dot(q, k, trans_b=True) * (LOG2E * q.shape[1] ** -0.5)
+        if masked:
+            scores = jnp.where(_mask(queries, _load(keys_ref, cells), levels, 0), scores, MASKED)
+        d_scores = jnp.exp2(scores - lse) * (
+            plgpu.dot(d_out, v_ref[cells, :], trans_b=True) - shared
+        )
+        return d_q + plgpu.dot(d_scores.astype(k.dtype), k)
+
+    d_q = _walk(_load_span(span_ref), visit, jnp.zeros(q.shape, jnp.float32))
+    d_q_ref[...] = (d_q * q.shape[1] ** -0.5).astype(d_q_ref.dtype)
+
+
+def _d_kv_kernel(
+    q_ref,
+    k_ref,
+    v_ref,
+    d_out_ref,
+    lse_ref,
+    shared_ref,
+    queries_ref,
+    keys_ref,
+    span_ref,
+    d_k_ref,
+    d_v_ref,
+    *,
+    tile,
+    levels,
+):
+    k, v, keys, span = k_ref[...], v_ref[...], _load(keys_ref), _load_span(span_ref)
+
+    def head(g, carry):
+        """All that one query head adds. Scores are [keys, queries]: what is multiplied again lies in registers."""
+
+        def visit(block, carry, masked):
+            d_k, d_v = carry
+            cells = pl.ds(block * tile.queries, tile.queries)
+            q, d_out = q_ref[cells, g, :], d_out_ref[cells, g, :]
+            scores = plgpu.dot(k, q, trans_b=True) * (LOG2E * q.shape[1] ** -0.5)
+            if masked:
+                scores = jnp.where(
+                    _mask(_load(queries_ref, cells), keys, levels, 1), scores, MASKED
+                )
+            weights = jnp.exp2(scores - lse_ref[g, cells][None, :])
+            d_v += plgpu.dot(weights.astype(d_out.dtype), d_out)
+            d_scores = weights * (plgpu.dot(v, d_out, trans_b=True) - shared_ref[g, cells][None, :])
+            return d_k + plgpu.dot(d_scores.astype(q.dtype), q), d_v
+
+        return _walk(span, visit, carry)
+
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    d_k, d_v = lax.fori_loop(0, q_ref.shape[1], head, (zeros, zeros))
+    d_k_ref[...] = (d_k * k.shape[1] ** -0.5).astype(d_k_ref.dtype)
+    d_v_ref[...] = d_v.astype(d_v_ref.dtype)
+
+
+def _load_span(ref):
+    return [ref[i] for i in range(4)]
+
+
+def _call(kernel, tile: Tile, static: _Static, grid, in_specs, out_specs, out_shape, inputs):
+    return pl.pallas_call(
+        functools.partial(kernel, tile=tile, levels=static.levels),
+        grid=grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        interpret=static.interpret,
+        name=kernel.__name__.strip("_"),
+    )(*inputs)
+
+
+def _query_specs(q, k, queries, keys, tile: Tile):
+    """Grid (query block, query head, table), and by name the part of each array that a program works on.
+
+    The last queries see most and go first, so that no long program starts when the others end.
+    """
+    (batch, q_cells, heads, head_dim), (_, k_cells, kv_heads, _) = q.shape, k.shape
+    blocks, group = q_cells // tile.queries, heads // kv_heads
+    specs = {
+        "q": pl.BlockSpec(
+            (None, tile.queries, None, head_dim), lambda i, n, b: (b, blocks - 1 - i, n, 0)
+        ),
+        "k": pl.BlockSpec((None, k_cells, None, head_dim), lambda i, n, b: (b, 0, n // group, 0)),
+        "stat": pl.BlockSpec((None, None, tile.queries), lambda i, n, b: (b, n, blocks - 1 - i)),
+        "queries": pl.BlockSpec(
+            (None, queries.shape[1], tile.queries), lambda i, n, b: (b, 0, blocks - 1 - i)
+        ),
+        "keys": pl.BlockSpec((None, keys.shape[1], k_cells), lambda i, n, b: (b, 0, 0)),
+        "span": pl.BlockSpec((None, None, 4), lambda i, n, b: (b, blocks - 1 - i, 0)),
+    }
+    return (blocks, heads, batch), lambda *names: [specs[name] for name in names]
+
+
+def _key_specs(q, k, queries, keys, tile: Tile):
+    """Grid (key block, kv head, table), and by name the part of each array that a program works on."""
+    (batch, q_cells, heads, head_dim), (_, k_cells, kv_heads, _) = q.shape, k.shape
+    group = heads // kv_heads
+    specs = {
+        "q": pl.BlockSpec((None, q_cells, group, head_dim), lambda i, n, b: (b, 0, n, 0)),
+        "k": pl.BlockSpec((None, tile.keys, None, head_dim), lambda i, n, b: (b, i, n, 0)),
+        "stat": pl.BlockSpec((None, group, q_cells), lambda i, n, b: (b, n, 0)),
+        "queries": pl.BlockSpec((None, queries.shape[1], q_cells), lambda i, n, b: (b, 0, 0)),
+        "keys": pl.BlockSpec((None, keys.shape[1], tile.keys), lambda i, n, b: (b, 0, i)),
+        "span": pl.BlockSpec((None, None, 4), lambda i, n, b: (b, i, 0)),
+    }
+    return (k_cells // tile.keys, kv_heads, batch), lambda *names: [specs[name] for name in names]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attention(q, k, v, queries, keys, spans: _Spans, static: _Static):
+    """[B, cells, N, H] of q [B, cells, N, H], k and v [B, cells, K, H], all of whole blocks."""
+    return _forward(q, k, v, queries, keys, spans, static)[0]
+
+
+def _forward(q, k, v, queries, keys, spans, static):
+    saved = _outputs(q, k, v, queries, keys, spans, static)
+    out, lse = (checkpoint_name(x, "attention") for x in saved)
+    return out, (q, k, v, queries, keys, spans, out, lse)
+
+
+def _outputs(q, k, v, queries, keys, spans, static):
+    """Output, and log-sum-exp [B, N, cells] in base 2."""
+    tile = static.tiles.forward
+    grid, specs = _query_specs(q, k, queries, keys, tile)
+    shapes = [jax.ShapeDtypeStruct(q.shape, q.dtype), _statistic(q)]
+    in_specs, inputs = (
+        specs("q", "k", "k", "queries", "keys", "span"),
+        (q, k, v, queries, keys, spans.forward),
+    )
+    return _call(_forward_kernel, tile, static, grid, in_specs, specs("q", "stat"), shapes, inputs)
+
+
+def _statistic(q):
+    """One number per query and head: cells last, so that a block of them is contiguous."""
+    return jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
+
+
+def _backward(static, saved, d_out):
+    q, k, v, queries, keys, spans, out, lse = saved
+    # The part of the softmax's gradient that all keys of a query share.
+    shared = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1).swapaxes(1, 2)
+    names = ("q", "k", "k", "q", "stat", "stat", "queries", "keys", "span")
+    inputs = (q, k, v, d_out, lse, shared, queries, keys)
+
+    tile = static.tiles.d_q
+    grid, specs = _query_specs(q, k, queries, keys, tile)
+    shapes = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    (d_q,) = _call(
+        _d_q_kernel, tile, static, grid, specs(*names), specs("q"), shapes, (*inputs, spans.d_q)
+    )
+
+    tile = static.tiles.d_kv
+    grid, specs = _key_specs(q, k, queries, keys, tile)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)]
+    d_k, d_v = _call(
+        _d_kv_kernel,
+        tile,
+        static,
+        grid,
+        specs(*names),
+        specs("k", "k"),
+        shapes,
+        (*inputs, spans.d_kv),
+    )
+    return d_q, d_k, d_v, None, None, None
+
+
+_attention.defvjp(_forward, _backward)

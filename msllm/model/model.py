@@ -1,0 +1,211 @@
+"""The multi-stream decoder: embeddings, a scan over blocks, the head. Activations are [B, T, S, D] throughout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from msllm.config import INPUT_ONLY, ModelConfig
+from msllm.model.attention.dispatch import KEEP_OUTPUT, attention, backend
+from msllm.model.layers import (
+    SAVED,
+    Mlp,
+    Projections,
+    constant,
+    gather_param,
+    linear_back,
+    parameter,
+    rms_norm,
+    rope_angles,
+)
+from msllm.sharding import (
+    FSDP,
+    axis_index,
+    gather,
+    gather_streams,
+    mesh_axes,
+    named_sharding,
+    psum,
+    rows_to_cells,
+)
+from msllm.streams import Cells, StreamSpec
+
+ACTIVATION = ("batch", "row", "stream", "d_model")
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP; weights of all layers, applied to one layer's slice of them."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None):
+        self.config = config
+        self.attention_norm = constant(
+            1.0, (config.num_layers, config.d_model), ("layers", "embed")
+        )
+        self.attention = Projections(config, rngs)
+        self.mlp_norm = constant(1.0, (config.num_layers, config.d_model), ("layers", "embed"))
+        self.mlp = Mlp(config, rngs)
+
+    def __call__(self, x: jax.Array, angles, attend, products=None):
+        """x [B, T, S, D] -> the same; `attend(q, k, v)` is the attention over whatever keys there are."""
+        normed = rms_norm(x, gather_param(self.attention_norm, jnp.float32), self.config.norm_eps)
+        seen = attend(*self.attention.qkv(normed, angles, products))
+        x = checkpoint_name(x + self.attention.out(seen, products), "mid")
+        return x + self.mlp(
+            rms_norm(x, gather_param(self.mlp_norm, jnp.float32), self.config.norm_eps), products
+        )
+
+
+class MultiStreamLM(nnx.Module):
+    """Decoder-only language model over S streams (Qwen3's form). With S = 1 it is an ordinary one."""
+
+    def __init__(self, config: ModelConfig, streams: StreamSpec, rngs: nnx.Rngs | None):
+        self.config, self.streams = config, streams
+        table = ("vocab", "embed")
+        self.embedding = parameter(rngs, (config.vocab_size, config.d_model), table, 0.02)
+        if config.stream_embedding:
+            self.stream_embedding = parameter(
+                rngs, (streams.size, config.d_model), ("replicated", "embed"), 0.02
+            )
+        self.blocks = Block(config, rngs)
+        self.final_norm = constant(1.0, (config.d_model,), ("embed",))
+        if not config.tie_embeddings:
+            self.head = parameter(
+                rngs, (config.vocab_size, config.d_model), table, config.d_model**-0.5
+            )
+
+    def __call__(
+        self, tokens: jax.Array, cells: Cells, position: jax.Array, kernel: Callable | None = None
+    ) -> jax.Array:
+        """The hidden states from which each cell's next row is predicted.
+
+        Args:
+          tokens: [B, T, S] int32. cells: of these rows. position: RoPE positions, [B, T] (or [B, T, S]) int32.
+          kernel: attention's backend, as training chooses it; None: one that runs everywhere.
+
+        Returns: hidden [B, T, S, D] after the final norm, in the compute dtype.
+        """
+        config = self.config
+        angles = rope_angles(position, config)
+        graph, weights = nnx.split(self.blocks)
+        rule = (
+            cells,
+            self.streams.lag_array,
+            kernel or portable_backend(config),
+            config.kv_parts,
+            config.kv_ring,
+        )
+
+        def layer(x, weights):
+            def attend(q, k, v):
+                return attention(q, k, v, *rule)
+
+            if (
+                config.remat in INPUT_ONLY
+            ):  # the gathered keys and values must not wait for the backward of the MLP
+                attend = jax.checkpoint(attend, policy=KEEP_OUTPUT)
+            return nnx.merge(graph, weights)(checkpoint_name(x, "input"), angles, attend), None
+
+        x, _ = jax.lax.scan(_remat(layer, config.remat), self.embed(tokens), weights)
+        return self.finish(x)
+
+    def finish(self, x: jax.Array) -> jax.Array:
+        """The final norm, of what the last block gives."""
+        return rms_norm(x, gather_param(self.final_norm, jnp.float32), self.config.norm_eps)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Token plus stream embedding of tokens [B, T, S]: [B, T, S, D] in the compute dtype."""
+        # The table is far larger than the rows that a step looks up: so every device looks up the tokens of all in the
+        # columns that it holds, and the rows travel. Its gradient needs no sum over devices then.
+        table, ids = self.embedding[...], gather(gather_streams(tokens), 0, FSDP)
+        local = ids - axis_index("tensor") * table.shape[0]  # this device's part of the vocabulary
+        here = (local >= 0) & (local < table.shape[0])
+        rows = jnp.where(here[..., None], table[jnp.where(here, local, 0)], 0.0).astype(
+            self.config.compute_dtype
+        )
+        x = psum(rows_to_cells(rows), *mesh_axes("vocab")).astype(jnp.float32)
+        if self.config.stream_embedding:
+            streams = axis_index("stream") * tokens.shape[2] + jnp.arange(tokens.shape[2])
+            # Streams beyond the last one are absent: which vector they get does not matter.
+            x = (
+                x
+                + gather_param(self.stream_embedding, jnp.float32)[
+                    jnp.minimum(streams, self.streams.size - 1)
+                ]
+            )
+        return x.astype(self.config.compute_dtype)
+
+    @property
+    def head_parameter(self) -> nnx.Param:
+        """[V, D]: logits are hidden @ head.T. Inside `shard_map`: this device's part."""
+        return self.embedding if self.config.tie_embeddings else self.head
+
+    def head_table(self) -> jax.Array:
+        """The head in the compute dtype, complete along D."""
+        return gather_param(self.head_parameter, self.config.compute_dtype)
+
+    def logits(self, hidden: jax.Array, products: Callable | None = None) -> jax.Array:
+        """hidden [..., D] -> [..., V] float32. For scoring and decoding; training never holds all logits (loss.py)."""
+        if products:
+            return linear_back(hidden, self.head_table(), products)
+        return jnp.einsum(
+            "...d,vd->...v", hidden, self.head_table(), preferred_element_type=jnp.float32
+        )
+
+
+def portable_backend(config: ModelConfig) -> Callable:
+    """An attention backend that runs on every device."""
+    return backend("reference" if config.attention == "reference" else "chunked")
+
+
+def _remat(layer, policy: str):
+    """Which values of a layer the backward pass has at hand; the others it computes again.
+
+    `none`: all. `dots`: results of matrix products and of attention; norms, rotations and activations are cheap to
+    repeat and take most of the memory. `full`: the layer's input only. `offload`: the same, in the host's memory.
+    """
+    if policy == "none":
+        return layer
+    policies = {
+        "dots": jax.checkpoint_policies.save_only_these_names(*SAVED),
+        "full": None,
+        "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["input"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }
+    return jax.checkpoint(layer, policy=policies[policy], prevent_cse=False)
+
+
+def abstract_model(
+    config: ModelConfig, streams: StreamSpec
+) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
+    """(graphdef, parameter shapes, logical axes): the last two are nested dicts of the same structure."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: MultiStreamLM(config, streams, None)))
+    shapes = nnx.to_pure_dict(state)
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    axes = jax.tree.unflatten(jax.tree.structure(shapes), [leaf.axes for leaf in leaves])
+    return graph, shapes, axes
+
+
+def parameter_shardings(axes: dict[str, Any], mesh) -> dict[str, Any]:
+    """NamedShardings of the parameters, from their logical axes."""
+    return jax.tree.map(
+        lambda a: named_sharding(mesh, *a), axes, is_leaf=lambda a: isinstance(a, tuple)
+    )
+
+
+def init_parameters(config: ModelConfig, streams: StreamSpec, seed: int) -> dict[str, Any]:
+    """Initial parameters as nested dicts. Call it under jit with `parameter_shardings`: each device makes its part."""
+    return nnx.to_pure_dict(nnx.split(MultiStreamLM(config, streams, nnx.Rngs(seed)))[1])
+
+
+def bind(graph: nnx.GraphDef, parameters: dict[str, Any]) -> MultiStreamLM:
+    """The model that holds these parameters."""
+    return nnx.merge(graph, nnx.State(parameters))

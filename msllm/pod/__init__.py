@@ -1,0 +1,1 @@
+"""Ahead-of-time reports for pods: memory, collectives, estimated step time."""

@@ -1,0 +1,1 @@
+"""What runs need of the machine: processes, compiler options, files, progress."""

@@ -1,0 +1,72 @@
+"""Floating-point operations of a train step by formula: only what the visibility rule needs, nothing that is masked."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from msllm.config import ModelConfig
+from msllm.streams import StreamSpec
+
+
+def visible_pairs(lag: np.ndarray, rows: int) -> int:
+    """Pairs (query cell, key cell) of one full table [rows, S] without absent cells."""
+    reach = np.clip(
+        rows - lag.astype(np.int64), 0, rows
+    )  # rows of queries that see at least one row of the source
+    itself = rows * int(np.sum(np.diagonal(lag) > 0))
+    return int(np.sum(reach * (reach + 1) // 2)) + itself
+
+
+def attention_flops(num_heads: int, head_dim: int, pairs: float) -> float:
+    """Operations of the forward pass of one layer's scores and weighted sums, for so many visible pairs."""
+    return 2 * 2 * num_heads * head_dim * pairs
+
+
+def batch_pairs(lag: np.ndarray, queries: np.ndarray, keys: np.ndarray, segment: np.ndarray) -> int:
+    """Pairs (query cell, key cell) of which the first sees the second, in tables as they are: packed, with absent cells.
+
+    Args:
+      lag: [S, S] int. queries: [B, T, S] bool, cells that are present. keys: of these, the ones that others may see.
+      segment: [B, T] int, ascending within a table.
+    """
+    batch, rows, _ = keys.shape
+    row = np.arange(rows)
+    begins = np.concatenate([np.ones((batch, 1), bool), segment[:, 1:] != segment[:, :-1]], 1)
+    first = np.maximum.accumulate(np.where(begins, row, 0), 1)
+    before = np.pad(np.cumsum(keys, 1), [(0, 0), (1, 0), (0, 0)])  # [:, t]: keys in rows 0..t-1
+    pairs = 0
+    for value in np.unique(lag[lag < rows]):
+        end = np.maximum(np.minimum(row + 1 - value, rows), first)  # rows first..end-1 are seen
+        visible = np.take_along_axis(before, end[:, :, None], 1) - np.take_along_axis(
+            before, first[:, :, None], 1
+        )
+        seen = np.einsum("bto,so->bts", visible, (lag == value).astype(np.int64))
+        pairs += int(seen[queries].sum())
+    return pairs + int(
+        (queries & ~(keys & (np.diagonal(lag) <= 0))).sum()
+    )  # itself, where that is not counted yet
+
+
+def train_flops(config: ModelConfig, streams: StreamSpec, batch: int, rows: int) -> int:
+    """`step_flops` of `batch` full tables."""
+    trained = batch * rows * sum(weight > 0 for weight in streams.loss_weights)
+    return step_flops(
+        config, batch * rows * streams.size, trained, batch * visible_pairs(streams.lag_array, rows)
+    )
+
+
+def step_flops(config: ModelConfig, cells: float, targets: float, pairs: float) -> float:
+    """Operations of forward and backward, two per multiply-add, the backward counted twice the forward (Kaplan et al.
+    2020, arXiv 2001.08361); no rematerialisation.
+
+    Args:
+      cells: that are present. targets: cells whose next token is predicted with weight: only they need the head.
+      pairs: of a cell and one that it sees.
+    """
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    layer = config.d_model * heads + 3 * config.d_model * config.d_ff
+    attention = attention_flops(config.num_heads, config.head_dim, pairs)
+    return 3 * (
+        config.num_layers * (2 * cells * layer + attention)
+        + 2 * targets * config.d_model * config.vocab_size
+    )

@@ -1,0 +1,1 @@
+"""Tables and results as text, pages and plots."""

@@ -1,0 +1,1 @@
+"""Weights and models from elsewhere: checkpoints, Hugging Face folders, GGUF files."""
