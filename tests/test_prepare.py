@@ -354,7 +354,7 @@ def test_command_line(tmp_path):
     assert (
         "tokenizer: sentencepiece" in done.stdout and f"prepared in {tmp_path}/out" in done.stdout
     )
-    command[3] = "--config=configs/gsm8k.py"
+    command[4] = "--config=configs/gsm8k.py"
     done = subprocess.run(
         [*command, "--config.data.path=/nowhere.jsonl"], cwd=ROOT, capture_output=True, text=True
     )
