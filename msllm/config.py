@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import json
 import math
 import operator
@@ -292,6 +293,23 @@ def from_config_dict(settings: typing.Mapping[str, Any]) -> Config:
 def to_json(config: Config) -> str:
     """The config as JSON; `from_config_dict(json.loads(...))` gives an equal one."""
     return json.dumps(to_config_dict(config).to_dict(), indent=2, sort_keys=True)
+
+
+def import_object(path: str, setting: str) -> Any:
+    """The class or function that `package.module:name` names, for the setting that holds it.
+
+    Raises UserError if it cannot be imported or called.
+    """
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{setting} is {path!r}: cannot be imported ({error}); give package.module:name"
+        ) from error
+    if not callable(found):
+        raise UserError(f"{setting} is {path!r}: {found!r} is neither a function nor a class")
+    return found
 
 
 def _from_dict(cls: type, values: typing.Mapping[str, Any], path: str):

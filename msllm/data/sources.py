@@ -27,12 +27,13 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 from array_record.python import array_record_module
 from etils import epath
 
+from msllm.config import import_object
 from msllm.errors import UserError
 
 BLOCK_CHARACTERS = 1 << 16  # of plain text read at a time
@@ -235,23 +236,9 @@ def file_hash(file: str) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def load_function(path: str, setting: str) -> Callable:
-    """The function that `package.module:function` names, for a setting. Raises UserError."""
-    module, _, name = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"{setting} is {path!r}: cannot be imported ({error}); give package.module:function"
-        ) from error
-    if not callable(function):
-        raise UserError(f"{setting} is {path!r}: that is {function!r}, not a function")
-    return function
-
-
 def function_hash(path: str, setting: str) -> str:
     """sha256 (hex) of the module that a function of the user's own comes from: what it makes depends on it."""
-    load_function(path, setting)
+    import_object(path, setting)
     return file_hash(sys.modules[path.partition(":")[0]].__file__)
 
 
@@ -317,7 +304,7 @@ def _array_record(part: Part) -> Iterator[tuple[int, Any]]:
 
 
 def _own(part: Part) -> Iterator[tuple[int, Any]]:
-    reader = load_function(part.format, "config.data.format")
+    reader = import_object(part.format, "config.data.format")
     yield from enumerate(reader(part.file), 1)
 
 

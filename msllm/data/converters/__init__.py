@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from msllm.config import Config, StreamsConfig, VaryConfig
+from msllm.config import Config, StreamsConfig, VaryConfig, import_object
 from msllm.data import sources
 from msllm.data.converters import (
     aligned,
@@ -64,9 +64,9 @@ CONVERTERS = {
 def get_converter(name: str, options: Mapping[str, Any]) -> tuple[Converter, dict[str, Any]]:
     """The converter that `config.data.converter` names, and its options with defaults filled in. Raises UserError."""
     if ":" in name:
-        return Converter(
-            each_record(sources.load_function(name, "config.data.converter")), None
-        ), dict(options)
+        return Converter(each_record(import_object(name, "config.data.converter")), None), dict(
+            options
+        )
     if name not in CONVERTERS:
         raise UserError(
             f"config.data.converter is {name!r}: must be one of {', '.join(CONVERTERS)}, or package.module:function"
