@@ -29,7 +29,6 @@ setup(
         "sentencepiece>=0.2.1",
         "tensorboardX",
         "tokenizers",
-        "tqdm",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10", "gcsfs"],

@@ -16,10 +16,11 @@ import numpy as np
 
 from msllm.errors import UserError
 from msllm.goodput import Goodput
-from msllm.metrics import Progress, Shares, Writer, memory_mib, named_losses
+from msllm.metrics import Shares, Writer, memory_mib, named_losses
 from msllm.runtime.flops import batch_pairs, step_flops
 from msllm.runtime.hardware import lookup
 from msllm.runtime.processes import Clocks
+from msllm.runtime.progress import Progress
 from msllm.step import Program
 
 log = logging.getLogger("msllm")
@@ -125,7 +126,12 @@ class Meter:
                 name: flops / seconds / self._peak for name, flops in self._flops(tables).items()
             }
         self._writer.write(step, values)
-        self._progress.update(step, values)
+        self._progress.show(
+            step,
+            f"loss {values['loss']:.4f}",
+            f"{values['tokens_per_second']:,.0f} tokens/s",
+            seconds_left=(self._program.config.steps - step) * values["step_seconds"],
+        )
         self._goodput.write()
         self._kept = {kind: goodput[f"time/{kind}"] for kind in passed}
         self._counts.clear()

@@ -18,6 +18,7 @@ import dataclasses
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -33,10 +34,11 @@ from msllm.data.mixture import by_source
 from msllm.errors import UserError
 from msllm.goodput import Goodput
 from msllm.kept import kept_step
-from msllm.metrics import Progress, Shares, Writer, append_lines, named_losses, weighted_mean
+from msllm.metrics import Shares, Writer, append_lines, named_losses, weighted_mean
 from msllm.monitor import Meter
 from msllm.runtime import processes
 from msllm.runtime.compiler import keep_compiled
+from msllm.runtime.progress import Progress
 from msllm.sharding import make_mesh
 from msllm.step import Program, TrainState
 from msllm.streams import StreamSpec
@@ -117,7 +119,16 @@ def _train(
 
     with goodput.inside("compile"):
         step_function = kept_step(program, facts if command else None)
-    writer, progress = Writer(workdir, config.monitor.wandb_project), Progress(start, config.steps)
+    writer = Writer(workdir, config.monitor.wandb_project)
+    progress = Progress(
+        "step",
+        config.steps,
+        start,
+        every=0,
+        file=sys.stdout,
+        keep=True,
+        enabled=processes.is_first(),
+    )
     shares = (
         Shares(loader.plan, config.data.mixture.streams, streams, program.silence_id)
         if loader.plan

@@ -13,11 +13,12 @@ from runs import SILENCE, dictation, four_streams, make_program, metrics
 from msllm import monitor
 from msllm.errors import UserError
 from msllm.goodput import KINDS, PAST, Goodput
-from msllm.metrics import Progress, Writer, append_lines
+from msllm.metrics import Writer, append_lines
 from msllm.monitor import Meter
 from msllm.runtime import processes
 from msllm.runtime.flops import train_flops
 from msllm.runtime.hardware import Hardware
+from msllm.runtime.progress import Progress
 from msllm.train import train
 
 
@@ -92,7 +93,11 @@ def make_meter(tmp_path, clocks, **settings):
     config = four_streams(**{"data.batch_size": 2, **settings})
     program = make_program(config)
     workdir = epath.Path(tmp_path)
-    parts = Writer(workdir), Progress(0, config.steps), Goodput(workdir / "goodput.json")
+    parts = (
+        Writer(workdir),
+        Progress("step", config.steps, every=0, file=sys.stdout),
+        Goodput(workdir / "goodput.json"),
+    )
     parts[-1].begin("steps")
     return Meter(program, *parts, clocks), program
 

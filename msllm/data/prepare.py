@@ -155,12 +155,12 @@ def _tokenizer(
         tokenizer = Tokenizer.load(trained, wanted.silence)
     else:
         inputs = [portion.parts for portion in portions if portion.split != "eval"]
-        with Progress("tokenizer") as progress:
+        with Progress("prepare: tokenizer") as progress:
 
             def texts():
                 found = converters.texts(config, spec, inputs, tokenizer_lib.TRAINING_CHARACTERS)
                 for number, text in enumerate(found, 1):
-                    progress.show(texts=number)
+                    progress.show(number, f"{number:,} texts")
                     yield text
 
             tokenizer = tokenizer_lib.train(texts(), wanted)
@@ -192,13 +192,13 @@ def _placed(
             functools.partial(build.count, config, spec, tokenizer), first, processes
         )
         running, done = {}, set()
-        with Progress("count", len(mine)) as progress:
+        with Progress("prepare: portions counted", len(mine)) as progress:
             for event in events:
                 running[event.item] = event.value if event.done else event.value.examples
                 if event.done:
                     done.add(event.item)
                     counts[mine[event.item]] = event.value
-                progress.show(len(done), examples=sum(running.values()))
+                progress.show(len(done), f"{sum(running.values()):,} examples")
                 whole = next(
                     (i for i in range(len(mine)) if i not in done), len(mine)
                 )  # the first ones are counted
@@ -220,7 +220,7 @@ def _build(
     shown, told, finished = BadRecords(bad_percent, show=True), {}, before
     examples = tokens = 0
     cpu = _cpu_seconds()
-    with Progress("tables", len(portions), before) as progress:
+    with Progress("prepare: portions", len(portions), before) as progress:
         for event in workers.run(work, left, processes):
             if event.done:
                 finished += 1
@@ -231,7 +231,12 @@ def _build(
                 tokens += event.value.tokens - was.tokens
                 for message in event.value.left_out:
                     shown.tell(message)
-            progress.show(finished, examples=examples, tokens=tokens)
+            progress.show(
+                finished,
+                f"{examples:,} examples",
+                f"{tokens:,} tokens",
+                f"{tokens / progress.seconds:,.0f} tokens/s",
+            )
     cpu = _cpu_seconds() - cpu
     rate = f", {tokens / cpu:,.0f} a second" if cpu else ""
     print(

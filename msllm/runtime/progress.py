@@ -1,56 +1,128 @@
-"""How far a long command is: a bar on a terminal, else a line every few seconds."""
+"""The progress of a long command: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from typing import TYPE_CHECKING, TextIO
 
-import tqdm
+if TYPE_CHECKING:
+    import rich.progress
 
 LINE_SECONDS = 10.0  # between lines where there is no terminal
-BAR_SECONDS = 0.2
+BAR_SECONDS = 0.2  # between refreshes of the bar
 
 
 class Progress:
-    """The progress of one stage. As a context manager, it removes the bar at the end.
+    """Shows how far one stage of a command has come.
+
+    If stderr is a terminal, a bar is drawn there; otherwise `show` prints lines. As a context
+    manager it ends the bar.
 
     Args:
-      stage: its name. portions: how many there are, 0: unknown. finished: those that were before the stage began.
+      stage: what is shown before the count, such as "step".
+      total: units of work; 0: unknown, and a terminal shows a line of text instead of a bar.
+      done: units that were done before the stage began.
+      every: seconds between lines; a bar waits at most BAR_SECONDS.
+      file: where lines go; None: stderr.
+      keep: whether the bar stays on the terminal at the end.
+      enabled: False: show nothing. Only the first process of a run shows its progress.
     """
 
-    def __init__(self, stage: str, portions: int = 0, finished: int = 0):
-        self._stage, self._portions, self._before = stage, portions, finished
-        self._begin = self._shown = time.monotonic()
-        self._bar = None
-        if sys.stderr.isatty():
-            form = {"total": portions, "initial": finished, "unit": " portions"}
-            form = form if portions else {"bar_format": "{desc}{postfix}"}
-            self._bar = tqdm.tqdm(desc=f"prepare: {stage}", leave=False, **form)
+    def __init__(
+        self,
+        stage: str,
+        total: int = 0,
+        done: int = 0,
+        *,
+        every: float = LINE_SECONDS,
+        file: TextIO | None = None,
+        keep: bool = False,
+        enabled: bool = True,
+    ):
+        self._stage, self._total, self._start = stage, total, done
+        self._file, self._keep, self._enabled = file, keep, enabled
+        self._terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._every = min(every, BAR_SECONDS) if self._terminal else every
+        self._began = self._shown = time.monotonic()
+        self._bar: rich.progress.Progress | None = (
+            None  # until `show` is first called after `every`
+        )
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *_) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-    def show(self, finished: int = 0, **counts: int) -> None:
-        """Shows the state if it is time to. counts: what was done since the stage began, such as examples=12."""
+    @property
+    def seconds(self) -> float:
+        """Seconds since the stage began, above 0."""
+        return max(time.monotonic() - self._began, 1e-9)
+
+    def show(self, done: int = 0, *facts: str, seconds_left: float | None = None) -> None:
+        """Shows the state, unless it was shown less than `every` seconds ago.
+
+        Args:
+          done: units done by now, with those from before the stage began.
+          facts: what else to show, such as "loss 2.31".
+          seconds_left: time to go; None: estimated from the mean speed of the stage.
+        """
         now = time.monotonic()
-        if now - self._shown < (LINE_SECONDS if self._bar is None else BAR_SECONDS):
+        if not self._enabled or now - self._shown < self._every:
             return
         self._shown = now
-        seconds = now - self._begin
-        facts = [f"{count:,} {name}" for name, count in counts.items()]
-        if counts.get("tokens"):
-            facts.append(f"{counts['tokens'] / seconds:,.0f} tokens/s")
+        if seconds_left is None and self._total and done > self._start:
+            seconds_left = self.seconds / (done - self._start) * (self._total - done)
+        if seconds_left is not None:
+            facts += (f"ETA {_minutes(seconds_left)}",)
+        if self._terminal:
+            self._draw(done, "  ".join(facts))
+        else:
+            count = f" {done}/{self._total}" if self._total else ""
+            line = "  ".join((self._stage + count, *facts))
+            print(line, file=self._file or sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """Prints a line to stdout, above the bar."""
+        if self._enabled:
+            print(text, flush=True)  # while there is a bar, rich moves it out of the way
+
+    def close(self) -> None:
+        """Ends the bar; without one, does nothing."""
         if self._bar is not None:
-            self._bar.n = finished
-            self._bar.set_postfix_str(", ".join(facts))
-            return
-        if self._portions:
-            facts.insert(0, f"{finished} of {self._portions} portions")
-        if finished > self._before:
-            left = seconds / (finished - self._before) * (self._portions - finished)
-            facts.append(f"{tqdm.tqdm.format_interval(left)} left")
-        print(f"prepare: {self._stage}: {', '.join(facts)}", file=sys.stderr, flush=True)
+            self._bar.stop()
+
+    def _draw(self, done: int, facts: str) -> None:
+        if self._bar is None:
+            self._bar = self._start_bar()
+        self._bar.update(self._bar.task_ids[0], completed=done, facts=facts)
+        self._bar.refresh()
+
+    def _start_bar(self) -> rich.progress.Progress:
+        # Imported with the first bar: it takes 0.05 s, which most commands need not wait for.
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        counted = (BarColumn(), MofNCompleteColumn()) if self._total else ()
+        bar = Progress(
+            TextColumn("{task.description}"),
+            *counted,
+            TextColumn("{task.fields[facts]}"),
+            console=Console(stderr=True),
+            auto_refresh=False,
+            transient=not self._keep,
+            redirect_stdout=sys.stdout.isatty(),  # otherwise rich would print it on stderr
+        )
+        bar.add_task(self._stage, total=self._total or None, facts="")
+        bar.start()
+        # rich hides the cursor, and a process that ends by os._exit would not bring it back.
+        bar.console.show_cursor()
+        return bar
+
+
+def _minutes(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import rich.console
 import rich.text
-import tqdm
 from absl import flags
 from array_record.python import array_record_module
 
@@ -28,6 +27,7 @@ from msllm.data import records
 from msllm.data.packing import Packed
 from msllm.data.tables import Table, unpack
 from msllm.errors import UserError
+from msllm.runtime.progress import Progress
 from msllm.tokenizer import Tokenizer
 from msllm.view import cells, markup
 from msllm.view import tables as tables_view
@@ -119,18 +119,16 @@ class Split:
             raise UserError(
                 f"--example={wanted}: split {self.split!r} of {self.directory} holds the examples 0 to {total - 1}"
             )
-        progress = tqdm.tqdm(
-            self.tables(), "inspect", len(self), unit=" tables", leave=False, delay=1, disable=None
-        )
-        for first, packed in progress:
-            if by_id and wanted in packed.examples:
-                place = packed.examples.index(wanted)
-            elif not by_id and int(wanted) < first + len(packed.examples):
-                place = int(wanted) - first
-            else:
-                continue
-            progress.close()
-            return first + place, unpack(packed._asdict(), packed.examples)[place]
+        with Progress("inspect: tables", len(self)) as progress:
+            for number, (first, packed) in enumerate(self.tables()):
+                progress.show(number)
+                if by_id and wanted in packed.examples:
+                    place = packed.examples.index(wanted)
+                elif not by_id and int(wanted) < first + len(packed.examples):
+                    place = int(wanted) - first
+                else:
+                    continue
+                return first + place, unpack(packed._asdict(), packed.examples)[place]
         raise UserError(
             f"--example={wanted}: split {self.split!r} of {self.directory} does not hold it; an example that was held"
             " out is in the other split (--split=train or --split=eval)"

@@ -1,0 +1,91 @@
+"""Progress is a bar on a terminal and lines elsewhere."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+
+from msllm.runtime import progress
+from msllm.runtime.progress import Progress
+
+
+class Clock:
+    """Stands in for the module `time`."""
+
+    now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+def test_lines_come_every_few_seconds_and_estimate_the_rest(clock, capsys):
+    with Progress("prepare: portions", 9, 3) as shown:
+        for seconds, done in ((4, 3), (12, 5), (13, 6), (3650, 7)):
+            clock.now = 100.0 + seconds
+            shown.show(done, f"{done * 1000:,} examples", f"{done / shown.seconds:.2f} a second")
+    out, lines = capsys.readouterr()
+    assert out == "" and lines.splitlines() == [
+        "prepare: portions 5/9  5,000 examples  0.42 a second  ETA 0:24",
+        "prepare: portions 7/9  7,000 examples  0.00 a second  ETA 30:25",
+    ]
+
+
+def test_lines_without_a_total_or_with_an_estimate_of_the_caller(clock, capsys):
+    Progress("tokenizer", every=0).show(12, "12 texts")
+    steps = Progress("step", 8, every=0, file=sys.stdout)
+    steps.show(1, "loss 2.0", seconds_left=3725.9)
+    steps.say("slow")
+    silent = Progress("step", 8, every=0, file=sys.stdout, enabled=False)
+    silent.show(2), silent.say("not the first process"), silent.close()
+    assert capsys.readouterr() == (
+        "step 1/8  loss 2.0  ETA 1:02:05\nslow\n",
+        "tokenizer  12 texts\n",
+    )
+
+
+CODE = """
+import sys, time
+from msllm.runtime.progress import Progress
+with Progress("step", 8, 2, every=0, keep=True) as shown:
+    shown.show(3, "loss 2.0")
+    shown.say("a line of text")
+    shown.show(8, "loss 1.0")
+"""
+
+
+@pytest.mark.parametrize("piped", [False, True])
+def test_a_bar_leaves_lines_whole_and_stdout_alone(piped):
+    """On a terminal of its own; `piped`: stdout goes elsewhere, and holds what was said alone."""
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
+    environment.pop("NO_COLOR", None)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE],
+        stdout=subprocess.PIPE if piped else theirs,
+        stderr=theirs,
+        env=environment,
+        check=True,
+        timeout=60,
+    )
+    os.close(theirs)
+    screen = b""
+    while b"8/8" not in screen or b"\n" not in screen[screen.rindex(b"8/8") :]:
+        screen += os.read(ours, 1 << 16)
+    os.close(ours)
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", screen.decode()).replace("\r", "")
+    assert "3/8 loss 2.0" in text and text.rstrip().endswith("8/8 loss 1.0  ETA 0:00")
+    if piped:
+        assert done.stdout == b"a line of text\n" and "a line" not in text
+    else:
+        assert "a line of text\n" in text
+    assert screen.rfind(b"\x1b[?25h") > screen.rfind(b"\x1b[?25l")  # the cursor is visible
