@@ -378,7 +378,7 @@ def _main() -> None:
     address = flags.DEFINE_string(
         "coordinator_address", None, "HOST:PORT of process 0, where JAX detects no cluster."
     )
-    processes = flags.DEFINE_integer(
+    count = flags.DEFINE_integer(
         "num_processes", None, "How many there are; 1: this one alone, on a cluster too."
     )
     number = flags.DEFINE_integer("process_id", None, "Which of them this one is.")
@@ -395,7 +395,7 @@ def _main() -> None:
         config = from_config_dict(settings.value)
         _open_workdir(workdir.value)
         processes.connect(
-            workdir.value, address.value, processes.value, number.value, wait.value, heartbeat.value
+            workdir.value, address.value, count.value, number.value, wait.value, heartbeat.value
         )
         if jax.process_count() > 1:
             logging.basicConfig(format=f"[{jax.process_index()}] %(message)s", force=True)
