@@ -1,0 +1,32 @@
+"""Settings of the documentation: `sphinx-build -W --keep-going docs build/docs`."""
+
+import msllm
+
+project = "msllm"
+author = "the msllm authors"
+copyright = author
+release = version = msllm.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+templates_path = ["_templates"]
+
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+
+default_role = "code"  # docstrings write `name` for code, as Markdown does
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_mock_imports = ["gguf", "textual", "torch", "transformers", "wandb"]  # optional
+autosummary_generate = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # fields of a NamedTuple are described once
+suppress_warnings = ["ref.python"]  # annotations are bare names, which several modules may define
+
+html_theme = "furo"
+html_title = "msllm"
