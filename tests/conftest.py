@@ -49,8 +49,7 @@ from msllm.sharding import make_mesh
 from msllm.step import Program
 from msllm.streams import StreamSpec
 from msllm.train import with_vocabulary
-from msllm.weights.load import LoadedModel, from_parameters
-from msllm.weights.trained import Loaded
+from msllm.weights.load import LoadedModel
 
 # The backend has read what msllm tells it for eight devices; processes that tests start may have fewer.
 jax.devices()
@@ -104,7 +103,7 @@ def make_model():
         keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
         noise = [0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]
         parameters = jax.tree.unflatten(tree, [leaf + extra for leaf, extra in zip(leaves, noise)])
-        model = from_parameters(config, spec, parameters)
+        model = LoadedModel(config, spec, parameters)
         return (
             model
             if lag is None
@@ -146,11 +145,12 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture
-def loaded(data_dir) -> Loaded:
+def loaded(data_dir) -> LoadedModel:
     """An untrained model for the prepared examples, as from a checkpoint."""
     config = dictation(**{"data.dir": data_dir})
     streams = StreamSpec.from_config(config.streams)
     tokenizer = Loader(config.data, "eval", streams).tokenizer
     config = with_vocabulary(config, tokenizer.vocab_size)
     program = Program(config, streams, make_mesh(config.mesh), tokenizer.silence_id)
-    return Loaded("", 0, config, streams, tokenizer, program.graph, program.init().parameters)
+    parameters = program.init().parameters
+    return LoadedModel(config.model, streams, parameters, tokenizer, "", 0, config)

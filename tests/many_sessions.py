@@ -25,7 +25,7 @@ from msllm.decode.engine import DecodeOptions, Engine
 from msllm.metrics import memory_mib
 from msllm.model.model import init_parameters
 from msllm.streams import StreamSpec
-from msllm.weights.load import from_parameters
+from msllm.weights.load import LoadedModel
 
 WINDOW, SILENCE = 16, 0
 SIZES = {
@@ -48,7 +48,7 @@ def tiny_model():
     leaves, tree = jax.tree.flatten(parameters)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     leaves = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]
-    return from_parameters(config, streams, jax.tree.unflatten(tree, leaves))
+    return LoadedModel(config, streams, jax.tree.unflatten(tree, leaves))
 
 
 class Check:

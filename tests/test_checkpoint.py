@@ -19,7 +19,7 @@ from msllm.checkpoint import Checkpoints
 from msllm.config import CheckpointConfig, TokenizerConfig
 from msllm.errors import UserError
 from msllm.runtime import processes
-from msllm.weights.trained import load_model
+from msllm.weights.load import load
 
 pytestmark = pytest.mark.slow
 
@@ -193,9 +193,9 @@ def test_checkpoints_are_not_to_blame_for_other_failures(
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_load_model_uses_the_newest_good_parameters(workdir, state, damage, caplog):
+def test_load_uses_the_newest_good_parameters(workdir, state, damage, caplog):
     DAMAGES[damage](workdir / "checkpoints" / "30")
-    loaded = load_model(workdir)
+    loaded = load(workdir)
     unread = damage in (
         "cut moments",
         "flipped bit in the moments",
@@ -221,7 +221,7 @@ def test_a_run_never_starts_over_silently(workdir, program, tokenizer):
     with pytest.raises(
         UserError, match=r"no checkpoint in .* can be read \(30: .*restore one from a copy"
     ):
-        load_model(workdir)
+        load(workdir)
 
 
 def test_an_interrupted_write_is_not_used(workdir, program, state, tokenizer, caplog):
@@ -230,7 +230,7 @@ def test_an_interrupted_write_is_not_used(workdir, program, state, tokenizer, ca
     with caplog.at_level(logging.WARNING, "msllm"):
         check_restored(restore(workdir, program, tokenizer), program, state, 30)
     assert f"incomplete checkpoint {leftover.name}" in caplog.text
-    assert load_model(workdir).step == 30
+    assert load(workdir).step == 30
 
 
 @pytest.mark.parametrize(
@@ -342,8 +342,8 @@ def test_a_checkpoint_needs_nothing_beside_itself(workdir, program, state, token
     moved = tmp_path / "elsewhere"
     (workdir / "checkpoints" / "20").rename(moved)
     shutil.rmtree(workdir)
-    loaded = load_model(moved)
-    assert (loaded.step, loaded.config, loaded.streams) == (20, program.config, program.streams)
+    loaded = load(moved)
+    assert (loaded.step, loaded.run_config, loaded.streams) == (20, program.config, program.streams)
     assert (
         loaded.tokenizer.to_bytes() == tokenizer.to_bytes()
         and loaded.tokenizer.silence_id == tokenizer.silence_id
@@ -368,7 +368,7 @@ def test_a_checkpoint_needs_nothing_beside_itself(workdir, program, state, token
 def test_no_checkpoint_is_an_error(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match="there is no checkpoint in .*: give a workdir"):
-            load_model(path)
+            load(path)
 
 
 def test_a_newer_format_is_refused(workdir, program, tokenizer, monkeypatch):

@@ -23,6 +23,7 @@ from msllm.data.loader import Loader
 from msllm.data.prepare import prepare
 from msllm.data.tables import unpack
 from msllm.errors import UserError
+from msllm.evals.exact_match import open_data
 from msllm.evals.score import score
 from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
@@ -30,8 +31,7 @@ from msllm.tokenizer import train as train_tokenizer
 from msllm.train import train
 from msllm.weights import hf
 from msllm.weights.convert import from_hf, parse_streams, to_hf, with_silence
-from msllm.weights.load import from_parameters, load_any
-from msllm.weights.trained import load_model
+from msllm.weights.load import LoadedModel, load
 from msllm.weights.warm_start import fine_tune, initial_parameters, stream_vectors
 
 STREAMS = "user,thought,output"
@@ -87,7 +87,7 @@ def logits_of(model, tokens):
 def test_grown_streams_compute_what_the_base_did(name, folder, tmp_path):
     source, recorded = folder(name), np.load(hf_models.RECORDED / name / "logits.npz")
     from_hf(source, tmp_path / "out", streams=STREAMS)
-    model = load_any(tmp_path / "out")
+    model = load(tmp_path / "out")
     assert model.streams.names == ("user", "thought", "output")
     assert not np.asarray(model.parameters["stream_embedding"]).any()
     assert model.config.vocab_size == hf_models.VOCABULARY + 1 == model.tokenizer.vocab_size
@@ -139,7 +139,7 @@ def test_grown_round_trip_is_exact_and_names_its_streams(folder, tmp_path):
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["num_channels"] == 3
     assert "model.channel_embedding.weight" in tensors_of(tmp_path / "hf")
     from_hf(tmp_path / "hf", tmp_path / "again")
-    first, exported, second = (load_any(tmp_path / name) for name in ("grown", "hf", "again"))
+    first, exported, second = (load(tmp_path / name) for name in ("grown", "hf", "again"))
     for other in (exported, second):
         assert (other.config, other.streams) == (first.config, first.streams)
         assert (
@@ -148,7 +148,7 @@ def test_grown_round_trip_is_exact_and_names_its_streams(folder, tmp_path):
         )
         jax.tree.map(np.testing.assert_array_equal, other.parameters, first.parameters)
     from_hf(tmp_path / "hf", tmp_path / "renamed", streams="x=input,y=thought,z=output")
-    renamed = load_any(tmp_path / "renamed").streams
+    renamed = load(tmp_path / "renamed").streams
     assert renamed == dataclasses.replace(first.streams, names=("x", "y", "z"))
     with pytest.raises(UserError, match="names 2 streams: .* has 3"):
         from_hf(tmp_path / "hf", tmp_path / "none", streams="user,output")
@@ -158,20 +158,20 @@ def test_grown_round_trip_is_exact_and_names_its_streams(folder, tmp_path):
 def test_checkpoints_of_the_reference_import_as_they_are(name, tmp_path):
     source = golden_cases.case(name).path
     from_hf(source, tmp_path / "out")
-    expected, ours = load_any(source), load_any(tmp_path / "out")
+    expected, ours = load(source), load(tmp_path / "out")
     assert (ours.config, ours.streams) == (expected.config, expected.streams)
     jax.tree.map(np.testing.assert_array_equal, ours.parameters, expected.parameters)
     to_hf(tmp_path / "out", tmp_path / "back")
     theirs = {name: x for name, x in tensors_of(source).items() if "gate_in_norm" not in name}
     assert_same_tensors(tensors_of(tmp_path / "back"), theirs)
-    with pytest.raises(UserError, match="has no tokenizer"):
-        load_model(tmp_path / "out")
+    with pytest.raises(UserError, match="out has no tokenizer"):
+        open_data(ours)
 
 
 def test_a_stream_vector_is_kept_when_streams_are_added(tmp_path):
     source = golden_cases.case("s7_c1_block").path
     from_hf(source, tmp_path / "out", streams="user,output")
-    one, two = load_any(source), load_any(tmp_path / "out")
+    one, two = load(source), load(tmp_path / "out")
     tokens = np.random.default_rng(0).integers(0, one.config.vocab_size, (1, 9, 2))
     for stream in range(2):
         expected = logits_of(one, tokens[..., stream : stream + 1])
@@ -211,13 +211,13 @@ def test_silence_is_found_or_added(folder, tmp_path):
     source = folder("qwen2", hf_models.VOCABULARY - 3)
     base = hf.read_folder(source)[2]
     from_hf(source, tmp_path / "added")
-    added = load_any(tmp_path / "added")
+    added = load(tmp_path / "added")
     assert (
         added.tokenizer.silence == "<silence>"
         and added.tokenizer.silence_id == hf_models.VOCABULARY - 3
     )
     from_hf(source, tmp_path / "named", silence="<unused>")
-    named = load_any(tmp_path / "named")
+    named = load(tmp_path / "named")
     assert named.tokenizer.silence_id == hf_models.VOCABULARY - 4
     assert named.tokenizer.to_bytes() == (source / "tokenizer.json").read_bytes()
     for model in (added, named):  # the table is long enough: nothing in it changes
@@ -244,7 +244,7 @@ def test_silence_is_added_to_sentencepiece_files():
 
 def test_tables_are_made_divisible(folder, tmp_path):
     from_hf(folder("llama"), tmp_path / "out", vocab_multiple=32)
-    model, base = load_any(tmp_path / "out"), hf.read_folder(hf_models.RECORDED / "llama")[2]
+    model, base = load(tmp_path / "out"), hf.read_folder(hf_models.RECORDED / "llama")[2]
     assert model.config.vocab_size == 64
     for name in ("embedding", "head"):
         np.testing.assert_array_equal(model.parameters[name][: hf_models.VOCABULARY], base[name])
@@ -355,7 +355,7 @@ def test_a_run_starts_from_an_import(imported, tmp_path):
     ):
         train(config, imported)
     state = train(config, tmp_path / "run")
-    base = load_model(imported)
+    base = load(imported)
 
     def close(a, b):
         return np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=1e-7)
@@ -399,12 +399,12 @@ def test_streams_start_where_one_stream_would_go_on(size, folder, tmp_path, monk
     begin, end = np.flatnonzero(said(working))[[0, -1]]
     assert begin == np.flatnonzero(said(0))[-1] + 1 and end > begin + 2
     parameters = initial_parameters(config.init_from, make_program(config), loader.tokenizer)
-    model = from_parameters(config.model, streams, parameters, loader.tokenizer)
+    model = LoadedModel(config.model, streams, parameters, loader.tokenizer)
     tables = {"tokens": table.tokens[None], "present": table.present[None]}
     logits = next(score(model, tables))["logits"][0, begin : end + 1, working]
 
     text = np.concatenate([table.tokens[said(s), s] for s in (0, working)])
-    base = load_any("models/smollm2")  # isolated: every stream is the imported model
+    base = load("models/smollm2")  # isolated: every stream is the imported model
     expected = logits_of(base, np.tile(text[None, :, None], 3))[0, :, 0]
     np.testing.assert_allclose(logits, expected[begin:], rtol=0, atol=1e-4)
     assert np.abs(expected[begin:] - expected[:1]).max() > 0.1
@@ -424,7 +424,7 @@ def test_initial_parameters_are_laid_out_for_the_mesh(imported, caplog):
     assert "rope_theta is 10000.0, and was 50.0" in caplog.text
     assert parameters["stream_embedding"].shape == (3, 16)
     assert jax.tree.map(lambda x: x.sharding, parameters) == program.state_shardings.parameters
-    expected = load_model(imported).parameters
+    expected = load(imported).parameters
     jax.tree.map(np.testing.assert_array_equal, parameters, expected)
 
 
@@ -483,7 +483,7 @@ def test_command_line(folder, tmp_path):
 
 def test_config_of_an_import_is_complete(imported):
     config = tuned(imported)
-    assert config.init_from == str(imported) and config.model == load_model(imported).config.model
+    assert config.init_from == str(imported) and config.model == load(imported).config
     assert config.data.tokenizer.path == str(imported / "tokenizer.json")
     with pytest.raises(UserError, match="nowhere/config.json cannot be read"):
         fine_tune(imported / "nowhere")

@@ -22,7 +22,7 @@ from msllm.model.rope import rope_frequencies
 from msllm.weights import gguf as gguf_reader
 from msllm.weights import hf
 from msllm.weights.convert import from_gguf, to_hf
-from msllm.weights.load import load_any
+from msllm.weights.load import load
 
 gguf = pytest.importorskip(
     "gguf", reason="the package gguf is not installed: pip install msllm[gguf]"
@@ -160,7 +160,7 @@ def llama3(make_model):
 def test_import_into_streams(llama3, tmp_path):
     model, tokens = write(tmp_path / "model.gguf", llama3.config, llama3.parameters, "llama-bpe")
     from_gguf(tmp_path / "model.gguf", tmp_path / "out", streams="user,output")
-    ours = load_any(tmp_path / "out")
+    ours = load(tmp_path / "out")
     assert ours.config.rope_scaling == llama3.config.rope_scaling
     assert ours.tokenizer.silence_id == len(tokens) and ours.config.vocab_size == 310
     assert ours.tokenizer.encode(TEXT) == model.encode(TEXT).ids
@@ -235,7 +235,7 @@ def test_bad_files_are_named(llama3, tmp_path, monkeypatch):
     refused("tokenizer.ggml.pre='klingon-1'.*--tokenizer=FILE")
     (tmp_path / "tokenizer.json").write_bytes(tokenizer_file(300))
     from_gguf(path, tmp_path / "other", tokenizer=str(tmp_path / "tokenizer.json"))
-    assert load_any(tmp_path / "other").tokenizer.vocab_size == 301
+    assert load(tmp_path / "other").tokenizer.vocab_size == 301
     write(path, llama3.config, dict(llama3.parameters, final_norm=np.full(16, np.nan, np.float32)))
     refused("model.norm.weight holds 16 numbers that are not finite")
     monkeypatch.setitem(sys.modules, "gguf", None)
@@ -263,7 +263,7 @@ def real_model():
 def test_real_model(streams, tmp_path):
     file, reference = real_model()
     from_gguf(file, tmp_path / "out", streams=streams)
-    model = load_any(tmp_path / "out")
+    model = load(tmp_path / "out")
     vocabulary, size = reference["config"]["vocab_size"], model.streams.size
     tokenizer = tokenizers.Tokenizer.from_str(model.tokenizer.to_bytes().decode())
 
@@ -315,7 +315,7 @@ def shakespeare(tokenizer, reference):
 def test_real_model_with_small_caches(dtype, tolerance, tmp_path):
     file, reference = real_model()
     from_gguf(file, tmp_path / "out", streams="output")
-    model = load_any(tmp_path / "out")
+    model = load(tmp_path / "out")
     ids, expected = shakespeare(
         tokenizers.Tokenizer.from_str(model.tokenizer.to_bytes().decode()), reference
     )

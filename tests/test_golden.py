@@ -13,7 +13,7 @@ from msllm.loss import next_row_loss, targets_and_weights
 from msllm.model.model import abstract_model, bind
 from msllm.streams import make_cells, positions, visibility_table
 from msllm.weights.hf import to_hf
-from msllm.weights.load import load_any
+from msllm.weights.load import load
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +36,7 @@ class Setup:
     def __init__(self, name, attention):
         self.case = case = golden_cases.case(name)
         spec = case.meta["spec"]
-        model = load_any(case.path).with_visibility(
+        model = load(case.path).with_visibility(
             "same_row" if spec["mask"] == "causal" else "block_causal"
         )
         model = model.with_streams(skip_silence="skip_silence" in spec["mask"])

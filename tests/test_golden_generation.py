@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from msllm.decode.engine import FREE, DecodeOptions, generate
-from msllm.weights.load import load_any
+from msllm.weights.load import load
 
 RUNS = [
     *[("s7_c10_block", run) for run in ("interactive", "penalty", "forced", "seed")],
@@ -28,7 +28,7 @@ def test_generation(name, run):
         return case[f"gen_{run}__{array}"]
 
     shown, read, step_logits = record("rows_yielded"), record("rows_fed"), record("step_logits")
-    model = load_any(case.path).with_streams(skip_silence=bool(settings.get("skip_silence")))
+    model = load(case.path).with_streams(skip_silence=bool(settings.get("skip_silence")))
     size = model.streams.size
     first = max(int(record("is_prefill").sum()), 1)  # without a prefill, row 0 is given
     rows = len(shown) - first

@@ -17,7 +17,7 @@ from msllm.loss import next_row_loss, targets_and_weights
 from msllm.model.model import bind
 from msllm.streams import StreamSpec, make_cells, visibility_table
 from msllm.weights.hf import read_folder, to_hf
-from msllm.weights.load import from_parameters
+from msllm.weights.load import LoadedModel
 
 LOOPS = [
     ("s5_two_stream_offset", "stream"),
@@ -74,7 +74,7 @@ def test_loop(name, loop):
     seen = visibility_table(cells, lag)[row, stream][:, row, stream]
     np.testing.assert_array_equal(seen, case[f"{loop}__visible_used"])
 
-    model = from_parameters(config, spec_of(2 * size - 1, lag), parameters)
+    model = LoadedModel(config, spec_of(2 * size - 1, lag), parameters)
     with jax.default_matmul_precision("highest"):
         bound = bind(model.graph, jax.tree.map(jnp.asarray, model.parameters))
         logits = np.asarray(bound.logits(bound(tokens, cells, position)))[0, row, stream]
@@ -92,7 +92,7 @@ def test_loop(name, loop):
 def test_training_form():
     case = golden_cases.case("s5_train")
     config, size, parameters = read_folder(case.path)
-    model = from_parameters(config, spec_of(size), jax.tree.map(jnp.asarray, parameters))
+    model = LoadedModel(config, spec_of(size), jax.tree.map(jnp.asarray, parameters))
     labels, rows = case["labels"], int(case["position_ids"][..., 1].max()) + 1
     tokens, present, mask, cells_of = [], [], [], []
     for b in range(len(labels)):

@@ -13,7 +13,7 @@ from msllm.config import ModelConfig, RopeScalingConfig
 from msllm.errors import UserError
 from msllm.evals.score import score
 from msllm.weights import hf
-from msllm.weights.load import load_any
+from msllm.weights.load import load
 
 LLAMA3 = RopeScalingConfig("llama3", 8.0, 1.0, 4.0, original_max_position=8192)
 SHAPES = {
@@ -62,7 +62,7 @@ def test_round_trip_is_exact(model, tmp_path):
 def test_recorded_logits_of_transformers(variant):
     folder = hf_models.RECORDED / variant
     recorded = np.load(folder / "logits.npz")
-    model = load_any(folder)
+    model = load(folder)
     ours = next(score(model, {"tokens": recorded["tokens"][None, :, None]}))["logits"][0, :, 0]
     np.testing.assert_allclose(ours, recorded["logits"], rtol=0, atol=1e-4)
 

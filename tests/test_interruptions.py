@@ -11,14 +11,13 @@ from msllm.errors import UserError
 from msllm.evals.exact_match import open_data, streams_case
 from msllm.evals.interruptions import Verdict, _corrected, _given, _live, interruptions, judge
 from msllm.tokenizer import Tokenizer
-from msllm.weights.load import from_parameters
 
 USER, THOUGHT, OUTPUT = range(3)
 
 
 @pytest.fixture
 def model(loaded):
-    return from_parameters(loaded.config.model, loaded.streams, loaded.parameters, loaded.tokenizer)
+    return loaded
 
 
 def table(tokenizer: Tokenizer, **columns) -> np.ndarray:
@@ -80,7 +79,7 @@ def test_figures_and_data_of_another_kind(loaded):
         figures["cases"] == 2 for figures in found.values()
     )
     other = dataclasses.replace(
-        loaded.config, data=dataclasses.replace(loaded.config.data, converter="chat")
+        loaded.run_config, data=dataclasses.replace(loaded.run_config.data, converter="chat")
     )
     with pytest.raises(UserError, match="converter is 'chat': must be 'dictation'"):
-        interruptions(dataclasses.replace(loaded, config=other))
+        interruptions(dataclasses.replace(loaded, run_config=other))

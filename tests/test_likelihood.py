@@ -19,7 +19,6 @@ from msllm.evals.likelihood import Units, _nll, best, describe, difference, meas
 from msllm.evals.score import score
 from msllm.streams import StreamSpec, lag_matrix
 from msllm.train import train
-from msllm.weights.load import from_parameters
 
 SILENCE = 0
 
@@ -49,16 +48,13 @@ def test_the_probabilities_of_all_tables_sum_to_one(make_model, delays):
 
 
 def test_sums_are_those_of_score(loaded):
-    loader = Loader(loaded.config.data, "eval", loaded.streams)
+    loader = Loader(loaded.run_config.data, "eval", loaded.streams)
     examples = [t for step in range(loader.num_batches) for t in unpack(loader.batch(step))]
-    model = from_parameters(
-        loaded.config.model, loaded.streams, loaded.parameters, loaded.tokenizer
-    )
     units = measure(loaded)
     assert len(units.nll) == len(examples)
     for i in (0, 1, len(examples) - 1):
         table = examples[i]
-        (found,) = score(model, {"tokens": table.tokens[None], "present": table.present[None]})
+        (found,) = score(loaded, {"tokens": table.tokens[None], "present": table.present[None]})
         logprob = np.where(np.isnan(found["logprob"][0]), 0, found["logprob"][0])
         np.testing.assert_allclose(units.nll[i], -logprob.sum(0), rtol=1e-4)
         assert units.targets[i].tolist() == [len(table.tokens) - 1] * 3
@@ -83,14 +79,14 @@ def test_sums_are_those_of_score(loaded):
 
 
 def test_data_may_have_other_rows_and_delays_than_the_checkpoint(loaded, tmp_path):
-    there = loaded.config.data.dir
+    there = loaded.run_config.data.dir
     tokenizer = {"data.tokenizer.path": f"{there}/tokenizer.model", "data.max_examples": 30}
     prepare(
         dictation(**tokenizer, **{"data.rows": 48, "streams.delays": (0, 0, 1)}), tmp_path / "other"
     )
     units = measure(loaded, str(tmp_path / "other"))
     streams = dataclasses.replace(loaded.streams, delays=(0, 0, 1))
-    config = dataclasses.replace(loaded.config.data, dir=str(tmp_path / "other"), rows=48)
+    config = dataclasses.replace(loaded.run_config.data, dir=str(tmp_path / "other"), rows=48)
     (batch,) = Loader(config, "eval", streams).iterate([0])
     tables = unpack(batch)
     assert len(units.nll) == len(tables) and not tables[0].present[0, 2]
@@ -105,9 +101,9 @@ def test_data_may_have_other_rows_and_delays_than_the_checkpoint(loaded, tmp_pat
         }
         prepare(dictation(**tokenizer, **streams), tmp_path / "single")
         measure(loaded, str(tmp_path / "single"))
-    imported = dataclasses.replace(loaded.config, data=DataConfig())
+    imported = dataclasses.replace(loaded.run_config, data=DataConfig())
     with pytest.raises(UserError, match="no data of its own: .*--data=DIR"):
-        measure(dataclasses.replace(loaded, config=imported))
+        measure(dataclasses.replace(loaded, run_config=imported))
 
 
 def test_intervals_and_differences():

@@ -23,7 +23,7 @@ from msllm.sharding import make_mesh
 from msllm.step import Program
 from msllm.streams import StreamSpec
 from msllm.train import _Evaluation, train
-from msllm.weights.trained import load_model
+from msllm.weights.load import load
 
 WEIGHTS = st.lists(st.integers(0, 1000).map(lambda x: x / 1000), min_size=1, max_size=8).filter(any)
 
@@ -278,9 +278,11 @@ def test_a_run_logs_shares_and_evaluates_each_source(config, uninterrupted):
 
 @pytest.mark.slow
 def test_each_source_is_evaluated_on_its_own_split(config, uninterrupted, directories):
-    loaded, line = load_model(uninterrupted), metrics(uninterrupted)[-1]
+    loaded, line = load(uninterrupted), metrics(uninterrupted)[-1]
     for name in ("first", "second"):
-        alone = replace(loaded.config, "data", dir=str(directories / name), mixture=MixtureConfig())
+        alone = replace(
+            loaded.run_config, "data", dir=str(directories / name), mixture=MixtureConfig()
+        )
         program = Program(alone, loaded.streams, make_mesh(alone.mesh), loaded.tokenizer.silence_id)
 
         def place(array, abstract):
@@ -316,5 +318,5 @@ def test_evaluate_wants_one_source(uninterrupted, directories):
     with pytest.raises(
         UserError, match="trained on a mixture of .*first, .*second: choose one, --data=DIR"
     ):
-        evaluate(load_model(uninterrupted))
-    assert evaluate(load_model(uninterrupted), str(directories / "second"), 2)["examples"] == 2
+        evaluate(load(uninterrupted))
+    assert evaluate(load(uninterrupted), str(directories / "second"), 2)["examples"] == 2

@@ -11,7 +11,7 @@ from msllm.config import MeshConfig
 from msllm.model.model import abstract_model, bind
 from msllm.sharding import make_mesh, partition_spec
 from msllm.streams import NEVER, Cells, make_cells, positions
-from msllm.weights.load import from_parameters
+from msllm.weights.load import LoadedModel
 
 
 def table(rows, streams, batch=1, vocab_size=32, seed=0, absent=0.0, segments=1, silence=None):
@@ -116,7 +116,7 @@ def test_remat_changes_no_gradient(make_model):
 
     def gradient(remat):
         config = dataclasses.replace(model.config, remat=remat)
-        other = from_parameters(config, model.streams, model.parameters)
+        other = LoadedModel(config, model.streams, model.parameters)
         return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(forward(other, *inputs, p)))))(
             model.parameters
         )

@@ -206,12 +206,12 @@ import logging; logging.basicConfig(level="INFO")
 import jax, numpy as np
 from msllm.config import ModelConfig, StreamsConfig
 from msllm.decode.engine import Engine
-from msllm.weights.load import from_parameters
+from msllm.weights.load import LoadedModel
 from msllm.model.model import init_parameters
 from msllm.streams import StreamSpec
 config = ModelConfig(vocab_size=64, d_model=32, d_ff=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
 streams = StreamSpec.from_config(StreamsConfig(names=("a", "b", "c"), kinds=("output",) * 3))
-model = from_parameters(config, streams, jax.jit(lambda: init_parameters(config, streams, 0))())
+model = LoadedModel(config, streams, jax.jit(lambda: init_parameters(config, streams, 0))())
 sessions = [Engine(model, window=32, cache_dtype=dtype, silence_id=0).open() for dtype in ("float32", "bfloat16", "int8")]
 print("TOKENS", *np.concatenate([session.step().tokens for session in sessions for _ in range(20)]))
 """

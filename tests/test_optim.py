@@ -19,13 +19,13 @@ from msllm.sharding import make_mesh
 from msllm.step import Program
 from msllm.streams import make_cells, positions
 from msllm.weights.hf import to_hf
-from msllm.weights.load import load_any
+from msllm.weights.load import load
 
 
 @pytest.mark.usefixtures("compile_fast")
 def test_four_steps_of_the_reference(monkeypatch):
     case = golden_cases.case("s7_c3_pad")
-    rule, model = case.meta["train"], load_any(case.path)
+    rule, model = case.meta["train"], load(case.path)
     everything, embedding = rule["param_groups"]
     optim = OptimConfig(
         lr=everything["lr"],

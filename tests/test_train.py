@@ -17,7 +17,7 @@ from msllm.errors import UserError
 from msllm.goodput import KINDS, PAST
 from msllm.monitor import Meter
 from msllm.train import train
-from msllm.weights.trained import load_model
+from msllm.weights.load import load
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +67,7 @@ def stop_after(monkeypatch, step):
 def same_parameters(workdir, other):
     jax.tree.map(
         np.testing.assert_array_equal,
-        *(host(load_model(path).parameters) for path in (workdir, other)),
+        *(host(load(path).parameters) for path in (workdir, other)),
     )
 
 
@@ -163,7 +163,7 @@ def test_a_signal_during_evaluation_loses_nothing(config, tmp_path, monkeypatch,
 
     monkeypatch.setattr(train_lib._Evaluation, "__call__", interrupting)
     state = train(replace(config, "checkpoint", every=0), tmp_path)
-    assert int(state.step) == load_model(tmp_path).step == 5
+    assert int(state.step) == load(tmp_path).step == 5
     assert "stopped at step 5, saved" in capsys.readouterr().out
 
 

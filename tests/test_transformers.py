@@ -13,7 +13,7 @@ from msllm.evals.score import score
 from msllm.weights import hf
 from msllm.weights.convert import from_hf, to_hf, with_silence
 from msllm.weights.gguf import PATTERNS
-from msllm.weights.load import load_any
+from msllm.weights.load import load
 
 pytest.importorskip(
     "torch", reason="torch is not installed; tests/hf holds what transformers computes"
@@ -29,7 +29,7 @@ def test_logits_of_both(variant, tmp_path):
     recorded = np.load(tmp_path / "theirs" / "logits.npz")
     (tmp_path / "theirs" / "tokenizer.json").write_bytes(tokenizer_file(hf_models.VOCABULARY))
     from_hf(tmp_path / "theirs", tmp_path / "ours", streams="user,output")
-    model = load_any(tmp_path / "ours")
+    model = load(tmp_path / "ours")
     tokens = np.random.default_rng(1).integers(0, hf_models.VOCABULARY, (1, hf_models.ROWS, 2))
     tokens[0, :, 1] = recorded["tokens"]
     logits = next(score(model, {"tokens": tokens}))["logits"][0, :, 1, : hf_models.VOCABULARY]

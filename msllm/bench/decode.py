@@ -19,7 +19,7 @@ from msllm.decode.engine import Engine
 from msllm.decode.sampling import FREE
 from msllm.model.model import init_parameters
 from msllm.streams import StreamSpec
-from msllm.weights.load import LoadedModel, from_parameters
+from msllm.weights.load import LoadedModel
 
 EDGE = 50  # rows at either end that are compared
 PASSES = 3  # sessions of each model, one after the other: what else the machine does then shows less in the medians
@@ -74,7 +74,7 @@ def decode_case(case: dict) -> list[dict]:
 def _model(config: ModelConfig, size: int) -> LoadedModel:
     names = tuple(f"s{i}" for i in range(size))
     streams = StreamSpec.from_config(StreamsConfig(names=names, kinds=("output",) * size))
-    return from_parameters(config, streams, jax.jit(lambda: init_parameters(config, streams, 0))())
+    return LoadedModel(config, streams, jax.jit(lambda: init_parameters(config, streams, 0))())
 
 
 def _prefill(model: LoadedModel, case: dict) -> np.ndarray:

@@ -19,7 +19,7 @@ from msllm.chat.recording import Recording
 from msllm.cli import generate
 from msllm.decode.engine import Engine
 from msllm.errors import UserError
-from msllm.weights.load import load_any
+from msllm.weights.load import load
 
 
 def player(checkpoint: str | None, replay: str | None, pace: float | None, window: int) -> Player:
@@ -30,7 +30,7 @@ def player(checkpoint: str | None, replay: str | None, pace: float | None, windo
         )
     if replay is not None:
         return Replay(Recording.load(replay), 1.0 if pace is None else pace)
-    model = load_any(checkpoint)
+    model = load(checkpoint)
     if model.tokenizer is None:
         raise UserError(
             f"--checkpoint={checkpoint} has no tokenizer: use msllm.Engine with token ids"

@@ -18,7 +18,7 @@ from msllm.decode.engine import DecodeOptions, Engine
 from msllm.errors import UserError
 from msllm.streams import StreamSpec
 from msllm.view import cells
-from msllm.weights.load import LoadedModel, load_any
+from msllm.weights.load import LoadedModel, load
 
 WIDTH = 14  # characters of a column
 
@@ -126,7 +126,7 @@ def main(_) -> None:
     """Generates what the flags say."""
     logging.set_verbosity(logging.WARNING)  # orbax reports everything that it opens
     flag = flags.FLAGS
-    model = load_any(flag.checkpoint)
+    model = load(flag.checkpoint)
     streams = model.streams
     run(model, parse_inputs(flag.input, streams), flag.rows, options(streams), cells.console())
 

@@ -18,15 +18,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from msllm.config import MixtureConfig
+from msllm.config import DataConfig, MixtureConfig
 from msllm.data.dictation import QUESTION_END, expected_answer, question_end
 from msllm.data.loader import Loader, spread
 from msllm.data.records import read_manifest
 from msllm.data.tables import Table, unpack
 from msllm.decode.engine import FREE, generate
 from msllm.errors import UserError
-from msllm.weights.load import from_parameters
-from msllm.weights.trained import Loaded, load_model
+from msllm.weights.load import LoadedModel, load
 
 BATCH = 128  # examples decoded together
 SLACK = 8  # rows that an answer may come later than in the example
@@ -51,12 +50,17 @@ class Result(NamedTuple):
     last: int | None  # to its last
 
 
-def open_data(loaded: Loaded, data: str = "", split: str = "eval") -> Loader:
+def open_data(loaded: LoadedModel, data: str = "", split: str = "eval") -> Loader:
     """A split of prepared data for a checkpoint; `data`: empty: what it was trained on. Raises UserError.
 
     Rows and delays are the data's, which parameters know nothing of.
     """
-    trained = loaded.config.data
+    if loaded.tokenizer is None:
+        raise UserError(
+            f"{loaded.path or 'the model'} has no tokenizer: import it with --tokenizer=FILE"
+            " (docs/weights.md)"
+        )
+    trained = loaded.run_config.data if loaded.run_config else DataConfig()
     if trained.mixture.dirs and not data:
         sources = ", ".join(trained.mixture.dirs)
         raise UserError(
@@ -88,7 +92,7 @@ def open_data(loaded: Loaded, data: str = "", split: str = "eval") -> Loader:
 
 
 def evaluate(
-    loaded: Loaded, data: str = "", examples: int = 500, after: str = ""
+    loaded: LoadedModel, data: str = "", examples: int = 500, after: str = ""
 ) -> dict[str, float | int]:
     """Exact match and rows to the answer on held-out examples.
 
@@ -114,7 +118,8 @@ def evaluate(
             if number in wanted:
                 tables.append(table)
             number += 1
-    make_case = _single_case if loaded.config.data.converter == "dictation_single" else streams_case
+    one_stream = _converter_of(loaded) == "dictation_single"
+    make_case = _single_case if one_stream else streams_case
     cases = [make_case(table, loaded) for table in tables]
     if after:
         cases = [_only_after(case, after, loaded.tokenizer) for case in cases]
@@ -139,7 +144,12 @@ def evaluate(
     }
 
 
-def streams_case(table: Table, loaded: Loaded) -> Case:
+def _converter_of(loaded: LoadedModel) -> str:
+    """The converter of the data that the model was trained on; empty if it was not trained here."""
+    return loaded.run_config.data.converter if loaded.run_config else ""
+
+
+def streams_case(table: Table, loaded: LoadedModel) -> Case:
     """A table as a task: inputs are given, the rest is the model's. Raises UserError without an input or an output."""
     streams, silence = loaded.streams, loaded.tokenizer.silence_id
 
@@ -162,7 +172,7 @@ def streams_case(table: Table, loaded: Loaded) -> Case:
     )
 
 
-def _single_case(table: Table, loaded: Loaded) -> Case:
+def _single_case(table: Table, loaded: LoadedModel) -> Case:
     """The one-stream layout of a dictation: question, thoughts, answer; the answer is what follows the last thought."""
     text, tokenizer = table.tokens[:, 0], loaded.tokenizer
     end = question_end(text, tokenizer.encode(QUESTION_END)[0])
@@ -208,7 +218,7 @@ def _end_of_mark(tokens: Sequence[int], mark: str, tokenizer) -> int:
 
 
 def _answer(
-    cases: Sequence[Case], loaded: Loaded, rows: int, batch: int, mark: str = ""
+    cases: Sequence[Case], loaded: LoadedModel, rows: int, batch: int, mark: str = ""
 ) -> list[Result]:
     """What the model answers, case by case."""
     streams, tokenizer = loaded.streams, loaded.tokenizer
@@ -219,8 +229,7 @@ def _answer(
         forced[b, : len(case.prompt)] = case.prompt
     # Nothing predicts a first row: what is not given there is silence, as in the examples.
     forced[:, 0] = np.where(forced[:, 0] == FREE, tokenizer.silence_id, forced[:, 0])
-    model = from_parameters(loaded.config.model, streams, loaded.parameters, tokenizer)
-    made = generate(model, rows, forced=forced, batch=batch)
+    made = generate(loaded, rows, forced=forced, batch=batch)
     spoken = made.present & (made.shown != tokenizer.silence_id)
     outputs = [s for s in range(streams.size) if streams.kinds[s] == "output"]
     results = []
@@ -261,7 +270,7 @@ def _main() -> None:
     flags.mark_flag_as_required("checkpoint")
 
     def main(_):
-        loaded = load_model(checkpoint.value)
+        loaded = load(checkpoint.value)
         result = evaluate(loaded, data.value, examples.value, after.value)
         print(
             f"step {loaded.step}: {result['exact_match']:.1%} of {result['examples']} held-out examples answered exactly"

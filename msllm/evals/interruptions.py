@@ -22,8 +22,7 @@ from msllm.data.tables import unpack
 from msllm.decode.engine import Engine, generate
 from msllm.errors import UserError
 from msllm.evals.exact_match import SLACK, Case, open_data, streams_case
-from msllm.weights.load import LoadedModel, from_parameters
-from msllm.weights.trained import Loaded, load_model
+from msllm.weights.load import LoadedModel, load
 
 BATCH = 64  # sessions at a time
 FIRST, LAST = "no", "wait"  # the words that take a step back
@@ -38,23 +37,20 @@ class Verdict(NamedTuple):
 
 
 def interruptions(
-    loaded: Loaded, data: str = "", examples: int = 500
+    loaded: LoadedModel, data: str = "", examples: int = 500
 ) -> dict[str, dict[str, float | int]]:
     """{"table": figures, "live": figures} of at most `examples` held-out questions with a correction.
 
     Figures: cases; followed and ignored, shares of them; noticed, the share in which a thought takes the step back, and
     rows_to_notice, median and highest over these. Raises UserError where the data are no dictations in streams.
     """
-    if loaded.config.data.converter != "dictation":
-        raise UserError(
-            f"the checkpoint's data.converter is {loaded.config.data.converter!r}: must be 'dictation'"
-        )
+    converter = loaded.run_config.data.converter if loaded.run_config else ""
+    if converter != "dictation":
+        raise UserError(f"the checkpoint's data.converter is {converter!r}: must be 'dictation'")
     cases = list(_corrected(loaded, data, examples))
     if not cases:
         raise UserError("no held-out question has a correction: prepare more examples")
-    model = from_parameters(
-        loaded.config.model, loaded.streams, loaded.parameters, loaded.tokenizer
-    )
+    model = loaded
     rows = max(len(case.prompt) for case in cases) + SLACK
     return {
         "table": _figures(
@@ -91,7 +87,7 @@ def _answer_without_correction(words: Sequence[str]) -> list[str] | None:
     return answer if answer != expected_answer(words) else None
 
 
-def _corrected(loaded: Loaded, data: str, examples: int) -> Iterator[Case]:
+def _corrected(loaded: LoadedModel, data: str, examples: int) -> Iterator[Case]:
     """The held-out questions that hold a correction."""
     loader, found = open_data(loaded, data), 0
     first, last = (loaded.tokenizer.encode(word)[0] for word in (FIRST, LAST))
@@ -168,7 +164,7 @@ def _main() -> None:
     flags.mark_flag_as_required("checkpoint")
 
     def main(_):
-        loaded = load_model(checkpoint.value)
+        loaded = load(checkpoint.value)
         result = interruptions(loaded, data.value, examples.value)
         print(
             f"step {loaded.step}: {result['table']['cases']} held-out questions with a correction"

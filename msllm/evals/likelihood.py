@@ -23,8 +23,7 @@ from msllm.evals.exact_match import open_data
 from msllm.loss import next_row_loss, targets_and_weights
 from msllm.model.model import bind
 from msllm.streams import PRESETS, make_cells, positions
-from msllm.weights.load import from_parameters
-from msllm.weights.trained import Loaded, load_model
+from msllm.weights.load import LoadedModel, load
 
 SEED = 0  # of the resampling
 
@@ -40,7 +39,7 @@ class Units(NamedTuple):
 
 
 def measure(
-    loaded: Loaded,
+    loaded: LoadedModel,
     data: str = "",
     split: str = "eval",
     visibility: str = "",
@@ -55,10 +54,7 @@ def measure(
       skip_silence: whether silence is hidden as a key; None: as the checkpoint has it.
     """
     loader = open_data(loaded, data, split)
-    model = from_parameters(
-        loaded.config.model, loaded.streams, loaded.parameters, loaded.tokenizer
-    )
-    model = model.with_visibility(visibility) if visibility else model
+    model = loaded.with_visibility(visibility) if visibility else loaded
     model = model if skip_silence is None else model.with_streams(skip_silence=skip_silence)
     silence = loaded.tokenizer.silence_id
     sums: dict[tuple[int, int, int], np.ndarray] = {}
@@ -81,7 +77,7 @@ def measure(
                     sums[step * size + b, number, start] = values[b, part].sum(0)
     if not sums:
         raise UserError(
-            f"split {split!r} of {data or loaded.config.data.dir} holds no example of two rows: prepare more"
+            f"split {split!r} of {loader.config.dir} holds no example of two rows: prepare more"
         )
     return Units(*np.moveaxis(np.stack(list(sums.values())), 1, 0))
 
@@ -225,17 +221,17 @@ def _main() -> None:
     def main(_):
         options = (data.value, split.value, visibility.value, block.value, skip.value)
 
-        def load(path):
-            return load_model(best(path) if choose.value else path)
+        def load_from(path):
+            return load(best(path) if choose.value else path)
 
-        loaded = load(checkpoint.value)
+        loaded = load_from(checkpoint.value)
         names = loaded.streams.names
         units = measure(loaded, *options)
         result = {"step": loaded.step, "nll": report(units, names, resamples.value)}
         print(f"step {loaded.step} of {checkpoint.value}\n{describe(result['nll'])}")
         if against.value:
-            other = load(against.value)
-            used = (data.value or loaded.config.data.dir, *options[1:])
+            other = load_from(against.value)
+            used = (data.value or loaded.run_config.data.dir, *options[1:])
             worse = report(difference(units, measure(other, *used)), names, resamples.value)
             result["against"] = {"step": other.step, "worse": worse}
             print(f"step {other.step} of {against.value} is worse by\n{describe(worse)}")

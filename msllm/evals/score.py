@@ -23,7 +23,7 @@ from msllm.errors import UserError
 from msllm.loss import targets_and_weights
 from msllm.model.model import bind
 from msllm.streams import PRESETS, make_cells, positions
-from msllm.weights.load import LoadedModel, load_any
+from msllm.weights.load import LoadedModel, load
 
 LOGITS_AT_ONCE = 1 << 26  # numbers: 256 MiB of float32
 
@@ -147,7 +147,7 @@ def main(_) -> None:
     if not out.parent.is_dir():
         raise UserError(f"--out={out}: there is no directory {out.parent}, create it")
     tables = _read_tables(options.tables)
-    loaded = load_any(options.checkpoint)
+    loaded = load(options.checkpoint)
     if options.visibility:
         loaded = loaded.with_visibility(options.visibility)
     if options.skip_silence is not None:

@@ -30,7 +30,7 @@ from msllm.runtime.files import new_folder, refuse_existing
 from msllm.streams import KINDS, PRESETS, StreamSpec
 from msllm.tokenizer import FILE_NAMES, Tokenizer
 from msllm.weights import gguf, hf
-from msllm.weights.trained import load_model
+from msllm.weights.load import load
 from msllm.weights.warm_start import stream_vectors, write_model
 
 ORIGIN = "hf"  # folder inside OUT with what came beside the weights: to_hf writes it again
@@ -166,11 +166,15 @@ def to_hf(
         was imported from, which its import keeps a copy of.
     """
     refuse_existing(out)
-    loaded = load_model(checkpoint, needs_tokenizer=False)
-    origin = _origin(checkpoint, loaded.config, like)
+    loaded = load(checkpoint)
+    if loaded.run_config is None:
+        raise UserError(
+            f"{checkpoint} is a Hugging Face folder already: give a checkpoint of msllm"
+        )
+    origin = _origin(checkpoint, loaded.run_config, like)
     settings = hf.read_settings(origin) if origin else {}
     config, size, parameters = (
-        loaded.config.model,
+        loaded.config,
         loaded.streams.size,
         jax.tree.map(np.asarray, loaded.parameters),
     )
@@ -197,7 +201,7 @@ def to_hf(
                 "tokenizer_config.json", b'{"tokenizer_class": "PreTrainedTokenizerFast"}\n'
             )
     if size > 1:
-        own = {"streams": dataclasses.asdict(loaded.config.streams)}
+        own = {"streams": dataclasses.asdict(loaded.run_config.streams)}
         settings[hf.OWN] = own | ({"silence": tokenizer.silence} if tokenizer else {})
     if not dtype:
         wanted = settings.get("torch_dtype", settings.get("dtype"))

@@ -1,84 +1,84 @@
-"""A model ready to run, from either kind of directory: a checkpoint of msllm or a Hugging Face folder."""
+"""A model ready to run, read from a checkpoint of msllm or from a Hugging Face folder."""
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import functools
 import json
+import logging
+import os
 import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from flax import nnx
 
-from msllm.config import ModelConfig
+from msllm.config import Config, ModelConfig, from_config_dict
 from msllm.errors import UserError
 from msllm.model.model import abstract_model
 from msllm.streams import StreamSpec, lag_matrix
 from msllm.tokenizer import FILE_NAMES, Tokenizer
 from msllm.weights import hf
 
+log = logging.getLogger("msllm")
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """What decoding and scoring need: a model, its streams and, if it came with one, its tokenizer."""
+    """A model with its streams, parameters and tokenizer: what decoding, scoring and evaluation take.
+
+    Attributes:
+      config: the model's sizes and options.
+      streams: the streams and their visibility.
+      parameters: nested dicts of arrays, as `msllm.model.model.init_parameters` makes them.
+      tokenizer: None if the model came without one.
+      path: the checkpoint that was read; None for a Hugging Face folder or a model made in memory.
+      step: the training step of that checkpoint.
+      run_config: every setting of the run that wrote that checkpoint.
+    """
 
     config: ModelConfig
     streams: StreamSpec
-    graph: nnx.GraphDef
     parameters: dict[str, Any]
-    tokenizer: Tokenizer | None
+    tokenizer: Tokenizer | None = None
+    path: str | None = None
+    step: int | None = None
+    run_config: Config | None = None
+
+    @functools.cached_property
+    def graph(self) -> nnx.GraphDef:
+        """The structure of the model. `msllm.model.model.bind(graph, parameters)` gives the module."""
+        return abstract_model(self.config, self.streams)[0]
 
     def with_streams(self, **changes) -> LoadedModel:
-        """The same parameters under another stream spec, e.g. `with_streams(skip_silence=True)`."""
-        streams = dataclasses.replace(self.streams, **changes)
-        return dataclasses.replace(
-            self, streams=streams, graph=abstract_model(self.config, streams)[0]
-        )
+        """The same parameters with fields of `StreamSpec` changed, e.g. `with_streams(skip_silence=True)`."""
+        return dataclasses.replace(self, streams=dataclasses.replace(self.streams, **changes))
 
     def with_visibility(self, preset: str) -> LoadedModel:
-        """The same parameters under the lag matrix of a preset. Raises UserError for an unknown one."""
-        return self.with_streams(
-            lag=tuple(map(tuple, lag_matrix(preset, self.streams.size).tolist()))
-        )
+        """The same parameters with the visibility of a preset. Raises UserError for an unknown one."""
+        lag = lag_matrix(preset, self.streams.size).tolist()
+        return self.with_streams(lag=tuple(tuple(row) for row in lag))
 
 
-def load_any(path: str | pathlib.Path) -> LoadedModel:
-    """Loads a checkpoint of msllm, or a Hugging Face folder.
+def load(path: str | os.PathLike) -> LoadedModel:
+    """Loads a model onto one device.
 
-    Only folders that msllm wrote name their streams and say what silence is. In others the streams are stream0, stream1,
-    ..., of which stream0 is the input, as in the reference implementation, unless it is the only one; and the model has
-    no tokenizer, unless it is imported (msllm/weights/convert.py). Raises UserError.
+    Args:
+      path: a checkpoint of msllm, a workdir of `msllm train` (its newest good checkpoint is read), a
+        folder written by `msllm convert`, or a Hugging Face folder.
+
+    A Hugging Face folder that msllm exported names its streams and its silence token. In any other
+    folder the streams are called stream0, stream1, ..., and stream0 is the input unless it is the
+    only stream; the model has no tokenizer, because nothing says which token means silence.
+    `msllm convert` turns such a folder into a checkpoint with named streams and a tokenizer.
+
+    Raises UserError if there is no model at `path` or if it cannot be read.
     """
     path = epath.Path(path)
-    if not path.is_dir():
-        raise UserError(f"there is no checkpoint directory {path}: correct --checkpoint")
-    if not _is_hf_folder(path):
-        from msllm.weights.trained import (
-            load_model,  # orbax is slow to import, and a Hugging Face folder needs none of it
-        )
-
-        loaded = load_model(path, needs_tokenizer=False)
-        return LoadedModel(
-            loaded.config.model, loaded.streams, loaded.graph, loaded.parameters, loaded.tokenizer
-        )
-    folder = pathlib.Path(path)
-    config, size, parameters = hf.read_folder(folder)
-    streams, silence = hf.read_own(hf.read_settings(folder), size, str(folder / hf.CONFIG))
-    files = [folder / name for name in FILE_NAMES.values() if (folder / name).is_file()]
-    tokenizer = Tokenizer.load(files[0], silence) if silence and files else None
-    parameters = jax.tree.map(jax.numpy.asarray, parameters)
-    return from_parameters(config, StreamSpec.from_config(streams), parameters, tokenizer)
-
-
-def from_parameters(
-    config: ModelConfig,
-    streams: StreamSpec,
-    parameters: dict[str, Any],
-    tokenizer: Tokenizer | None = None,
-) -> LoadedModel:
-    """A model of parameters that are in memory, e.g. in the middle of training."""
-    return LoadedModel(config, streams, abstract_model(config, streams)[0], parameters, tokenizer)
+    return _load_hf_folder(pathlib.Path(path)) if _is_hf_folder(path) else _load_checkpoint(path)
 
 
 def _is_hf_folder(path: epath.Path) -> bool:
@@ -86,3 +86,59 @@ def _is_hf_folder(path: epath.Path) -> bool:
         return "model_type" in json.loads((path / hf.CONFIG).read_text())
     except (OSError, ValueError):
         return False
+
+
+def _load_hf_folder(folder: pathlib.Path) -> LoadedModel:
+    config, size, parameters = hf.read_folder(folder)
+    streams, silence = hf.read_own(hf.read_settings(folder), size, str(folder / hf.CONFIG))
+    files = [folder / name for name in FILE_NAMES.values() if (folder / name).is_file()]
+    tokenizer = Tokenizer.load(files[0], silence) if silence and files else None
+    parameters = jax.tree.map(jnp.asarray, parameters)
+    return LoadedModel(config, StreamSpec.from_config(streams), parameters, tokenizer)
+
+
+def _load_checkpoint(path: epath.Path) -> LoadedModel:
+    """The checkpoint at `path`, or the newest one of a workdir that is not damaged."""
+    from msllm.checkpoint import checkpoint_paths, first_line  # imports orbax, which is slow
+
+    problems = []
+    for candidate in checkpoint_paths(path):
+        try:
+            return _read_checkpoint(candidate)
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file raises whatever orbax and tensorstore raise
+            reason = first_line(error)
+            problems.append(f"{candidate.name}: {reason}")
+            log.warning("checkpoint %s is damaged and not used: %s", candidate, reason)
+    raise UserError(
+        f"no checkpoint in {path} can be read ({'; '.join(problems)}): restore one from a copy"
+    )
+
+
+def _read_checkpoint(path: epath.Path) -> LoadedModel:
+    from msllm.checkpoint import check_sums, read_arrays, read_description
+
+    description = read_description(path)
+    config = from_config_dict(description["config"])
+    streams = StreamSpec.from_config(config.streams)
+    _, shapes, _ = abstract_model(config.model, streams)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes
+    )
+    parameters = read_arrays(path / "parameters", abstract)
+    check_sums({"parameters": parameters}, description["checksums"])
+    stored = description["tokenizer"]
+    tokenizer = stored and Tokenizer.from_bytes(
+        stored["kind"], base64.b64decode(stored["bytes"]), stored["silence"]
+    )
+    return LoadedModel(
+        config.model,
+        streams,
+        parameters,
+        tokenizer,
+        path=str(path),
+        step=description["step"],
+        run_config=config,
+    )
