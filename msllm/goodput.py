@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from msllm.runtime.files import write_atomically
 from msllm.runtime.processes import is_first
 
 # What this process does, second by second: nothing is counted twice or left out. `steps` is the productive part.
@@ -96,10 +97,7 @@ class Goodput:
             "steps_seconds_at": self._marks,
             "time": time.time(),
         }
-        # Never half written: who is killed, or finds the disk full, leaves the times of before.
-        new = self._path.with_name(f"{self._path.name}.new")
-        new.write_text(json.dumps(state))
-        new.replace(self._path)
+        write_atomically(self._path, json.dumps(state))
 
 
 def _read(path: epath.Path) -> dict:

@@ -19,6 +19,7 @@ from etils import epath
 
 from msllm.data.mixture import Plan
 from msllm.errors import UserError
+from msllm.runtime.files import write_atomically
 from msllm.runtime.processes import Gather, is_first
 from msllm.streams import StreamSpec
 
@@ -162,7 +163,7 @@ class _Lines:
         if self._file:
             self._file.close()
         else:
-            self._path.write_text(self._text)
+            write_atomically(self._path, self._text)
             self._written = time.monotonic()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -18,6 +17,7 @@ import tokenizers
 
 from msllm.config import TokenizerConfig
 from msllm.errors import UserError
+from msllm.runtime.files import write_atomically
 
 FILE_NAMES = {"sentencepiece": "tokenizer.model", "tokenizers": "tokenizer.json"}
 TRAINING_CHARACTERS = 20_000_000  # for `train`, at most: sentencepiece keeps its corpus in memory
@@ -104,9 +104,7 @@ class Tokenizer:
 
     def save(self, path: str | pathlib.Path) -> None:
         """Writes the tokenizer file, atomically."""
-        temporary = pathlib.Path(f"{path}.tmp")
-        temporary.write_bytes(self._data)
-        os.replace(temporary, path)
+        write_atomically(path, self._data)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, never silence. U+2581, sentencepiece's mark for a space, comes back as a space."""

@@ -38,6 +38,7 @@ from msllm.metrics import Shares, Writer, append_lines, named_losses, weighted_m
 from msllm.monitor import Meter
 from msllm.runtime import processes
 from msllm.runtime.compiler import keep_compiled
+from msllm.runtime.files import write_atomically
 from msllm.runtime.progress import Progress
 from msllm.sharding import make_mesh
 from msllm.step import Program, TrainState
@@ -115,7 +116,7 @@ def _train(
             tier.close()
         return state
     if processes.is_first():
-        (workdir / "config.json").write_text(to_json(config))
+        write_atomically(workdir / "config.json", to_json(config))
 
     with goodput.inside("compile"):
         step_function = kept_step(program, facts if command else None)

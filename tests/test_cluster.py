@@ -9,7 +9,7 @@ from etils import epath
 from jax._src.distributed import global_state
 
 from msllm.goodput import Goodput
-from msllm.runtime import processes
+from msllm.runtime import files, processes
 
 
 @pytest.mark.parametrize("text", ["", '{"seconds": {"st', "null"])
@@ -31,12 +31,11 @@ def test_times_are_never_half_written(tmp_path, monkeypatch):
     Goodput(path, 5.0).write()
     before = json.loads(path.read_text())
 
-    def full(self, text):
-        with self.open("w") as file:
-            file.write(text[: len(text) // 2])
+    def full(stream, content):
+        stream.write(content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(path), "write_text", full)
+    monkeypatch.setattr(files, "_write", full)
     with pytest.raises(OSError):
         Goodput(path).write()
     assert json.loads(path.read_text()) == before

@@ -12,7 +12,7 @@ import msllm
 PACKAGE = pathlib.Path(msllm.__file__).parent
 # A package (or top-level module) imports only from the lines above its own. docs/architecture.md draws the same list.
 LAYERS = """
-errors presets kernels
+errors presets kernels runtime.files
 config
 streams tokenizer optim sharding
 model.attention loss runtime

@@ -19,6 +19,7 @@ import numpy as np
 
 from msllm.errors import UserError
 from msllm.evals.score import check_tables
+from msllm.runtime.files import write_atomically
 from msllm.tokenizer import Tokenizer
 
 FORMAT = "msllm recording 1"
@@ -216,20 +217,12 @@ def free_name(path: str | os.PathLike) -> pathlib.Path:
 
 def _write_new(path: pathlib.Path, data: bytes) -> None:
     try:
-        file = open(path, "xb")
+        write_atomically(path, data, overwrite=False)
     except FileExistsError as error:
         raise UserError(
             f"{path} exists already, and nothing is overwritten: name another file"
         ) from error
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}): name another file"
-        ) from error
-    try:
-        with file:
-            file.write(data)
-    except OSError as error:
-        path.unlink(missing_ok=True)  # no half a file
         raise UserError(
             f"{path} cannot be written ({error.strerror}): name another file"
         ) from error

@@ -25,6 +25,7 @@ from msllm.data.packing import Packed, Packer
 from msllm.data.sources import BadRecords, Part
 from msllm.data.tables import Table, held_out
 from msllm.errors import UserError
+from msllm.runtime.files import write_atomically
 from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
 
@@ -155,10 +156,7 @@ def build(
         "splits": {split: _report(packers[split], writers[split]) for split in SPLITS},
         "bad": bad.counts(),
     }
-    path = _report_path(out, portion)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(report))
-    os.replace(temporary, path)
+    write_atomically(_report_path(out, portion), json.dumps(report))
     yield tell()
 
 
@@ -182,9 +180,7 @@ def read_report(out: pathlib.Path, portion: Portion) -> dict[str, Any]:
 
 def write_manifest(directory: pathlib.Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest, atomically."""
-    temporary = directory / f"{records.MANIFEST}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-    os.replace(temporary, directory / records.MANIFEST)
+    write_atomically(directory / records.MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def ids_files(out: pathlib.Path, split: str) -> list[pathlib.Path]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import re
 import resource
@@ -30,6 +29,7 @@ from msllm.data.build import SPLITS, Portion
 from msllm.data.duplicates import count_duplicates
 from msllm.data.sources import BadRecords
 from msllm.errors import RunError, UserError
+from msllm.runtime.files import write_atomically
 from msllm.runtime.progress import Progress
 from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
@@ -130,15 +130,9 @@ def _begin(out: pathlib.Path, state: dict[str, Any]) -> None:
             _refuse_others(out, "an unfinished run", _as_json(state), known)
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        _write(work / STATE, state)
+        write_atomically(work / STATE, json.dumps(state))
     for file in out.glob("*-of-*.array_record.*.tmp"):  # of processes that were killed
         file.unlink()
-
-
-def _write(path: pathlib.Path, value: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value))
-    os.replace(temporary, path)
 
 
 def _tokenizer(
@@ -205,7 +199,7 @@ def _placed(
                 if most and sum(counts[i] for i in mine[:whole]) >= most:
                     events.close()
                     break
-    _write(path, counts)
+    write_atomically(path, json.dumps(counts))
     return build.place(config, portions, counts)
 
 

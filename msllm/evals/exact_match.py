@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ from msllm.data.records import read_manifest
 from msllm.data.tables import Table, unpack
 from msllm.decode.engine import FREE, generate
 from msllm.errors import UserError
+from msllm.runtime.files import write_atomically
 from msllm.weights.load import LoadedModel, load
 
 BATCH = 128  # examples decoded together
@@ -284,7 +284,7 @@ def _main() -> None:
             f"{result['answered']:.1%} answered at all, right or wrong: first token after {result['answered_rows']:g} rows"
         )
         if out.value:
-            pathlib.Path(out.value).write_text(json.dumps(result) + "\n")
+            write_atomically(out.value, json.dumps(result) + "\n")
 
     run(main)
 

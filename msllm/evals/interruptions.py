@@ -11,7 +11,6 @@ back; rows are counted from the user's "wait".
 from __future__ import annotations
 
 import json
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from msllm.data.tables import unpack
 from msllm.decode.engine import Engine, generate
 from msllm.errors import UserError
 from msllm.evals.exact_match import SLACK, Case, open_data, streams_case
+from msllm.runtime.files import write_atomically
 from msllm.weights.load import LoadedModel, load
 
 BATCH = 64  # sessions at a time
@@ -176,7 +176,7 @@ def _main() -> None:
                 f"{figures['most_rows_to_notice']})"
             )
         if out.value:
-            pathlib.Path(out.value).write_text(json.dumps(result) + "\n")
+            write_atomically(out.value, json.dumps(result) + "\n")
 
     run(main)
 

@@ -22,6 +22,7 @@ from msllm.errors import UserError
 from msllm.evals.exact_match import open_data
 from msllm.loss import next_row_loss, targets_and_weights
 from msllm.model.model import bind
+from msllm.runtime.files import write_atomically
 from msllm.streams import PRESETS, make_cells, positions
 from msllm.weights.load import LoadedModel, load
 
@@ -236,7 +237,7 @@ def _main() -> None:
             result["against"] = {"step": other.step, "worse": worse}
             print(f"step {other.step} of {against.value} is worse by\n{describe(worse)}")
         if out.value:
-            pathlib.Path(out.value).write_text(json.dumps(result, indent=2) + "\n")
+            write_atomically(out.value, json.dumps(result, indent=2) + "\n")
 
     run(main)
 

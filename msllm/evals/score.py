@@ -8,7 +8,6 @@ packed (0: an empty row). OUT.npz gets logits [B, T, S, V] float32, which predic
 from __future__ import annotations
 
 import functools
-import os
 import pathlib
 import zipfile
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from msllm import errors
 from msllm.errors import UserError
 from msllm.loss import targets_and_weights
 from msllm.model.model import bind
+from msllm.runtime.files import write_atomically
 from msllm.streams import PRESETS, make_cells, positions
 from msllm.weights.load import LoadedModel, load
 
@@ -153,13 +153,8 @@ def main(_) -> None:
     if options.skip_silence is not None:
         loaded = loaded.with_streams(skip_silence=options.skip_silence)
     parts = list(score(loaded, tables, options.silence_id))
-    # A reader never sees half a file.
-    partial = out.with_name(out.name + ".partial")
-    with open(partial, "wb") as file:
-        np.savez(
-            file, **{name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        )
-    os.replace(partial, out)
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    write_atomically(out, functools.partial(np.savez, **arrays))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from msllm.config import Config
 from msllm.errors import UserError
 from msllm.pod import hlo, roofline
 from msllm.pod import report as pages
+from msllm.runtime.files import write_atomically
 from msllm.runtime.hardware import TABLE, Hardware, lookup
 from msllm.sharding import make_mesh
 from msllm.step import Program
@@ -332,7 +333,7 @@ def _main() -> None:
 
     def write(name: str, content: str) -> None:
         if files[name].value:
-            pathlib.Path(files[name].value).write_text(content, encoding="utf-8")
+            write_atomically(files[name].value, content)
 
     def main(_) -> int:
         if write_budget.value and not budget.value:
@@ -370,7 +371,7 @@ def _main() -> None:
         if budget.value and analysis.hlo:
             if write_budget.value:
                 content = json.dumps(budget_of(report, topology.value), indent=2) + "\n"
-                pathlib.Path(budget.value).write_text(content, encoding="utf-8")
+                write_atomically(budget.value, content)
             else:
                 report["over_budget"] = over_budget(report, topology.value, limits)
                 for line in report["over_budget"]:

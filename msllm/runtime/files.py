@@ -1,4 +1,4 @@
-"""Folders that are complete or absent."""
+"""Files and folders that a reader finds complete or not at all."""
 
 from __future__ import annotations
 
@@ -6,16 +6,75 @@ import contextlib
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 from msllm.errors import UserError
 
 
+def write_atomically(
+    path: str | os.PathLike,
+    content: str | bytes | Callable[[BinaryIO], object],
+    *,
+    overwrite: bool = True,
+) -> None:
+    """Writes a file so that its name always refers to complete content, the old or the new.
+
+    The content goes into a file beside `path`, which then takes its name. If the process is killed or the disk is full,
+    `path` keeps the content that it had. In an object store (`gs://...`), where an object only appears once it is
+    complete, and to what is no regular file (`/dev/stdout`), the content is written directly.
+
+    Args:
+      path: the file. Its folder must exist.
+      content: bytes, text (written as UTF-8), or a function that writes into the open binary file.
+      overwrite: whether the file may exist already.
+
+    Raises:
+      FileExistsError: `overwrite` is false and the file exists.
+      OSError: the file cannot be written.
+    """
+    if isinstance(content, str):
+        content = content.encode()
+    if "://" in str(path):
+        from etils import epath
+
+        file = epath.Path(path)
+        if not overwrite and file.exists():
+            raise FileExistsError(f"{path} exists already")
+        with file.open("wb") as stream:
+            _write(stream, content)
+        return
+    path = pathlib.Path(os.path.realpath(path))  # a link stays a link
+    if path.exists():
+        if not overwrite:
+            raise FileExistsError(f"{path} exists already")
+        if not path.is_file():
+            with path.open("wb") as stream:
+                _write(stream, content)
+            return
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as stream:
+            _write(stream, content)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _write(stream: BinaryIO, content: bytes | Callable[[BinaryIO], object]) -> None:
+    if callable(content):
+        content(stream)
+    else:
+        stream.write(content)
+
+
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A folder to write into, which takes the name `path` if nothing is raised, and is removed otherwise.
+    """A new folder to write into. It takes the name `path` at the end, and is removed if an error is raised.
 
-    Raises UserError if `path` exists already, unless it is an empty folder.
+    Raises:
+      UserError: `path` exists already and is not an empty folder, or cannot be created.
     """
     path = pathlib.Path(path).absolute()
     refuse_existing(path)
@@ -28,9 +87,9 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     try:
         yield partial
         try:
-            os.rename(partial, path)  # over an empty folder it succeeds, too
+            os.rename(partial, path)  # also succeeds if `path` is an empty folder
         except OSError:
-            refuse_existing(path)  # it has come about meanwhile
+            refuse_existing(path)  # another process has created it in the meantime
             raise
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -38,9 +97,10 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 def refuse_existing(path: str | os.PathLike) -> None:
-    """Raises UserError if `path` is there and is anything but an empty folder."""
+    """Raises UserError if `path` exists, unless it is an empty folder."""
     path = pathlib.Path(path)
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
         raise UserError(
-            f"{path} exists already, and nothing is overwritten: remove it, or name another folder to write"
+            f"{path} exists already, and nothing is overwritten: remove it, or name another folder"
+            " to write"
         )

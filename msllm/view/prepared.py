@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import pathlib
 import re
 import signal
@@ -27,6 +26,7 @@ from msllm.data import records
 from msllm.data.packing import Packed
 from msllm.data.tables import Table, unpack
 from msllm.errors import UserError
+from msllm.runtime.files import write_atomically
 from msllm.runtime.progress import Progress
 from msllm.tokenizer import Tokenizer
 from msllm.view import cells, markup
@@ -315,13 +315,9 @@ def page(data: Split, found: Overlap, drawings: Sequence[Drawing], limit: int | 
 
 def write(path: str | pathlib.Path, content: str) -> None:
     """Writes a text file, whole or not at all. Raises UserError where that is impossible."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"--html={path}: {error.strerror}; give a file in a folder that exists"
         ) from error

@@ -1,0 +1,60 @@
+"""Files that are complete or keep the content that they had."""
+
+import functools
+import os
+
+import numpy as np
+import pytest
+
+from msllm.runtime.files import write_atomically
+
+
+def test_text_bytes_and_what_a_function_writes(tmp_path):
+    write_atomically(tmp_path / "text", "für\n")
+    assert (tmp_path / "text").read_bytes() == "für\n".encode()
+    write_atomically(str(tmp_path / "text"), b"new")
+    assert (tmp_path / "text").read_bytes() == b"new"
+    write_atomically(tmp_path / "arrays", functools.partial(np.savez, a=np.arange(3)))
+    assert np.load(tmp_path / "arrays")["a"].tolist() == [0, 1, 2]
+    assert {path.name for path in tmp_path.iterdir()} == {"text", "arrays"}
+
+
+def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path):
+    def full(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    for path in (tmp_path / "old", tmp_path / "new"):
+        if path.name == "old":
+            path.write_text("content")
+        with pytest.raises(OSError, match="No space left"):
+            write_atomically(path, full)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert (tmp_path / "old").read_text() == "content"
+
+
+def test_a_reader_that_has_the_file_open_keeps_the_old_content(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with path.open() as reader:
+        write_atomically(path, "new")
+        assert reader.read() == "old"
+    assert path.read_text() == "new"
+
+
+def test_an_existing_file_is_kept_where_it_shall_be(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, "one", overwrite=False)
+    with pytest.raises(FileExistsError, match="file exists already"):
+        write_atomically(path, "two", overwrite=False)
+    assert path.read_text() == "one"
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to("target")
+    write_atomically(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
+    (tmp_path / "null").symlink_to(os.devnull)
+    write_atomically(tmp_path / "null", "lost")
+    assert not os.path.isfile(os.devnull)
