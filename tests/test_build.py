@@ -171,7 +171,7 @@ def test_a_stopped_run_continues_where_it_was(config, tmp_path, stop):
     assert len(before) == 8 and not (out / "manifest.json").exists()
 
     changed = dataclasses.replace(config, data=dataclasses.replace(config.data, rows=33))
-    with pytest.raises(UserError, match=r"an unfinished run of other settings \(rows differ\)"):
+    with pytest.raises(UserError, match=r"an unfinished run with other settings \(rows differ\)"):
         prepare(changed, out)
     manifest = prepare(config, out)
     assert prepare(config, tmp_path / "whole") == manifest
@@ -180,7 +180,7 @@ def test_a_stopped_run_continues_where_it_was(config, tmp_path, stop):
 
 
 def test_a_damaged_shard_of_an_unfinished_run_is_made_again(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("msllm.data.build.write_manifest", fail)
+    monkeypatch.setattr("msllm.data.records.write_manifest", fail)
     with pytest.raises(KeyboardInterrupt):
         prepare(config, tmp_path / "out")
     monkeypatch.undo()
@@ -290,7 +290,7 @@ def test_small_files_share_a_portion_and_large_ones_are_cut(tmp_path, monkeypatc
         ("3", i, 4) for i in range(4)
     ]
     assert len(found) < 8 and max(map(len, found)) >= 3
-    monkeypatch.setattr(sources, "MOST_PORTIONS", 2)
+    monkeypatch.setattr(sources, "MAX_PORTIONS", 2)
     assert len(sources.portions(str(tmp_path / "*.json*"))) == 2
 
 

@@ -193,7 +193,7 @@ def test_text_is_the_same_in_small_blocks(tmp_path, monkeypatch):
         "single", path, streams=StreamsConfig(names=("text",), kinds=("output",)), rows=7
     )
     whole = run(config, CHARACTERS)
-    monkeypatch.setattr("msllm.data.sources.BLOCK_CHARACTERS", 5)
+    monkeypatch.setattr("msllm.data.files.BLOCK_CHARACTERS", 5)
     assert all(
         np.array_equal(a.tokens, b.tokens)
         for a, b in zip(whole, run(config, CHARACTERS), strict=True)

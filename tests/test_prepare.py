@@ -225,7 +225,7 @@ def test_an_existing_directory_is_kept_if_it_is_the_same_and_refused_if_not(tmp_
     assert (tmp_path / "out/train-00000-of-00004.array_record").stat().st_mtime_ns == before
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, rows=9))
     with pytest.raises(
-        UserError, match=r"other settings \(rows differ\): give another --out, or delete it"
+        UserError, match=r"other settings \(rows differ\): choose another --out, or delete it"
     ):
         prepare(other, tmp_path / "out")
     path.write_text('{"streams": {"user": "a b", "output": "d"}}\n')

@@ -14,7 +14,7 @@ from array_record.python import array_record_module
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msllm.data import sources
+from msllm.data import files, sources
 from msllm.data.sources import BadRecord, BadRecords, parts, read, texts
 from msllm.errors import UserError
 
@@ -82,16 +82,16 @@ def test_every_format_gives_the_same_records(tmp_path, name, count):
 def test_a_line_belongs_to_exactly_one_part(tmp_path_factory, lines, count):
     path = tmp_path_factory.getbasetemp() / "lines"
     path.write_bytes(b"\n".join(lines))
-    whole = list(sources._lines(str(path)))
+    whole = list(files.lines(str(path)))
     assert b"".join(line for _, line in whole) == path.read_bytes()
-    before = sources._lines_before(str(path), count)
+    before = files.lines_before(str(path), count)
     assert [
-        item for i in range(count) for item in sources._lines(str(path), i, count, before[i])
+        item for i in range(count) for item in files.lines(str(path), i, count, before[i])
     ] == whole
 
 
 def test_a_text_is_one_document_read_in_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK_CHARACTERS", 100)
+    monkeypatch.setattr(files, "BLOCK_CHARACTERS", 100)
     text = "to be ü\r\n" * 50
     (tmp_path / "a.txt").write_bytes(text.encode())
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"second"))
@@ -156,14 +156,14 @@ class Bucket:
 )
 def test_remote_files(tmp_path, monkeypatch, path):
     Bucket.folder = tmp_path
-    monkeypatch.setattr(sources.epath, "Path", Bucket)
+    monkeypatch.setattr(files.epath, "Path", Bucket)
     (tmp_path / "x").mkdir()
     write_parquet(tmp_path / "x/a.parquet")
     (part,) = parts(path)
     assert sources.portions(path) == [[part]]
     assert part.file == "gs://bucket/x/a.parquet"
     assert [record.value for record in read(part)] == RECORDS
-    assert sources.file_hash(part.file) == sources.file_hash(str(tmp_path / "x/a.parquet"))
+    assert files.file_hash(part.file) == files.file_hash(str(tmp_path / "x/a.parquet"))
     with pytest.raises(UserError, match="there is no such file"):
         parts("gs://bucket/y/a.parquet")
     write_array_record(tmp_path / "x/a.array_record")
@@ -208,7 +208,7 @@ def test_a_run_stops_when_too_many_are_bad(tmp_path):
     bad = BadRecords(percent=2.0)
     with pytest.raises(UserError, match="21 of 21 records are bad"):
         list(read(part, bad))
-    assert len(bad.shown) == sources.SHOWN
+    assert len(bad.shown) == sources.MAX_SHOWN
 
 
 @pytest.mark.parametrize(

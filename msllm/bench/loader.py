@@ -117,7 +117,7 @@ def _prepare(directory: pathlib.Path, case: dict, spec: StreamSpec, seed: int) -
         "tokenizer": stored | {"vocab_size": tokenizer.vocab_size},
         "splits": {"train": split},
     }
-    build.write_manifest(directory, manifest)
+    records.write_manifest(directory, manifest)
 
 
 def _tables(case: dict, tokenizer: Tokenizer, rng: np.random.Generator) -> Iterator[Packed]:

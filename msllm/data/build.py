@@ -1,7 +1,8 @@
 """Builds prepared data portion by portion: what the processes of `msllm prepare` do.
 
-A portion of the input is converted, split, packed and written by one process, to shards of its own: so the bytes do not
-depend on how many processes there are, and a finished portion need not be done again.
+A portion of the input is converted, split, packed and written by one process, to shards of its
+own. So the bytes do not depend on the number of processes, and a finished portion need not be made
+again.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,125 +31,156 @@ from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
 
 SPLITS = ("train", "eval")
-WORK = "unfinished"  # folder of the reports of finished portions, until all are
-TELL_SECONDS = 0.5  # between two messages of a process
+WORK = "unfinished"  # folder of the reports of finished portions, until all are finished
+STATUS_SECONDS = 0.5  # between two reports of a process on how far it is
 
 
 class Portion(NamedTuple):
     """What one process prepares at a time."""
 
     number: int  # from 0
-    of: int  # how many there are of this input
+    of: int  # number of portions of this input
     parts: list[Part | None]  # of the input
-    split: str = ""  # where all its examples belong; empty: that depends on each
-    examples: int | None = None  # take only the first ones
-    held_out_from: int | None = (
-        None  # the example, by number, from which on all are held out; None: by their ids
-    )
+    split: str = ""  # the split of all its examples; empty: each example's own
+    examples: int | None = None  # use only this many examples, the first ones; None: all
+    # Hold out the examples from this number on; None: hold out by their ids.
+    held_out_from: int | None = None
 
     @property
     def name(self) -> str:
-        """Of its files in the folder WORK."""
+        """The beginning of the names of its files in the folder WORK."""
         return f"{self.split or 'portion'}-{self.number:05d}"
 
     def __str__(self) -> str:
+        text = f"portion {self.number + 1} of {self.of}"
         files = [part.file for part in self.parts if part]
-        named = (
-            f", {files[0]}" + (f" to {files[-1]}" if files[-1] != files[0] else "") if files else ""
-        )
-        return f"portion {self.number + 1} of {self.of}{named}"
+        if files:
+            text += f", {files[0]}"
+        if files and files[-1] != files[0]:
+            text += f" to {files[-1]}"
+        return text
 
 
-class Told(NamedTuple):
+class Status(NamedTuple):
     """How far the work on a portion is."""
 
     examples: int
     tokens: int
-    left_out: list[str]  # messages of bad records since the last time
+    bad: list[str]  # messages of bad records since the status before
+
+
+class _Clock:
+    """Says when the next status is due."""
+
+    def __init__(self):
+        self._last = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether STATUS_SECONDS have passed since this last returned True."""
+        now = time.monotonic()
+        if now - self._last <= STATUS_SECONDS:
+            return False
+        self._last = now
+        return True
 
 
 def divide(config: Config) -> list[Portion]:
-    """The portions of the input: they depend on settings and input alone. Raises UserError."""
-    inputs = [("train" if config.data.eval_path else "", config)]
+    """Divides the input into portions, by settings and input alone. Raises UserError."""
+    found = _number(converters.input_portions(config), "train" if config.data.eval_path else "")
     if config.data.eval_path:
         data = dataclasses.replace(
             config.data, path=config.data.eval_path, format=config.data.eval_format
         )
-        inputs.append(("eval", dataclasses.replace(config, data=data)))
-    found = []
-    for split, one in inputs:
-        portions = converters.input_portions(one)
-        found += [Portion(i, len(portions), parts, split) for i, parts in enumerate(portions)]
+        held_out_input = dataclasses.replace(config, data=data)
+        found += _number(converters.input_portions(held_out_input), "eval")
     return found
+
+
+def _number(portions: Sequence[list[Part | None]], split: str) -> list[Portion]:
+    return [Portion(i, len(portions), parts, split) for i, parts in enumerate(portions)]
+
+
+def splits_of(portions: Iterable[Portion]) -> list[str]:
+    """Returns the different values of `Portion.split`, in order."""
+    return list(dict.fromkeys(portion.split for portion in portions))
 
 
 def count(
     config: Config, spec: StreamSpec, tokenizer: Tokenizer, portion: Portion
-) -> Iterator[Told]:
-    """Returns the number of examples of a portion, as many as it may give."""
-    told, number = time.monotonic(), 0
-    for number, _ in enumerate(
-        _tables(config, spec, tokenizer, portion, BadRecords(config.data.bad_percent)), 1
-    ):
-        if time.monotonic() - told > TELL_SECONDS:
-            yield Told(number, 0, [])
-            told = time.monotonic()
+) -> Iterator[Status]:
+    """Counts the examples of a portion, at most `portion.examples`. Yields its status now and then.
+
+    Returns the number of examples.
+    """
+    bad, clock = BadRecords(config.data.bad_percent), _Clock()
+    number = 0
+    for number, _ in enumerate(_tables(config, spec, tokenizer, portion, bad), 1):
+        if clock.is_due():
+            yield Status(number, 0, [])
     return number
 
 
 def place(config: Config, portions: Sequence[Portion], counts: Sequence[int]) -> list[Portion]:
-    """The portions that hold the first `max_examples`, with what that and `split` mean for their examples.
+    """Applies `max_examples` and `split = "tail"`, which depend on places in the whole input.
 
-    counts: how many each portion has; of those after the first `max_examples` it does not matter.
+    Args:
+      counts: the number of examples of each portion. After the portions that hold the first
+        `max_examples`, the numbers do not matter.
+
+    Returns:
+      The portions that hold the first `max_examples`, with `examples` and `held_out_from` set.
     """
-    most, placed = config.data.max_examples, []
-    for split in {portion.split: None for portion in portions}:
+    placed = []
+    for split in splits_of(portions):
         mine = [
-            (portion, found) for portion, found in zip(portions, counts) if portion.split == split
+            (portion, number) for portion, number in zip(portions, counts) if portion.split == split
         ]
-        total = sum(found for _, found in mine)
-        total = min(total, most) if most else total
-        first_held_out = total - round(total * config.data.eval_percent / 100)
-        start = 0
-        for portion, found in mine:
-            if start < total or not most:
-                tail = (
-                    max(first_held_out - start, 0)
-                    if config.data.split == "tail" and not split
-                    else None
-                )
-                cut = most - start if most and start + found >= most else None
-                placed.append(portion._replace(examples=cut, held_out_from=tail))
-            start += found
+        placed += _place_split(config, mine)
+    return placed
+
+
+def _place_split(config: Config, portions: Sequence[tuple[Portion, int]]) -> list[Portion]:
+    """Does the work of `place` for portions of the same split, each with its number of examples."""
+    limit = config.data.max_examples
+    total = sum(number for _, number in portions)
+    if limit:
+        total = min(total, limit)
+    first_held_out = total - round(total * config.data.eval_percent / 100)
+    placed, start = [], 0
+    for portion, number in portions:
+        if limit and start >= total:
+            break
+        if config.data.split == "tail" and not portion.split:
+            portion = portion._replace(held_out_from=max(first_held_out - start, 0))
+        if limit and start + number >= limit:
+            portion = portion._replace(examples=limit - start)
+        placed.append(portion)
+        start += number
     return placed
 
 
 def build(
     config: Config, spec: StreamSpec, tokenizer: Tokenizer, out: pathlib.Path, portion: Portion
-) -> Iterator[Told]:
-    """Writes the shards of a portion and, when they are in place, its report. Raises UserError."""
+) -> Iterator[Status]:
+    """Writes the shards of a portion and, when they are in place, its report.
+
+    Yields its status now and then, and at the end. Raises UserError.
+    """
     packers = {split: Packer(config.data.rows) for split in SPLITS}
     writers = {
         split: ShardWriter(out, split, portion, config.data.shards, spec.size, tokenizer)
         for split in SPLITS
     }
-    bad = BadRecords(config.data.bad_percent)
-    examples, told, shown = 0, time.monotonic(), 0
-
-    def tell() -> Told:
-        tokens = sum(int(writer.tokens.sum()) for writer in writers.values())
-        return Told(examples, tokens, bad.shown[shown:])
-
+    bad, clock = BadRecords(config.data.bad_percent), _Clock()
+    examples = shown = 0
     for number, table in enumerate(_tables(config, spec, tokenizer, portion, bad)):
-        split = portion.split or (
-            "eval" if _is_held_out(config, portion, number, table) else "train"
-        )
+        split = _split_of(config, portion, number, table)
         for packed in packers[split].add(table):
             writers[split].write(packed)
         examples = number + 1
-        if time.monotonic() - told > TELL_SECONDS:
-            yield tell()
-            told, shown = time.monotonic(), len(bad.shown)
+        if clock.is_due():
+            yield Status(examples, _count_tokens(writers.values()), bad.shown[shown:])
+            shown = len(bad.shown)
     for split in SPLITS:
         for packed in packers[split].finish():
             writers[split].write(packed)
@@ -157,39 +189,42 @@ def build(
         "bad": bad.counts(),
     }
     write_atomically(_report_path(out, portion), json.dumps(report))
-    yield tell()
+    yield Status(examples, _count_tokens(writers.values()), bad.shown[shown:])
 
 
 def is_finished(out: pathlib.Path, portion: Portion) -> bool:
-    """Whether a portion has a report, and its shards are whole."""
+    """Whether a portion has a report, and its shards are undamaged."""
     if not _report_path(out, portion).is_file():
         return False
     try:
         for part in read_report(out, portion)["splits"].values():
             for shard in part["shards"]:
                 records.check_shard(out, shard)
-    except UserError:  # damaged since: it is made again
+    except UserError:  # damaged since then: the portion is made again
         return False
     return True
 
 
 def read_report(out: pathlib.Path, portion: Portion) -> dict[str, Any]:
-    """What `build` counted in a portion: splits (counts and shards of each) and bad (`BadRecords.counts`)."""
+    """Returns what `build` counted in a portion.
+
+    Keys: `splits` (for each split its counts and shards) and `bad` (`BadRecords.counts`).
+    """
     return json.loads(_report_path(out, portion).read_text())
 
 
-def write_manifest(directory: pathlib.Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest, atomically."""
-    write_atomically(directory / records.MANIFEST, json.dumps(manifest, indent=2) + "\n")
-
-
 def ids_files(out: pathlib.Path, split: str) -> list[pathlib.Path]:
-    """The files of the ids of a split's examples (msllm/data/duplicates.py)."""
+    """Returns the files with the ids of a split's examples (msllm/data/duplicates.py)."""
     return sorted((out / WORK).glob(f"*.{split}.*.npy"))
 
 
 class ShardWriter:
-    """Writes the packed tables that one split has of a portion to shards, in turns, and counts what it writes."""
+    """Writes the packed tables of one split of a portion to its shards, in turns, and counts them.
+
+    Attributes:
+      tables, rows: how many were written; of rows, those that hold an example.
+      tokens, silence: [S] int64, the number of cells of each stream that are tokens, and silence.
+    """
 
     def __init__(
         self,
@@ -200,23 +235,23 @@ class ShardWriter:
         streams: int,
         tokenizer: Tokenizer,
     ):
-        """`shards`: how many the split is to have; every portion has at least one."""
+        """`shards`: the number that the split should have in all; a portion has at least one."""
         own = -(-shards // portion.of)
-        names = range(portion.number * own, (portion.number + 1) * own)
-        self._names = [f"{split}-{i:05d}-of-{own * portion.of:05d}.array_record" for i in names]
+        numbers = range(portion.number * own, (portion.number + 1) * own)
+        self._names = [f"{split}-{i:05d}-of-{own * portion.of:05d}.array_record" for i in numbers]
         self._directory, self._tokenizer = directory, tokenizer
         self._writers: list[Any] = []
-        self.tables = self.rows = 0
         self._ids = Ids(directory / WORK, f"{portion.name}.{split}")
+        self.tables = self.rows = 0
         self.tokens, self.silence = np.zeros(streams, np.int64), np.zeros(streams, np.int64)
 
     def write(self, table: Packed) -> None:
         """Appends one table."""
         shard = self.tables % len(self._names)
-        if shard == len(self._writers):  # opened when needed: a small split has fewer shards
-            path = self._temporary(self._names[shard])
+        if shard == len(self._writers):  # opened when needed, so that a small split has fewer
+            path = str(self._temporary(self._names[shard]))
             self._writers.append(
-                array_record_module.ArrayRecordWriter(str(path), records.WRITER_OPTIONS)
+                array_record_module.ArrayRecordWriter(path, records.WRITER_OPTIONS)
             )
         self._writers[shard].write(records.encode_record(table, self._tokenizer.vocab_size))
         silent = table.present & (table.tokens == self._tokenizer.silence_id)
@@ -227,24 +262,29 @@ class ShardWriter:
         self._ids.add(table.examples)
 
     def close(self) -> list[dict[str, Any]]:
-        """Puts the shards in place; their manifest entries: file, records, bytes, sha256."""
+        """Moves the shards into place and returns their manifest entries.
+
+        Keys of an entry: file, records, bytes, sha256.
+        """
         self._ids.close()
         shards = []
         for i, (name, writer) in enumerate(zip(self._names, self._writers)):
             writer.close()
             path = self._directory / name
             os.replace(self._temporary(name), path)
-            tables = len(range(i, self.tables, len(self._names)))
-            size = path.stat().st_size
             shards.append(
-                {"file": name, "records": tables, "bytes": size, "sha256": records.file_hash(path)}
+                {
+                    "file": name,
+                    "records": len(range(i, self.tables, len(self._names))),
+                    "bytes": path.stat().st_size,
+                    "sha256": records.file_hash(path),
+                }
             )
         return shards
 
     def _temporary(self, name: str) -> pathlib.Path:
-        return (
-            self._directory / f"{name}.{os.getpid()}.tmp"
-        )  # a process that outlives its run disturbs no other
+        # With the process id: a process that outlives its run disturbs no other one.
+        return self._directory / f"{name}.{os.getpid()}.tmp"
 
 
 def _tables(
@@ -258,18 +298,30 @@ def _tables(
     return itertools.islice(tables, portion.examples)
 
 
-def _is_held_out(config: Config, portion: Portion, number: int, table: Table) -> bool:
-    if portion.held_out_from is None:
-        return held_out(table.example, config.data.eval_percent)
-    return number >= portion.held_out_from
+def _split_of(config: Config, portion: Portion, number: int, table: Table) -> str:
+    """Returns the split of the portion's example `number`."""
+    if portion.split:
+        return portion.split
+    if portion.held_out_from is not None:
+        return "eval" if number >= portion.held_out_from else "train"
+    return "eval" if held_out(table.example, config.data.eval_percent) else "train"
+
+
+def _count_tokens(writers: Iterable[ShardWriter]) -> int:
+    return sum(int(writer.tokens.sum()) for writer in writers)
 
 
 def _report(packer: Packer, writer: ShardWriter) -> dict[str, Any]:
     return {
         "shards": writer.close(),
-        **{name: getattr(writer, name) for name in ("tables", "rows")},
-        **{name: getattr(packer, name) for name in ("examples", "cut", "cut_rows", "dropped")},
-        **{name: getattr(writer, name).tolist() for name in ("tokens", "silence")},
+        "tables": writer.tables,
+        "rows": writer.rows,
+        "examples": packer.examples,
+        "cut": packer.cut,
+        "cut_rows": packer.cut_rows,
+        "dropped": packer.dropped,
+        "tokens": writer.tokens.tolist(),
+        "silence": writer.silence.tolist(),
     }
 
 

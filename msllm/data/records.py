@@ -1,8 +1,14 @@
-"""Prepared data on disk: ArrayRecord shards of packed tables, the tokenizer, and a manifest that describes them.
+"""Prepared data on disk: ArrayRecord shards of packed tables, the tokenizer, and a manifest.
 
-A record is a msgpack map of one packed table: `tokens` (bytes of [T, S], uint16 where V <= 65536, else int32),
-`present` (bits of [T, S], as numpy.packbits), `segment` (bytes of [T] int32) and `examples` (ids).
-The manifest is written last: a directory without one is unfinished.
+A record is a msgpack map of one packed table:
+
+  tokens: the bytes of [T, S], uint16 where V <= 65536, else int32.
+  present: the bits of [T, S], as numpy.packbits makes them.
+  segment: the bytes of [T] int32.
+  examples: the ids of the examples, in the order of their segments.
+
+The manifest describes the data (docs/data.md). It is written last: a directory without one is
+unfinished.
 """
 
 from __future__ import annotations
@@ -13,7 +19,7 @@ import hashlib
 import itertools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -22,20 +28,21 @@ from array_record.python import array_record_module
 
 from msllm.data.packing import Packed
 from msllm.errors import UserError
+from msllm.runtime.files import write_atomically
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-WRITER_OPTIONS = "group_size:1,zstd:1"  # one record a chunk: any record is read alone
+WRITER_OPTIONS = "group_size:1,zstd:1"  # one record per chunk, so that any record is read alone
 _AGAIN = "run `msllm prepare` again into an empty directory"
 
 
 def token_dtype(vocab_size: int) -> type:
-    """How tokens are stored: two bytes where they suffice."""
+    """Returns the dtype in which tokens are stored: two bytes where they suffice."""
     return np.uint16 if vocab_size <= 1 << 16 else np.int32
 
 
 def encode_record(table: Packed, vocab_size: int) -> bytes:
-    """One packed table as a record."""
+    """Returns the record of one packed table."""
     return msgpack.packb(
         {
             "tokens": table.tokens.astype(token_dtype(vocab_size)).tobytes(),
@@ -47,7 +54,7 @@ def encode_record(table: Packed, vocab_size: int) -> bytes:
 
 
 def decode_record(record: bytes, streams: int, vocab_size: int) -> Packed:
-    """The packed table of a record; its tokens keep the stored dtype."""
+    """Returns the packed table of a record; its tokens keep the stored dtype."""
     fields = msgpack.unpackb(record)
     segment = np.frombuffer(fields["segment"], np.int32)
     shape = (len(segment), streams)
@@ -61,13 +68,13 @@ def decode_record(record: bytes, streams: int, vocab_size: int) -> Packed:
 
 
 def file_hash(path: str | pathlib.Path) -> str:
-    """sha256 (hex) of a file."""
+    """Returns the sha256 (hex) of a file on disk."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
-    """The manifest of a prepared directory. Raises UserError."""
+    """Reads the manifest of a prepared directory. Raises UserError."""
     path = pathlib.Path(directory) / MANIFEST
     if not path.is_file():
         what = "is unfinished or no prepared data" if path.parent.is_dir() else "does not exist"
@@ -85,16 +92,23 @@ def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
     return manifest
 
 
+def write_manifest(directory: str | pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    """Writes the manifest, atomically."""
+    path = pathlib.Path(directory) / MANIFEST
+    write_atomically(path, json.dumps(manifest, indent=2) + "\n")
+
+
 def open_prepared(
     directory: str | pathlib.Path, split: str, part: tuple[int, int] | None = (0, 1)
 ) -> tuple[dict[str, Any], list[str]]:
-    """The manifest, and the paths of a split's shards after checking them and the tokenizer byte by byte.
+    """Checks the tokenizer and shards of a split; returns the manifest and the shards' paths.
 
-    Raises UserError naming the file where something is missing, damaged or of another run.
+    Raises UserError naming the file if something is missing, damaged or of another run.
 
     Args:
-      part: (i, n): as one of n processes, read only every n-th shard from i on; of the others check the size. (What is
-        damaged in those is still found when it is used: records have checksums.) None: all are left to `check_shard`.
+      part: (i, n) of one of n processes that share the work. It reads every n-th shard from i on,
+        byte by byte, and checks the size of the others. Damage in those is still found when they
+        are used, because records have checksums. None: check no shard; `check_shard` does it.
     """
     directory = pathlib.Path(directory)
     manifest = read_manifest(directory)
@@ -102,28 +116,40 @@ def open_prepared(
         raise UserError(
             f"{directory} has no split {split!r}: must be one of {', '.join(manifest['splits'])}"
         )
-    tokenizer = manifest["tokenizer"]
-    path = directory / tokenizer["file"]
+    _check_tokenizer(directory, manifest["tokenizer"])
+    shards = manifest["splits"][split]["shards"]
+    if part is not None:
+        _check_shards(directory, shards, part)
+    return manifest, [str(directory / shard["file"]) for shard in shards]
+
+
+def _check_tokenizer(directory: pathlib.Path, stored: Mapping[str, Any]) -> None:
+    path = directory / stored["file"]
     if not path.is_file():
         raise UserError(
             f"{path} is missing: restore the tokenizer that {MANIFEST} names, or {_AGAIN}"
         )
-    if file_hash(path) != tokenizer["sha256"]:
+    if file_hash(path) != stored["sha256"]:
         raise UserError(
             f"{path} is not the tokenizer of this data (sha256 differs): restore it, or {_AGAIN}"
         )
-    shards = manifest["splits"][split]["shards"]
-    if part is not None:
-        whole = [number % part[1] == part[0] for number in range(len(shards))]
-        with concurrent.futures.ThreadPoolExecutor(
-            4
-        ) as pool:  # hashing runs outside the interpreter lock
-            list(pool.map(lambda shard, whole: check_shard(directory, shard, whole), shards, whole))
-    return manifest, [str(directory / shard["file"]) for shard in shards]
 
 
-def check_shard(directory: pathlib.Path, shard: dict[str, Any], whole: bool = True) -> None:
-    """Raises UserError unless a shard is there as the manifest has it; not `whole`: without reading it."""
+def _check_shards(
+    directory: pathlib.Path, shards: Sequence[Mapping[str, Any]], part: tuple[int, int]
+) -> None:
+    index, count = part
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter lock
+        checks = [
+            pool.submit(check_shard, directory, shard, read=number % count == index)
+            for number, shard in enumerate(shards)
+        ]
+    for check in checks:
+        check.result()
+
+
+def check_shard(directory: pathlib.Path, shard: Mapping[str, Any], read: bool = True) -> None:
+    """Raises UserError unless a shard is as the manifest says; without `read`, by its size."""
     path = directory / shard["file"]
     if not path.is_file():
         raise UserError(f"{path} is missing ({MANIFEST} lists it): restore it, or {_AGAIN}")
@@ -132,42 +158,44 @@ def check_shard(directory: pathlib.Path, shard: dict[str, Any], whole: bool = Tr
         raise UserError(
             f"{path} has {size} bytes, {MANIFEST} says {shard['bytes']}: restore it, or {_AGAIN}"
         )
-    if whole and file_hash(path) != shard["sha256"]:
+    if read and file_hash(path) != shard["sha256"]:
         raise UserError(
             f"{path} is corrupt (sha256 differs from {MANIFEST}): restore it, or {_AGAIN}"
         )
 
 
 class Reader:
-    """The records of several shards, one after the other, by number, from any thread.
+    """Reads the records of several shards, one after the other, by number, from any thread.
 
-    Each record is read as a range of one, without threads of the library: reading a list of records, as
-    `grain.sources.ArrayRecordDataSource` does, takes time in proportion to the records of the shard (2.9 ms of CPU for one
-    of 1,000,000, instead of 6 us).
+    Each record is read as a range of one, without the library's threads. To read a list of records,
+    as `grain.sources.ArrayRecordDataSource` does, takes time in proportion to the number of records
+    in the shard (2.9 ms of CPU per record in a shard of 1,000,000, instead of 6 us).
     """
 
     _OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+    _BUFFER_BYTES = 1 << 14
 
     def __init__(self, paths: Sequence[str]):
         self._paths = paths
-
-        def open_shard(path):
-            return array_record_module.ArrayRecordReader(
-                path, self._OPTIONS, file_reader_buffer_size=1 << 14
-            )
-
-        self._readers = [open_shard(path) for path in paths]
+        self._readers = [self._open(path) for path in paths]
         self._ends = list(itertools.accumulate(reader.num_records() for reader in self._readers))
+
+    def _open(self, path: str) -> array_record_module.ArrayRecordReader:
+        return array_record_module.ArrayRecordReader(
+            path, self._OPTIONS, file_reader_buffer_size=self._BUFFER_BYTES
+        )
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> bytes:
-        """Record `index`, 0 <= index < len. Raises UserError naming the shard if it is damaged."""
+        """Returns record `index`, 0 <= index < len. Raises UserError if its shard is damaged."""
         shard = bisect.bisect_right(self._ends, index)
         place = index - (self._ends[shard - 1] if shard else 0)
         try:
             return self._readers[shard].read(place, place + 1)[0]
         except (ValueError, RuntimeError, IndexError) as error:
-            what = f"is corrupt at record {place} ({error})"
-            raise UserError(f"{self._paths[shard]} {what}: restore it, or {_AGAIN}") from error
+            raise UserError(
+                f"{self._paths[shard]} is corrupt at record {place} ({error}): restore it, or"
+                f" {_AGAIN}"
+            ) from error

@@ -81,7 +81,7 @@ class Split:
                 if self._reader is not None:
                     self._reader.close()
                 self._shard, self._reader = None, None
-                records.check_shard(self.directory, self.part["shards"][shard], whole=False)
+                records.check_shard(self.directory, self.part["shards"][shard], read=False)
                 # Records are read alone: what lies behind one is not read ahead.
                 self._reader = array_record_module.ArrayRecordReader(
                     self._paths[shard], "readahead_buffer_size:0"

@@ -1,0 +1,201 @@
+"""Access to the user's input files: local or remote, plain or compressed.
+
+Every problem with a file becomes a UserError that names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import gzip
+import hashlib
+import importlib
+import io
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from etils import epath
+
+from msllm.errors import UserError
+
+BLOCK_CHARACTERS = 1 << 16  # of plain text read at a time
+COMPRESSED = re.compile(r"\.(gz|zst)$")
+
+
+def input_files(path: str) -> list[str]:
+    """Returns the files that a path or glob names, sorted. Raises UserError if there are none."""
+    files = _remote_files(path) if "://" in path else glob.glob(path, recursive=True)
+    if not files:
+        raise UserError(
+            f"config.data.path is {path!r}: there is no such file; give one with"
+            " --config.data.path=... (the configs of this project read the folder named by"
+            " MSLLM_SHARED, else the folder `shared` beside the repository)"
+        )
+    return sorted(files)
+
+
+def _remote_files(path: str) -> list[str]:
+    root = re.match(r"\w+://[^/]*(?:/[^/*?\[]*(?=/|$))*", path)[
+        0
+    ]  # without the parts with wildcards
+    pattern = path[len(root) :].lstrip("/")
+    with readable(path):
+        if pattern:
+            return [str(file) for file in epath.Path(root).glob(pattern)]
+        return [path] if epath.Path(path).exists() else []
+
+
+def file_hash(file: str) -> str:
+    """Returns the sha256 (hex) of a file."""
+    with readable(file), open_raw(file) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_size(file: str) -> int:
+    """Returns the size of a file in bytes."""
+    with readable(file):
+        return epath.Path(file).stat().length if "://" in file else os.path.getsize(file)
+
+
+def lines(
+    file: str, index: int = 0, count: int = 1, before: int = 0
+) -> Iterator[tuple[int, bytes]]:
+    """Yields (number from 1, line) of the lines that begin in part `index` of `count` equal ones.
+
+    Args:
+      before: the number of lines that begin before this part (`lines_before`).
+    """
+    with readable(file), open_file(file) as stream:
+        if count == 1:
+            yield from enumerate(stream, 1)
+            return
+        size = stream.seek(0, io.SEEK_END)
+        start, stop = size * index // count, size * (index + 1) // count
+        number, position = before, stream.seek(max(start - 1, 0))
+        if start:  # the line that holds the byte before `start` belongs to the part before
+            position += len(stream.readline())
+        while position < stop:
+            line = stream.readline()
+            number += 1
+            position += len(line)
+            yield number, line
+
+
+def lines_before(file: str, count: int) -> list[int]:
+    """Returns the number of lines that begin before each of `count` equal parts of a file."""
+    if count == 1:
+        return [0]
+    before, number, line_ended = [], 0, True  # `number` lines begin before `position`
+    with readable(file), open_file(file) as stream:
+        size = stream.seek(0, io.SEEK_END)
+        position = stream.seek(0)
+        for start in (size * index // count for index in range(count)):
+            while position < start:
+                block = stream.read(min(1 << 20, start - position))
+                number += line_ended + block.count(b"\n", 0, -1)
+                line_ended = block.endswith(b"\n")
+                position += len(block)
+            before.append(number)
+    return before
+
+
+def text_blocks(file: str) -> Iterator[str]:
+    """Yields the text of a file in blocks of whole lines. Raises UserError if it is not UTF-8."""
+    block, size = [], 0
+    for number, line in lines(file):
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{file}:{number}: not UTF-8 ({error}): convert the file to UTF-8"
+            ) from error
+        block.append(text)
+        size += len(text)
+        if size >= BLOCK_CHARACTERS:
+            yield "".join(block)
+            block, size = [], 0
+    if block:
+        yield "".join(block)
+
+
+def open_raw(file: str) -> BinaryIO:
+    """Opens the stored bytes of a file."""
+    return epath.Path(file).open("rb") if "://" in file else open(file, "rb")
+
+
+@contextlib.contextmanager
+def open_file(file: str) -> Iterator[BinaryIO]:
+    """Opens the decompressed bytes of a file."""
+    with open_raw(file) as raw:
+        if file.endswith(".gz"):
+            with gzip.open(raw) as stream:
+                yield stream
+        elif file.endswith(".zst"):
+            yield io.BufferedReader(_BlockStream(_decompress_zst(raw, file)), 1 << 16)
+        else:
+            yield raw
+
+
+@contextlib.contextmanager
+def readable(file: str) -> Iterator[None]:
+    """Turns what may go wrong with a file inside the `with` block into a UserError."""
+    try:
+        yield
+    except (EOFError, OSError, zlib.error) as error:
+        what = getattr(error, "strerror", None) or error
+        raise UserError(f"{file}: cannot be read ({what}): correct config.data.path") from error
+    except ImportError as error:
+        raise UserError(
+            f"{file}: cannot be read ({error}): install the package that is named there"
+        ) from error
+
+
+def import_optional(module: str, file: str) -> Any:
+    """Imports a module that only some files need. Raises UserError if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise UserError(
+            f"{file}: needs the package {package}: `pip install {package}`, or msllm[data]"
+        ) from error
+
+
+def _decompress_zst(raw: BinaryIO, file: str) -> Iterator[bytes]:
+    """Yields the decompressed bytes of a .zst file.
+
+    The library's own reader is not used: it takes a file that was cut off for a complete one.
+    """
+    zstandard = import_optional("zstandard", file)
+    frame = None
+    try:
+        while block := raw.read(1 << 16):
+            while block:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(block)
+                block = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+    except zstandard.ZstdError as error:
+        raise UserError(f"{file}: cannot be read ({error}): correct config.data.path") from error
+    if frame is not None:
+        raise EOFError("it ends in the middle of a frame")
+
+
+class _BlockStream(io.RawIOBase):
+    """Presents blocks of bytes as a file."""
+
+    def __init__(self, blocks: Iterator[bytes]):
+        self._blocks, self._rest = blocks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._rest and (block := next(self._blocks, None)) is not None:
+            self._rest = memoryview(block)
+        size = min(len(buffer), len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+        return size

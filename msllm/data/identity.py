@@ -1,0 +1,113 @@
+"""What the bytes of prepared data depend on, and whether two runs of `prepare` have it in common.
+
+`prepare` stores these settings in the manifest. It compares them before it accepts a directory as
+prepared already, and before it continues an unfinished run. An input file counts by its name and
+content, not by the folder that it lies in.
+
+A reader or converter of msllm itself counts by its name, so that an edit of a comment in msllm
+leaves prepared data valid. One of the user's own counts by its name and by the content of its
+module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from msllm.config import Config, DataConfig, import_object
+from msllm.data import converters, files
+from msllm.streams import StreamSpec
+from msllm.tokenizer import Tokenizer
+
+# {name of a converter, or path of a reader, of msllm: number of its output's version}, from 2 on.
+# Whoever changes what one of them yields for the same input adds it here, or its number plus one:
+# data that were prepared before are then refused.
+REVISIONS: Mapping[str, int] = {}
+
+_ALWAYS_STORED = ("converter", "rows", "eval_percent", "split", "max_examples", "shards")
+# These came later. They are stored only where they differ from their defaults, so that data
+# prepared before they existed still have equal settings.
+_STORED_IF_SET = ("format", "bad_percent", "streams", "vary", "eval_format")
+
+
+def get_settings(config: Config, spec: StreamSpec) -> dict[str, Any]:
+    """Returns everything that the bytes of prepared data depend on, as JSON values.
+
+    Raises UserError if an input file cannot be read or an import path cannot be imported.
+    """
+    data = config.data
+    converter, options = converters.get_converter(data.converter, data.options)
+    settings: dict[str, Any] = {name: getattr(data, name) for name in _ALWAYS_STORED}
+    settings["options"] = options
+    settings["tokenizer"] = _tokenizer_settings(data)
+    settings["streams"] = [spec.names, spec.kinds, spec.delays]
+    settings["inputs"] = _names_and_hashes(files.input_files(data.path) if converter.reads else [])
+    if data.eval_path:
+        settings["eval_inputs"] = _names_and_hashes(files.input_files(data.eval_path))
+    values, defaults = dataclasses.asdict(data), dataclasses.asdict(DataConfig())
+    for name in _STORED_IF_SET:
+        if values[name] != defaults[name]:
+            settings[f"data.{name}"] = values[name]
+    return json.loads(json.dumps(settings | _code_settings(data)))
+
+
+def different_settings(settings: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the settings that are not as those stored by another run."""
+    settings, stored = _comparable(settings), _comparable(stored)
+    return [name for name in {**settings, **stored} if settings.get(name) != stored.get(name)]
+
+
+def _tokenizer_settings(data: DataConfig) -> dict[str, Any]:
+    if data.tokenizer.path:
+        given = Tokenizer.load(data.tokenizer.path, data.tokenizer.silence)
+        return {"sha256": given.hash, "silence": data.tokenizer.silence}
+    settings = dataclasses.asdict(data.tokenizer)
+    if not data.tokenizer.reserved:
+        del settings["reserved"]  # came later, as the settings in _STORED_IF_SET
+    return settings
+
+
+def _names_and_hashes(paths: Sequence[str]) -> list[list[str]]:
+    return [[pathlib.Path(path).name, files.file_hash(path)] for path in paths]
+
+
+def _code_settings(data: DataConfig) -> dict[str, Any]:
+    """Returns what identifies the reading and converting functions besides their names."""
+    found: dict[str, Any] = {}
+    for name in ("converter", "format", "eval_format"):
+        path = getattr(data, name)
+        if ":" in path:
+            import_object(path, f"config.data.{name}")
+            if not _belongs_to_msllm(path):
+                found[f"{name}_code"] = _module_hash(path)
+        if path in REVISIONS:
+            found[f"{name}_revision"] = REVISIONS[path]
+    return found
+
+
+def _module_hash(path: str) -> str:
+    """Returns the sha256 (hex) of the file of the module in `module:function`."""
+    module = importlib.import_module(path.partition(":")[0])
+    return files.file_hash(module.__file__)
+
+
+def _belongs_to_msllm(path: str) -> bool:
+    return path.startswith("msllm.")
+
+
+def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings without the hashes that manifests once held of msllm's own modules."""
+    paths = {
+        "converter_code": settings.get("converter", ""),
+        "format_code": settings.get("data.format", ""),
+        "eval_format_code": settings.get("data.eval_format", ""),
+    }
+    return {
+        name: value
+        for name, value in settings.items()
+        if not (name in paths and _belongs_to_msllm(paths[name]))
+    }

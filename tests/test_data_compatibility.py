@@ -1,0 +1,121 @@
+"""Data prepared before the package was split into folders (tests/golden/before/data) stay valid."""
+
+import dataclasses
+import json
+import pathlib
+import runpy
+import shutil
+import sys
+
+import pytest
+
+from msllm.config import from_config_dict
+from msllm.data import identity, records
+from msllm.data.loader import Loader
+from msllm.data.prepare import prepare
+from msllm.data.tables import unpack
+from msllm.errors import UserError
+from msllm.streams import StreamSpec
+
+BEFORE = pathlib.Path(__file__).parent / "golden/before/data"
+READER = "msllm.data.corpora:tatoeba"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A copy of the artifacts; the user's module is imported from it."""
+    shutil.copytree(BEFORE, tmp_path / "data")
+    monkeypatch.syspath_prepend(tmp_path / "data")
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    yield tmp_path / "data"
+    sys.modules.pop("own", None)
+
+
+def config_of(folder, case):
+    return from_config_dict(runpy.run_path(str(folder / "config.py"))["get_config"](case))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def said(config, split):
+    """What user and output say in each example of a split."""
+    loader = Loader(config.data, split, StreamSpec.from_config(config.streams))
+    tables = []
+    for step in range(loader.num_batches):
+        rows = range(min(config.data.batch_size, loader.num_tables - step * config.data.batch_size))
+        tables += unpack(loader.batch(step, rows), loader.example_ids(step, rows))
+    return {tuple(map(loader.tokenizer.decode, table.tokens.T)) for table in tables}
+
+
+@pytest.mark.parametrize("case", ["tatoeba", "built_in", "own"])
+def test_prepared_data_is_accepted_and_read(folder, case, capsys):
+    config = config_of(folder, case)
+    before = contents(folder / case)
+    manifest = prepare(config, folder / case)
+    assert "already holds this data" in capsys.readouterr().out
+    assert contents(folder / case) == before
+    assert manifest == json.loads(before["manifest.json"])
+    pairs = [line.split("\t")[:2] for line in (folder / "pairs.txt").read_text().splitlines()]
+    found = said(config, "train")
+    if case == "tatoeba":
+        held_out = said(config, "eval")
+        assert len(held_out) == 2 and not held_out & found
+        found |= held_out
+    assert found == set(map(tuple, pairs))
+
+
+def test_an_unfinished_run_is_continued(folder, capsys):
+    config = config_of(folder, "interrupted")
+    shard = folder / "interrupted/train-00000-of-00001.array_record"
+    before = shard.stat().st_mtime_ns
+    prepare(config, folder / "interrupted")
+    assert "holds 1 of 1 portions" in capsys.readouterr().out
+    assert shard.stat().st_mtime_ns == before
+    assert len(said(config, "train")) == 5
+
+
+def test_a_changed_input_is_refused(folder):
+    with (folder / "pairs.txt").open("a") as file:
+        file.write("Thanks.\tTack.\tCC-BY 2.0\n")
+    for case, what in (("tatoeba", "data"), ("interrupted", "an unfinished run")):
+        with pytest.raises(UserError, match=rf"{what} with other settings \(inputs differ\)"):
+            prepare(config_of(folder, case), folder / case)
+
+
+def test_a_changed_function_of_the_user_is_refused(folder):
+    with (folder / "own.py").open("a") as file:
+        file.write("# changed\n")
+    with pytest.raises(UserError, match=r"other settings \(converter_code differ\)"):
+        prepare(config_of(folder, "own"), folder / "own")
+
+
+def test_another_reader_is_refused(folder):
+    config = config_of(folder, "tatoeba")
+    data = dataclasses.replace(config.data, format="msllm.data.corpora:switchboard")
+    with pytest.raises(UserError, match=r"other settings \(data.format differ\)"):
+        prepare(dataclasses.replace(config, data=data), folder / "tatoeba")
+
+
+@pytest.mark.parametrize("changed, case", [(READER, "tatoeba"), ("wait_k", "built_in")])
+def test_a_new_revision_of_a_function_of_msllm_is_refused(folder, changed, case, monkeypatch):
+    monkeypatch.setattr(identity, "REVISIONS", {changed: 2})
+    config = config_of(folder, case)
+    with pytest.raises(UserError, match=r"other settings \((format|converter)_revision differ\)"):
+        prepare(config, folder / case)
+    manifest = prepare(config, folder / "new")
+    assert prepare(config, folder / "new") == manifest
+    monkeypatch.setattr(identity, "REVISIONS", {})
+    with pytest.raises(UserError, match="_revision differ"):
+        prepare(config, folder / "new")
+
+
+def test_msllm_counts_by_name_and_the_user_by_content(folder):
+    def code(case):
+        config = config_of(folder, case)
+        settings = identity.get_settings(config, StreamSpec.from_config(config.streams))
+        return {name: value for name, value in settings.items() if name.endswith("_code")}
+
+    assert code("tatoeba") == code("built_in") == {}
+    assert code("own") == {"converter_code": records.file_hash(folder / "own.py")}
