@@ -294,7 +294,7 @@ def test_only_shards_that_are_shown_are_read(tmp_path, monkeypatch):
     data = prepared_view.Split(directory, "train")
     assert opened == []
     assert data.example("0")[0] == 0 and shown(directory, example="1")
-    assert opened == [{"whole": False}] * 2
+    assert opened == [{"read": False}] * 2
     with pytest.raises(UserError, match="train-00007.* is missing.*msllm prepare"):
         data.table(len(data) - 1)
     shards[0].write_bytes(bytes(shards[0].stat().st_size))
