@@ -2,40 +2,26 @@
 
     msllm train --config=configs/8b_v6e_256.py --config.data.dir=DATA --workdir=WORKDIR
 
-Topology: v6e:16x16. Tokens per step: 512 tables x 1,024 rows x 8 streams = 4,194,304, 16,384 a chip.
-Expected memory: 8.1 GiB a chip at the peak, of 31.2 (compiled, not run; 8b_v6e_256.budget.json,
-launch/check_budgets.sh).
-Mesh: a chip holds whole tables, so no keys and values travel; fsdp 256 is gathered along one physical axis of the
-torus, then along the other. A v6e computes 4.7 times as fast as a v5e, and its network is only twice as fast: so more
-tokens share each gathered weight, and nothing else is sent.
+Topology: v6e:16x16.
+Tokens per step: 512 tables x 1,024 rows x 8 streams = 4,194,304, 16,384 a chip.
+Expected memory: 8.1 GiB a chip at the peak, of 31.2. The program was compiled, not run:
+configs/budgets/8b_v6e_256.json holds the figures and launch/check_budgets.sh checks them.
+Mesh: a chip holds whole tables, so no keys and values travel. Weights are gathered over fsdp (256)
+along one physical axis of the torus, then along the other. A v6e computes 4.7 times as fast as a
+v5e, but its network is only twice as fast, so more tokens share each gathered weight.
 """
 
 from msllm.config import default_config
-from msllm.presets import QWEN3
+from msllm.presets import POD, QWEN3
 
 
 def get_config():
+    """All settings of the run."""
     config = default_config()
-    config.steps = 100000
+    config.update(POD)
     config.model.update(QWEN3["8b"])
-    config.model.compute_dtype = "bfloat16"
     config.model.remat = "full"
-    config.streams.names = (
-        "system",
-        "user",
-        "tool",
-        "observer",
-        "thought",
-        "plan",
-        "output",
-        "action",
-    )
-    config.streams.kinds = ("input",) * 4 + ("thought",) * 2 + ("output",) * 2
-    config.data.rows = 1024
     config.data.batch_size = 512
     config.loss.vocab_chunks = 16
-    config.loss.chunk_tokens = 8192
-    config.optim.lr = 3e-4
-    config.optim.warmup_steps = 2000
-    config.mesh.data, config.mesh.fsdp, config.mesh.stream = 1, 256, 1
+    config.mesh.update(data=1, fsdp=256, stream=1)
     return config

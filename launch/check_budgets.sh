@@ -7,8 +7,9 @@ usage() {
   cat <<'USAGE'
 usage: launch/check_budgets.sh [--write] [NAME ...]
 
-Compiles the train step of each configs/NAME.py that has a configs/NAME.budget.json, for the topology that is named there,
-and prints one line for each: whether memory and collectives keep the budget (docs/aot.md). Without names: all of them.
+Compiles the train step of each configs/NAME.py that has a configs/budgets/NAME.json, for the topology that the budget
+names, and prints one line for each: whether memory and collectives keep the budget (docs/aot.md). Without names: all of
+them.
 No TPU is needed; a config takes 2 to 8 CPU-minutes and up to 8 GiB of memory.
 
   --write   write the budgets from what is compiled, instead of comparing
@@ -29,8 +30,8 @@ for argument in "$@"; do
       ;;
     --write) write=--write_budget ;;
     *)
-      if [[ ! -e configs/$argument.budget.json ]]; then
-        echo "error: there is no configs/$argument.budget.json (see --help)" >&2
+      if [[ ! -e configs/budgets/$argument.json ]]; then
+        echo "error: there is no configs/budgets/$argument.json (see --help)" >&2
         exit 2
       fi
       names+=("$argument")
@@ -38,7 +39,7 @@ for argument in "$@"; do
   esac
 done
 if [[ ${#names[@]} -eq 0 ]]; then
-  for budget in configs/*.budget.json; do names+=("$(basename "$budget" .budget.json)"); done
+  for budget in configs/budgets/*.json; do names+=("$(basename "$budget" .json)"); done
 fi
 
 # shellcheck source=/dev/null
@@ -49,7 +50,7 @@ status=0
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 for name in "${names[@]}"; do
-  budget=configs/$name.budget.json
+  budget=configs/budgets/$name.json
   read -r topology slices < <(
     python -c 'import json, sys; b = json.load(open(sys.argv[1])); print(b["topology"], b["num_slices"])' "$budget"
   )

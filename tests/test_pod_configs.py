@@ -36,13 +36,11 @@ PODS = pods()
 
 
 def budget_of(name):
-    return json.loads((ROOT / f"configs/{name}.budget.json").read_text())
+    return json.loads((ROOT / f"configs/budgets/{name}.json").read_text())
 
 
 def test_every_pod_config_but_those_named_has_a_budget_and_every_budget_a_config():
-    budgets = {
-        path.name.removesuffix(".budget.json") for path in (ROOT / "configs").glob("*.budget.json")
-    }
+    budgets = {path.stem for path in (ROOT / "configs/budgets").iterdir()}
     assert len(PODS) > 5 and budgets == set(PODS) - set(WITHOUT_BUDGET)
     assert all("No budget: " in PODS[name][0] for name in WITHOUT_BUDGET)
 
@@ -89,9 +87,9 @@ def test_a_budget_leaves_no_room_to_reduce_whole_gradients(name):
 
 def test_the_stored_report_is_that_of_its_budget():
     """The one that notebooks/pod_report.ipynb reads."""
-    report = json.loads((ROOT / "configs/1b_v5e_16.report.json").read_text())
+    report = json.loads((ROOT / "configs/reports/1b_v5e_16.json").read_text())
     assert report["config"] == "1b_v5e_16.py"
-    again = "msllm aot --config=configs/1b_v5e_16.py --topology=v5e:4x4 --json=configs/1b_v5e_16.report.json"
+    again = "msllm aot --config=configs/1b_v5e_16.py --topology=v5e:4x4 --json=configs/reports/1b_v5e_16.json"
     assert aot.budget_of(report, report["topology"]) == budget_of("1b_v5e_16"), (
         f"another program: {again}"
     )
@@ -117,7 +115,7 @@ def test_a_pod_config_compiles_within_its_budget(tmp_path):
         f"--config=configs/{name}.py",
         f"--json={tmp_path / 'report.json'}",
     ]
-    line += [f"--topology={budget_of(name)['topology']}", f"--budget=configs/{name}.budget.json"]
+    line += [f"--topology={budget_of(name)['topology']}", f"--budget=configs/budgets/{name}.json"]
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     done = subprocess.run(
         line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
