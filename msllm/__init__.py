@@ -2,10 +2,8 @@
 
 import os as _os
 import re as _re
-import time as _time
 
 __version__ = "0.1.0"
-imported = _time.time()  # files that are newer are not what this process runs
 
 # XLA reads it when it starts, and has no compiler option for it: to unroll loops takes XLA:CPU a fourth of the time that a
 # train step compiles, and makes it no quicker.

@@ -89,7 +89,7 @@ def first_line(error: Exception) -> str:
 def is_no_damage(error: Exception) -> bool:
     """Whether reading a checkpoint failed for another reason than its files: those give whatever orbax, tensorstore and
     json say of them."""
-    return isinstance(error, UserError | jax.errors.JaxRuntimeError) or processes.is_of_others(
+    return isinstance(error, UserError | jax.errors.JaxRuntimeError) or processes.is_peer_failure(
         error
     )
 
@@ -190,7 +190,7 @@ class Checkpoints:
             self._raise_not_written(error)
 
     def _raise_not_written(self, error: Exception) -> NoReturn:
-        if processes.is_of_others(error):
+        if processes.is_peer_failure(error):
             raise error
         reason = first_line(error)
         complete = [path for path in self.directory.iterdir() if path.name.isdigit()]
@@ -217,7 +217,7 @@ class Checkpoints:
                 "incomplete checkpoint %s: its writing was interrupted; it is not used",
                 leftover.name,
             )
-        everyone, problems = processes.share([step for step in self.steps() if step > after]), []
+        everyone, problems = processes.all_gather_json([step for step in self.steps() if step > after]), []
         if self._local:
             return self._restore_local(
                 sorted(set(everyone[0]).intersection(*everyone)), program, tokenizer
@@ -273,7 +273,7 @@ class Checkpoints:
             if is_no_damage(problem):
                 raise
             error = first_line(problem)
-        if any(errors := processes.share(error)):
+        if any(errors := processes.all_gather_json(error)):
             raise ValueError(next(filter(None, errors)))
         check_sums(restored, description["checksums"])
         rest = restored["rest"]
@@ -284,14 +284,14 @@ class Checkpoints:
     def _move_aside(self, steps: list[int]) -> None:
         if not steps:
             return
-        if processes.is_first():
+        if processes.is_primary():
             for step in steps:
                 target = self.directory / "damaged" / str(step)
                 target.parent.mkdir(exist_ok=True)
                 if target.exists():
                     target.rmtree()
                 (self.directory / str(step)).rename(target)
-        processes.share(None)  # nobody looks for what is there while it changes
+        processes.all_gather_json(None)  # nobody looks for what is there while it changes
         self._manager.reload()
 
     def close(self) -> None:

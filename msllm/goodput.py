@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from msllm.runtime.files import write_atomically
-from msllm.runtime.processes import is_first
+from msllm.runtime.processes import is_primary
 
 # What this process does, second by second: nothing is counted twice or left out. `steps` is the productive part.
 KINDS = ("startup", "restore", "compile", "steps", "data", "checkpoint", "evaluation")
@@ -88,7 +88,7 @@ class Goodput:
 
     def write(self) -> None:
         """Keeps the times for the next attempt. In a run of several processes, those of the first one."""
-        if not is_first():
+        if not is_primary():
             return
         self._switch(self._kind)
         state = {

@@ -20,7 +20,7 @@ from etils import epath
 from msllm.data.mixture import Plan
 from msllm.errors import UserError
 from msllm.runtime.files import write_atomically
-from msllm.runtime.processes import Gather, is_first
+from msllm.runtime.processes import AsyncAllGather, is_primary
 from msllm.streams import StreamSpec
 
 
@@ -47,7 +47,7 @@ class Shares:
         """`chosen`: the streams whose tokens count; empty: all."""
         self._plan, self._silence_id = plan, silence_id
         self._columns = [streams.names.index(name) for name in chosen or streams.names]
-        self._gather = Gather()
+        self._gather = AsyncAllGather()
         self._counts, self._targets, self._steps = (
             np.zeros(len(plan.names)),
             np.zeros(len(plan.names)),
@@ -116,7 +116,7 @@ class Writer:
     def __init__(self, workdir: epath.Path, wandb_project: str = ""):
         """Raises UserError if Weights & Biases is asked for and not installed."""
         self._sinks = []
-        if is_first():
+        if is_primary():
             self._sinks = [_Lines(workdir / "metrics.jsonl"), _TensorBoard(workdir / "tensorboard")]
             self._sinks += [_Wandb(wandb_project, workdir)] if wandb_project else []
 

@@ -19,7 +19,7 @@ from msllm.goodput import Goodput
 from msllm.metrics import Shares, Writer, memory_mib, named_losses
 from msllm.runtime.flops import batch_pairs, step_flops
 from msllm.runtime.hardware import lookup
-from msllm.runtime.processes import Clocks
+from msllm.runtime.processes import DispatchClocks
 from msllm.runtime.progress import Progress
 from msllm.step import Program
 
@@ -40,7 +40,7 @@ class Meter:
         writer: Writer,
         progress: Progress,
         goodput: Goodput,
-        clocks: Clocks,
+        clocks: DispatchClocks,
         shares: Shares | None = None,
     ):
         """`shares`: of a mixture."""

@@ -18,26 +18,26 @@ import dataclasses
 import json
 import logging
 import os
+import pathlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from msllm import code
+import msllm
 from msllm.config import Config, to_config_dict, to_json
 from msllm.data.loader import Batch, Loader, spread
 from msllm.data.mixture import by_source
+from msllm.data.records import file_hash
 from msllm.errors import UserError
 from msllm.goodput import Goodput
-from msllm.kept import kept_step
 from msllm.metrics import Shares, Writer, append_lines, named_losses, weighted_mean
 from msllm.monitor import Meter
 from msllm.runtime import processes
-from msllm.runtime.compiler import keep_compiled
+from msllm.runtime.compiler import compile_step, enable_compilation_cache
 from msllm.runtime.files import write_atomically
 from msllm.runtime.progress import Progress
 from msllm.sharding import make_mesh
@@ -50,25 +50,27 @@ log = logging.getLogger("msllm")
 def train(
     config: Config,
     workdir: str | os.PathLike,
-    stop: processes.Stop | None = None,
+    stop: processes.StopSignal | None = None,
     before: float = 0.0,
-    command: bool = False,
 ) -> TrainState:
     """Trains, or continues, the run in `workdir` up to `config.steps`. Raises UserError, RunError.
 
     In a run of several processes (`processes.connect`) all call it, with the same config and a workdir that they share.
 
     Args:
-      stop: hears the wish to stop early. before: seconds that this process has been running, for the goodput.
-      command: this process runs what the files of the package say, so its compiled step is kept for the next start.
+      stop: set by a signal or a preemption notice to end the run early.
+      before: seconds that this process has been running, for the goodput.
     """
     workdir = _open_workdir(workdir)
-    with processes.alone_in(workdir):
-        return _train(config, workdir, stop, before, command)
+    with processes.exclusive_workdir(workdir):
+        return _train(config, workdir, stop, before)
 
 
 def _train(
-    config: Config, workdir: epath.Path, stop: processes.Stop | None, before: float, command: bool
+    config: Config,
+    workdir: epath.Path,
+    stop: processes.StopSignal | None,
+    before: float,
 ) -> TrainState:
     from msllm.checkpoint import (
         Checkpoints,  # orbax is slow to import, and not every use of this module needs it
@@ -76,9 +78,9 @@ def _train(
     from msllm.weights.warm_start import initial_parameters
 
     goodput = Goodput(workdir / "goodput.json", before)
-    keep_compiled(config.compilation_cache, workdir / "compiled")
+    enable_compilation_cache(config.compilation_cache, workdir / "compiled")
     streams = StreamSpec.from_config(config.streams)
-    loader, held_out, facts = _open_data(config, streams)
+    loader, held_out = _open_data(config, streams)
     config = with_vocabulary(config, loader.tokenizer.vocab_size)
     mesh = make_mesh(config.mesh)
     program = Program(config, streams, mesh, loader.tokenizer.silence_id)
@@ -115,11 +117,11 @@ def _train(
         for tier in tiers:
             tier.close()
         return state
-    if processes.is_first():
+    if processes.is_primary():
         write_atomically(workdir / "config.json", to_json(config))
 
     with goodput.inside("compile"):
-        step_function = kept_step(program, facts if command else None)
+        step_function = compile_step(program.step, program.abstract_state, program.abstract_batch)
     writer = Writer(workdir, config.monitor.wandb_project)
     progress = Progress(
         "step",
@@ -128,22 +130,22 @@ def _train(
         every=0,
         file=sys.stdout,
         keep=True,
-        enabled=processes.is_first(),
+        enabled=processes.is_primary(),
     )
     shares = (
         Shares(loader.plan, config.data.mixture.streams, streams, program.silence_id)
         if loader.plan
         else None
     )
-    meter = Meter(program, writer, progress, goodput, processes.Clocks(), shares)
+    meter = Meter(program, writer, progress, goodput, processes.DispatchClocks(), shares)
     rows = host_rows(program)
     batches = _batches(program, loader, range(start, config.steps))
     examples = _examples_log(program, loader, workdir) if config.monitor.examples else None
     last_save = 0
     with (
-        stop or processes.Stop() as stop,
+        stop or processes.StopSignal() as stop,
         contextlib.ExitStack() as stack,
-        processes.errors_end_this_process(),
+        processes.exit_on_error(),
     ):
         stack.callback(goodput.write)
         stack.callback(writer.close)
@@ -164,7 +166,7 @@ def _train(
             )
             done, stopping = (
                 step + 1,
-                stop.at(step + 1),
+                stop.should_stop(step + 1),
             )  # a signal after this line ends the next step: that one saves
             for tier in tiers:
                 tier.check()
@@ -214,11 +216,12 @@ def _open_workdir(path: str | os.PathLike) -> epath.Path:
     return workdir
 
 
-def _open_data(
-    config: Config, streams: StreamSpec
-) -> tuple[Loader, dict[str, Loader], dict[str, Any]]:
-    """The loader of the training data, those of the held-out splits by source, which are none if there is nothing to
-    evaluate, and what they are part of: the same data, config and code in all processes, once they have agreed."""
+def _open_data(config: Config, streams: StreamSpec) -> tuple[Loader, dict[str, Loader]]:
+    """The loader of the training data, and one for the held-out split of each source.
+
+    There are none of the latter if nothing is to be evaluated. Returns once all processes have the
+    same data, config and code.
+    """
     loader, held_out, facts, error = None, {}, {}, None
     try:
         loader = Loader(config.data, "train", streams, (jax.process_index(), jax.process_count()))
@@ -226,7 +229,7 @@ def _open_data(
             held_out = _open_held_out(config, loader, streams)
         facts = {
             "config": to_config_dict(config).to_dict(),
-            "code": code.hashes(),
+            "code": _source_hashes(),
             "jax version": jax.__version__,
             "tokenizer": loader.tokenizer.hash,
             **{
@@ -236,8 +239,15 @@ def _open_data(
         }
     except UserError as problem:
         error = str(problem)
-    processes.agree(facts, error)
-    return loader, held_out, facts
+    processes.check_same_everywhere(facts, error)
+    return loader, held_out
+
+
+def _source_hashes() -> dict[str, str]:
+    """sha256 of every source file of the package, by its path in it."""
+    package = pathlib.Path(msllm.__file__).parent
+    files = [path for path in package.rglob("*.*") if path.suffix in (".py", ".cc", ".h")]
+    return {str(path.relative_to(package)): file_hash(path) for path in sorted(files)}
 
 
 def _open_held_out(config: Config, loader: Loader, streams: StreamSpec) -> dict[str, Loader]:
@@ -400,10 +410,12 @@ def _main() -> None:
         )
         if jax.process_count() > 1:
             logging.basicConfig(format=f"[{jax.process_index()}] %(message)s", force=True)
-        with processes.errors_end_this_process(), processes.Stop() as stop:
-            state = train(config, workdir.value, stop, begin, command=True)
+        with processes.exit_on_error(), processes.StopSignal() as stop:
+            state = train(config, workdir.value, stop, begin)
             return (
-                processes.STOPPED if int(state.step) < config.steps and not stop.interrupted else 0
+                processes.EXIT_STOPPED
+                if int(state.step) < config.steps and not stop.interrupted
+                else 0
             )
 
     run(main)

@@ -182,7 +182,7 @@ def test_checkpoints_are_not_to_blame_for_other_failures(
         raise error
 
     monkeypatch.setattr(Checkpoints, "_restore_step", failing)
-    monkeypatch.setattr(processes, "is_of_others", lambda error: "Gloo" in str(error))
+    monkeypatch.setattr(processes, "is_peer_failure", lambda error: "Gloo" in str(error))
     with pytest.raises(type(error), match=re.escape(str(error))):
         restore(workdir, program, tokenizer)
     assert {path.name for path in (workdir / "checkpoints").iterdir() if path.is_dir()} == {

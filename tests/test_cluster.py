@@ -55,20 +55,20 @@ def test_the_roll_call_passes_over_files_that_are_empty_or_go_away(tmp_path, mon
         left.append((message, status))
         call._done.set()
 
-    monkeypatch.setattr(processes, "leave", leave)
-    read, texts = processes._text, iter(["host-1 7 2", "", "host-1 7 3"])
+    monkeypatch.setattr(processes, "exit_process", leave)
+    read, texts = processes._read_text, iter(["host-1 7 2", "", "host-1 7 3"])
     monkeypatch.setattr(
         processes,
-        "_text",
+        "_read_text",
         lambda path: next(texts, "host-1 7 4") if path.name == "1" else read(path),
     )
     assert read(epath.Path(folder / "5")) == ""
-    call = processes._RollCall(epath.Path(folder), 2.5)
+    call = processes._JoinWatch(epath.Path(folder), 2.5)
     with call:
         call._thread.join(20)
     ((message, status),) = left
     assert (
-        status == processes.LOST
+        status == processes.EXIT_PEER_LOST
         and "of 4 processes these have not come: 2, 3 (here: 0 on " in message
     )
 
@@ -86,29 +86,29 @@ def test_the_roll_call_passes_over_files_that_are_empty_or_go_away(tmp_path, mon
     ],
 )
 def test_what_other_processes_are_to_blame_for(monkeypatch, error, others):
-    assert not processes.is_of_others(error)  # there are none
+    assert not processes.is_peer_failure(error)  # there are none
     monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
-    assert processes.is_of_others(error) == others
+    assert processes.is_peer_failure(error) == others
     wrapped = TimeoutError("a barrier")
     wrapped.__cause__ = error
-    assert processes.is_of_others(wrapped) == others
+    assert processes.is_peer_failure(wrapped) == others
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_full_storage_is_told_from_mistakes(monkeypatch, count):
     monkeypatch.setattr(processes.jax, "process_count", lambda: count)
-    monkeypatch.setattr(processes, "leave", lambda message, status: _raise(message))
+    monkeypatch.setattr(processes, "exit_process", lambda message, status: _raise(message))
     with pytest.raises(
         RuntimeError,
         match=r"process 0 could not write \(.*No space left.*\): make room or repair the",
     ):
-        with processes.errors_end_this_process():
+        with processes.exit_on_error():
             raise OSError(28, "No space left on device", "metrics.jsonl")
     with pytest.raises(
         (FileNotFoundError, RuntimeError),
         match="No such file|FileNotFoundError in process 0: see above",
     ):
-        with processes.errors_end_this_process():
+        with processes.exit_on_error():
             raise FileNotFoundError(2, "No such file or directory", "gone")
 
 

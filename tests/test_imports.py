@@ -18,7 +18,7 @@ streams tokenizer optim sharding
 model.attention loss runtime
 model data
 step metrics
-checkpoint monitor goodput code kept
+checkpoint monitor goodput
 weights
 decode train
 evals view

@@ -79,7 +79,7 @@ class Times:
     """Stands in for the clocks of two processes; the second one is 9 s late for some steps."""
 
     hosts = ["a", "b"]
-    latest = processes.Clocks.latest
+    latest = processes.DispatchClocks.latest
 
     def __init__(self, *late_for):
         self._late_for, self._step = late_for, 0
@@ -156,7 +156,7 @@ def test_a_slow_step_is_reported_with_the_process_that_was_late(
 
 
 def test_steps_after_an_evaluation_are_not_slow(clock, tmp_path, capsys):
-    meter_, program = make_meter(tmp_path, processes.Clocks())
+    meter_, program = make_meter(tmp_path, processes.DispatchClocks())
     for step in range(1, 12):
         clock.now += 1
         meter_.dispatched(step, fake_metrics(program), full_tables(program))
@@ -172,7 +172,7 @@ def test_mfu_is_the_formula_over_time_and_peak(clock, tmp_path, monkeypatch):
     monkeypatch.setattr(
         monitor, "lookup", lambda kind: Hardware(flops=1e9, hbm_gib=1, hbm_bandwidth=1)
     )
-    meter_, program = make_meter(tmp_path, processes.Clocks(), log_every=2)
+    meter_, program = make_meter(tmp_path, processes.DispatchClocks(), log_every=2)
     config, streams = program.config, program.streams
     cells = config.data.batch_size * config.data.rows * streams.size
     targets = config.data.batch_size * config.data.rows * 2  # two streams are trained
@@ -243,24 +243,24 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path, content, kept):
 
 def test_processes_that_differ_are_told_apart(monkeypatch):
     everyone = []
-    monkeypatch.setattr(processes, "share", lambda value: everyone)
+    monkeypatch.setattr(processes, "all_gather_json", lambda value: everyone)
     facts = {"config": {"optim": {"lr": 0.1, "b1": 0.9}}, "tokenizer": "abc"}
 
     def say(host, facts, error=None):
         return {"host": host, "facts": facts, "error": error}
 
     everyone[:] = [say("a", facts), say("b", facts)]
-    processes.agree(facts)
+    processes.check_same_everywhere(facts)
     everyone[:] = [
         say("a", facts),
         say("b", {**facts, "config": {"optim": {"lr": 0.2, "b1": 0.9}}}),
     ]
     rule = r"process 1 on b has another config than process 0 on a: \w{12} there, \w{12} here \(optim.lr is 0.2 there, 0.1 here\)"
     with pytest.raises(UserError, match=rule):
-        processes.agree(facts)
+        processes.check_same_everywhere(facts)
     everyone[:] = [say("a", facts), say("b", {}, "no data")]
     with pytest.raises(UserError, match="process 1 on b: no data"):
-        processes.agree(facts)
+        processes.check_same_everywhere(facts)
 
 
 @pytest.mark.parametrize(

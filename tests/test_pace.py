@@ -16,11 +16,11 @@ pytestmark = pytest.mark.slow
 def watch_steps(monkeypatch):
     """watch_steps(before, after): a step is given the state that before(number, state, batch) returns, and the loop
     gets what after(number, old state, state, metrics) returns."""
-    kept_step = train_lib.kept_step
+    compile_step = train_lib.compile_step
 
     def watch(before, after):
         def watched(*arguments):
-            compiled, numbers = kept_step(*arguments), iter(range(1, 1000))
+            compiled, numbers = compile_step(*arguments), iter(range(1, 1000))
 
             def step(state, batch):
                 number = next(numbers)
@@ -29,7 +29,7 @@ def watch_steps(monkeypatch):
 
             return step
 
-        monkeypatch.setattr(train_lib, "kept_step", watched)
+        monkeypatch.setattr(train_lib, "compile_step", watched)
 
     return watch
 

@@ -1,18 +1,20 @@
-"""Compiler options by hardware, each with its reason."""
+"""How programs are compiled: options by platform, the persistent cache, and memory after it."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import gc
+from typing import Any
 
 import jax
 from etils import epath
 
 OPTIONS: dict[str, dict[str, int | bool | str]] = {
-    # The loops that matter run in libraries, so what makes LLVM's work less makes the start quicker and steps no slower:
-    # -O1 compiles a train step in half the time; without fusion emitters (MLIR) and expensive passes, in a third less. LLVM
-    # then vectorizes no loop that overwrites its operand, which costs a step 4 % at most: the loss has none (loss.py).
+    # The loops that matter run in libraries, so less work for LLVM makes the start quicker and the
+    # steps no slower. -O1 halves the time to compile a train step; without fusion emitters (MLIR)
+    # and expensive passes it falls by another third. LLVM then does not vectorize a loop that
+    # overwrites its operand, which costs at most 4 % of a step; the loss has no such loop (loss.py).
     "cpu": {
         "xla_backend_optimization_level": 1,
         "xla_cpu_use_fusion_emitters": False,
@@ -23,20 +25,22 @@ OPTIONS: dict[str, dict[str, int | bool | str]] = {
 
 @functools.cache
 def compiler_options(platform: str) -> dict[str, int | bool | str]:
-    """Options for `jax.jit(..., compiler_options=...)` on devices of `platform` (cpu, gpu, tpu), as far as the installed
-    compiler has them: they come and go with its versions."""
+    """Options for `jax.jit(..., compiler_options=...)` on devices of a platform (cpu, gpu, tpu).
+
+    Options come and go with versions of XLA: those that the installed compiler lacks are left out.
+    """
     options = OPTIONS.get(platform, {})
-    if not options or _exists(
-        platform, options
-    ):  # the platform of no option may be absent: programs are compiled for it, too
+    # A platform without options needs no check, which is as well: it may be absent here, because
+    # programs can be compiled for other machines.
+    if not options or _accepts(platform, options):
         return options
-    return {name: value for name, value in options.items() if _exists(platform, {name: value})}
+    return {name: value for name, value in options.items() if _accepts(platform, {name: value})}
 
 
-def _exists(platform: str, option: dict[str, int | bool | str]) -> bool:
+def _accepts(platform: str, options: dict[str, int | bool | str]) -> bool:
     try:
         with jax.default_device(jax.local_devices(backend=platform)[0]):
-            jax.jit(lambda: 0, compiler_options=option).lower().compile()
+            jax.jit(lambda: 0, compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "No such compile option" in str(error):
             return False
@@ -44,30 +48,39 @@ def _exists(platform: str, option: dict[str, int | bool | str]) -> bool:
     return True
 
 
-def keep_compiled(setting: str, default: epath.Path) -> None:
-    """Keeps compiled programs for the next start, in the directory `setting`; `auto`: in `default`; `none`: nowhere.
+def enable_compilation_cache(setting: str, default: epath.Path) -> None:
+    """Lets JAX keep compiled programs in a directory, so that the next start compiles nothing.
 
-    A directory that the user has given to JAX stays. In a run of several processes, the first one writes it.
+    A directory that the user has given to JAX is left as it is. In a run of several processes the
+    first one writes the cache.
+
+    Args:
+      setting: `config.compilation_cache`: a directory; `auto`: `default`; `none`: no cache.
+      default: the directory for `auto`.
     """
     if setting == "none" or jax.config.jax_compilation_cache_dir:
         return
     jax.config.update("jax_compilation_cache_dir", str(default if setting == "auto" else setting))
-    # By default JAX keeps only what takes a second: here, a restart should compile nothing.
+    # By default JAX keeps only programs that take a second to compile.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def compile_step(function, *arguments):
-    """Compiles a jitted function for arguments (arrays or shapes); calling the result can never compile again."""
+def compile_step(function: Any, *arguments: Any) -> jax.stages.Compiled:
+    """Compiles a jitted function for arguments: arrays, or shapes with shardings.
+
+    Calling the result never compiles again: other shapes are an error.
+    """
     compiled = function.lower(*arguments).compile()
-    settle()
+    finish_startup()
     return compiled
 
 
-def settle() -> None:
-    """To be called when the step is there: what a start needed, and a run does not, goes.
+def finish_startup() -> None:
+    """Gives back what only the start of a process needs. Call it once the step is compiled.
 
-    Returns the memory that the compiler used to the operating system: on a laptop it is as much as a small run needs. If
-    garbage collection is off, as while a command starts, it is on from here, and passes over what exists by now.
+    The memory that the compiler used returns to the operating system: on a laptop it is as much as
+    a small run needs. If garbage collection is disabled, as it is while a command starts, it is
+    enabled from here on, and ignores the objects that exist by now.
     """
     if not gc.isenabled():
         gc.freeze()

@@ -110,7 +110,7 @@ def initial_parameters(
         if is_no_damage(error) and not isinstance(error, UserError):
             raise
         problem = str(error)
-    if any(problems := processes.share(problem)):
+    if any(problems := processes.all_gather_json(problem)):
         raise UserError(f"config.init_from is {path}: {next(filter(None, problems))}")
     try:
         check_sums({"parameters": restored}, description["checksums"])

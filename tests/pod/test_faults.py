@@ -96,10 +96,7 @@ def test_who_is_asked_to_stop_saves_and_continues(files, reference, tmp_path):
         assert int(stopped) > step and saved(workdir)[-1] == int(stopped)
     with Pod(files, workdir) as pod:
         for log in pod.ended(0, 0):
-            assert (
-                f"continuing at step {stopped}" in log
-                and "the step was compiled by an earlier start" in log
-            )
+            assert f"continuing at step {stopped}" in log
     run = same(workdir, reference, exact=True)
     assert all(
         len(losses) == 1 for losses in run.losses.values()
