@@ -324,6 +324,20 @@ def import_object(path: str, setting: str) -> Any:
     return found
 
 
+def find_object(name: str, built_in: Mapping[str, Any], setting: str) -> Any:
+    """The entry `name` of a table of built-in objects, or what `package.module:name` names.
+
+    Raises UserError, naming the setting and the entries, if there is neither.
+    """
+    if ":" in name:
+        return import_object(name, setting)
+    if name not in built_in:
+        raise UserError(
+            f"{setting} is {name!r}: must be one of {', '.join(built_in)}, or package.module:name"
+        )
+    return built_in[name]
+
+
 def _from_dict(cls: type, values: Mapping[str, Any], path: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in values:
