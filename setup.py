@@ -8,7 +8,11 @@ setup(
     version="0.1.0",
     description="Pretrain and run multi-stream language models in JAX",
     packages=find_packages(include=["msllm", "msllm.*"]),
-    package_data={"msllm.kernels.cpu": ["*.cc", "*.h"]},
+    package_data={
+        "msllm.kernels.cpu": ["*.cc", "*.h"],
+        "msllm.pod": ["*.html"],
+        "msllm.view": ["*.html"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "absl-py",
@@ -17,6 +21,7 @@ setup(
         "flax>=0.12",
         "grain>=0.2.15",
         "jax>=0.10",
+        "jinja2",
         "ml-collections>=1.0",
         "ml-dtypes",
         "msgpack",

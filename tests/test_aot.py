@@ -1,9 +1,11 @@
 """The command that compiles for a pod, as a user runs it, and what it says about bad input."""
 
+import html
 import importlib.util
 import json
 import math
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -85,9 +87,7 @@ def test_a_program_that_fits_is_reported_in_all_forms_and_held_to_its_budget(tmp
     assert "all-gather" in files["hlo"].read_text()
     for told in ("fits", "all-gather", "fsdp", "MFU", "Assumptions", "libtpu"):
         assert told in done.stdout
-    html = files["html"].read_text()
-    assert html.count("<svg") >= 4 and "prefers-color-scheme: dark" in html and "nan" not in html
-    assert not re.search(r"<script|<link|https?:|url\(|@import|src=", html)
+    check_page(files["html"].read_text(), report)
 
     limits = json.loads(budget.read_text())
     assert limits["collective_bytes"] == collectives["bytes_by_kind"]
@@ -97,6 +97,65 @@ def test_a_program_that_fits_is_reported_in_all_forms_and_held_to_its_budget(tmp
     assert done.returncode == 1
     over = [line for line in done.stdout.splitlines() if line.startswith("over budget: ")]
     assert len(over) == 1 and "all-gather" in over[0]
+
+
+CHARTS = [
+    "memory of one device by use",
+    "memory by formula",
+    "bytes of collectives",
+    "time by resource",
+]
+
+
+def check_page(page, report):
+    """Four charts and every collective, and nothing that is loaded or not a number."""
+    assert re.findall(r'<figure class="\w+" aria-label="(.*?)">', page) == CHARTS
+    assert "prefers-color-scheme: dark" in page and "nan" not in page
+    assert not re.search(r"<script|<link|https?:|url\(|@import|src=", page)
+    for row in report["collectives"]["rows"]:
+        assert f">{row['kind']}</td><td>{row['axes']}</td>" in page
+    for width in re.findall(r"width: ([\d.]+)%", page):
+        assert float(width) <= 100
+
+
+@pytest.fixture
+def stored_report():
+    (path,) = (pathlib.Path(__file__).parents[1] / "configs").rglob("reports/1b_v5e_16.json")
+    return json.loads(path.read_text())
+
+
+def test_a_page_holds_what_the_text_holds(stored_report):
+    page = pages.html(stored_report)
+    check_page(page, stored_report)
+    shown = html.unescape(re.sub("<.*?>", " ", page))
+    for number in re.findall(r"\d[\d.,]*\w*", pages.text(stored_report)):
+        assert number in shown, number
+    for assumption in stored_report["assumptions"]:
+        assert assumption in shown
+
+
+def test_names_in_a_report_are_escaped(stored_report):
+    stored_report["config"] = "<script>alert(1)</script>.py"
+    stored_report["collectives"]["rows"][0]["axes"] = "<b>&"
+    page = pages.html(stored_report)
+    assert "<script" not in page and "<b>&" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;.py on v5e:4x4</h1>" in page
+    assert "<td>&lt;b&gt;&amp;</td>" in page
+
+
+def test_a_page_of_a_program_that_does_not_fit(stored_report):
+    memory = {name: stored_report["memory"][name] for name in ("limit", "parts_by_formula")}
+    memory |= {"fits": False, "compiler_says": "Ran out of memory: 1 < 2", "remedies": ["x", "y"]}
+    report = stored_report | {"memory": memory}
+    for key in ("collectives", "estimate", "assumptions"):
+        del report[key]
+    page = pages.html(report)
+    assert re.findall('aria-label="(.*?)"', page) == ["memory by formula"]
+    assert (
+        '<p class="bad">does not fit' in page and "<pre>Ran out of memory: 1 &lt; 2</pre>" in page
+    )
+    assert "change first: x" in page and "change then: y" in page
+    assert "change then: y" in pages.text(report)
 
 
 @needs_libtpu

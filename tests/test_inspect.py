@@ -1,4 +1,4 @@
-"""The inspect command: what it prints and the page that it writes, and that it reads no more than it shows."""
+"""`msllm inspect`: what it prints, the page that it writes, and that it reads only what it shows."""
 
 import html.parser
 import io
@@ -25,13 +25,14 @@ from msllm.errors import UserError
 from msllm.streams import StreamSpec
 from msllm.view import cells
 from msllm.view import prepared as prepared_view
+from msllm.view.split import Split
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DELAYED = StreamsConfig(names=("user", "output"), kinds=("input", "output"), delays=(0, 1))
 
 
 def prepared(folder, lines, streams=DELAYED, model_type="word", **data):
-    """A prepared directory of lists of cells, one list a stream (msllm.data.converters.tables), and its config."""
+    """A prepared directory and its config; each line has a list of cells per stream."""
     path = folder / "in.jsonl"
     path.write_text(
         "".join(json.dumps({"streams": dict(zip(streams.names, line))}) + "\n" for line in lines)
@@ -71,7 +72,7 @@ def small(tmp_path):
 
 
 def test_plain_output(small):
-    (packed,) = [packed for _, packed in prepared_view.Split(small, "train").tables()]
+    (packed,) = [packed for _, packed in Split(small, "train").tables()]
     assert packed.segment.tolist() == [1, 1, 1, 1, 1, 2, 2, 2]
     first, second = packed.examples
     lines = shown(small).splitlines()
@@ -116,7 +117,7 @@ def test_plain_output(small):
 
 def test_limits_and_empty_rows(tmp_path):
     directory, _ = prepared(tmp_path, many(9), rows=16)
-    data = prepared_view.Split(directory, "train")
+    data = Split(directory, "train")
     packed = data.table(0)
     filled = int((packed.segment > 0).sum())
     lines = shown(directory, rows=7).splitlines()
@@ -197,7 +198,8 @@ def test_spelling():
     assert spelled("\n") == [r"\n"]
     assert cells.visible("\t\x1b[2m\u202e\u200d") == r"\t\x1b[2m\u202e\u200d"
 
-    # An alphabet for bytes, as GPT-2's: what the bytes say is shown, or how the vocabulary spells them.
+    # An alphabet for bytes, as GPT-2's: a token shows its bytes as text if they are valid UTF-8, or
+    # else its spelling in the vocabulary.
     pieces = [
         "<silence>",
         "\u0120the",
@@ -216,7 +218,7 @@ def test_spelling():
     model.add_special_tokens(["<silence>"])
     loaded = tokenizer.Tokenizer.from_bytes("tokenizers", model.to_str().encode(), "<silence>")
     spelled = [cells.spelling(loaded, token) for token in range(1, len(pieces))]
-    # Of the middle dots, the first is half a character; the other is one, and silence is drawn so.
+    # The first middle dot is half a character. The second is a whole one, which looks like silence.
     assert spelled == [
         "the",
         r"\n",
@@ -239,7 +241,7 @@ def test_examples_by_number_and_id_are_the_loaders(tmp_path, split):
         expected |= {
             t.example: t for t in unpack(loader.batch(step, rows), loader.example_ids(step, rows))
         }
-    data = prepared_view.Split(directory, split)
+    data = Split(directory, split)
     assert len(expected) == data.part["examples"] > 20
     found = [data.example(str(number)) for number in range(len(expected))]
     assert [number for number, _ in found] == list(range(len(expected)))
@@ -264,7 +266,7 @@ def test_examples_by_number_and_id_are_the_loaders(tmp_path, split):
 
 def test_overlap_of_a_sample(tmp_path):
     directory, config = prepared(tmp_path, many(60), shards=4)
-    data = prepared_view.Split(directory, "train")
+    data = Split(directory, "train")
     silence = data.columns.tokenizer.silence_id
     tables = [packed for _, packed in data.tables()]
     speak = [(t.present & (t.tokens != silence)).sum(axis=1) > 1 for t in tables]
@@ -291,7 +293,7 @@ def test_only_shards_that_are_shown_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(
         records, "check_shard", lambda *a, **options: opened.append(options) or check(*a, **options)
     )
-    data = prepared_view.Split(directory, "train")
+    data = Split(directory, "train")
     assert opened == []
     assert data.example("0")[0] == 0 and shown(directory, example="1")
     assert opened == [{"read": False}] * 2
@@ -303,7 +305,10 @@ def test_only_shards_that_are_shown_are_read(tmp_path, monkeypatch):
 
 
 class Page(html.parser.HTMLParser):
-    """The cells of the drawn tables: a list of rows a table, (class, text) a cell; checks that tags are balanced."""
+    """Parses a page and checks that its tags are balanced.
+
+    `tables` holds a list of rows for each table, and [class, text] for each cell.
+    """
 
     VOID = ("meta",)
 
@@ -355,7 +360,7 @@ def test_page_holds_every_cell(tmp_path):
     assert "prefers-color-scheme: dark" in text and "://" not in text and "url(" not in text
     found = Page(text)
     assert "<b>" in found.text and f"{directory}, split train" in found.text
-    data = prepared_view.Split(directory, "train")
+    data = Split(directory, "train")
     words = data.columns.tokenizer
     expected, marks = [], []
     for first, packed in data.tables():
@@ -367,11 +372,11 @@ def test_page_holds_every_cell(tmp_path):
             for token, there in zip(tokens.tolist(), present):
                 silent = token == words.silence_id
                 cell = (
-                    ["s", cells.SILENT]
+                    ["silence", cells.SILENT]
                     if silent
                     else [None, words.piece(token).replace("\n", r"\n")]
                 )
-                row.append(cell if there else ["a", ""])
+                row.append(cell if there else ["absent", ""])
             rows.append(row)
         expected.append(rows)
         marks += [f"example {first + i}, {name}, 10 rows" for i, name in enumerate(packed.examples)]

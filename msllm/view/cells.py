@@ -1,10 +1,14 @@
-"""How a table is drawn: one line a row, one column a stream. Silence is a dim middle dot, an absent cell is blank."""
+"""The cells of a table as text: one line per row, one column per stream.
+
+Silence is a dim middle dot, an absent cell is blank.
+"""
 
 from __future__ import annotations
 
 import os
 import unicodedata
 from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import rich.console
@@ -14,70 +18,93 @@ from msllm.tokenizer import Tokenizer
 
 SILENT, ABSENT = "\N{MIDDLE DOT}", ""
 SPACE = "\N{OPEN BOX}"
-NARROWEST = 3  # characters of a column that has to make room for others
-_ESCAPED = (
-    "Cc",
-    "Cf",
-    "Cs",
-    "Co",
-    "Cn",
-    "Zl",
-    "Zp",
-    "Zs",
-)  # controls, format marks, unassigned, unusual spaces
+NARROWEST = 3  # characters that a column keeps when the table is wider than the screen
+# Unicode categories that are escaped: control and format characters, surrogates, private use,
+# unassigned, line and paragraph separators, spaces other than " ".
+_ESCAPED = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
 
 
-def console(**options) -> rich.console.Console:
-    """Where tables are printed: without any styles where the output is no terminal, or if NO_COLOR is set."""
-    # By itself rich drops only the colours for NO_COLOR: bold and dim would stay, as codes.
+class Cell(NamedTuple):
+    """A cell as it is drawn."""
+
+    text: str
+    state: Literal["token", "silence", "absent"]
+
+
+def console(**options: Any) -> rich.console.Console:
+    """A console for tables, without styles if the output is not a terminal or NO_COLOR is set.
+
+    `options` go to `rich.console.Console`.
+    """
+    # With NO_COLOR alone, rich drops the colours but still writes the codes for bold and dim.
     system = None if os.environ.get("NO_COLOR") else "auto"
     return rich.console.Console(**{"color_system": system, "highlight": False, **options})
 
 
 def visible(text: str) -> str:
-    """A text as characters that take a place on one line: controls and the like are escaped as Python does."""
-    shown = "".join(
-        c.encode("unicode_escape").decode()
-        if c != " " and unicodedata.category(c) in _ESCAPED
-        else c
-        for c in text
-    )
-    combining = shown and unicodedata.category(shown[0]).startswith(
-        "M"
-    )  # it would join the column before
-    return f"\N{DOTTED CIRCLE}{shown}" if combining else shown
+    """The text with every character visible on one line: control characters and the like are
+    escaped as in Python's string literals."""
+    shown = "".join(map(_visible_character, text))
+    if shown and unicodedata.category(shown[0]).startswith("M"):
+        # A combining mark would attach to the column on its left.
+        return f"\N{DOTTED CIRCLE}{shown}"
+    return shown
+
+
+def _visible_character(character: str) -> str:
+    if character != " " and unicodedata.category(character) in _ESCAPED:
+        return character.encode("unicode_escape").decode()
+    return character
 
 
 def spelling(tokenizer: Tokenizer, token: int) -> str:
-    """How one token is written in a cell, never as silence or as an absent cell is.
+    """The text of a token in a cell. It never looks like silence or an absent cell.
 
-    The space before a word is left out, other outer spaces are shown. A token that is no whole character is spelled as
-    the vocabulary does.
+    The space before a word is left out; other leading and trailing spaces are shown as SPACE. A
+    token that is not a whole character is spelled as in the vocabulary.
     """
     piece = tokenizer.piece(token)
-    if tokenizer.kind == "tokenizers":  # some of these have an alphabet of their own for bytes
-        text = tokenizer.decode([token])
-        piece = text if text and "\N{REPLACEMENT CHARACTER}" not in text else piece
+    if tokenizer.kind == "tokenizers":
+        # Vocabularies of byte-level BPE have an alphabet of their own for bytes: decode it.
+        decoded = tokenizer.decode([token])
+        if decoded and "\N{REPLACEMENT CHARACTER}" not in decoded:
+            piece = decoded
     piece = piece.replace("\u2581", " ")  # sentencepiece's mark of a space
     if len(piece) > 1 and piece[0] == " " != piece[1]:
         piece = piece[1:]
     inner = piece.strip(" ")
-    before = len(piece) - len(piece.lstrip(" ")) if inner else len(piece)
-    shown = SPACE * before + visible(inner) + SPACE * (len(piece) - before - len(inner))
+    leading = len(piece) - len(piece.lstrip(" ")) if inner else len(piece)
+    trailing = len(piece) - leading - len(inner)
+    shown = SPACE * leading + visible(inner) + SPACE * trailing
     return f"<{shown or token}>" if shown in (SILENT, ABSENT) else shown
 
 
-def cell(tokenizer: Tokenizer, token: int, present: bool, kind: str) -> rich.text.Text:
-    """A cell of a stream of that kind."""
+def draw(tokenizer: Tokenizer, token: int, present: bool) -> Cell:
+    """The cell that holds `token`, or is absent."""
     if not present:
-        return rich.text.Text(ABSENT)
+        return Cell(ABSENT, "absent")
     if token == tokenizer.silence_id:
-        return rich.text.Text(SILENT, style="dim")
-    return rich.text.Text(spelling(tokenizer, token), style="cyan" if kind == "input" else "")
+        return Cell(SILENT, "silence")
+    return Cell(spelling(tokenizer, token), "token")
+
+
+def cell(tokenizer: Tokenizer, token: int, present: bool, kind: str) -> rich.text.Text:
+    """The cell of a stream of that kind (input, output or thought) in the style of a terminal."""
+    return styled(draw(tokenizer, token, present), kind)
+
+
+def styled(cell: Cell, kind: str) -> rich.text.Text:
+    """The drawn cell of a stream of that kind in the style of a terminal."""
+    style = "cyan" if kind == "input" else ""
+    return rich.text.Text(cell.text, style={"silence": "dim", "absent": ""}.get(cell.state, style))
 
 
 def fit(widths: Sequence[int], room: int) -> list[int]:
-    """Column widths that fill at most `room`, with one space after each; the widest give way, down to NARROWEST."""
+    """The widths, of which the widest are reduced until all columns fit into `room` characters.
+
+    A space follows each column. No column becomes narrower than NARROWEST, even where that is too
+    wide for `room`.
+    """
     cap = max(widths, default=0)
     while cap > NARROWEST and sum(min(width, cap) + 1 for width in widths) > room:
         cap -= 1
@@ -85,13 +112,13 @@ def fit(widths: Sequence[int], room: int) -> list[int]:
 
 
 def line(texts: Sequence[rich.text.Text], widths: Sequence[int]) -> rich.text.Text:
-    """One line of a table: the number of the row, then the cells, each cut or padded to its column's width."""
-    whole = rich.text.Text()
+    """One line of a table: the row number and the cells, each cut or padded to its width."""
+    joined = rich.text.Text()
     for text, width in zip(texts, widths, strict=True):
         text.truncate(width, overflow="ellipsis", pad=True)
-        whole.append_text(text).append(" ")
-    whole.rstrip()
-    return whole
+        joined.append_text(text).append(" ")
+    joined.rstrip()
+    return joined
 
 
 def print_line(
@@ -108,7 +135,13 @@ def print_texts(
     tokens: np.ndarray,
     present: np.ndarray,
 ) -> None:
-    """What each stream of a table [T, S] says."""
+    """Prints the text of each stream of a table.
+
+    Args:
+      names: the streams.
+      tokens: [T, S] int.
+      present: [T, S] bool.
+    """
     for stream, name in enumerate(names):
         text = tokenizer.decode(tokens[present[:, stream], stream])
         lines = "\n".join(map(visible, text.split("\n")))

@@ -1,13 +1,13 @@
-"""Pictures of tables, of who sees whom, of losses, attention and entropy, for notebooks.
+"""Plots for notebooks: tables, visibility, losses, attention between streams, entropy.
 
-Every function draws on axes of matplotlib, which the caller makes (extra `notebooks`). A stream has the same colour in
-all of them, by its place among the streams.
+Every function draws on matplotlib axes that the caller makes (extra `notebooks`). A stream has the
+same colour in all of them, by its place among the streams.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,8 +19,8 @@ from msllm.view.tables import Columns
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MARK = "#d6336c"  # the cell that is spoken of
-DARK = 0.6  # shades from which on text is white
+MARK = "#d6336c"  # outline of a cell that a figure is about
+DARK = 0.6  # from this shade on, text is white
 
 
 def table(
@@ -31,11 +31,15 @@ def table(
     shade: np.ndarray | None = None,
     cell: tuple[int, int] | None = None,
 ) -> None:
-    """A table as words, rows downwards. Silence is a middle dot, an absent cell is grey.
+    """Draws a table as words, with rows downwards. Silence is a middle dot, an absent cell is grey.
 
     Args:
-      tokens: [T, S]. present: [T, S] bool; None: every cell is there.
-      shade: [T, S] in 0..1 (bool: 0 or 1), the darkness of cells; nan counts as 0. cell: (t, s), which is outlined.
+      axes: where to draw.
+      columns: the streams.
+      tokens: [T, S] int.
+      present: [T, S] bool; None: all cells are present.
+      shade: [T, S] in 0..1, the darkness of the cells; nan counts as 0.
+      cell: (t, s) of a cell to outline.
     """
     rows, streams = tokens.shape
     present = np.ones(tokens.shape, bool) if present is None else present
@@ -43,10 +47,8 @@ def table(
     axes.set_facecolor("0.85")
     axes.imshow(np.ma.masked_array(shade, ~present), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for t, s in np.argwhere(present):
-        silent = tokens[t, s] == columns.tokenizer.silence_id
-        text = cells.SILENT if silent else cells.spelling(columns.tokenizer, int(tokens[t, s]))
-        color = "white" if shade[t, s] > DARK else "black"
-        axes.text(s, t, text.replace("$", r"\$"), ha="center", va="center", fontsize=8, color=color)
+        text = cells.draw(columns.tokenizer, int(tokens[t, s]), True).text
+        _write(axes, s, t, text.replace("$", r"\$"), shade[t, s])
     axes.set_xticks(range(streams), columns.names)
     axes.set_yticks(range(rows), range(rows), fontsize=7)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
@@ -55,18 +57,19 @@ def table(
     if cell is not None:
         t, s = cell
         left, right, top, bottom = s - 0.48, s + 0.48, t - 0.48, t + 0.48
-        axes.plot(
-            [left, right, right, left, left],
-            [top, top, bottom, bottom, top],
-            color=MARK,
-            linewidth=2,
-        )
+        xs, ys = [left, right, right, left, left], [top, top, bottom, bottom, top]
+        axes.plot(xs, ys, color=MARK, linewidth=2)
 
 
 def visibility(axes: Axes, seen: np.ndarray, names: Sequence[str]) -> None:
-    """Who sees whom, as a matrix of all cells by all cells in row-major order: dark where the query sees the key.
+    """Draws which cells see which: a matrix of all cells in row-major order, dark where a query
+    sees a key.
 
-    `seen`: [T, S, T, S] bool (query row, query stream, key row, key stream), of `streams.visibility_table`.
+    Args:
+      axes: where to draw.
+      seen: [T, S, T, S] bool: query row, query stream, key row, key stream, as
+        `streams.visibility_table` returns it.
+      names: the streams.
     """
     rows, streams = seen.shape[:2]
     axes.imshow(seen.reshape(rows * streams, rows * streams), cmap="Blues", vmin=0, vmax=1)
@@ -85,53 +88,74 @@ def losses(
     metrics: Mapping[str, tuple[np.ndarray, np.ndarray]],
     names: Sequence[str],
     kind: str = "nll",
-    **style,
+    **style: Any,
 ) -> None:
-    """A line per stream of a run's metrics. Raises UserError if no stream has such a metric.
+    """Draws a metric of each stream over the steps of a run.
 
     Args:
-      metrics: from `metrics.read`. names: of all streams; those without the metric get no line.
-      kind: nll, nll_spoken (silence left out), eval/nll or eval/nll_spoken. style: further arguments of `axes.plot`.
+      axes: where to draw.
+      metrics: {metric: (steps, values)}, as `metrics.read` returns it.
+      names: the streams; those without the metric get no line.
+      kind: nll, nll_spoken (silence left out), eval/nll or eval/nll_spoken.
+      style: further arguments of `axes.plot`.
+
+    Raises:
+      UserError: no stream has the metric.
     """
-    there = [(s, name) for s, name in enumerate(names) if f"{kind}/{name}" in metrics]
-    if not there:
+    drawn = [(s, name) for s, name in enumerate(names) if f"{kind}/{name}" in metrics]
+    if not drawn:
         kinds = sorted({metric.rpartition("/")[0] for metric in metrics} - {""})
         raise UserError(
             f"no stream has the metric {kind!r}: there are {', '.join(kinds) or 'none'}"
         )
-    for s, name in there:
-        axes.plot(
-            *metrics[f"{kind}/{name}"], **{"color": f"C{s}", "label": f"{name}, {kind}", **style}
-        )
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("step")
-    axes.set_ylabel("nats per target")
-    axes.legend(fontsize=8)
+    for s, name in drawn:
+        steps, values = metrics[f"{kind}/{name}"]
+        axes.plot(steps, values, **{"color": f"C{s}", "label": f"{name}, {kind}", **style})
+    _label(axes, "step", "nats per target")
 
 
 def between(axes: Axes, shares: np.ndarray, names: Sequence[str]) -> None:
-    """A heat map of what streams take of each other; `shares`: [S, S], of `attention_map.between_streams`."""
+    """Draws a heat map of how much attention streams give each other.
+
+    Args:
+      axes: where to draw.
+      shares: [S, S] (reader, source), as `attention_map.between_streams` returns it.
+      names: the streams.
+    """
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for reader, source in np.ndindex(shares.shape):
         share = shares[reader, source]
-        color = "white" if share > DARK else "black"
-        axes.text(source, reader, f"{share:.2f}", ha="center", va="center", fontsize=8, color=color)
+        _write(axes, source, reader, f"{share:.2f}", share)
     axes.set_xticks(range(len(names)), names)
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("attends to")
 
 
-def entropy(axes: Axes, rows: Sequence[Row], names: Sequence[str], **style) -> None:
-    """The entropy of the distribution that each cell was chosen from, over the rows of a session: a line per stream.
+def entropy(axes: Axes, rows: Sequence[Row], names: Sequence[str], **style: Any) -> None:
+    """Draws the entropy of the distributions that the cells of a session were sampled from.
 
-    Streams that have none (inputs, unless the engine computes all logits) get no line. `style`: further arguments of
-    `axes.plot`.
+    Args:
+      axes: where to draw.
+      rows: of a session.
+      names: the streams. Those without an entropy get no line: inputs, unless the engine computes
+        all logits.
+      style: further arguments of `axes.plot`.
     """
     number, values = [row.index for row in rows], np.array([row.entropy for row in rows])
     for s, name in enumerate(names):
         if not np.isnan(values[:, s]).all():
             axes.plot(number, values[:, s], **{"color": f"C{s}", "label": name, **style})
+    _label(axes, "row", "entropy, nats")
+
+
+def _write(axes: Axes, x: int, y: int, text: str, shade: float) -> None:
+    """Writes into a cell of that darkness."""
+    color = "white" if shade > DARK else "black"
+    axes.text(x, y, text, ha="center", va="center", fontsize=8, color=color)
+
+
+def _label(axes: Axes, x: str, y: str) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("row")
-    axes.set_ylabel("entropy, nats")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
     axes.legend(fontsize=8)

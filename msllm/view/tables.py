@@ -1,33 +1,19 @@
-"""Tables as pictures of characters: on a terminal or in a page, with a mark where each example begins."""
+"""Tables drawn as text: for a terminal here, for a page in prepared.html."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import rich.console
-import rich.text
+from rich.text import Text
 
 from msllm.data.packing import Packed
 from msllm.data.tables import Table, unpack
 from msllm.tokenizer import Tokenizer
 from msllm.view import cells
-
-_STYLE = """
-.box { overflow: auto; max-height: 85vh; }
-.cells { width: auto; margin: 0; border-collapse: separate; border-spacing: 0; }
-.cells td, .cells th { padding: 1px 12px 1px 4px; border: 0; font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace;
-  text-align: left; white-space: pre; }
-.cells thead th { position: sticky; top: 0; background: var(--card); color: var(--ink); font-weight: 600;
-  border-bottom: 1px solid var(--line); }
-.cells small, .cells tbody th { color: var(--soft); font-weight: 400; }
-.cells tbody th { text-align: right; }
-.cells tr.mark th { padding-top: 9px; border-bottom: 1px solid var(--c5); text-align: left; }
-.cells td.s { opacity: .45; }
-.cells td.a { background: repeating-linear-gradient(135deg, transparent 0 3px, var(--line) 3px 4px); }
-"""
+from msllm.view.cells import Cell
 
 
 class Columns(NamedTuple):
@@ -39,128 +25,113 @@ class Columns(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """An example in a drawing."""
+    """One example of a table."""
 
     title: str
-    first: int  # number of its first row
-    table: Table
+    first: int  # number of its first row in the table
+    rows: list[list[Cell]]  # [T][S]
 
 
 class Drawing(NamedTuple):
-    """What is drawn as one table."""
+    """A table as it is shown, with a mark where each example begins."""
 
     title: str
     segments: list[Segment]
-    empty: int = 0  # rows without an example, which are not drawn
+    note: str = ""  # on rows that are not shown
 
 
-def of_example(number: int, table: Table) -> Drawing:
-    """A single example with its number in stored order."""
-    return Drawing(f"example {number:,}", [Segment(_title(number, table), 0, table)])
+def draw_example(columns: Columns, number: int, table: Table, limit: int | None = None) -> Drawing:
+    """Draws a single example.
+
+    Args:
+      columns: the streams.
+      number: of the example in stored order.
+      table: its cells.
+      limit: rows to draw at most.
+    """
+    return _draw(columns, f"example {number:,}", [(number, 0, table)], 0, limit)
 
 
-def of_packed(number: int, first: int, packed: Packed) -> Drawing:
-    """A packed table with its number in stored order; `first`: the number of its first example."""
-    segments = []
+def draw_packed(
+    columns: Columns, number: int, first: int, packed: Packed, limit: int | None = None
+) -> Drawing:
+    """Draws the examples of a packed table, without its empty rows.
+
+    Args:
+      columns: the streams.
+      number: of the table in stored order.
+      first: number of its first example in stored order.
+      packed: its cells.
+      limit: rows to draw at most.
+    """
+    examples = []
     for i, table in enumerate(unpack(packed._asdict(), packed.examples)):
-        segments.append(
-            Segment(_title(first + i, table), int(np.argmax(packed.segment == i + 1)), table)
-        )
+        examples.append((first + i, int(np.argmax(packed.segment == i + 1)), table))
     rows, filled = len(packed.segment), int((packed.segment > 0).sum())
-    return Drawing(
-        f"table {number:,}: {filled} of {rows} rows hold examples", segments, rows - filled
-    )
+    title = f"table {number:,}: {filled} of {rows} rows hold examples"
+    return _draw(columns, title, examples, rows - filled, limit)
 
 
-def _title(number: int, table: Table) -> str:
-    return f"example {number:,}, {table.example}, {len(table.tokens)} rows"
-
-
-def to_terminal(
-    console: rich.console.Console,
+def _draw(
     columns: Columns,
-    drawing: Drawing,
-    limit: int | None = None,
-    cut: bool = True,
-) -> None:
-    """Prints a table, at most `limit` rows of it. `cut`: columns give way until a line fits the console's width."""
-    segments, note = _limited(drawing, limit)
-    lines = [
-        [rich.text.Text(text, style="bold") for text in ("row", *map(cells.visible, columns.names))]
+    title: str,
+    examples: Sequence[tuple[int, int, Table]],
+    empty: int,
+    limit: int | None,
+) -> Drawing:
+    """Draws (number, first row, table) of each example."""
+    total = sum(len(table.tokens) for _, _, table in examples)
+    shown = left = total if limit is None else min(limit, total)
+    segments = []
+    for number, first, table in examples:
+        if left == 0:
+            break
+        rows = _rows(columns, table.tokens[:left], table.present[:left])
+        heading = f"example {number:,}, {table.example}, {len(table.tokens)} rows"
+        segments.append(Segment(heading, first, rows))
+        left -= len(rows)
+    notes = []
+    if shown < total:
+        notes.append(f"{total - shown} more rows: --rows={total} shows them")
+    if empty:
+        notes.append(f"{empty} empty rows")
+    return Drawing(title, segments, ", ".join(notes))
+
+
+def _rows(columns: Columns, tokens: np.ndarray, present: np.ndarray) -> list[list[Cell]]:
+    return [
+        [cells.draw(columns.tokenizer, *cell) for cell in zip(*row, strict=True)]
+        for row in zip(tokens.tolist(), present.tolist(), strict=True)
     ]
-    marks = {}  # {line: title of the segment that begins there}
-    for segment in segments:
+
+
+def print_drawing(
+    console: rich.console.Console, columns: Columns, drawing: Drawing, cut: bool = True
+) -> None:
+    """Prints a table.
+
+    Args:
+      console: where to.
+      columns: the streams.
+      drawing: their cells.
+      cut: narrow the columns until a line fits the console's width.
+    """
+    names = ("row", *map(cells.visible, columns.names))
+    lines = [[Text(name, style="bold") for name in names]]
+    marks = {}  # {line: title of the example that begins there}
+    for segment in drawing.segments:
         marks[len(lines)] = segment.title
-        for row, (tokens, present) in enumerate(
-            zip(segment.table.tokens.tolist(), segment.table.present)
-        ):
-            line = [
-                cells.cell(columns.tokenizer, *cell) for cell in zip(tokens, present, columns.kinds)
-            ]
-            lines.append([rich.text.Text(str(segment.first + row), style="dim"), *line])
-    widths = [max(line[i].cell_len for line in lines) for i in range(len(lines[0]))]
+        for number, row in enumerate(segment.rows, segment.first):
+            texts = map(cells.styled, row, columns.kinds)
+            lines.append([Text(str(number), style="dim"), *texts])
+    widths = [max(text.cell_len for text in column) for column in zip(*lines, strict=True)]
     if cut:
         widths = [widths[0], *cells.fit(widths[1:], console.width - widths[0] - 1)]
-    console.print(rich.text.Text(drawing.title, style="bold"), soft_wrap=True)
+    console.print(Text(drawing.title, style="bold"), soft_wrap=True)
     for number, line in enumerate(lines):
         if number in marks:
             rule = f"── {marks[number]} ──".ljust(sum(widths) + len(widths) - 1, "─")
-            console.print(rich.text.Text(rule, style="magenta"), soft_wrap=True)
+            console.print(Text(rule, style="magenta"), soft_wrap=True)
         cells.print_line(console, line, widths)
-    if note:
-        console.print(rich.text.Text(f"({note})", style="dim"), soft_wrap=True)
-
-
-def to_html(columns: Columns, drawing: Drawing, limit: int | None = None) -> str:
-    """A table, at most `limit` rows of it, as a part of a page that has `style`."""
-    segments, note = _limited(drawing, limit)
-    heads = [
-        f"<th>{html.escape(cells.visible(name))} <small>{kind}</small></th>"
-        for name, kind in zip(columns.names, columns.kinds)
-    ]
-    rows = []
-    for segment in segments:
-        title = html.escape(segment.title)
-        rows.append(f"<tr class=mark><th colspan={1 + len(heads)}>{title}</th></tr>\n")
-        for row, (tokens, present) in enumerate(
-            zip(segment.table.tokens.tolist(), segment.table.present)
-        ):
-            shown = "".join(_html_cell(columns.tokenizer, *cell) for cell in zip(tokens, present))
-            rows.append(f"<tr><th>{segment.first + row}</th>{shown}</tr>\n")
-    head = f"<thead><tr><th>row</th>{''.join(heads)}</tr></thead>"
-    body = f"<div class=box><table class=cells>{head}<tbody>{''.join(rows)}</tbody></table></div>"
-    note = f"<p class='soft note'>{html.escape(note)}</p>" if note else ""
-    return f"<h2>{html.escape(drawing.title)}</h2>{body}{note}\n"
-
-
-def style(columns: Columns) -> str:
-    """What a page needs for `to_html`, beside the common style: what is given has a colour of its own."""
-    inputs = [
-        f".cells td:nth-child({2 + i})" for i, kind in enumerate(columns.kinds) if kind == "input"
-    ]
-    return _STYLE + (f"{', '.join(inputs)} {{ color: var(--c1); }}\n" if inputs else "")
-
-
-def _html_cell(tokenizer: Tokenizer, token: int, present: bool) -> str:
-    if not present:
-        return "<td class=a></td>"
-    if token == tokenizer.silence_id:
-        return f"<td class=s>{cells.SILENT}</td>"
-    return f"<td>{html.escape(cells.spelling(tokenizer, token))}</td>"
-
-
-def _limited(drawing: Drawing, limit: int | None) -> tuple[list[Segment], str]:
-    """The segments within the first `limit` rows, and a note on what is left out."""
-    total = sum(len(segment.table.tokens) for segment in drawing.segments)
-    left = shown = total if limit is None else min(limit, total)
-    segments = []
-    for segment in drawing.segments:
-        if left > 0:
-            tokens, present = segment.table.tokens[:left], segment.table.present[:left]
-            segments.append(
-                segment._replace(table=segment.table._replace(tokens=tokens, present=present))
-            )
-            left -= len(tokens)
-    notes = [f"{total - shown} more rows: --rows={total} shows them"] * (total > shown)
-    notes += [f"{drawing.empty} empty rows"] * (drawing.empty > 0)
-    return segments, ", ".join(notes)
+    if drawing.note:
+        console.print(Text(f"({drawing.note})", style="dim"), soft_wrap=True)

@@ -1,0 +1,131 @@
+"""Tables and examples of prepared data by number or id, each read when it is asked for."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Iterator
+
+import numpy as np
+from array_record.python import array_record_module
+
+from msllm.data import records
+from msllm.data.packing import Packed
+from msllm.data.tables import Table, unpack
+from msllm.errors import UserError
+from msllm.runtime.progress import Progress
+from msllm.tokenizer import Tokenizer
+from msllm.view.tables import Columns
+
+
+class Split:
+    """One split of a prepared directory.
+
+    A shard is opened, and its size checked, when one of its tables is read.
+
+    Attributes:
+      directory: where the data are.
+      split: name of the split.
+      manifest: the manifest of the directory.
+      part: what the manifest says about the split.
+      columns: names and kinds of the streams, and the tokenizer.
+    """
+
+    def __init__(self, directory: str | pathlib.Path, split: str):
+        """Raises UserError if there are no such data, or no table in the split."""
+        self.directory, self.split = pathlib.Path(directory), split
+        self.manifest, self._paths = records.open_prepared(directory, split, part=None)
+        self.part = self.manifest["splits"][split]
+        stored, streams = self.manifest["tokenizer"], self.manifest["streams"]
+        tokenizer = Tokenizer.load(self.directory / stored["file"], stored["silence"])
+        self.columns = Columns(streams["names"], streams["kinds"], tokenizer)
+        self._starts = np.cumsum([0, *(shard["records"] for shard in self.part["shards"])])
+        self._shard: int | None = None  # the one that _reader reads
+        self._reader: array_record_module.ArrayRecordReader | None = None
+        if not len(self):
+            others = [name for name, part in self.manifest["splits"].items() if part["tables"]]
+            raise UserError(
+                f"--split={split}: {directory} has no table in it; "
+                f"look at --split={' or '.join(others)}"
+            )
+
+    def __len__(self) -> int:
+        """The number of packed tables."""
+        return self.part["tables"]
+
+    def table(self, number: int) -> Packed:
+        """A packed table by its number in stored order. Raises UserError if it cannot be read."""
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        try:
+            if shard != self._shard:
+                self._open(shard)
+            record = self._reader.read([number - int(self._starts[shard])])[0]
+        except RuntimeError as error:
+            raise UserError(
+                f"{self._paths[shard]} is corrupt ({error}): restore it, or prepare again"
+            ) from error
+        return records.decode_record(
+            record, len(self.columns.names), self.columns.tokenizer.vocab_size
+        )
+
+    def _open(self, shard: int) -> None:
+        if self._reader is not None:
+            self._reader.close()
+        self._shard, self._reader = None, None
+        records.check_shard(self.directory, self.part["shards"][shard], read=False)
+        # Records are read one at a time, so reading ahead would be wasted.
+        self._reader = array_record_module.ArrayRecordReader(
+            self._paths[shard], "readahead_buffer_size:0"
+        )
+        self._shard = shard
+
+    def tables(self) -> Iterator[tuple[int, Packed]]:
+        """Yields (number of its first example, table) for all packed tables in stored order."""
+        first = 0
+        for number in range(len(self)):
+            packed = self.table(number)
+            yield first, packed
+            first += len(packed.examples)
+
+    def example(self, wanted: str) -> tuple[int, Table]:
+        """Finds an example by reading tables from the first one on.
+
+        Args:
+          wanted: number of the example in stored order, or its id (16 hex digits).
+
+        Returns:
+          Its number and its table.
+
+        Raises:
+          UserError: there is no such example.
+        """
+        by_id = re.fullmatch(r"[0-9a-f]{16}", wanted) is not None
+        number = None if by_id else self._checked_number(wanted)
+        with Progress("inspect: tables", len(self)) as progress:
+            for done, (first, packed) in enumerate(self.tables()):
+                progress.show(done)
+                if by_id and wanted in packed.examples:
+                    place = packed.examples.index(wanted)
+                elif not by_id and number < first + len(packed.examples):
+                    place = number - first
+                else:
+                    continue
+                return first + place, unpack(packed._asdict(), packed.examples)[place]
+        raise UserError(
+            f"--example={wanted}: split {self.split!r} of {self.directory} does not hold it; an "
+            "example that was held out is in the other split (--split=train or --split=eval)"
+        )
+
+    def _checked_number(self, wanted: str) -> int:
+        total = self.part["examples"]
+        if not wanted.isdecimal():
+            raise UserError(
+                f"--example={wanted!r}: give a number from 0 to {total - 1}, "
+                "or an id of 16 hex digits"
+            )
+        if int(wanted) >= total:
+            raise UserError(
+                f"--example={wanted}: split {self.split!r} of {self.directory} holds the "
+                f"examples 0 to {total - 1}"
+            )
+        return int(wanted)
