@@ -18,7 +18,7 @@ from msllm.config import RopeScalingConfig
 from msllm.decode.engine import Engine
 from msllm.errors import UserError
 from msllm.evals.score import score
-from msllm.model.rope import rope_frequencies
+from msllm.model.layers import rope_frequencies
 from msllm.weights import gguf as gguf_reader
 from msllm.weights import hf
 from msllm.weights.convert import from_gguf, to_hf

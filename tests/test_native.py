@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from msllm.decode.cache import BITS, PANELS, ROWS_LAST, attend, store, write_row
 from msllm.kernels import cpu as cpu_kernels
+from msllm.model.linear import linear, linear_back
 
 pytestmark = pytest.mark.skipif(
     cpu_kernels.unavailable_reason() is not None,
@@ -37,11 +38,9 @@ def test_products_are_products(m, k, n, seed, dtype):
         jnp.asarray(random.standard_normal(shape, np.float32), dtype) for shape in ((m, k), (k, n))
     )
     right = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
-    sums = cpu_kernels.product_transposed(x, w.T)
-    outs = [
-        cpu_kernels.products(x, [cpu_kernels.pack(w.T if axis else w, axis)], axis)[0]
-        for axis in (0, 1)
-    ]
+    sums = cpu_kernels.matmul_table(x, cpu_kernels.TableWeight(w.T))
+    packed = [cpu_kernels.pack(w, sum_over_first=True), cpu_kernels.pack(w.T, sum_over_first=False)]
+    outs = [cpu_kernels.matmul_packed(x, [weight])[0] for weight in packed]
     assert sums.dtype == jnp.float32 and {out.dtype for out in outs} == {x.dtype}
     for out in (sums, *outs):
         rounded = 2**-8 if out.dtype == jnp.bfloat16 else 1e-5
@@ -61,11 +60,11 @@ def test_large_products_are_shared_among_threads():
 
     @jax.jit
     def products(x, weights):
-        def packed(axis):
-            return [cpu_kernels.pack(w.T if axis else w, axis) for w in weights]
-
-        both = [cpu_kernels.products(x, packed(axis), axis) for axis in (0, 1)]
-        return *both, [cpu_kernels.product_transposed(x, w.T) for w in weights]
+        return (
+            cpu_kernels.matmul_packed(x, [cpu_kernels.pack(w, True) for w in weights]),
+            cpu_kernels.matmul_packed(x, [cpu_kernels.pack(w.T, False) for w in weights]),
+            [cpu_kernels.matmul_table(x, cpu_kernels.TableWeight(w.T)) for w in weights],
+        )
 
     for outs in products(x, weights):
         for out, expected in zip(outs, right, strict=True):
@@ -74,12 +73,28 @@ def test_large_products_are_shared_among_threads():
 
 def test_weights_are_packed_panel_after_panel():
     w = jnp.arange(3 * 70).reshape(3, 7, 10)  # 70 columns: two panels and six
-    flat, packed = np.asarray(w.reshape(3, 70)), cpu_kernels.pack(w, 0)
-    assert packed.shape == w.shape
+    flat, packed = np.asarray(w.reshape(3, 70)), cpu_kernels.pack(w, sum_over_first=True)
+    assert packed.shape == w.shape and packed.panels.shape == flat.shape
     expected = [flat[:, :32].ravel(), flat[:, 32:64].ravel(), flat[:, 64:].ravel()]
-    np.testing.assert_array_equal(packed.ravel(), np.concatenate(expected))
-    back = cpu_kernels.pack(jnp.asarray(flat.T.reshape(70, 3)), 1)
-    np.testing.assert_array_equal(back.ravel(), packed.ravel())
+    np.testing.assert_array_equal(packed.panels.ravel(), np.concatenate(expected))
+    back = cpu_kernels.pack(jnp.asarray(flat.T.reshape(70, 3)), sum_over_first=False)
+    np.testing.assert_array_equal(back.panels, packed.panels)
+
+
+def test_the_model_multiplies_by_packed_weights():
+    """`linear` and `linear_back` give the same with either type of weight."""
+    random = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(random.standard_normal(shape, np.float32))
+
+    x, weights = draw(2, 3, 24), [draw(24, 5, 8), draw(24, 7)]
+    packed = [cpu_kernels.pack(w, sum_over_first=True) for w in weights]
+    for ours, theirs in zip(linear(x, packed), linear(x, weights), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    x, weight = draw(2, 3, 5, 8), draw(24, 5, 8)
+    ours = linear_back(x, cpu_kernels.pack(weight, sum_over_first=False))
+    np.testing.assert_allclose(ours, linear_back(x, weight), atol=1e-5)
 
 
 DTYPES = ("float32", BITS, "int8")
@@ -232,10 +247,11 @@ def decoded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kernels")
     tokens, said = decode(folder)
     assert (
-        "making kernels for this CPU" in said and len(list(folder.glob("msllm/native-*.so"))) == 1
+        "compiling kernels for this CPU" in said
+        and len(list(folder.glob("msllm/native-*.so"))) == 1
     )
     again, said = decode(folder)
-    assert "making kernels" not in said and again == tokens
+    assert "compiling kernels" not in said and again == tokens
     return tokens
 
 
@@ -256,7 +272,7 @@ def test_lesser_cpus_give_the_same(decoded, tmp_path, cpu):
     )
     compiler.chmod(0o755)
     tokens, said = decode(tmp_path, CXX=str(compiler))
-    assert "making kernels for this CPU" in said and "decoding by XLA alone" not in said
+    assert "compiling kernels for this CPU" in said and "decoding by XLA alone" not in said
     assert tokens == decoded
 
 

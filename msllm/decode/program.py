@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from msllm.config import ModelConfig
@@ -35,7 +36,7 @@ from msllm.decode.cache import (
 from msllm.decode.sampling import FREE, Chosen, Sampling, row_keys, sample
 from msllm.kernels import cpu as cpu_kernels
 from msllm.model.attention.dispatch import backend
-from msllm.model.layers import rope_angles
+from msllm.model.layers import InputWeight, OutputWeight, rope_angles
 from msllm.model.model import MultiStreamLM, abstract_model, bind, portable_backend
 from msllm.runtime.compiler import compiler_options
 from msllm.sharding import axis_index, axis_size, gather, gather_streams, mesh_axes, partition_spec
@@ -43,7 +44,6 @@ from msllm.streams import Cells, StreamSpec, pad_lag
 
 NOWHERE = 1 << 30  # a place beyond any window
 RUN_ROWS = 32  # rows that one call of `run` advances at most
-FEW_ROWS = 32  # cells up to which msllm's product with the head, which is not packed, is quicker on a CPU than XLA's
 
 log = logging.getLogger("msllm")
 
@@ -184,8 +184,13 @@ class DecodeProgram:
             ]
 
         vocabulary = PartitionSpec(*cells, None)
+
+        def weight_spec(axes):
+            # Packed weights have axes of their own, and are on one device.
+            return PartitionSpec() if self._kernels.packed else partition_spec(*axes)
+
         return Specs(
-            jax.tree.map(lambda a: partition_spec(*a), self._axes, is_leaf=_is_axes),
+            jax.tree.map(weight_spec, self._axes, is_leaf=_is_axes),
             State(
                 # Which cells are there is known to every device of the mesh axis `stream`: all queries come to all keys.
                 Cache(*map(fit, self.layout, state.cache[:2]), Cells(*[per_session] * 4)),
@@ -206,23 +211,39 @@ class DecodeProgram:
         return jit(function, donate_argnums=1)
 
     def _prepare(self, parameters):
-        """Weights of matrix products in the compute dtype, so that no row converts them, and as the kernels read them; each
-        layer's in own arrays."""
+        """Weights of matrix products in the compute dtype, so that no row converts them; each layer's in arrays of its own. With
+        kernels they are of the types that the kernels multiply."""
         dtype = self.config.compute_dtype
 
-        def cast(tree):
-            return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 2 else x, tree)
+        def cast(x):
+            # With the axis of layers, norms have two dimensions: they stay float32.
+            return x.astype(dtype) if x.ndim > 2 else x
 
-        blocks = cast(parameters["blocks"])  # with the axis of layers, norms have two dimensions
-        if self._kernels.packed:
-            blocks = jax.tree_util.tree_map_with_path(_pack, blocks)
+        blocks = jax.tree.map(cast, parameters["blocks"])
         tables = {
             name: parameters[name].astype(dtype)
             for name in ("embedding", "head")
             if name in parameters
         }
+        if self._kernels.packed:
+            blocks = self._pack({**parameters, "blocks": blocks})
+            head = "embedding" if self.config.tie_embeddings else "head"
+            tables[head] = cpu_kernels.TableWeight(tables[head])
         layers = [jax.tree.map(lambda x: x[i], blocks) for i in range(self.config.num_layers)]
         return {**parameters, **tables, "blocks": layers}
+
+    def _pack(self, parameters):
+        """The blocks' weights of all layers, packed where the model uses them in `linear` or `linear_back` alone."""
+
+        def pack(variable: nnx.Variable):
+            weight = variable.get_value()
+            if not isinstance(variable, InputWeight | OutputWeight):
+                return weight
+            sum_over_first = isinstance(variable, InputWeight)
+            return jax.vmap(lambda layer: cpu_kernels.pack(layer, sum_over_first))(weight)
+
+        variables = nnx.state(bind(self.graph, parameters).blocks)
+        return nnx.to_pure_dict(variables, extract_fn=pack)
 
     def _layers(self, weights) -> list[MultiStreamLM]:
         """The model, once for each layer: `blocks` of the i-th holds the weights of layer i."""
@@ -264,7 +285,7 @@ class DecodeProgram:
                 )
                 return attend(q, keys[i], values[i], mask, filled, self._kernels.attend_row)
 
-            x = model.blocks(x, angles, attention, self._kernels.products)
+            x = model.blocks(x, angles, attention)
         counts = feed.active[:, None] & feed.read_present & (tokens != self.silence_id)
         batch, stream = jnp.arange(len(tokens))[:, None], jnp.arange(size)
         said = said.at[batch, stream, tokens].max(counts)
@@ -287,9 +308,7 @@ class DecodeProgram:
             nothing = jnp.full(feed.given.shape, jnp.nan, jnp.float32)
             return Chosen(feed.given, nothing, nothing), None
         pick = (lambda x: x) if len(needed) == size else (lambda x: x[:, jnp.array(needed)])
-        logits = gather(
-            model.logits(model.finish(pick(x)), self._kernels.head), 2, mesh_axes("vocab")
-        )
+        logits = gather(model.logits(model.finish(pick(x))), 2, mesh_axes("vocab"))
         is_silence = jnp.arange(self.config.vocab_size) == self.silence_id
         bias = jnp.where(is_silence, -pick(feed.penalty)[..., None], 0.0)
         bias -= pick(controls.presence_penalty)[..., None] * pick(state.said)
@@ -359,7 +378,7 @@ class DecodeProgram:
                     q, gather_streams(k), gather_streams(v), cells, everyone, self._lag, streams
                 )
 
-            x = model.blocks(x, angles, attention, self._kernels.products)
+            x = model.blocks(x, angles, attention)
         everyone = everyone._replace(row=jnp.where(here, row, UNREAD))
         first = (*at, slice(0, tokens.shape[1]))
         known = jax.tree.map(
@@ -438,15 +457,12 @@ class Kernels(NamedTuple):
 
     Attributes:
       attention: a backend, for tables.
-      products: of all layers; None: XLA's. packed: their weights are, see `cpu_kernels.pack`.
-      head: the same for the head, which is not packed, see `model.logits`; None: XLA's.
+      packed: whether weights are stored in the types that the CPU kernels multiply (msllm/model/linear.py).
       attend_row: attention of a row over a block of the cache, see `cache.attend`; None: XLA's.
     """
 
     attention: Callable
-    products: Callable | None = None
     packed: bool = False
-    head: Callable | None = None
     attend_row: Callable | None = None
 
 
@@ -457,29 +473,10 @@ def _kernels(platform: str, config: ModelConfig, one_device: bool) -> Kernels:
     if reason := cpu_kernels.unavailable_reason():
         log.info("decoding by XLA alone, which is slower with several streams: %s", reason)
         return slow
-
-    def head(x, weights, axis):
-        if len(x) <= FEW_ROWS:
-            return [cpu_kernels.product_transposed(x, weights[0])]
-        return [jnp.matmul(x, weights[0].T, preferred_element_type=jnp.float32)]
-
     here = config.compute_dtype == "float32" and config.attention in ("auto", "native")
     attention = backend("native") if here else slow.attention
-    kernels = Kernels(attention, attend_row=cpu_kernels.attend_row)
-    # A device has other panels than the whole weight.
-    return (
-        kernels._replace(products=cpu_kernels.products, packed=True, head=head)
-        if one_device
-        else kernels
-    )
-
-
-def _pack(path, weight):
-    """Packs all layers' weights of `linear` and of `linear_back`."""
-    axis = {"q": 0, "k": 0, "v": 0, "gate": 0, "up": 0, "o": 1, "down": 1}.get(path[-1].key)
-    return (
-        weight if axis is None else jax.vmap(functools.partial(cpu_kernels.pack, axis=axis))(weight)
-    )
+    # Panels are of a whole weight, and a device of several has a part of it.
+    return Kernels(attention, packed=one_device, attend_row=cpu_kernels.attend_row)
 
 
 def _is_axes(x) -> bool:

@@ -1,13 +1,13 @@
 """Parts of the decoder: parameters, RMSNorm, rotary positions, attention projections, MLP.
 
-Every weight of a block has a leading axis `layers`: the model scans over it, and inside the scan a block sees its own
-layer's slice. Each parameter states its shape, its logical axes (see sharding.py) and its initial scale.
+Every weight of a block has a leading axis `layers`. The model scans over it, and inside the scan a
+block sees the slice of one layer. Each parameter states its shape, its logical axes (see
+sharding.py) and its initial scale.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -15,24 +15,44 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from msllm.config import ModelConfig
-from msllm.model.rope import rope_frequencies, rope_size
+from msllm.config import ModelConfig, RopeScalingConfig
+from msllm.kernels.cpu import PackedWeight, TableWeight
+from msllm.model.linear import Weight, linear, linear_back
 from msllm.sharding import RULES, gather, mesh_axes, psum
 
 ROPE_SPAN = 4096  # rows; see `rope_angles`
-# Names of the values that the remat policy `dots` keeps for the backward pass.
+# Names of the values that the remat policy `dots` saves for the backward pass.
 SAVED = ("qkv", "attention", "mid", "mlp")
+
+Angles = tuple[jax.Array, jax.Array]  # cos and sin of the rotary positions, from `rope_angles`
+
+
+class InputWeight(nnx.Param):
+    """A weight [layers, D, ...] used by `linear` alone. Decoding may store it packed."""
+
+
+class OutputWeight(nnx.Param):
+    """A weight [layers, D, ...] used by `linear_back` alone. Decoding may store it packed."""
 
 
 def parameter(
-    rngs: nnx.Rngs | None, shape: tuple[int, ...], axes: tuple[str, ...], scale: float
+    rngs: nnx.Rngs | None,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    scale: float,
+    kind: type[nnx.Param] = nnx.Param,
 ) -> nnx.Param:
-    """A float32 parameter drawn from normal(0, scale) (no `rngs`: zeros), with its logical axes as metadata."""
+    """A float32 parameter drawn from normal(0, scale), with its logical axes as metadata.
+
+    Args:
+      rngs: None: zeros, for shapes alone.
+      kind: `InputWeight` or `OutputWeight` if all its uses are `linear` or `linear_back`.
+    """
     assert len(shape) == len(axes), (shape, axes)
-    return nnx.Param(
-        scale * jax.random.normal(rngs.params(), shape, jnp.float32) if rngs else jnp.zeros(shape),
-        axes=axes,
+    value = (
+        scale * jax.random.normal(rngs.params(), shape, jnp.float32) if rngs else jnp.zeros(shape)
     )
+    return kind(value, axes=axes)
 
 
 def constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
@@ -40,68 +60,103 @@ def constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
 
 
-def gather_param(parameter: nnx.Param, dtype) -> jax.Array:
-    """One layer's weight in the compute dtype, complete along d_model; heads, ffn and vocabulary stay sharded."""
-    value = parameter[...]
-    axes = parameter.axes[
-        len(parameter.axes) - value.ndim :
-    ]  # inside the scan over layers the first one is gone
-    return (
-        gather_weight(value, dtype, axes.index("embed")) if "embed" in axes else value.astype(dtype)
-    )
+def gather_param(parameter: nnx.Param, dtype: jax.typing.DTypeLike) -> Weight:
+    """One layer's weight in the compute dtype, gathered along d_model.
+
+    Heads, ffn and vocabulary stay sharded.
+
+    Weights that decoding has stored in a type of its own are returned as they are: they are on one
+    device, in the compute dtype.
+    """
+    value = parameter.get_value()
+    if isinstance(value, PackedWeight | TableWeight):
+        return value
+    axes = parameter.axes[-value.ndim :]  # the scan over layers has removed the first axis
+    if "embed" not in axes:
+        return value.astype(dtype)
+    return gather_weight(value, dtype, axes.index("embed"))
 
 
-def gather_weight(weight: jax.Array, dtype, axis: int) -> jax.Array:
+def gather_weight(weight: jax.Array, dtype: jax.typing.DTypeLike, axis: int) -> jax.Array:
     """A weight in the compute dtype, gathered along its dimension `axis`, which is d_model."""
-    return gather(
-        weight.astype(dtype), axis, RULES["embed"]
-    )  # cast first: half the bytes in bfloat16
-
-
-def linear(x: jax.Array, weights: Iterable[jax.Array], products=None) -> Iterator[jax.Array]:
-    """From d_model into heads or MLP: x [..., D], weights [D, ...]. `products`: makes all at once, see `native.products`.
-    As 2-D products: with more dimensions, XLA:CPU transposes the operands of the weight's gradient in memory."""
-    size = x.shape[-1]
-    if products:
-        weights = list(weights)
-        made = products(x.reshape(-1, size), [weight.reshape(size, -1) for weight in weights], 0)
-    for i, weight in enumerate(weights):
-        # One after the other, from their weights on: in another order, XLA:TPU needs up to 5 % more memory.
-        y = made[i] if products else x.reshape(-1, size) @ weight.reshape(size, -1)
-        yield y.reshape(*x.shape[:-1], *weight.shape[1:])
-
-
-def linear_back(x: jax.Array, weight: jax.Array, products=None) -> jax.Array:
-    """Back to d_model: the product of the last axes of x and those of the weight [D, ...]. D is the first axis of every
-    weight: sharded over hundreds of devices it is short, and as the last one it would be padded to a TPU's 128 lanes."""
-    size = weight.shape[0]
-    kept = x.shape[: x.ndim - weight.ndim + 1]
-    x, weight = x.reshape(math.prod(kept), -1), weight.reshape(size, -1)
-    return (products(x, [weight], 1)[0] if products else x @ weight.T).reshape(*kept, size)
+    # Cast first: in bfloat16 half as many bytes are sent.
+    return gather(weight.astype(dtype), axis, RULES["embed"])
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x * weight / rms(x) over the last axis (Zhang & Sennrich 2019, arXiv 1910.07467), computed in float32."""
+    """x * weight / rms(x) over the last axis, in float32 (RMSNorm, arXiv 1910.07467)."""
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (x32 * scale * weight).astype(x.dtype)
 
 
-def rope_angles(position: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """cos and sin for positions [B, T] or [B, T, S], times `rope_size`: each [B, T, 1 or S, 1, H / 2] float32."""
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScalingConfig) -> np.ndarray:
+    """Angle per row of each rotated pair, [H / 2] float32 (RoPE, Su et al. 2021, arXiv 2104.09864).
+
+    `scaling` slows down some or all pairs, for contexts longer than the ones trained on.
+    """
+    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    slowed = frequencies / scaling.factor
+    unscaled = np.clip(_unscaled_share(frequencies, head_dim, theta, scaling), 0, 1)
+    return (unscaled * frequencies + (1 - unscaled) * slowed).astype(np.float32)
+
+
+def _unscaled_share(
+    frequencies: np.ndarray, head_dim: int, theta: float, scaling: RopeScalingConfig
+) -> float | np.ndarray:
+    """The share of its original frequency that each pair keeps, before it is clipped to [0, 1]."""
+    if scaling.kind == "none":
+        return 1.0
+    if scaling.kind == "linear":
+        return 0.0
+    if scaling.kind == "llama3":
+        # Llama 3.1: slow down long wavelengths, keep short ones, and blend between them.
+        rotations = scaling.original_max_position * frequencies / (2 * math.pi)
+        return (rotations - scaling.low_freq_factor) / (
+            scaling.high_freq_factor - scaling.low_freq_factor
+        )
+
+    # YaRN (Peng et al. 2023, arXiv 2309.00071, 3.2) blends by the number of the pair, between the
+    # two pairs that turn beta_fast and beta_slow times in the original context.
+    def exponent_of(turns: float) -> float:
+        """The x of the pair whose frequency is theta^-x."""
+        return math.log(scaling.original_max_position / (turns * 2 * math.pi)) / math.log(theta)
+
+    first = max(math.floor(head_dim / 2 * exponent_of(scaling.beta_fast)), 0)
+    last = min(math.ceil(head_dim / 2 * exponent_of(scaling.beta_slow)), head_dim - 1)
+    return 1 - (np.arange(head_dim // 2) - first) / (last - first if last != first else 0.001)
+
+
+def rope_scale(scaling: RopeScalingConfig) -> float:
+    """The factor of rotated queries and keys. YaRN sharpens attention (arXiv 2309.00071, 3.4)."""
+    if scaling.kind != "yarn":
+        return 1.0
+    return scaling.attention_factor or 0.1 * math.log(max(scaling.factor, 1.0)) + 1.0
+
+
+def rope_angles(position: jax.Array, config: ModelConfig) -> Angles:
+    """cos and sin of the rotary angles, times `rope_scale`.
+
+    Args:
+      position: [B, T] or [B, T, S].
+
+    Returns: cos and sin, each [B, T, 1 or S, 1, H / 2] float32.
+    """
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     if position.ndim == 2:
         position = position[:, :, None]
-    # Sessions have no last row: at row 10^6 a product in float32 is wrong by 1e-2. So whole turns are left out of what
-    # a span of rows turns by, in float64; up to its end nothing changes, not a bit.
-    of_span = (ROPE_SPAN * frequencies.astype(np.float64) % (2 * math.pi)).astype(np.float32)
-    position, size = position[..., None, None], rope_size(config.rope_scaling)
+    # Sessions have no last row, and at row 10^6 the angle as one float32 product is wrong by 1e-2.
+    # So the angle is the sum of two products, by spans of ROPE_SPAN rows and by rows within a span.
+    # The angle of a span is reduced modulo 2 pi in float64. Within the first span every bit is the
+    # same as without this.
+    span_angle = (ROPE_SPAN * frequencies.astype(np.float64) % (2 * math.pi)).astype(np.float32)
+    position, scale = position[..., None, None], rope_scale(config.rope_scaling)
     angle = (position % ROPE_SPAN).astype(jnp.float32) * frequencies
-    angle += (position // ROPE_SPAN).astype(jnp.float32) * of_span
-    return size * jnp.cos(angle), size * jnp.sin(angle)
+    angle += (position // ROPE_SPAN).astype(jnp.float32) * span_angle
+    return scale * jnp.cos(angle), scale * jnp.sin(angle)
 
 
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(x: jax.Array, angles: Angles) -> jax.Array:
     """Rotates the pairs (m, m + H/2) of the last axis of x [B, T, S, heads, H]."""
     cos, sin = angles
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -111,61 +166,49 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 class Projections(nnx.Module):
-    """The q, k, v and output projections of attention, with optional biases and norms on the heads."""
+    """The q, k, v and output projections of attention, with optional biases and head norms."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None):
         layers, d_model, head_dim = config.num_layers, config.d_model, config.head_dim
         heads, kv_heads = config.num_heads, config.num_kv_heads
         self.config = config
-        scale = d_model**-0.5
-        self.q = parameter(
-            rngs,
-            (layers, d_model, heads, head_dim),
-            ("layers", "embed", "heads", "head_dim"),
-            scale,
-        )
+        q_shape = (layers, d_model, heads, head_dim)
+        q_axes = ("layers", "embed", "heads", "head_dim")
+        kv_shape = (layers, d_model, kv_heads, head_dim)
         kv_axes = ("layers", "embed", "kv_heads", "head_dim")
-        self.k = parameter(rngs, (layers, d_model, kv_heads, head_dim), kv_axes, scale)
-        self.v = parameter(rngs, (layers, d_model, kv_heads, head_dim), kv_axes, scale)
-        # Residual branches start small, so that depth does not change the size of activations (GPT-2).
+        scale = d_model**-0.5
+        self.q = parameter(rngs, q_shape, q_axes, scale, InputWeight)
+        self.k = parameter(rngs, kv_shape, kv_axes, scale, InputWeight)
+        self.v = parameter(rngs, kv_shape, kv_axes, scale, InputWeight)
+        # GPT-2: residual branches start small, so depth does not change the size of activations.
         out_scale = (heads * head_dim * 2 * layers) ** -0.5
-        self.o = parameter(
-            rngs,
-            (layers, d_model, heads, head_dim),
-            ("layers", "embed", "heads", "head_dim"),
-            out_scale,
-        )
+        self.o = parameter(rngs, q_shape, q_axes, out_scale, OutputWeight)
         if config.attention_bias:
+            kv_bias_axes = ("layers", "kv_heads", "head_dim")
             self.q_bias = constant(0.0, (layers, heads, head_dim), ("layers", "heads", "head_dim"))
-            self.k_bias = constant(
-                0.0, (layers, kv_heads, head_dim), ("layers", "kv_heads", "head_dim")
-            )
-            self.v_bias = constant(
-                0.0, (layers, kv_heads, head_dim), ("layers", "kv_heads", "head_dim")
-            )
+            self.k_bias = constant(0.0, (layers, kv_heads, head_dim), kv_bias_axes)
+            self.v_bias = constant(0.0, (layers, kv_heads, head_dim), kv_bias_axes)
         if config.qk_norm:
             self.q_norm = constant(1.0, (layers, head_dim), ("layers", "head_dim"))
             self.k_norm = constant(1.0, (layers, head_dim), ("layers", "head_dim"))
 
-    def qkv(self, x: jax.Array, angles, products=None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def qkv(self, x: jax.Array, angles: Angles) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, T, S, D] -> q [B, T, S, N, H], k and v [B, T, S, K, H], normalised and rotated."""
-        weights = (
-            gather_param(weight, x.dtype) for weight in (self.q, self.k, self.v)
-        )  # each when it is used
-        q, k, v = (checkpoint_name(y, "qkv") for y in linear(x, weights, products))
+        # A generator: `linear` wants each weight to be gathered just before its product.
+        weights = (gather_param(weight, x.dtype) for weight in (self.q, self.k, self.v))
+        q, k, v = (checkpoint_name(y, "qkv") for y in linear(x, weights))
         if self.config.attention_bias:
-            q, k, v = (
-                y + b[...].astype(y.dtype)
-                for y, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias))
-            )
+            q = q + self.q_bias[...].astype(q.dtype)
+            k = k + self.k_bias[...].astype(k.dtype)
+            v = v + self.v_bias[...].astype(v.dtype)
         if self.config.qk_norm:
             q = rms_norm(q, self.q_norm[...], self.config.norm_eps)
             k = rms_norm(k, self.k_norm[...], self.config.norm_eps)
         return rotate(q, angles), rotate(k, angles), v
 
-    def out(self, x: jax.Array, products=None) -> jax.Array:
+    def out(self, x: jax.Array) -> jax.Array:
         """x [B, T, S, N, H] -> [B, T, S, D]."""
-        return psum(linear_back(x, gather_param(self.o, x.dtype), products), *mesh_axes("heads"))
+        return psum(linear_back(x, gather_param(self.o, x.dtype)), *mesh_axes("heads"))
 
 
 class Mlp(nnx.Module):
@@ -173,28 +216,34 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None):
         layers, d_model, d_ff = config.num_layers, config.d_model, config.d_ff
-        axes = ("layers", "embed", "mlp")
-        self.gate = parameter(rngs, (layers, d_model, d_ff), axes, d_model**-0.5)
-        self.up = parameter(rngs, (layers, d_model, d_ff), axes, d_model**-0.5)
-        self.down = parameter(rngs, (layers, d_model, d_ff), axes, (d_ff * 2 * layers) ** -0.5)
+        shape, axes = (layers, d_model, d_ff), ("layers", "embed", "mlp")
+        self.gate = parameter(rngs, shape, axes, d_model**-0.5, InputWeight)
+        self.up = parameter(rngs, shape, axes, d_model**-0.5, InputWeight)
+        self.down = parameter(rngs, shape, axes, (d_ff * 2 * layers) ** -0.5, OutputWeight)
 
-    def __call__(self, x: jax.Array, products=None) -> jax.Array:
-        """x [B, T, S, D] -> the same."""
-        # Else XLA:TPU puts the gradients of the weights off, and keeps the widest activations while attention needs room.
-        x, gate, up = tie_gradients(
-            (x, gather_param(self.gate, x.dtype), gather_param(self.up, x.dtype))
-        )
-        gate, up = (checkpoint_name(y, "mlp") for y in linear(x, [gate, up], products))
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, T, S, D] -> the same shape."""
+        gate, up = gather_param(self.gate, x.dtype), gather_param(self.up, x.dtype)
+        # Without this barrier XLA:TPU delays the weight gradients and keeps the widest activations
+        # alive through attention's backward pass.
+        x, gate, up = tie_gradients((x, gate, up))
+        gate, up = (checkpoint_name(y, "mlp") for y in linear(x, [gate, up]))
         down = gather_param(self.down, x.dtype)
-        return psum(linear_back(jax.nn.silu(gate) * up, down, products), *mesh_axes("mlp"))
+        return psum(linear_back(jax.nn.silu(gate) * up, down), *mesh_axes("mlp"))
 
 
 @jax.custom_vjp
 def tie_gradients(values):
-    """The same values. None of their gradients is used before all of them have been made."""
+    """The identity on a pytree whose backward pass uses no gradient before all are computed."""
     return values
 
 
-tie_gradients.defvjp(
-    lambda values: (values, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),)
-)
+def _tie_gradients_forward(values):
+    return values, None
+
+
+def _tie_gradients_backward(_, gradients):
+    return (jax.lax.optimization_barrier(gradients),)
+
+
+tie_gradients.defvjp(_tie_gradients_forward, _tie_gradients_backward)

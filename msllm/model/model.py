@@ -1,4 +1,5 @@
-"""The multi-stream decoder: embeddings, a scan over blocks, the head. Activations are [B, T, S, D] throughout."""
+"""The multi-stream decoder: embeddings, a scan over blocks, the head. Activations are [B, T, S, D]
+throughout."""
 
 from __future__ import annotations
 
@@ -14,15 +15,16 @@ from msllm.config import INPUT_ONLY, ModelConfig
 from msllm.model.attention.dispatch import KEEP_OUTPUT, attention, backend
 from msllm.model.layers import (
     SAVED,
+    Angles,
     Mlp,
     Projections,
     constant,
     gather_param,
-    linear_back,
     parameter,
     rms_norm,
     rope_angles,
 )
+from msllm.model.linear import Weight, head_logits
 from msllm.sharding import (
     FSDP,
     axis_index,
@@ -35,7 +37,7 @@ from msllm.sharding import (
 )
 from msllm.streams import Cells, StreamSpec
 
-ACTIVATION = ("batch", "row", "stream", "d_model")
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # see `Block.__call__`
 
 
 class Block(nnx.Module):
@@ -50,18 +52,28 @@ class Block(nnx.Module):
         self.mlp_norm = constant(1.0, (config.num_layers, config.d_model), ("layers", "embed"))
         self.mlp = Mlp(config, rngs)
 
-    def __call__(self, x: jax.Array, angles, attend, products=None):
-        """x [B, T, S, D] -> the same; `attend(q, k, v)` is the attention over whatever keys there are."""
+    def __call__(self, x: jax.Array, angles: Angles, attend: Attend) -> jax.Array:
+        """One layer.
+
+        Args:
+          x: [B, T, S, D].
+          angles: cos and sin of the rotary positions.
+          attend: (q [B, T, S, N, H], k, v [B, T, S, K, H]) -> [B, T, S, N, H]. The only way to
+            other cells: in training it attends to the cells of the tables, in decoding to the
+            cache.
+
+        Returns: [B, T, S, D].
+        """
         normed = rms_norm(x, gather_param(self.attention_norm, jnp.float32), self.config.norm_eps)
-        seen = attend(*self.attention.qkv(normed, angles, products))
-        x = checkpoint_name(x + self.attention.out(seen, products), "mid")
-        return x + self.mlp(
-            rms_norm(x, gather_param(self.mlp_norm, jnp.float32), self.config.norm_eps), products
-        )
+        attended = attend(*self.attention.qkv(normed, angles))
+        x = checkpoint_name(x + self.attention.out(attended), "mid")
+        normed = rms_norm(x, gather_param(self.mlp_norm, jnp.float32), self.config.norm_eps)
+        return x + self.mlp(normed)
 
 
 class MultiStreamLM(nnx.Module):
-    """Decoder-only language model over S streams (Qwen3's form). With S = 1 it is an ordinary one."""
+    """Decoder-only language model over S streams (Qwen3's form). With S = 1 it is an ordinary
+    one."""
 
     def __init__(self, config: ModelConfig, streams: StreamSpec, rngs: nnx.Rngs | None):
         self.config, self.streams = config, streams
@@ -84,7 +96,8 @@ class MultiStreamLM(nnx.Module):
         """The hidden states from which each cell's next row is predicted.
 
         Args:
-          tokens: [B, T, S] int32. cells: of these rows. position: RoPE positions, [B, T] (or [B, T, S]) int32.
+          tokens: [B, T, S] int32. cells: of these rows. position: RoPE positions, [B, T] (or [B, T,
+            S]) int32.
           kernel: attention's backend, as training chooses it; None: one that runs everywhere.
 
         Returns: hidden [B, T, S, D] after the final norm, in the compute dtype.
@@ -119,9 +132,10 @@ class MultiStreamLM(nnx.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Token plus stream embedding of tokens [B, T, S]: [B, T, S, D] in the compute dtype."""
-        # The table is far larger than the rows that a step looks up: so every device looks up the tokens of all in the
-        # columns that it holds, and the rows travel. Its gradient needs no sum over devices then.
-        table, ids = self.embedding[...], gather(gather_streams(tokens), 0, FSDP)
+        # The table is far larger than the rows that a step looks up: so every device looks up the
+        # tokens of all in the columns that it holds, and the rows travel. Its gradient needs no sum
+        # over devices then.
+        table, ids = self.embedding.get_value(), gather(gather_streams(tokens), 0, FSDP)
         local = ids - axis_index("tensor") * table.shape[0]  # this device's part of the vocabulary
         here = (local >= 0) & (local < table.shape[0])
         rows = jnp.where(here[..., None], table[jnp.where(here, local, 0)], 0.0).astype(
@@ -144,17 +158,14 @@ class MultiStreamLM(nnx.Module):
         """[V, D]: logits are hidden @ head.T. Inside `shard_map`: this device's part."""
         return self.embedding if self.config.tie_embeddings else self.head
 
-    def head_table(self) -> jax.Array:
-        """The head in the compute dtype, complete along D."""
+    def head_table(self) -> Weight:
+        """The head [V, D] in the compute dtype, complete along D."""
         return gather_param(self.head_parameter, self.config.compute_dtype)
 
-    def logits(self, hidden: jax.Array, products: Callable | None = None) -> jax.Array:
-        """hidden [..., D] -> [..., V] float32. For scoring and decoding; training never holds all logits (loss.py)."""
-        if products:
-            return linear_back(hidden, self.head_table(), products)
-        return jnp.einsum(
-            "...d,vd->...v", hidden, self.head_table(), preferred_element_type=jnp.float32
-        )
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] -> [..., V] float32. For scoring and decoding; training never holds all
+        logits (loss.py)."""
+        return head_logits(hidden, self.head_table())
 
 
 def portable_backend(config: ModelConfig) -> Callable:
@@ -165,8 +176,9 @@ def portable_backend(config: ModelConfig) -> Callable:
 def _remat(layer, policy: str):
     """Which values of a layer the backward pass has at hand; the others it computes again.
 
-    `none`: all. `dots`: results of matrix products and of attention; norms, rotations and activations are cheap to
-    repeat and take most of the memory. `full`: the layer's input only. `offload`: the same, in the host's memory.
+    `none`: all. `dots`: results of matrix products and of attention; norms, rotations and
+    activations are cheap to repeat and take most of the memory. `full`: the layer's input only.
+    `offload`: the same, in the host's memory.
     """
     if policy == "none":
         return layer
@@ -186,7 +198,8 @@ def _remat(layer, policy: str):
 def abstract_model(
     config: ModelConfig, streams: StreamSpec
 ) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
-    """(graphdef, parameter shapes, logical axes): the last two are nested dicts of the same structure."""
+    """(graphdef, parameter shapes, logical axes): the last two are nested dicts of the same
+    structure."""
     graph, state = nnx.split(nnx.eval_shape(lambda: MultiStreamLM(config, streams, None)))
     shapes = nnx.to_pure_dict(state)
     leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
@@ -202,7 +215,8 @@ def parameter_shardings(axes: dict[str, Any], mesh) -> dict[str, Any]:
 
 
 def init_parameters(config: ModelConfig, streams: StreamSpec, seed: int) -> dict[str, Any]:
-    """Initial parameters as nested dicts. Call it under jit with `parameter_shardings`: each device makes its part."""
+    """Initial parameters as nested dicts. Call it under jit with `parameter_shardings`: each device
+    makes its part."""
     return nnx.to_pure_dict(nnx.split(MultiStreamLM(config, streams, nnx.Rngs(seed)))[1])
 
 

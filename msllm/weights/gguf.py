@@ -16,7 +16,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from msllm.config import ModelConfig, RopeScalingConfig
 from msllm.errors import UserError
-from msllm.model.rope import rope_frequencies
+from msllm.model.layers import rope_frequencies
 from msllm.weights import hf
 
 _BLOCK = "model.layers.{}."

@@ -20,16 +20,16 @@ int64_t columns_of_a_part(const ffi::ThreadPool& pool, int64_t all, int64_t mult
   return std::max<int64_t>(1, (all + parts * unit - 1) / (parts * unit)) * unit;
 }
 
-// `Products` of numbers in T.
+// `MatmulPacked` of numbers in T.
 template <typename T>
-ffi::Error products(ffi::ThreadPool& pool, int64_t axis, ffi::AnyBuffer x, ffi::RemainingArgs ws, ffi::RemainingRets ys) {
+ffi::Error matmul_packed(ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::RemainingArgs ws, ffi::RemainingRets ys) {
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
   int64_t all = 0;
   for (size_t i = 0; i < ws.size(); ++i) {
     const ffi::AnyBuffer w = *ws.get<ffi::AnyBuffer>(i);
-    if (w.dimensions()[axis] != k || w.element_type() != x.element_type())
+    if (w.dimensions()[0] != k || w.element_type() != x.element_type())
       return ffi::Error::InvalidArgument("x and w do not fit together");
-    all += w.dimensions()[1 - axis];
+    all += w.dimensions()[1];
   }
   struct Part {
     const T* w;
@@ -41,7 +41,7 @@ ffi::Error products(ffi::ThreadPool& pool, int64_t axis, ffi::AnyBuffer x, ffi::
   for (size_t i = 0; i < ws.size(); ++i) {
     const ffi::AnyBuffer from = *ws.get<ffi::AnyBuffer>(i);
     ffi::AnyBuffer to = **ys.get<ffi::AnyBuffer>(i);
-    const int64_t n = from.dimensions()[1 - axis];
+    const int64_t n = from.dimensions()[1];
     const T* w = static_cast<const T*>(from.untyped_data());
     for (int64_t j = 0; j < n; j += columns)
       parts.push_back({w + j * k, static_cast<T*>(to.untyped_data()) + j, n, std::min(columns, n - j)});
@@ -73,17 +73,16 @@ ffi::Error products(ffi::ThreadPool& pool, int64_t axis, ffi::AnyBuffer x, ffi::
   return ffi::Error::Success();
 }
 
-// x [M, K] and each w [K, N] (axis 0) or [N, K] (axis 1) -> each y [M, N], all float32 or all bfloat16, summed in float32.
-// Weights are packed: PANEL columns after the other, each panel [K, PANEL], the last one narrower. So memory is read from one
-// end to the other.
-ffi::Error Products(ffi::ThreadPool pool, int64_t axis, ffi::AnyBuffer x, ffi::RemainingArgs ws, ffi::RemainingRets ys) {
-  if (x.element_type() == ffi::F32) return products<float>(pool, axis, x, ws, ys);
-  if (x.element_type() == ffi::BF16) return products<BFloat16>(pool, axis, x, ws, ys);
+// x [M, K] and each w [K, N] -> each y [M, N], all float32 or all bfloat16, summed in float32. Weights are packed: panels
+// [K, PANEL] of columns follow each other, and the last one may be narrower. The kernel reads them from start to end.
+ffi::Error MatmulPacked(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs ws, ffi::RemainingRets ys) {
+  if (x.element_type() == ffi::F32) return matmul_packed<float>(pool, x, ws, ys);
+  if (x.element_type() == ffi::BF16) return matmul_packed<BFloat16>(pool, x, ws, ys);
   return ffi::Error::InvalidArgument("x is not float32 or bfloat16");
 }
 
 // x [M, K], w [N, K], both float32 or both bfloat16 -> y [M, N] float32.
-ffi::Error ProductTransposed(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, Result y) {
+ffi::Error MatmulTable(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, Result y) {
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = y->dimensions()[1];
   if (k != w.dimensions()[1] || w.element_type() != x.element_type())
     return ffi::Error::InvalidArgument("x and w do not fit together");
@@ -328,15 +327,14 @@ ffi::Error WriteRow(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> at, Array k, Arr
 
 }  // namespace msllm
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(msllm_products, msllm::Products,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(msllm_matmul_packed, msllm::MatmulPacked,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
-                                  .Attr<int64_t>("axis")
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .RemainingArgs()
                                   .RemainingRets());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(msllm_product_transposed, msllm::ProductTransposed,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(msllm_matmul_table, msllm::MatmulTable,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()
