@@ -1,4 +1,4 @@
-"""Live sessions with and without a screen, recordings, replays, and the server of docs/chat.md with several clients."""
+"""Live sessions with and without a screen, recordings, replays, and the server of docs/chat.md."""
 
 import asyncio
 import collections
@@ -58,7 +58,7 @@ def running(player, body):
 
 
 async def press(driver, *keys):
-    """As the pilot's own, which waits after each key until the process idles: it never does while rows come."""
+    """Presses keys. The pilot's own method waits for an idle process: never, while rows come."""
     for key in keys:
         driver.app.post_message(events.Key(key, key if len(key) == 1 else None))
         await asyncio.sleep(0.005)
@@ -120,19 +120,19 @@ def check(engine, branch):
 def test_pacer():
     pacer = Pacer()
     assert pacer.wait(5.0, 0.5) == 0  # the first row
-    pacer.came(5.0, 0.5)
+    pacer.record(5.0, 0.5)
     assert pacer.wait(5.1, 0.5) == pytest.approx(0.4)
     assert pacer.wait(5.1, 0.2) == pytest.approx(0.1)  # the pace has changed meanwhile
-    pacer.came(5.6, 0.5)  # it took 0.1 s: the next is due as if it had taken none
+    pacer.record(5.6, 0.5)  # it took 0.1 s: the next is due as if it had taken none
     assert pacer.wait(5.6, 0.5) == pytest.approx(0.4)
-    pacer.came(
+    pacer.record(
         8.0, 0.5
     )  # much too late: one row follows at once, the others that are missing never
     assert pacer.wait(8.0, 0.5) == 0
-    pacer.came(8.0, 0.5)
+    pacer.record(8.0, 0.5)
     assert pacer.wait(8.0, 0.5) == pytest.approx(0.5)
     assert pacer.rate is None and pacer.wait(8.0, float("inf")) == float("inf")
-    pacer.came(8.5, 0.5)
+    pacer.record(8.5, 0.5)
     assert pacer.rate == pytest.approx(4 / 3.5)
     pacer.restart()
     assert pacer.wait(8.5, 0.5) == 0 and pacer.rate is None
@@ -140,27 +140,27 @@ def test_pacer():
 
 def test_pace_of_a_player(engine):
     live = Live(engine, OPTIONS, pace=3.0)
-    live.faster()
+    live.change_pace(1)
     assert live.pace == 5
-    live.faster(-2)
+    live.change_pace(-2)
     assert live.pace == 1
-    live.faster(-10)
+    live.change_pace(-10)
     assert live.pace == 0.1
-    live.faster(100)
+    live.change_pace(100)
     assert live.pace == 5000
 
     async def body(live):
         await until(lambda: live.rows > 40)
         assert live.late and live.rate < 5000  # it cannot be that fast
-        live.faster(-100)
+        live.change_pace(-100)
         live.pause(), live.pause(False)
         await until(lambda: live.rows > 41)
         before = live.rows
         await asyncio.sleep(0.1)
         assert live.rows <= before + 1 and not live.late  # 0.1 rows per second
         live.pace = 1e-3
-        live.faster(-1)
-        live.faster(100)  # it does not wait for a thousand seconds to pass
+        live.change_pace(-1)
+        live.change_pace(100)  # it does not wait for a thousand seconds to pass
         await until(lambda: live.rows > before + 20)
 
     running(live, body)
@@ -169,7 +169,8 @@ def test_pace_of_a_player(engine):
 
 
 def test_live_session_is_the_one_without_a_screen(engine):
-    """Fed, muted and forked while rows are under way: each branch is what a session gives that is stepped by hand."""
+    """A session is fed, muted and forked while rows are under way. Each branch equals a session
+    that is stepped by hand."""
     live = Live(engine, OPTIONS, FAST)
 
     async def body(live):
@@ -192,7 +193,7 @@ def test_live_session_is_the_one_without_a_screen(engine):
         live.switch(0)
         await until(lambda: live.branch == 0)
         rows = live.rows
-        live.single()
+        live.step()
         await until(lambda: live.rows == rows + 1)
         await asyncio.sleep(0.05)
         assert live.rows == rows + 1 and live.muted == {"output", "user"}
@@ -217,7 +218,7 @@ def test_live_session_is_the_one_without_a_screen(engine):
         first.tokens[:muted, 2] != engine.silence_id
     )
     assert np.all(np.diff(first.time) >= 0) and first.time[0] == 0
-    with pytest.raises(UserError, match="'output' is no input: inputs are user, tool"):
+    with pytest.raises(UserError, match="'output' is not an input: inputs are user, tool"):
         live.feed("output", "a")
     with pytest.raises(UserError, match="there is no branch 2: there are 2"):
         live.switch(2)
@@ -232,7 +233,7 @@ def test_rows_beyond_the_window_are_kept(engine):
         expected = [
             session.step().tokens for _ in range(live.rows)
         ]  # nothing is fed: read as shown
-    np.testing.assert_array_equal(live.shown.tokens, expected)
+    np.testing.assert_array_equal(live.current.tokens, expected)
 
 
 def test_recording(engine, tmp_path):
@@ -280,7 +281,7 @@ def test_recording(engine, tmp_path):
     np.savez(tmp_path / "tables.npz", tokens=np.zeros((1, 2, 3), int))
     (tmp_path / "half.npz").write_bytes(kept[: len(kept) // 2])
     for name in ("text", "tables", "half"):
-        with pytest.raises(UserError, match=f"{name}.npz is no recording"):
+        with pytest.raises(UserError, match=f"{name}.npz is not a recording"):
             Recording.load(tmp_path / f"{name}.npz")
     with pytest.raises(UserError, match="there is no recording"):
         Recording.load(tmp_path / "none.npz")
@@ -306,7 +307,7 @@ def drawn(recording, branch):
 
 
 def test_screen(engine, tmp_path):
-    """Typing while the model goes on, pausing, muting, forking, saving; then the recording is shown again."""
+    """Types while the model goes on, pauses, mutes, forks, saves; then replays the recording."""
     live, out = Live(engine, OPTIONS, 20.0), tmp_path / "chat.npz"
     app = ChatApp(live, str(out))
 
@@ -317,7 +318,7 @@ def test_screen(engine, tmp_path):
             await until(lambda: live.rows > before)  # the model does not wait
             before = live.rows
         await press(driver, "enter", "tab", *"hi", "enter")
-        await until(lambda: len(live.shown.events) == 2 and not any(live.waiting.values()))
+        await until(lambda: len(live.current.events) == 2 and not any(live.waiting.values()))
         await press(driver, "f2")
         await until(lambda: live.rows > before + 5)
         await press(driver, "ctrl+p")
@@ -391,28 +392,28 @@ def test_a_replay_keeps_its_times(engine):
         for rows in range(1, 6):
             await until(lambda: player.rows == rows)
             now += 0.5
-            player.faster(0)  # looks at the clock
+            player.change_pace(0)  # looks at the clock
         await asyncio.sleep(0.02)
         now += 9.4
-        player.faster(0)
+        player.change_pace(0)
         await asyncio.sleep(0.02)
         assert player.rows == 5 and not player.late
         now += 0.2
-        player.faster(0)
+        player.change_pace(0)
         await until(lambda: player.ended)
 
     running(player, body)
 
 
 def test_narrow_screens(engine):
-    """Columns share the width; those without a place are counted; text wraps; whoever has scrolled back stays there."""
+    """Columns share the width, hidden ones are counted, text wraps, scroll positions stay."""
     live = Live(engine, OPTIONS, 100.0)
 
     async def body(driver):
         app = driver.app
         await press(driver, *"abcabcabc", "enter", "d", "tab")
         await until(lambda: app.columns.target == "tool")
-        assert app.query_one("Line").value == "d" and live.shown.events[0]["stream"] == "user"
+        assert app.query_one("Line").value == "d" and live.current.events[0]["stream"] == "user"
         await until(lambda: live.rows > 40)
         live.pause()
         await drawn_anew(driver)
@@ -431,7 +432,7 @@ def test_narrow_screens(engine):
         back = shown_rows(app)
         assert max(back) < last
         for _ in range(3):
-            live.single()
+            live.step()
             await until(lambda: live.rows == last + 2)
             last += 1
         await drawn_anew(driver)
@@ -443,7 +444,7 @@ def test_narrow_screens(engine):
         assert "".join(user) == "abcabcabc" and max(map(len, user)) < 7
         await driver.resize_terminal(14, 30)
         await drawn_anew(driver)
-        assert any("2 streams" in line for line in lines(app)) or "find no place" in app._status()
+        assert "1 of 4 streams hidden" in app._status()
 
     pilot(ChatApp(live), body, size=(28, 40))
 
@@ -485,7 +486,7 @@ def test_arguments(monkeypatch):
 
 
 def test_server_of_the_document(engine):
-    """Three clients at a time where two find a place; each is fed its own text, and places are given back."""
+    """Three clients on two places: each is fed its own text, and places are given back."""
     source = re.search(r"```python\n(.*?)```", DOCS.read_text(), flags=re.S)[1]
     server = {"__name__": "server"}
     exec(compile(source, "docs/chat.md", "exec"), server)
