@@ -320,7 +320,7 @@ NUMBERS = st.lists(st.integers(0, 30), max_size=40)
 def test_duplicates_are_counted_in_blocks(tmp_path_factory, trained, held, block, size):
     folder = tmp_path_factory.mktemp("ids")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(duplicates, "BLOCK", block)
+        patch.setattr(duplicates, "BLOCK_IDS", block)
         patch.setattr(duplicates, "FILE_IDS", size)
         for split, numbers in (("train", trained), ("eval", held)):
             ids = Ids(folder, split)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
 from msllm.data import dictation
 from msllm.data.converters import convert, texts
-from msllm.data.converters.layout import CLOSING_ROWS
+from msllm.data.converters.layout import MAX_CLOSING_ROWS
 from msllm.data.tables import example_hash
 from msllm.errors import UserError
 from msllm.streams import StreamSpec
@@ -73,7 +73,7 @@ def test_gsm8k_streams(folder, question, worked, after):
     assert thought_start == (asked_end if after < 0 else after)
     assert output_start == max(thought_end, asked_end)
     assert (
-        1 <= len(table.tokens) - output_end <= CLOSING_ROWS and table.present.all()
+        1 <= len(table.tokens) - output_end <= MAX_CLOSING_ROWS and table.present.all()
     )  # then silence
 
 
@@ -154,7 +154,8 @@ def test_chat_keeps_every_turn_in_order(folder, turns, overlap):
         talking = (table.tokens != TOKENIZER.silence_id).sum(axis=1)
         closing = len(table.tokens) - sum(talking)
         assert (
-            talking.tolist() == [1] * sum(talking) + [0] * closing and 1 <= closing <= CLOSING_ROWS
+            talking.tolist() == [1] * sum(talking) + [0] * closing
+            and 1 <= closing <= MAX_CLOSING_ROWS
         )
 
 
@@ -269,7 +270,7 @@ def test_dictation_uses_only_what_could_be_heard():
         assert answer.split() == dictation.expected_answer(words)
         assert (
             answer_start == end + dictation.REACTION
-            and 1 <= len(table.tokens) - answer_end <= CLOSING_ROWS
+            and 1 <= len(table.tokens) - answer_end <= MAX_CLOSING_ROWS
         )
         thoughts, _ = dictation.work_out(words)
         rows = np.flatnonzero(table.tokens[:, 1] != silence).tolist()

@@ -1,29 +1,30 @@
-"""Dictated sums: multi-stream data made by the project, with an answer that can be checked.
+"""Dictated sums: generated multi-stream data with an answer that can be checked.
 
-The user dictates a small calculation word by word and sometimes takes the last step back; the thought stream works
-meanwhile; the output answers after the question mark:
+The user dictates a small calculation word by word and sometimes takes the last step back. The
+thought stream works at the same time. The output answers after the question mark:
 
     user     please take 7 then add 3 um subtract 4   no wait add 2    ?
     thought                     =7       +3       =10    -4   =6  undo =10 +2 =12
     output                                                                    that makes 12 .
 
-With the default visibility a word of row r is read in row r + 1 by another stream, and first shows in what that
-stream says in row r + 2: so every thought starts `REACTION` rows after the word that it answers, and the answer
-`REACTION` rows after the question mark. The number is the answer's third word: by then its thought has been read.
+With the default visibility another stream reads a word of row r in row r + 1, and can first react
+to it in row r + 2. So every thought starts `REACTION` rows after the word that it answers, and the
+answer `REACTION` rows after the question mark. The number is the answer's third word: by then its
+thought has been read.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 REACTION = 2
 LARGEST = 12  # running values stay within 0..LARGEST
 OPERANDS = range(1, 5)  # few, so that a small model meets every sum often
-CORRECTED = 0.35  # share of the examples in which the user takes a step back
+CORRECTED = 0.35  # fraction of the examples in which the user takes a step back
 QUESTION_END = "?"
 ADD, SUBTRACT = ("add", "plus"), ("subtract", "minus")
 OPENINGS = ((), (), ("please",), ("ok",), ("now", "please"))
@@ -40,7 +41,7 @@ class Dictation(NamedTuple):
 
 
 def generate(count: int, seed: int) -> Iterator[Dictation]:
-    """`count` different examples; the same ones for the same seed."""
+    """Yields `count` different examples, which depend on the seed alone."""
     rng, seen = random.Random(seed), set()
     while len(seen) < count:
         question = _question(rng)
@@ -53,19 +54,19 @@ def generate(count: int, seed: int) -> Iterator[Dictation]:
 
 
 def answer_words(value: int) -> list[str]:
-    """What the output says."""
+    """Returns what the output says."""
     return ["that", "makes", str(value), "."]
 
 
 def expected_answer(question: Sequence[str]) -> list[str]:
-    """The right answer to a question in words: what an evaluator compares with."""
+    """Returns the right answer to a question in words: what an evaluation compares with."""
     return answer_words(work_out(question)[1])
 
 
 def work_out(question: Sequence[str]) -> tuple[list[tuple[int, list[str]]], int]:
-    """The thoughts about a question, (index of the word answered, words) each, and its result.
+    """Returns the thoughts about a question, (index of the word answered, words), and the result.
 
-    Raises ValueError where the words are no calculation of this kind.
+    Raises ValueError if the words are no calculation of this kind.
     """
     thoughts, values, sign = [], [], 0
     for index, word in enumerate(question):
@@ -89,9 +90,10 @@ def work_out(question: Sequence[str]) -> tuple[list[tuple[int, list[str]]], int]
 
 
 def question_end(tokens: np.ndarray, end_id: int) -> int:
-    """The row of the question mark (id `end_id`) in one stream's tokens [T]: the user's, or the single layout's text.
+    """Returns the row of the question mark (id `end_id`) in one stream's tokens [T], or -1.
 
-    In the single layout the rows up to and including it are the prompt. -1: there is none.
+    The stream is the user's, or the only one of the single layout. In the single layout the prompt
+    ends with that row.
     """
     rows = np.flatnonzero(np.asarray(tokens) == end_id)
     return int(rows[0]) if len(rows) else -1
@@ -121,6 +123,9 @@ def _instruction(rng: random.Random, value: int) -> tuple[list[str], int]:
     return [_pick(rng, ADD if sign > 0 else SUBTRACT), str(n)], value + sign * n
 
 
-def _pick(rng: random.Random, items: Sequence):
-    """An item; of `random`'s methods only random() is promised to give the same numbers in every Python."""
+def _pick(rng: random.Random, items: Sequence[Any]) -> Any:
+    """Returns a random item.
+
+    Of the methods of `random`, only random() is promised to give the same numbers in every Python.
+    """
     return items[int(rng.random() * len(items))]

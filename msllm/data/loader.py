@@ -1,4 +1,4 @@
-"""Batches as a pure function of the step (design: contract 4): no state, any host computes any part of any batch."""
+"""Batches as a pure function of the step: no state, and any host computes any part of any batch."""
 
 from __future__ import annotations
 
@@ -20,34 +20,40 @@ Batch = dict[str, np.ndarray]
 
 
 def spread(total: int, count: int) -> list[int]:
-    """At most `count` of the numbers below `total`, evenly spread: packing puts the longest examples into the first tables."""
+    """Returns at most `count` of the numbers below `total`, evenly spread.
+
+    The first batches of a split would not represent it: packing puts the longest examples there.
+    """
     return [i * total // count for i in range(count)] if count < total else list(range(total))
 
 
 class Loader:
     """Reads one split of a prepared directory, or the training tables of a mixture of them.
 
-    Row i of batch `step` has the flat index `step * B + i`. Split `train`: every run of N indices that starts at a
-    multiple of N (an epoch) is a permutation of the N tables, another one each epoch, given by `config.seed`; in a
-    mixture this holds for each source and the indices of its own tables, which `plan` places among those of the others.
-    Other splits: the tables as stored, once; the last batch is filled up with empty tables (segment 0).
+    Row i of batch `step` has the flat index `step * B + i`. In the split `train`, every run of N
+    indices that starts at a multiple of N (an epoch) is a permutation of the N tables, a different
+    one in each epoch, given by `config.seed`. In a mixture this holds for each source and the
+    indices of its own tables; `plan` says which indices these are. Other splits have their tables
+    once, as stored; the last batch is filled up with empty tables (segment 0).
 
     Attributes:
-      manifests: the prepared directory's manifest, of a mixture each source's: {name: manifest}; alone it is named "".
+      manifests: {name: manifest} of each source; without a mixture the name is "".
       manifest: the first of them.
-      plan: which source has which place, in a mixture; else None.
-      tokenizer: the tokenizer that all were made with.
+      plan: the source of every index of a mixture; None without one.
+      tokenizer: the tokenizer of all sources.
       num_tables: N, over all sources.
-      num_batches: batches that hold so many tables, the last of them perhaps in part.
+      num_batches: the number of batches that hold N tables; the last may be partly filled.
     """
 
     def __init__(
         self, config: DataConfig, split: str, spec: StreamSpec, part: tuple[int, int] = (0, 1)
     ):
-        """Opens and checks the data. Raises UserError where it is damaged, empty, or does not fit the config.
+        """Opens and checks the data.
 
         Args:
-          part: (i, n) of a process that shares the checking with others: see `records.open_prepared`.
+          part: (i, n) of a process that shares the checking with others (`records.open_prepared`).
+
+        Raises UserError if the data is damaged, empty, or does not fit the config.
         """
         if config.mixture.dirs and split != "train":
             raise ValueError(
@@ -71,9 +77,12 @@ class Loader:
         self.num_batches = -(-self.num_tables // config.batch_size)
 
     def batch(self, step: int, rows: range | slice | None = None) -> Batch:
-        """The batch of a step, or the part `rows` (of step 1, within 0..B) of it.
+        """Returns the batch of a step, or the part `rows` of it (within 0..B, of step 1).
 
-        Returns: tokens [b, T, S] int32 (0 where absent), present [b, T, S] bool, segment [b, T] int32.
+        Returns:
+          tokens: [b, T, S] int32, 0 where absent.
+          present: [b, T, S] bool.
+          segment: [b, T] int32.
         """
         indices, length = self._indices(step, rows), self._config.rows
         batch = {
@@ -82,38 +91,45 @@ class Loader:
             "segment": np.zeros((len(indices), length), np.int32),
         }
         for i, index in enumerate(indices):
-            if self._holds(index):
+            if self._has_table(index):
                 table = self._read(index)
                 for name, array in batch.items():
                     array[i] = getattr(table, name)
         return batch
 
     def example_ids(self, step: int, rows: range | slice | None = None) -> list[list[str]]:
-        """The ids of the examples in each table of a batch, in the order of their segments."""
+        """Returns the ids of the examples in each table of a batch, in segment order."""
         return [
-            self._read(index).examples if self._holds(index) else []
+            self._read(index).examples if self._has_table(index) else []
             for index in self._indices(step, rows)
         ]
 
     def sources(self, step: int, rows: range | slice | None = None) -> list[int]:
-        """The number of the source of each table of a mixture's batch."""
+        """Returns the number of the source of each table of a mixture's batch."""
         return [self.plan.place(index)[0] for index in self._indices(step, rows)]
 
     def iterate(self, steps: Sequence[int], rows: range | slice | None = None) -> Iterator[Batch]:
-        """`batch(step, rows)` for each step, made ahead of time in threads; abandoning the iterator ends them."""
+        """Yields `batch(step, rows)` for each step.
+
+        Batches are made ahead of time in a thread, which ends if the iterator is abandoned.
+        """
         if not steps:
             return
+
+        def make(step: int) -> Batch:
+            return self.batch(step, rows)
+
         ahead = self._config.prefetch
-        # One thread: more of them only wait for the interpreter's lock, and cost twice the CPU time.
+        # One thread: more of them only wait for the interpreter's lock, at twice the CPU time.
         options = grain.ReadOptions(num_threads=min(ahead, 1), prefetch_buffer_size=ahead)
-        made = grain.MapDataset.source(steps).map(lambda step: self.batch(step, rows))
-        batches = iter(made.to_iter_dataset(options))
+        batches = iter(grain.MapDataset.source(steps).map(make).to_iter_dataset(options))
         try:
             yield from batches
         finally:
             batches.close()
 
     def _indices(self, step: int, rows: range | slice | None) -> range:
+        """Returns the flat indices of a part of a batch."""
         size = self._config.batch_size
         if step < 0 or (self._split != "train" and step >= self.num_batches):
             raise ValueError(
@@ -127,7 +143,7 @@ class Loader:
             raise ValueError(f"rows is {rows}: must lie in the batch, 0..{size}, with step 1")
         return range(step * size + rows.start, step * size + rows.stop)
 
-    def _holds(self, index: int) -> bool:
+    def _has_table(self, index: int) -> bool:
         return self._split == "train" or index < self.num_tables
 
     def _read(self, index: int) -> Packed:
@@ -144,9 +160,10 @@ class _Source:
         _check(config, self.manifest, spec)
         self.num_tables = self.manifest["splits"][split]["tables"]
         if not self.num_tables:
+            percent = self.manifest["settings"]["eval_percent"]
             raise UserError(
                 f"split {split!r} of {config.dir} holds no table: prepare more examples, or change"
-                f" config.data.eval_percent ({self.manifest['settings']['eval_percent']} held out)"
+                f" config.data.eval_percent ({percent} held out)"
             )
         self._vocab_size = self.manifest["tokenizer"]["vocab_size"]
         self._records = records.Reader(paths)
@@ -154,13 +171,13 @@ class _Source:
         self._order = order.shuffle(seed=config.seed).repeat() if split == "train" else order
 
     def read(self, index: int) -> Packed:
-        return records.decode_record(
-            self._records[self._order[index]], self._streams, self._vocab_size
-        )
+        """Returns the table of rank `index`, over all epochs."""
+        record = self._records[self._order[index]]
+        return records.decode_record(record, self._streams, self._vocab_size)
 
 
 def _check(config: DataConfig, manifest: Mapping[str, Any], spec: StreamSpec) -> None:
-    """Raises UserError where the config is not the one that the data was prepared with."""
+    """Raises UserError if the config is not the one that the data was prepared with."""
     wanted = {"data.rows": config.rows}
     stored = {"data.rows": manifest["rows"]}
     for field in ("names", "kinds", "delays"):
@@ -169,6 +186,6 @@ def _check(config: DataConfig, manifest: Mapping[str, Any], spec: StreamSpec) ->
     for name, value in stored.items():
         if wanted[name] != value:
             raise UserError(
-                f"config.{name} is {wanted[name]}, but {config.dir} was prepared with {value}: change it, or"
-                " prepare into another config.data.dir"
+                f"config.{name} is {wanted[name]}, but {config.dir} was prepared with {value}:"
+                " change it, or prepare into another config.data.dir"
             )

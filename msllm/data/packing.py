@@ -1,16 +1,17 @@
-"""Packs examples into tables of T rows: best fit, in windows, so that memory does not grow with the corpus."""
+"""Packs examples into tables of T rows: best fit, in windows, so that memory stays bounded."""
 
 from __future__ import annotations
 
 import bisect
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 
 from msllm.data.tables import Table
 
-WINDOW = 2000  # examples sorted at a time: more rows are wasted in smaller windows
-WINDOW_CELLS = 1 << 25  # or, of long tables of many streams, fewer: so many cells
+WINDOW = 2000  # examples sorted at a time: a smaller window wastes more rows
+WINDOW_CELLS = 1 << 25  # a window is packed earlier if it has this many cells
 OPEN_BINS = 64  # unfinished tables that wait for the next window
 
 
@@ -24,24 +25,28 @@ class Packed(NamedTuple):
 
 
 class Packer:
-    """Collects examples and gives packed tables: `add` as they fill up, `finish` the rest.
+    """Collects examples and returns packed tables: `add` as they fill up, `finish` the rest.
 
-    Attributes (counts):
-      examples: examples packed. rows: their rows. cut: examples longer than T, of which the first T rows were kept;
-      cut_rows: the rows lost by that. dropped: examples of fewer than 2 rows, which predict nothing.
+    Attributes:
+      examples: the number of examples packed.
+      rows: the number of their rows.
+      cut: the number of examples longer than T, of which only the first T rows are kept.
+      cut_rows: the number of rows lost by that.
+      dropped: the number of examples of fewer than 2 rows, which predict nothing.
     """
 
     def __init__(self, rows: int):
+        """`rows`: T."""
         self.table_rows = rows
         self._window: list[Table] = []
         self._cells = 0  # of the tables in the window
         self._free: list[tuple[int, int]] = []  # (free rows, bin number), sorted
         self._bins: dict[int, list[Table]] = {}
-        self._made = 0
+        self._made = 0  # bins so far
         self.examples = self.rows = self.cut = self.cut_rows = self.dropped = 0
 
     def add(self, table: Table) -> list[Packed]:
-        """Takes one example; gives the tables that are finished now."""
+        """Adds one example and returns the tables that are finished now."""
         length = len(table.tokens)
         if length < 2:
             self.dropped += 1
@@ -56,36 +61,37 @@ class Packer:
         self.rows += len(table.tokens)
         self._window.append(table)
         self._cells += table.tokens.size
-        return (
-            self._pack(OPEN_BINS)
-            if len(self._window) >= WINDOW or self._cells >= WINDOW_CELLS
-            else []
-        )
+        if len(self._window) < WINDOW and self._cells < WINDOW_CELLS:
+            return []
+        return self._pack(OPEN_BINS)
 
     def finish(self) -> list[Packed]:
-        """Gives all tables that are left."""
+        """Returns all tables that are left."""
         return self._pack(0)
 
     def _pack(self, keep: int) -> list[Packed]:
-        """Packs the window, longest first, each into the fullest table with room; keeps the `keep` emptiest tables."""
-        for table in sorted(self._window, key=lambda t: -len(t.tokens)):
-            need = len(table.tokens)
-            place = bisect.bisect_left(self._free, (need, -1))
-            if place < len(self._free):
-                free, number = self._free.pop(place)
-            else:
-                free, number = self.table_rows, self._made
-                self._bins[number] = []
-                self._made += 1
-            self._bins[number].append(table)
-            bisect.insort(self._free, (free - need, number))
+        """Packs the window, longest example first, each into the fullest table with room.
+
+        Returns the finished tables. The `keep` emptiest tables stay open.
+        """
+        for table in sorted(self._window, key=_length, reverse=True):
+            self._place(table)
         self._window, self._cells = [], 0
         done = self._free[: max(len(self._free) - keep, 0)]
         self._free = self._free[len(done) :]
-        return [
-            self._join(self._bins.pop(number))
-            for _, number in sorted(done, key=lambda item: item[1])
-        ]
+        return [self._join(self._bins.pop(number)) for _, number in sorted(done, key=itemgetter(1))]
+
+    def _place(self, table: Table) -> None:
+        rows = len(table.tokens)
+        place = bisect.bisect_left(self._free, (rows, -1))
+        if place < len(self._free):
+            free, number = self._free.pop(place)
+        else:
+            free, number = self.table_rows, self._made
+            self._bins[number] = []
+            self._made += 1
+        self._bins[number].append(table)
+        bisect.insort(self._free, (free - rows, number))
 
     def _join(self, tables: list[Table]) -> Packed:
         streams = tables[0].tokens.shape[1]
@@ -98,3 +104,7 @@ class Packer:
             tokens[rows], present[rows], segment[rows] = table.tokens, table.present, number
             start = rows.stop
         return Packed(tokens, present, segment, [table.example for table in tables])
+
+
+def _length(table: Table) -> int:
+    return len(table.tokens)

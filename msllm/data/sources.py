@@ -125,6 +125,10 @@ class Record(NamedTuple):
         """The place of the record, "file:number"."""
         return f"{self.file}:{self.number}"
 
+    def get(self, key: str) -> Any:
+        """Returns the value under `key`; None if there is none, or the record is no JSON object."""
+        return self.value.get(key) if isinstance(self.value, dict) else None
+
     def text(self, key: str) -> str:
         """Returns the text that the record holds under `key`. Raises BadRecord."""
         return text_of(self.value, key, self.where)

@@ -1,9 +1,9 @@
-"""Tables: one example as cells [T, S], how text is placed in one, and how packed tables are taken apart again."""
+"""Tables: one example as cells [T, S], text placed in them, and packed tables taken apart again."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ class Table(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """Tokens of one stream, one a row, from row `start` on."""
+    """Tokens of one stream, one per row, from row `start` on."""
 
     stream: int
     start: int
@@ -32,19 +32,22 @@ class Placement(NamedTuple):
 
 
 def example_hash(key: str) -> str:
-    """16 hex digits that name the example made from `key`: the same in every run, order and layout."""
+    """Returns the id of the example made from `key`: 16 hex digits.
+
+    It is the same in every run, for any order of the examples and any layout.
+    """
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def held_out(example: str, percent: float) -> bool:
-    """Whether an example belongs to the held-out `percent` of all, by its id alone."""
+    """Whether an example is among the `percent` of all that are held out, by its id alone."""
     return int(example, 16) < percent / 100 * 16 ** len(example)
 
 
 def make_table(
     placements: Sequence[Placement], rows: int, streams: int, silence_id: int, example: str = ""
 ) -> Table:
-    """The table [rows, streams] of placements; every other cell is silence, none is absent."""
+    """Returns the table [rows, streams] of placements. All other cells are silence."""
     tokens = np.full((rows, streams), silence_id, np.int32)
     for placement in placements:
         tokens[placement.start : placement.end, placement.stream] = placement.tokens
@@ -52,10 +55,10 @@ def make_table(
 
 
 def shift(table: Table, delays: Sequence[int]) -> Table:
-    """Moves stream s down by delays[s] rows. [T, S] -> [T + max(delays), S], so that no cell is lost.
+    """Moves stream s down by delays[s] rows: [T, S] -> [T + max(delays), S]. No cell is lost.
 
-    The new cells are absent: above a stream (it has not begun) and, up to the end of the longest, below it (it has
-    ended).
+    The new cells are absent: above a stream, which has not begun there, and below it, where it has
+    ended.
     """
     rows, longest = len(table.tokens), max(delays, default=0)
     if longest == 0:
@@ -78,19 +81,27 @@ def unshift(table: Table, delays: Sequence[int]) -> Table:
 
 
 def unpack(batch: Mapping[str, np.ndarray], examples: Sequence | None = None) -> list[Table]:
-    """The single examples of packed tables, in order.
+    """Returns the single examples of packed tables, in order.
 
     Args:
-      batch: tokens [B, T, S] int32, present [B, T, S] bool, segment [B, T] int32; or one table without B.
-      examples: the example ids of each table, in the order of their segments ([B] lists; one list without B).
+      batch: tokens [B, T, S] int32, present [B, T, S] bool, segment [B, T] int32. All three may be
+        without B: one packed table.
+      examples: the ids of the examples of each table, in the order of their segments: B lists, or
+        one list if there is no B. None: the ids are empty.
     """
     if batch["tokens"].ndim == 2:
         batch = {name: batch[name][None] for name in ("tokens", "present", "segment")}
         examples = None if examples is None else [examples]
     tables = []
     for b, segment in enumerate(batch["segment"]):
-        for number in range(1, segment.max(initial=0) + 1):
-            rows = segment == number
-            name = "" if examples is None else examples[b][number - 1]
-            tables.append(Table(batch["tokens"][b][rows], batch["present"][b][rows], name))
+        names = None if examples is None else examples[b]
+        tables += _unpack_one(batch["tokens"][b], batch["present"][b], segment, names)
     return tables
+
+
+def _unpack_one(
+    tokens: np.ndarray, present: np.ndarray, segment: np.ndarray, names: Sequence[str] | None
+) -> Iterator[Table]:
+    for number in range(1, segment.max(initial=0) + 1):
+        rows = segment == number
+        yield Table(tokens[rows], present[rows], "" if names is None else names[number - 1])

@@ -1,4 +1,7 @@
-"""One function on many items, in several processes that tell how far they are. One that dies is named, not waited for."""
+"""Applies one generator function to many items in several processes.
+
+The processes report how far they are. One that dies is named in an error, and not waited for.
+"""
 
 from __future__ import annotations
 
@@ -9,129 +12,156 @@ import pickle
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 from msllm.errors import RunError, UserError
 
+Work = Callable[[Any], Iterator[Any]]
+
 
 class Event(NamedTuple):
-    """What the work on an item yielded, or (`done`) returned."""
+    """What the work on an item yielded or, if `done`, returned."""
 
-    item: int  # its index
+    item: int  # the item's index
     value: Any
     done: bool
 
 
 def available_cores() -> int:
-    """The cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run(work: Callable[[Any], Iterator], items: Sequence, processes: int) -> Iterator[Event]:
-    """Runs the generator function `work` on each item; events come as they happen.
+def run(work: Work, items: Sequence, processes: int) -> Iterator[Event]:
+    """Runs the generator function `work` on each item and yields events as they happen.
 
-    One process (or item): in this one, in order. More: in new ones, to which `work` and the items are sent; their
-    modules are imported anew, so a script that gets here needs the usual `if __name__ == "__main__":`. What `work`
-    raises is raised here, and ends them all; so does leaving the iterator. Raises RunError if a process dies.
+    With one process or item, everything happens in this process and in order. Otherwise new
+    processes receive `work` and the items. They import the modules of these anew, so that a script
+    needs the usual `if __name__ == "__main__":`.
+
+    An exception that `work` raises is raised here, and ends all processes; so does abandoning the
+    iterator. Raises RunError if a process dies.
     """
     processes = min(processes, len(items))
-    if processes <= 1:
-        for index, item in enumerate(items):
-            yield from _events(work, index, item)
+    if processes > 1:
+        yield from _Pool(work, items, processes).run()
         return
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    started, busy = [], {}  # busy: {pipe: (process, index of its item)}
-    waiting = iter(range(len(items)))
+    for index, item in enumerate(items):
+        yield from _events(work, index, item)
 
-    def give(pipe, process) -> None:
-        index = next(waiting, None)
-        if index is not None:
-            busy[pipe] = process, index
+
+class _Pool:
+    """Processes that each work on one item at a time."""
+
+    def __init__(self, work: Work, items: Sequence, processes: int):
+        self._work, self._items, self._processes = work, items, processes
+        self._waiting = iter(range(len(items)))
+        self._started: list[BaseProcess] = []
+        # The connection to each process that has an item, with the item's index.
+        self._busy: dict[Connection, tuple[BaseProcess, int]] = {}
+
+    def run(self) -> Iterator[Event]:
         try:
-            pipe.send(None if index is None else (index, items[index]))
-        except OSError:  # it is dead: reading from it tells so
+            for _ in range(self._processes):
+                self._start()
+            while self._busy:
+                for pipe in multiprocessing.connection.wait(list(self._busy)):
+                    yield self._receive(pipe)
+        finally:
+            for process in self._started:
+                if self._busy:
+                    process.terminate()
+                process.join()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+        pipe, other_end = context.Pipe()
+        process = context.Process(target=_serve, args=(other_end, self._work), daemon=True)
+        process.start()
+        self._started.append(process)
+        other_end.close()
+        self._assign(pipe, process)
+
+    def _assign(self, pipe: Connection, process: BaseProcess) -> None:
+        """Sends a process its next item, or None if there is none."""
+        index = next(self._waiting, None)
+        if index is not None:
+            self._busy[pipe] = process, index
+        try:
+            pipe.send(None if index is None else (index, self._items[index]))
+        except OSError:  # the process is dead, which `_receive` will find
             pass
 
-    try:
-        for _ in range(processes):
-            pipe, other_end = context.Pipe()
-            process = context.Process(target=_serve, args=(other_end, work), daemon=True)
-            process.start()
-            started.append(process)
-            other_end.close()
-            give(pipe, process)
-        while busy:
-            for pipe in multiprocessing.connection.wait(list(busy)):
-                process, index = busy[pipe]
-                try:
-                    event = pipe.recv()
-                except (EOFError, OSError):
-                    process.join()
-                    raise RunError(_epitaph(process.exitcode, items[index])) from None
-                if isinstance(event, BaseException):
-                    raise event
-                if event.done:
-                    del busy[pipe]
-                    give(pipe, process)
-                yield event
-    finally:
-        for process in started:
-            if busy:
-                process.terminate()
+    def _receive(self, pipe: Connection) -> Event:
+        process, index = self._busy[pipe]
+        try:
+            event = pipe.recv()
+        except (EOFError, OSError):
             process.join()
+            raise RunError(_describe_death(process.exitcode, self._items[index])) from None
+        if isinstance(event, BaseException):
+            raise event
+        if event.done:
+            del self._busy[pipe]
+            self._assign(pipe, process)
+        return event
 
 
-def _events(work: Callable[[Any], Iterator], index: int, item: Any) -> Iterator[Event]:
+def _events(work: Work, index: int, item: Any) -> Iterator[Event]:
     steps = work(item)
     while True:
         try:
             value = next(steps)
         except StopIteration as end:
-            yield Event(index, end.value, True)
+            yield Event(index, end.value, done=True)
             return
-        yield Event(index, value, False)
+        yield Event(index, value, done=False)
 
 
-def _serve(pipe, work: Callable[[Any], Iterator]) -> None:
-    """A process: works on the items that come until None comes or nobody listens any more."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches all processes: the first one ends the others
+def _serve(pipe: Connection, work: Work) -> None:
+    """The main function of a process: works on items until None comes or the pipe is closed."""
+    # Ctrl-C reaches all processes; the first process ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         while (task := pipe.recv()) is not None:
-            for event in _safe(_events(work, *task)):
+            for event in _events_or_error(_events(work, *task)):
                 pipe.send(event)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
 
-def _safe(events: Iterator[Event]) -> Iterator[Event | Exception]:
-    """Events; in place of an error that is raised, the error."""
+def _events_or_error(events: Iterator[Event]) -> Iterator[Event | Exception]:
+    """Yields events and, instead of raising an exception, yields it."""
     try:
         yield from events
     except Exception as error:
-        yield _portable(error)
+        yield _make_portable(error)
 
 
-def _portable(error: Exception) -> Exception:
-    """An error that another process can read, with where it was raised unless that is the user's business."""
+def _make_portable(error: Exception) -> Exception:
+    """Returns an exception that can be sent to another process.
+
+    It notes where it was raised, unless its message is meant for the user.
+    """
     if not isinstance(error, (UserError, RunError)):
         error.add_note(f"in a worker process:\n{''.join(traceback.format_tb(error.__traceback__))}")
     try:
         pickle.loads(pickle.dumps(error))
         return error
-    except Exception:
+    except Exception:  # it cannot be pickled: send its text
         return RuntimeError("".join(traceback.format_exception(error)))
 
 
-def _epitaph(status: int | None, item: Any) -> str:
+def _describe_death(status: int | None, item: Any) -> str:
     how = f"ended with status {status}"
     if status is not None and status < 0:
-        name = signal.Signals(-status).name
-        why = (
-            "; the system does that where memory runs out: try fewer --processes"
-            if name == "SIGKILL"
-            else ""
-        )
-        how = f"was killed ({name}{why})"
-    return f"the process that worked on {item} {how}; what is finished is kept, the same command continues"
+        how = f"was killed ({signal.Signals(-status).name}"
+        if -status == signal.SIGKILL:
+            how += "; the system does that where memory runs out: try fewer --processes"
+        how += ")"
+    return (
+        f"the process that worked on {item} {how}; what is finished is kept, the same command"
+        " continues"
+    )

@@ -1,9 +1,10 @@
-"""Data that is a table already: all streams in step, such as the voices of a score or the channels of a sensor."""
+"""Data that is a table already: all streams in step, such as the voices of a score."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from msllm.data.converters.layout import Layout, each_record
 from msllm.data.sources import BadRecord, Record
@@ -14,35 +15,42 @@ OPTIONS = {"key": "rows", "silence": [-1]}
 
 @each_record
 def convert(layout: Layout, record: Record) -> Iterator[Table]:
-    """From {"rows": [[an item per stream], ...]}; the option `key` is the key of the rows.
+    """From {"rows": [[an item per stream], ...]}.
 
-    An item is a number or a word, and must be one token as written; one of `silence` or "" is silence, null is absent.
+    An item is a number or a word, and must be one token as written. "" and the items listed in the
+    option `silence` are silence; null is absent. The option `key` is the key of the rows.
     """
-    key, names = layout.options["key"], layout.spec.names
-    rows = record.value.get(key) if isinstance(record.value, dict) else None
-    if not isinstance(rows, list) or not all(
-        isinstance(row, list) and len(row) == len(names) for row in rows
-    ):
-        raise BadRecord(
-            f"{record.where}: {key!r} must be a list of rows, each a list of {len(names)} items {names}"
-        )
-    silent = ["", *layout.options["silence"]]
-    known = dict.fromkeys(silent, layout.tokenizer.silence_id)
-    columns = []
-    for name, column in zip(names, zip(*rows)):
-        tokens = []
-        for number, item in enumerate(column):
-            if item is not None and not isinstance(item, (int, float, str)):
-                raise BadRecord(
-                    f"{record.where}, {name}, row {number}: {item!r} is no cell: give a number or a word"
-                )
-            if item is not None and item not in known:
-                known[item] = layout.one_token(str(item), f"{record.where}, {name}, row {number}")
-            tokens.append(0 if item is None else known[item])
-        columns.append(tokens)
-    table = layout.table(
-        [Placement(s, 0, c) for s, c in enumerate(columns)], json.dumps(rows), closed=False
-    )
+    rows = _rows_of(layout, record)
+    ids = dict.fromkeys(["", *layout.options["silence"]], layout.tokenizer.silence_id)
+    placements = []
+    for stream, (name, column) in enumerate(zip(layout.spec.names, zip(*rows))):
+        tokens = [
+            _token(layout, item, ids, f"{record.where}, {name}, row {row}")
+            for row, item in enumerate(column)
+        ]
+        placements.append(Placement(stream, 0, tokens))
+    table = layout.table(placements, json.dumps(rows), closed=False)
     for number, row in enumerate(rows):
         table.present[number] = [item is not None for item in row]
     yield table
+
+
+def _rows_of(layout: Layout, record: Record) -> list[list[Any]]:
+    key, names = layout.options["key"], layout.spec.names
+    rows = record.get(key)
+    if isinstance(rows, list) and all(isinstance(r, list) and len(r) == len(names) for r in rows):
+        return rows
+    raise BadRecord(
+        f"{record.where}: {key!r} must be a list of rows, each a list of {len(names)} items {names}"
+    )
+
+
+def _token(layout: Layout, item: Any, ids: dict[Any, int], where: str) -> int:
+    """Returns the token of an item, 0 if it is absent; `ids` remembers the tokens of items."""
+    if item is None:
+        return 0
+    if not isinstance(item, (int, float, str)):
+        raise BadRecord(f"{where}: {item!r} is no cell: give a number or a word")
+    if item not in ids:
+        ids[item] = layout.one_token(str(item), where)
+    return ids[item]

@@ -1,12 +1,12 @@
-"""Chats: one turn after another, or overlapping."""
+"""Chats: turns that follow one another, or overlap."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 
-from msllm.data.converters.layout import Choice, Layout, each_record
-from msllm.data.sources import BadRecord, Record, text_of
+from msllm.data.converters.layout import Choice, Layout, each_record, messages_of
+from msllm.data.sources import Record, text_of
 from msllm.data.tables import Table
 from msllm.errors import UserError
 
@@ -22,31 +22,29 @@ OPTIONS = {
 def convert(layout: Layout, record: Record) -> Iterator[Table]:
     """From {"messages": [{"role", "content"}, ...]}.
 
-    `roles` maps roles to streams ("*": all others; a role left out is a stream's name). A turn starts when the one
-    before it has ended, a turn of an input when all have. Turns of other streams may come earlier, though never before
-    the turn that they follow starts:
+    A turn of an input stream starts when all turns before it have ended, any other turn when the
+    one before it has ended. The latter may start earlier by these options, though never before the
+    turn that it follows starts:
 
-    overlap: so many rows before that turn ends.
-    wait: so many rows after the last turn of an input started (-1: no matter); it still follows other turns.
-    thoughts: "beside": the turn after a thought starts as if the thought were not there; "before": it follows it.
+    overlap: start this many rows before the end of the turn before.
+    wait: if the turn before is of an input stream, start this many rows after its start, at the
+      latest at its end; -1: off.
+    thoughts: "before": a thought is a turn like others; "beside": the turn after a thought starts
+      as if the thought were not there.
+
+    `roles` maps roles to streams, as in `Layout.stream_of`.
     """
     thoughts, spec = layout.options["thoughts"], layout.spec
     if thoughts not in ("before", "beside"):
         raise UserError(f"config.data.options.thoughts is {thoughts!r}: must be before or beside")
-    messages = record.value.get("messages") if isinstance(record.value, dict) else None
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise BadRecord(
-            f'{record.where}: must be {{"messages": [{{"role": ..., "content": ...}}, ...]}}'
-        )
+    messages = messages_of(record)
     key = json.dumps(messages, sort_keys=True)
     overlap, wait = layout.draw("overlap", key), layout.draw("wait", key)
     turns, ends = [], dict.fromkeys(spec.names, 0)
     before = None  # the turn that the next one follows
     for message in messages:
-        role, content = (
-            text_of(message, "role", record.where),
-            text_of(message, "content", record.where),
-        )
+        role = text_of(message, "role", record.where)
+        content = text_of(message, "content", record.where)
         name = layout.stream_of(role, record.where)
         kind = spec.kinds[spec.index(name)]
         start = 0

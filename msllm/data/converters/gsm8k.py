@@ -17,9 +17,10 @@ _CALCULATOR = re.compile(r"<<[^>]*>>")
 def convert(layout: Layout, record: Record) -> Iterator[Table]:
     """From {"question", "answer"}.
 
-    The thought starts `think_after` rows after the question does (-1: when it has ended); the output starts when
-    question and thought have both ended. Without a stream `thought` the output says all of it, from the thought's start
-    on: the worked answer and a last line "#### number", as the file has them.
+    The thought starts `think_after` rows after the question starts (-1: when it has ended). The
+    output starts when question and thought have both ended. Without a stream `thought` the output
+    says all of it, from the row in which the thought would start: the worked answer and a last line
+    "#### number", as in the file.
     """
     question, answer = record.text("question"), record.text("answer")
     worked, mark, number = answer.rpartition("####")
@@ -27,10 +28,10 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
         raise BadRecord(
             f"{record.where}: the answer has no last line '#### number': correct the record"
         )
+    worked, number = _CALCULATOR.sub("", worked).rstrip("\n"), number.strip()
     asked = layout.say("user", 0, question)
     think_after = layout.draw("think_after", question)
     start = asked.end if think_after < 0 else think_after
-    worked, number = _CALCULATOR.sub("", worked).rstrip("\n"), number.strip()
     if "thought" in layout.spec.names:
         thought = layout.say("thought", start, worked)
         said = [thought, layout.say("output", max(asked.end, thought.end), number)]

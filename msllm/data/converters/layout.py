@@ -1,4 +1,4 @@
-"""What converters share: the layout that places text in streams, options that examples draw, records one by one."""
+"""What converters share: placing text in streams, drawing options, reading record by record."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import collections
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from msllm.data.sources import BadRecord, BadRecords, Part, Record, read
 from msllm.data.tables import Placement, Table, example_hash, make_table
@@ -14,15 +14,16 @@ from msllm.errors import UserError
 from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
 
-CLOSING_ROWS = 3  # silent rows after an example, at most
+MAX_CLOSING_ROWS = 3  # of silence after an example
 _WORD = re.compile(r"\s*\S+(?:\s+$)?")
+_Item = TypeVar("_Item")
 
 
 class Choice(NamedTuple):
-    """An option that is a whole number, or a list of them of which every example draws one, by its id."""
+    """An option that is an int, or a list of ints of which every example draws one, by its id."""
 
     default: int
-    least: int
+    least: int  # smallest value allowed
 
 
 class Layout(NamedTuple):
@@ -30,36 +31,40 @@ class Layout(NamedTuple):
 
     spec: StreamSpec
     tokenizer: Tokenizer | Recorder
-    rows: int  # T, without those that delays take
+    rows: int  # T, less the rows that delays need
     options: Mapping[str, Any]
-    bad: BadRecords  # is told of records that cannot be used
+    bad: BadRecords  # counts the records that cannot be used
 
     def one_token(self, text: str, where: str) -> int:
-        """The id of a text that must be one known token. Raises BadRecord."""
+        """Returns the id of a text that must be exactly one known token. Raises BadRecord."""
         ids = self.tokenizer.encode_word(text)
         if len(ids) != 1 or ids[0] == self.tokenizer.unknown_id:
             raise BadRecord(
-                f"{where}: {text!r} is {len(ids)} tokens or unknown to the tokenizer: a cell takes exactly one token;"
-                " split it, or use another tokenizer (config.data.tokenizer.model_type='word' fits words)"
+                f"{where}: {text!r} is {len(ids)} tokens or unknown to the tokenizer: a cell takes"
+                " exactly one token; split it, or use another tokenizer"
+                " (config.data.tokenizer.model_type='word' fits words)"
             )
         return ids[0]
 
     def words(self, text: str) -> list[Sequence[int]]:
-        """The tokens of a text, word by word; a space belongs to the word after it."""
+        """Returns the tokens of each word of a text; a space belongs to the word after it."""
         return [self.tokenizer.encode_word(word) for word in _WORD.findall(text)]
 
     def say(self, stream: str, start: int, text: str) -> Placement:
-        """A text in a stream, one token a row."""
+        """Places a text in a stream from row `start` on, one token per row."""
         return Placement(self.spec.index(stream), start, self.tokenizer.encode(text))
 
     def say_words(self, stream: int, start: int, words: Sequence[str]) -> Placement:
-        """Words in a stream, one a row."""
-        return Placement(
-            stream, start, [self.one_token(word, self.spec.names[stream]) for word in words]
-        )
+        """Places words, of one token each, in stream number `stream`, one word per row."""
+        name = self.spec.names[stream]
+        return Placement(stream, start, [self.one_token(word, name) for word in words])
 
     def stream_of(self, role: str, where: str) -> str:
-        """The name of the stream in which a role speaks, by the option `roles` ("*": all others). Raises BadRecord."""
+        """Returns the name of the stream in which a role speaks. Raises BadRecord.
+
+        The option `roles` maps roles to streams; its key "*" stands for all other roles. A role
+        without an entry may be the name of a stream.
+        """
         roles, names = self.options["roles"], self.spec.names
         name = roles.get(role) or (role if role in names else roles.get("*", role))
         if name not in names:
@@ -69,50 +74,68 @@ class Layout(NamedTuple):
         return name
 
     def draw(self, option: str, key: str) -> int:
-        """The value of an option (a Choice) for the example of `key`: the same in every run and order."""
+        """Returns the value of an option (a Choice) for the example of `key`.
+
+        It is the same in every run and for any order of the examples.
+        """
         value = self.options[option]
         if isinstance(value, int):
             return value
         return value[int(example_hash(f"{option} {key}"), 16) % len(value)]
 
-    def counted(self, items: Iterable) -> Iterator:
-        """What a record gave, passed on; if it gave nothing, that is noted."""
-        number = 0
-        for number, item in enumerate(items, 1):
+    def count_empty(self, items: Iterable[_Item]) -> Iterator[_Item]:
+        """Yields what a record gave. If it gave nothing, counts it as empty."""
+        empty = True
+        for item in items:
+            empty = False
             yield item
-        self.bad.empty += not number
+        self.bad.empty += empty
 
     def table(self, placements: Sequence[Placement], key: str, closed: bool = True) -> Table:
-        """The table of placements. `closed`: silent rows follow, so that the model learns to stop and to stay silent;
-        their number varies (drawn by the example's hash), or it would learn to start again after so many."""
-        closing_rows = 1 + int(example_hash(key), 16) % CLOSING_ROWS if closed else 0
+        """Returns the table of placements. Its example's id is a hash of `key`.
+
+        Args:
+          closed: add silent rows at the end, so that the model learns to stop and to stay silent.
+            Their number is drawn by the example's hash; a fixed number would teach the model to
+            start again after that many rows.
+        """
+        example = example_hash(key)
+        closing_rows = 1 + int(example, 16) % MAX_CLOSING_ROWS if closed else 0
         rows = max((p.end for p in placements), default=0) + closing_rows
-        return make_table(
-            placements, rows, self.spec.size, self.tokenizer.silence_id, example_hash(key)
-        )
+        return make_table(placements, rows, self.spec.size, self.tokenizer.silence_id, example)
 
 
 class Recorder:
-    """Stands in for the tokenizer that is still to be trained, and notes the texts it is given."""
+    """Stands in for a tokenizer that is not trained yet, and records the texts it is given."""
 
     silence_id, unknown_id, vocab_size = 0, None, 1 << 31
 
     def __init__(self):
-        self.texts: list[str] = []
+        self._texts: list[str] = []
         self.control: Mapping[str, int] = collections.defaultdict(int)
 
     def encode(self, text: str) -> list[int]:
-        self.texts.append(text)
+        """Records a text."""
+        self._texts.append(text)
         return [1]
 
     encode_word = encode
 
+    def take(self) -> list[str]:
+        """Returns the texts recorded since the last call."""
+        texts, self._texts = self._texts, []
+        return texts
 
-Converter = Callable[[Layout, Part], Iterator[Table]]
+
+Convert = Callable[[Layout, Part], Iterator[Table]]
 
 
-def each_record(function: Callable[[Layout, Record], Iterable[Table]]) -> Converter:
-    """A converter from a function of one record. A record for which it raises BadRecord is counted and left out."""
+def each_record(function: Callable[[Layout, Record], Iterable[Table]]) -> Convert:
+    """Makes a converter of a function from one record to its tables.
+
+    A record for which the function raises BadRecord is counted and left out. Any other exception
+    gets a note that names the record.
+    """
 
     @functools.wraps(function)
     def convert(layout: Layout, part: Part) -> Iterator[Table]:
@@ -127,15 +150,26 @@ def each_record(function: Callable[[Layout, Record], Iterable[Table]]) -> Conver
             except Exception as error:
                 error.add_note(f"in {record.where}")
                 raise
-            for table in layout.counted(tables):
+            for table in layout.count_empty(tables):
                 yield table._replace(source=record.where)
 
     return convert
 
 
-def one_stream(layout: Layout, converter: str, remedy: str = "") -> None:
-    """Raises UserError, with the remedy if there is another, unless there is one stream."""
+def messages_of(record: Record) -> list[dict[str, Any]]:
+    """Returns the record's "messages", a list of JSON objects. Raises BadRecord."""
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise BadRecord(
+            f'{record.where}: must be {{"messages": [{{"role": ..., "content": ...}}, ...]}}'
+        )
+    return messages
+
+
+def require_one_stream(layout: Layout, converter: str, remedy: str = "") -> None:
+    """Raises UserError, with the remedy if there is another one, unless there is one stream."""
     if layout.spec.size != 1:
         raise UserError(
-            f"config.streams.names is {layout.spec.names}: {converter!r} takes exactly one stream{remedy}"
+            f"config.streams.names is {layout.spec.names}: {converter!r} takes exactly one"
+            f" stream{remedy}"
         )

@@ -1,10 +1,11 @@
-"""Plain text in all streams at once, a document in each."""
+"""Plain text in all streams at once, each stream with documents of its own."""
 
 from __future__ import annotations
 
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from msllm.data.converters.layout import Layout
 from msllm.data.converters.single import pieces
@@ -12,19 +13,22 @@ from msllm.data.sources import Part, texts
 from msllm.data.tables import Placement, Table
 
 OPTIONS = {"key": "text", "shuffle": 0}
+_Item = TypeVar("_Item")
 
 
 def convert(layout: Layout, part: Part) -> Iterator[Table]:
-    """From documents (texts; of records, the text under `key`), in pieces as `single` makes them.
+    """From documents (plain text files, or the text under `key` of records), cut as by `single`.
 
-    Every piece goes to the fullest stream that has room for it in T rows. A row of silence follows the end of a
-    document where there is room; cells below the last document of a stream are absent. With `shuffle`, pieces come in
-    random order from a buffer of so many: the streams of a table else hold neighbours, and a batch of them teaches less
-    than one of pieces that have nothing to do with each other.
+    Every piece goes to the fullest stream that has room for it in T rows. A row of silence follows
+    the end of a document where there is room; cells below the last document of a stream are absent.
+
+    With `shuffle`, pieces come in random order from a buffer of that size. Otherwise the streams of
+    a table hold neighbouring pieces of a text, and a batch of them teaches less than a batch of
+    unrelated pieces.
     """
     columns: list[list[int]] = [[] for _ in layout.spec.names]
     source = ""
-    for where, piece, last in _shuffled(_pieces(layout, part), layout.options["shuffle"]):
+    for where, piece, is_last in _shuffled(_pieces(layout, part), layout.options["shuffle"]):
         fitting = [column for column in columns if len(column) + len(piece) <= layout.rows]
         if not fitting:
             yield _table(layout, columns)._replace(source=source)
@@ -32,17 +36,17 @@ def convert(layout: Layout, part: Part) -> Iterator[Table]:
         source = source if any(columns) else where
         column = max(fitting, key=len)
         column += piece
-        if last and len(column) < layout.rows:
+        if is_last and len(column) < layout.rows:
             column.append(layout.tokenizer.silence_id)
     if any(columns):
         yield _table(layout, columns)._replace(source=source)
 
 
 def _pieces(layout: Layout, part: Part) -> Iterator[tuple[str, Sequence[int], bool]]:
-    """(where its document is, a piece, whether it is the document's last)."""
+    """Yields (where its document is, a piece, whether it is the document's last)."""
     for where, blocks in texts(part, layout.options["key"], layout.bad):
         before = None
-        for piece in layout.counted(pieces(layout, blocks)):
+        for piece in layout.count_empty(pieces(layout, blocks)):
             if before is not None:
                 yield where, before, False
             before = piece
@@ -50,9 +54,9 @@ def _pieces(layout: Layout, part: Part) -> Iterator[tuple[str, Sequence[int], bo
             yield where, before, True
 
 
-def _shuffled(items: Iterable, size: int) -> Iterator:
-    """Items in a random order, the same in every run; one is passed on at most `size` places early."""
-    # Of `random`'s methods only random() is promised to give the same numbers in every Python.
+def _shuffled(items: Iterable[_Item], size: int) -> Iterator[_Item]:
+    """Yields items in random order, the same in every run, each at most `size` places early."""
+    # Of the methods of `random`, only random() is promised to be the same in every Python.
     rng, waiting = random.Random(0), []
     for item in items:
         waiting.append(item)
@@ -62,7 +66,7 @@ def _shuffled(items: Iterable, size: int) -> Iterator:
         yield _take(waiting, rng)
 
 
-def _take(items: list, rng: random.Random):
+def _take(items: list[_Item], rng: random.Random) -> _Item:
     place = int(rng.random() * len(items))
     items[place], items[-1] = items[-1], items[place]
     return items.pop()

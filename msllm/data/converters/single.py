@@ -1,11 +1,11 @@
-"""Plain text in one stream, of several if need be."""
+"""Plain text in one stream. There may be others, which are silent."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
 
-from msllm.data.converters.layout import Layout, one_stream
+from msllm.data.converters.layout import Layout, require_one_stream
 from msllm.data.sources import Part, texts
 from msllm.data.tables import Placement, Table
 
@@ -13,26 +13,24 @@ OPTIONS = {"key": "text", "stream": ""}
 
 
 def convert(layout: Layout, part: Part) -> Iterator[Table]:
-    """From texts, each cut to pieces of T rows; of records, the text under `key`.
+    """From texts (plain text files, or the text under `key` of records), cut to pieces of T rows.
 
-    A piece begins with the last token of the piece before it: so every token (but a text's first) is predicted once.
-    `stream` says it, and the others are silent; empty: there is but one.
+    A piece begins with the last token of the piece before it, so that every token but the first of
+    a text is predicted once. `stream` names the stream that says the text; empty: the only one.
     """
-    if not (name := layout.options["stream"]):
-        one_stream(
-            layout,
-            "single",
-            "; config.data.options.stream names the one of several that says the text",
-        )
+    name = layout.options["stream"]
+    if not name:
+        remedy = "; config.data.options.stream names the one of several that says the text"
+        require_one_stream(layout, "single", remedy)
     stream = layout.spec.index(name) if name else 0
     for where, blocks in texts(part, layout.options["key"], layout.bad):
-        for tokens in layout.counted(pieces(layout, blocks)):
+        for tokens in layout.count_empty(pieces(layout, blocks)):
             table = layout.table([Placement(stream, 0, tokens)], json.dumps(tokens), closed=False)
             yield table._replace(source=where)
 
 
 def pieces(layout: Layout, blocks: Iterable[str]) -> Iterator[Sequence[int]]:
-    """The tokens of a text in pieces of T, the last one shorter, which overlap by one token."""
+    """Yields the tokens of a text in pieces of T tokens (the last: fewer) that overlap by one."""
     tokens: list[int] = []
     for block in blocks:
         tokens += layout.tokenizer.encode(block)

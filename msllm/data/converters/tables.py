@@ -1,4 +1,4 @@
-"""Ready tables, a list or a text for every stream."""
+"""Ready tables: a list of cells or a text for every stream."""
 
 from __future__ import annotations
 
@@ -15,17 +15,13 @@ OPTIONS: dict[str, Any] = {}
 
 @each_record
 def convert(layout: Layout, record: Record) -> Iterator[Table]:
-    """From {"streams": {name: [one item a row], name: "text", ...}}.
+    """From {"streams": {name: [one item per row], name: "text", ...}}.
 
-    An item is a token id, a string of exactly one token, "" (silence) or null (absent). A text is tokenized from row 0
-    and silent after its end. Streams left out are silent.
+    An item is a token id, a string of exactly one token, "" (silence) or null (absent). A text is
+    tokenized from row 0 on and silent after its end. Streams that are left out are silent.
     """
-    where = record.where
-    streams = record.value.get("streams") if isinstance(record.value, dict) else None
-    if not isinstance(streams, dict) or set(record.value) != {"streams"}:
-        keys = sorted(record.value) if isinstance(record.value, dict) else "none"
-        raise BadRecord(f'{where}: keys are {keys}: must be {{"streams": {{name: list or text}}}}')
-    placements, absent, lists = [], [], False
+    where, streams = record.where, _streams_of(record)
+    placements, absent = [], []
     for name, content in streams.items():
         if name not in layout.spec.names:
             raise BadRecord(
@@ -34,9 +30,9 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
         if isinstance(content, str):
             placements.append(layout.say(name, 0, content))
         elif isinstance(content, list):
-            stream, lists = layout.spec.index(name), True
+            stream = layout.spec.index(name)
             cells = [
-                cell(layout, item, f"{where}, {name}, row {row}")
+                _cell(layout, item, f"{where}, {name}, row {row}")
                 for row, item in enumerate(content)
             ]
             absent += [(row, stream) for row, token in enumerate(cells) if token is None]
@@ -46,26 +42,45 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
                 f"{where}: stream {name!r} is {content!r}: must be a list of cells or a text"
             )
     table = layout.table(placements, json.dumps(streams, sort_keys=True), closed=False)
-    lengths = {layout.spec.names[p.stream]: p.end for p in placements}
-    if lists and any(
-        isinstance(streams[name], list) and n < len(table.tokens) for name, n in lengths.items()
-    ):
-        raise BadRecord(
-            f'{where}: lengths in rows are {lengths}: lists must be equally long; pad with "" or null'
-        )
+    _check_lengths(layout, streams, placements, where)
     for place in absent:
         table.present[place] = False
     yield table
 
 
-def cell(layout: Layout, item: Any, where: str) -> int | None:
-    """The token of an item; None: absent. Raises BadRecord."""
-    if item is None or item == "":
-        return None if item is None else layout.tokenizer.silence_id
+def _streams_of(record: Record) -> dict[str, Any]:
+    streams = record.get("streams")
+    if not isinstance(streams, dict) or set(record.value) != {"streams"}:
+        keys = sorted(record.value) if isinstance(record.value, dict) else "none"
+        raise BadRecord(
+            f'{record.where}: keys are {keys}: must be {{"streams": {{name: list or text}}}}'
+        )
+    return streams
+
+
+def _check_lengths(
+    layout: Layout, streams: dict[str, Any], placements: list[Placement], where: str
+) -> None:
+    """Raises BadRecord unless every list of cells is as long as the table."""
+    lengths = {layout.spec.names[p.stream]: p.end for p in placements}
+    rows = max(lengths.values(), default=0)
+    if any(isinstance(streams[name], list) and n < rows for name, n in lengths.items()):
+        raise BadRecord(
+            f"{where}: lengths in rows are {lengths}: lists must be equally long; pad with"
+            ' "" or null'
+        )
+
+
+def _cell(layout: Layout, item: Any, where: str) -> int | None:
+    """Returns the token of an item; None: absent. Raises BadRecord."""
+    if item is None:
+        return None
+    if item == "":
+        return layout.tokenizer.silence_id
     if isinstance(item, str):
         return layout.one_token(item, where)
-    if type(item) is not int or not 0 <= item < layout.tokenizer.vocab_size:
-        size = layout.tokenizer.vocab_size
+    size = layout.tokenizer.vocab_size
+    if type(item) is not int or not 0 <= item < size:
         raise BadRecord(
             f"{where}: {item!r} is no cell: must be a token id below {size}, a string or null"
         )

@@ -1,11 +1,11 @@
-"""Words or utterances with the times at which they were said; whoever speaks at once stays at once."""
+"""Words or utterances with the times at which they were said: overlaps in time stay overlaps."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from msllm.data.converters.layout import Layout, each_record
 from msllm.data.sources import BadRecord, Record, text_of
@@ -15,51 +15,40 @@ from msllm.errors import UserError
 OPTIONS = {"row_seconds": 0.25, "roles": {}, "longest_silence": 0, "ignored": []}
 
 
+class _Utterance(NamedTuple):
+    start: float  # seconds
+    end: float
+    stream: str
+    text: str
+
+
 @each_record
 def convert(layout: Layout, record: Record) -> Iterator[Table]:
-    """From {"utterances": [{"start": seconds, "end": seconds, "speaker": role, "text": text}, ...]}, a recording.
+    """From {"utterances": [{"start": s, "end": s, "speaker": role, "text": text}, ...]}.
 
-    `roles` maps speakers to streams ("*": all others); several may share one. Row r is the time from r * `row_seconds`
-    to (r + 1) * `row_seconds`, counted from the first utterance. The n tokens of an utterance are spread evenly over
-    its time, each in the row in which its n-th part of the time ends; where that row is taken, in the next free one: a
-    stream with more tokens than rows falls behind, and catches up in a silence.
-    `longest_silence`: rows that remain of a longer time in which no stream says anything (0: all).
-    `ignored`: texts that are left out, such as "[silence]".
+    A record is a recording; its times are in seconds. Row r is the time from r * `row_seconds` to
+    (r + 1) * `row_seconds` after the start of the first utterance. The n tokens of an utterance are
+    spread evenly over its time, each in the row in which its n-th part of the time ends. Where that
+    row is taken, the token goes into the next free one: a stream with more tokens than rows falls
+    behind, and catches up in a silence.
+
+    roles: maps speakers to streams, as in `Layout.stream_of`; several may share a stream.
+    longest_silence: rows that remain of a longer time in which no stream says anything; 0: all.
+    ignored: texts that are left out, such as "[silence]".
     """
     seconds = layout.options["row_seconds"]
     if not seconds > 0:
         raise UserError(f"config.data.options.row_seconds is {seconds}: must be positive")
-    utterances = record.value.get("utterances") if isinstance(record.value, dict) else None
-    if not isinstance(utterances, list):
+    recording = record.get("utterances")
+    if not isinstance(recording, list):
         raise BadRecord(
-            f'{record.where}: must be {{"utterances": [{{"start", "end", "speaker", "text"}}, ...]}}'
+            f"{record.where}: must be"
+            ' {"utterances": [{"start", "end", "speaker", "text"}, ...]}'
         )
-    said = []
-    for number, utterance in enumerate(utterances):
-        where = f"{record.where}, utterance {number}"
-        text = text_of(utterance, "text", where)
-        name = layout.stream_of(text_of(utterance, "speaker", where), where)
-        start, end = _time(utterance, "start", where), _time(utterance, "end", where)
-        if end < start:
-            raise BadRecord(
-                f"{where}: ends at {end}, before it starts at {start}: correct the times"
-            )
-        if text not in layout.options["ignored"]:
-            said.append((start, end, name, text))
-    if not said:
+    utterances = _utterances(layout, recording, record.where)
+    if not utterances:
         return
-    said.sort(
-        key=lambda item: item[:2]
-    )  # stable: of two that start and end at once, the first given is first
-    first = said[0][0]
-    cells: dict[str, list[tuple[int, int]]] = {
-        name: [] for name in layout.spec.names
-    }  # (row, token), rising
-    for start, end, name, text in said:
-        tokens, column = layout.tokenizer.encode(text), cells[name]
-        for i, token in enumerate(tokens, 1):
-            row = math.ceil((start - first + (end - start) * i / len(tokens)) / seconds) - 1
-            column.append((max(row, column[-1][0] + 1 if column else 0), token))
+    cells = _spread(layout, utterances, seconds)
     rows = sorted({row for column in cells.values() for row, _ in column})
     place = dict(zip(rows, _shorten(rows, layout.options["longest_silence"])))
     placements = []
@@ -68,11 +57,54 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
         for row, token in column:
             tokens[place[row]] = token
         placements.append(Placement(layout.spec.index(name), 0, tokens))
-    yield layout.table(placements, json.dumps(utterances, sort_keys=True))
+    yield layout.table(placements, json.dumps(recording, sort_keys=True))
+
+
+def _utterances(layout: Layout, recording: list[Any], where: str) -> list[_Utterance]:
+    """Returns the utterances of a recording, sorted by time. Raises BadRecord."""
+    found = []
+    for number, utterance in enumerate(recording):
+        here = f"{where}, utterance {number}"
+        text = text_of(utterance, "text", here)
+        stream = layout.stream_of(text_of(utterance, "speaker", here), here)
+        start, end = _time(utterance, "start", here), _time(utterance, "end", here)
+        if end < start:
+            raise BadRecord(
+                f"{here}: ends at {end}, before it starts at {start}: correct the times"
+            )
+        if text not in layout.options["ignored"]:
+            found.append(_Utterance(start, end, stream, text))
+    # A stable sort: utterances of the same times stay in the order of the record.
+    return sorted(found, key=lambda utterance: utterance[:2])
+
+
+def _time(utterance: dict[str, Any], key: str, where: str) -> float:
+    value = utterance.get(key)
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise BadRecord(f"{where}: {key!r} is {value!r}: must be a time in seconds")
+    return value
+
+
+def _spread(
+    layout: Layout, utterances: list[_Utterance], seconds: float
+) -> dict[str, list[tuple[int, int]]]:
+    """Returns the cells (row, token) of every stream, in the order of their rows."""
+    cells: dict[str, list[tuple[int, int]]] = {name: [] for name in layout.spec.names}
+    first = utterances[0].start
+    for start, end, stream, text in utterances:
+        tokens, column = layout.tokenizer.encode(text), cells[stream]
+        for i, token in enumerate(tokens, 1):
+            row = math.ceil((start - first + (end - start) * i / len(tokens)) / seconds) - 1
+            free = column[-1][0] + 1 if column else 0
+            column.append((max(row, free), token))
+    return cells
 
 
 def _shorten(rows: list[int], longest: int) -> list[int]:
-    """The rows in which anything is said, after every silence is cut to `longest` rows (0: none is)."""
+    """Returns new numbers for the rows in which anything is said.
+
+    Every silence between them is cut to `longest` rows (0: none is cut).
+    """
     if longest <= 0:
         return rows
     shorter, before = [], -1
@@ -81,10 +113,3 @@ def _shorten(rows: list[int], longest: int) -> list[int]:
         shorter.append((shorter[-1] if shorter else -1) + 1 + silent)
         before = row
     return shorter
-
-
-def _time(utterance: dict[str, Any], key: str, where: str) -> float:
-    value = utterance.get(key)
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise BadRecord(f"{where}: {key!r} is {value!r}: must be a time in seconds")
-    return value

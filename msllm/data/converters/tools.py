@@ -1,12 +1,12 @@
-"""Tool traces: speech, calls and results in streams of their own; calls made at once run at once."""
+"""Tool traces: speech, calls and results in separate streams; calls made at once run at once."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from msllm.data.converters.layout import Choice, Layout, each_record
+from msllm.data.converters.layout import Choice, Layout, each_record, messages_of
 from msllm.data.sources import BadRecord, Record, text_of
 from msllm.data.tables import Placement, Table
 from msllm.errors import UserError
@@ -24,16 +24,88 @@ OPTIONS = {
 def convert(layout: Layout, record: Record) -> Iterator[Table]:
     """From {"messages": [...]} in the form of chat APIs.
 
-    A message has a "role" and a "content" (speech; may be null). A message of role "assistant" may have "tool_calls",
-    [{"id", "function": {"name", "arguments"}}, ...]; a message of role "tool" has the "tool_call_id" whose result its
-    content is. A call is said as `name arguments`.
+    A message has a "role" and a "content" (speech; may be null). A message of role "assistant" may
+    have "tool_calls", [{"id", "function": {"name", "arguments"}}, ...]. The content of a message
+    of role "tool" is the result of the call with its "tool_call_id". A call is said as
+    `name arguments`.
 
-    `roles` maps the roles of speech to streams. Every call of a message goes to the stream of `calls` that is free
-    first, its result to the stream at the same place of `results`. Calls start with the speech of their message:
-    when all before them has ended, or (`call_after` >= 0) so many rows after the last speech of an input started, but
-    not before the results that were there when the calls were made. A result starts `latency` rows after its call
-    ended, speech when all before it has ended.
+    roles: maps the roles of speech to streams, as in `Layout.stream_of`.
+    calls, results: streams. Every call of a message goes to the stream of `calls` that is free
+      first, and its result to the stream at the same place of `results`.
+    call_after: start calls this many rows after the start of the last speech of an input, but not
+      before the results that were there when the calls were made; -1: together with the speech of
+      their message, when all before them has ended.
+    latency: start a result this many rows after the end of its call.
+
+    Speech starts when all before it has ended.
     """
+    _check_streams(layout)
+    messages = messages_of(record)
+    trace = _Trace(layout, json.dumps(messages, sort_keys=True))
+    for number, message in enumerate(messages):
+        where = f"{record.where}, message {number}"
+        role = text_of(message, "role", where)
+        if role == "tool":
+            trace.add_result(message, where)
+        else:
+            trace.add_message(role, message, where)
+    if trace.placements:
+        yield layout.table(trace.placements, trace.key)
+
+
+class _Call(NamedTuple):
+    place: int  # in the options `calls` and `results`
+    end: int  # the row after its last token
+
+
+class _Trace:
+    """The placements of one record, message after message."""
+
+    def __init__(self, layout: Layout, key: str):
+        self.key, self.placements = key, []
+        self._layout = layout
+        self._calls, self._results = layout.options["calls"], layout.options["results"]
+        self._call_after = layout.draw("call_after", key)
+        self._latency = layout.draw("latency", key)
+        self._free = dict.fromkeys(layout.spec.names, 0)  # per stream, the row after its last token
+        self._made: dict[str, _Call] = {}  # by id
+        self._input_start = 0  # the row in which the last speech of an input started
+        self._results_end = 0  # the row after the results so far
+
+    def add_result(self, message: Mapping[str, Any], where: str) -> None:
+        """Places the result of a call. Raises BadRecord."""
+        call = _find_call(self._made, message, where)
+        text = text_of(message, "content", where)
+        said = self._say(self._results[call.place], call.end + self._latency, text)
+        self._results_end = max(self._results_end, said.end)
+
+    def add_message(self, role: str, message: Mapping[str, Any], where: str) -> None:
+        """Places the speech of a message, and its calls. Raises BadRecord."""
+        now = max(self._free.values())
+        if message.get("content") or not message.get("tool_calls"):
+            name = self._layout.stream_of(role, where)
+            start = self._say(name, now, text_of(message, "content", where)).start
+            if self._layout.spec.kinds[self._layout.spec.index(name)] == "input":
+                self._input_start = start
+        if self._call_after >= 0:
+            now = min(max(self._input_start + self._call_after, self._results_end), now)
+        for name, identity, arguments in _calls_of(message, where):
+            place = min(range(len(self._calls)), key=lambda i: self._first_row(i, now))
+            said = self._say(self._calls[place], now, f"{name} {arguments}")
+            self._made[identity] = _Call(place, said.end)
+
+    def _first_row(self, place: int, now: int) -> int:
+        """Returns the row from `now` on in which both streams at a place are free."""
+        return max(now, self._free[self._calls[place]], self._free[self._results[place]])
+
+    def _say(self, stream: str, start: int, text: str) -> Placement:
+        placement = self._layout.say(stream, max(start, self._free[stream]), text)
+        self.placements.append(placement)
+        self._free[stream] = placement.end
+        return placement
+
+
+def _check_streams(layout: Layout) -> None:
     calls, results = layout.options["calls"], layout.options["results"]
     if len(calls) != len(results) or not calls:
         raise UserError(
@@ -41,52 +113,10 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
         )
     for name in (*calls, *results):
         layout.spec.index(name)  # raises UserError
-    messages = record.value.get("messages") if isinstance(record.value, dict) else None
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise BadRecord(
-            f'{record.where}: must be {{"messages": [{{"role": ..., "content": ...}}, ...]}}'
-        )
-    key = json.dumps(messages, sort_keys=True)
-    call_after, latency = layout.draw("call_after", key), layout.draw("latency", key)
-    placements: list[Placement] = []
-    free = dict.fromkeys(layout.spec.names, 0)  # the row after the last token of each stream
-    made: dict[
-        str, tuple[int, int]
-    ] = {}  # id of a call: (place in `calls`, row after its last token)
-    heard = 0  # the row in which the last speech of an input started
-    known = 0  # the row after the results so far
-
-    def say(name: str, start: int, text: str) -> Placement:
-        placements.append(layout.say(name, max(start, free[name]), text))
-        free[name] = placements[-1].end
-        return placements[-1]
-
-    for number, message in enumerate(messages):
-        where = f"{record.where}, message {number}"
-        role, content = text_of(message, "role", where), message.get("content")
-        if role == "tool":
-            place, end = _of_call(made, message, where)
-            known = max(
-                known, say(results[place], end + latency, text_of(message, "content", where)).end
-            )
-            continue
-        now = max(free.values())
-        if content or not message.get("tool_calls"):
-            name = layout.stream_of(role, where)
-            start = say(name, now, text_of(message, "content", where)).start
-            if layout.spec.kinds[layout.spec.index(name)] == "input":
-                heard = start
-        if call_after >= 0:
-            now = min(max(heard + call_after, known), now)
-        for name, identity, arguments in _calls(message, where):
-            place = min(range(len(calls)), key=lambda i: max(now, free[calls[i]], free[results[i]]))
-            made[identity] = place, say(calls[place], now, f"{name} {arguments}").end
-    if placements:
-        yield layout.table(placements, key)
 
 
-def _calls(message: Mapping[str, Any], where: str) -> Iterator[tuple[str, str, str]]:
-    """(name, id, arguments) of every call of a message."""
+def _calls_of(message: Mapping[str, Any], where: str) -> Iterator[tuple[str, str, str]]:
+    """Yields (name, id, arguments) of every call of a message. Raises BadRecord."""
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list):
         raise BadRecord(f"{where}: 'tool_calls' is {calls!r}: must be a list")
@@ -98,10 +128,8 @@ def _calls(message: Mapping[str, Any], where: str) -> Iterator[tuple[str, str, s
         yield name, str(call.get("id", "")), arguments
 
 
-def _of_call(
-    made: Mapping[str, tuple[int, int]], message: Mapping[str, Any], where: str
-) -> tuple[int, int]:
-    """Place and end of the call whose result a message is."""
+def _find_call(made: Mapping[str, _Call], message: Mapping[str, Any], where: str) -> _Call:
+    """Returns the call whose result a message is. Raises BadRecord."""
     identity = str(message.get("tool_call_id", ""))
     if identity not in made:
         known = ", ".join(made) or "none"

@@ -1,31 +1,40 @@
-"""What is done to a table after its converter, whichever that was: streams chosen, exchanged, silence put in, pieces.
+"""Variations of a table after its converter, whichever that was.
 
-All draws depend on the example's id alone. Nothing changes the order inside a stream or moves a cell up.
+Streams are selected or exchanged, silence is inserted, and long tables are cut to pieces. All draws
+depend on the example's id alone. Nothing changes the order inside a stream or moves a cell up.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from msllm.config import VaryConfig
 from msllm.data.tables import Table
 
+_Value = TypeVar("_Value")
 
-def draw(values: Sequence, what: str, example: str):
-    """One of `values` for an example: the same in every run and order, another for each `what`."""
+
+def draw(values: Sequence[_Value], what: str, example: str) -> _Value:
+    """Draws one of `values` for an example: the same in every run and for any order of examples.
+
+    Args:
+      what: names the draw. Draws of different names are independent.
+      example: the example's id.
+    """
     return random.Random(f"{what} {example}").choice(values) if len(values) > 1 else values[0]
 
 
 def select(table: Table, columns: Sequence[int]) -> Table:
-    """The given streams of a table, in the given order."""
+    """Returns the given streams of a table, in the given order."""
     return table._replace(tokens=table.tokens[:, columns], present=table.present[:, columns])
 
 
 def permute(table: Table, columns: Sequence[int]) -> Table:
-    """The contents of the given streams change places, at random."""
+    """Exchanges the contents of the given streams at random."""
     order = list(range(table.tokens.shape[1]))
     drawn = list(columns)
     random.Random(f"permute {table.example}").shuffle(drawn)
@@ -35,33 +44,40 @@ def permute(table: Table, columns: Sequence[int]) -> Table:
 
 
 def insert_silence(table: Table, vary: VaryConfig, silence_id: int) -> Table:
-    """Puts in rows in which all streams are silent: `lead` rows at the beginning, and pauses before other rows.
+    """Inserts rows in which all streams are silent: `lead` rows at the beginning, and pauses.
 
     A stream that is absent above or below a pause is absent in it.
     """
     rows = len(table.tokens)
-    extra = np.zeros(rows, np.int64)  # rows put in before each row
-    if vary.pause_percent:
-        generator = random.Random(f"pauses {table.example}")
-        for row in range(1, rows):
-            if generator.random() < vary.pause_percent / 100:
-                extra[row] = generator.choice(vary.pause_rows)
-    if rows:
-        extra[0] = draw(vary.lead, "lead", table.example)
-    if not extra.any():
+    inserted = _count_inserted(rows, vary, table.example)
+    if not inserted.any():
         return table
-    place = np.arange(rows) + np.cumsum(extra)  # where each row goes
-    below = np.repeat(np.arange(rows), extra + 1)  # for every new row: the old row at or below it
+    place = np.arange(rows) + np.cumsum(inserted)  # where each row goes
+    below = np.repeat(np.arange(rows), inserted + 1)  # per new row: the old row at or below it
     present = table.present[below] & table.present[np.maximum(below - 1, 0)]
     tokens = np.where(present, silence_id, 0).astype(np.int32)
     tokens[place], present[place] = table.tokens, table.present
     return table._replace(tokens=tokens, present=present)
 
 
-def pieces(table: Table, rows: int) -> Iterator[Table]:
-    """A long table in pieces of `rows` rows, each of which begins with the last row of the one before it.
+def _count_inserted(rows: int, vary: VaryConfig, example: str) -> np.ndarray:
+    """Returns the number of silent rows to insert before each row, [T] int64."""
+    inserted = np.zeros(rows, np.int64)
+    if vary.pause_percent:
+        generator = random.Random(f"pauses {example}")
+        for row in range(1, rows):
+            if generator.random() < vary.pause_percent / 100:
+                inserted[row] = generator.choice(vary.pause_rows)
+    if rows:
+        inserted[0] = draw(vary.lead, "lead", example)
+    return inserted
 
-    So every row but the first is predicted once. The ids of the pieces begin alike, so that all are held out or none.
+
+def pieces(table: Table, rows: int) -> Iterator[Table]:
+    """Cuts a long table to pieces of `rows` rows; each begins with the last row of the one before.
+
+    So every row but the first is predicted once. The ids of the pieces begin alike, so that all of
+    them are held out, or none.
     """
     if len(table.tokens) <= rows:
         yield table
