@@ -1,0 +1,87 @@
+"""README and docs name files and modules that exist, and describe the package as it is laid out."""
+
+import pathlib
+import re
+
+import pytest
+import test_imports
+
+import msllm
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md") if (ROOT / name).is_file()]
+PAGES += [page for page in (ROOT / "docs").rglob("*.md") if "api" not in page.parts]
+
+# A path of the repository; the user's own files have no folder in front of them.
+PATH = re.compile(r"(?<![\w./-])(?:msllm|docs|tests|configs|launch|notebooks|\.ci)/[\w./*-]*")
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[\w-]*)?\)")
+MODULE = re.compile(r"(?<![\w./-])msllm(?:\.[A-Za-z]\w*)+")
+
+
+def missing_paths(text: str, folder: pathlib.Path) -> list[str]:
+    """Paths of the repository and targets of links, from a page in `folder`, that do not exist."""
+    paths = {path.rstrip(".") for path in PATH.findall(text)}
+    missing = [path for path in paths if not any(ROOT.glob(path))]
+    return missing + [link for link in LINK.findall(text) if not (folder / link).exists()]
+
+
+def missing_names(text: str) -> list[str]:
+    """Dotted names below `msllm` that are neither modules nor defined in the module before the dot."""
+    return [name for name in set(MODULE.findall(text)) if not is_defined(name.split(".")[1:])]
+
+
+def is_defined(parts: list[str]) -> bool:
+    path = ROOT / "msllm"
+    for place, part in enumerate(parts):
+        if (path / part).is_dir():
+            path /= part
+        elif (path / f"{part}.py").is_file():
+            path /= f"{part}.py"
+        elif path == ROOT / "msllm":
+            return part in dir(msllm)
+        else:
+            source = path / "__init__.py" if path.is_dir() else path
+            return all(re.search(rf"\b{name}\b", source.read_text()) for name in parts[place:])
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_named_files_and_modules_exist(page):
+    text = page.read_text()
+    assert not missing_paths(text, page.parent)
+    assert not missing_names(text)
+
+
+def test_what_is_missing_is_found():
+    text = "`msllm/gone.py` [gone](gone.md) `configs/gone_*.py` msllm.gone msllm.streams.gone"
+    assert sorted(missing_paths(text, ROOT)) == ["configs/gone_*.py", "gone.md", "msllm/gone.py"]
+    assert sorted(missing_names(text)) == ["msllm.gone", "msllm.streams.gone"]
+    text = "msllm/streams.py [here](docs/data.md#batches) `configs/8b_*.py` msllm.streams.visible"
+    assert not missing_paths(text, ROOT) and not missing_names(text)
+
+
+def test_the_tree_in_the_readme_is_the_package():
+    tree = re.search(r"```\n(msllm/\n.*?)```", (ROOT / "README.md").read_text(), flags=re.S)[1]
+    folders, named = [], set()
+    for line in tree.splitlines():
+        indent, name = re.match(r"( *)(\S+)", line).groups()
+        folders = [*folders[: len(indent) // 2], name]
+        named.add("".join(folders))
+    assert not [path for path in named if not (ROOT / path).exists()]
+    top = {path for path in (ROOT / "msllm").iterdir() if not path.name.startswith("_")}
+    assert {p.name for p in top} == {
+        path.split("/")[1] + ("" if path.endswith(".py") else "")
+        for path in named
+        if path.startswith("msllm/") and path != "msllm/"
+    }
+
+
+def test_architecture_lists_the_layers():
+    page = (ROOT / "docs/architecture.md").read_text()
+    assert f"```\n{test_imports.LAYERS.strip()}\n```" in page
+
+
+def test_the_reference_lists_every_module():
+    listed = set(re.findall(r"^   msllm\.(\w+)$", (ROOT / "docs/api.md").read_text(), flags=re.M))
+    modules = {path.stem for path in (ROOT / "msllm").iterdir() if not path.name.startswith("_")}
+    assert listed == modules - {"bench", "cli", "py"}
