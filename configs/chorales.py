@@ -5,11 +5,13 @@
     msllm prepare --config=configs/chorales.py:quarter,delays,test
     msllm likelihood --checkpoint=runs/chorales --best --data=data/chorales_quarter_delays_test
 
-Data: data/jsb_chorales/Jsb16thSeparated.json in the folder named by MSLLM_SHARED, else in the folder `shared` beside the
-repository; the official split, training songs in all keys. Shows what delays are worth where streams depend on each
-other within a row: in configs/chorales.py:quarter,together the voices of a frame are independent given the frames
-before it. The words after the colon: `quarter` or `16th` (the length of a row), `delays` or `together`, and `test` for the
-data of the test split. Cost: 0.8 M parameters; about 5 CPU-minutes in quarters, 13 in 16ths. Figures: docs/results.md.
+Data: data/jsb_chorales/Jsb16thSeparated.json in the folder named by MSLLM_SHARED, else in the
+folder `shared` beside the repository. Official split, training songs in all keys.
+Shows what delays are worth where streams depend on each other within a row. In
+configs/chorales.py:quarter,together the voices of a frame are independent given the frames before.
+The words after the colon are `quarter` or `16th` (the length of a row), `delays` or `together`, and
+`test` for the data of the test split.
+Cost: 0.8 M parameters; about 5 CPU-minutes in quarters, 13 in 16ths. Figures: docs/results.md.
 """
 
 import os

@@ -3,10 +3,12 @@
     msllm prepare --config=configs/gsm8k.py
     msllm train --config=configs/gsm8k.py --workdir=runs/gsm8k
 
-Data: data/gsm8k/train.jsonl in the folder named by MSLLM_SHARED, else in the folder `shared` beside the repository;
-any file of the same form with --config.data.path=FILE. Let the thought start before the question ends with
---config.data.options.think_after=ROWS. Shows packing of real text (rows of padding under 5 %); a model this small does
-not learn to calculate. Cost: prepare about 5 CPU-seconds; 2.5 M parameters.
+Data: data/gsm8k/train.jsonl in the folder named by MSLLM_SHARED, else in the folder `shared` beside
+the repository. --config.data.path=FILE names any other file of the same form.
+--config.data.options.think_after=ROWS lets the thought start before the question ends.
+Shows packing of real text (less than 5 % of the rows are padding). A model this small does not
+learn to calculate.
+Cost: prepare about 5 CPU-seconds; 2.5 M parameters.
 """
 
 import os

