@@ -55,7 +55,7 @@ for name in "${names[@]}"; do
     python -c 'import json, sys; b = json.load(open(sys.argv[1])); print(b["topology"], b["num_slices"])' "$budget"
   )
   flags=(--config="configs/$name.py" --topology="$topology" --num_slices="$slices" --budget="$budget")
-  if python -m msllm.aot "${flags[@]}" ${write:+"$write"} >"$log" 2>&1; then
+  if python -m msllm aot "${flags[@]}" ${write:+"$write"} >"$log" 2>&1; then
     result=ok
   else
     result=FAILED

@@ -1,18 +1,86 @@
-"""msllm: pretrain and run multi-stream language models in JAX."""
+"""Pretrain and run multi-stream language models in JAX.
 
-import os as _os
-import re as _re
+    import msllm
+
+    msllm.configure_jax()  # in notebooks and scripts, before jax first uses a device
+    model = msllm.load("runs/quickstart")
+    with msllm.Engine(model).open(msllm.DecodeOptions(temperature=0.7)) as session:
+        session.feed("user", "hello")
+        rows = session.run(24)
+
+Names are loaded when they are first used: `import msllm` imports neither jax nor anything else that is slow, and
+changes nothing in the process.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from msllm.config import Config, default_config, from_config_dict
+    from msllm.data.prepare import prepare
+    from msllm.decode.engine import Engine, Session, generate
+    from msllm.decode.script import DecodeOptions, Stop
+    from msllm.errors import RunError, UserError
+    from msllm.evals.exact_match import evaluate
+    from msllm.evals.score import score
+    from msllm.runtime.environment import configure_jax
+    from msllm.streams import StreamSpec
+    from msllm.tokenizer import Tokenizer
+    from msllm.training import train
+    from msllm.weights.load import LoadedModel, load
+    from msllm.weights.warm_start import fine_tune
 
 __version__ = "0.1.0"
+__all__ = [
+    "Config",
+    "DecodeOptions",
+    "Engine",
+    "LoadedModel",
+    "RunError",
+    "Session",
+    "Stop",
+    "StreamSpec",
+    "Tokenizer",
+    "UserError",
+    "configure_jax",
+    "default_config",
+    "evaluate",
+    "fine_tune",
+    "from_config_dict",
+    "generate",
+    "load",
+    "prepare",
+    "score",
+    "train",
+]
 
-# XLA reads it when it starts, and has no compiler option for it: to unroll loops takes XLA:CPU a fourth of the time that a
-# train step compiles, and makes it no quicker.
-if "xla_backend_extra_options" not in (_flags := _os.environ.get("XLA_FLAGS", "")):
-    _os.environ["XLA_FLAGS"] = (
-        f"{_flags} --xla_backend_extra_options=xla_cpu_disable_loop_unrolling".strip()
-    )
+# The module that each of these names comes from.
+_MODULES = {
+    "config": ("Config", "default_config", "from_config_dict"),
+    "data.prepare": ("prepare",),
+    "decode.engine": ("Engine", "Session", "generate"),
+    "decode.script": ("DecodeOptions", "Stop"),
+    "errors": ("RunError", "UserError"),
+    "evals.exact_match": ("evaluate",),
+    "evals.score": ("score",),
+    "runtime.environment": ("configure_jax",),
+    "streams": ("StreamSpec",),
+    "tokenizer": ("Tokenizer",),
+    "training": ("train",),
+    "weights.load": ("LoadedModel", "load"),
+    "weights.warm_start": ("fine_tune",),
+}
 
-# XLA's CPU backend holds a thread in each collective that waits, and has as many threads as cores or devices: virtual
-# devices on few cores then wait for each other for ever. Sixteen for each suffice; the backend reads this when it starts.
-if _virtual := _re.search(r"--xla_force_host_platform_device_count=(\d+)", _flags):
-    _os.environ.setdefault("PJRT_NPROC", str(max(16 * int(_virtual[1]), _os.cpu_count() or 1)))
+if not TYPE_CHECKING:  # type checkers see the imports above and report names that do not exist
+
+    def __getattr__(name: str) -> Any:
+        for module, names in _MODULES.items():
+            if name in names:
+                return getattr(importlib.import_module(f"msllm.{module}"), name)
+        raise AttributeError(f"module 'msllm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -40,6 +40,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from runs import dictation
 
+import msllm
 from msllm import step as step_lib
 from msllm.config import ModelConfig, StreamsConfig
 from msllm.data.loader import Loader
@@ -48,10 +49,11 @@ from msllm.model.model import init_parameters
 from msllm.sharding import make_mesh
 from msllm.step import Program
 from msllm.streams import StreamSpec
-from msllm.train import with_vocabulary
+from msllm.training import with_vocabulary
 from msllm.weights.load import LoadedModel
 
-# The backend has read what msllm tells it for eight devices; processes that tests start may have fewer.
+# The backend reads the settings for eight devices. Processes that tests start may have fewer.
+msllm.configure_jax()
 jax.devices()
 os.environ.pop("PJRT_NPROC")
 

@@ -10,7 +10,7 @@ from msllm.config import Config, MeshConfig, default_config, from_config_dict, t
 from msllm.sharding import make_mesh
 from msllm.step import Program
 from msllm.streams import StreamSpec
-from msllm.train import to_devices
+from msllm.training import to_devices
 
 SILENCE = 1
 SMALL = {

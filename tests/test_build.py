@@ -19,7 +19,8 @@ from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
 from msllm.data import build, duplicates, sources
 from msllm.data.converters import input_portions, texts
 from msllm.data.duplicates import Ids, count_duplicates
-from msllm.data.prepare import describe, prepare
+from msllm.data.prepare import prepare
+from msllm.data.report import describe
 from msllm.errors import RunError, UserError
 from msllm.streams import StreamSpec
 from msllm.tokenizer import train

@@ -17,6 +17,7 @@ from msllm.chat.player import Live, Pacer, Replay
 from msllm.chat.recording import Recording, free_name
 from msllm.chat.screen import KEYS, ChatApp
 from msllm.cli import chat
+from msllm.cli.main import parser_of
 from msllm.config import TokenizerConfig
 from msllm.decode.engine import DecodeOptions, Engine
 from msllm.errors import UserError
@@ -271,7 +272,7 @@ def test_recording(engine, tmp_path):
         )
 
     # The score command takes it as it is.
-    tables = score.check_tables(score._read_tables(str(path)), 4, engine.model.config.vocab_size)
+    tables = score.check_tables(score.read_tables(str(path)), 4, engine.model.config.vocab_size)
     np.testing.assert_array_equal(
         tables["tokens"][0, : loaded.branches[0].rows], loaded.branches[0].tokens
     )
@@ -472,17 +473,16 @@ def test_keys_are_in_the_document():
 
 def test_arguments(monkeypatch):
     for message, arguments in {
-        "give either --checkpoint=DIR": ("runs/x", "chat.npz", None, 8),
-        "there is no recording": (None, "none.npz", None, 8),
-        "there is no checkpoint": ("none", None, None, 8),
+        "give either --checkpoint=DIR": ("--checkpoint=runs/x", "--replay=chat.npz"),
+        "there is no recording": ("--replay=none.npz",),
+        "there is no checkpoint": ("--checkpoint=none",),
     }.items():
         with pytest.raises(UserError, match=message):
-            chat.player(*arguments)
+            chat.open_player(parser_of("chat").parse(arguments))
     monkeypatch.delitem(sys.modules, "msllm.chat.screen")
     monkeypatch.setitem(sys.modules, "textual", None)
-    monkeypatch.setattr(chat.flags, "FLAGS", None)
     with pytest.raises(UserError, match=re.escape("pip install 'msllm[chat]'")):
-        chat.main([])
+        chat.run(parser_of("chat").parse([]))
 
 
 def test_server_of_the_document(engine):

@@ -11,7 +11,7 @@ from runs import metrics
 from msllm.config import from_config_dict
 from msllm.evals.likelihood import measure
 from msllm.evals.score import score
-from msllm.train import train
+from msllm.training import train
 from msllm.weights.convert import from_hf, to_hf
 from msllm.weights.load import load
 

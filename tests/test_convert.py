@@ -28,7 +28,7 @@ from msllm.evals.score import score
 from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
 from msllm.tokenizer import train as train_tokenizer
-from msllm.train import train
+from msllm.training import train
 from msllm.weights import hf
 from msllm.weights.convert import from_hf, parse_streams, to_hf, with_silence
 from msllm.weights.load import LoadedModel, load

@@ -7,11 +7,12 @@ import pytest
 import rich.console
 
 from msllm import tokenizer
-from msllm.cli import generate
 from msllm.config import TokenizerConfig
+from msllm.decode.arguments import parse_inputs, parse_values
 from msllm.decode.engine import DecodeOptions
 from msllm.errors import UserError
 from msllm.view import cells
+from msllm.view.generation import print_generation
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def model(make_model):
 
 def printed(model, *arguments):
     console = rich.console.Console(file=io.StringIO(), width=200)
-    generate.run(model, *arguments, console)
+    print_generation(model, *arguments, console)
     return console.file.getvalue().splitlines()
 
 
@@ -41,16 +42,14 @@ def test_table_shows_every_row(model):
 
 def test_arguments(model):
     streams = model.streams
-    assert generate.parse_inputs(["user=a=b", "user=c"], streams) == {"user": "a=bc"}
-    assert generate.per_stream("top_k", ["5", "output=2"], streams, int, 0) == (5, 5, 2)
-    assert generate.per_stream("top_k", ["output=2"], streams, int, 0) == (0, 0, 2)
+    assert parse_inputs(["user=a=b", "user=c"], streams) == {"user": "a=bc"}
+    assert parse_values("top_k", ["5", "output=2"], streams, int, 0) == (5, 5, 2)
+    assert parse_values("top_k", ["output=2"], streams, int, 0) == (0, 0, 2)
     for message, bad in {
-        "no stream 'usr'": lambda: generate.parse_inputs(["usr=a"], streams),
-        "output is generated; inputs are user": lambda: generate.parse_inputs(
-            ["output=a"], streams
-        ),
-        "write it as stream=text": lambda: generate.parse_inputs(["hello"], streams),
-        "'x' is no number": lambda: generate.per_stream("top_k", ["output=x"], streams, int, 0),
+        "no stream 'usr'": lambda: parse_inputs(["usr=a"], streams),
+        "output is generated; inputs are user": lambda: parse_inputs(["output=a"], streams),
+        "write it as stream=text": lambda: parse_inputs(["hello"], streams),
+        "'x' is no number": lambda: parse_values("top_k", ["output=x"], streams, int, 0),
         "--rows=0": lambda: printed(model, {}, 0, DecodeOptions()),
         "no tokenizer": lambda: printed(
             dataclasses.replace(model, tokenizer=None), {}, 1, DecodeOptions()

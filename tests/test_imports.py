@@ -7,20 +7,24 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import pytest
+
 import msllm
 
 PACKAGE = pathlib.Path(msllm.__file__).parent
 # A package (or top-level module) imports only from the lines above its own. docs/architecture.md draws the same list.
 LAYERS = """
-errors presets kernels runtime.files
+errors presets kernels
+runtime.files
 config
 streams tokenizer optim sharding
 model.attention loss runtime
 model data
-step metrics
-checkpoint monitor goodput
+step metrics goodput
+checkpoint monitor
 weights
-decode train
+decode training
 evals view
 pod chat bench
 cli
@@ -81,24 +85,65 @@ def test_data_and_model_import_no_slow_library():
     core = loaded("msllm.step, msllm.data.converters, msllm.data.records")
     assert "flax" in core and not {"orbax.checkpoint", "tensorboardX", "grain", "pyarrow"} & core
     # grain, which the loader needs, imports orbax where it is installed.
-    train = loaded("msllm.train")
+    train = loaded("msllm.training")
     assert "grain" in train and not {"tensorboardX", "msllm.checkpoint"} & train
+
+
+def python(code, **environment):
+    """What Python code prints in a new process, in which no variable of this process's own settings is set."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")}
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, env=clean | environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_import_has_no_side_effects_and_is_quick():
+    code = """
+import gc, os, sys, time
+environment, begin = dict(os.environ), time.process_time()
+import msllm
+seconds = time.process_time() - begin
+assert dict(os.environ) == environment and gc.isenabled()
+assert not {"jax", "numpy", "msllm.config"} & sys.modules.keys()
+print(seconds)
+"""
+    assert float(python(code)) < 0.1
+
+
+def test_public_names_are_loaded_when_they_are_used():
+    assert dir(msllm) == sorted(msllm.__all__)
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    declared = {  # for type checkers
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("msllm.")
+        for alias in node.names
+    }
+    loaded = {name: f"msllm.{module}" for module, names in msllm._MODULES.items() for name in names}
+    assert declared == loaded and set(declared) == set(msllm.__all__)
+    for name in msllm.__all__:
+        assert getattr(msllm, name).__doc__
+    assert callable(msllm.train)  # also now that its module is imported
+    with pytest.raises(AttributeError, match="module 'msllm' has no attribute 'trian'"):
+        msllm.trian  # noqa: B018
 
 
 def test_virtual_devices_get_threads_enough_to_wait_for_each_other():
     def threads(**environment):
-        code = "import msllm, os; print(os.environ.get('PJRT_NPROC'))"
-        clean = {
-            key: value
-            for key, value in os.environ.items()
-            if key not in ("XLA_FLAGS", "PJRT_NPROC")
-        }
-        run = [sys.executable, "-c", code]
-        return subprocess.run(
-            run, env=clean | environment, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        code = "import msllm, os; msllm.configure_jax(); print(os.environ.get('PJRT_NPROC'))"
+        return python(code, **environment)
 
     eight = {"XLA_FLAGS": "--xla_a=1 --xla_force_host_platform_device_count=8 --xla_b=2"}
     assert threads() == threads(XLA_FLAGS="--xla_a=1") == "None"
     assert int(threads(**eight)) >= 128
     assert threads(PJRT_NPROC="3", **eight) == "3"
+
+
+def test_settings_that_come_too_late_are_reported(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS")
+    jax.devices()
+    with pytest.warns(RuntimeWarning, match="XLA_FLAGS cannot be set any more"):
+        msllm.configure_jax()
+    assert "XLA_FLAGS" not in os.environ
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_extra_options=x")
+    msllm.configure_jax()  # nothing to set: no warning, which pytest would show

@@ -453,7 +453,7 @@ def test_command_line(small):
     assert done.stdout == shown(small, example="1")
     done = run()
     assert done.returncode == 2 and done.stderr.startswith(
-        "error: there is no directory to look at"
+        "error: DIR must be given (see msllm inspect --help)"
     )
 
 

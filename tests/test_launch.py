@@ -153,7 +153,7 @@ def test_help_names_what_there_is(script):
         ((*SLURM, "--workdir=/tmp/x", "--per=core"), "--per is 'core': must be node or gpu"),
         ((*SLURM, "--workdir=/tmp/x", "--time=9"), "--time is '9'"),
         (SLURM, "--workdir is ''"),
-        ((*JOBSET, "--topology=v5e:16x16"), "--config is missing"),
+        ((*JOBSET, "--topology=v5e:16x16"), "--config must be given"),
         (
             (*JOBSET, "--config=configs/8b_v5e_256.py", "--topology=v5e:4x4"),
             "does not fit 16 devices",

@@ -18,7 +18,7 @@ from msllm.errors import UserError
 from msllm.evals.likelihood import Units, _nll, best, describe, difference, measure, report
 from msllm.evals.score import score
 from msllm.streams import StreamSpec, lag_matrix
-from msllm.train import train
+from msllm.training import train
 
 SILENCE = 0
 

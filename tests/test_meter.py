@@ -19,7 +19,7 @@ from msllm.runtime import processes
 from msllm.runtime.flops import train_flops
 from msllm.runtime.hardware import Hardware
 from msllm.runtime.progress import Progress
-from msllm.train import train
+from msllm.training import train
 
 
 class Clock:

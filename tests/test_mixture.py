@@ -22,7 +22,7 @@ from msllm.metrics import weighted_mean
 from msllm.sharding import make_mesh
 from msllm.step import Program
 from msllm.streams import StreamSpec
-from msllm.train import _Evaluation, train
+from msllm.training import _Evaluation, train
 from msllm.weights.load import load
 
 WEIGHTS = st.lists(st.integers(0, 1000).map(lambda x: x / 1000), min_size=1, max_size=8).filter(any)

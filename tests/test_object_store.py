@@ -82,8 +82,8 @@ def bucket(monkeypatch):
     server.stop()
 
 
-def run(environment, module, *arguments):
-    line = [sys.executable, "-m", f"msllm.{module}", *arguments]
+def run(environment, command, *arguments):
+    line = [sys.executable, "-m", "msllm", command, *arguments]
     return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
 
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from runs import dictation, metrics
 
-from msllm import train as train_lib
+from msllm import training as train_lib
 from msllm.checkpoint import Checkpoints
-from msllm.train import train
+from msllm.training import train
 
 pytestmark = pytest.mark.slow
 

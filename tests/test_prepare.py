@@ -13,7 +13,8 @@ import pytest
 from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig, from_config_dict
 from msllm.data import records
 from msllm.data.loader import Loader
-from msllm.data.prepare import describe, prepare
+from msllm.data.prepare import prepare
+from msllm.data.report import describe
 from msllm.data.tables import example_hash, held_out, unpack
 from msllm.errors import UserError
 from msllm.streams import StreamSpec

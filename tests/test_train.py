@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from runs import dictation, host, metrics, replace, write_config_file
 
-from msllm import train as train_lib
+from msllm import training as train_lib
 from msllm.checkpoint import Checkpoints
 from msllm.errors import UserError
 from msllm.goodput import KINDS, PAST
 from msllm.monitor import Meter
-from msllm.train import train
+from msllm.training import train
 from msllm.weights.load import load
 
 pytestmark = pytest.mark.slow

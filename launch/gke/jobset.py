@@ -1,14 +1,13 @@
-"""Writes the Kubernetes manifest (a JobSet) that trains a config on TPU slices of GKE.
+"""Write the Kubernetes manifest (a JobSet) that trains a config on TPU slices.
 
-    python launch/gke/jobset.py --config=configs/8b_v5e_256.py --topology=v5e:16x16 --image=IMAGE --name=mine \
-      --workdir=gs://BUCKET/mine [--num_slices=2] [--config.optim.lr=1e-3 ...] | kubectl apply -f -
-
-A slice is a Job, a host of it a pod. Needs JobSet 0.10.1 or later in the cluster (patterns of its failure policy).
-Overrides of the config go into the manifest. docs/pods.md leads through the rest.
+A slice is a Job, and each of its hosts is a pod. The cluster needs JobSet 0.10.1
+or later, for patterns in its failure policy. Overrides of the config go into
+the manifest. docs/pods.md leads through the rest.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import pathlib
@@ -20,6 +19,7 @@ from typing import Any
 import jax
 import yaml
 
+from msllm.cli.base import Parser, Switch, execute, output_file, whole
 from msllm.config import Config
 from msllm.errors import UserError
 from msllm.model.model import abstract_model
@@ -27,6 +27,10 @@ from msllm.pod.aot import topology_devices
 from msllm.sharding import make_mesh
 from msllm.streams import StreamSpec
 
+_EXAMPLES = """
+python launch/gke/jobset.py --config=configs/8b_v5e_256.py --topology=v5e:16x16 \\
+  --image=IMAGE --name=mine --workdir=gs://BUCKET/mine | kubectl apply -f -
+"""
 LAUNCH = pathlib.Path(__file__).resolve().parent.parent
 JOB = "slice"  # the name of the replicated job; the host that coordinates is NAME-slice-0-0.NAME
 PORTS = {
@@ -228,98 +232,98 @@ def manifest(
     }
 
 
+def _parse_flags() -> argparse.Namespace:
+    parser = Parser("python launch/gke/jobset.py", __doc__ or "", _EXAMPLES)
+    parser.add_config()
+    for name, metavar, text in (
+        ("topology", "NAME", "Topology of a slice, as for msllm aot, e.g. v5e:16x16 or v5p:4x4x4."),
+        ("image", "NAME", "Container image, made with launch/gke/Dockerfile."),
+        ("name", "NAME", "Name of the JobSet; pods are named after it."),
+        ("workdir", "PLACE", "Place of checkpoints and metrics, gs://BUCKET/FOLDER."),
+    ):
+        parser.add_argument(f"--{name}", metavar=metavar, required=True, help=text)
+    parser.add_argument(
+        "--num_slices", metavar="N", type=whole(1), default=1, help="Slices of that topology."
+    )
+    parser.add_argument(
+        "--restarts",
+        metavar="N",
+        type=whole(0),
+        default=20,
+        help="Restarts after a process has died. Preemptions do not count.",
+    )
+    parser.add_argument(
+        "--grace",
+        metavar="SECONDS",
+        type=whole(1),
+        help="Time in which a pod that must end may finish its step and save. Default: by the "
+        "config's size.",
+    )
+    parser.add_argument(
+        "--service_account",
+        metavar="NAME",
+        help="Kubernetes service account of the pods, with access to the workdir.",
+    )
+    parser.add_argument(
+        "--data_bucket",
+        metavar="BUCKET",
+        help="A bucket to mount at /data, for --config.data.dir=/data/FOLDER (Cloud Storage FUSE).",
+    )
+    parser.add_argument("--spot", action=Switch, default=False, help="Run on Spot VMs.")
+    parser.add_argument(
+        "--host_network",
+        action=Switch,
+        default=False,
+        help="Use the nodes' network, as GKE's examples for several slices do.",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        type=output_file,
+        help="File to write. Default: print the manifest.",
+    )
+    parser.add_argument(
+        "--dry-run", action=Switch, default=False, help="Print the manifest; do not write --out."
+    )
+    return parser.parse(sys.argv[1:])
+
+
 def _main() -> None:
-    from absl import flags
-    from ml_collections import config_flags
-
-    from msllm.config import from_config_dict
-    from msllm.errors import run
-
-    settings = config_flags.DEFINE_config_file(
-        "config", None, "Settings of the run, as the image has them."
-    )
-    text = {
-        name: flags.DEFINE_string(name, None, said)
-        for name, said in (
-            ("topology", "Of a slice, as for msllm aot: v5e:16x16, v6e:8x8, v5p:4x4x4, ..."),
-            ("image", "Made with launch/gke/Dockerfile."),
-            ("name", "Of the JobSet; pods are named after it."),
-            ("workdir", "gs://BUCKET/FOLDER for checkpoints and metrics."),
-            (
-                "service_account",
-                "Kubernetes service account of the pods, with access to the workdir.",
-            ),
-            (
-                "data_bucket",
-                "A bucket to mount at /data, for --config.data.dir=/data/FOLDER (Cloud Storage FUSE).",
-            ),
-            ("out", "File for the manifest; without it, it is printed."),
+    flags = _parse_flags()
+    if not re.match(r"gs://.|/.", flags.workdir):
+        raise UserError(
+            f"--workdir is {flags.workdir!r}: all pods must see the same place; give "
+            "gs://BUCKET/FOLDER or the full path of a volume that the image mounts"
         )
-    }
-    num_slices = flags.DEFINE_integer("num_slices", 1, "Slices of that topology.")
-    restarts = flags.DEFINE_integer(
-        "restarts", 20, "Restarts after a process has died; preemptions do not count."
-    )
-    grace = flags.DEFINE_integer(
-        "grace",
-        None,
-        "Seconds in which a pod that must end may finish its step and save; default: by the config's size.",
-    )
-    spot = flags.DEFINE_boolean("spot", False, "Run on Spot VMs.")
-    host_network = flags.DEFINE_boolean(
-        "host_network", False, "Use the nodes' network, as GKE's examples for several slices do."
-    )
-    dry_run = flags.DEFINE_boolean("dry-run", False, "Print the manifest; do not write --out.")
-
-    def main(_) -> int:
-        if not settings.value:
-            raise UserError("--config is missing: name a file, e.g. --config=configs/8b_v5e_256.py")
-        for name in ("topology", "image", "name", "workdir"):
-            if not text[name].value:
-                raise UserError(
-                    f"--{name} is missing: {text[name].help[0].lower()}{text[name].help[1:]}"
-                )
-        for flag, least in ((num_slices, 1), (restarts, 0), (grace, 1)):
-            if flag.value is not None and flag.value < least:
-                raise UserError(f"--{flag.name} is {flag.value}: must be at least {least}")
-        if not re.match(r"gs://.|/.", text["workdir"].value):
-            raise UserError(
-                f"--workdir is {text['workdir'].value!r}: all pods must see the same place; give gs://BUCKET/FOLDER or "
-                "the full path of a volume that the image mounts"
-            )
-        jax.config.update("jax_platforms", "cpu")
-        devices = topology_devices(text["topology"].value, num_slices.value)
-        shape = describe(text["topology"].value, devices, num_slices.value)
-        if num_slices.value > 1 and shape.hosts == 1:
-            raise UserError(
-                f"--num_slices is {num_slices.value}: GKE joins slices of many hosts; {text['topology'].value} has one"
-            )
-        config = from_config_dict(settings.value)
-        make_mesh(config.mesh, devices)  # the mesh must fit these devices
-        path = config_flags.get_config_filename(flags.FLAGS["config"])
-        overrides = [word for word in sys.argv[1:] if re.match(r"--config\.\S+?=", word)]
-        written = manifest(
-            text["name"].value,
-            text["image"].value,
-            [f"--config={path}", f"--workdir={text['workdir'].value}", *overrides],
-            shape,
-            num_slices.value,
-            grace.value or grace_seconds(config, shape.hosts),
-            restarts.value,
-            text["service_account"].value,
-            text["data_bucket"].value,
-            spot.value,
-            host_network.value,
+    jax.config.update("jax_platforms", "cpu")
+    devices = topology_devices(flags.topology, flags.num_slices)
+    shape = describe(flags.topology, devices, flags.num_slices)
+    if flags.num_slices > 1 and shape.hosts == 1:
+        raise UserError(
+            f"--num_slices is {flags.num_slices}: GKE joins slices of many hosts; "
+            f"{flags.topology} has one"
         )
-        content = yaml.safe_dump(written, sort_keys=False, width=120)
-        if text["out"].value and not dry_run.value:
-            pathlib.Path(text["out"].value).write_text(content, encoding="utf-8")
-        else:
-            print(content, end="")
-        return 0
-
-    run(main)
+    make_mesh(flags.config.mesh, devices)  # the mesh must fit these devices
+    overrides = [word for word in sys.argv[1:] if re.match(r"--config\.\S+?=", word)]
+    written = manifest(
+        flags.name,
+        flags.image,
+        [f"--config={flags.config_file}", f"--workdir={flags.workdir}", *overrides],
+        shape,
+        flags.num_slices,
+        flags.grace or grace_seconds(flags.config, shape.hosts),
+        flags.restarts,
+        flags.service_account,
+        flags.data_bucket,
+        flags.spot,
+        flags.host_network,
+    )
+    content = yaml.safe_dump(written, sort_keys=False, width=120)
+    if flags.out and not flags.dry_run:
+        flags.out.write_text(content, encoding="utf-8")
+    else:
+        print(content, end="")
 
 
 if __name__ == "__main__":
-    _main()
+    sys.exit(execute(_main))

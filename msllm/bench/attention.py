@@ -20,11 +20,13 @@ from msllm.streams import lag_matrix, make_cells
 
 
 def attention_case(case: dict) -> list[dict]:
-    """Measures one case on the first device; one result per backend. Tables are full: every cell is present.
+    """Measures one case on the first device; one result per backend. Tables are full: every cell is
+    present.
 
     Args:
-      case: rows, batch, streams, num_heads, num_kv_heads, head_dim, compute_dtype, steps; backends: names, empty for
-        all that run on this device; memory_gib: a backend whose temporaries take more is compiled and not run.
+      case: rows, batch, streams, num_heads, num_kv_heads, head_dim, compute_dtype, steps; backends:
+        names, empty for all that run on this device; memory_gib: a backend whose temporaries take
+        more is compiled and not run.
 
     Raises UserError if a backend that is named declines.
     """
@@ -133,7 +135,9 @@ def _compiled(kernel: Callable, lag, inputs) -> dict[str, Callable]:
 
 
 def _interleaved(runs: dict, inputs: Sequence, repeats: int) -> dict:
-    """Medians (wall seconds, CPU-seconds of this process) by run: in turn, so that all see the same machine."""
+    """Medians (wall seconds, CPU-seconds of this process) by run: in turn, so that all see the same
+    machine.
+    """
     seconds = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, compiled in runs.items():

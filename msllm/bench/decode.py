@@ -1,9 +1,11 @@
-"""Decoding measured in one process: S streams against one stream of the same model, in turn, row by row.
+"""Decoding measured in one process: S streams against one stream of the same model, in turn, row by
+row.
 
-One session each, greedy, whose window holds all rows; then the same once more, and once more. A row is `session.step()`; the
-share of the host is the time of a row in which the device has nothing to do: before the compiled call, and when its results
-are there. Rows at the start and at the end of a session are compared: attention reads more and more rows. With `torch`, the
-same model in torch decodes beside them.
+One session each, greedy, whose window holds all rows; then the same once more, and once more. A row
+is `session.step()`; the
+share of the host is the time of a row in which the device has nothing to do: before the compiled
+call, and when its results are there. Rows at the start and at the end of a session are compared:
+attention reads more and more rows. With `torch`, the same model in torch decodes beside them.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ PASSES = 3  # sessions of each model, one after the other: what else the machine
 
 
 def decode_case(case: dict) -> list[dict]:
-    """One line for `streams` streams and one for a single one. `rows`: rows in the table at the end, of which the first
-    `prefill` are read in one pass."""
+    """One line for `streams` streams and one for a single one. `rows`: rows in the table at the
+    end, of which the first `prefill` are read in one pass.
+    """
     config = ModelConfig(
         **{name: case[name] for name in ModelConfig.__dataclass_fields__ if name in case}
     )

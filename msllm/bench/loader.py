@@ -1,4 +1,6 @@
-"""The loader alone: packed tables from disk to batches, by the CPU time of the whole process, and the memory it keeps."""
+"""The loader alone: packed tables from disk to batches, by the CPU time of the whole process, and
+the memory it keeps.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,12 @@ SHARDS = 4
 
 
 def loader_case(case: dict) -> list[dict]:
-    """Measures one case in this process: an epoch to warm up, then `epochs` of them through `Loader.iterate`.
+    """Measures one case in this process: an epoch to warm up, then `epochs` of them through
+    `Loader.iterate`.
 
     Args:
-      case: rows (T), batch (B), streams (S), tables (per source), sources, silence (percent of the cells; none in a single
-        stream), epochs.
+      case: rows (T), batch (B), streams (S), tables (per source), sources, silence (percent of the
+        cells; none in a single stream), epochs.
     """
     size = case["streams"]
     config = StreamsConfig(names=tuple(f"s{i}" for i in range(size)), kinds=("output",) * size)

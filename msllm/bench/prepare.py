@@ -47,8 +47,9 @@ FORMS = {
 def prepare_case(case: dict) -> list[dict]:
     """Makes a corpus of `size_mb` MB and prepares it with a unigram tokenizer that is given.
 
-    CPU-seconds are those of all processes, hashing of input and output included; tokens are those that are not silence.
-    Memory is the most that the first process and the largest of the others held at any time.
+    CPU-seconds are those of all processes, hashing of input and output included; tokens are those
+    that are not silence. Memory is the most that the first process and the largest of the others
+    held at any time.
     """
     streams, _ = FORMS[case["converter"]]
     with tempfile.TemporaryDirectory(prefix="msllm-bench-") as name:
@@ -92,7 +93,9 @@ def prepare_case(case: dict) -> list[dict]:
 
 
 def make(folder: str, case: dict) -> None:
-    """Writes corpus.jsonl of `size_mb` MB and tokenizer.model, trained on its beginning, to a folder."""
+    """Writes corpus.jsonl of `size_mb` MB and tokenizer.model, trained on its beginning, to a
+    folder.
+    """
     path = pathlib.Path(folder) / "corpus.jsonl"
     _, form = FORMS[case["converter"]]
     texts, left = _texts(np.random.default_rng(0)), case["size_mb"] * 1e6
@@ -104,7 +107,9 @@ def make(folder: str, case: dict) -> None:
 
 
 def _texts(rng: np.random.Generator) -> Iterator[str]:
-    """Texts of 10 to 200 words, as frequent as those of a language (Zipf), with sentences and numbers."""
+    """Texts of 10 to 200 words, as frequent as those of a language (Zipf), with sentences and
+    numbers.
+    """
     starts = "b c d f g l m n p r s t v th st".split()
     syllables = [
         start + vowel + end for start in starts for vowel in "aeiou" for end in ("", "n", "r", "s")
@@ -146,7 +151,9 @@ def _cpu_seconds() -> float:
 
 
 class _Memory:
-    """The most resident memory, in MiB, that this process (`own`) and the largest of its workers held. Needs /proc."""
+    """The most resident memory, in MiB, that this process (`own`) and the largest of its workers
+    held. Needs /proc.
+    """
 
     def __enter__(self) -> _Memory:
         self.own = self.worker = 0.0

@@ -1,9 +1,11 @@
-"""The same model in torch, to be measured in turn with ours: transformers' Qwen3 with a dense mask, on CPU, in float32.
+"""The same model in torch, to be measured in turn with ours: transformers' Qwen3 with a dense mask,
+on CPU, in float32.
 
-This is the form in which multi-stream models were published: a table read row by row is one sequence of T x S tokens, a
-mask [L, L] of 0 and -10,000 says who sees whom, attention is `scaled_dot_product_attention`, and decoding calls the model
-with one row of S tokens and the cache of `transformers`. The weights are ours, so loss, gradient norm and decoded tokens
-must be ours, too. Needs torch and transformers (`pip install torch transformers`), which msllm itself does not.
+This is the form in which multi-stream models were published: a table read row by row is one
+sequence of T x S tokens, a mask [L, L] of 0 and -10,000 says who sees whom, attention is
+`scaled_dot_product_attention`, and decoding calls the model with one row of S tokens and the cache
+of `transformers`. The weights are ours, so loss, gradient norm and decoded tokens must be ours,
+too. Needs torch and transformers (`pip install torch transformers`), which msllm itself does not.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ class Model:
     def logits(
         self, tokens: torch.Tensor, mask: torch.Tensor, first_row: int = 0, cache=None
     ) -> torch.Tensor:
-        """[B, rows x S, V] of rows [B, rows, S] that come after `first_row` rows; mask: [B, 1, rows x S, all rows x S]."""
+        """[B, rows x S, V] of rows [B, rows, S] that come after `first_row` rows; mask: [B, 1, rows
+        x S, all rows x S].
+        """
         batch, rows, size = tokens.shape
         embedded = self.qwen.model.embed_tokens(tokens) + self.stream_embedding.weight
         positions = (
@@ -67,7 +71,9 @@ class Model:
 
 
 def dense_mask(rows: int, size: int, first_row: int = 0) -> torch.Tensor:
-    """[1, 1, rows x S, (first_row + rows) x S] float32: who blocks whom among cells of `rows` rows after `first_row`."""
+    """[1, 1, rows x S, (first_row + rows) x S] float32: who blocks whom among cells of `rows` rows
+    after `first_row`.
+    """
     keys, queries = (
         torch.arange((first_row + rows) * size),
         torch.arange(first_row * size, (first_row + rows) * size),
@@ -77,7 +83,9 @@ def dense_mask(rows: int, size: int, first_row: int = 0) -> torch.Tensor:
 
 
 class Trainer:
-    """Forward, backward and AdamW on one batch of full tables [B, T, S], of which every stream is learned."""
+    """Forward, backward and AdamW on one batch of full tables [B, T, S], of which every stream is
+    learned.
+    """
 
     def __init__(self, model: Model, tokens: np.ndarray):
         batch, rows, size = tokens.shape

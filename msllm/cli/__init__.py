@@ -1,1 +1,1 @@
-"""The command line: one file of flags per command."""
+"""The command line: one module for each command, with its flags and its help text."""

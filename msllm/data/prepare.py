@@ -17,17 +17,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from absl import flags
-from ml_collections import config_flags
-
-from msllm import errors
 from msllm import tokenizer as tokenizer_lib
-from msllm.config import Config, from_config_dict
+from msllm.config import Config
 from msllm.data import build, converters, identity, records, workers
 from msllm.data.build import SPLITS, Portion, Status
-from msllm.data.report import describe, make_manifest, sum_portions
+from msllm.data.report import make_manifest, sum_portions
 from msllm.data.sources import BadRecords
-from msllm.errors import RunError, UserError
+from msllm.errors import UserError
 from msllm.runtime.files import write_atomically
 from msllm.runtime.progress import Progress
 from msllm.streams import StreamSpec
@@ -268,30 +264,3 @@ def _sum_bad_records(reports: Sequence[Mapping[str, Any]], percent: float) -> Ba
     for report in reports:
         bad.merge(report["bad"])
     return bad
-
-
-def main(argv: Sequence[str]) -> None:
-    """Prepares what the flags say and prints the report."""
-    del argv
-    config = from_config_dict(flags.FLAGS.config)
-    out = flags.FLAGS.out or config.data.dir
-    if not out:
-        raise UserError(
-            "config.data.dir is empty: say where to write with --out=DIR or --config.data.dir=DIR"
-        )
-    processes = flags.FLAGS.processes or workers.available_cores()
-    try:
-        print(describe(prepare(config, out, processes)))
-    except KeyboardInterrupt:
-        raise RunError("stopped: what is finished is kept, the same command continues") from None
-    print(f"prepared in {out}")
-
-
-if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "The config file.")
-    flags.DEFINE_string("out", "", "Where to write; the default is config.data.dir.")
-    flags.DEFINE_integer(
-        "processes", 0, "Processes that prepare; 0: as many as there are cores.", lower_bound=0
-    )
-    flags.mark_flag_as_required("config")
-    errors.run(main)

@@ -1,17 +1,14 @@
 """Held-out examples, answered: how often the output streams say exactly what they should, and how soon.
 
-    msllm evaluate --checkpoint=runs/quickstart [--data=DIR] [--examples=500] [--after=####] [--json=FILE]
-
 The input streams of each held-out example are given row by row; the model generates all others. An example counts as
-right when the tokens of every output stream, silence left out, are those of the example; with `--after`, what they say
-after this mark, where a worked answer comes before. The number of rows is counted from the last token of the input to
+right when the tokens of every output stream, silence left out, are those of the example; with a mark, what they say
+after it, where a worked answer comes before. The number of rows is counted from the last token of the input to
 the first and to the last token of the answer, over the examples that are right; to the first, over all answers, too.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,8 +21,7 @@ from msllm.data.records import read_manifest
 from msllm.data.tables import Table, unpack
 from msllm.decode.engine import FREE, generate
 from msllm.errors import UserError
-from msllm.runtime.files import write_atomically
-from msllm.weights.load import LoadedModel, load
+from msllm.weights.load import LoadedModel
 
 BATCH = 128  # examples decoded together
 SLACK = 8  # rows that an answer may come later than in the example
@@ -249,45 +245,15 @@ def _answer(
     return results
 
 
-def _main() -> None:
-    from absl import flags
-
-    from msllm.errors import run
-
-    checkpoint = flags.DEFINE_string(
-        "checkpoint", None, "A workdir of `msllm train`, or one of its checkpoints."
+def describe(result: dict[str, float | int]) -> str:
+    """The result of `evaluate` as lines of text."""
+    return "\n".join(
+        [
+            f"{result['exact_match']:.1%} of {result['examples']} held-out examples answered exactly",
+            f"rows from the end of the question to the answer: first token "
+            f"{result['rows_to_first']:g}, last token {result['rows_to_last']:g} (first token in "
+            f"one stream, after reading and thinking: {result['one_stream_rows']:g})",
+            f"{result['answered']:.1%} answered at all, right or wrong: first token after "
+            f"{result['answered_rows']:g} rows",
+        ]
     )
-    data = flags.DEFINE_string(
-        "data", "", "Prepared data; the default is what the checkpoint was trained on."
-    )
-    examples = flags.DEFINE_integer(
-        "examples", 500, "At most so many held-out examples, evenly spread over all."
-    )
-    after = flags.DEFINE_string(
-        "after", "", "The answer is what an output says after the last such text."
-    )
-    out = flags.DEFINE_string("json", "", "Also write the result to this file.")
-    flags.mark_flag_as_required("checkpoint")
-
-    def main(_):
-        loaded = load(checkpoint.value)
-        result = evaluate(loaded, data.value, examples.value, after.value)
-        print(
-            f"step {loaded.step}: {result['exact_match']:.1%} of {result['examples']} held-out examples answered exactly"
-        )
-        print(
-            f"rows from the end of the question to the answer: first token {result['rows_to_first']:g}, "
-            f"last token {result['rows_to_last']:g} (first token in one stream, after reading and thinking: "
-            f"{result['one_stream_rows']:g})"
-        )
-        print(
-            f"{result['answered']:.1%} answered at all, right or wrong: first token after {result['answered_rows']:g} rows"
-        )
-        if out.value:
-            write_atomically(out.value, json.dumps(result) + "\n")
-
-    run(main)
-
-
-if __name__ == "__main__":
-    _main()

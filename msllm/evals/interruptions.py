@@ -1,7 +1,5 @@
 """Held-out dictations in which the user takes a step back midway: whether the output follows, and how soon it is noticed.
 
-    msllm interruptions --checkpoint=runs/quickstart [--data=DIR] [--examples=500] [--json=FILE]
-
 Each question comes to the model twice: as a column that is known beforehand, and word by word through a live session,
 as a user would type it. The output follows if it says exactly the answer to the question as it was corrected; it ignores
 the correction if it says the answer to the question without it. The correction is noticed when a thought takes the step
@@ -10,7 +8,6 @@ back; rows are counted from the user's "wait".
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -21,8 +18,7 @@ from msllm.data.tables import unpack
 from msllm.decode.engine import Engine, generate
 from msllm.errors import UserError
 from msllm.evals.exact_match import SLACK, Case, open_data, streams_case
-from msllm.runtime.files import write_atomically
-from msllm.weights.load import LoadedModel, load
+from msllm.weights.load import LoadedModel
 
 BATCH = 64  # sessions at a time
 FIRST, LAST = "no", "wait"  # the words that take a step back
@@ -146,40 +142,13 @@ def _figures(verdicts: Sequence[Verdict]) -> dict[str, float | int]:
     }
 
 
-def _main() -> None:
-    from absl import flags
-
-    from msllm.errors import run
-
-    checkpoint = flags.DEFINE_string(
-        "checkpoint", None, "A workdir of `msllm train`, or one of its checkpoints."
-    )
-    data = flags.DEFINE_string(
-        "data", "", "Prepared data; the default is what the checkpoint was trained on."
-    )
-    examples = flags.DEFINE_integer(
-        "examples", 500, "At most so many held-out questions with a correction."
-    )
-    out = flags.DEFINE_string("json", "", "Also write the result to this file.")
-    flags.mark_flag_as_required("checkpoint")
-
-    def main(_):
-        loaded = load(checkpoint.value)
-        result = interruptions(loaded, data.value, examples.value)
-        print(
-            f"step {loaded.step}: {result['table']['cases']} held-out questions with a correction"
+def describe(result: dict[str, dict[str, float | int]]) -> str:
+    """The result of `interruptions` as lines of text."""
+    lines = [f"{result['table']['cases']} held-out questions with a correction"]
+    for name, figures in result.items():
+        lines.append(
+            f"{name:5}  output follows it {figures['followed']:.1%}, ignores it "
+            f"{figures['ignored']:.1%}; noticed {figures['noticed']:.1%}, after "
+            f"{figures['rows_to_notice']:g} rows (at most {figures['most_rows_to_notice']})"
         )
-        for name, figures in result.items():
-            print(
-                f"{name:5}  output follows it {figures['followed']:.1%}, ignores it {figures['ignored']:.1%}; noticed "
-                f"{figures['noticed']:.1%}, after {figures['rows_to_notice']:g} rows (at most "
-                f"{figures['most_rows_to_notice']})"
-            )
-        if out.value:
-            write_atomically(out.value, json.dumps(result) + "\n")
-
-    run(main)
-
-
-if __name__ == "__main__":
-    _main()
+    return "\n".join(lines)

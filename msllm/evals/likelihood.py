@@ -1,8 +1,6 @@
 """The negative log-likelihood of held-out data, by stream, with intervals; and what another model makes of the same data.
 
-    msllm likelihood --checkpoint=runs/chorales [--data=DIR] [--against=runs/other] [--json=FILE]
-
-Units of the bootstrap (Efron 1979) are examples, or runs of `--block` rows of them where examples are few and long; the
+Units of the bootstrap (Efron 1979) are examples, or runs of `block` rows of them where examples are few and long; the
 interval holds the middle 95 % of the resampled means. A comparison resamples the differences unit by unit.
 """
 
@@ -22,9 +20,8 @@ from msllm.errors import UserError
 from msllm.evals.exact_match import open_data
 from msllm.loss import next_row_loss, targets_and_weights
 from msllm.model.model import bind
-from msllm.runtime.files import write_atomically
-from msllm.streams import PRESETS, make_cells, positions
-from msllm.weights.load import LoadedModel, load
+from msllm.streams import make_cells, positions
+from msllm.weights.load import LoadedModel
 
 SEED = 0  # of the resampling
 
@@ -186,61 +183,3 @@ def describe(result: dict[str, Any]) -> str:
             f"{name:{width}}  {entry['nll']:15.4f}  {interval:19}  {int(entry['targets']):9,}  {words}".rstrip()
         )
     return "\n".join(lines)
-
-
-def _main() -> None:
-    from absl import flags
-
-    from msllm.errors import run
-
-    checkpoint = flags.DEFINE_string(
-        "checkpoint", None, "A workdir of `msllm train`, or one of its checkpoints."
-    )
-    against = flags.DEFINE_string("against", "", "Another one: by how much it is worse.")
-    choose = flags.DEFINE_boolean(
-        "best", False, "Of the workdir's checkpoints the one that was evaluated best."
-    )
-    data = flags.DEFINE_string(
-        "data", "", "Prepared data; the default is what the checkpoint was trained on."
-    )
-    split = flags.DEFINE_string("split", "eval", "The split of it.")
-    visibility = flags.DEFINE_enum(
-        "visibility", "", ["", *PRESETS], "Visibility instead of the checkpoint's own."
-    )
-    skip = flags.DEFINE_boolean(
-        "skip_silence", None, "Silence is not seen as a key; the default is the checkpoint's own."
-    )
-    block = flags.DEFINE_integer(
-        "block", 0, "Rows of a unit of the bootstrap; 0: whole examples.", lower_bound=0
-    )
-    resamples = flags.DEFINE_integer(
-        "resamples", 1000, "How often the units are resampled.", lower_bound=1
-    )
-    out = flags.DEFINE_string("json", "", "Also write the result to this file.")
-    flags.mark_flag_as_required("checkpoint")
-
-    def main(_):
-        options = (data.value, split.value, visibility.value, block.value, skip.value)
-
-        def load_from(path):
-            return load(best(path) if choose.value else path)
-
-        loaded = load_from(checkpoint.value)
-        names = loaded.streams.names
-        units = measure(loaded, *options)
-        result = {"step": loaded.step, "nll": report(units, names, resamples.value)}
-        print(f"step {loaded.step} of {checkpoint.value}\n{describe(result['nll'])}")
-        if against.value:
-            other = load_from(against.value)
-            used = (data.value or loaded.run_config.data.dir, *options[1:])
-            worse = report(difference(units, measure(other, *used)), names, resamples.value)
-            result["against"] = {"step": other.step, "worse": worse}
-            print(f"step {other.step} of {against.value} is worse by\n{describe(worse)}")
-        if out.value:
-            write_atomically(out.value, json.dumps(result, indent=2) + "\n")
-
-    run(main)
-
-
-if __name__ == "__main__":
-    _main()

@@ -1,29 +1,27 @@
-"""Scores tables with a checkpoint: `msllm score --checkpoint=DIR --tables=IN.npz --out=OUT.npz`.
+"""Scores given tables with a model.
 
-IN.npz holds tokens [B, T, S] and, unless every cell exists, present [B, T, S] bool; segment [B, T] if examples are
-packed (0: an empty row). OUT.npz gets logits [B, T, S, V] float32, which predict the cell (t + 1, s), and logprob
+Tables are tokens [B, T, S] and, unless every cell exists, present [B, T, S] bool; segment [B, T] if examples are
+packed (0: an empty row). Scores are logits [B, T, S, V] float32, which predict the cell (t + 1, s), and logprob
 [B, T, S] float32, the log-probability of that cell's token (nan where it does not exist).
 """
 
 from __future__ import annotations
 
 import functools
-import pathlib
+import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags, logging
 
-from msllm import errors
 from msllm.errors import UserError
 from msllm.loss import targets_and_weights
 from msllm.model.model import bind
 from msllm.runtime.files import write_atomically
-from msllm.streams import PRESETS, make_cells, positions
-from msllm.weights.load import LoadedModel, load
+from msllm.streams import make_cells, positions
+from msllm.weights.load import LoadedModel
 
 LOGITS_AT_ONCE = 1 << 26  # numbers: 256 MiB of float32
 
@@ -34,7 +32,7 @@ def score(
     """Yields, for a few tables at a time, logits [b, T, S, V] and logprob [b, T, S] (see the module's docstring).
 
     Args:
-      tables: tokens, and optionally present and segment, as in IN.npz. Raises UserError if they are no tables.
+      tables: tokens, and optionally present and segment. Raises UserError if they are no tables.
       silence_id: needed if silence is not seen as a key and the model came without a tokenizer.
     """
     silence_id = silence_of(loaded, silence_id)
@@ -128,7 +126,8 @@ def check_tables(
     }
 
 
-def _read_tables(path: str) -> dict[str, np.ndarray]:
+def read_tables(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of an npz file. Raises UserError if it cannot be read."""
     try:
         with np.load(path) as arrays:
             return {name: arrays[name] for name in arrays.files}
@@ -136,40 +135,8 @@ def _read_tables(path: str) -> dict[str, np.ndarray]:
         raise UserError(f"--tables={path} cannot be read ({error}): give an npz file") from error
 
 
-def main(_) -> None:
-    """Scores what the flags say."""
-    logging.set_verbosity(logging.WARNING)  # orbax reports everything that it opens
-    options = flags.FLAGS
-    for name in ("tables", "out"):
-        if not options[name].value:
-            raise UserError(f"--{name} is missing: give the path of an npz file")
-    out = pathlib.Path(options.out)
-    if not out.parent.is_dir():
-        raise UserError(f"--out={out}: there is no directory {out.parent}, create it")
-    tables = _read_tables(options.tables)
-    loaded = load(options.checkpoint)
-    if options.visibility:
-        loaded = loaded.with_visibility(options.visibility)
-    if options.skip_silence is not None:
-        loaded = loaded.with_streams(skip_silence=options.skip_silence)
-    parts = list(score(loaded, tables, options.silence_id))
+def write_scores(parts: Iterable[dict[str, np.ndarray]], path: str | os.PathLike) -> None:
+    """Writes what `score` yields to an npz file."""
+    parts = list(parts)
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    write_atomically(out, functools.partial(np.savez, **arrays))
-
-
-if __name__ == "__main__":
-    flags.DEFINE_string(
-        "checkpoint", None, "A checkpoint of msllm, or a Hugging Face folder.", required=True
-    )
-    flags.DEFINE_string(
-        "tables", None, "The npz file with tokens [B, T, S], and optionally present and segment."
-    )
-    flags.DEFINE_string("out", None, "The npz file to write.")
-    flags.DEFINE_enum(
-        "visibility", None, PRESETS, "Visibility to use instead of the checkpoint's own."
-    )
-    flags.DEFINE_boolean(
-        "skip_silence", None, "Silence is not seen as a key; the default is the checkpoint's own."
-    )
-    flags.DEFINE_integer("silence_id", None, "The silence token; the default is the tokenizer's.")
-    errors.run(main)
+    write_atomically(path, functools.partial(np.savez, **arrays))

@@ -1,10 +1,6 @@
 """Compiles the train step for a TPU pod on a machine without one, and says whether it fits and what it moves.
 
-    msllm aot --config=configs/quickstart.py --config.model.vocab_size=256 --topology=v5e:4x4 [--num_slices=2]
-      [--json=FILE] [--html=FILE] [--hlo=FILE] [--sweep] [--budget=FILE [--write_budget]]
-
-The step is the one that trains, the compiler is the real one (libtpu); docs/aot.md explains the report. Exit status: 0
-if the program fits and is within its budget, 1 if not, 2 for bad input.
+The step is the one that trains, the compiler is the real one (libtpu); docs/aot.md explains the report.
 """
 
 from __future__ import annotations
@@ -12,10 +8,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import importlib.util
-import json
 import math
 import os
-import pathlib
 import re
 import time
 from collections.abc import Sequence
@@ -27,8 +21,6 @@ import numpy as np
 from msllm.config import Config
 from msllm.errors import UserError
 from msllm.pod import hlo, roofline
-from msllm.pod import report as pages
-from msllm.runtime.files import write_atomically
 from msllm.runtime.hardware import TABLE, Hardware, lookup
 from msllm.sharding import make_mesh
 from msllm.step import Program
@@ -146,7 +138,7 @@ def analyse(config: Config, devices: Sequence[Any]) -> Analysis:
     report["collectives"] = _collectives(found, shape)
     report["estimate"] = roofline.estimate(shape, state_bytes, found.collectives, flat, hardware)
     report["assumptions"] = list(roofline.ASSUMPTIONS)
-    return Analysis(_finite(report), text)
+    return Analysis(finite(report), text)
 
 
 def _memory(compiled, refusal: str, hardware: Hardware) -> dict[str, Any]:
@@ -220,12 +212,12 @@ def _collectives(found: hlo.Program, shape: roofline.Shape) -> dict[str, Any]:
     }
 
 
-def _finite(value):
+def finite(value):
     """The same with null for what is not a number: JSON has no nan."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, (float, np.floating)):
         return float(value) if math.isfinite(value) else None
     return value
@@ -296,94 +288,3 @@ def over_budget(report: dict[str, Any], topology: str, budget: dict[str, Any]) -
                 f"{kind}: {size / GIB:.3f} GiB a step, the budget is {allowed / GIB:.3f} GiB"
             )
     return lines
-
-
-def _main() -> None:
-    from absl import flags
-    from ml_collections import config_flags
-
-    from msllm.config import from_config_dict
-    from msllm.errors import run
-
-    settings = config_flags.DEFINE_config_file(
-        "config", None, "Settings of the run, e.g. configs/quickstart.py."
-    )
-    topology = flags.DEFINE_string("topology", None, f"What to compile for: {EXAMPLES}.")
-    num_slices = flags.DEFINE_integer(
-        "num_slices", 1, "Slices of that topology, joined by the data centre's network."
-    )
-    files = {
-        name: flags.DEFINE_string(name, None, f"Where to write {what}.")
-        for name, what in (
-            ("json", "the report as JSON"),
-            ("html", "the report as a page"),
-            ("hlo", "the program's text"),
-        )
-    }
-    sweeping = flags.DEFINE_boolean(
-        "sweep", False, "Try remat policies and 1, 2 and 4 times the batch."
-    )
-    budget = flags.DEFINE_string(
-        "budget", None, "File of limits: fail if memory or collectives exceed them by over 2 %."
-    )
-    write_budget = flags.DEFINE_boolean(
-        "write_budget", False, "Write --budget from this program instead of comparing."
-    )
-    flags.mark_flags_as_required(["config", "topology"])
-
-    def write(name: str, content: str) -> None:
-        if files[name].value:
-            write_atomically(files[name].value, content)
-
-    def main(_) -> int:
-        if write_budget.value and not budget.value:
-            raise UserError("--write_budget needs --budget=FILE: the file to write")
-        if sweeping.value and (budget.value or files["html"].value or files["hlo"].value):
-            raise UserError(
-                "--sweep compiles many programs: it goes with --json, not with --budget, --html or --hlo"
-            )
-        limits = None
-        if budget.value and not write_budget.value:
-            try:
-                limits = json.loads(pathlib.Path(budget.value).read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"--budget is {budget.value!r}: {error}; --write_budget makes one"
-                ) from error
-        # The default backend must not be an accelerator that someone else is using, and what a compile costs must show.
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_enable_compilation_cache", False)
-        config, devices = (
-            from_config_dict(settings.value),
-            topology_devices(topology.value, num_slices.value),
-        )
-        if sweeping.value:
-            print(pages.sweep_header())
-            rows = sweep(config, devices, say=lambda row: print(pages.sweep_line(row), flush=True))
-            write("json", json.dumps(_finite(rows), indent=2))
-            return 0 if any(row["fits"] for row in rows) else 1
-
-        analysis = analyse(config, devices)
-        name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).name
-        report = {"config": name, "topology": topology.value, **analysis.report}
-        print(pages.text(report))
-        status = 0 if analysis.fits else 1
-        if budget.value and analysis.hlo:
-            if write_budget.value:
-                content = json.dumps(budget_of(report, topology.value), indent=2) + "\n"
-                write_atomically(budget.value, content)
-            else:
-                report["over_budget"] = over_budget(report, topology.value, limits)
-                for line in report["over_budget"]:
-                    print(f"over budget: {line}")
-                status = 1 if report["over_budget"] else status
-        write("json", json.dumps(report, indent=2))
-        write("html", pages.html(report))
-        write("hlo", analysis.hlo)
-        return status
-
-    run(main)
-
-
-if __name__ == "__main__":
-    _main()

@@ -9,16 +9,12 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-import signal
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import rich.console
-from absl import flags
 from rich.text import Text
 
-from msllm import errors
 from msllm.errors import UserError
 from msllm.runtime.files import write_atomically
 from msllm.view import cells, pages
@@ -276,28 +272,3 @@ def _first_tables(data: Split, count: int, limit: int | None) -> list[Drawing]:
         tables_view.draw_packed(data.columns, number, first, packed, limit)
         for number, (first, packed) in numbered
     ]
-
-
-def main(argv: Sequence[str]) -> None:
-    """Shows what the command line asks for."""
-    if len(argv) < 2:
-        raise UserError("there is no directory to look at: msllm inspect DIR, e.g. data/quickstart")
-    flag = flags.FLAGS
-    run(argv[1], cells.console(), flag.split, flag.example, flag.tables, flag.rows, flag.html)
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this, without a traceback
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that does not know a character
-    flags.DEFINE_enum("split", "train", ["train", "eval"], "Which split.")
-    flags.DEFINE_string(
-        "example", None, "Show one example: its number in stored order, or its id (16 hex digits)."
-    )
-    flags.DEFINE_integer(
-        "tables", None, f"Tables to show, from the first on: 1, in a page {PAGE_TABLES}."
-    )
-    flags.DEFINE_integer(
-        "rows", None, f"Rows to show of each table; the terminal shows {ROWS}, of an example all."
-    )
-    flags.DEFINE_string("html", None, "Write a page to this file instead.")
-    errors.run(main, positional=1)

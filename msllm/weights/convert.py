@@ -1,11 +1,8 @@
 """Models from and to the rest of the world (docs/weights.md).
 
-    msllm convert from_hf DIR OUT [--streams=user,thought,output]   a Hugging Face folder
-    msllm convert from_gguf FILE OUT [--streams=...]                a GGUF file (pip install msllm[gguf])
-    msllm convert to_hf CHECKPOINT OUT [--dtype=bfloat16]           a Hugging Face folder of a checkpoint
-
-The first two write a folder that `score` and `generate` take as a checkpoint and that training starts from
-(`config.init_from`). OUT appears when it is complete; nothing is overwritten.
+`from_hf` and `from_gguf` write a folder that `score` and `generate` take as a checkpoint and that training starts from
+(`config.init_from`); `to_hf` writes a Hugging Face folder of a checkpoint. A folder appears when it is complete, and
+nothing is overwritten.
 """
 
 from __future__ import annotations
@@ -14,16 +11,13 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import tokenizers
-from absl import flags, logging
 from sentencepiece import sentencepiece_model_pb2
 
-from msllm import errors
 from msllm.config import Config, DataConfig, ModelConfig, StreamsConfig, TokenizerConfig
 from msllm.errors import UserError
 from msllm.runtime.files import new_folder, refuse_existing
@@ -404,53 +398,3 @@ def _report(
         return [*lines, "no tokenizer: give one with --tokenizer=FILE to train or generate"]
     how = "added" if added else "there already"
     return [*lines, f"silence: {tokenizer.silence}, token {tokenizer.silence_id}, {how}"]
-
-
-_IMPORT, _EXPORT = (
-    ("streams", "visibility", "silence", "tokenizer", "vocab_multiple"),
-    ("dtype", "like"),
-)
-_VERBS = {
-    "from_hf": (from_hf, _IMPORT),
-    "from_gguf": (from_gguf, _IMPORT),
-    "to_hf": (to_hf, _EXPORT),
-}
-
-
-def main(argv: Sequence[str]) -> None:
-    """Converts what the command line says and prints the report."""
-    logging.set_verbosity(logging.WARNING)  # orbax reports everything that it opens
-    jax.config.update("jax_platforms", "cpu")  # a model may be larger than one accelerator
-    if len(argv) != 4 or argv[1] not in _VERBS:
-        raise UserError("write: msllm convert from_hf|from_gguf|to_hf SOURCE OUT [--options]")
-    verb, takes = _VERBS[argv[1]]
-    given = {name for name in _IMPORT + _EXPORT if flags.FLAGS[name].present}
-    if given - set(takes):
-        raise UserError(
-            f"{argv[1]} takes no --{min(given - set(takes))}: it takes {', '.join('--' + x for x in takes)}"
-        )
-    print(verb(argv[2], argv[3], **{name: flags.FLAGS[name].value for name in given}))
-    print(f"written: {argv[3]}")
-
-
-if __name__ == "__main__":
-    flags.DEFINE_string(
-        "streams", "", "Streams, NAME=KIND,...; e.g. user=input,thought=thought,output=output."
-    )
-    flags.DEFINE_enum(
-        "visibility", None, PRESETS, "Who sees whom; the default is in docs/weights.md."
-    )
-    flags.DEFINE_string(
-        "silence",
-        "",
-        "A special token of the tokenizer that means silence; default: <silence>, added.",
-    )
-    flags.DEFINE_string(
-        "tokenizer", "", "A tokenizer file (.json or .model) in place of the source's."
-    )
-    flags.DEFINE_integer(
-        "vocab_multiple", 1, "Rows are added to the vocabulary until it is a multiple of this."
-    )
-    flags.DEFINE_enum("dtype", None, list(hf.DTYPES), "Of the tensors written.")
-    flags.DEFINE_string("like", "", "A Hugging Face folder whose other settings are taken over.")
-    errors.run(main, positional=3)

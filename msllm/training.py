@@ -1,17 +1,10 @@
 """Training: data in, steps, evaluation, checkpoints, metrics.
 
-    msllm train --config=configs/quickstart.py --workdir=runs/quickstart [--config.optim.lr=1e-3 ...]
-
-The same command again continues where the run was. Ctrl-C, SIGTERM or a preemption notice ends the step, saves and
-exits; on a cluster, every process runs the same command (docs/pods.md).
+`train` continues a run from its newest checkpoint. Ctrl-C, SIGTERM or a preemption notice ends the
+step, saves and returns.
 """
 
 from __future__ import annotations
-
-import gc
-
-if __name__ == "__main__":
-    gc.disable()  # until the step is compiled: what imports and tracing make stays, to look for garbage takes a tenth of it
 
 import contextlib
 import dataclasses
@@ -20,7 +13,6 @@ import logging
 import os
 import pathlib
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
@@ -61,7 +53,7 @@ def train(
       stop: set by a signal or a preemption notice to end the run early.
       before: seconds that this process has been running, for the goodput.
     """
-    workdir = _open_workdir(workdir)
+    workdir = open_workdir(workdir)
     with processes.exclusive_workdir(workdir):
         return _train(config, workdir, stop, before)
 
@@ -198,7 +190,8 @@ def _train(
     return state
 
 
-def _open_workdir(path: str | os.PathLike) -> epath.Path:
+def open_workdir(path: str | os.PathLike) -> epath.Path:
+    """Creates the directory of a run. Raises UserError if it cannot, or if it is a model."""
     workdir = epath.Path(path)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -371,55 +364,3 @@ class _Evaluation:
             "loss": float(totals["loss"] / max(totals["weight"], 1)),
             **named_losses(totals, self._program.streams),
         }
-
-
-def _main() -> None:
-    from absl import flags
-    from ml_collections import config_flags
-
-    from msllm.config import from_config_dict
-    from msllm.errors import run
-
-    settings = config_flags.DEFINE_config_file(
-        "config", None, "Settings of the run, e.g. configs/quickstart.py."
-    )
-    workdir = flags.DEFINE_string(
-        "workdir", None, "Directory for checkpoints and metrics, shared by all processes."
-    )
-    address = flags.DEFINE_string(
-        "coordinator_address", None, "HOST:PORT of process 0, where JAX detects no cluster."
-    )
-    count = flags.DEFINE_integer(
-        "num_processes", None, "How many there are; 1: this one alone, on a cluster too."
-    )
-    number = flags.DEFINE_integer("process_id", None, "Which of them this one is.")
-    wait = flags.DEFINE_integer(
-        "initialization_timeout", 300, "Seconds to wait for the other processes."
-    )
-    heartbeat = flags.DEFINE_integer(
-        "heartbeat_timeout", 100, "Seconds after which a silent process counts as dead."
-    )
-    flags.mark_flags_as_required(["config", "workdir"])
-
-    def main(_) -> int:
-        begin = time.process_time()  # imports, mostly: as good as wall time
-        config = from_config_dict(settings.value)
-        _open_workdir(workdir.value)
-        processes.connect(
-            workdir.value, address.value, count.value, number.value, wait.value, heartbeat.value
-        )
-        if jax.process_count() > 1:
-            logging.basicConfig(format=f"[{jax.process_index()}] %(message)s", force=True)
-        with processes.exit_on_error(), processes.StopSignal() as stop:
-            state = train(config, workdir.value, stop, begin)
-            return (
-                processes.EXIT_STOPPED
-                if int(state.step) < config.steps and not stop.interrupted
-                else 0
-            )
-
-    run(main)
-
-
-if __name__ == "__main__":
-    _main()

@@ -1,0 +1,120 @@
+"""The benchmarks, their settings, and how they run: each case in a new process, which prints JSON
+lines.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from msllm.errors import UserError
+from msllm.runtime import environment
+
+_CACHE_DTYPES = ["int8", "bfloat16", "float32"]
+_TABLES = {"rows": [102, 512], "batch": [4, 1], "streams": 10, "steps": 5}
+_HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "compute_dtype": "float32"}
+_SIZES = {"vocab_size": 8192, "d_model": 256, "d_ff": 768, "num_layers": 4, **_HEADS}
+
+# The settings of each benchmark with their defaults. A list holds one value for each case.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "train": {
+        **_TABLES,
+        **_SIZES,
+        "remat": "dots",
+        "attention": "auto",
+        "chunk_tokens": 1024,
+        "torch": False,
+    },
+    "attention": {**_TABLES, **_HEADS, "backends": [], "memory_gib": 4.0},
+    "decode": {
+        **_TABLES,
+        **_SIZES,
+        # 29.4 M parameters.
+        **{"d_model": 512, "d_ff": 1536, "num_layers": 8, "num_heads": 8, "num_kv_heads": 4},
+        **{"rows": [400], "batch": [1], "steps": 32},
+        "prefill": 100,
+        "cache_dtype": _CACHE_DTYPES,
+        "torch": False,
+    },
+    "prepare": {"size_mb": [64, 256], "converter": "chat", "processes": 2},
+    "loader": {"tables": 4000, "sources": 1, "silence": 60, "epochs": 4},
+}
+
+
+def make_cases(benchmark: str, given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The cases of a benchmark, each a dictionary of settings.
+
+    Args:
+      given: settings other than the defaults in `SETTINGS`. Raises UserError if they do not fit
+      together.
+    """
+    settings = {**SETTINGS[benchmark], **given}
+    if settings.get("torch"):
+        _check_torch(settings)
+    if benchmark == "prepare":
+        return [{**settings, "size_mb": size} for size in settings["size_mb"]]
+    if benchmark == "loader":
+        return [{"rows": 512, "batch": 32, "streams": size, **settings} for size in (1, 3, 10)]
+    rows, batches = settings["rows"], settings["batch"]
+    if len(rows) != len(batches):
+        raise UserError(
+            f"--rows is {rows} and --batch is {batches}: both need one number for each case"
+        )
+    cases = [
+        {**settings, "rows": row, "batch": batch} for row, batch in zip(rows, batches, strict=True)
+    ]
+    if benchmark != "decode":
+        return cases
+    dtypes = settings["cache_dtype"]
+    if not dtypes or not set(dtypes) <= set(_CACHE_DTYPES):
+        raise UserError(f"--cache_dtype is {dtypes}: must be some of {', '.join(_CACHE_DTYPES)}")
+    return [{**case, "cache_dtype": dtype} for case in cases for dtype in dtypes]
+
+
+def run_case(benchmark: str, case: dict[str, Any]) -> None:
+    """Runs a case in a process of its own, with the settings of launch/env.sh.
+
+    Raises UserError if the process fails.
+    """
+    defaults = {
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1",
+        "OMP_WAIT_POLICY": "passive",  # torch's threads do not spin while those of jax work
+    }
+    code = (
+        "import json, sys; from msllm.bench.runner import measure; "
+        "measure(sys.argv[1], json.loads(sys.argv[2]))"
+    )
+    command = [sys.executable, "-c", code, benchmark, json.dumps(case)]
+    status = subprocess.run(command, env=defaults | dict(os.environ)).returncode
+    if status:
+        raise UserError(f"the case {case} ended with status {status}: see above")
+
+
+def measure(benchmark: str, case: dict[str, Any]) -> None:
+    """Measures one case in this process, which should be new, and prints its results."""
+    environment.configure_jax()
+    if benchmark == "train":
+        gc.disable()  # until the step is compiled, as in the command `msllm train`
+    # Only what is measured is imported, because the time to the first step begins with the process.
+    module = importlib.import_module(f"msllm.bench.{benchmark}")
+    for result in getattr(module, f"{benchmark}_case")(case):
+        print(json.dumps(result), flush=True)
+
+
+def _check_torch(settings: Mapping[str, Any]) -> None:
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"--torch: {' and '.join(missing)} not installed: pip install {' '.join(missing)}"
+        )
+    if settings["compute_dtype"] != "float32":
+        raise UserError(
+            f"--compute_dtype is {settings['compute_dtype']}: must be float32 with --torch"
+        )

@@ -1,0 +1,89 @@
+"""Pretrain and run multi-stream language models.
+
+The usual order is prepare, inspect, train, generate. Each command explains
+itself: msllm COMMAND --help.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from collections.abc import Sequence
+
+from msllm import __version__
+from msllm.cli import base
+from msllm.errors import UserError
+from msllm.runtime import environment
+
+# The module of each command, in the order of the help text.
+COMMANDS = {
+    "prepare": "prepare",
+    "inspect": "inspect_data",
+    "train": "train",
+    "evaluate": "evaluate",
+    "likelihood": "likelihood",
+    "interruptions": "interruptions",
+    "score": "score",
+    "generate": "generate",
+    "chat": "chat",
+    "convert": "convert",
+    "aot": "aot",
+    "bench": "bench",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `msllm ARGUMENTS` (default: those of the process) and returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    return base.execute(lambda: _run(arguments))
+
+
+def load_command(name: str) -> types.ModuleType:
+    """The module of a command."""
+    return importlib.import_module(f"msllm.cli.{COMMANDS[name]}")
+
+
+def parser_of(name: str) -> base.Parser:
+    """The parser of a command's flags, which also has its help text."""
+    command = load_command(name)
+    parser = base.Parser(f"msllm {name}", command.__doc__ or "", command.EXAMPLES)
+    command.define_flags(parser)
+    return parser
+
+
+def _run(arguments: list[str]) -> int | None:
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        print(f"msllm {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        hint = base.did_you_mean(name, COMMANDS)
+        raise UserError(f"unknown command {name!r}{hint} (msllm --help lists the commands)")
+    flags = parser_of(name).parse(rest)
+    environment.configure_jax()
+    return load_command(name).run(flags)
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {_summary(name)}" for name in COMMANDS]
+    return "\n".join(
+        [
+            "usage: msllm COMMAND [FLAGS]",
+            "",
+            (__doc__ or "").strip(),
+            "",
+            "commands:",
+            *lines,
+            "",
+            "msllm --version prints the version.",
+        ]
+    )
+
+
+def _summary(name: str) -> str:
+    return (load_command(name).__doc__ or "").partition("\n")[0]

@@ -1,0 +1,53 @@
+"""Prints a table while a model generates it, one line a row and one column a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import rich.console
+import rich.text
+
+from msllm.decode.engine import DecodeOptions, Engine
+from msllm.errors import UserError
+from msllm.view import cells
+from msllm.weights.load import LoadedModel
+
+WIDTH = 14  # characters of a column
+
+
+def print_generation(
+    model: LoadedModel,
+    inputs: Mapping[str, str],
+    rows: int,
+    options: DecodeOptions,
+    console: rich.console.Console,
+) -> None:
+    """Decodes `rows` rows, prints each as soon as it is known, and then the text of each stream.
+
+    Args:
+      inputs: text by input stream; it is fed one token a row, from the first row on.
+
+    Raises UserError if the model has no tokenizer.
+    """
+    if model.tokenizer is None:
+        raise UserError(
+            "the checkpoint has no tokenizer (a Hugging Face folder): use msllm.Engine with token ids"
+        )
+    if rows < 1:
+        raise UserError(f"--rows={rows}: must be at least 1")
+    session = Engine(model, window=max(rows, 2)).open(options)
+    for name, text in inputs.items():
+        session.feed(name, text)
+    streams, widths = model.streams, [5] + [WIDTH] * model.streams.size
+    header = [rich.text.Text(name, style="bold") for name in ("row", *streams.names)]
+    cells.print_line(console, header, widths)
+    for _ in range(rows):
+        row = session.step()
+        texts = [
+            cells.cell(model.tokenizer, int(row.tokens[stream]), bool(row.present[stream]), kind)
+            for stream, kind in enumerate(streams.kinds)
+        ]
+        cells.print_line(console, [rich.text.Text(str(row.index), style="dim"), *texts], widths)
+    _, tokens, present = session.transcript()
+    console.print()
+    cells.print_texts(console, model.tokenizer, streams.names, tokens, present)
