@@ -2,10 +2,10 @@
 
 The order in which text flows through the modules (docs/data.md):
 
-  files, sources, corpora: input files to records.
-  converters: records to tables, one per example.
-  packing: examples to tables of T rows.
-  records: packed tables to files, and back.
-  prepare: all of the above (with build, workers, identity, report and duplicates).
-  loader, mixture: prepared data to batches, as a function of the step.
+- `files`, `sources`, `corpora`: input files to records.
+- `converters`: records to tables, one per example.
+- `packing`: examples to tables of T rows.
+- `records`: packed tables to files, and back.
+- `prepare`: all of the above (with `build`, `workers`, `identity`, `report` and `duplicates`).
+- `loader`, `mixture`: prepared data to batches, as a function of the step.
 """

@@ -2,10 +2,10 @@
 
 A record is a msgpack map of one packed table:
 
-  tokens: the bytes of [T, S], uint16 where V <= 65536, else int32.
-  present: the bits of [T, S], as numpy.packbits makes them.
-  segment: the bytes of [T] int32.
-  examples: the ids of the examples, in the order of their segments.
+- `tokens`: the bytes of [T, S], uint16 where V <= 65536, else int32.
+- `present`: the bits of [T, S], as numpy.packbits makes them.
+- `segment`: the bytes of [T] int32.
+- `examples`: the ids of the examples, in the order of their segments.
 
 The manifest describes the data (docs/data.md). It is written last: a directory without one is
 unfinished.

@@ -1,12 +1,13 @@
 """Sources: from a path or glob to records, each of a known file and line.
 
-| format | file name | a record is |
-|---|---|---|
-| `jsonl` | `.jsonl`, `.ndjson` | a line with a JSON object |
-| `json` | `.json` | an item of the JSON list, or the JSON value; files of several values: `jsonl` |
-| `parquet` | `.parquet` | a row |
-| `array_record` | `.array_record`, `.arrayrecord` | a record that holds a JSON object |
-| `text` | | the whole file, a text (`texts` reads it without keeping it in memory) |
+The formats, their file names, and what a record is:
+
+- `jsonl` (`.jsonl`, `.ndjson`): a line with a JSON object.
+- `json` (`.json`): an item of the JSON list, or the whole JSON value. A file that holds several
+  values is read as `jsonl`.
+- `parquet` (`.parquet`): a row.
+- `array_record` (`.array_record`, `.arrayrecord`): a record that holds a JSON object.
+- `text`: the whole file, a text (`texts` reads it without keeping it in memory).
 
 A file of another name is `text` where the converter reads texts, else `jsonl`. `config.data.format`
 overrides the name. It may also be the import path `package.module:function` of a reader, a function

@@ -23,16 +23,15 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     """From {"messages": [{"role", "content"}, ...]}.
 
     A turn of an input stream starts when all turns before it have ended, any other turn when the
-    one before it has ended. The latter may start earlier by these options, though never before the
-    turn that it follows starts:
+    one before it has ended. The latter may start earlier, though never before the turn that it
+    follows starts. Options:
 
-    overlap: start this many rows before the end of the turn before.
-    wait: if the turn before is of an input stream, start this many rows after its start, at the
+    - `roles`: maps roles to streams, as in `Layout.stream_of`.
+    - `overlap`: start this many rows before the end of the turn before.
+    - `wait`: if the turn before is of an input stream, start this many rows after its start, at the
       latest at its end; -1: off.
-    thoughts: "before": a thought is a turn like others; "beside": the turn after a thought starts
-      as if the thought were not there.
-
-    `roles` maps roles to streams, as in `Layout.stream_of`.
+    - `thoughts`: "before": a thought is a turn like others; "beside": the turn after a thought
+      starts as if the thought were not there.
     """
     thoughts, spec = layout.options["thoughts"], layout.spec
     if thoughts not in ("before", "beside"):

@@ -32,9 +32,9 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     row is taken, the token goes into the next free one: a stream with more tokens than rows falls
     behind, and catches up in a silence.
 
-    roles: maps speakers to streams, as in `Layout.stream_of`; several may share a stream.
-    longest_silence: rows that remain of a longer time in which no stream says anything; 0: all.
-    ignored: texts that are left out, such as "[silence]".
+    - `roles`: maps speakers to streams, as in `Layout.stream_of`; several may share a stream.
+    - `longest_silence`: rows that remain of a longer time in which no stream says anything; 0: all.
+    - `ignored`: texts that are left out, such as "[silence]".
     """
     seconds = layout.options["row_seconds"]
     if not seconds > 0:

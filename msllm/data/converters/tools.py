@@ -29,15 +29,15 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     of role "tool" is the result of the call with its "tool_call_id". A call is said as
     `name arguments`.
 
-    roles: maps the roles of speech to streams, as in `Layout.stream_of`.
-    calls, results: streams. Every call of a message goes to the stream of `calls` that is free
-      first, and its result to the stream at the same place of `results`.
-    call_after: start calls this many rows after the start of the last speech of an input, but not
-      before the results that were there when the calls were made; -1: together with the speech of
-      their message, when all before them has ended.
-    latency: start a result this many rows after the end of its call.
+    Speech starts when all before it has ended. Options:
 
-    Speech starts when all before it has ended.
+    - `roles`: maps the roles of speech to streams, as in `Layout.stream_of`.
+    - `calls`, `results`: streams. Every call of a message goes to the stream of `calls` that is
+      free first, and its result to the stream at the same place of `results`.
+    - `call_after`: start calls this many rows after the start of the last speech of an input, but
+      not before the results that were there when the calls were made; -1: together with the speech
+      of their message, when all before them has ended.
+    - `latency`: start a result this many rows after the end of its call.
     """
     _check_streams(layout)
     messages = messages_of(record)
