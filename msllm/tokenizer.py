@@ -86,8 +86,7 @@ class Tokenizer:
             raise UserError(
                 f"there is no tokenizer file {path}: correct config.data.tokenizer.path, or leave it empty"
             )
-        kind = "tokenizers" if path.suffix == ".json" else "sentencepiece"
-        return cls(kind, path.read_bytes(), silence, str(path))
+        return cls(kind_of_file(path), path.read_bytes(), silence, str(path))
 
     @classmethod
     def from_bytes(cls, kind: str, data: bytes, silence: str) -> Tokenizer:
@@ -121,6 +120,11 @@ class Tokenizer:
     def piece(self, token: int) -> str:
         """The vocabulary's spelling of one id."""
         return self._pieces[token]
+
+
+def kind_of_file(path: str | os.PathLike) -> str:
+    """The kind of a tokenizer file by its name: .json is of the tokenizers library."""
+    return "tokenizers" if pathlib.Path(path).suffix == ".json" else "sentencepiece"
 
 
 def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:

@@ -29,9 +29,10 @@ from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
 from msllm.tokenizer import train as train_tokenizer
 from msllm.training import train
-from msllm.weights import hf
-from msllm.weights.convert import from_hf, parse_streams, to_hf, with_silence
+from msllm.weights import hf, hf_config
+from msllm.weights.convert import from_hf, parse_streams, to_hf
 from msllm.weights.load import LoadedModel, load
+from msllm.weights.vocabulary import TokenizerFile, with_silence
 from msllm.weights.warm_start import fine_tune, initial_parameters, stream_vectors
 
 STREAMS = "user,thought,output"
@@ -124,7 +125,7 @@ def test_one_stream_round_trip_is_exact(name, pieces, folder, tmp_path):
     there, back = (
         json.loads((path / "config.json").read_text()) for path in (source, tmp_path / "back")
     )
-    assert hf.read_config(there) == hf.read_config(back)
+    assert hf_config.from_hf(there) == hf_config.from_hf(back)
     for key in ("max_position_embeddings", "eos_token_id", "vocab_size", "model_type"):
         assert there[key] == back[key]
 
@@ -235,11 +236,13 @@ def test_silence_is_added_to_sentencepiece_files():
         TEXTS, TokenizerConfig(model_type="char", vocab_size=60, silence="<s>")
     ).to_bytes()
     before = Tokenizer("sentencepiece", data, "<s>")
-    tokenizer, added = with_silence("sentencepiece", data, "", "here")
+    tokenizer, added = with_silence(TokenizerFile("sentencepiece", data, "here"), "")
     assert added and tokenizer.silence_id == before.vocab_size == tokenizer.vocab_size - 1
     assert tokenizer.encode(TEXTS[0]) == before.encode(TEXTS[0])
     assert tokenizer.silence_id not in tokenizer.encode("<silence>")
-    assert with_silence("sentencepiece", tokenizer.to_bytes(), "", "here")[1] is False
+    assert (
+        with_silence(TokenizerFile("sentencepiece", tokenizer.to_bytes(), "here"), "")[1] is False
+    )
 
 
 def test_tables_are_made_divisible(folder, tmp_path):
@@ -253,7 +256,7 @@ def test_tables_are_made_divisible(folder, tmp_path):
 def test_ids_with_gaps_are_refused():
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 2}, unk_token="a"))
     with pytest.raises(UserError, match="have gaps"):
-        with_silence("tokenizers", model.to_str().encode(), "", "here")
+        with_silence(TokenizerFile("tokenizers", model.to_str().encode(), "here"), "")
 
 
 def test_wrong_sources_are_named_and_leave_nothing(folder, tmp_path):

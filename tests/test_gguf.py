@@ -20,7 +20,7 @@ from msllm.errors import UserError
 from msllm.evals.score import score
 from msllm.model.layers import rope_frequencies
 from msllm.weights import gguf as gguf_reader
-from msllm.weights import hf
+from msllm.weights import hf, hf_config, hf_tensors
 from msllm.weights.convert import from_gguf, to_hf
 from msllm.weights.load import load
 
@@ -69,7 +69,7 @@ def trained(pre, pieces):
 
 def write(path, config, parameters, pre="qwen2", special_first=False, padding=3):
     """A model as a GGUF file with a BPE vocabulary; returns the tokenizer that was trained and the tokens."""
-    family = hf.hf_config(config, 1)["model_type"]
+    family = hf_config.to_hf(config, 1)["model_type"]
     writer = gguf.GGUFWriter(path, family)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(64)
@@ -103,7 +103,7 @@ def write(path, config, parameters, pre="qwen2", special_first=False, padding=3)
         for name in gguf_reader.NAMES
         for i in layers
     }
-    for name, x in hf.to_hf(parameters, config).items():
+    for name, x in hf_tensors.to_hf(parameters, config).items():
         if family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             # As llama.cpp's converter does: the halves of every head take turns.
             x = x.reshape(-1, 2, config.head_dim // 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
@@ -135,7 +135,7 @@ def test_recorded_models_are_read(variant, tmp_path):
         rope, original_max_position=expected.original_max_position
     )  # not in the file for some
     assert dataclasses.replace(model.config, rope_scaling=rope) == config
-    ours, theirs = (hf.to_hf(tree, config) for tree in (model.parameters, parameters))
+    ours, theirs = (hf_tensors.to_hf(tree, config) for tree in (model.parameters, parameters))
     assert set(ours) == set(theirs)
     for name, x in theirs.items():
         np.testing.assert_allclose(

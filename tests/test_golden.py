@@ -12,7 +12,7 @@ from msllm.config import LossConfig
 from msllm.loss import next_row_loss, targets_and_weights
 from msllm.model.model import abstract_model, bind
 from msllm.streams import make_cells, positions, visibility_table
-from msllm.weights.hf import to_hf
+from msllm.weights.hf_tensors import to_hf
 from msllm.weights.load import load
 
 pytestmark = pytest.mark.slow

@@ -16,7 +16,8 @@ from msllm.config import LossConfig, StreamsConfig
 from msllm.loss import next_row_loss, targets_and_weights
 from msllm.model.model import bind
 from msllm.streams import StreamSpec, make_cells, visibility_table
-from msllm.weights.hf import read_folder, to_hf
+from msllm.weights.hf import read_folder
+from msllm.weights.hf_tensors import to_hf
 from msllm.weights.load import LoadedModel
 
 LOOPS = [

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from msllm.config import ModelConfig, RopeScalingConfig
 from msllm.errors import UserError
 from msllm.evals.score import score
-from msllm.weights import hf
+from msllm.weights import hf, hf_config, hf_tensors
 from msllm.weights.load import load
 
 LLAMA3 = RopeScalingConfig("llama3", 8.0, 1.0, 4.0, original_max_position=8192)
@@ -86,7 +86,7 @@ def test_sharded_index(model, tmp_path):
 def test_linear_weights_are_out_by_in(make_model):
     config = make_model(1, num_kv_heads=2).config
     parameters = make_model(1).parameters
-    arrays = hf.to_hf(parameters, config)
+    arrays = hf_tensors.to_hf(parameters, config)
     x = np.random.default_rng(0).standard_normal(config.d_model)
     q = np.asarray(parameters["blocks"]["attention"]["q"])[1]
     ours = np.einsum("d,dnh->nh", x, q).reshape(-1)
@@ -96,18 +96,18 @@ def test_linear_weights_are_out_by_in(make_model):
 
 
 def test_newer_rope_parameters_are_read():
-    settings = hf.hf_config(ModelConfig(vocab_size=8), 1) | {"rope_theta": 1.0}
+    settings = hf_config.to_hf(ModelConfig(vocab_size=8), 1) | {"rope_theta": 1.0}
     newer = {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}
-    config, _ = hf.read_config(settings | {"rope_parameters": newer})
+    config, _ = hf_config.from_hf(settings | {"rope_parameters": newer})
     assert config.rope_theta == 7.0 and config.rope_scaling == RopeScalingConfig("linear", 2.0)
 
 
 def test_yarn_defaults():
-    settings = hf.hf_config(ModelConfig(vocab_size=8), 1) | {"max_position_embeddings": 64}
+    settings = hf_config.to_hf(ModelConfig(vocab_size=8), 1) | {"max_position_embeddings": 64}
     yarn = {"type": "yarn", "factor": 8.0}
 
     def read(**rope):
-        return hf.read_config(settings | {"rope_scaling": yarn | rope})[0].rope_scaling
+        return hf_config.from_hf(settings | {"rope_scaling": yarn | rope})[0].rope_scaling
 
     assert read() == RopeScalingConfig("yarn", 8.0, original_max_position=64)
     assert read(original_max_position_embeddings=16).original_max_position == 16
@@ -141,9 +141,9 @@ def test_yarn_defaults():
     ids=str,
 )
 def test_unsupported_configs_are_named(change, message):
-    settings = hf.hf_config(ModelConfig(vocab_size=8), 3)
+    settings = hf_config.to_hf(ModelConfig(vocab_size=8), 3)
     with pytest.raises(UserError, match=message):
-        hf.read_config(settings | change)
+        hf_config.from_hf(settings | change)
 
 
 def test_wrong_tensors_are_named(make_model, tmp_path):
@@ -161,7 +161,7 @@ def test_wrong_tensors_are_named(make_model, tmp_path):
     refused({name: x for name, x in tensors.items() if name != norm}, f"missing {norm}")
     refused(tensors | {"model.extra": tensors[norm]}, "unexpected model.extra")
     refused(tensors | {norm: tensors[norm][:-1]}, f"{norm} has shape")
-    unused = {hf.UNUSED[1].format(0): tensors[norm]}  # old checkpoints hold such tables
+    unused = {hf_tensors.UNUSED[1].format(0): tensors[norm]}  # old checkpoints hold such tables
     save_file(tensors | unused, path)
     assert_equal(hf.read_folder(tmp_path)[2], jax.tree.map(np.asarray, model.parameters))
     refused(tensors | {norm: tensors[norm].astype(np.int32)}, f"{norm} has type I32")

@@ -18,7 +18,7 @@ from msllm.optim import leaf_norms, optimizer, schedule
 from msllm.sharding import make_mesh
 from msllm.step import Program
 from msllm.streams import make_cells, positions
-from msllm.weights.hf import to_hf
+from msllm.weights.hf_tensors import to_hf
 from msllm.weights.load import load
 
 

@@ -11,9 +11,10 @@ from test_convert import TEXTS, tokenizer_file
 
 from msllm.evals.score import score
 from msllm.weights import hf
-from msllm.weights.convert import from_hf, to_hf, with_silence
+from msllm.weights.convert import from_hf, to_hf
 from msllm.weights.gguf import PATTERNS
 from msllm.weights.load import load
+from msllm.weights.vocabulary import TokenizerFile, with_silence
 
 pytest.importorskip(
     "torch", reason="torch is not installed; tests/hf holds what transformers computes"
@@ -82,4 +83,6 @@ def byte_level() -> bytes:
         vocab_size=280, initial_alphabet=alphabet, show_progress=False
     )
     model.train_from_iterator(TEXTS, trainer)
-    return with_silence("tokenizers", model.to_str().encode(), "", "here")[0].to_bytes()
+    return with_silence(TokenizerFile("tokenizers", model.to_str().encode(), "here"), "")[
+        0
+    ].to_bytes()

@@ -20,7 +20,8 @@ import transformers
 
 from msllm.config import ModelConfig
 from msllm.errors import UserError
-from msllm.weights.hf import hf_config, to_hf
+from msllm.weights import hf_config
+from msllm.weights.hf_tensors import to_hf
 
 BLOCKED = -10_000.0
 
@@ -35,7 +36,9 @@ class Model:
                 f"--torch runs on CPU and msllm on {jax.default_backend()}: set JAX_PLATFORMS=cpu to compare them"
             )
         self.size = size
-        settings = transformers.Qwen3Config(**hf_config(config, size), attn_implementation="sdpa")
+        settings = transformers.Qwen3Config(
+            **hf_config.to_hf(config, size), attn_implementation="sdpa"
+        )
         self.qwen = transformers.Qwen3ForCausalLM(settings)
         arrays = {
             name: torch.from_numpy(np.array(array))

@@ -1,8 +1,9 @@
-"""Models from and to the rest of the world (docs/weights.md).
+"""Models from and to other projects (docs/weights.md).
 
-`from_hf` and `from_gguf` write a folder that `score` and `generate` take as a checkpoint and that training starts from
-(`config.init_from`); `to_hf` writes a Hugging Face folder of a checkpoint. A folder appears when it is complete, and
-nothing is overwritten.
+`from_hf` imports a Hugging Face folder and `from_gguf` a GGUF file. Both write a folder that `load`
+takes as a checkpoint and that training can start from (`config.init_from`). `to_hf` writes a
+checkpoint as a Hugging Face folder. A folder appears when it is complete, and nothing is
+overwritten.
 """
 
 from __future__ import annotations
@@ -11,85 +12,141 @@ import dataclasses
 import json
 import os
 import pathlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypedDict, Unpack
 
 import jax
 import numpy as np
-import tokenizers
-from sentencepiece import sentencepiece_model_pb2
 
 from msllm.config import Config, DataConfig, ModelConfig, StreamsConfig, TokenizerConfig
 from msllm.errors import UserError
 from msllm.runtime.files import new_folder, refuse_existing
 from msllm.streams import KINDS, PRESETS, StreamSpec
 from msllm.tokenizer import FILE_NAMES, Tokenizer
-from msllm.weights import gguf, hf
-from msllm.weights.load import load
+from msllm.weights import gguf, hf, hf_config, hf_tensors
+from msllm.weights.load import LoadedModel, load
+from msllm.weights.vocabulary import (
+    TokenizerFile,
+    add_rows,
+    remove_rows,
+    with_silence,
+    without_silence,
+)
 from msllm.weights.warm_start import stream_vectors, write_model
 
-ORIGIN = "hf"  # folder inside OUT with what came beside the weights: to_hf writes it again
+ORIGIN = "hf"  # the folder inside OUT for the files beside the weights; to_hf writes them again
 COMPANIONS = (
-    *(
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "merges.txt",
-    ),
-    *("chat_template.jinja", "generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE"),
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
 )
+
+
+class ImportOptions(TypedDict, total=False):
+    """Options of an import; docs in `import_model`."""
+
+    streams: str
+    visibility: str
+    silence: str
+    tokenizer: str
+    vocab_multiple: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A model of another project, read."""
+    """A model of another project.
+
+    Attributes:
+      path: the folder or file, for messages.
+      config, parameters: the model; parameters are nested dicts of numpy float32.
+      size: its number of streams.
+      streams: the streams by name, if the source names them.
+      tokenizer: its tokenizer, if it has one.
+      silence: the silence token, if the source names it.
+      origin: the content of files for the folder ORIGIN, by name.
+    """
 
     path: str
     config: ModelConfig
-    size: int  # streams
-    streams: StreamsConfig | None  # by name, if it says so
+    size: int
+    streams: StreamsConfig | None
     parameters: dict[str, Any]
-    tokenizer: tuple[str, bytes] | None  # kind and file
-    silence: str | None  # if it says so
-    origin: dict[str, bytes]  # files for ORIGIN
+    tokenizer: TokenizerFile | None
+    silence: str | None
+    origin: dict[str, bytes]
 
 
-def from_hf(directory: str | os.PathLike, out: str | os.PathLike, **options) -> str:
-    """Imports a Hugging Face folder; returns a report. `options` are those of `import_model`. Raises UserError."""
+def from_hf(
+    directory: str | os.PathLike, out: str | os.PathLike, **options: Unpack[ImportOptions]
+) -> str:
+    """Imports a Hugging Face folder. Returns a report.
+
+    Args:
+      directory: the folder.
+      out: the folder to write.
+      **options: those of `import_model`.
+
+    Raises UserError.
+    """
     folder = pathlib.Path(directory)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: give one with {hf.CONFIG} and safetensors")
     refuse_existing(out)
     settings = hf.read_settings(folder)
     config, size, parameters = hf.read_folder(folder)
-    streams, silence = hf.read_own(settings, size, str(folder / hf.CONFIG))
+    streams, silence = hf_config.read_streams(settings, size, str(folder / hf.CONFIG))
     with hf.open_tensors(folder) as tensors:
-        settings = {key: x for key, x in settings.items() if key != "dtype"} | {
-            "torch_dtype": hf.stored_dtype(tensors)
-        }
-    origin = {
-        name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()
-    }
-    origin[hf.CONFIG] = json.dumps(settings, indent=2).encode()
-    kinds = [
-        kind for kind in ("tokenizers", "sentencepiece") if (folder / FILE_NAMES[kind]).is_file()
-    ]
-    tokenizer = (kinds[0], (folder / FILE_NAMES[kinds[0]]).read_bytes()) if kinds else None
-    streams = streams if hf.OWN in settings else None
-    source = Source(str(folder), config, size, streams, parameters, tokenizer, silence, origin)
+        dtype = hf_tensors.common_dtype(tensors)
+    origin = _companions(folder) | {hf.CONFIG: _origin_config(settings, dtype)}
+    tokenizer_path = _first_file(folder, (FILE_NAMES["tokenizers"], FILE_NAMES["sentencepiece"]))
+    source = Source(
+        path=str(folder),
+        config=config,
+        size=size,
+        streams=streams if hf_config.OWN in settings else None,
+        parameters=parameters,
+        tokenizer=TokenizerFile.read(tokenizer_path, str(folder)) if tokenizer_path else None,
+        silence=silence,
+        origin=origin,
+    )
     return import_model(source, out, **options)
 
 
-def from_gguf(file: str | os.PathLike, out: str | os.PathLike, **options) -> str:
-    """Imports a GGUF file; returns a report. `options` are those of `import_model`. Raises UserError."""
+def from_gguf(
+    file: str | os.PathLike, out: str | os.PathLike, **options: Unpack[ImportOptions]
+) -> str:
+    """Imports a GGUF file. Returns a report.
+
+    Args:
+      file: the file.
+      out: the folder to write.
+      **options: those of `import_model`.
+
+    Raises UserError.
+    """
     refuse_existing(out)
     model = gguf.read_gguf(file, with_tokenizer=not options.get("tokenizer"))
-    settings = model.settings | {"torch_dtype": "float32"}
-    origin, tokenizer = {hf.CONFIG: json.dumps(settings, indent=2).encode()}, None
+    origin, tokenizer = {hf.CONFIG: _origin_config(model.settings, "float32")}, None
     if model.tokenizer:
         origin["tokenizer_config.json"] = json.dumps(model.tokenizer_settings, indent=2).encode()
-        tokenizer = ("tokenizers", model.tokenizer)
-    source = Source(str(file), model.config, 1, None, model.parameters, tokenizer, None, origin)
+        tokenizer = TokenizerFile("tokenizers", model.tokenizer, str(file))
+    source = Source(
+        path=str(file),
+        config=model.config,
+        size=1,
+        streams=None,
+        parameters=model.parameters,
+        tokenizer=tokenizer,
+        silence=None,
+        origin=origin,
+    )
     return import_model(source, out, **options)
 
 
@@ -102,49 +159,48 @@ def import_model(
     tokenizer: str = "",
     vocab_multiple: int = 1,
 ) -> str:
-    """Writes a model as a folder to start from; returns a report, one line a fact. Raises UserError.
+    """Writes a model as a folder to start from. Returns a report, one line per fact.
 
     Args:
-      streams: "user=input,thought=thought,output=output"; names of the default config need no kind. Empty: as many as
-        the source has. A source of one stream may become several: all of them compute what it computed.
-      visibility: a preset; empty: the source's, or `isolated` if it had one stream and gets several.
-      silence: a special token of the tokenizer, not used otherwise; empty: `<silence>`, which is added if need be.
+      source: the model.
+      out: the folder to write.
+      streams: e.g. "user=input,thought=thought,output=output"; names of the default config need no
+        kind. Empty: as many as the source has. A source with one stream may become several, all of
+        which compute what it computed.
+      visibility: a preset. Empty: the source's, or `isolated` if one stream becomes several.
+      silence: a special token of the tokenizer that is not used otherwise. Empty: `<silence>`,
+        which is added if necessary.
       tokenizer: a file in place of the source's.
-      vocab_multiple: the tables get rows until their number is a multiple of it, so that a mesh can divide them.
+      vocab_multiple: the tables get rows until their number is a multiple of this, so that a mesh
+        can divide them.
+
+    Raises UserError.
     """
     if vocab_multiple < 1:
         raise UserError(f"--vocab_multiple={vocab_multiple}: must be at least 1")
-    spec = _streams(source, streams, visibility)
-    config, parameters = _grow(source, len(spec.names))
+    spec = _choose_streams(source, streams, visibility)
+    file = _given_tokenizer(tokenizer, source) if tokenizer else source.tokenizer
     chosen, added = None, False
-    if tokenizer:
-        kind = "tokenizers" if tokenizer.endswith(".json") else "sentencepiece"
-        if not pathlib.Path(tokenizer).is_file():
-            raise UserError(f"there is no tokenizer file {tokenizer}: correct --tokenizer")
-        source = dataclasses.replace(source, tokenizer=(kind, pathlib.Path(tokenizer).read_bytes()))
-    if source.tokenizer:
-        _check_vocabulary(source)
-        chosen, added = with_silence(
-            *source.tokenizer, silence or source.silence or "", source.path
-        )
+    if file:
+        _check_vocabulary(file, source)
+        chosen, added = with_silence(file, silence or source.silence or "")
     elif silence:
         raise UserError(
             f"{source.path} has no tokenizer, so no {silence!r}: give one with --tokenizer=FILE"
         )
-    known = _known_size(*source.tokenizer) if source.tokenizer else config.vocab_size
+    config, parameters = _add_streams(source, len(spec.names))
     rows = max(config.vocab_size, chosen.vocab_size if chosen else 0)
-    config, parameters = _with_rows(config, parameters, rows + -rows % vocab_multiple, known)
-    data = DataConfig(
-        tokenizer=TokenizerConfig(silence=chosen.silence if chosen else TokenizerConfig.silence)
-    )
+    rows += -rows % vocab_multiple
+    known = file.vocab_size() if file else config.vocab_size
+    config, parameters = add_rows(config, parameters, rows, known)
+    silence = chosen.silence if chosen else TokenizerConfig.silence
+    data = DataConfig(tokenizer=TokenizerConfig(silence=silence))
     whole = Config(model=config, streams=spec, data=data)
     with new_folder(out) as folder:
         write_model(folder, whole, parameters, chosen)
         (folder / ORIGIN).mkdir()
-        files = source.origin | (
-            {FILE_NAMES[source.tokenizer[0]]: source.tokenizer[1]} if source.tokenizer else {}
-        )
-        for name, content in files.items():
+        origin = source.origin | ({file.name: file.data} if file else {})
+        for name, content in origin.items():
             (folder / ORIGIN / name).write_bytes(content)
     return "\n".join(_report(source, whole, parameters, chosen, added))
 
@@ -152,162 +208,120 @@ def import_model(
 def to_hf(
     checkpoint: str | os.PathLike, out: str | os.PathLike, dtype: str = "", like: str = ""
 ) -> str:
-    """Writes a checkpoint as a Hugging Face folder; returns a report, one line a fact. Raises UserError.
+    """Writes a checkpoint as a Hugging Face folder. Returns a report, one line per fact.
 
     Args:
-      dtype: float32, bfloat16 or float16; empty: the imported model's if it holds every number exactly, else float32.
-      like: a Hugging Face folder whose config keys and tokenizer settings are taken over; empty: the one that the model
-        was imported from, which its import keeps a copy of.
+      checkpoint: a checkpoint, a workdir or an imported model.
+      out: the folder to write.
+      dtype: float32, bfloat16 or float16. Empty: the imported model's if it holds every number
+        exactly, else float32.
+      like: a Hugging Face folder whose config keys and tokenizer settings are taken over. Empty:
+        the one that the model was imported from, of which its import keeps a copy.
+
+    Raises UserError.
     """
     refuse_existing(out)
-    loaded = load(checkpoint)
-    if loaded.run_config is None:
-        raise UserError(
-            f"{checkpoint} is a Hugging Face folder already: give a checkpoint of msllm"
-        )
-    origin = _origin(checkpoint, loaded.run_config, like)
+    model = load(checkpoint)
+    if model.run_config is None:
+        raise UserError(f"{checkpoint} is a Hugging Face folder already: give a checkpoint")
+    size = model.streams.size
+    origin = _origin_folder(checkpoint, model.run_config, like)
     settings = hf.read_settings(origin) if origin else {}
-    config, size, parameters = (
-        loaded.config,
-        loaded.streams.size,
-        jax.tree.map(np.asarray, loaded.parameters),
-    )
-    family = hf.hf_config(config, size)["model_type"]
+    settings.pop(hf_config.OWN, None)
+    family = hf_config.to_hf(model.config, size)["model_type"]
     if settings.get("model_type", family) != family:
         raise UserError(
-            f"{origin} is of the family {settings['model_type']}, {checkpoint} of {family}: correct --like"
+            f"{origin} is of the family {settings['model_type']}, {checkpoint} of {family}: correct"
+            " --like"
         )
-    files = {
-        name: (origin / name).read_bytes()
-        for name in COMPANIONS
-        if origin and (origin / name).is_file()
-    }
-    tokenizer, report = loaded.tokenizer, []
-    settings.pop(hf.OWN, None)
-    if size == 1 and tokenizer and (kept := _tokenizer_before(origin, tokenizer)):
-        # One stream needs no silence: the model gets back the vocabulary that it came with.
-        files[FILE_NAMES[tokenizer.kind]] = kept
-        config, parameters = _without_rows(config, parameters, settings.get("vocab_size"))
-    elif tokenizer:
-        files[FILE_NAMES[tokenizer.kind]] = tokenizer.to_bytes()
-        if tokenizer.kind == "tokenizers":
-            files.setdefault(
-                "tokenizer_config.json", b'{"tokenizer_class": "PreTrainedTokenizerFast"}\n'
-            )
+    config, parameters, files = _exported_vocabulary(model, origin, settings.get("vocab_size"))
+    if origin:
+        files |= _companions(origin)
     if size > 1:
-        own = {"streams": dataclasses.asdict(loaded.run_config.streams)}
-        settings[hf.OWN] = own | ({"silence": tokenizer.silence} if tokenizer else {})
+        own: dict[str, Any] = {"streams": dataclasses.asdict(model.run_config.streams)}
+        if model.tokenizer:
+            own["silence"] = model.tokenizer.silence
+        settings[hf_config.OWN] = own
+    notes = []
     if not dtype:
-        wanted = settings.get("torch_dtype", settings.get("dtype"))
-        exact = wanted in hf.DTYPES and hf.fits(parameters, config, wanted)
-        dtype = wanted if exact else "float32"
-        if wanted in hf.DTYPES and not exact:
-            report.append(
-                f"{wanted} would round the parameters: float32 is written; --dtype={wanted} rounds them"
+        dtype = wanted = settings.get("torch_dtype", settings.get("dtype"))
+        if wanted not in hf_tensors.DTYPES:
+            dtype = "float32"
+        elif not hf_tensors.is_exact_in(parameters, config, wanted):
+            dtype = "float32"
+            notes.append(
+                f"{wanted} would round the parameters: float32 is written; --dtype={wanted} rounds"
+                " them"
             )
     hf.write_folder(out, config, size, parameters, dtype, settings, files)
-    streams = "1 stream" if size == 1 else f"{size} streams ({', '.join(loaded.streams.names)})"
-    return "\n".join(
-        [f"{family}, {streams}, {config.vocab_size:,} tokens, {dtype}, step {loaded.step}", *report]
-    )
+    streams = "1 stream" if size == 1 else f"{size} streams ({', '.join(model.streams.names)})"
+    summary = f"{family}, {streams}, {config.vocab_size:,} tokens, {dtype}, step {model.step}"
+    return "\n".join([summary, *notes])
 
 
 def parse_streams(text: str) -> StreamsConfig:
-    """Streams of "NAME=KIND,..."; names of the default config may stand without their kind. Raises UserError."""
-    known, names, kinds = dict(zip(StreamsConfig.names, StreamsConfig.kinds)), [], []
+    """Streams of "NAME=KIND,..."; names of the default config need no kind. Raises UserError."""
+    known = dict(zip(StreamsConfig.names, StreamsConfig.kinds))
+    names, kinds = [], []
     for part in text.split(","):
         name, _, kind = (x.strip() for x in part.partition("="))
         kind = kind or known.get(name, "")
         if not name or kind not in KINDS:
             raise UserError(
-                f"--streams={text}: {part!r} has no kind of {', '.join(KINDS)}: write NAME=KIND, e.g. --streams="
-                "user=input,thought=thought,output=output"
+                f"--streams={text}: {part!r} has no kind of {', '.join(KINDS)}: write NAME=KIND,"
+                " e.g. --streams=user=input,thought=thought,output=output"
             )
         names.append(name)
         kinds.append(kind)
     return StreamsConfig(names=tuple(names), kinds=tuple(kinds))
 
 
-def with_silence(kind: str, data: bytes, silence: str, source: str) -> tuple[Tokenizer, bool]:
-    """(the tokenizer with a silence token, whether it was added).
-
-    `silence` names a special token that is there; empty: `<silence>`, which is added at the end if it is not there.
-    """
-    there = _special_tokens(kind, data, source)
-    if silence and silence not in there:
-        raise UserError(
-            f"--silence={silence}: the tokenizer of {source} has no such special token (it has"
-            f" {', '.join(sorted(there)) or 'none'}): name one of these, or none, and {TokenizerConfig.silence} is added"
-        )
-    if silence or TokenizerConfig.silence in there:
-        return Tokenizer(kind, data, silence or TokenizerConfig.silence, source), False
-    if kind == "tokenizers":
-        model = tokenizers.Tokenizer.from_str(data.decode())
-        taken = set(model.get_vocab().values())
-        model.add_special_tokens(
-            [tokenizers.AddedToken(TokenizerConfig.silence, special=True, normalized=False)]
-        )
-        if (
-            model.token_to_id(TokenizerConfig.silence) in taken
-        ):  # the library counts tokens, and ids may have gaps
-            raise UserError(
-                f"the ids of the tokenizer of {source} have gaps: name a special token of it with --silence"
-            )
-        return Tokenizer(kind, model.to_str().encode(), TokenizerConfig.silence, source), True
-    model = sentencepiece_model_pb2.ModelProto.FromString(data)
-    model.pieces.add(piece=TokenizerConfig.silence, score=0.0, type=model.SentencePiece.CONTROL)
-    return Tokenizer(kind, model.SerializeToString(), TokenizerConfig.silence, source), True
+def _companions(folder: pathlib.Path) -> dict[str, bytes]:
+    """The content of the files beside the weights that an import keeps, by name."""
+    paths = (folder / name for name in COMPANIONS)
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
-def _special_tokens(kind: str, data: bytes, source: str) -> set[str]:
-    try:
-        if kind == "tokenizers":
-            added = tokenizers.Tokenizer.from_str(data.decode()).get_added_tokens_decoder().values()
-            return {token.content for token in added if token.special}
-        model = sentencepiece_model_pb2.ModelProto.FromString(data)
-        return {piece.piece for piece in model.pieces if piece.type == model.SentencePiece.CONTROL}
-    except Exception as error:  # the libraries raise whatever their parsers raise
-        raise UserError(
-            f"the tokenizer of {source} is damaged or no {kind} file ({error}): copy it again"
-        ) from error
+def _origin_config(settings: dict[str, Any], dtype: str) -> bytes:
+    """The config.json for ORIGIN: the source's, with the type of its tensors."""
+    kept = {key: value for key, value in settings.items() if key != "dtype"}
+    return json.dumps(kept | {"torch_dtype": dtype}, indent=2).encode()
 
 
-def _known_size(kind: str, data: bytes) -> int:
-    """One more than the largest id of the tokenizer as it came."""
-    if kind == "tokenizers":
-        return max(tokenizers.Tokenizer.from_str(data.decode()).get_vocab().values()) + 1
-    return len(sentencepiece_model_pb2.ModelProto.FromString(data).pieces)
+def _first_file(folder: pathlib.Path, names: Sequence[str]) -> pathlib.Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _check_vocabulary(source: Source) -> None:
-    kind, data = source.tokenizer
-    _special_tokens(kind, data, source.path)
-    size = _known_size(kind, data)
+def _given_tokenizer(path: str, source: Source) -> TokenizerFile:
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"there is no tokenizer file {path}: correct --tokenizer")
+    return TokenizerFile.read(path, source.path)
+
+
+def _check_vocabulary(file: TokenizerFile, source: Source) -> None:
+    """Raises UserError if the tokenizer is damaged or has more tokens than the model."""
+    file.special_tokens()
+    size = file.vocab_size()
     if size > source.config.vocab_size:
         raise UserError(
-            f"the tokenizer of {source.path} has {size} tokens and its model {source.config.vocab_size} (vocab_size):"
-            " they do not belong together"
+            f"the tokenizer of {file.source} has {size} tokens and its model"
+            f" {source.config.vocab_size} (vocab_size): they do not belong together"
         )
 
 
-def _streams(source: Source, streams: str, visibility: str) -> StreamsConfig:
-    spec = parse_streams(streams) if streams else source.streams or hf.unnamed_streams(source.size)
+def _choose_streams(source: Source, streams: str, visibility: str) -> StreamsConfig:
+    """The streams of an import, checked."""
+    spec = source.streams or hf_config.unnamed_streams(source.size)
+    if streams:
+        spec = parse_streams(streams)
     if visibility and visibility not in PRESETS:
         raise UserError(f"--visibility={visibility}: must be one of {', '.join(PRESETS)}")
     if source.size not in (1, len(spec.names)):
         raise UserError(
             f"--streams={streams} names {len(spec.names)} streams: {source.path} has {source.size}"
         )
-    if (
-        streams and source.streams and len(spec.names) == source.size
-    ):  # renamed: who sees whom stays
-        lags = [
-            [dict(zip(source.streams.names, spec.names)).get(x, x) for x in lag]
-            for lag in source.streams.lags
-        ]
-        spec = dataclasses.replace(
-            source.streams, names=spec.names, kinds=spec.kinds, lags=tuple(map(tuple, lags))
-        )
+    if streams and source.streams and len(spec.names) == source.size:
+        spec = _rename_streams(source.streams, spec)
     if visibility:
         spec = dataclasses.replace(spec, visibility=visibility, lags=())
     elif source.size == 1 and len(spec.names) > 1:
@@ -316,8 +330,18 @@ def _streams(source: Source, streams: str, visibility: str) -> StreamsConfig:
     return spec
 
 
-def _grow(source: Source, size: int) -> tuple[ModelConfig, dict[str, Any]]:
-    """(config, parameters) for so many streams, each of which adds nothing to what the source computes."""
+def _rename_streams(old: StreamsConfig, new: StreamsConfig) -> StreamsConfig:
+    """Streams with the names and kinds of `new` and the visibility and all else of `old`."""
+    new_name = dict(zip(old.names, new.names))
+    lags = tuple(
+        (new_name.get(reader, reader), new_name.get(source, source), lag)
+        for reader, source, lag in old.lags
+    )
+    return dataclasses.replace(old, names=new.names, kinds=new.kinds, lags=lags)
+
+
+def _add_streams(source: Source, size: int) -> tuple[ModelConfig, dict[str, Any]]:
+    """(config, parameters) with `size` streams, each of which computes what the source computed."""
     if size == source.size:
         return source.config, source.parameters
     old = source.parameters.get("stream_embedding")
@@ -326,48 +350,32 @@ def _grow(source: Source, size: int) -> tuple[ModelConfig, dict[str, Any]]:
     return config, source.parameters | {"stream_embedding": np.asarray(vectors)}
 
 
-def _with_rows(
-    config: ModelConfig, parameters: dict[str, Any], size: int, known: int
-) -> tuple[ModelConfig, dict[str, Any]]:
-    """Tables of `size` tokens. A new row is the mean of the `known` ones, so its logit is the mean of theirs."""
-    missing = size - config.vocab_size
-    if not missing:
-        return config, parameters
-    tables = {name: parameters[name] for name in ("embedding", "head") if name in parameters}
-    mean = {
-        name: table[:known].mean(axis=0, keepdims=True, dtype=np.float64)
-        for name, table in tables.items()
-    }
-    rows = {name: mean[name].astype(np.float32).repeat(missing, axis=0) for name in tables}
-    grown = {name: np.concatenate([table, rows[name]]) for name, table in tables.items()}
-    return dataclasses.replace(config, vocab_size=size), parameters | grown
-
-
-def _without_rows(
-    config: ModelConfig, parameters: dict[str, Any], size: int | None
-) -> tuple[ModelConfig, dict[str, Any]]:
-    """The tables without the rows that `_with_rows` added to those of `size` tokens."""
-    if not size or size >= config.vocab_size:
-        return config, parameters
-    tables = {name: parameters[name][:size] for name in ("embedding", "head") if name in parameters}
-    return dataclasses.replace(config, vocab_size=size), parameters | tables
-
-
-def _origin(checkpoint: str | os.PathLike, config: Config, like: str) -> pathlib.Path | None:
+def _origin_folder(checkpoint: str | os.PathLike, config: Config, like: str) -> pathlib.Path | None:
+    """The Hugging Face folder whose settings an export takes over, if there is one."""
     if like:
         return pathlib.Path(like)
-    folders = [pathlib.Path(checkpoint) / ORIGIN] + [
-        pathlib.Path(config.init_from) / ORIGIN
-    ] * bool(config.init_from)
+    folders = [pathlib.Path(checkpoint) / ORIGIN]
+    if config.init_from:
+        folders.append(pathlib.Path(config.init_from) / ORIGIN)
     return next((folder for folder in folders if (folder / hf.CONFIG).is_file()), None)
 
 
-def _tokenizer_before(origin: pathlib.Path | None, tokenizer: Tokenizer) -> bytes | None:
-    """The tokenizer file in `origin` if silence has been added to it, and nothing else was changed."""
-    if not origin or not (file := origin / FILE_NAMES[tokenizer.kind]).is_file():
-        return None
-    again, added = with_silence(tokenizer.kind, file.read_bytes(), "", str(origin))
-    return file.read_bytes() if added and again.hash == tokenizer.hash else None
+def _exported_vocabulary(
+    model: LoadedModel, origin: pathlib.Path | None, origin_size: int | None
+) -> tuple[ModelConfig, dict[str, Any], dict[str, bytes]]:
+    """(config, parameters as numpy arrays, files of the tokenizer by name) of an export."""
+    config, tokenizer = model.config, model.tokenizer
+    parameters = jax.tree.map(np.asarray, model.parameters)
+    if not tokenizer:
+        return config, parameters, {}
+    name = FILE_NAMES[tokenizer.kind]
+    if model.streams.size == 1 and origin and (data := without_silence(origin, tokenizer)):
+        # One stream needs no silence, so the model gets its original vocabulary back.
+        return *remove_rows(config, parameters, origin_size), {name: data}
+    files = {name: tokenizer.to_bytes()}
+    if tokenizer.kind == "tokenizers":
+        files["tokenizer_config.json"] = b'{"tokenizer_class": "PreTrainedTokenizerFast"}\n'
+    return config, parameters, files
 
 
 def _report(
@@ -377,24 +385,23 @@ def _report(
     tokenizer: Tokenizer | None,
     added: bool,
 ) -> list[str]:
-    count, model, spec = (
-        sum(x.size for x in jax.tree.leaves(parameters)),
-        config.model,
-        config.streams,
-    )
+    """The facts of an import."""
+    model, spec = config.model, config.streams
+    count = sum(x.size for x in jax.tree.leaves(parameters))
+    streams = ", ".join(f"{name} ({kind})" for name, kind in zip(spec.names, spec.kinds))
     lines = [
-        f"{count:,} parameters: {model.num_layers} layers of width {model.d_model}, {model.vocab_size:,} tokens"
+        f"{count:,} parameters: {model.num_layers} layers of width {model.d_model},"
+        f" {model.vocab_size:,} tokens",
+        f"streams: {streams}; {spec.visibility}",
     ]
-    lines.append(
-        "streams: "
-        + ", ".join(f"{n} ({k})" for n, k in zip(spec.names, spec.kinds))
-        + f"; {spec.visibility}"
-    )
     if source.size == 1 < len(spec.names) and spec.visibility == "isolated" and not spec.lags:
         lines.append(
-            "every stream computes what the imported model did; set config.streams.visibility to train them"
+            "every stream computes what the imported model did; set config.streams.visibility to"
+            " train them"
         )
-    if not tokenizer:
-        return [*lines, "no tokenizer: give one with --tokenizer=FILE to train or generate"]
-    how = "added" if added else "there already"
-    return [*lines, f"silence: {tokenizer.silence}, token {tokenizer.silence_id}, {how}"]
+    if tokenizer:
+        how = "added" if added else "there already"
+        lines.append(f"silence: {tokenizer.silence}, token {tokenizer.silence_id}, {how}")
+    else:
+        lines.append("no tokenizer: give one with --tokenizer=FILE to train or generate")
+    return lines

@@ -21,14 +21,14 @@ from msllm.errors import UserError
 from msllm.model.model import abstract_model
 from msllm.streams import StreamSpec, lag_matrix
 from msllm.tokenizer import FILE_NAMES, Tokenizer
-from msllm.weights import hf
+from msllm.weights import hf, hf_config
 
 log = logging.getLogger("msllm")
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model with its streams, parameters and tokenizer: what decoding, scoring and evaluation take.
+    """A model with its streams, parameters and tokenizer, as decoding and scoring take it.
 
     Attributes:
       config: the model's sizes and options.
@@ -50,15 +50,15 @@ class LoadedModel:
 
     @functools.cached_property
     def graph(self) -> nnx.GraphDef:
-        """The structure of the model. `msllm.model.model.bind(graph, parameters)` gives the module."""
+        """The structure of the model; `msllm.model.model.bind(graph, parameters)` is the module."""
         return abstract_model(self.config, self.streams)[0]
 
     def with_streams(self, **changes) -> LoadedModel:
-        """The same parameters with fields of `StreamSpec` changed, e.g. `with_streams(skip_silence=True)`."""
+        """The same parameters with other fields of `StreamSpec`, e.g. `skip_silence=True`."""
         return dataclasses.replace(self, streams=dataclasses.replace(self.streams, **changes))
 
     def with_visibility(self, preset: str) -> LoadedModel:
-        """The same parameters with the visibility of a preset. Raises UserError for an unknown one."""
+        """The same parameters with the visibility of a preset. Raises UserError."""
         lag = lag_matrix(preset, self.streams.size).tolist()
         return self.with_streams(lag=tuple(tuple(row) for row in lag))
 
@@ -67,8 +67,8 @@ def load(path: str | os.PathLike) -> LoadedModel:
     """Loads a model onto one device.
 
     Args:
-      path: a checkpoint of msllm, a workdir of `msllm train` (its newest good checkpoint is read), a
-        folder written by `msllm convert`, or a Hugging Face folder.
+      path: a checkpoint of msllm, a workdir of `msllm train` (the newest checkpoint that is not
+        damaged is read), a folder written by `msllm convert`, or a Hugging Face folder.
 
     A Hugging Face folder that msllm exported names its streams and its silence token. In any other
     folder the streams are called stream0, stream1, ..., and stream0 is the input unless it is the
@@ -90,7 +90,9 @@ def _is_hf_folder(path: epath.Path) -> bool:
 
 def _load_hf_folder(folder: pathlib.Path) -> LoadedModel:
     config, size, parameters = hf.read_folder(folder)
-    streams, silence = hf.read_own(hf.read_settings(folder), size, str(folder / hf.CONFIG))
+    streams, silence = hf_config.read_streams(
+        hf.read_settings(folder), size, str(folder / hf.CONFIG)
+    )
     files = [folder / name for name in FILE_NAMES.values() if (folder / name).is_file()]
     tokenizer = Tokenizer.load(files[0], silence) if silence and files else None
     parameters = jax.tree.map(jnp.asarray, parameters)

@@ -1,8 +1,9 @@
-"""Models without a run: what an import writes, and what a new run may start from (`config.init_from`)."""
+"""Starting a run from an existing model: the folders that imports write, and `config.init_from`."""
 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import logging
@@ -25,7 +26,7 @@ from msllm.checkpoint import (
     read_arrays,
     read_description,
 )
-from msllm.config import Config, from_config_dict, to_config_dict, to_json
+from msllm.config import Config, ModelConfig, from_config_dict, to_config_dict, to_json
 from msllm.errors import UserError
 from msllm.model.model import abstract_model, parameter_shardings
 from msllm.optim import path_name
@@ -35,11 +36,8 @@ from msllm.streams import StreamSpec
 from msllm.tokenizer import FILE_NAMES, Tokenizer
 
 STREAM_EMBEDDING = "stream_embedding"
-SAME = (
-    "norm_eps",
-    "rope_theta",
-    "rope_scaling",
-)  # settings that parameters were trained with and do not show
+# Settings that a model was trained with and that the shapes of its parameters do not show.
+INVISIBLE_SETTINGS = ("norm_eps", "rope_theta", "rope_scaling")
 
 log = logging.getLogger("msllm")
 
@@ -50,7 +48,14 @@ def write_model(
     parameters: dict[str, Any],
     tokenizer: Tokenizer | None,
 ) -> None:
-    """Writes a checkpoint of step 0 without an optimizer's state, the config and the tokenizer into a folder."""
+    """Writes a checkpoint of step 0 without optimizer state, with the config and the tokenizer.
+
+    Args:
+      folder: an empty folder. `load`, `fine_tune` and `config.init_from` take it afterwards.
+      config: its model and streams describe the parameters.
+      parameters: nested dicts of arrays.
+      tokenizer: None if the model has none.
+    """
     folder = epath.Path(folder)
     arrays = jax.tree.map(jnp.asarray, parameters)
     description = describe(0, config, tokenizer, {"parameters": arrays})
@@ -64,8 +69,16 @@ def write_model(
 
 
 def fine_tune(folder: str | os.PathLike) -> ml_collections.ConfigDict:
-    """Settings of a run that starts from an imported model: its model, streams and tokenizer, all others at their
-    defaults. For a file in `configs/`, which goes on to change what it likes. Raises UserError."""
+    """Settings for a run that starts from an imported model.
+
+    Model, streams and tokenizer are those of the import; all other settings have their defaults. A
+    file in `configs/` calls this in place of `default_config` and changes what it likes.
+
+    Args:
+      folder: what `msllm convert` wrote.
+
+    Raises UserError if there is no import in the folder.
+    """
     path = epath.Path(folder) / "config.json"
     try:
         stored = from_config_dict(json.loads(path.read_text()))
@@ -86,101 +99,129 @@ def fine_tune(folder: str | os.PathLike) -> ml_collections.ConfigDict:
 def initial_parameters(
     path: str | os.PathLike, program: Program, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """The parameters of a checkpoint, or of the newest one of a workdir, laid out for the program's mesh.
+    """The parameters of a checkpoint, laid out for the program's mesh.
 
-    A stream keeps the vector of the stream of its name; one that is new starts with the mean of all there are. Raises
-    UserError if the parameters do not fit the program's model, naming those that do not, or the tokenizer.
+    A stream gets the vector of the stream with its name. A stream with a new name gets the mean of
+    all vectors. All processes of a run call this together.
+
+    Args:
+      path: a checkpoint, or a workdir, of which the newest checkpoint is taken.
+      program: the program of the run that starts.
+      tokenizer: the tokenizer of its data.
+
+    Raises UserError if the parameters do not fit the program's model, naming those that do not, if
+    the checkpoint has another tokenizer, or if it cannot be read.
     """
-    restored, problem = None, None
+    parameters, problem = None, None
     try:
         path = checkpoint_paths(path)[0]
         description = read_description(path)
-        there = from_config_dict(description["config"])
-        streams = StreamSpec.from_config(there.streams)
-        _, shapes, axes = abstract_model(there.model, streams)
-        _check_tokenizer(description["tokenizer"], tokenizer)
-        _check_shapes(shapes, program.abstract_state.parameters)
-        abstract = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            shapes,
-            parameter_shardings(axes, program.mesh),
-        )
-        restored = read_arrays(path / "parameters", abstract)
-    except Exception as error:
+        parameters = _read_parameters(path, description, program, tokenizer)
+    except Exception as error:  # a damaged file raises whatever orbax and tensorstore raise
         if is_no_damage(error) and not isinstance(error, UserError):
             raise
         problem = str(error)
-    if any(problems := processes.all_gather_json(problem)):
-        raise UserError(f"config.init_from is {path}: {next(filter(None, problems))}")
+    # If one process fails, all raise: the others would wait for it in the sums below.
+    if problems := [shared for shared in processes.all_gather_json(problem) if shared]:
+        raise UserError(f"config.init_from is {path}: {problems[0]}")
     try:
-        check_sums({"parameters": restored}, description["checksums"])
+        check_sums({"parameters": parameters}, description["checksums"])
     except ValueError as error:
         raise UserError(f"config.init_from is {path}: {error}; name another checkpoint") from error
-    for key in SAME:
-        if (was := getattr(there.model, key)) != (now := getattr(program.config.model, key)):
-            log.warning(
-                "config.model.%s is %r, and was %r when %s was trained", key, now, was, path
-            )
+    stored = from_config_dict(description["config"])
+    _warn_of_other_settings(stored.model, program.config.model, path)
     if program.config.model.stream_embedding:
-        vectors = jax.jit(
-            lambda old: stream_vectors(
-                old, streams.names, program.streams.names, program.config.model.d_model
-            ),
-            out_shardings=program.state_shardings.parameters[STREAM_EMBEDDING],
+        vectors = functools.partial(
+            stream_vectors,
+            old_names=stored.streams.names,
+            names=program.streams.names,
+            d_model=program.config.model.d_model,
         )
-        restored[STREAM_EMBEDDING] = vectors(restored.get(STREAM_EMBEDDING))
+        sharding = program.state_shardings.parameters[STREAM_EMBEDDING]
+        old = parameters.get(STREAM_EMBEDDING)
+        parameters[STREAM_EMBEDDING] = jax.jit(vectors, out_shardings=sharding)(old)
     log.info("parameters are those of %s, step %d", path, description["step"])
-    return restored
+    return parameters
 
 
 def stream_vectors(
     old: Any, old_names: tuple[str, ...], names: tuple[str, ...], d_model: int
 ) -> Any:
-    """The stream embedding [S, D] of the streams `names`, numpy or jax, from that of others or None.
+    """The stream embedding [S, D] of the streams `names`, numpy or jax.
 
-    Without one it is zero, so that nothing is added to the token embedding, as before.
+    Args:
+      old: the stream embedding of the streams `old_names`, or None. With None the result is zero,
+        so that the model adds nothing to the token embedding, as before.
+      old_names: names of streams. A name that is not among them gets the mean of their vectors.
+      names: names of streams.
+      d_model: D.
     """
     if old is None:
         return jnp.zeros((len(names), d_model), jnp.float32)
     table = jnp.concatenate([old, jnp.mean(old, axis=0, keepdims=True)])
-    return table[
-        np.array([old_names.index(name) if name in old_names else len(old_names) for name in names])
-    ]
+    mean = len(old_names)
+    rows = [old_names.index(name) if name in old_names else mean for name in names]
+    return table[np.array(rows)]
 
 
-def _check_shapes(there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raises UserError unless the parameters agree in all but the number of streams."""
-
-    def by_name(tree):
-        return {path_name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-    there, here = by_name(there), by_name(here)
-    both = [name for name in there if name in here and name != STREAM_EMBEDDING]
-    problems = [
-        f"{name} is {there[name]} there, {here[name]} here"
-        for name in both
-        if there[name] != here[name]
-    ]
-    problems += [f"{name} is only there" for name in there if name not in here]
-    problems += [
-        f"{name} is only here" for name in here if name not in there and name != STREAM_EMBEDDING
-    ]
-    if problems:
-        raise UserError(
-            f"its parameters are not those of config.model ({'; '.join(problems)}): take config.model from it, with"
-            " msllm.weights.warm_start.fine_tune"
-        )
+def _read_parameters(
+    path: epath.Path, description: dict[str, Any], program: Program, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """The parameters of a checkpoint on the program's mesh, with the streams that it has there."""
+    stored = from_config_dict(description["config"])
+    _, shapes, axes = abstract_model(stored.model, StreamSpec.from_config(stored.streams))
+    _check_tokenizer(description["tokenizer"], tokenizer)
+    _check_shapes(shapes, program.abstract_state.parameters)
+    abstract = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        parameter_shardings(axes, program.mesh),
+    )
+    return read_arrays(path / "parameters", abstract)
 
 
-def _check_tokenizer(there: dict[str, Any] | None, tokenizer: Tokenizer) -> None:
-    if there is None:
+def _check_tokenizer(stored: dict[str, Any] | None, tokenizer: Tokenizer) -> None:
+    """Raises UserError if the description of a checkpoint holds another tokenizer."""
+    if stored is None:
         log.warning(
-            "the checkpoint to start from came without a tokenizer: nothing says that the data's is the same"
+            "the checkpoint to start from has no tokenizer: whether it is the data's is unknown"
         )
         return
-    found = hashlib.sha256(base64.b64decode(there["bytes"])).hexdigest()
+    found = hashlib.sha256(base64.b64decode(stored["bytes"])).hexdigest()
     if found != tokenizer.hash:
         raise UserError(
-            f"it has another tokenizer ({found[:12]}) than the data ({tokenizer.hash[:12]}): prepare the data with"
-            " config.data.tokenizer.path"
+            f"it has another tokenizer ({found[:12]}) than the data ({tokenizer.hash[:12]}):"
+            " prepare the data with config.data.tokenizer.path"
         )
+
+
+def _check_shapes(stored: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raises UserError unless the parameters agree in all but the number of streams."""
+    there, here = _shapes_by_name(stored), _shapes_by_name(current)
+    problems = []
+    for name in there:
+        if name not in here:
+            problems.append(f"{name} is only there")
+        elif there[name] != here[name] and name != STREAM_EMBEDDING:
+            problems.append(f"{name} is {there[name]} there, {here[name]} here")
+    for name in here:
+        if name not in there and name != STREAM_EMBEDDING:
+            problems.append(f"{name} is only here")
+    if problems:
+        raise UserError(
+            f"its parameters are not those of config.model ({'; '.join(problems)}): take"
+            " config.model from it, with msllm.weights.warm_start.fine_tune"
+        )
+
+
+def _shapes_by_name(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {path_name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _warn_of_other_settings(stored: ModelConfig, current: ModelConfig, path: epath.Path) -> None:
+    for key in INVISIBLE_SETTINGS:
+        before, now = getattr(stored, key), getattr(current, key)
+        if before != now:
+            log.warning(
+                "config.model.%s is %r, and was %r when %s was trained", key, now, before, path
+            )
