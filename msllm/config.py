@@ -64,7 +64,7 @@ class ModelConfig:
     rope_scaling: RopeScalingConfig = RopeScalingConfig()
     # float32 | bfloat16: of activations and matrix products; parameters are always float32
     compute_dtype: str = "float32"
-    # auto (chosen for the device) | splash (TPU) | gpu | native (CPU) | chunked (any device) |
+    # auto (chosen for the device) | splash (TPU) | gpu | cpu | chunked (any device) |
     # reference (any device; memory O(L^2), for tests)
     attention: str = "auto"
     # gather keys and values over the stream axis in this many parts of the kv heads; more parts
@@ -338,6 +338,10 @@ def find_object(name: str, built_in: Mapping[str, Any], setting: str) -> Any:
     return built_in[name]
 
 
+# Former names of values, which configs, checkpoints and exports on disk may still hold.
+_FORMER_VALUES = {"config.model.attention": {"native": "cpu"}}
+
+
 def _from_dict(cls: type, values: Mapping[str, Any], path: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in values:
@@ -365,7 +369,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         raise UserError(
             f"{path} is {value!r}: expected {hint.__name__}, got {type(value).__name__}"
         )
-    return value
+    return _FORMER_VALUES.get(path, {}).get(value, value)
 
 
 def _convert_tuple(hints: Sequence[Any], value: Any, path: str) -> tuple:
@@ -384,7 +388,7 @@ def _convert_tuple(hints: Sequence[Any], value: Any, path: str) -> tuple:
 
 _CHOICES = {
     "model.compute_dtype": ("float32", "bfloat16"),
-    "model.attention": ("auto", "splash", "gpu", "native", "chunked", "reference"),
+    "model.attention": ("auto", "splash", "gpu", "cpu", "chunked", "reference"),
     "model.remat": ("none", "dots", "full", "offload"),
     "model.rope_scaling.kind": ("none", "linear", "llama3", "yarn"),
     "optim.schedule": ("cosine", "wsd", "constant"),

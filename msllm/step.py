@@ -43,7 +43,7 @@ class Program:
     """The compiled functions of a run.
 
     Attributes:
-      config, streams, mesh, silence_id: what it was made for. kernel: attention's backend.
+      config, streams, mesh, silence_id: what it was made for. backend: of attention.
       graph: graphdef of the model. parameter_names: paths, in the order of the gradient norms.
       state_shardings, abstract_state: layout and shapes of the TrainState.
       abstract_batch: shapes and layout of a batch: tables [B, T, S'], where S' is S and the absent streams that make it
@@ -69,7 +69,7 @@ class Program:
         self.abstract_batch = {
             k: jax.ShapeDtypeStruct(*kinds[k], sharding=batches[k]) for k in BATCH_AXES
         }
-        self.kernel = choose_backend(config.model, streams.lag_array, config.data.rows, mesh)
+        self.backend = choose_backend(config.model, streams.lag_array, config.data.rows, mesh)
         self.graph, shapes, axes = abstract_model(config.model, streams)
         self.parameter_names = [
             path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
@@ -130,7 +130,7 @@ class Program:
             cells = make_cells(
                 batch["present"], batch["segment"], silent if streams.skip_silence else None
             )
-            hidden = model(tokens, cells, positions(batch["segment"]), kernel=self.kernel)
+            hidden = model(tokens, cells, positions(batch["segment"]), backend=self.backend)
             targets, counted, weights = targets_and_weights(
                 batch, jnp.asarray(self._loss_weights)[mine]
             )

@@ -1,35 +1,53 @@
-"""Streams, and who sees whom: the one visibility rule of msllm (design: contracts 1 and 2).
+"""Streams, and which cells see which: the one visibility rule of msllm (docs/semantics.md).
 
-The rule is `visible()`. It is a predicate on integers that runs on numpy and on jax arrays; every attention backend,
-decoding and every picture of a mask calls it.
+The rule is `visible()`, a predicate on integers that runs on NumPy and on JAX arrays. Every
+attention backend, decoding and every picture of a mask calls it; `Visibility` is the form in which
+attention gets what the predicate needs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
 from msllm.config import StreamsConfig
 from msllm.errors import UserError
 
-NEVER = 1 << 30  # a lag that no row can reach: "never sees"
+if TYPE_CHECKING:
+    import jax  # at run time only where it is needed: data can be prepared without it
+
+Array: TypeAlias = "np.ndarray | jax.Array"
+
+NEVER = 1 << 30  # a lag that no row can reach: the reader never sees the source
 KINDS = ("input", "output", "thought")
 PRESETS = ("block_causal", "same_row", "isolated")
 
 
-def visible(q_row, q_stream, q_segment, q_present, k_row, k_stream, k_segment, k_seen, lag):
+def visible(
+    q_row: int | Array,
+    q_stream: int | Array,
+    q_segment: int | Array,
+    q_present: bool | Array,
+    k_row: int | Array,
+    k_stream: int | Array,
+    k_segment: int | Array,
+    k_seen: bool | Array,
+    lag: int | Array,
+) -> Array:
     """True where the cell (q_row, q_stream) sees the cell (k_row, k_stream).
 
     A cell sees itself, and every present cell of its segment that lies at least `lag` rows back.
 
-    Args (integers or integer arrays that broadcast together, numpy or jax; bool where noted):
+    All arguments broadcast together; all are integers unless noted.
+
+    Args:
       q_row, q_stream, q_segment: the query's row in the table, its stream and its segment.
       q_present: bool, the query's cell is not absent.
       k_row, k_stream, k_segment: the same of the key.
       k_seen: bool, the key's cell is not absent (and, with skip_silence, not silence).
-      lag: lag[q_stream, k_stream], already looked up: a gather inside a kernel is slow.
+      lag: lag[q_stream, k_stream], looked up by the caller: a gather inside a kernel is slow.
 
     Returns: bool, of the broadcast shape.
     """
@@ -39,12 +57,75 @@ def visible(q_row, q_stream, q_segment, q_present, k_row, k_stream, k_segment, k
 
 
 class Cells(NamedTuple):
-    """What attention must know about the cells of a batch of tables, besides their contents."""
+    """What attention needs to know about the cells of a batch of tables, besides their contents."""
 
-    row: Any  # [B, T] int32: row in the table
-    segment: Any  # [B, T] int32: packed example; 0: no example, the row is empty
-    present: Any  # [B, T, S] bool: the cell is not absent
-    seen: Any  # [B, T, S] bool: others may see it as a key
+    row: Array  # [B, T] int32: row in the table
+    segment: Array  # [B, T] int32: packed example; 0: no example, the row is empty
+    present: Array  # [B, T, S] bool: the cell is not absent
+    seen: Array  # [B, T, S] bool: other cells may see it as a key
+
+
+class Visibility(NamedTuple):
+    """Everything that attention needs to decide which queries see which keys. A pytree.
+
+    Attributes:
+      queries: cells of the queries, [B, Tq] and [B, Tq, Sq].
+      keys: cells of the keys, [B, Tk] and [B, Tk, Sk].
+      lag: [S, S] int32, lag[reader, source] of all streams. Kernels that compile it in need a NumPy
+        array.
+      query_streams: [Sq] int32, the stream of each column of the queries. May be traced.
+      key_offset: [] int32, the stream of the first column of the keys; the others follow in order.
+        None: the keys are those of the queries' own streams, which is known while tracing.
+    """
+
+    queries: Cells
+    keys: Cells
+    lag: Array
+    query_streams: Array
+    key_offset: int | Array | None = 0
+
+    @property
+    def first_key_stream(self) -> int | Array:
+        """The stream of the first column of the keys."""
+        return self.query_streams[0] if self.key_offset is None else self.key_offset
+
+    @property
+    def key_streams(self) -> Array:
+        """[Sk] int32, the stream of each column of the keys."""
+        return self.first_key_stream + np.arange(self.keys.seen.shape[2], dtype=np.int32)
+
+    def narrowed(self) -> Visibility:
+        """The same, with the columns of `lag` that belong to the keys, [S, Sk], and `key_offset` as
+        a number.
+        """
+        size = self.keys.seen.shape[2]
+        if self.lag.shape[1] == size:
+            return self._replace(key_offset=self.first_key_stream)
+        import jax
+
+        lag = jax.lax.dynamic_slice_in_dim(self.lag, self.first_key_stream, size, axis=1)
+        return self._replace(lag=lag, key_offset=self.first_key_stream)
+
+    def pair_lags(self) -> Array:
+        """[Sq, Sk] int32, the lag from each column of the queries to each column of the keys."""
+        lag = self.narrowed().lag
+        return _array_module(lag, self.query_streams).asarray(lag)[self.query_streams]
+
+    def mask(self) -> Array:
+        """`visible()` of each query and each key, [B, Tq, Sq, Tk, Sk] bool. All pairs at once: for
+        small blocks.
+        """
+        return visible(
+            self.queries.row[:, :, None, None, None],
+            self.query_streams[:, None, None],
+            self.queries.segment[:, :, None, None, None],
+            self.queries.present[:, :, :, None, None],
+            self.keys.row[:, None, None, :, None],
+            self.key_streams,
+            self.keys.segment[:, None, None, :, None],
+            self.keys.seen[:, None, None],
+            self.pair_lags()[:, None, :],
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +208,8 @@ class StreamSpec:
 def lag_matrix(visibility: str, size: int) -> np.ndarray:
     """The lag matrix [S, S] int32 of a preset.
 
-    `block_causal`: earlier rows of all streams. `same_row`: also the same row of all streams. `isolated`: earlier rows
-    of the own stream only.
+    `block_causal`: earlier rows of all streams. `same_row`: also the same row of all streams.
+    `isolated`: earlier rows of the own stream only.
     """
     if visibility == "block_causal":
         return np.ones((size, size), np.int32)
@@ -140,7 +221,9 @@ def lag_matrix(visibility: str, size: int) -> np.ndarray:
 
 
 def pad_lag(lag: np.ndarray, size: int) -> np.ndarray:
-    """The lag matrix with absent streams at its end, [size, size]: they see nobody and nobody sees them."""
+    """The lag matrix with absent streams at its end, [size, size]: they see nobody and nobody sees
+    them.
+    """
     missing = size - lag.shape[0]
     return np.pad(lag, (0, missing), constant_values=NEVER) if missing else lag
 
@@ -151,7 +234,8 @@ def make_cells(present, segment, silent=None) -> Cells:
     Args:
       present: [B, T, S] bool.
       segment: [B, T] int32; rows of segment 0 count as absent.
-      silent: [B, T, S] bool or None: cells that others do not see although they are present (skip_silence).
+      silent: [B, T, S] bool or None: cells that others do not see although they are present
+    (skip_silence).
     """
     present = present & (segment > 0)[:, :, None]
     rows = np.broadcast_to(np.arange(segment.shape[1], dtype=np.int32), segment.shape)
@@ -159,7 +243,9 @@ def make_cells(present, segment, silent=None) -> Cells:
 
 
 def positions(segment):
-    """RoPE positions [B, T] int32: the row within its segment (a segment is a run of equal ids), numpy or jax."""
+    """RoPE positions [B, T] int32: the row within its segment (a segment is a run of equal ids),
+    numpy or jax.
+    """
     xp = _array_module(segment)
     row = xp.arange(segment.shape[1], dtype=np.int32)[None, :]
     start = xp.concatenate(
@@ -169,50 +255,38 @@ def positions(segment):
 
 
 def target_mask(present, segment):
-    """[B, T, S] bool: the cell predicts its stream's cell in the next row, because both are present in one segment."""
+    """[B, T, S] bool: the cell predicts its stream's cell in the next row, because both are present
+    in one segment.
+    """
     xp = _array_module(present)
     present = present & (segment > 0)[:, :, None]
     both = present[:, :-1] & present[:, 1:] & (segment[:, :-1] == segment[:, 1:])[:, :, None]
     return xp.concatenate([both, xp.zeros_like(present[:, :1])], axis=1)
 
 
-def _array_module(array):
-    if isinstance(array, np.ndarray):
+def visibility_table(cells: Cells, lag: np.ndarray, batch: int = 0) -> np.ndarray:
+    """The visibility of one table as [T, S, T, S] bool: query row and stream, key row and stream.
+    For tests and pictures.
+
+    Args:
+      cells: of B tables. lag: [S, S] int. batch: which of the tables.
+    """
+    table = Cells(*(np.asarray(x)[batch : batch + 1] for x in cells))
+    return Visibility(table, table, np.asarray(lag), np.arange(lag.shape[0])).mask()[0]
+
+
+def _array_module(*arrays: Array):
+    """numpy if all of these arrays are NumPy's, else jax.numpy."""
+    if all(isinstance(array, np.ndarray) for array in arrays):
         return np
-    import jax.numpy as jnp  # preparing data works without jax, and starts in a fifth of the time
+    import jax.numpy as jnp
 
     return jnp
 
 
-def _cumulative_max(array, axis: int):
+def _cumulative_max(array: Array, axis: int) -> Array:
     if isinstance(array, np.ndarray):
         return np.maximum.accumulate(array, axis=axis)
     import jax
 
     return jax.lax.cummax(array, axis=axis)
-
-
-def visible_between(queries: Cells, keys: Cells, lag, q_streams, k_start=0):
-    """`visible()` of each query and each key: [B, Tq, Sq, Tk, Sk] bool, numpy or jax.
-
-    Args:
-      queries, keys: cells of [B, Tq, Sq] and [B, Tk, Sk]. lag: [S, Sk]. q_streams: [Sq], the streams of the queries.
-      k_start: the first stream of the keys; the others follow it.
-    """
-    return visible(
-        queries.row[:, :, None, None, None],
-        q_streams[:, None, None],
-        queries.segment[:, :, None, None, None],
-        queries.present[:, :, :, None, None],
-        keys.row[:, None, None, :, None],
-        k_start + np.arange(lag.shape[1], dtype=np.int32),
-        keys.segment[:, None, None, :, None],
-        keys.seen[:, None, None],
-        lag[q_streams][:, None, :],
-    )
-
-
-def visibility_table(cells: Cells, lag: np.ndarray, batch: int = 0) -> np.ndarray:
-    """The rule of one table as [T, S, T, S] bool (query row, query stream, key row, key stream): tests and pictures."""
-    table = Cells(*(np.asarray(x)[batch : batch + 1] for x in cells))
-    return visible_between(table, table, lag, np.arange(lag.shape[0]))[0]

@@ -3,7 +3,6 @@
 The kernels run in Pallas' interpret mode; test_splash.py and test_gpu_attention.py hold what is particular to them.
 """
 
-import functools
 import math
 import re
 
@@ -15,15 +14,13 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from msllm.config import MeshConfig
-from msllm.model.attention import cpu as native
-from msllm.model.attention.backend import Case
-from msllm.model.attention.chunked import chunked_attention
-from msllm.model.attention.dispatch import attention, backend
+from msllm.kernels import cpu as cpu_kernels
+from msllm.model.attention import chunked, cpu, reference
+from msllm.model.attention.dispatch import attention, get_backend
 from msllm.model.attention.gpu import Tile, Tiles
-from msllm.model.attention.reference import reference_attention
 from msllm.model.attention.splash import Blocks
 from msllm.sharding import make_mesh, partition_spec
-from msllm.streams import NEVER, PRESETS, Cells, lag_matrix, make_cells
+from msllm.streams import NEVER, PRESETS, Cells, Visibility, lag_matrix, make_cells
 
 pytestmark = pytest.mark.slow
 
@@ -70,17 +67,29 @@ def assert_same(ours, theirs):
         assert np.abs(gradient - expected).max() <= 1e-4 * largest
 
 
+def full_visibility(cells, lag):
+    """Queries and keys are the same cells, of all streams."""
+    return Visibility(cells, cells, lag, jnp.arange(lag.shape[0]))
+
+
+def compare(ours, theirs, q, k, v, visibility):
+    """Asserts that two backends give the same output and gradients."""
+
+    def run(backend):
+        return outputs_and_gradients(lambda *qkv: backend.attend(*qkv, visibility), q, k, v)
+
+    assert_same(run(ours), run(theirs))
+
+
 SMALL_TILES = Tiles(Tile(16, 8, 4, 2), Tile(8, 16, 4, 2), Tile(16, 32, 4, 2))
-WITHOUT_NATIVE = native.declines(
-    Case("cpu", "cpu", "float32", 1, 1, 1, 1, 1, 1, np.ones((1, 1), np.int32))
-)
-needs_native = pytest.mark.skipif(
-    WITHOUT_NATIVE is not None, reason=f"no kernels in C++: {WITHOUT_NATIVE}"
+needs_cpu_kernels = pytest.mark.skipif(
+    cpu_kernels.unavailable_reason() is not None,
+    reason=f"no kernels in C++: {cpu_kernels.unavailable_reason()}",
 )
 # Options of each backend, with blocks so small that tables of tests fill several.
 OPTIONS = {
     "chunked": [{"block_cells": cells} for cells in (5, 1, 16, 1000)],
-    "native": [{}],
+    "cpu": [{}],
     "splash": [
         {"interpret": True, "blocks": blocks} for blocks in (Blocks(128, 128), Blocks(256, 128))
     ],
@@ -91,7 +100,9 @@ OPTIONS = {
 }
 
 
-BACKENDS = [pytest.param(name, marks=needs_native if name == "native" else ()) for name in OPTIONS]
+BACKENDS = [
+    pytest.param(name, marks=needs_cpu_kernels if name == "cpu" else ()) for name in OPTIONS
+]
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -112,19 +123,15 @@ BACKENDS = [pytest.param(name, marks=needs_native if name == "native" else ()) f
 def test_equals_reference_on_random_tables(
     name, seed, rows, streams, groups, preset, segments, absent, silent, data
 ):
-    options = data.draw(st.sampled_from(OPTIONS[name]))
+    backend = get_backend(name).with_options(**data.draw(st.sampled_from(OPTIONS[name])))
     q, k, v, cells = random_inputs(
         seed, 2, rows, streams, 2 * groups, 2, 4, absent, silent, segments
     )
     lag = random_lag(seed, streams) if preset == "random" else lag_matrix(preset, streams)
-    rest = (cells, cells, lag, jnp.arange(streams))
-    ours = outputs_and_gradients(lambda q, k, v: backend(name)(q, k, v, *rest, **options), q, k, v)
-    assert_same(
-        ours, outputs_and_gradients(lambda q, k, v: reference_attention(q, k, v, *rest), q, k, v)
-    )
+    compare(backend, reference.BACKEND, q, k, v, full_visibility(cells, lag))
 
 
-@needs_native
+@needs_cpu_kernels
 @pytest.mark.parametrize(
     "rows, streams, heads, kv_heads, head_dim, visibility",
     [
@@ -136,35 +143,30 @@ def test_equals_reference_on_random_tables(
     ],
     ids=str,
 )
-def test_native_with_many_blocks(rows, streams, heads, kv_heads, head_dim, visibility):
+def test_cpu_kernels_with_many_blocks(rows, streams, heads, kv_heads, head_dim, visibility):
     for crowded in (False, True):
         missing = (0.3, 0.3, 4) if crowded else (0.0, 0.0, 1)
         q, k, v, cells = random_inputs(rows, 2, rows, streams, heads, kv_heads, head_dim, *missing)
         lag = (
             random_lag(rows, streams) if visibility == "random" else lag_matrix(visibility, streams)
         )
-        rest = (cells, cells, lag, jnp.arange(streams))
-        ours = outputs_and_gradients(
-            lambda q, k, v: native.native_attention(q, k, v, *rest), q, k, v
-        )
-        assert_same(
-            ours, outputs_and_gradients(lambda q, k, v: chunked_attention(q, k, v, *rest), q, k, v)
-        )
+        compare(cpu.BACKEND, chunked.BACKEND, q, k, v, full_visibility(cells, lag))
 
 
-def bfloat16_errors(function, q, k, v, cells, lag):
-    """Largest error of the output and of each gradient in bfloat16, as a part of the largest value; against the
-    reference in float32 on the same rounded inputs."""
+def bfloat16_errors(attend, q, k, v, cells, lag):
+    """Largest error of the output and of each gradient in bfloat16, relative to the largest value.
+
+    `attend(q, k, v, visibility)` is compared with the reference in float32 on the same rounded inputs.
+    """
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
     weight = jnp.asarray(np.random.default_rng(9).standard_normal(q.shape), jnp.bfloat16)
 
-    def run(function, dtype):
+    def run(attend, dtype):
         @jax.jit
-        def outputs(q, k, v, q_streams):
-            def attend(q, k, v):
-                return function(q, k, v, cells, cells, lag, q_streams)
-
-            out, pull_back = jax.vjp(attend, *(x.astype(dtype) for x in (q, k, v)))
+        def outputs(q, k, v, query_streams):
+            visibility = Visibility(cells, cells, lag, query_streams)
+            inputs = (x.astype(dtype) for x in (q, k, v))
+            out, pull_back = jax.vjp(lambda *qkv: attend(*qkv, visibility), *inputs)
             results = out, *pull_back(weight.astype(dtype))
             assert all(x.dtype == dtype for x in results)
             return results
@@ -172,7 +174,7 @@ def bfloat16_errors(function, q, k, v, cells, lag):
         with jax.default_matmul_precision("highest"):
             return [np.asarray(x, np.float32) for x in outputs(q, k, v, jnp.arange(lag.shape[0]))]
 
-    pairs = zip(run(function, jnp.bfloat16), run(reference_attention, jnp.float32))
+    pairs = zip(run(attend, jnp.bfloat16), run(reference.reference_attention, jnp.float32))
     return [np.abs(ours - expected).max() / np.abs(expected).max() for ours, expected in pairs]
 
 
@@ -181,19 +183,17 @@ BFLOAT16_ERROR = 0.01
 
 
 @pytest.mark.parametrize("visibility", ["block_causal", "random"])
-@pytest.mark.parametrize("name", sorted(set(OPTIONS) - {"native"}))  # which computes in float32
+@pytest.mark.parametrize("name", sorted(set(OPTIONS) - {"cpu"}))  # which computes in float32
 def test_bfloat16(name, visibility):
     q, k, v, cells = random_inputs(8, 2, 24, 4, 4, 2, 16)
     lag = random_lag(4, 4) if visibility == "random" else lag_matrix(visibility, 4)
-    errors = bfloat16_errors(
-        functools.partial(backend(name), **OPTIONS[name][0]), q, k, v, cells, lag
-    )
-    assert max(errors) < BFLOAT16_ERROR
+    backend = get_backend(name).with_options(**OPTIONS[name][0])
+    assert max(bfloat16_errors(backend.attend, q, k, v, cells, lag)) < BFLOAT16_ERROR
 
 
 @pytest.mark.parametrize("sizes", [(2, 1, 4, 1), (1, 2, 2, 2), (1, 1, 8, 1)], ids=str)
 @pytest.mark.parametrize(
-    "name", ["chunked", "reference", "gpu", pytest.param("native", marks=needs_native)]
+    "name", ["chunked", "reference", "gpu", pytest.param("cpu", marks=needs_cpu_kernels)]
 )
 def test_sharded_equals_unsharded(sizes, name):
     compare_sharded(sizes, name, "random", ring=False)
@@ -205,9 +205,9 @@ def test_sharded_equals_unsharded(sizes, name):
         ((1, 1, 8, 1), "chunked", "random"),
         ((1, 1, 4, 2), "chunked", "isolated"),  # no query sees a key of another device
         ((1, 2, 4, 1), "gpu", "random"),
-        pytest.param((1, 1, 4, 2), "native", "random", marks=needs_native),
-        pytest.param((1, 1, 8, 1), "native", "isolated", marks=needs_native),
-        ((1, 1, 4, 2), "splash", "block_causal"),  # splash has three forms of its rule
+        pytest.param((1, 1, 4, 2), "cpu", "random", marks=needs_cpu_kernels),
+        pytest.param((1, 1, 8, 1), "cpu", "isolated", marks=needs_cpu_kernels),
+        ((1, 1, 4, 2), "splash", "block_causal"),  # splash has three forms of its predicate
         ((2, 1, 4, 1), "splash", "isolated"),
         ((1, 1, 4, 1), "splash", "random"),
     ],
@@ -217,12 +217,12 @@ def test_keys_that_go_round_equal_keys_that_are_gathered(sizes, name, visibility
     compare_sharded(sizes, name, visibility, ring=True)
 
 
-def spread(sizes, kernel, lag, ring):
+def spread(sizes, backend, lag, ring):
     """`attention` over a mesh, as a function of q, k, v and cells."""
     heads = partition_spec("batch", "row", "stream", "heads", "head_dim")
     table, row = partition_spec("batch", "row", "stream"), partition_spec("batch", "row")
     return jax.shard_map(
-        lambda q, k, v, cells: attention(q, k, v, cells, lag, kernel, ring=ring),
+        lambda q, k, v, cells: attention(q, k, v, cells, lag, backend, ring=ring),
         mesh=make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)]),
         in_specs=(heads, heads, heads, Cells(row, row, table, table)),
         out_specs=heads,
@@ -231,21 +231,23 @@ def spread(sizes, kernel, lag, ring):
 
 
 def compare_sharded(sizes, name, visibility, ring):
-    kernel = functools.partial(backend(name), **OPTIONS.get(name, [{}])[0])
+    backend = get_backend(name).with_options(**OPTIONS.get(name, [{}])[0])
     q, k, v, cells = random_inputs(1, 2, 9, 8, 4, 2)
     lag = random_lag(2, 8) if visibility == "random" else lag_matrix(visibility, 8)
-    sharded = spread(sizes, kernel, lag, ring)
+    sharded = spread(sizes, backend, lag, ring)
+
+    def unsharded(q, k, v):
+        return attention(q, k, v, cells, lag, backend)
+
     ours = outputs_and_gradients(lambda q, k, v: sharded(q, k, v, cells), q, k, v)
-    assert_same(
-        ours, outputs_and_gradients(lambda q, k, v: attention(q, k, v, cells, lag, kernel), q, k, v)
-    )
+    assert_same(ours, outputs_and_gradients(unsharded, q, k, v))
 
 
 def test_a_ring_gathers_nothing():
     q, k, v, cells = random_inputs(1, 2, 9, 8, 4, 2)
 
     def collectives(ring):
-        sharded = jax.jit(spread((1, 1, 8, 1), chunked_attention, random_lag(2, 8), ring))
+        sharded = jax.jit(spread((1, 1, 8, 1), chunked.BACKEND, random_lag(2, 8), ring))
         return set(
             re.findall(
                 r"\b(all-gather|collective-permute)\(",
@@ -262,10 +264,11 @@ def test_a_ring_rounds_no_more_than_one_device():
     q, k, v, cells = random_inputs(8, 2, 24, 8, 4, 2, 16)
 
     def worst(ring):
-        def function(q, k, v, cells, _, lag, streams):
-            return spread((1, 1, 8, 1), chunked_attention, lag, ring)(q, k, v, cells)
+        def attend(q, k, v, visibility):
+            sharded = spread((1, 1, 8, 1), chunked.BACKEND, visibility.lag, ring)
+            return sharded(q, k, v, visibility.queries)
 
-        return bfloat16_errors(function, q, k, v, cells, lag_matrix("block_causal", 8))
+        return bfloat16_errors(attend, q, k, v, cells, lag_matrix("block_causal", 8))
 
     gathered, ring = worst(False), worst(True)
     assert max(ring) < BFLOAT16_ERROR and ring[0] < 2 * gathered[0]
@@ -275,10 +278,10 @@ def test_chunked_memory_is_linear_in_rows():
     streams, temporary, largest = 4, {}, {}
     for rows in (64, 128, 256):
         q, k, v, cells = random_inputs(3, 1, rows, streams, 2, 1)
-        lag = jnp.ones((streams, streams), jnp.int32)
+        visibility = full_visibility(cells, jnp.ones((streams, streams), jnp.int32))
 
         def loss(q, k, v):
-            return chunked_attention(q, k, v, cells, cells, lag, jnp.arange(streams), 64).sum()
+            return chunked.chunked_attention(q, k, v, visibility, block_cells=64).sum()
 
         compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile()
         temporary[rows] = compiled.memory_analysis().temp_size_in_bytes

@@ -7,9 +7,10 @@ import pytest
 from msllm.errors import UserError
 from msllm.evals import attention_map as attention_map_lib
 from msllm.evals.attention_map import attention_map, between_streams
+from msllm.model.attention.backend import Backend
 from msllm.model.attention.reference import attention_weights, reference_attention
 from msllm.model.model import bind
-from msllm.streams import make_cells, visibility_table
+from msllm.streams import Visibility, make_cells, visibility_table
 
 ROWS, SILENCE = 6, 1
 NEVER = 1 << 30
@@ -30,8 +31,8 @@ def test_reference_attention_takes_these_shares():
     rng = np.random.default_rng(1)
     q, k, v = (rng.normal(size=(1, ROWS, 3, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
     cells = make_cells(np.ones((1, ROWS, 3), bool), np.ones((1, ROWS), np.int32))
-    rule = (cells, cells, np.array(LAG), np.arange(3))
-    weights, out = attention_weights(q, k, *rule), reference_attention(q, k, v, *rule)
+    visibility = Visibility(cells, cells, np.array(LAG), np.arange(3))
+    weights, out = attention_weights(q, k, visibility), reference_attention(q, k, v, visibility)
     seen = visibility_table(cells, np.array(LAG))
     assert weights.shape == (1, 4, ROWS, 3, ROWS, 3)
     for t, s, n in np.ndindex(ROWS, 3, 4):
@@ -60,13 +61,14 @@ def test_the_model_itself_attends_so(make_model, table):
     tokens, present = table
     model, found = make_model(lag=LAG, attention_bias=True), []
 
-    def kernel(q, k, v, *rule):
-        jax.debug.callback(found.append, attention_weights(q, k, *rule), ordered=True)
-        return reference_attention(q, k, v, *rule)
+    def attend(q, k, v, visibility):
+        jax.debug.callback(found.append, attention_weights(q, k, visibility), ordered=True)
+        return reference_attention(q, k, v, visibility)
 
     cells = make_cells(present[None], np.ones((1, ROWS), np.int32))
     with jax.default_matmul_precision("highest"):
-        bind(model.graph, model.parameters)(tokens[None], cells, np.arange(ROWS)[None], kernel)
+        backend = Backend("recording", attend)
+        bind(model.graph, model.parameters)(tokens[None], cells, np.arange(ROWS)[None], backend)
     jax.effects_barrier()
     assert len(found) == 2
     np.testing.assert_allclose(
@@ -90,7 +92,7 @@ def test_shares_between_streams(table):
 
 
 def test_a_table_that_is_too_long_is_refused(make_model, monkeypatch, table):
-    monkeypatch.setattr(attention_map_lib, "MOST", 2 * 4 * (3 * ROWS) ** 2 - 1)
+    monkeypatch.setattr(attention_map_lib, "MAX_WEIGHTS", 2 * 4 * (3 * ROWS) ** 2 - 1)
     with pytest.raises(UserError, match="6 rows x 3 streams.*fewer rows"):
         attention_map(make_model(), *table)
     with pytest.raises(UserError, match="2 streams: the model has 3"):

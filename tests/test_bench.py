@@ -37,7 +37,7 @@ def test_attention_compares_what_runs_here():
     names = (
         ["chunked", "reference"]
         if cpu_kernels.unavailable_reason()
-        else ["native", "chunked", "reference"]
+        else ["cpu", "chunked", "reference"]
     )
     assert [(line["rows"], line["backend"]) for line in lines] == [
         (rows, name) for rows in (9, 4) for name in names

@@ -4,7 +4,6 @@ With one layer these are the cells that the rule of docs/semantics.md names; wit
 rule is written once more here, cell by cell.
 """
 
-import functools
 import itertools
 
 import jax
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 from msllm.kernels import cpu as cpu_kernels
-from msllm.model.attention.dispatch import backend
+from msllm.model.attention.dispatch import get_backend
 from msllm.model.attention.gpu import Tile, Tiles
 from msllm.model.attention.splash import Blocks
 from msllm.model.model import bind
@@ -22,13 +21,14 @@ from msllm.streams import NEVER, PRESETS, make_cells, positions
 pytestmark = pytest.mark.slow
 
 # Blocks so small that the cells below fill several, where the kernel allows that.
-KERNELS = {
-    "reference": backend("reference"),
-    "chunked": functools.partial(backend("chunked"), block_cells=6),
-    **({"native": backend("native")} if cpu_kernels.unavailable_reason() is None else {}),
-    "splash": functools.partial(backend("splash"), interpret=True, blocks=Blocks(128, 128)),
-    "gpu": functools.partial(backend("gpu"), interpret=True, tiles=Tiles(*[Tile(8, 8, 4, 2)] * 3)),
+OPTIONS = {
+    "reference": {},
+    "chunked": {"block_cells": 6},
+    **({"cpu": {}} if cpu_kernels.unavailable_reason() is None else {}),
+    "splash": {"interpret": True, "blocks": Blocks(128, 128)},
+    "gpu": {"interpret": True, "tiles": Tiles(*[Tile(8, 8, 4, 2)] * 3)},
 }
+BACKENDS = {name: get_backend(name).with_options(**options) for name, options in OPTIONS.items()}
 ROWS = 8
 SEGMENT = np.array([[1] * ROWS, [1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 2, 2]], np.int32)
 LAGS = {
@@ -78,7 +78,7 @@ def dependence(visibility, skip_silence, layers, streams):
     return np.linalg.matrix_power(rule.astype(np.int64), layers) > 0
 
 
-def influences(model, kernel, cases):
+def influences(model, backend, cases):
     """The same, measured, for each of `cases` (layers, skip_silence); compiled once for all of them.
 
     Each cell has an embedding of its own, and the head is not tied to it. A layer whose outputs are multiplied by 0 is
@@ -95,7 +95,7 @@ def influences(model, kernel, cases):
         def scalars(embedding):
             """One number of each cell's logits."""
             bound = bind(model.graph, parameters | {"embedding": embedding})
-            hidden = bound(tokens, cells, positions(segment), kernel=kernel)
+            hidden = bound(tokens, cells, positions(segment), backend=backend)
             return bound.logits(hidden).reshape(-1, tokens.size) @ weights
 
         pull_back = jax.vjp(scalars, parameters["embedding"])[1]
@@ -117,7 +117,7 @@ def influences(model, kernel, cases):
 @pytest.mark.parametrize(
     "visibility, streams", [*((name, 3) for name in LAGS), ("block_causal", 1), ("same_row", 1)]
 )
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", BACKENDS)
 def test_influence_is_visibility(make_model, name, visibility, streams):
     lag = [
         [LAGS[visibility](reader, source) for source in range(streams)] for reader in range(streams)
@@ -130,7 +130,7 @@ def test_influence_is_visibility(make_model, name, visibility, streams):
     }
     model = make_model(streams, lag=lag, tie_embeddings=False, remat="none", **sizes)
     cases = [(1, True), (2, False)]
-    for (layers, skip_silence), measured in zip(cases, influences(model, KERNELS[name], cases)):
+    for (layers, skip_silence), measured in zip(cases, influences(model, BACKENDS[name], cases)):
         assert_same(measured, dependence(visibility, skip_silence, layers, streams))
 
 

@@ -103,6 +103,12 @@ def test_a_wrong_type_is_named(values, message):
     assert str(error.value) == message
 
 
+def test_files_made_before_a_value_was_renamed_are_read():
+    former = from_config_dict({"model": {"attention": "native"}})
+    assert former == from_config_dict({"model": {"attention": "cpu"}})
+    assert json.loads(to_json(former))["model"]["attention"] == "cpu"
+
+
 def test_an_integer_is_taken_for_a_float():
     config = from_config_dict({"optim": {"lr": 1}, "streams": {"loss_weights": [0, 1, 2]}})
     assert type(config.optim.lr) is float and config.streams.loss_weights == (0.0, 1.0, 2.0)
@@ -115,7 +121,7 @@ def test_an_integer_is_taken_for_a_float():
         (
             "model.attention",
             "flash",
-            "must be one of auto, splash, gpu, native, chunked, reference",
+            "must be one of auto, splash, gpu, cpu, chunked, reference",
         ),
         ("model.remat", "some", "must be one of none, dots, full"),
         ("model.rope_scaling.kind", "dynamic", "must be one of none, linear, llama3, yarn"),

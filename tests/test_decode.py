@@ -13,10 +13,11 @@ from msllm.decode.program import decode_program
 from msllm.decode.sampling import Sampling, filtered_logits, row_keys, sample
 from msllm.errors import UserError
 from msllm.kernels import cpu as cpu_kernels
+from msllm.model.attention.backend import Backend
 from msllm.model.layers import rope_angles, rope_frequencies
 from msllm.model.model import bind
 from msllm.sharding import make_mesh
-from msllm.streams import NEVER, make_cells, positions, visible_between
+from msllm.streams import NEVER, make_cells, positions
 
 SILENCE = 3
 LAG = np.array([[1, NEVER, 2], [0, 1, NEVER], [3, 0, 1]], np.int32)
@@ -26,11 +27,12 @@ WARM = DecodeOptions(temperature=1.0, seed=5)
 def full_logits(model, transcript, window=0, kept=0):
     """Logits [R, S, V] of one pass over all rows; with a window, a row sees the kept rows and the last of the others."""
 
-    def dense(q, k, v, q_cells, k_cells, lag, q_streams):
+    def dense(q, k, v, visibility):
         """The reference, with one more rule."""
-        mask = visible_between(q_cells, k_cells, jnp.asarray(lag), q_streams)
-        back = q_cells.row[:, :, None, None, None] - k_cells.row[:, None, None, :, None]
-        mask &= (back < window - kept) | (k_cells.row < kept)[:, None, None, :, None]
+        q_row, k_row = visibility.queries.row, visibility.keys.row
+        back = q_row[:, :, None, None, None] - k_row[:, None, None, :, None]
+        in_window = (back < window - kept) | (k_row < kept)[:, None, None, :, None]
+        mask = visibility.mask() & in_window
         q = q.reshape(*q.shape[:3], k.shape[3], -1, q.shape[-1])
         scores = jnp.einsum("btskgh,bupkh->bkgtsup", q, k) / q.shape[-1] ** 0.5
         weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -jnp.inf), axis=(-2, -1))
@@ -42,8 +44,9 @@ def full_logits(model, transcript, window=0, kept=0):
     segment = np.ones(tokens.shape[:2], np.int32)
     silent = tokens == SILENCE if model.streams.skip_silence else None
     bound = bind(model.graph, model.parameters)
-    cells, kernel = make_cells(present, segment, silent), dense if window else None
-    return np.asarray(bound.logits(bound(tokens, cells, positions(segment), kernel=kernel)))[0]
+    cells = make_cells(present, segment, silent)
+    backend = Backend("dense", dense) if window else None
+    return np.asarray(bound.logits(bound(tokens, cells, positions(segment), backend=backend)))[0]
 
 
 def crowd(model, rows, prefills, absent=0.0, window=16, **settings):

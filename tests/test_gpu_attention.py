@@ -12,15 +12,17 @@ from test_attention import (
     SMALL_TILES,
     assert_same,
     bfloat16_errors,
+    full_visibility,
     outputs_and_gradients,
     random_inputs,
     random_lag,
 )
 
 from msllm.model.attention.backend import Case
-from msllm.model.attention.gpu import Tile, _blocks_to_visit, _vectors, declines, gpu_attention
+from msllm.model.attention.dispatch import declines
+from msllm.model.attention.gpu import Tile, _blocks_to_visit, _vectors, gpu_attention
 from msllm.model.attention.reference import reference_attention
-from msllm.streams import NEVER, Cells, lag_matrix, make_cells
+from msllm.streams import NEVER, Cells, Visibility, lag_matrix, make_cells
 
 pytestmark = pytest.mark.slow
 
@@ -28,18 +30,15 @@ pytestmark = pytest.mark.slow
 def compare(q, k, v, q_cells, k_cells, lag, q_streams):
     """Runs both; the streams of the queries are traced, as they are inside `shard_map`."""
 
-    def run(backend, lag, **settings):
-        return outputs_and_gradients(
-            lambda q, k, v: backend(
-                q, k, v, q_cells, k_cells, lag, jnp.asarray(q_streams), **settings
-            ),
-            q,
-            k,
-            v,
-        )
+    def run(attend, **settings):
+        def function(q, k, v):
+            visibility = Visibility(q_cells, k_cells, lag, jnp.asarray(q_streams))
+            return attend(q, k, v, visibility, **settings)
 
-    ours = run(gpu_attention, lag, interpret=True, tiles=SMALL_TILES)
-    assert_same(ours, run(reference_attention, jnp.asarray(lag)))
+        return outputs_and_gradients(function, q, k, v)
+
+    ours = run(gpu_attention, interpret=True, tiles=SMALL_TILES)
+    assert_same(ours, run(reference_attention))
 
 
 def lag_of(preset, streams, seed=2):
@@ -73,9 +72,8 @@ def test_some_rows_and_streams_of_queries():
 @pytest.mark.parametrize("dense", [True, False], ids=["all present", "absent and silent"])
 def test_on_a_card(streams, rows, preset, head_dim, dense):
     device, lag = jax.devices()[0], lag_of(preset, streams)
-    reason = declines(
-        hopper_case(head_dim, platform=device.platform, device_kind=device.device_kind, lag=lag)
-    )
+    case = hopper_case(head_dim, platform=device.platform, device_kind=device.device_kind, lag=lag)
+    reason = declines("gpu", case)
     if reason:
         pytest.skip(reason)
     sparsity = {"absent": 0.0, "silent": 0.0, "segments": 2} if dense else {}
@@ -89,12 +87,12 @@ def test_blocks_that_nobody_sees_are_never_touched():
     q, k, v, _ = random_inputs(9, 1, rows, streams, 2, 1)
     segment = np.repeat([[1, 2]], rows // 2, axis=1).astype(np.int32)
     cells = Cells(*map(jnp.asarray, make_cells(np.ones((1, rows, streams), bool), segment)))
-    rest = (cells, cells, lag_matrix("block_causal", streams), jnp.arange(streams))
+    visibility = full_visibility(cells, lag_matrix("block_causal", streams))
 
     @jax.jit
     def finite(poison):
         def attend(q, k, v):
-            return gpu_attention(q, k, v, *rest, interpret=True, tiles=SMALL_TILES)
+            return gpu_attention(q, k, v, visibility, interpret=True, tiles=SMALL_TILES)
 
         def spoil(x):
             return jnp.where(poison[:, None, None, None], jnp.nan, x)
@@ -166,12 +164,8 @@ def gradient(case: Case):
         return jax.ShapeDtypeStruct((2, case.rows, case.streams, heads, case.head_dim), case.dtype)
 
     def loss(q, k, v, present, segment):
-        cells = make_cells(present, segment)
-        return (
-            gpu_attention(q, k, v, cells, cells, case.lag, jnp.arange(case.streams))
-            .astype(jnp.float32)
-            .sum()
-        )
+        visibility = full_visibility(make_cells(present, segment), case.lag)
+        return gpu_attention(q, k, v, visibility).astype(jnp.float32).sum()
 
     cells = (
         jax.ShapeDtypeStruct((2, case.rows, case.streams), bool),
@@ -201,7 +195,7 @@ def test_lowers_to_triton(head_dim):
     card = AbstractDevice(device_kind=hopper_case().device_kind, num_cores=132, platform="gpu")
     for lag in lags.values():
         case = hopper_case(rows=100, head_dim=head_dim, lag=lag)
-        assert declines(case) is None
+        assert declines("gpu", case) is None
         function, arguments = gradient(case)
         with use_abstract_mesh(AbstractMesh((), (), abstract_device=card)):
             lowered = function.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
@@ -209,11 +203,9 @@ def test_lowers_to_triton(head_dim):
 
 
 def test_declines_what_it_is_not_for():
-    assert declines(hopper_case()) is None
-    assert (
-        declines(hopper_case(device_kind="NVIDIA GH200 480GB", lag=lag_matrix("isolated", 8)))
-        is None
-    )
+    assert declines("gpu", hopper_case()) is None
+    grace = hopper_case(device_kind="NVIDIA GH200 480GB", lag=lag_matrix("isolated", 8))
+    assert declines("gpu", grace) is None
     for changes, reason in (
         ({"platform": "cpu", "device_kind": "cpu"}, "cpu"),
         ({"device_kind": "NVIDIA A100-SXM4-40GB"}, "NVIDIA A100-SXM4-40GB"),
@@ -222,4 +214,4 @@ def test_declines_what_it_is_not_for():
         ({"lag": np.arange(64, dtype=np.int32).reshape(8, 8)}, "64"),
         ({"streams": 40, "lag": np.where(np.eye(40, dtype=bool), 1, NEVER)}, "32 streams"),
     ):
-        assert reason in declines(hopper_case(**changes))
+        assert reason in declines("gpu", hopper_case(**changes))

@@ -1,6 +1,5 @@
 """Splash attention against the dense reference, in interpret mode; its block map; compiled ahead of time for TPUs."""
 
-import functools
 import importlib.util
 import inspect
 import math
@@ -13,17 +12,23 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from test_attention import assert_same, outputs_and_gradients, random_inputs, random_lag
+from test_attention import (
+    assert_same,
+    full_visibility,
+    outputs_and_gradients,
+    random_inputs,
+    random_lag,
+)
 
 from msllm.config import MeshConfig
 from msllm.model.attention import splash
 from msllm.model.attention.backend import Case
 from msllm.model.attention.blocks import EMPTY, FULL, PARTIAL, block_map, flatten
-from msllm.model.attention.dispatch import attention
+from msllm.model.attention.dispatch import attention, declines
 from msllm.model.attention.reference import reference_attention
-from msllm.model.attention.splash import Blocks, blocks_for, declines, splash_attention
+from msllm.model.attention.splash import Blocks, blocks_for, splash_attention
 from msllm.sharding import axis_index, gather, make_mesh, named_sharding, partition_spec
-from msllm.streams import NEVER, PRESETS, Cells, lag_matrix, visible
+from msllm.streams import NEVER, PRESETS, Cells, Visibility, lag_matrix, visible
 
 SMALL = Blocks(128, 128)
 
@@ -34,22 +39,20 @@ def some_lag(visibility, streams):
     )
 
 
-def compare(q, k, v, cells, lag, q_streams=None, blocks=SMALL, check=assert_same):
+def compare(q, k, v, cells, lag, q_streams=None, blocks=SMALL):
     q_streams = np.arange(lag.shape[0]) if q_streams is None else np.array(q_streams)
     q_cells = cells._replace(
         present=cells.present[:, :, q_streams], seen=cells.seen[:, :, q_streams]
     )
-    q = q[:, :, q_streams]
+    q, visibility = q[:, :, q_streams], Visibility(q_cells, cells, lag, jnp.asarray(q_streams))
 
     def ours(q, k, v):
-        return splash_attention(
-            q, k, v, q_cells, cells, lag, jnp.asarray(q_streams), interpret=True, blocks=blocks
-        )
+        return splash_attention(q, k, v, visibility, interpret=True, blocks=blocks)
 
     def theirs(q, k, v):
-        return reference_attention(q, k, v, q_cells, cells, jnp.asarray(lag), q_streams)
+        return reference_attention(q, k, v, visibility)
 
-    check(outputs_and_gradients(ours, q, k, v), outputs_and_gradients(theirs, q, k, v))
+    assert_same(outputs_and_gradients(ours, q, k, v), outputs_and_gradients(theirs, q, k, v))
 
 
 # T * S is between 2 and 3 blocks, and none of them divides it.
@@ -102,14 +105,14 @@ def test_sharded_equals_unsharded(visibility):
     table, row = partition_spec("batch", "row", "stream"), partition_spec("batch", "row")
 
     def local(q, k, v, cells):
-        def whole(x):
+        def all_streams(x):
             return gather(x, 2, ("stream",))
 
-        k_cells = cells._replace(present=whole(cells.present), seen=whole(cells.seen))
+        keys = cells._replace(present=all_streams(cells.present), seen=all_streams(cells.seen))
         streams = axis_index("stream") * q.shape[2] + jnp.arange(q.shape[2])
-        return splash_attention(
-            q, whole(k), whole(v), cells, k_cells, lag, streams, interpret=True, blocks=SMALL
-        )
+        visibility = Visibility(cells, keys, lag, streams)
+        k, v = all_streams(k), all_streams(v)
+        return splash_attention(q, k, v, visibility, interpret=True, blocks=SMALL)
 
     sharded = jax.shard_map(
         local,
@@ -121,7 +124,7 @@ def test_sharded_equals_unsharded(visibility):
     ours = outputs_and_gradients(lambda q, k, v: sharded(q, k, v, cells), q, k, v)
 
     def theirs(q, k, v):
-        return reference_attention(q, k, v, cells, cells, jnp.asarray(lag), jnp.arange(4))
+        return reference_attention(q, k, v, full_visibility(cells, lag))
 
     assert_same(ours, outputs_and_gradients(theirs, q, k, v))
 
@@ -145,7 +148,7 @@ def earlier(row, stream, k_row, k_stream, lag, segment=1, present=True, k_segmen
         (6553, 10, 3, 5),
     ],
 )
-def test_predicate_of_codes_is_the_rule(rows, streams, tables, parts, visibility):
+def test_predicate_of_codes_is_visibility(rows, streams, tables, parts, visibility):
     """Of keys of all streams, and of those of one part."""
     lag = (
         np.full((streams, streams), NEVER)
@@ -154,16 +157,16 @@ def test_predicate_of_codes_is_the_rule(rows, streams, tables, parts, visibility
     )
     size = streams // parts
     length = -(-rows * size // 384) * 384
-    rule = splash._make_rule(lag, rows, tables, size, length)
+    predicate = splash._make_predicate(lag, rows, tables, size, length)
     rng = np.random.default_rng(rows)
     row, stream, table = (rng.integers(0, end, 200_000) for end in (rows, streams, tables))
     k_row, k_stream, start = (rng.integers(0, end, 200_000) for end in (rows, size, parts))
     near = rng.random(row.shape) < 0.7  # most mistakes would be about neighbours
     k_row = np.where(near, np.clip(row + rng.integers(-8, 4, row.shape), 0, rows - 1), k_row)
     k, k_stream, start = k_row * size + k_stream, k_stream + start * size, start * size
-    code = rule.encode(*(jnp.asarray(x, jnp.int32) for x in (row, stream, table, start)))
+    code = predicate.encode(*(jnp.asarray(x, jnp.int32) for x in (row, stream, table, start)))
     assert code.dtype == jnp.int32 and code.min() >= 0
-    seen = rule.sees(code, jnp.asarray(table * length + k, jnp.int32))
+    seen = predicate.sees(code, jnp.asarray(table * length + k, jnp.int32))
     np.testing.assert_array_equal(np.asarray(seen), earlier(row, stream, k_row, k_stream, lag))
 
 
@@ -245,11 +248,10 @@ def test_the_plan_of_65536_cells_is_cheap():
     lag = lag_matrix("block_causal", streams)
 
     def plan(cells):
-        rule, cut = splash._make_rule(lag, rows, 1, streams, rows * streams), Blocks(512, 512)
-        length = {"q_length": rows * streams, "k_length": rows * streams}
-        return splash._plan(
-            cells, cells, np.arange(streams), 0, lag=lag, rule=rule, blocks=cut, **length
-        )
+        length = rows * streams
+        predicate = splash._make_predicate(lag, rows, 1, streams, length)
+        visibility = Visibility(cells, cells, lag, np.arange(streams))
+        return splash._plan(visibility, predicate, Blocks(512, 512), length, length)
 
     begin = time.process_time()
     compiled = jax.jit(plan).lower(cells).compile()
@@ -300,38 +302,31 @@ def make_case(**changes):
 
 
 def test_declines_say_why():
-    assert declines(make_case()) is None
-    assert (
-        declines(make_case(device_kind="TPU7x", dtype="float32", kv_heads=32, head_dim=64)) is None
-    )
-    assert declines(make_case(rows=4096, streams=16, lag=random_lag(0, 16))) is None  # 65,536 cells
-    assert "cpu" in declines(make_case(platform="cpu"))
-    assert "float16" in declines(make_case(dtype="float16"))
-    assert "512" in declines(make_case(head_dim=512))
-    assert "32 for 5" in declines(make_case(kv_heads=5))
-    assert "20000 rows of 16 streams" in declines(make_case(rows=20_000, streams=16, q_streams=16))
-    assert declines(make_case(rows=20_000, streams=16, q_streams=2)) is None
+    def reason(**changes):
+        return declines("splash", make_case(**changes))
+
+    assert reason() is None
+    assert reason(device_kind="TPU7x", dtype="float32", kv_heads=32, head_dim=64) is None
+    assert reason(rows=4096, streams=16, lag=random_lag(0, 16)) is None  # 65,536 cells
+    assert "cpu" in reason(platform="cpu")
+    assert "float16" in reason(dtype="float16")
+    assert "512" in reason(head_dim=512)
+    assert "32 for 5" in reason(kv_heads=5)
+    assert "20000 rows of 16 streams" in reason(rows=20_000, streams=16, q_streams=16)
+    assert reason(rows=20_000, streams=16, q_streams=2) is None
 
 
 def test_other_rows_of_keys_are_refused():
     q, k, v, cells = random_inputs(0, 1, 4, 2, 2, 2)
+    visibility = full_visibility(cells, lag_matrix("block_causal", 2))
     with pytest.raises(ValueError, match="1 rows and the keys 4"):
-        splash_attention(
-            q[:, :1],
-            k,
-            v,
-            cells,
-            cells,
-            lag_matrix("block_causal", 2),
-            np.arange(2),
-            interpret=True,
-        )
+        splash_attention(q[:, :1], k, v, visibility, interpret=True)
 
 
 def test_blocks_of_a_generation():
     assert blocks_for("TPU v6 lite") != blocks_for("TPU v5 lite") == blocks_for("TPU v9")
     for blocks in splash.BLOCKS.values():
-        (q, q_length), (k, k_length) = splash._cuts(1024, 3, 10, blocks)
+        (q, q_length), (k, k_length) = splash._even_blocks(1024, 3, 10, blocks)
         assert (
             q <= blocks.q
             and k <= blocks.k
@@ -378,7 +373,7 @@ def test_a_kept_forward_kernel_does_not_run_again(monkeypatch):
 
         def loss(x, cells):
             def attend(x):
-                return jnp.sin(splash_attention(x, x, x, cells, cells, lag, np.arange(2)))
+                return jnp.sin(splash_attention(x, x, x, full_visibility(cells, lag)))
 
             policy = jax.checkpoint_policies.save_only_these_names(*names)
             layer = jax.checkpoint(
@@ -413,12 +408,10 @@ def test_compiles_for_tpus(topology, rows, streams, visibility, dtype, monkeypat
     heads, kv_heads, head_dim, lag = 4, 2, 128, some_lag(visibility, streams)
 
     def run(q, k, v, cells, d_out):
-        streams = jnp.arange(lag.shape[0])
+        visibility = full_visibility(cells, lag)
 
         def attend(*qkv):
-            return splash_attention(
-                *qkv, cells, cells, lag, streams, blocks=blocks_for(device.device_kind)
-            )
+            return splash_attention(*qkv, visibility, blocks=blocks_for(device.device_kind))
 
         out, pull_back = jax.vjp(attend, q, k, v)
         return out, pull_back(d_out)
@@ -442,10 +435,10 @@ def test_keys_go_round_beside_the_kernels(monkeypatch):
     devices = tpus("v6e:2x2", monkeypatch)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, stream=4, tensor=1), devices)
     axes, lag = ("batch", "row", "stream", "heads", "head_dim"), lag_matrix("same_row", 8)
-    kernel = functools.partial(splash_attention, blocks=blocks_for(devices[0].device_kind))
+    backend = splash.BACKEND.with_options(blocks=blocks_for(devices[0].device_kind))
     heads, table, row = (partition_spec(*axes[:n]) for n in (5, 3, 2))
     sharded = jax.shard_map(
-        lambda q, k, v, cells: attention(q, k, v, cells, lag, kernel, ring=True),
+        lambda q, k, v, cells: attention(q, k, v, cells, lag, backend, ring=True),
         mesh=mesh,
         in_specs=(heads, heads, heads, Cells(row, row, table, table)),
         out_specs=heads,

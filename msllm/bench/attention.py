@@ -1,7 +1,8 @@
-"""Attention alone, its backends side by side: the measuring part of `msllm bench attention`."""
+"""Times attention alone, its backends side by side: the measurements of `msllm bench attention`."""
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -12,30 +13,32 @@ import numpy as np
 from msllm.bench.timing import timed
 from msllm.config import MeshConfig, ModelConfig
 from msllm.errors import UserError
+from msllm.model.attention.backend import Backend
 from msllm.model.attention.dispatch import BACKENDS, choose_backend
 from msllm.runtime.flops import attention_flops, visible_pairs
 from msllm.runtime.hardware import lookup
 from msllm.sharding import make_mesh
-from msllm.streams import lag_matrix, make_cells
+from msllm.streams import Cells, Visibility, lag_matrix, make_cells
 
 
 def attention_case(case: dict) -> list[dict]:
-    """Measures one case on the first device; one result per backend. Tables are full: every cell is
-    present.
+    """Measures one case on the first device, in tables whose cells are all present.
 
     Args:
       case: rows, batch, streams, num_heads, num_kv_heads, head_dim, compute_dtype, steps; backends:
         names, empty for all that run on this device; memory_gib: a backend whose temporaries take
-        more is compiled and not run.
+        more is compiled but not run.
+
+    Returns: one result per backend.
 
     Raises UserError if a backend that is named declines.
     """
     device, lag = _device(), lag_matrix("block_causal", case["streams"])
     inputs = _inputs(case)
     results, runs = {}, {}
-    for name, kernel in _kernels(case, lag).items():
+    for name, backend in _backends(case, lag).items():
         result = results[name] = {"benchmark": "attention", "backend": name, **case}
-        functions = _compiled(kernel, lag, inputs)
+        functions = _compiled(backend, lag, inputs)
         temporary = {
             what: compiled.memory_analysis().temp_size_in_bytes
             for what, compiled in functions.items()
@@ -49,10 +52,8 @@ def attention_case(case: dict) -> list[dict]:
             runs.update({(name, what): compiled for what, compiled in functions.items()})
 
     times = _interleaved(runs, inputs, case["steps"])
-    flops = attention_flops(
-        case["num_heads"], case["head_dim"], case["batch"] * visible_pairs(lag, case["rows"])
-    )
     pairs, hardware = case["batch"] * visible_pairs(lag, case["rows"]), lookup(device.device_kind)
+    flops = attention_flops(case["num_heads"], case["head_dim"], pairs)
     for name, result in results.items():
         result |= {
             "device_kind": device.device_kind,
@@ -81,32 +82,32 @@ def attention_case(case: dict) -> list[dict]:
     return list(results.values())
 
 
-def _device():
+def _device() -> jax.Device:
     return jax.devices()[0]
 
 
-def _kernels(case: dict, lag) -> dict[str, Callable]:
+def _backends(case: dict, lag: np.ndarray) -> dict[str, Backend]:
     """The backends that are asked for, or all that do not decline."""
-    mesh, kernels = make_mesh(MeshConfig(), [_device()]), {}
+    mesh, backends = make_mesh(MeshConfig(), [_device()]), {}
     sizes = {
         name: case[name] for name in ("num_heads", "num_kv_heads", "head_dim", "compute_dtype")
     }
     for name in case["backends"] or BACKENDS:
         try:
-            kernels[name] = choose_backend(
+            backends[name] = choose_backend(
                 ModelConfig(attention=name, **sizes), lag, case["rows"], mesh
             )
         except UserError:
             if case["backends"]:
                 raise
-    return kernels
+    return backends
 
 
-def _inputs(case: dict):
+def _inputs(case: dict) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, Cells]:
     """q, k, v, the gradient of the output, and the cells."""
     rng, tables = np.random.default_rng(0), (case["batch"], case["rows"], case["streams"])
 
-    def make(heads):
+    def make(heads: str) -> jax.Array:
         return jnp.asarray(
             rng.standard_normal((*tables, case[heads], case["head_dim"]), np.float32),
             case["compute_dtype"],
@@ -118,11 +119,12 @@ def _inputs(case: dict):
     return make("num_heads"), make("num_kv_heads"), make("num_kv_heads"), make("num_heads"), cells
 
 
-def _compiled(kernel: Callable, lag, inputs) -> dict[str, Callable]:
+def _compiled(backend: Backend, lag: np.ndarray, inputs: Sequence) -> dict[str, Callable]:
     """`forward`, and `both`: forward and backward."""
 
     def forward(q, k, v, d_out, cells):
-        return kernel(q, k, v, cells, cells, lag, jnp.arange(lag.shape[0]))
+        visibility = Visibility(cells, cells, lag, jnp.arange(lag.shape[0]))
+        return backend.attend(q, k, v, visibility)
 
     def both(q, k, v, d_out, cells):
         out, pull_back = jax.vjp(lambda *qkv: forward(*qkv, d_out, cells), q, k, v)
@@ -135,13 +137,18 @@ def _compiled(kernel: Callable, lag, inputs) -> dict[str, Callable]:
 
 
 def _interleaved(runs: dict, inputs: Sequence, repeats: int) -> dict:
-    """Medians (wall seconds, CPU-seconds of this process) by run: in turn, so that all see the same
-    machine.
+    """Medians of (wall seconds, CPU-seconds of this process) by run.
+
+    The runs take turns, so that changes of the machine's speed concern all of them.
     """
+
+    def run(compiled: Callable) -> None:
+        jax.block_until_ready(compiled(*inputs))
+
     seconds = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, compiled in runs.items():
-            _, cpu, wall = timed(lambda: jax.block_until_ready(compiled(*inputs)))
+            _, cpu, wall = timed(functools.partial(run, compiled))
             if repeat:  # the first one warms up
                 seconds[name].append((wall, cpu))
     return {name: tuple(map(statistics.median, zip(*pairs))) for name, pairs in seconds.items()}

@@ -20,7 +20,7 @@ from msllm.config import ModelConfig
 from msllm.kernels import cpu as cpu_kernels
 from msllm.kernels.cpu import PANEL
 from msllm.sharding import axis_index, axis_size, gather_streams, psum
-from msllm.streams import Cells, visible_between
+from msllm.streams import Cells, Visibility
 
 UNREAD = -1  # the number of a row that has not been read: no query's
 MASKED = (
@@ -222,7 +222,7 @@ def write_cells(old: Cells, new: Cells, at: jax.Array) -> Cells:
 
 def visible_keys(queries: Cells, keys: Cells, lag, streams: int) -> jax.Array:
     """The rule, for one row of each session and this device's `streams` of the keys: [B, S, streams, W] bool."""
-    mask = visible_between(queries, keys, jnp.asarray(lag), jnp.arange(lag.shape[0]))[:, 0]
+    mask = Visibility(queries, keys, jnp.asarray(lag), jnp.arange(lag.shape[0])).mask()[:, 0]
     return jax.lax.dynamic_slice_in_dim(
         mask, axis_index("stream") * streams, streams, axis=3
     ).swapaxes(2, 3)

@@ -35,12 +35,13 @@ from msllm.decode.cache import (
 )
 from msllm.decode.sampling import FREE, Chosen, Sampling, row_keys, sample
 from msllm.kernels import cpu as cpu_kernels
-from msllm.model.attention.dispatch import backend
+from msllm.model.attention.backend import Backend
+from msllm.model.attention.dispatch import get_backend, portable_backend
 from msllm.model.layers import InputWeight, OutputWeight, rope_angles
-from msllm.model.model import MultiStreamLM, abstract_model, bind, portable_backend
+from msllm.model.model import MultiStreamLM, abstract_model, bind
 from msllm.runtime.compiler import compiler_options
 from msllm.sharding import axis_index, axis_size, gather, gather_streams, mesh_axes, partition_spec
-from msllm.streams import Cells, StreamSpec, pad_lag
+from msllm.streams import Cells, StreamSpec, Visibility, pad_lag
 
 NOWHERE = 1 << 30  # a place beyond any window
 RUN_ROWS = 32  # rows that one call of `run` advances at most
@@ -354,7 +355,8 @@ class DecodeProgram:
             present=gather_streams(cells.present), seen=gather_streams(cells.seen)
         )
         streams = axis_index("stream") * size + jnp.arange(size)
-        angles, kernel, x = (
+        visibility = Visibility(cells, everyone, self._lag, streams)
+        angles, backend, x = (
             rope_angles(row, self.config),
             self._kernels.attention,
             layers[0].embed(tokens),
@@ -374,9 +376,7 @@ class DecodeProgram:
                     write_table(old[i], new, *at, axes, self._block_rows)
                     for old, new, axes in zip((keys, values), (k, v), self.layout)
                 )
-                return kernel(
-                    q, gather_streams(k), gather_streams(v), cells, everyone, self._lag, streams
-                )
+                return backend.attend(q, gather_streams(k), gather_streams(v), visibility)
 
             x = model.blocks(x, angles, attention)
         everyone = everyone._replace(row=jnp.where(here, row, UNREAD))
@@ -461,7 +461,7 @@ class Kernels(NamedTuple):
       attend_row: attention of a row over a block of the cache, see `cache.attend`; None: XLA's.
     """
 
-    attention: Callable
+    attention: Backend
     packed: bool = False
     attend_row: Callable | None = None
 
@@ -473,8 +473,8 @@ def _kernels(platform: str, config: ModelConfig, one_device: bool) -> Kernels:
     if reason := cpu_kernels.unavailable_reason():
         log.info("decoding by XLA alone, which is slower with several streams: %s", reason)
         return slow
-    here = config.compute_dtype == "float32" and config.attention in ("auto", "native")
-    attention = backend("native") if here else slow.attention
+    here = config.compute_dtype == "float32" and config.attention in ("auto", "cpu")
+    attention = get_backend("cpu") if here else slow.attention
     # Panels are of a whole weight, and a device of several has a part of it.
     return Kernels(attention, packed=one_device, attend_row=cpu_kernels.attend_row)
 

@@ -1,8 +1,11 @@
-"""How much each cell of a table takes of every other one, layer by layer: for looking at a model, not for running it."""
+"""Attention weights of a model in one table, layer by layer, to look at: `attention_map`."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +14,15 @@ from flax import nnx
 
 from msllm.errors import UserError
 from msllm.evals.score import check_tables, silence_of
+from msllm.model.attention import reference
 from msllm.model.attention.dispatch import attention
 from msllm.model.attention.reference import attention_weights, reference_attention
 from msllm.model.layers import rope_angles
 from msllm.model.model import bind
-from msllm.streams import make_cells, positions
+from msllm.streams import Visibility, make_cells, positions
 from msllm.weights.load import LoadedModel
 
-MOST = 1 << 28  # numbers: 1 GiB of float32
+MAX_WEIGHTS = 1 << 28  # 1 GiB of float32
 
 
 def attention_map(
@@ -27,33 +31,40 @@ def attention_map(
     present: np.ndarray | None = None,
     silence_id: int | None = None,
 ) -> np.ndarray:
-    """The attention weights of a model in one table: [layers, N, T, S, T, S] float32 (query row and stream, key row and
-    stream). Of each query they sum to 1 over the keys, and are 0 where it sees nothing.
+    """The attention weights of a model in one table.
 
-    The blocks are those of the model, one after another, on the reference backend. Raises UserError.
+    The layers are those of the model, one after another, on the reference backend.
 
     Args:
-      tokens: [T, S]. present: [T, S] bool; None: every cell is there.
+      tokens: [T, S]. present: [T, S] bool; None: every cell is present.
       silence_id: needed if silence is not seen as a key and the model came without a tokenizer.
+
+    Returns: [layers, N, T, S, T, S] float32: query row and stream, key row and stream. The weights
+      of a query sum to 1 over the keys, and are 0 for keys that it does not see.
+
+    Raises UserError if the table does not fit the model, or has too many rows.
     """
-    tables = {"tokens": np.asarray(tokens)[None]} | (
-        {} if present is None else {"present": np.asarray(present)[None]}
-    )
+    tables = {"tokens": np.asarray(tokens)[None]}
+    if present is not None:
+        tables["present"] = np.asarray(present)[None]
     tables = check_tables(tables, loaded.streams.size, loaded.config.vocab_size)
     _, rows, streams = tables["tokens"].shape
     size = loaded.config.num_layers * loaded.config.num_heads * (rows * streams) ** 2
-    if size > MOST:
+    if size > MAX_WEIGHTS:
         raise UserError(
-            f"the table has {rows} rows x {streams} streams: their attention weights in all layers and heads are"
-            f" {size / 2**28:.1f} GiB, and may be {MOST / 2**28:g} GiB; give fewer rows"
+            f"the table has {rows} rows x {streams} streams: their attention weights in all layers "
+            f"and heads are {size / 2**28:.1f} GiB, and may be {MAX_WEIGHTS / 2**28:g} GiB; give "
+            "fewer rows"
         )
-    return np.asarray(
-        _attention_map(loaded.graph, silence_of(loaded, silence_id), loaded.parameters, tables)
-    )[:, 0]
+    silence = silence_of(loaded, silence_id)
+    return np.asarray(_attention_map(loaded.graph, silence, loaded.parameters, tables))[:, 0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _attention_map(graph, silence_id, parameters, tables):
+def _attention_map(
+    graph: nnx.GraphDef, silence_id: int, parameters: dict[str, Any], tables: dict[str, jax.Array]
+) -> jax.Array:
+    """[layers, B, N, T, S, T, S] for tables [B, T, S]."""
     model = bind(graph, parameters)
     tokens, segment = tables["tokens"], tables["segment"]
     silent = tokens == silence_id if model.streams.skip_silence else None
@@ -62,27 +73,35 @@ def _attention_map(graph, silence_id, parameters, tables):
     blocks, weights = nnx.split(model.blocks)
     found = []
 
-    def kernel(q, k, v, *rule):
-        found.append(attention_weights(q, k, *rule))
-        return reference_attention(q, k, v, *rule)
+    def attend_and_record(
+        q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility
+    ) -> jax.Array:
+        found.append(attention_weights(q, k, visibility))
+        return reference_attention(q, k, v, visibility)
 
-    def attend(q, k, v):
-        return attention(q, k, v, cells, lag, kernel)
+    backend = dataclasses.replace(reference.BACKEND, attend=attend_and_record)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(q, k, v, cells, lag, backend)
 
     with jax.default_matmul_precision("highest"):
         x = model.embed(tokens)
-        for layer in range(model.config.num_layers):  # a scan would keep `found` to itself
-            x = nnx.merge(blocks, jax.tree.map(lambda w: w[layer], weights))(x, angles, attend)
+        # A loop, because values that are recorded inside a scan cannot leave it.
+        for layer in range(model.config.num_layers):
+            block = nnx.merge(blocks, jax.tree.map(operator.itemgetter(layer), weights))
+            x = block(x, angles, attend)
     return jnp.stack(found)
 
 
 def between_streams(weights: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """How much of each stream every stream takes: [..., S, S] (reader, source), of sum 1 over the sources.
+    """How much attention each stream pays to each stream: [..., S, S] (reader, source), of sum 1
+    over the sources.
 
-    The mean over the reader's present cells of what they take of all rows of the source; nan if it has none.
+    The mean over the reader's present cells of their weights on all rows of the source; nan if
+    there are none.
 
     Args:
-      weights: [..., T, S, T, S], of `attention_map`. present: [T, S] bool.
+      weights: [..., T, S, T, S], from `attention_map`. present: [T, S] bool.
     """
     taken = np.where(present[:, :, None], weights.sum(-2), 0).sum(-3)
     with np.errstate(invalid="ignore"):

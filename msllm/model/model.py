@@ -12,7 +12,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from msllm.config import INPUT_ONLY, ModelConfig
-from msllm.model.attention.dispatch import KEEP_OUTPUT, attention, backend
+from msllm.model.attention.backend import Backend
+from msllm.model.attention.dispatch import KEEP_OUTPUT, attention, portable_backend
 from msllm.model.layers import (
     SAVED,
     Angles,
@@ -91,14 +92,14 @@ class MultiStreamLM(nnx.Module):
             )
 
     def __call__(
-        self, tokens: jax.Array, cells: Cells, position: jax.Array, kernel: Callable | None = None
+        self, tokens: jax.Array, cells: Cells, position: jax.Array, backend: Backend | None = None
     ) -> jax.Array:
         """The hidden states from which each cell's next row is predicted.
 
         Args:
           tokens: [B, T, S] int32. cells: of these rows. position: RoPE positions, [B, T] (or [B, T,
             S]) int32.
-          kernel: attention's backend, as training chooses it; None: one that runs everywhere.
+          backend: of attention, from `choose_backend`; None: one that runs everywhere.
 
         Returns: hidden [B, T, S, D] after the final norm, in the compute dtype.
         """
@@ -108,7 +109,7 @@ class MultiStreamLM(nnx.Module):
         rule = (
             cells,
             self.streams.lag_array,
-            kernel or portable_backend(config),
+            backend or portable_backend(config),
             config.kv_parts,
             config.kv_ring,
         )
@@ -166,11 +167,6 @@ class MultiStreamLM(nnx.Module):
         """hidden [..., D] -> [..., V] float32. For scoring and decoding; training never holds all
         logits (loss.py)."""
         return head_logits(hidden, self.head_table())
-
-
-def portable_backend(config: ModelConfig) -> Callable:
-    """An attention backend that runs on every device."""
-    return backend("reference" if config.attention == "reference" else "chunked")
 
 
 def _remat(layer, policy: str):

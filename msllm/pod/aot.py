@@ -89,8 +89,7 @@ def analyse(config: Config, devices: Sequence[Any]) -> Analysis:
     streams = StreamSpec.from_config(config.streams)
     mesh = make_mesh(config.mesh, devices)
     program = Program(config, streams, mesh)
-    attention = program.kernel.func.__name__.removesuffix("_attention")
-    shape = roofline.Shape(config, streams, dict(mesh.shape), attention)
+    shape = roofline.Shape(config, streams, dict(mesh.shape), program.backend.name)
 
     def local_bytes(leaf):
         return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -107,7 +106,7 @@ def analyse(config: Config, devices: Sequence[Any]) -> Analysis:
         "accumulate": config.optim.accumulate,
         "cells_per_device": shape.cells * config.optim.accumulate,
         "remat": config.model.remat,
-        "attention": attention,
+        "attention": program.backend.name,
         "parameters": sum(
             math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract_state.parameters)
         ),

@@ -1,8 +1,10 @@
-"""Which blocks of queries and keys have anything to compute, from the lowest and highest row and segment of each block.
+"""Which blocks of queries and keys have anything to compute, from the extents of rows and segments
+in each block.
 
-For kernels that see the cells of a table as one axis, row after row, all streams of a row together: L = T * S cells,
-cut into blocks of equal length. The map is conservative in what it skips and exact in what it calls full, costs
-O((L / block)^2) and is computed per table at run time: packed examples skip the blocks between them.
+For kernels that see the cells of a table as one axis, row after row and all streams of a row
+together: L = T * S cells, cut into blocks of equal length. The map never skips a block that is
+needed, and never calls a block full that needs a mask. It costs O((L / block)^2) and is computed
+for each table at run time, so the blocks between packed examples are skipped.
 """
 
 from __future__ import annotations
@@ -12,21 +14,23 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from msllm.streams import NEVER
+from msllm.streams import NEVER, Array
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
 
 class FlatCells(NamedTuple):
-    """Cells of tables along one axis; L a multiple of the block length."""
+    """Cells of tables along one axis; L is a multiple of the block length."""
 
     row: jax.Array  # [L] int32, ascending
     segment: jax.Array  # [B, L] int32
     here: jax.Array  # [B, L] bool: a query that is present, or a key that others may see
 
 
-def flatten(row, segment, here, length: int) -> FlatCells:
-    """The cells of row [T], segment [B, T] and here [B, T, S] as `length` >= T * S cells; those added are not here."""
+def flatten(row: jax.Array, segment: jax.Array, here: jax.Array, length: int) -> FlatCells:
+    """Cells of row [T], segment [B, T] and here [B, T, S] as `length` >= T * S cells; added ones
+    are not here.
+    """
     batch, rows, streams = here.shape
     fill = ((0, 0), (0, length - rows * streams))
     row = jnp.pad(jnp.repeat(row, streams), fill[1:], mode="edge")
@@ -37,16 +41,29 @@ def flatten(row, segment, here, length: int) -> FlatCells:
     )
 
 
-def block_map(queries: FlatCells, keys: FlatCells, least, most, q_block: int, k_block: int):
-    """[B, query blocks, key blocks] int8: EMPTY where no query sees an earlier key, FULL where each sees all of them.
+def block_map(
+    queries: FlatCells,
+    keys: FlatCells,
+    least: int | Array,
+    most: int | Array,
+    q_block: int,
+    k_block: int,
+) -> jax.Array:
+    """Which blocks hold a query and an earlier key of it: the pairs that `visible()` admits by a
+    lag.
 
-    "Earlier" is the rule without "a cell sees itself": in `visible()`, the pairs of a lag and not of one cell.
+    That a cell sees itself is left to the caller.
 
     Args:
-      least, most: the smallest and the largest lag between the streams of the queries and those of the keys.
+      least, most: the smallest and the largest lag between the streams of the queries and those of
+        the keys.
+      q_block, k_block: cells of a block of queries and of keys.
+
+    Returns: [B, query blocks, key blocks] int8: EMPTY where no query sees an earlier key, FULL
+      where each query sees all keys, else PARTIAL.
     """
-    q_row, q_segment, q_all = _extent(queries, q_block)
-    k_row, k_segment, k_all = _extent(keys, k_block)
+    q_row, q_segment, q_all = _extents(queries, q_block)
+    k_row, k_segment, k_all = _extents(keys, k_block)
     q_row, q_segment, q_all = ([x[:, :, None] for x in pair] for pair in (q_row, q_segment, q_all))
     k_row, k_segment, k_all = ([x[:, None] for x in pair] for pair in (k_row, k_segment, k_all))
     (q_low, q_high), (k_low, k_high) = q_row, k_row
@@ -57,20 +74,25 @@ def block_map(queries: FlatCells, keys: FlatCells, least, most, q_block: int, k_
     return jnp.where(full, FULL, jnp.where(some, PARTIAL, EMPTY)).astype(jnp.int8)
 
 
-def _extent(cells: FlatCells, block: int):
-    """By block, [B, blocks] each: (lowest, highest) row of the cells that are here; of their segments; (all here,)."""
+def _extents(cells: FlatCells, block: int) -> tuple[tuple[jax.Array, ...], ...]:
+    """Of each block: (lowest, highest) row of the cells that are here, the same of their segments,
+    (all are here,).
+
+    [B, blocks] each.
+    """
     batch, length = cells.here.shape
 
-    def blocks(x):
+    def blocks(x: jax.Array) -> jax.Array:
         return jnp.broadcast_to(x, (batch, length)).reshape(batch, length // block, block)
 
     here = blocks(cells.here)
 
-    # A block without such a cell is lower than nothing and higher than nothing.
-    def low(x):
+    # In a block without such a cell, the lowest is above everything and the highest below
+    # everything.
+    def low(x: jax.Array) -> jax.Array:
         return jnp.where(here, blocks(x), NEVER).min(2)
 
-    def high(x):
+    def high(x: jax.Array) -> jax.Array:
         return jnp.where(here, blocks(x), -NEVER).max(2)
 
     return (

@@ -1,7 +1,8 @@
-"""Attention on CPUs: two kernels in C++ (msllm/native/attention.cc), O(L) memory.
+"""Attention on CPUs: two kernels in C++ (msllm/kernels/cpu/attention.cc), O(L) memory, float32.
 
-FlashAttention (Dao et al. 2022, arXiv 2205.14135) in blocks of cells as small as a core's caches, of which those that the
-rule or the segments exclude are skipped, as in `chunked`; the products run at the rate of the machine's large ones.
+FlashAttention (Dao et al. 2022, arXiv 2205.14135) in blocks of cells that fit into a core's caches.
+Blocks that visibility or segments exclude are skipped, as in `chunked`. The products run at the
+rate of the machine's large ones.
 """
 
 from __future__ import annotations
@@ -11,113 +12,129 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from msllm.kernels import cpu as cpu_kernels
-from msllm.model.attention.backend import Case
-from msllm.streams import NEVER, Cells
+from msllm.model.attention.backend import Backend, Case
+from msllm.streams import NEVER, Cells, Visibility
 
-BLOCK_CELLS = 160  # about as many in a block of keys: small enough for a core's cache
-LANES = 16  # of the widest vectors; a block holds whole ones
+BLOCK_CELLS = 160  # about this many in a block of keys: small enough for a core's cache
+LANES = 16  # of the widest vectors; a block holds a multiple of them
+
+# What the kernels need of a `Visibility`, see `_cell_vectors`.
+CellVectors = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def declines(case: Case) -> str | None:
-    """Why `native_attention` is not for this case; None if it is."""
+    """Why this machine's kernels cannot do what `case` asks; None if they can."""
     if case.dtype != "float32":
         return f"it computes in float32, and the model in {case.dtype}"
     return cpu_kernels.unavailable_reason()
 
 
-def native_attention(q, k, v, q_cells: Cells, k_cells: Cells, lag, q_streams):
-    """As `reference_attention`, without ever holding [L, L]; same arguments, float32. Differentiable in q, k and v."""
-    return _attention(q, k, v, _rule(q_cells, k_cells, jnp.asarray(lag), q_streams, 0))
+def cpu_attention(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility) -> jax.Array:
+    """As `reference_attention`, in float32 and without ever holding [L, L]."""
+    return _attention(q, k, v, _cell_vectors(visibility))
 
 
-def forward_part(q, k, v, q_cells: Cells, k_cells: Cells, lag, q_streams, k_start):
-    """Output, and log-sum-exp [B, T, Sq, N], over keys of some streams only, from `k_start` on (ring.py)."""
-    return _outputs(q, k, v, _rule_of_part(k, q_cells, k_cells, lag, q_streams, k_start))
+def forward_part(
+    q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility
+) -> tuple[jax.Array, jax.Array]:
+    """Output, and log-sum-exp [B, T, Sq, N], over keys of some streams only (see `Backend`)."""
+    return _outputs(q, k, v, _cell_vectors(visibility))
 
 
-def backward_part(q, k, v, q_cells, k_cells, lag, q_streams, k_start, out, lse, d_out):
-    """Gradients of q, k and v through these keys, given output and log-sum-exp over all keys."""
-    return _gradients(
-        (q, k, v, _rule_of_part(k, q_cells, k_cells, lag, q_streams, k_start), out, lse), d_out
-    )[:3]
+def backward_part(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visibility: Visibility,
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of q, k and v through these keys, given output and log-sum-exp over all keys (see
+    `Backend`).
+    """
+    return _backward((q, k, v, _cell_vectors(visibility), out, lse), d_out)[:3]
 
 
-def _rule_of_part(k, q_cells, k_cells, lag, q_streams, k_start):
-    k_start = q_streams[0] if k_start is None else k_start
-    lag = jax.lax.dynamic_slice_in_dim(jnp.asarray(lag), k_start, k.shape[2], axis=1)
-    return _rule(q_cells, k_cells, lag, q_streams, k_start)
+def _cell_vectors(visibility: Visibility) -> CellVectors:
+    """Row and segment of each query [B, Lq] and of each key [B, Lk], padded to blocks; lags [Sq,
+    Sk] of the streams; and which stream of the keys each stream of the queries is, [Sq]. All int32.
 
+    Absent queries and unseen keys get segments of their own, -2 and -1, so that they match nothing.
+    """
+    queries, keys, lags = visibility.queries, visibility.keys, visibility.pair_lags()
+    missing = -keys.row.shape[1] * lags.shape[1] % _block_cells(lags.shape[1])
 
-def _rule(q_cells: Cells, k_cells: Cells, lag, q_streams, k_start):
-    """What the kernels must know of the cells, by cell: row and segment of queries and keys; lag [Sq, Sk], and which
-    stream of the keys each stream of the queries is."""
+    def rows(cells: Cells) -> jax.Array:
+        return _flat(jnp.broadcast_to(cells.row[..., None], cells.present.shape))
 
-    def flat(x):
-        return x.reshape(x.shape[0], -1)
+    def segments(cells: Cells, used: jax.Array, unused_segment: int) -> jax.Array:
+        return _flat(jnp.where(used, cells.segment[..., None], unused_segment))
 
-    def rows(cells):
-        return flat(jnp.broadcast_to(cells.row[..., None], cells.present.shape))
-
-    # An absent query and an unseen key get different segments, which no other cell has.
-    def segments(cells, there, nowhere):
-        return flat(jnp.where(there, cells.segment[..., None], nowhere))
-
-    missing = -k_cells.row.shape[1] * lag.shape[1] % _block(lag.shape[1])
-
-    def fill_up(x, value):
+    def pad(x: jax.Array, value: int) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, missing)), constant_values=value)
 
-    keys = fill_up(rows(k_cells), NEVER - 1), fill_up(segments(k_cells, k_cells.seen, -1), -1)
+    key_rows, key_segments = pad(rows(keys), NEVER - 1), pad(segments(keys, keys.seen, -1), -1)
     return (
-        rows(q_cells),
-        segments(q_cells, q_cells.present, -2),
-        *keys,
-        lag[q_streams],
-        (q_streams - k_start).astype(jnp.int32),
+        rows(queries),
+        segments(queries, queries.present, -2),
+        key_rows,
+        key_segments,
+        lags,
+        (visibility.query_streams - visibility.first_key_stream).astype(jnp.int32),
     )
 
 
-def _block(streams: int) -> int:
-    """Cells of a block of keys: whole rows, and whole vectors."""
+def _block_cells(streams: int) -> int:
+    """Cells of a block of keys: full rows, and a multiple of LANES."""
     return max(1, BLOCK_CELLS // (streams * LANES)) * streams * LANES
 
 
-def _flat(*arrays):
+def _flat(x: jax.Array) -> jax.Array:
     """[B, T, S, ...] -> [B, L, ...]."""
-    return (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in arrays)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _turned(x):
+def _transposed_blocks(x: jax.Array) -> jax.Array:
     """Keys or values [B, T, S, K, H] -> [B, K, blocks, H, cells of a block]."""
-    (flat,), block = _flat(x), _block(x.shape[2])
+    flat, block = _flat(x), _block_cells(x.shape[2])
     flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % block), (0, 0), (0, 0)))
     return flat.reshape(flat.shape[0], -1, block, *flat.shape[2:]).transpose(0, 3, 1, 4, 2)
 
 
-def _shaped(*shapes):
+def _float32(*shapes: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
     return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
 
 
-def _outputs(q, k, v, rule):
-    return jax.ffi.ffi_call("msllm_attention", _shaped(q.shape, q.shape[:-1]))(
-        *_flat(q, v), _turned(k), *rule
-    )
+def _outputs(q: jax.Array, k: jax.Array, v: jax.Array, cells: CellVectors):
+    """Output [B, T, Sq, N, H] and log-sum-exp [B, T, Sq, N]."""
+    call = jax.ffi.ffi_call("msllm_attention", _float32(q.shape, q.shape[:-1]))
+    return call(_flat(q), _flat(v), _transposed_blocks(k), *cells)
 
 
 @jax.custom_vjp
-def _attention(q, k, v, rule):
-    return _forward(q, k, v, rule)[0]
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array, cells: CellVectors) -> jax.Array:
+    return _forward(q, k, v, cells)[0]
 
 
-def _forward(q, k, v, rule):
-    out, lse = (checkpoint_name(x, "attention") for x in _outputs(q, k, v, rule))
-    return out, (q, k, v, rule, out, lse)
+def _forward(q, k, v, cells):
+    out, lse = (checkpoint_name(x, "attention") for x in _outputs(q, k, v, cells))
+    return out, (q, k, v, cells, out, lse)
 
 
-def _gradients(saved, d_out):
-    q, k, v, rule, out, lse = saved
-    call = jax.ffi.ffi_call("msllm_attention_gradients", _shaped(q.shape, k.shape, v.shape))
-    return *call(*_flat(q, k), _turned(k), *rule, _turned(v), out, lse, d_out), None
+def _backward(saved, d_out):
+    q, k, v, cells, out, lse = saved
+    call = jax.ffi.ffi_call("msllm_attention_gradients", _float32(q.shape, k.shape, v.shape))
+    flat = (_flat(q), _flat(k), _transposed_blocks(k))
+    return *call(*flat, *cells, _transposed_blocks(v), out, lse, d_out), None
 
 
-_attention.defvjp(_forward, _gradients)
+_attention.defvjp(_forward, _backward)
+
+BACKEND = Backend(
+    "cpu",
+    cpu_attention,
+    forward_part=forward_part,
+    backward_part=backward_part,
+    declines=declines,
+)

@@ -1,22 +1,26 @@
-"""Attention on TPUs, by the splash-attention kernels that come with jax (Pallas; a FlashAttention-2 that skips blocks).
+"""Attention on TPUs, by the splash-attention kernels that come with jax: a FlashAttention-2 in
+Pallas that skips blocks.
 
-The kernels take one axis of queries and one of keys, a segment id of each, and a predicate on (an int32 code of the
-query, the index of the key). The rule of `visible()` is cut in two to fit that:
+The kernels take one axis of queries and one of keys, a segment id of each, and a predicate on an
+int32 code of the query and the index of the key. To fit that, `visible()` is split in two:
 
-- earlier: the pairs that a lag admits. The segment ids carry what differs from table to table: a query that is absent
-  and a key that others may not see get ids that nobody shares. The code carries the query's row and what its stream
-  reads.
-- itself: one pair per query, plain XLA. A cell that keeps silent is hidden from all others but sees itself, which no
-  segment id can express.
+- Earlier keys: the pairs that a lag admits. The segment ids carry what differs from table to table:
+  an absent query and an unseen key get ids that nothing shares. The code carries the query's row
+  and which streams its stream sees.
+- The query's own key: one pair per query, in plain XLA. A silent cell may be hidden from all
+  others, but it sees itself, which no segment id can express.
 
-Both parts are merged by their log-sum-exp, and the backward kernels are given the merged output and log-sum-exp: the
-gradient of one softmax over both. All tables of a batch lie behind one another on the axis of the kernels, and each
-block of queries goes through the key blocks of its own table only: the grid is as if each table had a call of its own.
+Both parts are merged by their log-sum-exp. The backward kernels are given the merged output and
+log-sum-exp, so that they compute the gradient of one softmax over both parts.
+
+All tables of a batch lie one after another on the axis of the kernels. Each block of queries visits
+the key blocks of its own table only, so the grid is as if each table had a call of its own.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,60 +31,66 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-from msllm.model.attention.backend import Case
+from msllm.model.attention.backend import Backend, Case
 from msllm.model.attention.blocks import EMPTY, block_map, flatten
-from msllm.streams import Cells
+from msllm.streams import Cells, Visibility
 
 LANES = 128  # of a TPU's vector registers: the kernels' blocks are multiples of it
-# Segment ids of a query and of a key that take no part; real ones are >= 0.
-NO_QUERY, NO_KEY = -1, -2
+NO_QUERY, NO_KEY = -1, -2  # segment ids of absent queries and unseen keys; real ones are >= 0
 
 
 class Blocks(NamedTuple):
-    """Cells of a block of queries and of keys, in the forward and in the backward kernels."""
+    """Cells of a block of queries and of a block of keys, in the forward and in the backward
+    kernels.
+    """
 
     q: int
     k: int
 
 
-# By the start of the device kind; the longest that fits counts. Forward, a block of q queries does q floating-point
-# operations for each byte of keys and values that it loads (in bfloat16), which should be well above the chip's ratio
-# of peak rate and memory bandwidth: 229 for v4, 240 for v5e, 166 for v5p, 560 for v6e, 312 for v7x. Beyond that,
-# smaller blocks skip more between packed examples. All compile forward and backward; 2048 x 2048 runs out of vector
+# By the start of the device kind; the longest entry that fits counts. In the forward pass a block
+# of q queries does q floating-point operations for each byte of keys and values that it loads (in
+# bfloat16). This should be well above the chip's ratio of peak rate and memory bandwidth: 229 for
+# v4, 240 for v5e, 166 for v5p, 560 for v6e, 312 for v7x. Beyond that, smaller blocks skip more
+# between packed examples. All of these compile forward and backward; 2048 x 2048 runs out of vector
 # memory on v4, v5e and v5p. From data sheets and compiled programs, not from timings.
 BLOCKS = {
     "TPU": Blocks(512, 512),
     "TPU v6 lite": Blocks(1024, 512),
 }
-# Entries of the map of blocks of one call, 5 bytes each, in scalar memory. So many compile for all generations: one
-# table of 131,072 cells in blocks of 512, or 256 of 8,192. A larger batch is cut into several calls.
+# Entries of one call's map of blocks, 5 bytes each, in scalar memory. This many compile for all
+# generations: one table of 131,072 cells in blocks of 512, or 256 tables of 8,192. A larger batch
+# is cut into several calls.
 MAP_ENTRIES = 1 << 16
 MAX_HEAD_DIM = 256  # the largest that was compiled in float32 as well
 
 
 def blocks_for(device_kind: str) -> Blocks:
     """The blocks for a TPU, by the name that the runtime gives it."""
-    return BLOCKS[
-        max((kind for kind in BLOCKS if device_kind.startswith(kind)), key=len, default="TPU")
-    ]
+    fitting = (kind for kind in BLOCKS if device_kind.startswith(kind))
+    return BLOCKS[max(fitting, key=len, default="TPU")]
 
 
 def declines(case: Case) -> str | None:
-    """Why the kernels cannot do what `case` asks; None if they can."""
-    if case.platform != "tpu":
-        return f"it needs a TPU, and this is a {case.platform}"
+    """Why the kernels cannot do what `case` asks of a TPU; None if they can."""
     if case.dtype not in ("bfloat16", "float32"):
         return f"it computes in bfloat16 or float32, and the model in {case.dtype}"
     if case.head_dim > MAX_HEAD_DIM:
         return f"it needs a head_dim of at most {MAX_HEAD_DIM}, and this is {case.head_dim}"
     if case.heads % case.kv_heads:
-        return f"it needs as many query heads for each key head, and there are {case.heads} for {case.kv_heads}"
+        return (
+            "it needs the same number of query heads for each key head, and there are "
+            f"{case.heads} for {case.kv_heads}"
+        )
     blocks = blocks_for(case.device_kind)
-    (q_block, q_length), (k_block, k_length) = _cuts(
+    (q_block, q_length), (k_block, k_length) = _even_blocks(
         case.rows, case.q_streams, case.streams, blocks
     )
     if not _fits(1, q_length // q_block, k_length // k_block, k_length):
-        return f"{case.rows} rows of {case.streams} streams make more blocks than the scalar memory of a TPU can map"
+        return (
+            f"{case.rows} rows of {case.streams} streams make more blocks than the scalar memory "
+            "of a TPU can map"
+        )
     return None
 
 
@@ -90,272 +100,310 @@ def options(case: Case) -> dict[str, Any]:
 
 
 def splash_attention(
-    q,
-    k,
-    v,
-    q_cells: Cells,
-    k_cells: Cells,
-    lag,
-    q_streams,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visibility: Visibility,
     *,
     interpret: bool = False,
     blocks: Blocks | None = None,
-):
-    """As `reference_attention`, by TPU kernels: O(L) memory, forward and backward. Same arguments and result, but
+) -> jax.Array:
+    """As `reference_attention`, by TPU kernels: O(L) memory, forward and backward.
 
     Args:
-      q_cells, k_cells: rows 0 .. T - 1 of the same tables; the keys are all S streams of the rows of the queries.
-      lag: [S, S] int32, numpy: it is compiled into the kernels.
-      q_streams: [Sq] int32, each at most once; may be traced.
+      q: [B, T, Sq, N, H]. k, v: [B, T, S, K, H].
+      visibility: of rows 0 .. T - 1 of the same tables, with keys of all S streams. `lag` is a
+        NumPy array, since it is compiled into the kernels; `query_streams` holds each stream at
+        most once.
       interpret: run the kernels on any device, slowly.
-      blocks: of `blocks_for(device_kind)`; multiples of 128. Smaller ones are taken where they fill up better.
+      blocks: from `blocks_for(device_kind)`; multiples of 128. Smaller ones are taken where they
+        waste less.
+
+    Returns: [B, T, Sq, N, H] in q's dtype.
     """
-    plan, static, by_tables = _setup(q, k, lag, interpret, blocks)
+    plan, static, by_tables = _setup(q, k, visibility, interpret, blocks)
 
     def attend(q, k, v, *cells):
-        return _attention(q, k, v, plan(*cells, q_streams, 0), static)
+        return _attention(q, k, v, plan(*cells), static)
 
-    return by_tables(attend, q, k, v, q_cells, k_cells)
+    return by_tables(attend, q, k, v, visibility.queries, visibility.keys)
 
 
 def forward_part(
-    q,
-    k,
-    v,
-    q_cells: Cells,
-    k_cells: Cells,
-    lag,
-    q_streams,
-    k_start,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visibility: Visibility,
     *,
-    interpret=False,
-    blocks=None,
-):
-    """Output, and log-sum-exp [B, T, Sq, N], over keys of some streams only, from `k_start` on (ring.py)."""
-    plan, static, by_tables = _setup(q, k, lag, interpret, blocks)
+    interpret: bool = False,
+    blocks: Blocks | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Output, and log-sum-exp [B, T, Sq, N], over keys of some streams only (see `Backend`)."""
+    plan, static, by_tables = _setup(q, k, visibility, interpret, blocks)
 
     def outputs(q, k, v, *cells):
-        if k_start is None:
-            out, lse, _ = _outputs(q, k, v, plan(*cells, q_streams, q_streams[0]), static)
+        planned = plan(*cells)
+        if visibility.key_offset is None:  # the queries' own keys are among these
+            out, lse, _ = _outputs(q, k, v, planned, static)
         else:
-            early = plan(*cells, q_streams, k_start)
-            out, lse = _run_forward(*_operands(q, k, v, early)[0], early, static)
-        return _unline(out.astype(q.dtype), q.shape), _unline(lse, q.shape[:-1])
+            out, lse = _run_forward(*_operands(q, k, v, planned)[0], planned, static)
+        return _from_kernel_axis(out.astype(q.dtype), q.shape), _from_kernel_axis(lse, q.shape[:-1])
 
-    return by_tables(outputs, q, k, v, q_cells, k_cells)
+    return by_tables(outputs, q, k, v, visibility.queries, visibility.keys)
 
 
 def backward_part(
-    q,
-    k,
-    v,
-    q_cells: Cells,
-    k_cells: Cells,
-    lag,
-    q_streams,
-    k_start,
-    out,
-    lse,
-    d_out,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visibility: Visibility,
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
     *,
-    interpret=False,
-    blocks=None,
-):
-    """Gradients of q, k and v through these keys, given output and log-sum-exp over all keys."""
-    plan, static, by_tables = _setup(q, k, lag, interpret, blocks)
+    interpret: bool = False,
+    blocks: Blocks | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of q, k and v through these keys, given output and log-sum-exp over all keys (see
+    `Backend`).
+    """
+    plan, static, by_tables = _setup(q, k, visibility, interpret, blocks)
 
     def gradients(q, k, v, q_cells, k_cells, out, lse, d_out):
-        planned = plan(q_cells, k_cells, q_streams, q_streams[0] if k_start is None else k_start)
-        out, lse = (_line(x, planned.q_segment.size // q.shape[0]) for x in (out, lse))
-        itself = None
-        if k_start is None:
+        planned = plan(q_cells, k_cells)
+        out, lse = (_to_kernel_axis(x, planned.q_segment.size // q.shape[0]) for x in (out, lse))
+        own_weight = None
+        if visibility.key_offset is None:
             (scaled, *_), (own_k, _) = _operands(q, k, v, planned)
-            itself = jnp.exp(_own_scores(scaled, own_k, planned) - _grouped(lse, k.shape[3]))
-        return _backward(static, (q, k, v, planned, out, lse, itself), d_out)[:3]
+            own_weight = jnp.exp(_own_scores(scaled, own_k, planned) - _grouped(lse, k.shape[3]))
+        return _backward(static, (q, k, v, planned, out, lse, own_weight), d_out)[:3]
 
-    return by_tables(gradients, q, k, v, q_cells, k_cells, out, lse, d_out)
+    return by_tables(gradients, q, k, v, visibility.queries, visibility.keys, out, lse, d_out)
 
 
-def _setup(q, k, lag, interpret: bool, blocks: Blocks | None):
-    """(q_cells, k_cells, q_streams, k_start) -> _Plan; what the kernels are compiled for; and a function that calls
-    another with as many tables of each array at a time as the kernels can take."""
+class _Static(NamedTuple):
+    """What the kernels are compiled for."""
+
+    sees: Callable  # see `_Predicate`
+    blocks: Blocks
+    interpret: bool
+
+
+def _setup(
+    q: jax.Array, k: jax.Array, visibility: Visibility, interpret: bool, blocks: Blocks | None
+) -> tuple[Callable[[Cells, Cells], _Plan], _Static, Callable]:
+    """What the three functions above share.
+
+    Returns: (plan, static, by_tables). `plan` makes a _Plan of cells of queries and of keys.
+      `by_tables(function, *arrays)` calls a function with as many tables of each array at a time as
+      the kernels can take.
+    """
     batch, rows, q_size = q.shape[:3]
-    lag, rows_of_keys = np.asarray(lag), k.shape[1]
+    lag, rows_of_keys, k_size = np.asarray(visibility.lag), *k.shape[1:3]
     if rows_of_keys != rows:
         raise ValueError(
             f"the queries have {rows} rows and the keys {rows_of_keys}: they must be the same rows"
         )
-    blocks = blocks or BLOCKS["TPU"]
-    (q_block, q_length), (k_block, k_length) = _cuts(rows, q_size, k.shape[2], blocks)
-    blocks, per_table = (
-        Blocks(q_block, k_block),
-        (q_length // q_block, k_length // k_block, k_length),
+    (q_block, q_length), (k_block, k_length) = _even_blocks(
+        rows, q_size, k_size, blocks or BLOCKS["TPU"]
     )
+    per_table = (q_length // q_block, k_length // k_block, k_length)
     tables = next(
         n for n in range(batch, 0, -1) if n == 1 or batch % n == 0 and _fits(n, *per_table)
     )
-    rule = _make_rule(lag, rows, tables, k.shape[2], k_length)
-    plan = functools.partial(
-        _plan, lag=lag, rule=rule, blocks=blocks, q_length=q_length, k_length=k_length
-    )
+    predicate = _make_predicate(lag, rows, tables, k_size, k_length)
+    blocks = Blocks(q_block, k_block)
+
+    def plan(q_cells: Cells, k_cells: Cells) -> _Plan:
+        part = visibility._replace(queries=q_cells, keys=k_cells)
+        return _plan(part, predicate, blocks, q_length, k_length)
 
     def by_tables(function, *arrays):
         if tables == batch:
             return function(*arrays)
         calls = jax.tree.map(lambda x: x.reshape(-1, tables, *x.shape[1:]), arrays)
-        return jax.tree.map(
-            lambda x: x.reshape(batch, *x.shape[2:]), lax.map(lambda call: function(*call), calls)
-        )
+        results = lax.map(lambda call: function(*call), calls)
+        return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), results)
 
-    return plan, (rule.sees, blocks, interpret), by_tables
+    return plan, _Static(predicate.sees, blocks, interpret), by_tables
 
 
-def _cuts(rows: int, q_streams: int, k_streams: int, blocks: Blocks) -> list[tuple[int, int]]:
-    """(block, padded length) of queries and of keys: the number of blocks that `blocks` asks for, evenly filled."""
-    cuts = []
+def _even_blocks(
+    rows: int, q_streams: int, k_streams: int, blocks: Blocks
+) -> list[tuple[int, int]]:
+    """(block, padded length) of queries and of keys: as many blocks as `blocks` needs, evenly
+    filled.
+    """
+    sizes = []
     for cells, block in zip((rows * q_streams, rows * k_streams), blocks):
         count = -(-cells // block)
         block = -(-cells // (count * LANES)) * LANES
-        cuts.append((block, count * block))
-    return cuts
+        sizes.append((block, count * block))
+    return sizes
 
 
 def _fits(tables: int, q_blocks: int, k_blocks: int, k_length: int) -> bool:
-    """Whether one call can do so many tables: their map fits into scalar memory, and their keys can be counted."""
+    """Whether one call can do this many tables: scalar memory holds their map, and their keys can
+    be counted.
+    """
     return tables * q_blocks * k_blocks <= MAP_ENTRIES and tables * k_length < EXACT
 
 
-# --- the rule as a predicate on (code of the query, index of the key) ---
+# --- visibility as a predicate on (code of the query, index of the key) ---
 
 
-class _Rule(NamedTuple):
-    encode: Any  # (row [Lq], stream [Lq], table [], first stream of the keys []) -> code [Lq] int32
-    sees: Any  # (code, index of the key on the kernels' axis) -> bool, elementwise, in the kernel
+class _Predicate(NamedTuple):
+    """The pairs that the lag matrix admits.
+
+    Attributes:
+      encode: (row [Lq], stream [Lq], table [], first stream of the keys []) -> code [Lq], all
+        int32.
+      sees: (code, index of the key on the kernels' axis) -> bool, elementwise, inside the kernel.
+    """
+
+    encode: Callable
+    sees: Callable
 
 
-def _make_rule(lag: np.ndarray, rows: int, tables: int, size: int, k_length: int) -> _Rule:
-    """The pairs that `lag` admits (`visible()` without "itself"), in the cheapest of three forms that can say it.
+def _make_predicate(
+    lag: np.ndarray, rows: int, tables: int, size: int, k_length: int
+) -> _Predicate:
+    """The pairs that `lag` admits (`visible()` without a cell's own key), in the cheapest form that
+    can express it.
 
-    `tables` tables of `k_length` keys each lie on the kernels' axis, of `size` streams: all, or one of equal parts.
+    Args:
+      lag: [S, S] int32. rows: T.
+      tables: how many lie on the kernels' axis, `k_length` keys each.
+      size: streams of the keys: all S, or one of several equal parts of them.
     """
     lags = np.unique(np.minimum(lag, rows))  # a lag of all rows is never reached
     finite = lags[lags < rows]
     if len(lags) == 1:
-        # All streams alike: the keys before the first row that is too near.
+        # All streams have the same lag: the visible keys are those before the first row that is too
+        # near.
         def limit(row, stream, table, start):
             return table * k_length + jnp.maximum(row - lags[0] + 1, 0) * size
 
-        return _Rule(limit, lambda code, key: key < code)
+        return _Predicate(limit, lambda code, key: key < code)
 
-    def place(key):
-        """(row, stream) of a key in its table."""
+    def row_and_stream(key):
+        """Of a key in its table."""
         if tables > 1:
             key = key - _quotient(key, k_length) * k_length
         row = _quotient(key, size)
         return row, key - row * size
 
     if len(finite) == 1 and rows.bit_length() + size <= 31:
-        # One lag, but some streams are not read: one bit for each stream that is.
-        read = jnp.asarray(
-            ((lag == finite[0]).reshape(lag.shape[0], -1, size) << np.arange(size)).sum(2),
-            jnp.int32,
-        )
+        # One lag, and some streams are never seen: one bit for each stream that is.
+        members = (lag == finite[0]).reshape(lag.shape[0], -1, size) << np.arange(size)
+        seen_streams = jnp.asarray(members.sum(2), jnp.int32)
 
         def encode(row, stream, table, start):
-            return jnp.maximum(row - finite[0] + 1, 0) << size | read[stream, start // size]
+            reach = jnp.maximum(row - finite[0] + 1, 0)
+            return reach << size | seen_streams[stream, start // size]
 
         def sees(code, key):
-            row, stream = place(key)
+            row, stream = row_and_stream(key)
             return (row < code >> size) & ((code >> stream) & 1 == 1)
 
-        return _Rule(encode, sees)
+        return _Predicate(encode, sees)
 
-    # Any lags: the most frequent one, and each pair of streams that differs from it, by comparison.
+    # Any lags: the most frequent one, and by comparison each pair of streams that differs from it.
     bits = max(lag.size // size - 1, 1).bit_length()
     values, counts = np.unique(lag, return_counts=True)
     usual = int(values[counts.argmax()])
     by_part = lag.reshape(lag.shape[0], -1, size).swapaxes(0, 1)  # [part of the keys, S, size]
     others = [(pair, int(value)) for pair, value in enumerate(by_part.ravel()) if value != usual]
 
-    def sees(code, key):
-        row, stream = place(key)
+    def encode_pair(row, stream, table, start):
+        return row << bits | start // size * lag.shape[0] + stream
+
+    def sees_pair(code, key):
+        row, stream = row_and_stream(key)
         pair = (code & (1 << bits) - 1) * size + stream
         between = jnp.full_like(code, usual)
         for other, value in others:
             between = jnp.where(pair == other, value, between)
         return row <= (code >> bits) - between
 
-    return _Rule(
-        lambda row, stream, table, start: row << bits | start // size * lag.shape[0] + stream, sees
-    )
+    return _Predicate(encode_pair, sees_pair)
 
 
 EXACT = 1 << 22  # `_quotient` is exact below this
 
 
-def _quotient(x, divisor: int):
-    """x // divisor for int32 0 <= x < EXACT. TPUs have no integer division: a shift, or one float32 product.
+def _quotient(x: jax.Array, divisor: int) -> jax.Array:
+    """x // divisor for int32 0 <= x < EXACT. TPUs have no integer division: a shift, or one float32
+    product.
 
-    x + 0.5 is at least 0.5 / divisor away from a multiple, relative to which the product is off by less than 2^-23 x.
+    x + 0.5 is at least 0.5 / divisor away from a multiple, relative to which the product is off by
+    less than 2^-23 x.
     """
     if divisor & (divisor - 1) == 0:
         return x >> (divisor.bit_length() - 1)
     return ((x.astype(jnp.float32) + 0.5) * np.float32(1 / divisor)).astype(jnp.int32)
 
 
-# --- what the kernels are told about a batch ---
+# --- what the kernels need besides q, k and v ---
 
 
 class _Plan(NamedTuple):
-    """Everything about a batch of tables but q, k and v; B tables on one axis of B * Lq queries and B * Lk keys."""
+    """The cells of B tables for the kernels, whose axes hold B * Lq queries and B * Lk keys.
 
-    code: jax.Array  # [B * Lq] int32
-    q_segment: jax.Array  # [B * Lq] int32
-    k_segment: jax.Array  # [B * Lk] int32
-    forward: tuple[
-        jax.Array, jax.Array
-    ]  # key block to load, kind of block: [1, B * query blocks, key blocks]
-    backward: tuple[
-        jax.Array, jax.Array
-    ]  # query block to load, kind of block: [1, query blocks, B * key blocks]
-    apart: jax.Array  # [B * Lq] bool: the query does not see itself among the earlier keys
-    own: (
-        jax.Array
-    )  # [Sq] int32: where the streams of the queries are among those of the keys, if they are
+    Attributes:
+      code: [B * Lq] int32, see `_Predicate`.
+      q_segment, k_segment: [B * Lq] and [B * Lk] int32.
+      forward: (key block to load, kind of block), [1, B * query blocks, key blocks] each.
+      backward: (query block to load, kind of block), [1, query blocks, B * key blocks] each.
+      without_own: [B * Lq] bool, the query's own key is not among its earlier keys.
+      own: [Sq] int32, the column of the keys that holds each stream of the queries, if one does.
+    """
+
+    code: jax.Array
+    q_segment: jax.Array
+    k_segment: jax.Array
+    forward: tuple[jax.Array, jax.Array]
+    backward: tuple[jax.Array, jax.Array]
+    without_own: jax.Array
+    own: jax.Array
 
 
-def _plan(q_cells, k_cells, q_streams, k_start, *, lag, rule, blocks, q_length, k_length) -> _Plan:
+def _plan(
+    visibility: Visibility, predicate: _Predicate, blocks: Blocks, q_length: int, k_length: int
+) -> _Plan:
+    """The plan of one call; Lq is `q_length` and Lk is `k_length`, multiples of the blocks."""
+    q_cells, k_cells = visibility.queries, visibility.keys
     batch, rows, q_size = q_cells.present.shape
-    q_streams, k_start = jnp.asarray(q_streams, jnp.int32), jnp.asarray(k_start, jnp.int32)
+    q_streams = jnp.asarray(visibility.query_streams, jnp.int32)
+    k_start = jnp.asarray(visibility.first_key_stream, jnp.int32)
     row = jnp.arange(rows, dtype=jnp.int32)
     queries = flatten(row, q_cells.segment, q_cells.present, q_length)
     keys = flatten(row, k_cells.segment, k_cells.seen, k_length)
-    lags = lax.dynamic_slice_in_dim(jnp.asarray(lag), k_start, k_cells.seen.shape[2], axis=1)[
-        q_streams
-    ]
+    lags = visibility.pair_lags()
     kinds = block_map(queries, keys, lags.min(), lags.max(), *blocks)
 
     stream = jnp.pad(jnp.tile(q_streams, rows), (0, q_length - rows * q_size))
-    code = jax.vmap(lambda table: rule.encode(queries.row, stream, table, k_start))(
+    code = jax.vmap(lambda table: predicate.encode(queries.row, stream, table, k_start))(
         jnp.arange(batch)
     )
     own = q_streams - k_start
-    seen_itself = (
-        q_cells.present & k_cells.seen[:, :, own] & jnp.asarray(np.diagonal(lag) <= 0)[q_streams]
-    )
+    sees_own_row = jnp.asarray(np.diagonal(visibility.lag) <= 0)[q_streams]
+    own_is_earlier = q_cells.present & k_cells.seen[:, :, own] & sees_own_row
     return _Plan(
         code=code.reshape(-1),
         q_segment=jnp.where(queries.here, queries.segment, NO_QUERY).reshape(-1),
         k_segment=jnp.where(keys.here, keys.segment, NO_KEY).reshape(-1),
         forward=_forward_order(kinds),
         backward=_backward_order(kinds),
-        apart=~flatten(row, q_cells.segment, seen_itself, q_length).here.reshape(-1),
+        without_own=~flatten(row, q_cells.segment, own_is_earlier, q_length).here.reshape(-1),
         own=own,
     )
 
 
-def _following(active, places, axis: int):
-    """Along an axis: the place of the first active entry from here on; past the last one, of the first of all."""
+def _next_active(active: jax.Array, places: Callable, axis: int) -> jax.Array:
+    """Along an axis: the place of the first active entry from here on; past the last one, of the
+    first of all.
+    """
     size = active.shape[axis]
     index = lax.broadcasted_iota(jnp.int32, active.shape, axis)
     ahead = lax.cummin(jnp.where(active, index, size), axis=axis, reverse=True)
@@ -363,70 +411,83 @@ def _following(active, places, axis: int):
     return places(jnp.where(ahead < size, ahead, first) % size)
 
 
-def _forward_order(kinds):
-    """(key block to load, kind) of each step. A step with nothing to compute already loads what the next one needs."""
+def _forward_order(kinds: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(key block to load, kind) of each step, from kinds [B, query blocks, key blocks].
+
+    A step with nothing to compute already loads the block that the next step needs.
+    """
     batch, q_blocks, k_blocks = kinds.shape
-    steps = kinds.reshape(-1)  # table, query block, key block: as the kernel goes
+    steps = kinds.reshape(-1)  # table, query block, key block: the order of the kernel
 
     def place(step):
         return step // (q_blocks * k_blocks) * k_blocks + step % k_blocks
 
-    load = _following(steps != EMPTY, place, 0)
+    load = _next_active(steps != EMPTY, place, 0)
     return load.reshape(1, batch * q_blocks, k_blocks), steps.reshape(1, batch * q_blocks, k_blocks)
 
 
-def _backward_order(kinds):
-    """The same for the keys' gradients, whose kernel goes through the query blocks of each key block."""
+def _backward_order(kinds: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same for gradients of keys, whose kernel visits the query blocks of each key block."""
     batch, q_blocks, k_blocks = kinds.shape
     table = jnp.arange(batch, dtype=jnp.int32)[:, None, None]
-    load = _following(kinds != EMPTY, lambda step: table * q_blocks + step, 1)
+    load = _next_active(kinds != EMPTY, lambda step: table * q_blocks + step, 1)
     return tuple(x.swapaxes(0, 1).reshape(1, q_blocks, batch * k_blocks) for x in (load, kinds))
 
 
 # --- softmax over both parts ---
 
 
-def _line(x, length: int):
-    """[B, T, S, N, ...] -> [N, B * length, ...]: the kernels' axis, tables behind one another."""
+def _to_kernel_axis(x: jax.Array, length: int) -> jax.Array:
+    """[B, T, S, N, ...] -> [N, B * length, ...]: the kernels' axis, one table after another."""
     batch, rows, streams, heads, *rest = x.shape
     x = x.reshape(batch, rows * streams, heads, *rest)
     x = jnp.pad(x, [(0, 0), (0, length - rows * streams)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x, 2, 0).reshape(heads, batch * length, *rest)
 
 
-def _unline(x, shape):
-    """Inverse of `_line`; `shape` is that of its result."""
+def _from_kernel_axis(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Inverse of `_to_kernel_axis`; `shape` is that of its argument."""
     batch, rows, streams, heads, *rest = shape
     x = x.reshape(heads, batch, -1, *rest)[:, :, : rows * streams]
     return jnp.moveaxis(x, 0, 2).reshape(shape)
 
 
-def _operands(q, k, v, plan: _Plan):
-    """On the kernels' axis: q, scaled; k and v; each query's own k and v."""
+def _operands(q: jax.Array, k: jax.Array, v: jax.Array, plan: _Plan):
+    """On the kernels' axis: (q, scaled; k; v), and each query's own (k, v)."""
     q_length, k_length = plan.q_segment.size // q.shape[0], plan.k_segment.size // q.shape[0]
     scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
-    own = lax.optimization_barrier(tuple(_line(x[:, :, plan.own], q_length) for x in (k, v)))
-    return (_line(scaled, q_length), _line(k, k_length), _line(v, k_length)), own
+    own = (_to_kernel_axis(x[:, :, plan.own], q_length) for x in (k, v))
+    own = lax.optimization_barrier(tuple(own))
+    return (
+        _to_kernel_axis(scaled, q_length),
+        _to_kernel_axis(k, k_length),
+        _to_kernel_axis(v, k_length),
+    ), own
 
 
-def _grouped(x, kv_heads: int):
+def _grouped(x: jax.Array, kv_heads: int) -> jax.Array:
     """[N, L, ...] -> [K, N / K, L, ...]: query heads by the key head that they use."""
-    # Without the barrier, XLA keeps float32 copies of what the kernels read in bfloat16, of keys one per query head.
+    # Without this barrier XLA saves float32 copies of what the kernels read in bfloat16, and one
+    # copy of the keys per query head.
     return lax.optimization_barrier(x.reshape(kv_heads, -1, *x.shape[1:]))
 
 
-def _dot(a, b):
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """Float32 sums of products over the last axis."""
     return jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), -1)
 
 
-def _own_scores(q, own_k, plan: _Plan):
-    """[K, N / K, L] float32: each query's score with itself, -inf where the kernel has it among the earlier keys."""
-    return jnp.where(plan.apart, _dot(_grouped(q, own_k.shape[0]), own_k[:, None]), -jnp.inf)
+def _own_scores(q: jax.Array, own_k: jax.Array, plan: _Plan) -> jax.Array:
+    """[K, N / K, L] float32: each query's score with its own key; -inf where the kernel has it
+    among the earlier keys.
+    """
+    scores = _dot(_grouped(q, own_k.shape[0]), own_k[:, None])
+    return jnp.where(plan.without_own, scores, -jnp.inf)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q, k, v, plan: _Plan, static):
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array, plan: _Plan, static: _Static) -> jax.Array:
+    """[B, T, Sq, N, H] in q's dtype."""
     return _forward(q, k, v, plan, static)[0]
 
 
@@ -434,16 +495,21 @@ def _forward(q, k, v, plan, static):
     saved = jax.tree.map(
         lambda x: checkpoint_name(x, "attention"), (plan, *_outputs(q, k, v, plan, static))
     )
-    return _unline(saved[1], q.shape), (q, k, v, *saved)
+    return _from_kernel_axis(saved[1], q.shape), (q, k, v, *saved)
 
 
-def _outputs(q, k, v, plan, static):
-    """Output and log-sum-exp on the kernels' axis, and each query's own part of its softmax."""
+def _outputs(
+    q: jax.Array, k: jax.Array, v: jax.Array, plan: _Plan, static: _Static
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """On the kernels' axis: output, log-sum-exp, and the weight [K, N / K, L] of each query's own
+    key.
+    """
     operands, (own_k, own_v) = _operands(q, k, v, plan)
     early_out, early_lse = (_grouped(x, k.shape[3]) for x in _run_forward(*operands, plan, static))
     own = _own_scores(operands[0], own_k, plan)
-    # Without an earlier key, the kernel's log-sum-exp is -inf and its output not a number, or, if it met masked keys
-    # only, a huge negative number and their mean.
+    # For a query without an earlier key, the kernel's log-sum-exp is -inf and its output not a
+    # number; if it met masked keys, they are a huge negative number and the mean of the masked
+    # values.
     lse = jnp.logaddexp(early_lse, own)
     early, itself = jnp.exp(early_lse - lse)[..., None], jnp.exp(own - lse)[..., None]
     out = jnp.where(early > 0, early * early_out, 0) + itself * own_v[:, None]
@@ -452,45 +518,51 @@ def _outputs(q, k, v, plan, static):
 
 
 def _backward(static, saved, d_out):
-    q, k, v, plan, out, lse, itself = saved
+    """Gradients of q, k and v; None for the plan. `saved` and `d_out` as `jax.custom_vjp` gives
+    them.
+    """
+    q, k, v, plan, out, lse, own_weight = saved
     scale, kv_heads = q.shape[-1] ** -0.5, k.shape[3]
     operands, (own_k, own_v) = _operands(q, k, v, plan)
-    d_out = _line(d_out, out.shape[1] // q.shape[0])
-    # The part of the softmax's gradient that all keys of a query share.
-    shared = _dot(out, d_out)
-    d_q, d_k, d_v = _run_backward(*operands, lse, d_out, shared, plan, static)
-    if itself is None:  # the keys are those of other streams
+    d_out = _to_kernel_axis(d_out, out.shape[1] // q.shape[0])
+    # sum(weights * d_weights) over the keys: the term of the softmax's gradient that all keys of a
+    # query share.
+    delta = _dot(out, d_out)
+    d_q, d_k, d_v = _run_backward(*operands, lse, d_out, delta, plan, static)
+    if own_weight is None:  # these keys are those of other streams
         return (
-            _unline((d_q * scale).astype(q.dtype), q.shape),
-            _unline(d_k, k.shape),
-            _unline(d_v, k.shape),
+            _from_kernel_axis((d_q * scale).astype(q.dtype), q.shape),
+            _from_kernel_axis(d_k, k.shape),
+            _from_kernel_axis(d_v, k.shape),
             None,
         )
 
-    q_line, d_out, shared, d_q = (_grouped(x, kv_heads) for x in (operands[0], d_out, shared, d_q))
-    d_scores = itself * (_dot(d_out, own_v[:, None]) - shared)
+    q_line, d_out, delta, d_q = (_grouped(x, kv_heads) for x in (operands[0], d_out, delta, d_q))
+    d_scores = own_weight * (_dot(d_out, own_v[:, None]) - delta)
     d_q = (d_q + d_scores[..., None] * own_k[:, None]) * scale
 
     def with_own(d, own):
-        """The gradient of all keys, from the kernel, and of each query's own."""
-        own = _unline(own.astype(k.dtype), (*q.shape[:3], *k.shape[3:]))
-        return _unline(d, k.shape).at[:, :, plan.own].add(own, unique_indices=True)
+        """The gradient of all keys, from the kernel, plus that of each query's own key."""
+        own = _from_kernel_axis(own.astype(k.dtype), (*q.shape[:3], *k.shape[3:]))
+        return _from_kernel_axis(d, k.shape).at[:, :, plan.own].add(own, unique_indices=True)
 
     d_k = with_own(d_k, jnp.sum(d_scores[..., None] * q_line, 1))
-    d_v = with_own(d_v, jnp.sum(itself[..., None] * d_out, 1))
-    return _unline(d_q.astype(q.dtype), q.shape), d_k, d_v, None
+    d_v = with_own(d_v, jnp.sum(own_weight[..., None] * d_out, 1))
+    return _from_kernel_axis(d_q.astype(q.dtype), q.shape), d_k, d_v, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-# --- the kernels: all that is private to jax, which has no public way to run them backward on a given log-sum-exp ---
+# --- calls of the kernels --- All use of private functions of jax is below: it has no public way to
+# run the backward kernels on a given log-sum-exp.
 
 MASKED = kernels.DEFAULT_MASK_VALUE
 LAYOUT = kernels.QKVLayout.HEAD_DIM_MINOR
 
 
-def _mask_info(plan: _Plan, order) -> MaskInfo:
+def _mask_info(plan: _Plan, order: tuple[jax.Array, jax.Array]) -> MaskInfo:
+    """What the kernels know of their blocks; `order` is `plan.forward` or `plan.backward`."""
     load, kind = order
     return MaskInfo(
         data_next=load,
@@ -501,8 +573,13 @@ def _mask_info(plan: _Plan, order) -> MaskInfo:
     )
 
 
-def _run_forward(q, k, v, plan: _Plan, static):
-    """Output [N, B * Lq, H] and log-sum-exp [N, B * Lq] float32 over the earlier keys."""
+def _run_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, plan: _Plan, static: _Static
+) -> tuple[jax.Array, jax.Array]:
+    """Output [N, B * Lq, H] and log-sum-exp [N, B * Lq] float32 over the earlier keys.
+
+    q is [N, B * Lq, H], k and v are [K, B * Lk, H].
+    """
     sees, blocks, interpret = static
     sizes = kernels.BlockSizes(block_q=blocks.q, block_kv=blocks.k, block_kv_compute=blocks.k)
     out, (lse,) = kernels._splash_attention_forward(
@@ -523,8 +600,21 @@ def _run_forward(q, k, v, plan: _Plan, static):
     return out, lse
 
 
-def _run_backward(q, k, v, lse, d_out, shared, plan: _Plan, static):
-    """Gradients of q, k and v through the earlier keys, given log-sum-exp and `shared` [N, B * Lq] over all keys."""
+def _run_backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    delta: jax.Array,
+    plan: _Plan,
+    static: _Static,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of q, k and v through the earlier keys.
+
+    q and d_out are [N, B * Lq, H], k and v are [K, B * Lk, H]; `lse` and `delta` [N, B * Lq] are
+    over all keys.
+    """
     sees, blocks, interpret = static
     segments = kernels.SegmentIds(plan.q_segment, plan.k_segment)
     common = {
@@ -547,7 +637,7 @@ def _run_backward(q, k, v, lse, d_out, shared, plan: _Plan, static):
         None,
         lse,
         d_out,
-        shared,
+        delta,
         mask_info=_mask_info(plan, plan.forward),
         **common,
     )
@@ -559,10 +649,20 @@ def _run_backward(q, k, v, lse, d_out, shared, plan: _Plan, static):
         None,
         lse,
         d_out,
-        shared,
+        delta,
         bkv_compute=blocks.k,
         use_fused_bwd_kernel=False,
         mask_info=_mask_info(plan, plan.backward),
         **common,
     )
     return d_q, d_k, d_v
+
+
+BACKEND = Backend(
+    "splash",
+    splash_attention,
+    forward_part=forward_part,
+    backward_part=backward_part,
+    declines=declines,
+    options=options,
+)

@@ -3,6 +3,8 @@
 import dataclasses
 import logging
 import re
+import subprocess
+import sys
 import types
 
 import jax
@@ -12,12 +14,8 @@ import pytest
 from msllm.config import MeshConfig, ModelConfig
 from msllm.errors import UserError
 from msllm.kernels import cpu as cpu_kernels
-from msllm.model.attention.chunked import chunked_attention
-from msllm.model.attention.cpu import native_attention
-from msllm.model.attention.dispatch import choose_backend
-from msllm.model.attention.gpu import gpu_attention
-from msllm.model.attention.reference import reference_attention
-from msllm.model.attention.splash import blocks_for, splash_attention
+from msllm.model.attention import splash
+from msllm.model.attention.dispatch import BACKENDS, choose_backend, get_backend
 from msllm.sharding import AXES, make_mesh
 from msllm.streams import lag_matrix
 
@@ -27,7 +25,7 @@ TPU, HOPPER = ("tpu", "TPU v6 lite"), ("gpu", "NVIDIA H100 80GB HBM3")
 
 
 def mesh_of(platform, device_kind, **axes):
-    """What `choose` reads of a mesh, for devices that are not here."""
+    """What `choose_backend` reads of a mesh, for devices that are not here."""
     device = types.SimpleNamespace(platform=platform, device_kind=device_kind)
     return types.SimpleNamespace(
         devices=np.array([device], object), shape=dict.fromkeys(AXES, 1) | axes
@@ -35,51 +33,46 @@ def mesh_of(platform, device_kind, **axes):
 
 
 def chosen(mesh, caplog, lag=LAG, rows=64, **changes):
-    """(the backend's function, its options, what was logged)."""
+    """(the backend's name, what was logged)."""
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="msllm"):
-        kernel = choose_backend(dataclasses.replace(MODEL, **changes), lag, rows, mesh)
-    return kernel.func, kernel.keywords, [record.getMessage() for record in caplog.records]
+        backend = choose_backend(dataclasses.replace(MODEL, **changes), lag, rows, mesh)
+    return backend.name, [record.getMessage() for record in caplog.records]
 
 
 def test_on_a_cpu_the_log_names_what_was_passed_over(caplog):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    function, options, logged = chosen(mesh, caplog)
-    assert (function, options) == (chunked_attention, {})
+    name, logged = chosen(mesh, caplog)
+    assert name == "chunked"
     assert logged == [
         "attention: chunked; not splash: it needs a TPU, and the devices are of platform cpu; "
         "not gpu: it needs a GPU, and the devices are of platform cpu; "
-        "not native: it computes in float32, and the model in bfloat16"
+        "not cpu: it computes in float32, and the model in bfloat16"
     ]
 
 
 def test_a_cpu_gets_its_kernels_if_they_can_be_made(caplog, monkeypatch):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     monkeypatch.setattr(cpu_kernels, "unavailable_reason", lambda: None)
-    function, options, (line,) = chosen(mesh, caplog, compute_dtype="float32")
-    assert (function, options) == (native_attention, {}) and line.startswith(
-        "attention: native; not splash: "
-    )
+    name, (line,) = chosen(mesh, caplog, compute_dtype="float32")
+    assert name == "cpu" and line.startswith("attention: cpu; not splash: ")
     monkeypatch.setattr(cpu_kernels, "unavailable_reason", lambda: "there is no C++ compiler")
-    function, options, (line,) = chosen(mesh, caplog, compute_dtype="float32")
-    assert (function, options) == (chunked_attention, {}) and line.endswith(
-        "; not native: there is no C++ compiler"
-    )
+    name, (line,) = chosen(mesh, caplog, compute_dtype="float32")
+    assert name == "chunked" and line.endswith("; not cpu: there is no C++ compiler")
 
 
 def test_a_tpu_gets_splash_in_its_blocks(caplog):
     for kind in ("TPU v6 lite", "TPU v5 lite"):
-        function, options, logged = chosen(mesh_of("tpu", kind), caplog)
-        assert (function, options, logged) == (
-            splash_attention,
-            {"blocks": blocks_for(kind)},
-            ["attention: splash"],
-        )
+        mesh = mesh_of("tpu", kind)
+        assert chosen(mesh, caplog) == ("splash", ["attention: splash"])
+        backend = choose_backend(MODEL, LAG, 64, mesh)
+        for function in (backend.attend, backend.forward_part, backend.backward_part):
+            assert function.keywords == {"blocks": splash.blocks_for(kind)}
 
 
 def test_a_hopper_card_gets_its_kernels(caplog):
-    function, options, logged = chosen(mesh_of(*HOPPER), caplog)
-    assert (function, options) == (gpu_attention, {})
+    name, logged = chosen(mesh_of(*HOPPER), caplog)
+    assert name == "gpu"
     assert logged == [
         "attention: gpu; not splash: it needs a TPU, and the devices are of platform gpu"
     ]
@@ -109,24 +102,23 @@ def test_a_hopper_card_gets_its_kernels(caplog):
     ids=["head_dim", "dtype", "lags", "older card", "wide heads on a TPU"],
 )
 def test_what_a_kernel_declines_is_chunked_and_says_why(caplog, device, changes, reason):
-    function, _, (line,) = chosen(mesh_of(*device), caplog, **changes)
-    assert function is chunked_attention
+    name, (line,) = chosen(mesh_of(*device), caplog, **changes)
+    assert name == "chunked"
     assert line.startswith("attention: chunked; ") and re.search(reason, line)
 
 
 def test_a_device_is_asked_for_its_own_share(caplog):
     """Streams over a mesh axis are filled up to a multiple of it, and heads are divided."""
     lag = lag_matrix("block_causal", 10)
-    assert chosen(mesh_of(*TPU), caplog, lag, rows=30_000)[0] is chunked_attention
-    assert chosen(mesh_of(*TPU, stream=4), caplog, lag, rows=30_000)[0] is splash_attention
-    distinct = np.arange(8, dtype=np.int32)[None, :].repeat(
-        8, 0
-    )  # with NEVER for absent streams, one lag too many
-    assert chosen(mesh_of(*HOPPER), caplog, distinct)[0] is gpu_attention
-    assert chosen(mesh_of(*HOPPER, stream=3), caplog, distinct)[0] is chunked_attention
+    assert chosen(mesh_of(*TPU), caplog, lag, rows=30_000)[0] == "chunked"
+    assert chosen(mesh_of(*TPU, stream=4), caplog, lag, rows=30_000)[0] == "splash"
+    # With NEVER for absent streams, this matrix has one lag too many.
+    distinct = np.arange(8, dtype=np.int32)[None, :].repeat(8, 0)
+    assert chosen(mesh_of(*HOPPER), caplog, distinct)[0] == "gpu"
+    assert chosen(mesh_of(*HOPPER, stream=3), caplog, distinct)[0] == "chunked"
 
 
-def test_only_who_asks_for_the_reference_gets_it(caplog):
+def test_the_reference_is_never_chosen_automatically(caplog):
     for device in (
         ("cpu", "cpu"),
         TPU,
@@ -135,15 +127,9 @@ def test_only_who_asks_for_the_reference_gets_it(caplog):
         ("rocm", "AMD Instinct"),
     ):
         for changes in ({}, {"head_dim": 1024, "compute_dtype": "float32"}):
-            assert chosen(mesh_of(*device), caplog, **changes)[0] is not reference_attention
-            assert (
-                chosen(mesh_of(*device), caplog, attention="reference", **changes)[0]
-                is reference_attention
-            )
-            assert (
-                chosen(mesh_of(*device), caplog, attention="chunked", **changes)[0]
-                is chunked_attention
-            )
+            assert chosen(mesh_of(*device), caplog, **changes)[0] != "reference"
+            for name in ("reference", "chunked"):
+                assert chosen(mesh_of(*device), caplog, attention=name, **changes)[0] == name
 
 
 @pytest.mark.parametrize(
@@ -156,8 +142,8 @@ def test_only_who_asks_for_the_reference_gets_it(caplog):
         ),
         (
             ("cpu", "cpu"),
-            {"attention": "native"},
-            "'native': it computes in float32, and the model in bfloat16",
+            {"attention": "cpu"},
+            "'cpu': it computes in float32, and the model in bfloat16",
         ),
         (TPU, {"attention": "gpu"}, "'gpu': it needs a GPU, and the devices are of platform tpu"),
         (
@@ -183,17 +169,38 @@ def test_what_is_asked_for_and_declines_is_an_error(device, changes, message):
 
 def test_the_reference_takes_no_keys_in_turns(caplog):
     ring = {"kv_ring": True, "attention": "reference"}
-    assert (
-        chosen(mesh_of(*TPU), caplog, **ring)[0] is reference_attention
-    )  # one device has them all
+    assert chosen(mesh_of(*TPU), caplog, **ring)[0] == "reference"  # one device has all keys
     with pytest.raises(
         UserError,
         match="config.model.attention is 'reference': it takes all keys at once, .*kv_ring",
     ):
         chosen(mesh_of(*TPU, stream=2), caplog, **ring)
-    for device, name in (
-        (TPU, splash_attention),
-        (HOPPER, gpu_attention),
-        (("cpu", "cpu"), chunked_attention),
-    ):
-        assert chosen(mesh_of(*device, stream=2), caplog, kv_ring=True)[0] is name
+    for device, name in ((TPU, "splash"), (HOPPER, "gpu"), (("cpu", "cpu"), "chunked")):
+        assert chosen(mesh_of(*device, stream=2), caplog, kv_ring=True)[0] == name
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_backend_is_named_as_its_module_is(name):
+    backend = get_backend(name)
+    assert backend.name == name
+    assert (backend.forward_part is None) == (backend.backward_part is None)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        backend.name = "other"
+
+
+def test_modules_of_other_platforms_are_not_imported():
+    """Kernel libraries are slow to import."""
+    code = (
+        "import sys, jax; from msllm.config import *; from msllm.sharding import make_mesh\n"
+        "from msllm.model.attention.dispatch import choose_backend\n"
+        "from msllm.streams import lag_matrix\n"
+        "mesh = make_mesh(MeshConfig(), jax.devices()[:1])\n"
+        "print(choose_backend(ModelConfig(), lag_matrix('isolated', 2), 8, mesh).name)\n"
+        "print(*sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    name, modules = run.stdout.splitlines()
+    loaded = {module for module in modules.split() if module.startswith("msllm.model.attention.")}
+    assert name in ("cpu", "chunked") and f"msllm.model.attention.{name}" in loaded
+    assert not loaded & {f"msllm.model.attention.{other}" for other in ("splash", "gpu")}
+    assert "jax.experimental.pallas" not in modules
