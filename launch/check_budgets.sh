@@ -44,7 +44,7 @@ fi
 
 # shellcheck source=/dev/null
 . launch/common.sh
-use_environment test
+use_environment dev
 
 status=0
 log=$(mktemp)

@@ -23,7 +23,7 @@ find_python() {
   return 1
 }
 
-# use_environment [EXTRA]: makes .venv, installs msllm[EXTRA] in it if setup.py is newer than the last time, activates it.
+# use_environment [EXTRA]: makes .venv, installs msllm[EXTRA] in it if pyproject.toml has changed since, activates it.
 use_environment() {
   local extra=${1:-} python stamp
   if ! .venv/bin/python -c '' >/dev/null 2>&1; then
@@ -32,7 +32,7 @@ use_environment() {
     "$python" -m venv --clear .venv
   fi
   stamp=.venv/installed${extra:+-$extra}
-  if [[ ! $stamp -nt setup.py ]]; then
+  if [[ ! $stamp -nt pyproject.toml ]]; then
     echo "installing msllm${extra:+[$extra]} in .venv (once)"
     .venv/bin/python -m pip install -q --disable-pip-version-check -e ".${extra:+[$extra]}"
     touch .venv/installed "$stamp" # any extra brings the rest too

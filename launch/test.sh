@@ -7,7 +7,7 @@ if [[ ${1:-} == --help || ${1:-} == -h ]]; then
   cat <<'EOF'
 usage: launch/test.sh [PYTEST ARGUMENTS]
 
-Makes .venv if there is none, installs msllm with its test extra, and runs the tests in two processes, quick ones first.
+Makes .venv if there is none, installs msllm with its dev extra, and runs the tests in two processes, quick ones first.
 Skipped tests say why. Tests on external data look in $MSLLM_SHARED, else in a folder `shared` beside the repository.
 
   launch/test.sh                          all tests
@@ -22,5 +22,5 @@ fi
 
 # shellcheck source=/dev/null
 . launch/common.sh
-use_environment test
+use_environment dev
 exec python -m pytest -q -rs -n 2 "$@"

@@ -71,7 +71,8 @@ def run(flags: argparse.Namespace) -> int:
         raise UserError("--write_budget needs --budget=FILE: the file to write")
     if flags.sweep and (flags.budget or flags.html or flags.hlo):
         raise UserError(
-            "--sweep compiles many programs: it goes with --json, not with --budget, --html or --hlo"
+            "--sweep compiles many programs: it goes with --json, "
+            "not with --budget, --html or --hlo"
         )
     limits = _read_budget(flags.budget) if flags.budget and not flags.write_budget else None
 

@@ -83,25 +83,32 @@ class Parser(argparse.ArgumentParser):
         With `add_config`, `config` is the `Config` with all overrides, and `config_file` the path
         of its file.
         """
+        self._refuse_unknown(arguments)
         flags, rest = self.parse_known_args([self._without_boolean(text) for text in arguments])
         if self._takes_config:
             flags.config_file = flags.config
             flags.config, rest = _read_config(flags.config, rest)
-        for text in rest:
-            name, _, _ = text.partition("=")
-            if not name.startswith("-"):
-                raise UserError(f"unexpected argument {text!r}: write options as --name=value")
-            known = [flag for action in self._actions for flag in action.option_strings]
-            hint = did_you_mean(name, known)
-            raise UserError(f"unknown flag {name}{hint or ''} ({self.prog} --help lists all flags)")
+        if rest:
+            raise UserError(f"unexpected argument {rest[0]!r}: write options as --name=value")
         return flags
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError. argparse calls this for flags that it cannot parse."""
-        message = re.sub("^argument ([^:]+): is ", r"\1 is ", message)
-        message = re.sub("^argument ", "", message)
-        message = re.sub("^the following arguments are required: (.*)", r"\1 must be given", message)
+        required = re.fullmatch("the following arguments are required: (.*)", message)
+        message = f"{required[1]} must be given" if required else message
+        message = re.sub("^argument ([^:]+): is ", r"\1 is ", message).removeprefix("argument ")
         raise UserError(f"{message} (see {self.prog} --help)")
+
+    def _refuse_unknown(self, arguments: Sequence[str]) -> None:
+        """Raises UserError for a flag that the command does not have."""
+        known = [name for action in self._actions for name in action.option_strings]
+        for text in arguments:
+            name, _, _ = text.partition("=")
+            is_override = self._takes_config and re.match(r"--(no)?config\.", name)
+            is_flag = re.match("--?[a-zA-Z]", name)  # not a negative number
+            if is_flag and name not in known and not is_override:
+                hint = did_you_mean(name, known)
+                raise UserError(f"unknown flag {name}{hint} ({self.prog} --help lists all flags)")
 
     def _without_boolean(self, text: str) -> str:
         """`--name=true` and `--name=false` of a Switch as `--name` and `--noname`."""
@@ -125,9 +132,7 @@ class Switch(argparse.Action):
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Flags as `--name=VALUE`, each with its default; in the usage line, only what must be
-    given.
-    """
+    """Flags as `--name=VALUE`, each with its default. The usage line has only what is required."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=26, width=80)

@@ -62,7 +62,8 @@ def open_player(flags: argparse.Namespace) -> Player:
 
     if (flags.checkpoint is None) == (flags.replay is None):
         raise UserError(
-            "give either --checkpoint=DIR, to talk with a model, or --replay=FILE, to see a recording"
+            "give either --checkpoint=DIR, to talk with a model, "
+            "or --replay=FILE, to see a recording"
         )
     if flags.replay is not None:
         return Replay(Recording.load(flags.replay), 1.0 if flags.pace is None else flags.pace)

@@ -30,7 +30,7 @@ def define_flags(parser: Parser) -> None:
         "--workdir",
         metavar="DIR",
         required=True,
-        help="Directory of the run: checkpoints, metrics, resolved config. Shared by all processes.",
+        help="Directory of the run: checkpoints, metrics, config. All processes share it.",
     )
     parser.add_argument(
         "--coordinator_address",

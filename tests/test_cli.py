@@ -1,0 +1,213 @@
+"""The command `msllm`: help that can be acted on, flags, errors in one line, exit statuses."""
+
+import ast
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from runs import settings
+
+import msllm
+from msllm.cli import base
+from msllm.cli.main import COMMANDS, load_command, main, parser_of
+from msllm.config import Config
+from msllm.errors import RunError, UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PJRT_NPROC", "1")  # the command sets nothing in this process
+
+
+def output_of(capsys, *arguments):
+    """(status, stdout, stderr) of a command line that ends before jax is needed."""
+    try:
+        status = main(arguments)
+    except SystemExit as end:  # --help
+        status = end.code
+    return status, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
+def test_overview_has_a_line_for_each_command(capsys, arguments):
+    status, text, _ = output_of(capsys, *arguments)
+    assert status == 0
+    listed = re.findall(r"^  ([a-z]+) +([A-Z].*\.)$", text, re.M)
+    assert [name for name, _ in listed] == list(COMMANDS)
+    assert all(len(line) < 90 for line in text.splitlines())
+
+
+def test_help_imports_nothing_slow():
+    code = "import sys; from msllm.cli.main import main; main(['--help']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "msllm.cli.bench" in loaded and not {"jax", "numpy", "ml_collections"} & loaded
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command(capsys, name):
+    status, text, _ = output_of(capsys, name, "--help")
+    assert status == 0
+    usage, sentence, *_ = text.split("\n\n")
+    assert usage.startswith(f"usage: msllm {name} ") and re.fullmatch(r"[A-Z][^\n]*\.", sentence)
+    body, examples = text.split("\nexamples:\n")
+    assert all(len(line) <= 80 for line in body.splitlines())
+    for action in parser_of(name)._actions:
+        assert re.search(r"[.)]$", action.help), f"{action.dest} has no sentence"
+        if action.required and action.option_strings:
+            assert f"{action.option_strings[0]}=" in usage
+    # The examples are command lines that parse.
+    lines = examples.strip().splitlines()
+    assert 1 <= len(lines) <= 3
+    for line in lines:
+        program, command, *arguments = shlex.split(line)
+        assert (program, command) == ("msllm", name)
+        parser_of(name).parse(arguments)
+
+
+def test_defaults_are_shown(capsys):
+    _, text, _ = output_of(capsys, "evaluate", "--help")
+    assert re.search(r"--examples=N .*Default:\s+500\.", text, re.S)
+    _, text, _ = output_of(capsys, "bench", "--help")
+    assert "Default: 256 (train), 512 (decode)." in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("trian", "unknown command 'trian': did you mean train?"),
+        ("xyz", "unknown command 'xyz' (msllm --help lists the commands)"),
+        ("train --workdirr=x", "unknown flag --workdirr: did you mean --workdir?"),
+        ("train", "--config, --workdir must be given (see msllm train --help)"),
+        ("train x --config=configs/quickstart.py --workdir=y", "unexpected argument 'x'"),
+        ("train --config=configs/none.py --workdir=x", "'configs/none.py': there is no such file"),
+        ("generate --checkpoint=x --rows=0", "--rows is 0: must be at least 1"),
+        ("generate --checkpoint=x --rows=-1", "--rows is -1: must be at least 1"),
+        ("generate --checkpoint=x --rows=many", "--rows is 'many': must be a whole number"),
+        ("score --checkpoint=x --tables=y --out=none/z.npz", "there is no directory none"),
+        ("likelihood --checkpoint=x --visibility=same", "--visibility: invalid choice: 'same'"),
+        ("convert from_hf a b --dtype=float16", "from_hf takes no --dtype: it takes --streams,"),
+        ("bench prepare --rows=4", "bench prepare takes no --rows: it takes --size_mb,"),
+        ("bench train --rows=4,x", "--rows is 'x': must be a whole number"),
+        ("inspect", "DIR must be given"),
+        ("aot --config=configs/quickstart.py --topology=v5e:2x2 --write_budget", "needs --budget"),
+    ],
+)
+def test_bad_command_lines_end_with_one_line(capsys, line, message):
+    status, out, error = output_of(capsys, *shlex.split(line))
+    assert (status, out) == (2, "")
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("--config.optim.lrr=1", "unknown key lrr: did you mean lr? (msllm/config.py lists"),
+        ("--config.steps=many", "flag --config.steps=many: invalid literal for int()"),
+        ("--config.steps=-1", "config.steps"),
+    ],
+)
+def test_overrides_that_do_not_fit(override, message):
+    with pytest.raises(UserError) as error:
+        parser_of("prepare").parse(["--config=configs/quickstart.py", override])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("config.optim.lrr = 1", "line 4: unknown key lrr: did you mean lr?"),
+        ("config.steps = missing", "line 4: NameError: name 'missing' is not defined"),
+        ("config.steps = = 1", "invalid syntax (config.py, line 4)"),
+    ],
+)
+def test_mistakes_in_a_config_file_are_located(tmp_path, line, message):
+    file = tmp_path / "config.py"
+    begin = (
+        "from msllm.config import default_config\ndef get_config():\n  config = default_config()\n"
+    )
+    file.write_text(f"{begin}  {line}\n  return config\n")
+    with pytest.raises(UserError, match=re.escape(f"--config={file}: {message}")):
+        parser_of("prepare").parse([f"--config={file}"])
+
+
+def test_overrides_of_a_config():
+    arguments = ["--config=configs/quickstart.py", "--config.optim.lr=0.5", "--processes=3"]
+    lag = "--config.streams.lags=(('output', 'user', '3'),)"
+    flags = parser_of("prepare").parse([*arguments, lag, "--config.steps", "7"])
+    assert isinstance(flags.config, Config) and flags.config_file == "configs/quickstart.py"
+    assert (flags.config.optim.lr, flags.config.steps, flags.processes) == (0.5, 7, 3)
+    assert flags.config.streams.lags == (("output", "user", "3"),)
+    assert flags.config.model.d_model != settings().model.d_model  # the file's own setting
+
+
+@pytest.mark.parametrize(
+    "given, value",
+    [
+        ([], None),
+        (["--skip_silence"], True),
+        (["--noskip_silence"], False),
+        (["--skip_silence=true"], True),
+        (["--skip_silence=False"], False),
+    ],
+)
+def test_switches(given, value):
+    flags = parser_of("score").parse(["--checkpoint=a", "--tables=b", "--out=c", *given])
+    assert flags.skip_silence is value
+
+
+def test_flags_are_given_with_or_without_an_equals_sign():
+    line = "--checkpoint DIR --input user=a=b --input=tool=c --temperature=output=0.7 --seed -1"
+    flags = parser_of("generate").parse(shlex.split(line))
+    assert (flags.checkpoint, flags.input, flags.seed) == ("DIR", ["user=a=b", "tool=c"], -1)
+    assert flags.temperature == ["output=0.7"]
+
+
+@pytest.mark.parametrize(
+    "result, status", [(None, 0), (75, 75), (UserError("bad"), 2), (RunError("gone"), 1)]
+)
+def test_exit_statuses(capsys, result, status):
+    def command():
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    assert base.execute(command) == status
+    assert capsys.readouterr().err == (
+        f"error: {result}\n" if isinstance(result, Exception) else ""
+    )
+
+
+def test_version():
+    command = [sys.executable, "-m", "msllm", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"msllm {msllm.__version__}\n"
+
+
+def test_only_the_command_line_has_flags():
+    for path in (ROOT / "msllm").rglob("*.py"):
+        if "cli" in path.parts or path.name == "__main__.py":
+            continue
+        tree = ast.parse(path.read_text())
+        assert not [
+            node
+            for node in tree.body
+            if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
+        ]
+        for node in ast.walk(tree):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [m for m in modules if m.startswith(("absl", "argparse", "msllm.cli"))], path
+
+
+def test_commands_have_a_module_each():
+    modules = {load_command(name) for name in COMMANDS}
+    files = {path.stem for path in (ROOT / "msllm" / "cli").glob("*.py")}
+    assert len(modules) == len(COMMANDS)
+    assert files - {"__init__", "base", "main"} == set(COMMANDS.values())

@@ -1,0 +1,78 @@
+"""The package as it is installed: the wheel's contents and metadata, and the command `msllm`."""
+
+import ast
+import email
+import importlib.metadata
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+
+import pytest
+
+import msllm
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DATA = {".py", ".typed", ".cc", ".h", ".html"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel of a copy of the package: a build leaves files beside what it builds."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "msllm", source / "msllm", ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "setup.py"):
+        shutil.copy(ROOT / name, source)
+    options = ("--quiet", "--no-deps", "--no-build-isolation", f"--wheel-dir={out}")
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, source], check=True)
+    (path,) = out.iterdir()
+    with zipfile.ZipFile(path) as file:
+        yield file
+
+
+def test_wheel_holds_the_package_alone(wheel):
+    names = set(wheel.namelist())
+    info = f"msllm-{msllm.__version__}.dist-info"
+    package = {name for name in names if not name.startswith(info)}
+    files = [path for path in (ROOT / "msllm").rglob("*") if path.suffix in DATA]
+    assert package == {str(path.relative_to(ROOT)) for path in files}
+    assert {"msllm/py.typed", "msllm/kernels/cpu/simd.h", "msllm/view/page.html"} <= package
+    assert f"{info}/licenses/LICENSE" in names
+
+
+def test_wheel_describes_itself(wheel):
+    info = f"msllm-{msllm.__version__}.dist-info"
+    metadata = email.message_from_bytes(wheel.read(f"{info}/METADATA"))
+    assert metadata["Name"] == "msllm" and metadata["Version"] == msllm.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert set(metadata.get_all("Provides-Extra")) >= {"tpu", "cuda", "gcs", "data", "chat"}
+    assert b"msllm = msllm.cli.main:main" in wheel.read(f"{info}/entry_points.txt")
+
+
+def test_everything_that_is_imported_is_required():
+    """Checks imports at the top of modules. Functions may import what an extra installs."""
+
+    def canonical(name):
+        return re.sub(r"[-_.]+", "-", re.split(r"[\[<>=!~ ]", name)[0]).lower()
+
+    required = {canonical(name) for name in PROJECT["dependencies"]}
+    optional = {"matplotlib", "textual", "torch", "transformers"}  # of modules for extras
+    distributions = importlib.metadata.packages_distributions()
+    imported = set()
+    for path in (ROOT / "msllm").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").partition(".")[0])
+    imported -= sys.stdlib_module_names | {"msllm", "jaxlib"}  # jax requires jaxlib
+    assert len(imported) > 10
+    for name in imported - optional:
+        found = {canonical(distribution) for distribution in distributions.get(name, [])}
+        assert found & required, f"{name} is imported, but none of {found} is required"
