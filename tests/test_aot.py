@@ -20,7 +20,7 @@ from runs import four_streams, make_config, replace, write_config_file
 
 from msllm.config import MeshConfig
 from msllm.errors import UserError
-from msllm.pod import aot, hlo
+from msllm.pod import aot, collectives
 from msllm.pod import report as pages
 from msllm.sharding import RULES, gather, make_mesh, partition_spec
 
@@ -253,9 +253,9 @@ def test_the_gradient_of_a_gathered_weight_is_scattered(topology):
         shaped(2048, 1024),
     )
     text = jax.jit(gradients).lower(*arguments).compile().as_text()
-    found = hlo.read(text, list(mesh.devices.flat)).collectives
+    found = collectives.read(text, list(mesh.devices.flat)).collectives
     scattered = sorted(
-        hlo.axes_of(one.groups, mesh.shape) for one in found if one.kind == "reduce-scatter"
+        collectives.axes_of(one.groups, mesh.shape) for one in found if one.kind == "reduce-scatter"
     )
     assert scattered == [("fsdp",)] * 2 + [("fsdp_inner",)] * 2
     assert not [one for one in found if one.kind == "all-reduce"]

@@ -15,7 +15,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from msllm.pod.aot import topology_devices
-from msllm.pod.hlo import axes_of, parse, read, replica_groups, shapes_of, size_of
+from msllm.pod.collectives import axes_of, read, replica_groups
+from msllm.pod.hlo import parse, shapes_of, size_of
 
 AXES = ("data", "fsdp", "stream", "tensor")
 needs_libtpu = pytest.mark.skipif(

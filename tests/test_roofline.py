@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from runs import make_config, make_program, replace
 
-from msllm.pod.hlo import Collective
+from msllm.pod.collectives import Collective
 from msllm.pod.roofline import (
     REMEDIES,
     Shape,

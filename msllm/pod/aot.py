@@ -1,6 +1,8 @@
-"""Compiles the train step for a TPU pod on a machine without one, and says whether it fits and what it moves.
+"""Compiles the train step for a TPU pod on a machine without one, and reports whether it fits and
+what it moves.
 
-The step is the one that trains, the compiler is the real one (libtpu); docs/aot.md explains the report.
+The step is the one that trains, and the compiler is the real one (libtpu). docs/aot.md explains the
+report.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +22,8 @@ import numpy as np
 
 from msllm.config import Config
 from msllm.errors import UserError
-from msllm.pod import hlo, roofline
+from msllm.pod import collectives, hlo, roofline
+from msllm.pod.collectives import Collective
 from msllm.runtime.hardware import TABLE, Hardware, lookup
 from msllm.sharding import make_mesh
 from msllm.step import Program
@@ -29,34 +32,44 @@ from msllm.streams import StreamSpec
 GIB = 2**30
 EXAMPLES = "v5e:2x2, v5e:4x4, v5e:16x16, v6e:8x8, v5p:4x4x4, v4:4x4x4, tpu7x:4x4x4"
 EXCESS = 0.02  # by which a program may exceed its budget
+SHOWN_SHAPES = 8  # of a collective with many operands
+# libtpu reads these when it is loaded. Otherwise it looks for a TPU, and for other processes that
+# use one.
+_LIBTPU_VARIABLES = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 
 
 def topology_devices(name: str, num_slices: int = 1) -> list[Any]:
-    """The devices of a TPU topology such as `v5e:16x16`, none of which need exist. Raises UserError."""
+    """The devices of a TPU topology, none of which need exist.
+
+    Args:
+      name: such as "v5e:16x16".
+      num_slices: slices of that topology, joined by the network of the data centre.
+
+    Raises:
+      UserError: libtpu is not installed, or it does not know the topology.
+    """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             'libtpu, the TPU compiler, is not installed: pip install "jax[tpu]" (no TPU is needed)'
         )
     if num_slices < 1:
         raise UserError(f"--num_slices is {num_slices}: must be at least 1")
-    # libtpu reads these when it is loaded: it must not look for a TPU, nor for other processes that use one.
-    for variable in (
-        "TPU_SKIP_MDS_QUERY=1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD=1",
-        "TPU_WORKER_HOSTNAMES=localhost",
-    ):
-        os.environ.setdefault(*variable.split("="))
+    for variable, value in _LIBTPU_VARIABLES.items():
+        os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
-    options = {"num_slices": num_slices} if num_slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
     if name.startswith("v4:"):
         options["chip_config_name"] = "megacore"  # a chip is one device, as on a TPU VM
     if re.fullmatch(r"\w+:1x1", name):
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        return list(
-            topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
-        )
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+        return list(topology.devices)
     except Exception as error:  # jaxlib raises its own type for bad names, others for bad options
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--topology is {name!r}: {first}; examples: {EXAMPLES}") from error
@@ -66,82 +79,110 @@ def topology_devices(name: str, num_slices: int = 1) -> list[Any]:
 class Analysis:
     """What is known of a step after it was compiled, or after the compiler refused it."""
 
-    report: dict[str, Any]  # all of it, for JSON
+    report: dict[str, Any]  # in JSON's types
     hlo: str  # the compiled program; "" if there is none
 
     @property
     def fits(self) -> bool:
+        """Whether the program fits into the memory of a device."""
         return self.report["memory"]["fits"]
 
 
 def analyse(config: Config, devices: Sequence[Any]) -> Analysis:
-    """Compiles the train step of `config` for `devices` and reports. Raises UserError."""
-    if config.model.vocab_size == 0:
-        raise UserError(
-            "config.model.vocab_size is 0 (the tokenizer's size): aot reads no data, give a number, e.g. "
-            "--config.model.vocab_size=32000"
-        )
-    hardware = lookup(devices[0].device_kind)
-    if hardware is None:
-        raise UserError(
-            f"no figures for the device {devices[0].device_kind!r}: msllm/runtime/hardware.py knows {', '.join(TABLE)}"
-        )
+    """Compiles the train step of `config` for `devices` and reports.
+
+    Raises:
+      UserError: the config cannot be compiled for these devices.
+    """
+    hardware = _checked_hardware(config, devices)
     streams = StreamSpec.from_config(config.streams)
     mesh = make_mesh(config.mesh, devices)
     program = Program(config, streams, mesh)
     shape = roofline.Shape(config, streams, dict(mesh.shape), program.backend.name)
+    state_bytes = sum(map(_local_bytes, jax.tree.leaves(program.abstract_state)))
+    report = _facts(program, shape, devices, hardware)
 
-    def local_bytes(leaf):
-        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-    state_bytes = sum(map(local_bytes, jax.tree.leaves(program.abstract_state)))
-    report = {
-        "device_kind": devices[0].device_kind,
-        "devices": len(devices),
-        "slices": len({getattr(device, "slice_index", None) or 0 for device in devices}),
-        "mesh": dict(mesh.shape),
-        "rows": config.data.rows,
-        "streams": streams.size,
-        "batch_size": config.data.batch_size,
-        "accumulate": config.optim.accumulate,
-        "cells_per_device": shape.cells * config.optim.accumulate,
-        "remat": config.model.remat,
-        "attention": program.backend.name,
-        "parameters": sum(
-            math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract_state.parameters)
-        ),
-        "jax": jax.__version__,
-        "libtpu": importlib.metadata.version("libtpu"),
-        "hardware": dataclasses.asdict(hardware),
-    }
     begin, begin_cpu = time.perf_counter(), time.process_time()
-    compiled, refusal = None, ""
-    try:
-        compiled = program.step.lower(program.abstract_state, program.abstract_batch).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        refusal = "\n".join(str(error).strip().splitlines()[:12])
+    compiled, refusal = _compile(program)
     report["compile_seconds"] = time.perf_counter() - begin
     report["compile_cpu_seconds"] = time.process_time() - begin_cpu
-    report["memory"] = _memory(compiled, refusal, hardware)
-    report["memory"]["parts_by_formula"] = roofline.memory_parts(shape, state_bytes)
-    report["memory"]["remedies"] = (
-        [] if report["memory"]["fits"] else roofline.remedies(shape, state_bytes)
-    )
+
+    memory = report["memory"] = _memory(compiled, refusal, hardware)
+    memory["parts_by_formula"] = roofline.memory_parts(shape, state_bytes)
+    memory["remedies"] = [] if memory["fits"] else roofline.remedies(shape, state_bytes)
     if compiled is None:
         return Analysis(report, "")
-    text = compiled.as_text()
-    flat = list(mesh.devices.flat)
-    found = hlo.read(text, flat)
+    text, in_mesh = compiled.as_text(), list(mesh.devices.flat)
+    found = collectives.read(text, in_mesh)
     report["collectives"] = _collectives(found, shape)
-    report["estimate"] = roofline.estimate(shape, state_bytes, found.collectives, flat, hardware)
+    report["estimate"] = roofline.estimate(shape, state_bytes, found.collectives, in_mesh, hardware)
     report["assumptions"] = list(roofline.ASSUMPTIONS)
     return Analysis(finite(report), text)
 
 
-def _memory(compiled, refusal: str, hardware: Hardware) -> dict[str, Any]:
-    """Bytes on one device by use, and whether they fit: the compiler places every buffer, and refuses what does not."""
+def _checked_hardware(config: Config, devices: Sequence[Any]) -> Hardware:
+    if config.model.vocab_size == 0:
+        raise UserError(
+            "config.model.vocab_size is 0 (the tokenizer's size): aot reads no data, give a "
+            "number, e.g. --config.model.vocab_size=32000"
+        )
+    kind = devices[0].device_kind
+    hardware = lookup(kind)
+    if hardware is None:
+        raise UserError(
+            f"no figures for the device {kind!r}: msllm/runtime/hardware.py knows "
+            f"{', '.join(TABLE)}"
+        )
+    return hardware
+
+
+def _local_bytes(leaf: Any) -> int:
+    """Bytes of an abstract array on one device."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _facts(
+    program: Program, shape: roofline.Shape, devices: Sequence[Any], hardware: Hardware
+) -> dict[str, Any]:
+    """What is known before the step is compiled."""
+    config, parameters = program.config, jax.tree.leaves(program.abstract_state.parameters)
+    return {
+        "device_kind": devices[0].device_kind,
+        "devices": len(devices),
+        "slices": len({getattr(device, "slice_index", None) or 0 for device in devices}),
+        "mesh": shape.mesh,
+        "rows": config.data.rows,
+        "streams": shape.streams.size,
+        "batch_size": config.data.batch_size,
+        "accumulate": config.optim.accumulate,
+        "cells_per_device": shape.cells * config.optim.accumulate,
+        "remat": config.model.remat,
+        "attention": shape.attention,
+        "parameters": sum(math.prod(leaf.shape) for leaf in parameters),
+        "jax": jax.__version__,
+        "libtpu": importlib.metadata.version("libtpu"),
+        "hardware": dataclasses.asdict(hardware),
+    }
+
+
+def _compile(program: Program) -> tuple[jax.stages.Compiled | None, str]:
+    """The compiled step and ""; or None and what the compiler says if it does not fit."""
+    lowered = program.step.lower(program.abstract_state, program.abstract_batch)
+    try:
+        return lowered.compile(), ""
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None, "\n".join(str(error).strip().splitlines()[:12])
+
+
+def _memory(
+    compiled: jax.stages.Compiled | None, refusal: str, hardware: Hardware
+) -> dict[str, Any]:
+    """Bytes on one device by use, and whether they fit.
+
+    The compiler places every buffer, and refuses a program that does not fit.
+    """
     limit = hardware.hbm_gib * GIB
     if compiled is None:
         return {"fits": False, "limit": limit, "compiler_says": refusal}
@@ -153,66 +194,67 @@ def _memory(compiled, refusal: str, hardware: Hardware) -> dict[str, Any]:
         "temporaries": stats.temp_size_in_bytes,
         "code": stats.generated_code_size_in_bytes,
     }
-    total = (
-        sum(sizes.values()) - 2 * sizes["aliased"]
-    )  # outputs that reuse the memory of donated arguments
-    return {
-        "fits": True,
-        "limit": limit,
-        **sizes,
-        "total": total,
-        "peak": stats.peak_memory_in_bytes,
-    }
+    # Aliased outputs reuse the memory of donated arguments.
+    total = sum(sizes.values()) - 2 * sizes["aliased"]
+    peak = stats.peak_memory_in_bytes
+    return {"fits": True, "limit": limit, **sizes, "total": total, "peak": peak}
 
 
-def _collectives(found: hlo.Program, shape: roofline.Shape) -> dict[str, Any]:
+def _collectives(found: collectives.Program, shape: roofline.Shape) -> dict[str, Any]:
     """Sums by kind, network and mesh axes, and what stands out."""
     rows: dict[tuple, dict[str, Any]] = {}
     by_kind: dict[str, int] = {}
-    tables, largest = [], None
-    whole_table = sorted(
-        (shape.config.model.vocab_size // shape.parts("vocab"), shape.config.model.d_model)
-    )
-    for one in found.collectives:
-        described = {
-            "kind": one.kind,
-            "network": "DCN" if one.dcn else "ICI",
-            "axes": "+".join(hlo.axes_of(one.groups, shape.mesh)) or "none",
-            "asynchronous": one.asynchronous,
-        }
-        row = rows.setdefault(tuple(described.values()), {**described, "count": 0, "bytes": 0})
-        row["count"] += one.count
-        row["bytes"] += one.total_bytes
-        kind = f"{one.kind} over DCN" if one.dcn else one.kind
-        by_kind[kind] = by_kind.get(kind, 0) + one.total_bytes
+    whole_tables, largest = [], None
+    for collective in found.collectives:
+        described = _described(collective, shape)
+        key = tuple(described.values())
+        row = rows.setdefault(key, {**described, "count": 0, "bytes": 0})
+        row["count"] += collective.count
+        row["bytes"] += collective.total_bytes
+        kind = f"{collective.kind} over DCN" if collective.dcn else collective.kind
+        by_kind[kind] = by_kind.get(kind, 0) + collective.total_bytes
         single = {
             **described,
-            "count": one.count,
-            "bytes": one.bytes,
-            "shapes": list(one.shapes)[:8],
-            "source": one.source,
+            "count": collective.count,
+            "bytes": collective.bytes,
+            "shapes": list(collective.shapes)[:SHOWN_SHAPES],
+            "source": collective.source,
         }
-        if any(
-            sorted(n for n in dims if n > 1) == whole_table
-            for text in one.shapes
-            for _, dims in hlo.shapes_of(text)
-        ):
-            tables.append(single)
-        if one.kind == "all-reduce" and (largest is None or one.bytes > largest["bytes"]):
-            largest = single
+        if _holds_whole_table(collective, shape):
+            whole_tables.append(single)
+        if collective.kind == "all-reduce":
+            largest = max(largest or single, single, key=lambda one: one["bytes"])
     return {
-        "definition": "bytes of the larger side (operands or result) on one device, times executions per step",
+        "definition": "bytes of the larger side (operands or result) on one device, times "
+        "executions per step",
         "rows": sorted(rows.values(), key=lambda row: -row["bytes"]),
         "bytes_by_kind": dict(sorted(by_kind.items(), key=lambda item: -item[1])),
         "largest_all_reduce": largest,
-        "whole_embedding_tables": tables,
+        "whole_embedding_tables": whole_tables,
         "loops_of_unknown_length": found.unknown_loops,
         "not_counted": found.unreached,
     }
 
 
-def finite(value):
-    """The same with null for what is not a number: JSON has no nan."""
+def _described(collective: Collective, shape: roofline.Shape) -> dict[str, Any]:
+    return {
+        "kind": collective.kind,
+        "network": "DCN" if collective.dcn else "ICI",
+        "axes": "+".join(collectives.axes_of(collective.groups, shape.mesh)) or "none",
+        "asynchronous": collective.asynchronous,
+    }
+
+
+def _holds_whole_table(collective: Collective, shape: roofline.Shape) -> bool:
+    """Whether it moves an embedding or a head that is not spread along d_model."""
+    model = shape.config.model
+    table = sorted((model.vocab_size // shape.parts("vocab"), model.d_model))
+    arrays = [array for text in collective.shapes for array in hlo.shapes_of(text)]
+    return any(sorted(size for size in dims if size > 1) == table for _, dims in arrays)
+
+
+def finite(value: Any) -> Any:
+    """The value in JSON's types: null for what is not a finite number, lists for tuples."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -226,38 +268,57 @@ def sweep(
     config: Config,
     devices: Sequence[Any],
     multiples: Sequence[int] = (1, 2, 4),
-    say=lambda row: None,
-) -> list[dict]:
-    """One row per remat policy and batch size; goes on after what fails. `say` gets each row as soon as it is known."""
+    say: Callable[[dict[str, Any]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Analyses every remat policy with several batch sizes.
+
+    Args:
+      config: what to vary.
+      devices: what to compile for.
+      multiples: factors on the batch size, ascending. After one that does not fit, larger ones are
+        not tried.
+      say: called with each row as soon as it is known.
+
+    Returns:
+      A row for each combination. `error` says why there are no figures.
+    """
     rows = []
     for remat in ("none", "dots", "full", "offload"):
-        failed = False
+        model, fits = dataclasses.replace(config.model, remat=remat), True
         for multiple in multiples:
-            model = dataclasses.replace(config.model, remat=remat)
             data = dataclasses.replace(config.data, batch_size=config.data.batch_size * multiple)
             row = {"remat": remat, "batch_size": data.batch_size, "fits": False}
-            if failed:
-                row["error"] = "not tried: a smaller batch does not fit"
+            if fits:
+                row |= _figures(dataclasses.replace(config, model=model, data=data), devices)
             else:
-                try:
-                    report = analyse(
-                        dataclasses.replace(config, model=model, data=data), devices
-                    ).report
-                    row |= {"fits": report["memory"]["fits"], "bytes": report["memory"].get("peak")}
-                    row["compile_seconds"] = report["compile_seconds"]
-                    row["error"] = report["memory"].get("compiler_says", "")
-                    for name in ("step_seconds", "mfu", "tokens_per_second_and_device"):
-                        row[name] = report.get("estimate", {}).get(name)
-                except (UserError, jax.errors.JaxRuntimeError) as error:
-                    row["error"] = str(error)
-                failed = not row["fits"]
+                row["error"] = "not tried: a smaller batch does not fit"
+            fits = row["fits"]
             rows.append(row)
-            say(row)
+            if say is not None:
+                say(row)
     return rows
 
 
+def _figures(config: Config, devices: Sequence[Any]) -> dict[str, Any]:
+    """What a row of a sweep says about a config, or the error that it gives."""
+    try:
+        report = analyse(config, devices).report
+    except (UserError, jax.errors.JaxRuntimeError) as error:
+        return {"error": str(error)}
+    memory, estimate = report["memory"], report.get("estimate", {})
+    return {
+        "fits": memory["fits"],
+        "bytes": memory.get("peak"),
+        "compile_seconds": report["compile_seconds"],
+        "error": memory.get("compiler_says", ""),
+        "step_seconds": estimate.get("step_seconds"),
+        "mfu": estimate.get("mfu"),
+        "tokens_per_second_and_device": estimate.get("tokens_per_second_and_device"),
+    }
+
+
 def budget_of(report: dict[str, Any], topology: str) -> dict[str, Any]:
-    """What a budget file holds of a report."""
+    """The content of a budget file for a report."""
     return {
         "topology": topology,
         "num_slices": report["slices"],
@@ -268,12 +329,17 @@ def budget_of(report: dict[str, Any], topology: str) -> dict[str, Any]:
 
 
 def over_budget(report: dict[str, Any], topology: str, budget: dict[str, Any]) -> list[str]:
-    """What exceeds the budget by more than EXCESS, one line each. Raises UserError if it is another's budget."""
+    """What exceeds the budget by more than EXCESS, one line each.
+
+    Raises:
+      UserError: the budget is for another topology or another number of slices.
+    """
     now = budget_of(report, topology)
     for key in ("topology", "num_slices"):
         if budget.get(key) != now[key]:
             raise UserError(
-                f"the budget is for {key} {budget.get(key)!r}: this is {now[key]!r}; use its own or --write_budget"
+                f"the budget is for {key} {budget.get(key)!r}: this is {now[key]!r}; "
+                "use its own or --write_budget"
             )
     lines = []
     for name in ("peak", "sum"):
@@ -283,7 +349,6 @@ def over_budget(report: dict[str, Any], topology: str, budget: dict[str, Any]) -
     for kind, size in now["collective_bytes"].items():
         allowed = budget["collective_bytes"].get(kind, 0)
         if size > allowed * (1 + EXCESS):
-            lines.append(
-                f"{kind}: {size / GIB:.3f} GiB a step, the budget is {allowed / GIB:.3f} GiB"
-            )
+            now_gib, budget_gib = size / GIB, allowed / GIB
+            lines.append(f"{kind}: {now_gib:.3f} GiB a step, the budget is {budget_gib:.3f} GiB")
     return lines
