@@ -1,13 +1,15 @@
-"""The next-row loss. The logits [B, T, S, V] never exist: they are made and used for some cells at a time.
+"""The next-row loss, computed without ever holding the logits [B, T, S, V].
 
-On a mesh the head need not exist whole either: with `vocab_chunks` > 1 only one part of its rows is gathered at a time, at
-the price of computing the logits twice (once for the softmax's denominator, once for the gradient).
+The logits of one chunk of cells exist at a time. On a mesh the head need not exist as a whole
+either. With `vocab_chunks` > 1 only one part of its rows is gathered at a time, at the price of
+computing the logits twice: once for the denominator of the softmax, and once for the gradient.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,14 +21,23 @@ from msllm.sharding import axis_index, axis_size, psum
 from msllm.streams import target_mask
 
 TILE = 128  # lanes of a TPU's registers
-MASKED = -1e30  # the logit of a row that only fills up the last part
+MASKED = -1e30  # the logit of a row that only fills up the last part of the head
+
+GatherRows = Callable[[jax.Array], jax.Array]  # see `next_row_loss`
 
 
-def targets_and_weights(batch: dict[str, Any], stream_weights, loss_mask=None):
-    """(targets [B, T, S] int32, counted [B, T, S] bool, weights [B, T, S] float32) of a batch of tables.
+def targets_and_weights(
+    batch: Mapping[str, Any], stream_weights: Sequence[float] | jax.Array, loss_mask: Any = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What the cells of a batch of tables predict: the cell (t, s) predicts the cell (t + 1, s).
 
-    The cell (t, s) predicts the cell (t + 1, s). `stream_weights`: [S], the loss weight of each stream in the batch.
-    `loss_mask` [B, T, S] bool, if given, says which cells may predict.
+    Args:
+      batch: tokens [B, T, S], present [B, T, S] and segment [B, T].
+      stream_weights: [S], the loss weight of each stream.
+      loss_mask: [B, T, S] bool, which cells may predict; None: all.
+
+    Returns: targets [B, T, S] int32; counted [B, T, S] bool, which cells predict; weights
+      [B, T, S] float32, the stream weights of the counted cells, else 0.
     """
     tokens = batch["tokens"]
     targets = jnp.concatenate([tokens[:, 1:], jnp.zeros_like(tokens[:, :1])], axis=1)
@@ -36,34 +47,65 @@ def targets_and_weights(batch: dict[str, Any], stream_weights, loss_mask=None):
     return targets, counted, counted * jnp.asarray(stream_weights, jnp.float32)
 
 
+def _identity(rows: jax.Array) -> jax.Array:
+    return rows
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def next_row_loss(
-    hidden, head, targets, weights, options: LossConfig, whole: Callable = lambda rows: rows
-):
-    """Weighted sum of the next-row losses, and the plain negative log-likelihoods.
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    options: LossConfig,
+    gather_rows: GatherRows = _identity,
+) -> tuple[jax.Array, jax.Array]:
+    """The weighted sum of the next-row losses, and the plain negative log-likelihoods.
 
-    loss(cell) = (1 - e) nll + e mean_v(-log p_v) + z logsumexp(logits)^2, with e = options.label_smoothing and
-    z = options.z_loss (Chowdhery et al. 2022, arXiv 2204.02311, section 5). The gradient is made together with the
-    value, chunk by chunk, so no more logits are kept than a chunk's (as in Liger kernel, Hsu et al. 2024, arXiv
-    2410.10989).
+    loss(cell) = (1 - e) nll + e mean_v(-log p_v) + z logsumexp(logits)^2, with
+    e = options.label_smoothing and z = options.z_loss (Chowdhery et al. 2022, arXiv 2204.02311,
+    section 5). The gradient is computed together with the value, chunk by chunk, so that no more
+    logits than those of a chunk are held (as in Liger kernel, Hsu et al. 2024, arXiv 2410.10989).
 
     Args:
-      hidden: [..., D] compute dtype. head: [V, D] float32; inside `shard_map` this device's part of it.
-      targets: [...] int32. weights: [...] float32, no gradient.
-      whole: gives rows of the head complete along D and in the compute dtype (`gather`, and its transpose backward).
+      hidden: [..., D] in the compute dtype.
+      head: [V, D] float32; inside `shard_map` the part of this device.
+      targets: [...] int32.
+      weights: [...] float32; has no gradient.
+      gather_rows: makes rows of the head complete along D and casts them to the compute dtype; its
+        transpose does the reverse with their gradient.
 
-    Returns: (sum(weights * loss) float32, nll [...] float32; the latter carries no gradient).
+    Returns: sum(weights * loss), float32, and nll [...] float32, which carries no gradient.
     """
-    loss, nll, _ = _losses(hidden, head, targets, weights, options, whole, with_gradient=False)
+    arguments = hidden, head, targets, weights, options, gather_rows
+    loss, nll, _ = _losses(*arguments, with_gradient=False)
     return loss, nll
 
 
+def _forward(hidden, head, targets, weights, options, gather_rows):
+    arguments = hidden, head, targets, weights, options, gather_rows
+    loss, nll, gradients = _losses(*arguments, with_gradient=True)
+    return (loss, nll), (hidden[:0], *gradients)
+
+
+def _backward(options, gather_rows, saved, cotangents):
+    hidden, d_hidden, d_head = saved
+    # These gradients pass through this device's part of the vocabulary; the loss is that of all.
+    scale = psum(cotangents[0], "tensor")
+    d_hidden = (d_hidden * scale).astype(hidden.dtype)
+    d_head = (d_head * scale).astype(d_head.dtype)
+    return d_hidden, d_head, None, None
+
+
+next_row_loss.defvjp(_forward, _backward)
+
+
 class _Sums(NamedTuple):
-    """What the loss needs of a cell's logits, over some of the vocabulary."""
+    """What the loss needs of a cell's logits, over a part of the vocabulary."""
 
     top: jax.Array  # the highest logit
     exp: jax.Array  # sum of exp(logit - top)
-    target: jax.Array  # the target's logit, 0 if it is not here
+    target: jax.Array  # the target's logit; 0 if another part holds it
     logits: jax.Array  # sum of the logits
 
     def merge(self, other: _Sums) -> _Sums:
@@ -72,7 +114,7 @@ class _Sums(NamedTuple):
         return _Sums(top, exp, self.target + other.target, self.logits + other.logits)
 
     def over_devices(self) -> _Sums:
-        """Over the parts of the vocabulary that other devices hold."""
+        """Over the parts of the vocabulary on all devices."""
         top = lax.pmax(self.top, "tensor") if axis_size("tensor") > 1 else self.top
         exp, target, logits = psum(
             (self.exp * jnp.exp(self.top - top), self.target, self.logits), "tensor"
@@ -81,153 +123,207 @@ class _Sums(NamedTuple):
 
     @property
     def log_total(self) -> jax.Array:
+        """log(sum of exp(logit))."""
         return self.top + jnp.log(self.exp)
 
 
-def _losses(hidden, head, targets, weights, options: LossConfig, whole, with_gradient: bool):
-    """Sum of the losses, nll, and (if asked) the gradients of the sum by hidden and by head."""
-    cells, width = targets.size, hidden.shape[-1]
-    count = -(-cells // min(options.chunk_tokens, cells))
-    size = -(-cells // count)  # evenly filled
-    vocab, parts = head.shape[0] * axis_size("tensor"), options.vocab_chunks
-    smooth, z = options.label_smoothing, options.z_loss
-    # Parts of whole tiles: for others XLA:TPU lays out the gradient so that it cannot scatter it.
-    part = -(-head.shape[0] // (parts * TILE)) * TILE if parts > 1 else head.shape[0]
-    added = parts * part - head.shape[0]
+class _Cells(NamedTuple):
+    """Cells in chunks of equal size, the last one filled up by cells of weight 0."""
 
-    def chunks(x, *inner):
-        x = x.reshape(cells, *inner)
-        return jnp.pad(x, [(0, count * size - cells)] + [(0, 0)] * len(inner)).reshape(
-            count, size, *inner
-        )
+    hidden: jax.Array  # [chunks, n, D]
+    targets: jax.Array  # [chunks, n]
+    weights: jax.Array  # [chunks, n]
+    # hidden as [chunks, D, n]. Without it XLA:CPU transposes the much larger gradient of the logits
+    # in memory.
+    transposed: jax.Array
 
-    def logits_and_sums(table, start, hidden, targets):
-        """Of the rows of this device's head from `start` on."""
-        logits = jnp.einsum("nd,vd->nv", hidden, table, preferred_element_type=jnp.float32)
-        row = start + jnp.arange(table.shape[0])
-        token = axis_index("tensor") * head.shape[0] + row
-        every = logits
-        if added:
-            real = row < head.shape[0]
-            token = jnp.where(real, token, -1)
-            every, logits = jnp.where(real, logits, 0.0), jnp.where(real, logits, MASKED)
-        # Each device looks in its own part of the vocabulary. A comparison, which is a part of the passes over the logits;
-        # but XLA:CPU would write the logits it chooses to memory before it adds them up.
-        is_target, at = targets[:, None] == token, jnp.clip(targets - token[0], 0, len(token) - 1)
+    @classmethod
+    def of(cls, hidden, targets, weights, chunk_tokens: int) -> _Cells:
+        count = -(-targets.size // min(chunk_tokens, targets.size))
+        size = -(-targets.size // count)  # the chunks are filled evenly
 
-        def compare():
-            return jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+        def chunks(x, *inner):
+            x = x.reshape(targets.size, *inner)
+            fill = [(0, count * size - targets.size)] + [(0, 0)] * len(inner)
+            return jnp.pad(x, fill).reshape(count, size, *inner)
 
-        def look_up():
-            return jnp.where(
-                token[at] == targets, jnp.take_along_axis(logits, at[:, None], axis=1)[:, 0], 0.0
-            )
+        hidden = chunks(hidden, hidden.shape[-1])
+        return cls(hidden, chunks(targets), chunks(weights), hidden.swapaxes(1, 2))
 
-        top, target = logits.max(-1), lax.platform_dependent(cpu=look_up, default=compare)
-        every = every.sum(-1) if smooth else jnp.zeros_like(top)
-        return logits, is_target, _Sums(top, jnp.exp(logits - top[:, None]).sum(-1), target, every)
 
-    def values(sums, weights):
-        nll = sums.log_total - sums.target
-        value = (
-            (1 - smooth) * nll + smooth * (sums.log_total - sums.logits / vocab) if smooth else nll
-        )
-        return jnp.sum(weights * (value + z * jnp.square(sums.log_total) if z else value)), nll
+class _HeadPart(NamedTuple):
+    """Some rows of this device's part of the head."""
 
-    hidden_chunks, targets, weights = chunks(hidden, width), chunks(targets), chunks(weights)
-    transposed = hidden_chunks.swapaxes(
-        1, 2
-    )  # beforehand: XLA:CPU would transpose the much larger d_logits in memory
+    rows: jax.Array  # [v, columns] float32: not gathered along D
+    start: jax.Array | int  # the place of the first one among the rows of this device
 
-    def part_sums(rows, start):
-        """_Sums [count, size] of one part of the vocabulary."""
-        table = whole(rows)
-        return lax.map(lambda xs: logits_and_sums(table, start, *xs)[2], (hidden_chunks, targets))
 
-    def part_losses(rows, start, sums):
-        """(loss, nll, d_hidden, d_rows) by one part of the vocabulary; `sums` are of the whole, None: this part is it."""
-        table, to_rows = jax.vjp(whole, rows)
+def _losses(hidden, head, targets, weights, options, gather_rows, with_gradient: bool):
+    """(loss, nll [...], gradients); arguments as in `next_row_loss`.
+
+    The gradients are those of the loss by hidden and by head; None without `with_gradient`.
+    """
+    cells = _Cells.of(hidden, targets, weights, options.chunk_tokens)
+    losses = _ChunkedLoss(options, gather_rows, with_gradient, cells, len(head))
+    in_parts = losses.one_part if options.vocab_chunks == 1 else losses.many_parts
+    loss, nll, d_hidden, d_head = in_parts(head)
+
+    def restore(x, *inner):
+        return x.reshape(-1, *inner)[: targets.size]
+
+    gradients = None
+    if with_gradient:
+        gradients = restore(d_hidden, hidden.shape[-1]).reshape(hidden.shape), d_head
+    return loss, restore(nll).reshape(hidden.shape[:-1]), gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class _ChunkedLoss:
+    """The loss of some cells, chunk by chunk. The gradients are None without `with_gradient`."""
+
+    options: LossConfig
+    gather_rows: GatherRows
+    with_gradient: bool
+    cells: _Cells
+    head_rows: int  # rows of the head on this device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head_rows * axis_size("tensor")
+
+    def one_part(self, head):
+        """(loss, nll, d_hidden, d_head) with the head gathered as a whole."""
+        return self._part_losses(_HeadPart(head, 0), None)
+
+    def many_parts(self, head):
+        """The same with `vocab_chunks` parts of the head, one after the other."""
+        parts = self.options.vocab_chunks
+        # Whole tiles: XLA:TPU lays out the gradient of other parts so that it cannot scatter it.
+        size = -(-self.head_rows // (parts * TILE)) * TILE
+        added = parts * size - self.head_rows
+        rows = jnp.pad(head, ((0, added), (0, 0))).reshape(parts, size, -1)
+        head_parts = _HeadPart(rows, size * jnp.arange(parts))
+
+        def add_sums(sums, part):
+            return sums.merge(self._part_sums(part)), None
+
+        def add_gradients(d_hidden, part):
+            _, _, more, d_rows = self._part_losses(part, sums)
+            return d_hidden + more, d_rows
+
+        shape = self.cells.targets.shape
+        nothing = _Sums(jnp.full(shape, MASKED), *(jnp.zeros(shape) for _ in range(3)))
+        sums = lax.scan(add_sums, nothing, head_parts)[0].over_devices()
+        loss, nll = self._values(sums, self.cells.weights)
+        if not self.with_gradient:
+            return loss, nll, None, None
+        d_hidden = jnp.zeros(self.cells.hidden.shape, jnp.float32)
+        d_hidden, d_head = lax.scan(add_gradients, d_hidden, head_parts)
+        return loss, nll, d_hidden, d_head.reshape(parts * size, -1)[: self.head_rows]
+
+    def _part_sums(self, part: _HeadPart) -> _Sums:
+        """_Sums [chunks, n] of one part of the head."""
+        table = self.gather_rows(part.rows)
+
+        def chunk(xs):
+            return self._logits_and_sums(table, part.start, *xs)[2]
+
+        return lax.map(chunk, (self.cells.hidden, self.cells.targets))
+
+    def _part_losses(self, part: _HeadPart, sums: _Sums | None):
+        """(loss, nll, d_hidden, d_rows) through one part of the head.
+
+        `sums` are those over the whole vocabulary; None: this part is all of this device's rows.
+        """
+        table, to_rows = jax.vjp(self.gather_rows, part.rows)
 
         def chunk(carry, xs):
             loss, d_table = carry
-            hidden, hidden_t, targets, weights, sums = xs
-            logits, is_target, own = logits_and_sums(table, start, hidden, targets)
+            hidden, transposed, targets, weights, sums = xs
+            logits, is_target, own = self._logits_and_sums(table, part.start, hidden, targets)
             sums = own.over_devices() if sums is None else sums
-            value, nll = values(sums, weights)
-            if not with_gradient:
+            value, nll = self._values(sums, weights)
+            if not self.with_gradient:
                 return (loss + value, d_table), (nll, None)
-            scale = weights * (1 + 2 * z * sums.log_total) if z else weights
-            # With a column of them as one more operand, XLA:CPU does not overwrite the logits: it vectorizes no loop that does.
-            d_logits = scale[:, None] * jnp.exp(
-                logits - (sums.log_total[:, None] + 0 * logits[:, :1])
-            )
-            d_logits -= weights[:, None] * (
-                jnp.where(is_target, 1.0 - smooth, 0.0) + smooth / vocab
-            )
-            d_logits = d_logits.astype(hidden.dtype)
+            d_logits = self._d_logits(logits, is_target, sums, weights).astype(hidden.dtype)
             d_hidden = jnp.einsum("nv,vd->nd", d_logits, table)
             d_table = d_table + jnp.einsum(
-                "dn,nv->dv", hidden_t, d_logits, preferred_element_type=jnp.float32
+                "dn,nv->dv", transposed, d_logits, preferred_element_type=jnp.float32
             )
             return (loss + value, d_table), (nll, d_hidden)
 
-        init = (
-            jnp.zeros((), jnp.float32),
-            jnp.zeros(table.shape[::-1] if with_gradient else (), jnp.float32),
-        )
-        (loss, d_table), (nll, d_hidden) = lax.scan(
-            chunk, init, (hidden_chunks, transposed, targets, weights, sums)
-        )
-        d_rows = to_rows(d_table.T.astype(table.dtype))[0] if with_gradient else None
+        d_table = jnp.zeros(table.shape[::-1] if self.with_gradient else (), jnp.float32)
+        init = jnp.zeros((), jnp.float32), d_table
+        cells = self.cells
+        xs = cells.hidden, cells.transposed, cells.targets, cells.weights, sums
+        (loss, d_table), (nll, d_hidden) = lax.scan(chunk, init, xs)
+        d_rows = to_rows(d_table.T.astype(table.dtype))[0] if self.with_gradient else None
         return loss, nll, d_hidden, d_rows
 
-    if parts == 1:
-        loss, nll, d_hidden, d_head = part_losses(head, 0, None)
-    else:
-        rows = (
-            jnp.pad(head, ((0, added), (0, 0))).reshape(parts, part, -1),
-            part * jnp.arange(parts),
-        )
-        nothing = _Sums(
-            jnp.full(targets.shape, MASKED), *(jnp.zeros(targets.shape) for _ in range(3))
-        )
-        sums = lax.scan(lambda sums, part: (sums.merge(part_sums(*part)), None), nothing, rows)[
-            0
-        ].over_devices()
-        loss, nll = values(sums, weights)
-        if with_gradient:
-            zeros = jnp.zeros(hidden_chunks.shape, jnp.float32)
+    def _logits_and_sums(self, table, start, hidden, targets):
+        """The logits of some rows of the head, and what the loss needs of them.
 
-            def one(d_hidden, part):
-                return (lambda _, __, d, d_rows: (d_hidden + d, d_rows))(*part_losses(*part, sums))
+        Args:
+          table: [v, D], the rows of this device's head from `start` on, gathered. The last part may
+            reach beyond the head.
+          hidden: [n, D]. targets: [n].
 
-            d_hidden, d_head = lax.scan(one, zeros, rows)
-            d_head = d_head.reshape(parts * part, -1)[: head.shape[0]]
+        Returns: logits [n, v] float32; is_target [n, v], which logit is that of a cell's target;
+          _Sums [n].
+        """
+        logits = jnp.einsum("nd,vd->nv", hidden, table, preferred_element_type=jnp.float32)
+        row = start + jnp.arange(table.shape[0])
+        token = axis_index("tensor") * self.head_rows + row
+        summed = logits
+        if len(table) * self.options.vocab_chunks > self.head_rows:
+            real = row < self.head_rows
+            token = jnp.where(real, token, -1)
+            summed, logits = jnp.where(real, logits, 0.0), jnp.where(real, logits, MASKED)
+        is_target = targets[:, None] == token
+        top, target = logits.max(-1), _target_logits(logits, is_target, targets, token)
+        smooth = self.options.label_smoothing
+        summed = summed.sum(-1) if smooth else jnp.zeros_like(top)
+        exp = jnp.exp(logits - top[:, None]).sum(-1)
+        return logits, is_target, _Sums(top, exp, target, summed)
 
-    def back(x, *inner):
-        return x.reshape(-1, *inner)[:cells]
+    def _values(self, sums: _Sums, weights) -> tuple[jax.Array, jax.Array]:
+        """(weighted sum of the losses, nll of each cell)."""
+        smooth, z = self.options.label_smoothing, self.options.z_loss
+        value = nll = sums.log_total - sums.target
+        if smooth:
+            mean_nll = sums.log_total - sums.logits / self.vocab_size
+            value = (1 - smooth) * nll + smooth * mean_nll
+        if z:
+            value = value + z * jnp.square(sums.log_total)
+        return jnp.sum(weights * value), nll
 
-    gradients = (back(d_hidden, width).reshape(hidden.shape), d_head) if with_gradient else None
-    return loss, back(nll).reshape(hidden.shape[:-1]), gradients
-
-
-def _forward(hidden, head, targets, weights, options, whole):
-    loss, nll, gradients = _losses(
-        hidden, head, targets, weights, options, whole, with_gradient=True
-    )
-    return (loss, nll), (hidden[:0], *gradients)
-
-
-def _backward(options, whole, saved, cotangents):
-    hidden, d_hidden, d_head = saved
-    # The gradients here go through this device's part of the vocabulary; the loss counts on all of them.
-    scale = psum(cotangents[0], "tensor")
-    return (
-        (d_hidden * scale).astype(hidden.dtype),
-        (d_head * scale).astype(d_head.dtype),
-        None,
-        None,
-    )
+    def _d_logits(self, logits, is_target, sums: _Sums, weights) -> jax.Array:
+        """The gradient of the weighted sum of the losses by the logits [n, v]."""
+        smooth, z = self.options.label_smoothing, self.options.z_loss
+        scale = weights * (1 + 2 * z * sums.log_total) if z else weights
+        d_logits = scale[:, None] * _exp_below(logits, sums.log_total)
+        labels = jnp.where(is_target, 1.0 - smooth, 0.0) + smooth / self.vocab_size
+        return d_logits - weights[:, None] * labels
 
 
-next_row_loss.defvjp(_forward, _backward)
+def _target_logits(logits, is_target, targets, token) -> jax.Array:
+    """The logit of each cell's target [n]; 0 if it is not among these tokens."""
+
+    def compare():
+        # Fuses with the other passes over the logits. XLA:CPU would write the products to memory
+        # before it adds them up.
+        return jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+
+    def look_up():
+        place = jnp.clip(targets - token[0], 0, len(token) - 1)
+        found = jnp.take_along_axis(logits, place[:, None], axis=1)[:, 0]
+        return jnp.where(token[place] == targets, found, 0.0)
+
+    return lax.platform_dependent(cpu=look_up, default=compare)
+
+
+def _exp_below(logits, log_total) -> jax.Array:
+    """exp(logits - log_total): the probabilities [n, v]."""
+    # The column of logits is an operand more, so that XLA:CPU does not overwrite the logits: it
+    # vectorizes no loop that overwrites its operand.
+    return jnp.exp(logits - (log_total[:, None] + 0 * logits[:, :1]))

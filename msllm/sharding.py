@@ -199,6 +199,39 @@ def rows_to_cells(x: jax.Array) -> jax.Array:
     return x
 
 
+@dataclasses.dataclass(frozen=True)
+class StreamSubset:
+    """Some of the streams of a device, inside `shard_map`.
+
+    All devices of the mesh axis `stream` run one program. So a place among a device's streams can
+    be left out only if no device needs the stream that it holds there.
+
+    Attributes:
+      size: the number of streams on each device.
+      places: which of them are in the subset.
+    """
+
+    size: int
+    places: tuple[int, ...]
+
+    @classmethod
+    def of(cls, needed: Sequence[bool], size: int) -> StreamSubset:
+        """The places that are needed on some device, from what is needed for each stream."""
+        return cls(size, tuple(place for place in range(size) if any(needed[place::size])))
+
+    def take(self, x: jax.Array, axis: int) -> jax.Array:
+        """The subset of x, whose dimension `axis` holds the streams of this device."""
+        return x if self._is_all else x[(slice(None),) * axis + (jnp.array(self.places),)]
+
+    def put(self, x: jax.Array, into: jax.Array) -> jax.Array:
+        """Sets the places of the subset, in the last dimension of `into`, to x."""
+        return x if self._is_all else into.at[..., jnp.array(self.places)].set(x)
+
+    @property
+    def _is_all(self) -> bool:
+        return len(self.places) == self.size
+
+
 def psum(x, *names: str):
     """Sum over mesh axes inside `shard_map`; x outside of it."""
     axes = _used(names)

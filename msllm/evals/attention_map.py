@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from msllm.model.attention.dispatch import attention
 from msllm.model.attention.reference import attention_weights, reference_attention
 from msllm.model.layers import rope_angles
 from msllm.model.model import bind
-from msllm.streams import Visibility, make_cells, positions
+from msllm.streams import Visibility, positions
 from msllm.weights.load import LoadedModel
 
 MAX_WEIGHTS = 1 << 28  # 1 GiB of float32
@@ -66,11 +65,8 @@ def _attention_map(
 ) -> jax.Array:
     """[layers, B, N, T, S, T, S] for tables [B, T, S]."""
     model = bind(graph, parameters)
-    tokens, segment = tables["tokens"], tables["segment"]
-    silent = tokens == silence_id if model.streams.skip_silence else None
-    cells, lag = make_cells(tables["present"], segment, silent), model.streams.lag_array
-    angles = rope_angles(positions(segment), model.config)
-    blocks, weights = nnx.split(model.blocks)
+    cells, lag = model.cells(tables, silence_id), model.streams.lag_array
+    angles = rope_angles(positions(tables["segment"]), model.config)
     found = []
 
     def attend_and_record(
@@ -85,10 +81,9 @@ def _attention_map(
         return attention(q, k, v, cells, lag, backend)
 
     with jax.default_matmul_precision("highest"):
-        x = model.embed(tokens)
+        x = model.embed(tables["tokens"])
         # A loop, because values that are recorded inside a scan cannot leave it.
-        for layer in range(model.config.num_layers):
-            block = nnx.merge(blocks, jax.tree.map(operator.itemgetter(layer), weights))
+        for block in model.layers():
             x = block(x, angles, attend)
     return jnp.stack(found)
 

@@ -20,7 +20,6 @@ from msllm.errors import UserError
 from msllm.evals.exact_match import open_data
 from msllm.loss import next_row_loss, targets_and_weights
 from msllm.model.model import bind
-from msllm.streams import make_cells, positions
 from msllm.weights.load import LoadedModel
 
 SEED = 0  # of the resampling
@@ -83,9 +82,7 @@ def measure(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _nll(graph, silence, parameters, tables):
     model = bind(graph, parameters)
-    tokens, present, segment = tables["tokens"], tables["present"], tables["segment"]
-    silent = tokens == silence if model.streams.skip_silence else None
-    hidden = model(tokens, make_cells(present, segment, silent), positions(segment))
+    hidden = model.read(tables, silence)
     targets, counted, weights = targets_and_weights(tables, (1.0,) * model.streams.size)
     head = model.head_parameter[...]
     nll = next_row_loss(hidden, head, targets, weights, LossConfig())[1]

@@ -20,7 +20,6 @@ from msllm.errors import UserError
 from msllm.loss import targets_and_weights
 from msllm.model.model import bind
 from msllm.runtime.files import write_atomically
-from msllm.streams import make_cells, positions
 from msllm.weights.load import LoadedModel
 
 LOGITS_AT_ONCE = 1 << 26  # numbers: 256 MiB of float32
@@ -53,11 +52,8 @@ def score(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _score(graph, silence_id, parameters, tables):
     model = bind(graph, parameters)
-    tokens, present, segment = tables["tokens"], tables["present"], tables["segment"]
-    silent = tokens == silence_id if model.streams.skip_silence else None
     with jax.default_matmul_precision("highest"):
-        hidden = model(tokens, make_cells(present, segment, silent), positions(segment))
-        logits = model.logits(hidden)
+        logits = model.logits(model.read(tables, silence_id))
     targets, counted, _ = targets_and_weights(tables, model.streams.loss_weights)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return logits, jnp.where(counted, chosen - jax.nn.logsumexp(logits, axis=-1), jnp.nan)

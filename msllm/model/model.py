@@ -3,7 +3,7 @@ throughout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ from msllm.sharding import (
     psum,
     rows_to_cells,
 )
-from msllm.streams import Cells, StreamSpec
+from msllm.streams import Cells, StreamSpec, make_cells, positions
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # see `Block.__call__`
 
@@ -91,17 +91,41 @@ class MultiStreamLM(nnx.Module):
                 rngs, (config.vocab_size, config.d_model), table, config.d_model**-0.5
             )
 
+    def read(
+        self,
+        tables: Mapping[str, jax.Array],
+        silence_id: int | None,
+        backend: Backend | None = None,
+    ) -> jax.Array:
+        """The hidden states of tables that start at row 0.
+
+        Args:
+          tables: tokens [B, T, S] int32, present [B, T, S] bool and segment [B, T] int32.
+          silence_id: the silence token. Only streams with `skip_silence` need it.
+          backend: see `__call__`.
+
+        Returns: see `__call__`.
+        """
+        cells = self.cells(tables, silence_id)
+        return self(tables["tokens"], cells, positions(tables["segment"]), backend)
+
+    def cells(self, tables: Mapping[str, jax.Array], silence_id: int | None) -> Cells:
+        """The cells of tables, for attention; arguments as in `read`."""
+        silent = tables["tokens"] == silence_id if self.streams.skip_silence else None
+        return make_cells(tables["present"], tables["segment"], silent)
+
     def __call__(
         self, tokens: jax.Array, cells: Cells, position: jax.Array, backend: Backend | None = None
     ) -> jax.Array:
-        """The hidden states from which each cell's next row is predicted.
+        """The hidden states from which the model predicts the next row of each cell.
 
         Args:
-          tokens: [B, T, S] int32. cells: of these rows. position: RoPE positions, [B, T] (or [B, T,
-            S]) int32.
-          backend: of attention, from `choose_backend`; None: one that runs everywhere.
+          tokens: [B, T, S] int32.
+          cells: of these rows.
+          position: RoPE positions, [B, T] (or [B, T, S]) int32.
+          backend: of attention, from `choose_backend`; None: one that runs on every device.
 
-        Returns: hidden [B, T, S, D] after the final norm, in the compute dtype.
+        Returns: [B, T, S, D] after the final norm, in the compute dtype.
         """
         config = self.config
         angles = rope_angles(position, config)
@@ -114,21 +138,28 @@ class MultiStreamLM(nnx.Module):
             config.kv_ring,
         )
 
-        def layer(x, weights):
-            def attend(q, k, v):
-                return attention(q, k, v, *rule)
+        def attend(q, k, v):
+            return attention(q, k, v, *rule)
 
-            if (
-                config.remat in INPUT_ONLY
-            ):  # the gathered keys and values must not wait for the backward of the MLP
-                attend = jax.checkpoint(attend, policy=KEEP_OUTPUT)
-            return nnx.merge(graph, weights)(checkpoint_name(x, "input"), angles, attend), None
+        if config.remat in INPUT_ONLY:
+            # Gathered keys and values must not wait for the backward pass of the MLP.
+            attend = jax.checkpoint(attend, policy=KEEP_OUTPUT)
+
+        def layer(x, weights):
+            block = nnx.merge(graph, weights)
+            return block(checkpoint_name(x, "input"), angles, attend), None
 
         x, _ = jax.lax.scan(_remat(layer, config.remat), self.embed(tokens), weights)
         return self.finish(x)
 
+    def layers(self) -> Iterator[Block]:
+        """The blocks with the weights of one layer each, for code that does not scan over them."""
+        graph, weights = nnx.split(self.blocks)
+        for layer in range(self.config.num_layers):
+            yield nnx.merge(graph, jax.tree.map(lambda w: w[layer], weights))  # noqa: B023
+
     def finish(self, x: jax.Array) -> jax.Array:
-        """The final norm, of what the last block gives."""
+        """The final norm of the last block's output."""
         return rms_norm(x, gather_param(self.final_norm, jnp.float32), self.config.norm_eps)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
