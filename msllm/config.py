@@ -85,7 +85,8 @@ class StreamsConfig:
     kinds: tuple[str, ...] = ("input", "thought", "output")  # per stream: input | thought | output
     # per stream, its weight in the loss; empty: 0 for inputs, 1 for the others
     loss_weights: tuple[float, ...] = ()
-    # the lag of every edge: block_causal (1 row) | same_row (0 rows) | isolated (own stream only)
+    # the lag of every edge: block_causal (1 row) | same_row (0 rows) | isolated (own stream only) |
+    # package.module:function (docs/extending/visibility.md)
     visibility: str = "block_causal"
     # edges that differ from `visibility`, as (reader, source, lag); lag: "3" (rows) or "never"
     lags: tuple[tuple[str, str, str], ...] = ()

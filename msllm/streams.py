@@ -8,11 +8,11 @@ attention gets what the predicate needs.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from msllm.config import StreamsConfig
+from msllm.config import Config, StreamsConfig, import_object
 from msllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class StreamSpec:
 
     @classmethod
     def from_config(cls, config: StreamsConfig) -> StreamSpec:
-        """Checks the settings and resolves presets. Raises UserError."""
+        """Checks the settings and resolves presets. Imports nothing. Raises UserError."""
         names, kinds = config.names, config.kinds
         size = len(names)
         if not names or len(set(names)) != size:
@@ -152,7 +152,8 @@ class StreamSpec:
             values = getattr(config, field)
             if len(values) != size and (values or field == "kinds"):
                 raise UserError(
-                    f"config.streams.{field} has {len(values)} items: names has {size}, give one per stream"
+                    f"config.streams.{field} has {len(values)} items: names has {size}, give one "
+                    "per stream"
                 )
         for kind in kinds:
             if kind not in KINDS:
@@ -166,25 +167,11 @@ class StreamSpec:
             )
         if any(d < 0 for d in config.delays):
             raise UserError(f"config.streams.delays is {config.delays}: must be >= 0 rows")
-        lag = lag_matrix(config.visibility, size)
-        for reader, source, value in config.lags:
-            for name in (reader, source):
-                if name not in names:
-                    raise UserError(
-                        f"config.streams.lags names {name!r}: the streams are {', '.join(names)}"
-                    )
-            if value != "never" and not value.isdigit():
-                raise UserError(
-                    f"config.streams.lags holds lag {value!r}: must be a number of rows >= 0, or 'never'"
-                )
-            lag[names.index(reader), names.index(source)] = (
-                NEVER if value == "never" else int(value)
-            )
         return cls(
             names,
             kinds,
             weights,
-            tuple(map(tuple, lag.tolist())),
+            tuple(map(tuple, _config_lags(config).tolist())),
             config.skip_silence,
             config.delays or (0,) * size,
         )
@@ -218,6 +205,91 @@ def lag_matrix(visibility: str, size: int) -> np.ndarray:
     if visibility == "isolated":
         return np.where(np.eye(size, dtype=bool), 1, NEVER).astype(np.int32)
     raise UserError(f"visibility is {visibility!r}: must be one of {', '.join(PRESETS)}")
+
+
+def resolve_visibility(config: Config) -> Config:
+    """The config with a visibility that is given as a function written out as a preset and lags.
+
+    `config.streams.visibility` may be an import path, `package.module:function`. The function gets
+    the names and the kinds of the streams, and returns the lag matrix [S, S] (reader, source):
+    numbers of rows >= 0, or "never". `config.streams.lags` has the last word on the edges that it
+    names.
+
+    Only `train`, `prepare` and `aot` call this, on the config of a run. The config in a checkpoint
+    is therefore complete without the function, and reading it runs no code.
+
+    Raises UserError if the function cannot be imported, or returns something else.
+    """
+    streams = config.streams
+    if ":" not in streams.visibility:
+        return config
+    function = import_object(streams.visibility, "config.streams.visibility")
+    StreamSpec.from_config(dataclasses.replace(streams, visibility=PRESETS[0]))  # checks the rest
+    lag = _read_lags(function(streams.names, streams.kinds), streams)
+    different = {preset: lag != lag_matrix(preset, len(lag)) for preset in PRESETS}
+    preset = min(PRESETS, key=lambda preset: different[preset].sum())
+    lags = tuple(
+        (
+            streams.names[reader],
+            streams.names[source],
+            "never" if lag[reader, source] == NEVER else str(lag[reader, source]),
+        )
+        for reader, source in np.argwhere(different[preset])
+    )
+    resolved = dataclasses.replace(streams, visibility=preset, lags=lags + streams.lags)
+    return dataclasses.replace(config, streams=resolved)
+
+
+def _read_lags(matrix: Any, streams: StreamsConfig) -> np.ndarray:
+    """What a visibility function returned, as [S, S] int32. Raises UserError."""
+    setting, size = f"config.streams.visibility is {streams.visibility!r}", len(streams.names)
+    remedy = f"return {size} x {size} lags (reader, source)"
+    try:
+        rows = [list(row) for row in matrix]
+    except TypeError as error:
+        raise UserError(f"{setting}: it returned {matrix!r}; {remedy}") from error
+    if [len(row) for row in rows] != [size] * size:
+        raise UserError(f"{setting}: it returned rows of {[len(row) for row in rows]}; {remedy}")
+    lag = np.empty((size, size), np.int32)
+    for reader, source in np.ndindex(size, size):
+        value = rows[reader][source]
+        is_number = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not (is_number and value >= 0 or isinstance(value, str) and value == "never"):
+            raise UserError(
+                f"{setting}: its lag from {streams.names[reader]!r} to {streams.names[source]!r} "
+                f"is {value!r}; return a number of rows >= 0, or 'never'"
+            )
+        lag[reader, source] = min(value, NEVER) if is_number else NEVER
+    return lag
+
+
+def _config_lags(config: StreamsConfig) -> np.ndarray:
+    """The lag matrix [S, S] int32 of a preset and of the edges that differ from it.
+
+    Raises UserError.
+    """
+    names = config.names
+    if ":" in config.visibility:
+        raise UserError(
+            f"config.streams.visibility is {config.visibility!r}: a function, which only a run's "
+            "own config may name; call msllm.streams.resolve_visibility(config) first"
+        )
+    lag = lag_matrix(config.visibility, len(names))
+    for reader, source, value in config.lags:
+        for name in (reader, source):
+            if name not in names:
+                raise UserError(
+                    f"config.streams.lags names {name!r}: the streams are {', '.join(names)}"
+                )
+        if value != "never" and not value.isdigit():
+            raise UserError(
+                f"config.streams.lags holds lag {value!r}: must be a number of rows >= 0, or "
+                "'never'"
+            )
+        lag[names.index(reader), names.index(source)] = (
+            NEVER if value == "never" else min(int(value), NEVER)
+        )
+    return lag
 
 
 def pad_lag(lag: np.ndarray, size: int) -> np.ndarray:

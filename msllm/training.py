@@ -34,7 +34,7 @@ from msllm.runtime.files import write_atomically
 from msllm.runtime.progress import Progress
 from msllm.sharding import make_mesh
 from msllm.step import Program, TrainState
-from msllm.streams import StreamSpec
+from msllm.streams import StreamSpec, resolve_visibility
 
 log = logging.getLogger("msllm")
 
@@ -53,6 +53,7 @@ def train(
       stop: set by a signal or a preemption notice to end the run early.
       before: seconds that this process has been running, for the goodput.
     """
+    config = resolve_visibility(config)
     workdir = open_workdir(workdir)
     with processes.exclusive_workdir(workdir):
         return _train(config, workdir, stop, before)

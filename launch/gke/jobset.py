@@ -25,7 +25,7 @@ from msllm.errors import UserError
 from msllm.model.model import abstract_model
 from msllm.pod.aot import topology_devices
 from msllm.sharding import make_mesh
-from msllm.streams import StreamSpec
+from msllm.streams import StreamSpec, resolve_visibility
 
 _EXAMPLES = """
 python launch/gke/jobset.py --config=configs/8b_v5e_256.py --topology=v5e:16x16 \\
@@ -80,7 +80,8 @@ def grace_seconds(config: Config, hosts: int) -> int:
     12 bytes a parameter: it and AdamW's two moments, in float32.
     """
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 32768)
-    _, parameters, _ = abstract_model(model, StreamSpec.from_config(config.streams))
+    streams = StreamSpec.from_config(resolve_visibility(config).streams)
+    _, parameters, _ = abstract_model(model, streams)
     size = 12 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters))
     return STEP_SECONDS + 30 * math.ceil(size / hosts / HOST_WRITES / 30)
 

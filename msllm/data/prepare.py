@@ -26,7 +26,7 @@ from msllm.data.sources import BadRecords
 from msllm.errors import UserError
 from msllm.runtime.files import write_atomically
 from msllm.runtime.progress import Progress
-from msllm.streams import StreamSpec
+from msllm.streams import StreamSpec, resolve_visibility
 from msllm.tokenizer import Tokenizer
 
 # In the folder of an unfinished run:
@@ -43,7 +43,7 @@ def prepare(config: Config, out: str | pathlib.Path, processes: int = 1) -> dict
 
     Raises UserError for bad input, or if `out` holds other data; RunError if a process dies.
     """
-    out = pathlib.Path(out)
+    out, config = pathlib.Path(out), resolve_visibility(config)
     spec = StreamSpec.from_config(config.streams)
     settings = identity.get_settings(config, spec)
     if (out / records.MANIFEST).exists():

@@ -27,7 +27,7 @@ from msllm.pod.collectives import Collective
 from msllm.runtime.hardware import TABLE, Hardware, lookup
 from msllm.sharding import make_mesh
 from msllm.step import Program
-from msllm.streams import StreamSpec
+from msllm.streams import StreamSpec, resolve_visibility
 
 GIB = 2**30
 EXAMPLES = "v5e:2x2, v5e:4x4, v5e:16x16, v6e:8x8, v5p:4x4x4, v4:4x4x4, tpu7x:4x4x4"
@@ -94,7 +94,7 @@ def analyse(config: Config, devices: Sequence[Any]) -> Analysis:
     Raises:
       UserError: the config cannot be compiled for these devices.
     """
-    hardware = _checked_hardware(config, devices)
+    config, hardware = resolve_visibility(config), _checked_hardware(config, devices)
     streams = StreamSpec.from_config(config.streams)
     mesh = make_mesh(config.mesh, devices)
     program = Program(config, streams, mesh)
