@@ -53,7 +53,8 @@ class Branch:
     """
 
     def __init__(self, streams: int):
-        self.rows, self.events = 0, []
+        self.rows = 0
+        self.events: list[dict[str, Any]] = []
         self.parent: int | None = None
         self.forked = 0
         # Arrays with room for rows to come.
@@ -191,7 +192,7 @@ class Recording:
                 f"{path} cannot be written ({error.strerror}): name another file"
             ) from error
 
-    def _arrays(self) -> dict[str, np.ndarray]:
+    def _arrays(self) -> dict[str, Any]:
         """tokens and present [B, T, S], segment and time [B, T], filled up to the longest."""
         branches, streams = len(self.branches), len(self.names)
         rows = max(branch.rows for branch in self.branches)

@@ -141,12 +141,12 @@ class Columns(Widget):
     def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
         self.scroll(-3)
 
-    def on_click(self, event: events.Click) -> None:
+    async def on_click(self, event: events.Click) -> None:
         """Mutes the stream whose name was clicked."""
         ends = list(itertools.accumulate(width + 1 for width in self.widths()))
         stream = sum(event.x >= end for end in ends) - 1
-        if event.y == 0 and 0 <= stream < len(ends) - 1 and isinstance(self.player, Live):
-            self.app.action_mute(stream)
+        if event.y == 0 and 0 <= stream < len(ends) - 1:
+            await self.app.run_action(f"mute({stream})")
 
     def _height(self) -> int:
         """Lines below the header."""
@@ -197,7 +197,7 @@ class Columns(Widget):
         recent = slice(max(0, rows - TEXT_ROWS), rows)
         tokens = branch.tokens[recent, stream][branch.present[recent, stream]]
         style = "cyan" if recording.kinds[stream] == "input" else ""
-        lines = []
+        lines: list[Text] = []
         for paragraph in recording.tokenizer.decode(tokens).split("\n"):
             text = Text(cells.visible(paragraph), style=style)
             lines += text.wrap(self.app.console, width)
@@ -222,7 +222,7 @@ class ChatApp(App[None]):
         """`out`: where to save a live session; a number is added if the file exists."""
         super().__init__()
         self.player, self.out = player, out
-        self._live = isinstance(player, Live)
+        self._live = player if isinstance(player, Live) else None
         kinds = player.recording.kinds if self._live else ()
         names = player.recording.names
         self._inputs = [name for name, kind in zip(names, kinds) if kind == "input"]
@@ -251,9 +251,9 @@ class ChatApp(App[None]):
         self.query_one("#status", Static).update(self._status(), layout=False)
 
     def action_send(self) -> None:
-        if self._inputs:
+        if self._live and self._inputs:
             line = self.query_one(Line)
-            self._try(self.player.feed, self.columns.target, line.value)
+            self._try(self._live.feed, self.columns.target, line.value)
             line.clear()
 
     def action_target(self, steps: int) -> None:
@@ -275,11 +275,12 @@ class ChatApp(App[None]):
         self.player.change_pace(steps)
 
     def action_mute(self, stream: int) -> None:
-        if stream < len(self.player.recording.names):
-            self._try(self.player.mute, self.player.recording.names[stream])
+        if self._live and stream < len(self.player.recording.names):
+            self._try(self._live.mute, self.player.recording.names[stream])
 
     def action_fork(self) -> None:
-        self._try(self.player.fork)
+        if self._live:
+            self._try(self._live.fork)
 
     def action_branch(self) -> None:
         count = len(self.player.recording.branches)
@@ -304,7 +305,8 @@ class ChatApp(App[None]):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool:
         """Whether the player has the action; Textual calls it."""
-        return self._live or not any(bound.live and action in bound.names for bound in KEYS)
+        needs_live = any(bound.live and action in bound.names for bound in KEYS)
+        return self._live is not None or not needs_live
 
     async def _play(self) -> None:
         try:
@@ -352,8 +354,8 @@ class ChatApp(App[None]):
             parts.append(f"{self.columns.back} lines back")
         if player.ended:
             parts.append("the end")
-        if isinstance(player, Live):
-            waiting = player.waiting.items()
+        if self._live:
+            waiting = self._live.waiting.items()
             parts += [f"{count} waiting for {name}" for name, count in waiting if count]
         streams = len(player.recording.names)
         hidden = streams - len(self.columns.widths()) + 1

@@ -112,7 +112,7 @@ def analyse(config: Config, devices: Sequence[Any]) -> Analysis:
     memory["remedies"] = [] if memory["fits"] else roofline.remedies(shape, state_bytes)
     if compiled is None:
         return Analysis(report, "")
-    text, in_mesh = compiled.as_text(), list(mesh.devices.flat)
+    text, in_mesh = compiled.as_text() or "", list(mesh.devices.flat)
     found = collectives.read(text, in_mesh)
     report["collectives"] = _collectives(found, shape)
     report["estimate"] = roofline.estimate(shape, state_bytes, found.collectives, in_mesh, hardware)
@@ -187,6 +187,7 @@ def _memory(
     if compiled is None:
         return {"fits": False, "limit": limit, "compiler_says": refusal}
     stats = compiled.memory_analysis()
+    assert stats is not None, "the compiler gives no memory analysis"
     sizes = {
         "arguments": stats.argument_size_in_bytes,
         "outputs": stats.output_size_in_bytes,
@@ -287,7 +288,7 @@ def sweep(
         model, fits = dataclasses.replace(config.model, remat=remat), True
         for multiple in multiples:
             data = dataclasses.replace(config.data, batch_size=config.data.batch_size * multiple)
-            row = {"remat": remat, "batch_size": data.batch_size, "fits": False}
+            row: dict[str, Any] = {"remat": remat, "batch_size": data.batch_size, "fits": False}
             if fits:
                 row |= _figures(dataclasses.replace(config, model=model, data=data), devices)
             else:

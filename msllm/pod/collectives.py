@@ -82,7 +82,8 @@ def read(text: str, devices: Sequence[Any]) -> Program:
       devices: those of the mesh, in its order. Uses their `id` and, if present, `slice_index`.
     """
     reader = _Reader(text, devices)
-    result, chains = [], {}
+    result: list[Collective] = []
+    chains: dict[str, Collective] = {}
     for collective, chain in reader.visit(reader.module.entry, 1, None):
         if chain is None:
             result.append(collective)
@@ -333,10 +334,10 @@ def _numbers(text: str) -> list[int]:
 
 def _iota(text: str) -> np.ndarray:
     """The numbers of `[4,2]T(1,0)`: counted in that shape, transposed, and made flat."""
-    match = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    shape = _numbers(match[1])
+    shape = _numbers(first_group(r"^\[([\d,]+)\]", text))
+    order = _numbers(first_group(r"\]T\(([\d,]+)\)", text))
     ids = np.arange(math.prod(shape)).reshape(shape)
-    return (ids.transpose(_numbers(match[2])) if match[2] else ids).reshape(-1)
+    return (ids.transpose(order) if order else ids).reshape(-1)
 
 
 def _mesh_groups(axes: str, device_ids: str | None, over: str) -> np.ndarray:

@@ -10,6 +10,7 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
 # Other element types have their bits in the name: f32, u8, s4, c64.
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
+_MIRRORED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}
 _MOVES = ("copy", "bitcast", "convert")  # these do not change the value of a loop counter
 
 Array = tuple[str, tuple[int, ...]]  # element type and dimensions
@@ -93,7 +94,7 @@ def shapes_of(kind: str) -> list[Array]:
 def size_of(array: Array) -> int:
     """The bytes of an array."""
     name, dims = array
-    bits = _BITS[name] if name in _BITS else int(re.match(r"[a-z]+(\d+)", name)[1])
+    bits = _BITS[name] if name in _BITS else int(first_group(r"^[a-z]+(\d+)", name))
     return math.prod(dims) * bits // 8
 
 
@@ -123,16 +124,16 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
 def _comparison(condition: Computation) -> tuple[str, str, int] | None:
     """(counter, direction, limit) of a condition that compares a counter with a constant."""
     test = _root(condition)
-    direction = first_group(r"direction=(\w+)", test.attributes) if test else ""
-    if not direction or len(test.operands) != 2:
+    if test is None or len(test.operands) != 2:
         return None
-    left, right = (_constant(condition, operand) for operand in test.operands)
-    if (left is None) == (right is None):
-        return None
-    if right is not None:
-        return test.operands[0], direction, right
-    mirrored = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}
-    return test.operands[1], mirrored.get(direction, direction), left
+    direction = first_group(r"direction=(\w+)", test.attributes)
+    left, right = test.operands
+    left_value, right_value = _constant(condition, left), _constant(condition, right)
+    if left_value is None and right_value is not None:
+        return left, direction, right_value
+    if left_value is not None and right_value is None:
+        return right, _MIRRORED.get(direction, direction), left_value
+    return None
 
 
 def _root(computation: Computation) -> Instruction | None:

@@ -216,7 +216,7 @@ def _collective_lines(collectives: Mapping[str, Any]) -> list[str]:
 
 def _collective_rows(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Rows of _COLLECTIVE_COLUMNS."""
-    texts = []
+    texts: list[tuple[str, ...]] = []
     for row in rows:
         network = f"{row['network']}, {_hiding(row['asynchronous'])}"
         count, size = f"{row['count']:,}", size_text(row["bytes"])

@@ -291,7 +291,7 @@ def remedies(shape: Shape, state_bytes: float) -> list[str]:
     if model.remat == "none":
         remedy["gathered_weights"] = remedy["kept_activations"]
     lines: dict[str, str] = {}  # {remedy: line}, each remedy once
-    for part in sorted(parts, key=parts.get, reverse=True):
+    for part in sorted(parts, key=lambda part: -parts[part]):
         size = f"{part}: {parts[part] / 2**30:.2f} GiB by formula"
         lines.setdefault(remedy[part], f"{remedy[part]} ({size})")
     return list(lines.values())[:3]

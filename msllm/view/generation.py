@@ -31,7 +31,8 @@ def print_generation(
     """
     if model.tokenizer is None:
         raise UserError(
-            "the checkpoint has no tokenizer (a Hugging Face folder): use msllm.Engine with token ids"
+            "the checkpoint has no tokenizer (a Hugging Face folder): use msllm.Engine with token "
+            "ids"
         )
     if rows < 1:
         raise UserError(f"--rows={rows}: must be at least 1")

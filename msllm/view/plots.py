@@ -48,9 +48,9 @@ def table(
     axes.imshow(np.ma.masked_array(shade, ~present), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for t, s in np.argwhere(present):
         text = cells.draw(columns.tokenizer, int(tokens[t, s]), True).text
-        _write(axes, s, t, text.replace("$", r"\$"), shade[t, s])
+        _write(axes, s, t, text.replace("$", r"\$"), float(shade[t, s]))
     axes.set_xticks(range(streams), columns.names)
-    axes.set_yticks(range(rows), range(rows), fontsize=7)
+    axes.set_yticks(range(rows), [str(row) for row in range(rows)], fontsize=7)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     for s, label in enumerate(axes.get_xticklabels()):
         label.set_color(f"C{s}")
@@ -124,7 +124,7 @@ def between(axes: Axes, shares: np.ndarray, names: Sequence[str]) -> None:
     """
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for reader, source in np.ndindex(shares.shape):
-        share = shares[reader, source]
+        share = float(shares[reader, source])
         _write(axes, source, reader, f"{share:.2f}", share)
     axes.set_xticks(range(len(names)), names)
     axes.set_yticks(range(len(names)), names)
@@ -155,7 +155,7 @@ def _write(axes: Axes, x: int, y: int, text: str, shade: float) -> None:
 
 
 def _label(axes: Axes, x: str, y: str) -> None:
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.legend(fontsize=8)

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 
 import numpy as np
-from array_record.python import array_record_module
 
 from msllm.data import records
 from msllm.data.packing import Packed
@@ -40,8 +39,7 @@ class Split:
         tokenizer = Tokenizer.load(self.directory / stored["file"], stored["silence"])
         self.columns = Columns(streams["names"], streams["kinds"], tokenizer)
         self._starts = np.cumsum([0, *(shard["records"] for shard in self.part["shards"])])
-        self._shard: int | None = None  # the one that _reader reads
-        self._reader: array_record_module.ArrayRecordReader | None = None
+        self._opened: tuple[int, records.Reader] | None = None  # number of a shard, and its records
         if not len(self):
             others = [name for name, part in self.manifest["splits"].items() if part["tables"]]
             raise UserError(
@@ -56,28 +54,24 @@ class Split:
     def table(self, number: int) -> Packed:
         """A packed table by its number in stored order. Raises UserError if it cannot be read."""
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-        try:
-            if shard != self._shard:
-                self._open(shard)
-            record = self._reader.read([number - int(self._starts[shard])])[0]
-        except RuntimeError as error:
-            raise UserError(
-                f"{self._paths[shard]} is corrupt ({error}): restore it, or prepare again"
-            ) from error
+        if self._opened is None or self._opened[0] != shard:
+            self._opened = None
+            self._opened = shard, self._open(shard)
+        record = self._opened[1][number - int(self._starts[shard])]
         return records.decode_record(
             record, len(self.columns.names), self.columns.tokenizer.vocab_size
         )
 
-    def _open(self, shard: int) -> None:
-        if self._reader is not None:
-            self._reader.close()
-        self._shard, self._reader = None, None
-        records.check_shard(self.directory, self.part["shards"][shard], read=False)
-        # Records are read one at a time, so reading ahead would be wasted.
-        self._reader = array_record_module.ArrayRecordReader(
-            self._paths[shard], "readahead_buffer_size:0"
-        )
-        self._shard = shard
+    def _open(self, shard: int) -> records.Reader:
+        stored = self.part["shards"][shard]
+        records.check_shard(self.directory, stored, read=False)
+        reader = records.Reader([self._paths[shard]])
+        if len(reader) != stored["records"]:
+            raise UserError(
+                f"{self._paths[shard]} is corrupt (it has {len(reader)} records, the manifest says "
+                f"{stored['records']}): restore it, or prepare again"
+            )
+        return reader
 
     def tables(self) -> Iterator[tuple[int, Packed]]:
         """Yields (number of its first example, table) for all packed tables in stored order."""
@@ -99,18 +93,16 @@ class Split:
         Raises:
           UserError: there is no such example.
         """
-        by_id = re.fullmatch(r"[0-9a-f]{16}", wanted) is not None
+        by_id = re.fullmatch(r"[0-9a-f]{16}", wanted)
         number = None if by_id else self._checked_number(wanted)
         with Progress("inspect: tables", len(self)) as progress:
             for done, (first, packed) in enumerate(self.tables()):
                 progress.show(done)
-                if by_id and wanted in packed.examples:
-                    place = packed.examples.index(wanted)
-                elif not by_id and number < first + len(packed.examples):
-                    place = number - first
-                else:
-                    continue
-                return first + place, unpack(packed._asdict(), packed.examples)[place]
+                if number is None and wanted in packed.examples:
+                    number = first + packed.examples.index(wanted)
+                if number is not None and number < first + len(packed.examples):
+                    examples = unpack(packed._asdict(), packed.examples)
+                    return number, examples[number - first]
         raise UserError(
             f"--example={wanted}: split {self.split!r} of {self.directory} does not hold it; an "
             "example that was held out is in the other split (--split=train or --split=eval)"
