@@ -1,1 +1,1 @@
-"""Benchmarks; docs/benchmarks.md keeps results."""
+"""Benchmarks, one module each: `msllm bench NAME`. docs/benchmarks.md has results."""

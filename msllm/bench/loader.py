@@ -1,16 +1,19 @@
-"""The loader alone: packed tables from disk to batches, by the CPU time of the whole process, and
-the memory it keeps.
+"""The loader alone: packed tables from disk to batches.
+
+Measures the CPU time of the whole process, and the memory that it holds.
 """
 
 from __future__ import annotations
 
+import collections
 import pathlib
 import tempfile
-import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
+from msllm.bench.timing import timed
 from msllm.config import DataConfig, MixtureConfig, StreamsConfig, TokenizerConfig
 from msllm.data import build, records
 from msllm.data.loader import Loader
@@ -18,54 +21,32 @@ from msllm.data.packing import Packed
 from msllm.streams import StreamSpec
 from msllm.tokenizer import FILE_NAMES, Tokenizer, train
 
-EXAMPLE_ROWS = 90  # of an example, on average
+EXAMPLE_ROWS = 90  # mean length of an example
 SHARDS = 4
 
 
-def loader_case(case: dict) -> list[dict]:
-    """Measures one case in this process: an epoch to warm up, then `epochs` of them through
-    `Loader.iterate`.
+def loader_case(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """Measures `epochs` epochs of `Loader.iterate`, after one that warms up.
 
     Args:
-      case: rows (T), batch (B), streams (S), tables (per source), sources, silence (percent of the
-        cells; none in a single stream), epochs.
+      case: rows (T), batch (B), streams (S), tables (of each source), sources, silence (percent of
+        the cells; there is none in a single stream), epochs.
     """
-    size = case["streams"]
+    size, epochs = case["streams"], case["epochs"]
     config = StreamsConfig(names=tuple(f"s{i}" for i in range(size)), kinds=("output",) * size)
     spec = StreamSpec.from_config(config)
     with tempfile.TemporaryDirectory() as folder:
-        directories = [f"{folder}/source_{i}" for i in range(case["sources"])]
-        for seed, directory in enumerate(directories):
-            _prepare(pathlib.Path(directory), case, spec, seed)
-        several = MixtureConfig(
-            tuple(directories), (), tuple(1.0 + i for i in range(len(directories)))
-        )
-        data = {"mixture": several} if len(directories) > 1 else {"dir": directories[0]}
-        before = _resident_mib()
-        begin = time.process_time()
-        loader = Loader(
-            DataConfig(rows=case["rows"], batch_size=case["batch"], **data), "train", spec
-        )
-        opening = time.process_time() - begin
-        steps = loader.num_batches
-        for _ in loader.iterate(range(steps)):
-            pass
-        warm = _resident_mib()
-        begin, begin_wall, last = time.process_time(), time.perf_counter(), None
-        for last in loader.iterate(range(steps, (1 + case["epochs"]) * steps)):
-            pass
-        seconds, wall = time.process_time() - begin, time.perf_counter() - begin_wall
-        after = _resident_mib()
-        # What the batches hold is counted apart, so that counting is not measured.
-        cells = spoken = 0
-        for step in range(steps):
-            batch = loader.batch(steps + step)
-            cells += int(batch["present"].sum())
-            spoken += int(
-                (batch["present"] & (batch["tokens"] != loader.tokenizer.silence_id)).sum()
-            )
+        data = _write_sources(pathlib.Path(folder), case, spec)
         stored = sum(path.stat().st_size for path in pathlib.Path(folder).rglob("*.array_record"))
-    del last
+        before = _resident_mib()
+        loader, opening, _ = timed(Loader, data, "train", spec)
+        steps = loader.num_batches
+        _exhaust(loader.iterate(range(steps)))
+        warm = _resident_mib()
+        last = (1 + epochs) * steps
+        _, cpu, wall = timed(_exhaust, loader.iterate(range(steps, last)))
+        after = _resident_mib()
+        cells, spoken = _count_cells(loader, range(steps, 2 * steps))
     tables = steps * case["batch"]
     result = {
         "benchmark": "loader",
@@ -74,10 +55,10 @@ def loader_case(case: dict) -> list[dict]:
         "cells_per_table": round(cells / tables),
         "spoken_per_table": round(spoken / tables),
         "open_cpu_seconds": round(opening, 3),
-        "cpu_us_per_table": round(seconds / (tables * case["epochs"]) * 1e6, 1),
-        "wall_us_per_table": round(wall / (tables * case["epochs"]) * 1e6, 1),
-        "cells_per_cpu_second": round(cells * case["epochs"] / seconds),
-        "spoken_tokens_per_cpu_second": round(spoken * case["epochs"] / seconds),
+        "cpu_us_per_table": round(cpu / (tables * epochs) * 1e6, 1),
+        "wall_us_per_table": round(wall / (tables * epochs) * 1e6, 1),
+        "cells_per_cpu_second": round(cells * epochs / cpu),
+        "spoken_tokens_per_cpu_second": round(spoken * epochs / cpu),
         "resident_mib_before": round(before, 1),
         "resident_mib_first_epoch": round(warm, 1),
         "resident_mib_growth_later": round(after - warm, 1),
@@ -85,48 +66,78 @@ def loader_case(case: dict) -> list[dict]:
     return [result]
 
 
+def _exhaust(batches: Iterator[Any]) -> None:
+    collections.deque(batches, maxlen=0)
+
+
 def _resident_mib() -> float:
-    """Memory of this process; Linux."""
+    """Returns the memory of this process. Linux only."""
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4 / 1024
 
 
-def _prepare(directory: pathlib.Path, case: dict, spec: StreamSpec, seed: int) -> None:
-    """Writes a prepared directory of packed tables with random tokens, as frequent as words are."""
-    directory.mkdir()
+def _count_cells(loader: Loader, steps: range) -> tuple[int, int]:
+    """Returns the number of present cells, and of those that are not silence, in batches."""
+    cells = spoken = 0
+    for step in steps:
+        batch = loader.batch(step)
+        cells += int(batch["present"].sum())
+        said = batch["present"] & (batch["tokens"] != loader.tokenizer.silence_id)
+        spoken += int(said.sum())
+    return cells, spoken
+
+
+def _write_sources(folder: pathlib.Path, case: dict[str, Any], spec: StreamSpec) -> DataConfig:
+    """Writes the prepared directories of a case and returns the config that reads them."""
+    directories = [folder / f"source_{i}" for i in range(case["sources"])]
+    for seed, directory in enumerate(directories):
+        _write_prepared(directory, case, spec, seed)
+    sizes = {"rows": case["rows"], "batch_size": case["batch"]}
+    if len(directories) == 1:
+        return DataConfig(dir=str(directories[0]), **sizes)
+    weights = tuple(1.0 + i for i in range(len(directories)))
+    mixture = MixtureConfig(dirs=tuple(map(str, directories)), weights=weights)
+    return DataConfig(mixture=mixture, **sizes)
+
+
+def _write_prepared(
+    directory: pathlib.Path, case: dict[str, Any], spec: StreamSpec, seed: int
+) -> None:
+    """Writes a prepared directory of packed tables of random tokens, as frequent as words are."""
+    (directory / build.WORK).mkdir(parents=True)
     words = " ".join(f"w{i}" for i in range(4000))
     tokenizer = train([words], TokenizerConfig(model_type="word", vocab_size=4096))
     tokenizer.save(directory / FILE_NAMES[tokenizer.kind])
-    (directory / build.WORK).mkdir()
-    writer = build.ShardWriter(
-        directory, "train", build.Portion(0, 1, [None]), SHARDS, spec.size, tokenizer
-    )
-    for table in _tables(case, tokenizer, np.random.default_rng(seed)):
+    portion = build.Portion(0, 1, [None])
+    writer = build.ShardWriter(directory, "train", portion, SHARDS, spec.size, tokenizer)
+    for table in _random_tables(case, tokenizer, np.random.default_rng(seed)):
         writer.write(table)
-    shards = writer.close()
-    stored = {
-        "file": FILE_NAMES[tokenizer.kind],
-        "sha256": tokenizer.hash,
-        "silence": tokenizer.silence,
-    }
     split = {
+        "shards": writer.close(),
         "tables": writer.tables,
         "tokens": dict(zip(spec.names, writer.tokens.tolist())),
-        "shards": shards,
     }
     manifest = {
         "format": records.FORMAT,
         "streams": {"names": spec.names, "kinds": spec.kinds, "delays": spec.delays},
         "rows": case["rows"],
-        "tokenizer": stored | {"vocab_size": tokenizer.vocab_size},
+        "tokenizer": {
+            "file": FILE_NAMES[tokenizer.kind],
+            "sha256": tokenizer.hash,
+            "silence": tokenizer.silence,
+            "vocab_size": tokenizer.vocab_size,
+        },
         "splits": {"train": split},
     }
     records.write_manifest(directory, manifest)
 
 
-def _tables(case: dict, tokenizer: Tokenizer, rng: np.random.Generator) -> Iterator[Packed]:
+def _random_tables(
+    case: dict[str, Any], tokenizer: Tokenizer, rng: np.random.Generator
+) -> Iterator[Packed]:
     rows, size = case["rows"], case["streams"]
     share = case["silence"] / 100 if size > 1 else 0.0
-    ranks = tokenizer.vocab_size - tokenizer.silence_id - 1
+    first = tokenizer.silence_id + 1  # id of the first word
+    ranks = tokenizer.vocab_size - first
     frequency = 1 / np.arange(3, ranks + 3)
     frequency /= frequency.sum()
     for _ in range(case["tables"]):
@@ -135,16 +146,8 @@ def _tables(case: dict, tokenizer: Tokenizer, rng: np.random.Generator) -> Itera
         used = rows - int(rng.integers(0, max(1, rows // 50)))
         segment[used:] = 0
         present = np.repeat((segment > 0)[:, None], size, axis=1)
-        tokens = tokenizer.silence_id + 1 + rng.choice(ranks, (rows, size), p=frequency)
-        tokens = (
-            np.where(rng.random((rows, size)) < share, tokenizer.silence_id, tokens).astype(
-                np.int32
-            )
-            * present
-        )
-        yield Packed(
-            tokens,
-            present,
-            segment,
-            [f"{rng.integers(1 << 62):016x}" for _ in range(segment.max())],
-        )
+        tokens = first + rng.choice(ranks, (rows, size), p=frequency)
+        silent = rng.random((rows, size)) < share
+        tokens = np.where(silent, tokenizer.silence_id, tokens).astype(np.int32) * present
+        examples = [f"{rng.integers(1 << 62):016x}" for _ in range(segment.max())]
+        yield Packed(tokens, present, segment, examples)

@@ -1,4 +1,4 @@
-"""Preparing data: the measuring part of `msllm bench prepare`, on a corpus made for the purpose."""
+"""Preparing data, on a synthetic corpus: time, memory and bytes."""
 
 from __future__ import annotations
 
@@ -12,74 +12,81 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from msllm import tokenizer as tokenizer_lib
+from msllm.bench.timing import timed
 from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
 from msllm.data.prepare import prepare
 
-WORDS = 40_000  # of the made language
+WORDS = 40_000  # of the synthetic language
 VOCAB_SIZE = 8192
-SAMPLE_BYTES = 1 << 19  # of the corpus, that the tokenizer is trained on
-SAMPLE_SECONDS = 0.1  # between two looks at the memory of workers
-# Per converter: the streams, and how a record holds two texts.
+SAMPLE_BYTES = 1 << 19  # of the corpus that the tokenizer is trained on
+SAMPLE_SECONDS = 0.1  # between two measurements of the workers' memory
+
+
+class _Form(NamedTuple):
+    """The data that a converter reads and writes."""
+
+    streams: StreamsConfig
+    record: Callable[[str, str], dict[str, Any]]  # from two texts
+
+
+def _chat_record(a: str, b: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": a}, {"role": "output", "content": b}]}
+
+
+def _pair_record(a: str, b: str) -> dict[str, Any]:
+    return {"source": a, "target": b}
+
+
+def _text_record(a: str, b: str) -> dict[str, Any]:
+    return {"text": f"{a}\n{b}"}
+
+
+_USER_OUTPUT = StreamsConfig(names=("user", "output"), kinds=("input", "output"))
+_FOUR_OUTPUTS = StreamsConfig(names=tuple("abcd"), kinds=("output",) * 4)
 FORMS = {
-    "chat": (
-        StreamsConfig(names=("user", "output"), kinds=("input", "output")),
-        lambda a, b: {
-            "messages": [{"role": "user", "content": a}, {"role": "output", "content": b}]
-        },
-    ),
-    "wait_k": (
-        StreamsConfig(names=("user", "output"), kinds=("input", "output")),
-        lambda a, b: {"source": a, "target": b},
-    ),
-    "parallel_documents": (
-        StreamsConfig(names=tuple("abcd"), kinds=("output",) * 4),
-        lambda a, b: {"text": f"{a}\n{b}"},
-    ),
+    "chat": _Form(_USER_OUTPUT, _chat_record),
+    "wait_k": _Form(_USER_OUTPUT, _pair_record),
+    "parallel_documents": _Form(_FOUR_OUTPUTS, _text_record),
 }
 
 
-def prepare_case(case: dict) -> list[dict]:
-    """Makes a corpus of `size_mb` MB and prepares it with a unigram tokenizer that is given.
+def prepare_case(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """Makes a corpus of `size_mb` MB and prepares it with a given unigram tokenizer.
 
-    CPU-seconds are those of all processes, hashing of input and output included; tokens are those
-    that are not silence. Memory is the most that the first process and the largest of the others
-    held at any time.
+    CPU-seconds are those of all processes, hashing of input and output included. Tokens do not
+    include silence. Memory is the most that the first process, and the largest of the others, held
+    at any time.
     """
-    streams, _ = FORMS[case["converter"]]
     with tempfile.TemporaryDirectory(prefix="msllm-bench-") as name:
         folder = pathlib.Path(name)
-        code = "import json, sys; from msllm.bench.prepare import make; make(sys.argv[1], json.loads(sys.argv[2]))"
-        # In a process of its own: what it takes is not what is measured.
-        subprocess.run([sys.executable, "-c", code, name, json.dumps(case)], check=True)
+        _make_corpus_in_new_process(folder, case)
         data = DataConfig(
             converter=case["converter"],
             path=str(folder / "corpus.jsonl"),
             tokenizer=TokenizerConfig(path=str(folder / "tokenizer.model")),
         )
+        config = Config(streams=FORMS[case["converter"]].streams, data=data)
         size = os.path.getsize(data.path)
-        begin, begin_cpu = time.perf_counter(), _cpu_seconds()
+        cpu = _cpu_seconds()
         with _Memory() as memory:
-            manifest = prepare(
-                Config(streams=streams, data=data), folder / "out", case["processes"]
-            )
-        cpu = _cpu_seconds() - begin_cpu
-        wall = time.perf_counter() - begin
+            manifest, _, wall = timed(prepare, config, folder / "out", case["processes"])
+        cpu = _cpu_seconds() - cpu
         written = sum(file.stat().st_size for file in (folder / "out").iterdir())
-    train, parts = manifest["splits"]["train"], manifest["splits"].values()
-    tokens = sum(sum(part["tokens"].values()) for part in parts)
+    train, splits = manifest["splits"]["train"], manifest["splits"].values()
+    tokens = sum(sum(split["tokens"].values()) for split in splits)
     line = {
         "benchmark": "prepare",
         **case,
         "bytes": size,
         "bytes_written": written,
         "shards": len(train["shards"]),
-        "examples": sum(part["examples"] for part in parts),
+        "examples": sum(split["examples"] for split in splits),
         "tokens": tokens,
         "silence_rate": train["silence_rate"],
         "packing_efficiency": train["packing_efficiency"],
@@ -92,34 +99,37 @@ def prepare_case(case: dict) -> list[dict]:
     return [line]
 
 
-def make(folder: str, case: dict) -> None:
-    """Writes corpus.jsonl of `size_mb` MB and tokenizer.model, trained on its beginning, to a
-    folder.
+def _make_corpus_in_new_process(folder: pathlib.Path, case: dict[str, Any]) -> None:
+    """Calls `make_corpus` in a process of its own, whose time and memory are not measured."""
+    code = (
+        "import json, sys; from msllm.bench.prepare import make_corpus; "
+        "make_corpus(sys.argv[1], json.loads(sys.argv[2]))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder), json.dumps(case)], check=True)
+
+
+def make_corpus(folder: str, case: dict[str, Any]) -> None:
+    """Writes a corpus and a tokenizer trained on its beginning.
+
+    The files in `folder` are corpus.jsonl, of `size_mb` MB, and tokenizer.model.
     """
     path = pathlib.Path(folder) / "corpus.jsonl"
-    _, form = FORMS[case["converter"]]
+    record = FORMS[case["converter"]].record
     texts, left = _texts(np.random.default_rng(0)), case["size_mb"] * 1e6
     with path.open("w") as file:
         while left > 0:
-            left -= file.write(json.dumps(form(next(texts), next(texts))) + "\n")
+            left -= file.write(json.dumps(record(next(texts), next(texts))) + "\n")
     config = TokenizerConfig(model_type="unigram", vocab_size=VOCAB_SIZE)
     tokenizer_lib.train(_sample(path), config).save(path.with_name("tokenizer.model"))
 
 
 def _texts(rng: np.random.Generator) -> Iterator[str]:
-    """Texts of 10 to 200 words, as frequent as those of a language (Zipf), with sentences and
-    numbers.
+    """Yields texts of 10 to 200 words, with sentences and numbers.
+
+    The words are as frequent as those of a natural language (Zipf's law).
     """
-    starts = "b c d f g l m n p r s t v th st".split()
-    syllables = [
-        start + vowel + end for start in starts for vowel in "aeiou" for end in ("", "n", "r", "s")
-    ]
-    words = ["".join(rng.choice(syllables, size)) for size in rng.integers(1, 5, WORDS)]
-    words = np.array(
-        [f"{word}{mark}" for word in words for mark in ("", "", "", "", "", ",", ".", ".\n")],
-        object,
-    )
-    frequency = np.repeat(1 / np.arange(10, WORDS + 10), 8)
+    words = _words(rng)
+    frequency = np.repeat(1 / np.arange(10, WORDS + 10), len(words) // WORDS)
     edges = np.cumsum(frequency / frequency.sum())
     while True:
         drawn = words[np.searchsorted(edges, rng.random(1 << 16)).clip(max=len(words) - 1)]
@@ -131,28 +141,44 @@ def _texts(rng: np.random.Generator) -> Iterator[str]:
             start = stop
 
 
+def _words(rng: np.random.Generator) -> np.ndarray:
+    """Returns WORDS random words, each of them several times, with and without a mark after it."""
+    starts = "b c d f g l m n p r s t v th st".split()
+    syllables = [
+        start + vowel + end for start in starts for vowel in "aeiou" for end in ("", "n", "r", "s")
+    ]
+    words = ["".join(rng.choice(syllables, size)) for size in rng.integers(1, 5, WORDS)]
+    marks = ("", "", "", "", "", ",", ".", ".\n")
+    return np.array([f"{word}{mark}" for word in words for mark in marks], object)
+
+
 def _sample(path: pathlib.Path) -> Iterator[str]:
+    """Yields the texts of the first SAMPLE_BYTES of a corpus."""
     with path.open() as file:
         read = 0
         for line in file:
-            if (read := read + len(line)) > SAMPLE_BYTES:
+            read += len(line)
+            if read > SAMPLE_BYTES:
                 return
-            value = json.loads(line)
-            yield from (
-                value.values()
-                if "messages" not in value
-                else (turn["content"] for turn in value["messages"])
-            )
+            record = json.loads(line)
+            if "messages" in record:
+                yield from (message["content"] for message in record["messages"])
+            else:
+                yield from record.values()
 
 
 def _cpu_seconds() -> float:
+    """Returns the CPU time of this process and of its children that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 class _Memory:
-    """The most resident memory, in MiB, that this process (`own`) and the largest of its workers
-    held. Needs /proc.
+    """Watches memory while the `with` block runs. Needs /proc.
+
+    Attributes:
+      own: the most resident memory that this process held, in MiB.
+      worker: the same of the largest of its workers.
     """
 
     def __enter__(self) -> _Memory:
@@ -162,7 +188,7 @@ class _Memory:
         self._thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end.set()
         self._thread.join()
         self.own = _peak_mib(os.getpid())
@@ -176,6 +202,6 @@ class _Memory:
 def _peak_mib(pid: int) -> float:
     try:
         found = re.search(r"VmHWM:\s*(\d+) kB", pathlib.Path(f"/proc/{pid}/status").read_text())
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return 0.0
     return int(found[1]) / 1024 if found else 0.0

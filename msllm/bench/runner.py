@@ -1,11 +1,8 @@
-"""The benchmarks, their settings, and how they run: each case in a new process, which prints JSON
-lines.
-"""
+"""The benchmarks and their settings. Each case runs in a new process, which prints JSON lines."""
 
 from __future__ import annotations
 
 import gc
-import importlib
 import importlib.util
 import json
 import os
@@ -14,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from msllm.config import import_object
 from msllm.errors import UserError
 from msllm.runtime import environment
 
@@ -22,6 +20,15 @@ _TABLES = {"rows": [102, 512], "batch": [4, 1], "streams": 10, "steps": 5}
 _HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "compute_dtype": "float32"}
 _SIZES = {"vocab_size": 8192, "d_model": 256, "d_ff": 768, "num_layers": 4, **_HEADS}
 
+# The function that measures a case of each benchmark and returns its results. Only the one that is
+# needed is imported, because the time to the first train step begins with the process.
+_MEASURE = {
+    "train": "msllm.bench.train:train_case",
+    "attention": "msllm.bench.attention:attention_case",
+    "decode": "msllm.bench.decode:decode_case",
+    "prepare": "msllm.bench.prepare:prepare_case",
+    "loader": "msllm.bench.loader:loader_case",
+}
 # The settings of each benchmark with their defaults. A list holds one value for each case.
 SETTINGS: dict[str, dict[str, Any]] = {
     "train": {
@@ -49,11 +56,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def make_cases(benchmark: str, given: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The cases of a benchmark, each a dictionary of settings.
+    """Returns the cases of a benchmark, each a dictionary of settings.
 
     Args:
-      given: settings other than the defaults in `SETTINGS`. Raises UserError if they do not fit
-      together.
+      given: settings other than the defaults in `SETTINGS`.
+
+    Raises UserError if settings do not fit together.
     """
     settings = {**SETTINGS[benchmark], **given}
     if settings.get("torch"):
@@ -102,9 +110,7 @@ def measure(benchmark: str, case: dict[str, Any]) -> None:
     environment.configure_jax()
     if benchmark == "train":
         gc.disable()  # until the step is compiled, as in the command `msllm train`
-    # Only what is measured is imported, because the time to the first step begins with the process.
-    module = importlib.import_module(f"msllm.bench.{benchmark}")
-    for result in getattr(module, f"{benchmark}_case")(case):
+    for result in import_object(_MEASURE[benchmark], f"bench {benchmark}")(case):
         print(json.dumps(result), flush=True)
 
 

@@ -1,14 +1,30 @@
-"""A stopwatch for benchmarks."""
+"""Time measurement for benchmarks."""
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+_Result = TypeVar("_Result")
 
 
-def timed(call: Callable[[], Any]) -> tuple[Any, float, float]:
-    """(what `call()` returns, CPU-seconds of the process, seconds that passed)."""
+class Times(NamedTuple):
+    """How long something took, in seconds."""
+
+    cpu: float  # CPU time of this process, user and system
+    wall: float
+
+
+def timed(call: Callable[..., _Result], *arguments: Any) -> tuple[_Result, float, float]:
+    """Returns (what `call` returns, CPU-seconds of this process, seconds that passed)."""
     begin_cpu, begin = time.process_time(), time.perf_counter()
-    result = call()
+    result = call(*arguments)
     return result, time.process_time() - begin_cpu, time.perf_counter() - begin
+
+
+def median_times(times: Sequence[Times]) -> Times:
+    """Returns the median of each component."""
+    cpu, wall = zip(*times, strict=True)
+    return Times(statistics.median(cpu), statistics.median(wall))

@@ -1,11 +1,11 @@
-"""The same model in torch, to be measured in turn with ours: transformers' Qwen3 with a dense mask,
-on CPU, in float32.
+"""The same model in torch, to compare with: transformers' Qwen3 with a dense mask, float32, on CPU.
 
-This is the form in which multi-stream models were published: a table read row by row is one
-sequence of T x S tokens, a mask [L, L] of 0 and -10,000 says who sees whom, attention is
-`scaled_dot_product_attention`, and decoding calls the model with one row of S tokens and the cache
-of `transformers`. The weights are ours, so loss, gradient norm and decoded tokens must be ours,
-too. Needs torch and transformers (`pip install torch transformers`), which msllm itself does not.
+This is the form in which multi-stream models were published. A table read row by row is one
+sequence of T x S tokens. A mask [L, L] of 0 and -10,000 says which cells see each other, attention
+is `scaled_dot_product_attention`, and decoding calls the model with one row of S tokens and the
+cache of `transformers`. The weights are those of msllm, so loss, gradient norm and decoded tokens
+must be the same. Needs torch and transformers (`pip install torch transformers`), which msllm
+itself does not need.
 """
 
 from __future__ import annotations
@@ -30,10 +30,14 @@ class Model:
     """Qwen3 that reads tables."""
 
     def __init__(self, config: ModelConfig, size: int, parameters: Mapping[str, Any]):
-        """`parameters`: ours. `size`: S. Raises UserError where ours would not run on CPU, too."""
+        """Takes the parameters of a model of msllm with `size` streams.
+
+        Raises UserError if jax does not run on CPU: the comparison would be unfair.
+        """
         if jax.default_backend() != "cpu":
             raise UserError(
-                f"--torch runs on CPU and msllm on {jax.default_backend()}: set JAX_PLATFORMS=cpu to compare them"
+                f"--torch runs on CPU and msllm on {jax.default_backend()}: set JAX_PLATFORMS=cpu"
+                " to compare them"
             )
         self.size = size
         settings = transformers.Qwen3Config(
@@ -56,8 +60,13 @@ class Model:
     def logits(
         self, tokens: torch.Tensor, mask: torch.Tensor, first_row: int = 0, cache=None
     ) -> torch.Tensor:
-        """[B, rows x S, V] of rows [B, rows, S] that come after `first_row` rows; mask: [B, 1, rows
-        x S, all rows x S].
+        """Returns the logits [B, rows x S, V] of `rows` rows.
+
+        Args:
+          tokens: [B, rows, S].
+          mask: [B, 1, rows x S, (first_row + rows) x S].
+          first_row: the number of rows before these.
+          cache: the keys and values of those rows.
         """
         batch, rows, size = tokens.shape
         embedded = self.qwen.model.embed_tokens(tokens) + self.stream_embedding.weight
@@ -74,23 +83,22 @@ class Model:
 
 
 def dense_mask(rows: int, size: int, first_row: int = 0) -> torch.Tensor:
-    """[1, 1, rows x S, (first_row + rows) x S] float32: who blocks whom among cells of `rows` rows
-    after `first_row`.
+    """Returns the mask of `rows` rows of `size` streams after `first_row` others.
+
+    Its shape is [1, 1, rows x S, (first_row + rows) x S]; it is 0 where a cell sees a cell of an
+    earlier row or itself, else BLOCKED.
     """
-    keys, queries = (
-        torch.arange((first_row + rows) * size),
-        torch.arange(first_row * size, (first_row + rows) * size),
-    )
+    keys = torch.arange((first_row + rows) * size)
+    queries = torch.arange(first_row * size, (first_row + rows) * size)
     visible = (keys // size < (queries // size)[:, None]) | (keys == queries[:, None])
     return torch.where(visible, 0.0, BLOCKED)[None, None]
 
 
 class Trainer:
-    """Forward, backward and AdamW on one batch of full tables [B, T, S], of which every stream is
-    learned.
-    """
+    """Forward, backward and AdamW on one batch of full tables, in which all streams are learned."""
 
     def __init__(self, model: Model, tokens: np.ndarray):
+        """`tokens`: [B, T, S]."""
         batch, rows, size = tokens.shape
         self._model, self._tokens = model, torch.from_numpy(tokens).long()
         self._labels = torch.full(tokens.shape, -100)
@@ -101,7 +109,7 @@ class Trainer:
         )
 
     def step(self) -> tuple[float, float]:
-        """(loss, gradient norm) before the update."""
+        """Takes a step and returns (loss, gradient norm) before its update."""
         logits = self._model.logits(self._tokens, self._mask)
         loss = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), self._labels.flatten(), ignore_index=-100
@@ -117,12 +125,12 @@ class Session:
     """Greedy decoding of one table with the cache of `transformers`."""
 
     def __init__(self, model: Model, prefill: np.ndarray):
-        """`prefill`: [rows, S]."""
+        """`prefill`: [rows, S], the rows before the first that is decoded."""
         self._model, self._cache, self._rows = model, transformers.DynamicCache(), 0
         self._next = self._feed(torch.from_numpy(prefill).long())
 
     def step(self) -> np.ndarray:
-        """The next row, [S]; it is fed."""
+        """Returns the next row, [S], and feeds it."""
         row = self._next
         self._next = self._feed(row[None])
         return row.numpy()

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import os
-import statistics
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msllm.bench.timing import timed
+from msllm.bench.timing import Times, median_times, timed
 from msllm.config import Config, DataConfig, LossConfig, ModelConfig, StreamsConfig
 from msllm.metrics import memory_mib
 from msllm.runtime.compiler import compile_step
 from msllm.runtime.flops import train_flops
 from msllm.runtime.hardware import lookup
 from msllm.sharding import make_mesh
-from msllm.step import Program
+from msllm.step import Program, TrainState
 from msllm.streams import StreamSpec
+
+if TYPE_CHECKING:
+    from msllm.bench import torch_reference
 
 _MODEL = (
     *("vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
     *("compute_dtype", "remat", "attention"),
 )
+
+
+class _TorchStep(NamedTuple):
+    """A step of the model in torch, and how far it is from ours."""
+
+    times: Times
+    loss_difference: float
+    norm_difference: float  # of the gradient norm, relative to ours
 
 
 def train_case(case: dict[str, Any]) -> list[dict[str, Any]]:
@@ -33,106 +44,100 @@ def train_case(case: dict[str, Any]) -> list[dict[str, Any]]:
     Args:
       case: the settings of `runner.SETTINGS["train"]`, with one value of rows and of batch.
     """
-    batch, rows, size = case["batch"], case["rows"], case["streams"]
-    config = Config(
-        model=ModelConfig(**{name: case[name] for name in _MODEL}),
-        streams=StreamsConfig(names=tuple(f"s{i}" for i in range(size)), kinds=("output",) * size),
-        data=DataConfig(rows=rows, batch_size=batch),
-        loss=LossConfig(chunk_tokens=case["chunk_tokens"]),
-    )
-    streams = StreamSpec.from_config(config.streams)
-    program = Program(config, streams, make_mesh(config.mesh))
-    rng = np.random.default_rng(0)
-    arrays = {
-        "tokens": rng.integers(0, case["vocab_size"], (batch, rows, size)).astype(np.int32),
-        "present": np.ones((batch, rows, size), bool),
-        "segment": np.ones((batch, rows), np.int32),
-    }
-    tables = {
-        name: jax.device_put(arrays[name], x.sharding) for name, x in program.abstract_batch.items()
+    program = _make_program(case)
+    tables = _random_tables(case)
+    batch = {
+        name: jax.device_put(tables[name], x.sharding) for name, x in program.abstract_batch.items()
     }
     state = program.init()
-    step = compile_step(program.step, state, tables)
-    state, metrics = step(state, tables)
+    step = compile_step(program.step, state, batch)
+    state, metrics = step(state, batch)
     jax.block_until_ready((state, metrics))
     start_to_first_step = time.process_time()
     device = jax.devices()[0]
     peak_mib = (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**20 or memory_mib()
-
     other = None
     if case["torch"]:
-        other = _torch_trainer(config.model, state.parameters, arrays["tokens"])
+        other = _torch_trainer(program.config.model, state.parameters, tables["tokens"])
 
-    def own_step():
-        return jax.block_until_ready(step(state, tables))
-
-    own_times, other_times, differences = [], [], []
+    ours, theirs = [], []
     for _ in range(case["steps"]):
-        (state, metrics), *times = timed(own_step)
-        own_times.append(times)
+        (state, metrics), *times = timed(_run_step, step, state, batch)
+        ours.append(Times(*times))
         if other:
-            (loss, norm), *times = timed(other.step)
-            other_times.append(times)
-            differences.append(
-                (abs(loss - metrics["loss"]), abs(norm / metrics["gradient_norm"] - 1))
-            )
-    seconds, wall = _medians(own_times)
-    flops = train_flops(config.model, streams, batch, rows)
-    if device.platform == "cpu":
-        reached = _cpu_rates(flops / seconds)
-    else:
-        reached = accelerator_rates(
-            device, flops / wall / jax.device_count(), case["compute_dtype"]
-        )
+            theirs.append(_torch_step(other, metrics))
+
+    cells = case["batch"] * case["rows"] * case["streams"]
+    cpu, wall = median_times(ours)
+    flops = train_flops(program.config.model, program.streams, case["batch"], case["rows"])
     line = {
         "benchmark": "train",
         **case,
         "parameters": sum(x.size for x in jax.tree.leaves(program.abstract_state.parameters)),
-        "tokens_per_step": batch * rows * size,
-        "cpu_seconds_per_step": round(seconds, 4),
+        "tokens_per_step": cells,
+        "cpu_seconds_per_step": round(cpu, 4),
         "wall_seconds_per_step": round(wall, 4),
-        "tokens_per_cpu_second": round(batch * rows * size / seconds, 1),
-        "tokens_per_second": round(batch * rows * size / wall, 1),
+        "tokens_per_cpu_second": round(cells / cpu, 1),
+        "tokens_per_second": round(cells / wall, 1),
         "start_to_first_step_cpu_seconds": round(start_to_first_step, 2),
         "peak_memory_mib": round(peak_mib, 1),
         "useful_gflop_per_step": round(flops / 1e9, 1),
-        **reached,
+        **_rates(device, flops, Times(cpu, wall), case["compute_dtype"]),
         "loss": round(float(metrics["loss"]), 4),
         "device_kind": device.device_kind,
         "devices": jax.device_count(),
         "jax": jax.__version__,
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
     }
-    if other:
-        other_seconds, other_wall = _medians(other_times)
-        line |= {
-            "torch_cpu_seconds_per_step": round(other_seconds, 4),
-            "torch_wall_seconds_per_step": round(other_wall, 4),
-            "torch_tokens_per_cpu_second": round(batch * rows * size / other_seconds, 1),
-            "torch_time_to_ours_cpu": round(other_seconds / seconds, 3),
-            "torch_time_to_ours_wall": round(other_wall / wall, 3),
-            # Of the first step, which both take from the same parameters.
-            "torch_loss_difference": float(f"{differences[0][0]:.2g}"),
-            "torch_gradient_norm_relative_difference": float(f"{differences[0][1]:.2g}"),
-        }
+    if theirs:
+        line |= _torch_results(theirs, Times(cpu, wall), cells)
     return [line]
 
 
+def _run_step(step: Callable, state: TrainState, batch: dict[str, jax.Array]):
+    return jax.block_until_ready(step(state, batch))
+
+
+def _make_program(case: dict[str, Any]) -> Program:
+    size = case["streams"]
+    config = Config(
+        model=ModelConfig(**{name: case[name] for name in _MODEL}),
+        streams=StreamsConfig(names=tuple(f"s{i}" for i in range(size)), kinds=("output",) * size),
+        data=DataConfig(rows=case["rows"], batch_size=case["batch"]),
+        loss=LossConfig(chunk_tokens=case["chunk_tokens"]),
+    )
+    return Program(config, StreamSpec.from_config(config.streams), make_mesh(config.mesh))
+
+
+def _random_tables(case: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Returns full tables of random tokens: tokens and present [B, T, S], segment [B, T]."""
+    shape = (case["batch"], case["rows"], case["streams"])
+    return {
+        "tokens": np.random.default_rng(0).integers(0, case["vocab_size"], shape).astype(np.int32),
+        "present": np.ones(shape, bool),
+        "segment": np.ones(shape[:2], np.int32),
+    }
+
+
 def matmul_flops_per_cpu_second(size: int = 2048, repeats: int = 5) -> float:
-    """This machine's rate for a float32 product [size, size] x [size, size], the best of
-    `repeats`.
+    """Measures this machine's rate for a float32 product [size, size] x [size, size].
+
+    Returns the best of `repeats`.
     """
     product = jax.jit(jnp.matmul)
     a = jnp.ones((size, size), jnp.float32)
-    product(a, a).block_until_ready()
-    seconds = (timed(lambda: product(a, a).block_until_ready())[1] for _ in range(repeats))
-    return 2 * size**3 / min(seconds)
+
+    def multiply() -> None:
+        product(a, a).block_until_ready()
+
+    multiply()  # compiles
+    return 2 * size**3 / min(timed(multiply)[1] for _ in range(repeats))
 
 
 def accelerator_rates(
     device: jax.Device, flops_per_second: float, compute_dtype: str
 ) -> dict[str, float]:
-    """What a device reaches and, where its peak is known, its share of the peak (MFU).
+    """Returns what a device reaches and, where its peak is known, its share of the peak (MFU).
 
     MFU is defined in PaLM (arXiv 2204.02311), appendix B.
     """
@@ -141,6 +146,13 @@ def accelerator_rates(
     if hardware and compute_dtype == "bfloat16":
         rates["mfu"] = round(flops_per_second / hardware.flops, 4)
     return rates
+
+
+def _rates(device: jax.Device, flops: float, times: Times, compute_dtype: str) -> dict[str, float]:
+    """Returns what was reached with `flops` per step."""
+    if device.platform == "cpu":
+        return _cpu_rates(flops / times.cpu)
+    return accelerator_rates(device, flops / times.wall / jax.device_count(), compute_dtype)
 
 
 def _cpu_rates(flops_per_cpu_second: float) -> dict[str, float]:
@@ -152,15 +164,34 @@ def _cpu_rates(flops_per_cpu_second: float) -> dict[str, float]:
     }
 
 
-def _medians(times: list[list[float]]) -> tuple[float, float]:
-    """Median CPU-seconds and seconds of pairs of both."""
-    cpu, wall = zip(*times, strict=True)
-    return statistics.median(cpu), statistics.median(wall)
-
-
-def _torch_trainer(model: ModelConfig, parameters: Any, tokens: np.ndarray):
+def _torch_trainer(
+    model: ModelConfig, parameters: Any, tokens: np.ndarray
+) -> torch_reference.Trainer:
     from msllm.bench import torch_reference
 
-    return torch_reference.Trainer(
-        torch_reference.Model(model, tokens.shape[2], parameters), tokens
+    streams = tokens.shape[2]
+    return torch_reference.Trainer(torch_reference.Model(model, streams, parameters), tokens)
+
+
+def _torch_step(other: torch_reference.Trainer, metrics: dict[str, jax.Array]) -> _TorchStep:
+    """Takes a step in torch and compares it with the metrics of ours."""
+    (loss, norm), *times = timed(other.step)
+    return _TorchStep(
+        Times(*times),
+        abs(loss - float(metrics["loss"])),
+        abs(norm / float(metrics["gradient_norm"]) - 1),
     )
+
+
+def _torch_results(steps: Sequence[_TorchStep], ours: Times, cells: int) -> dict[str, float]:
+    cpu, wall = median_times([step.times for step in steps])
+    first = steps[0]  # the step that both take from the same parameters
+    return {
+        "torch_cpu_seconds_per_step": round(cpu, 4),
+        "torch_wall_seconds_per_step": round(wall, 4),
+        "torch_tokens_per_cpu_second": round(cells / cpu, 1),
+        "torch_time_to_ours_cpu": round(cpu / ours.cpu, 3),
+        "torch_time_to_ours_wall": round(wall / ours.wall, 3),
+        "torch_loss_difference": float(f"{first.loss_difference:.2g}"),
+        "torch_gradient_norm_relative_difference": float(f"{first.norm_difference:.2g}"),
+    }
