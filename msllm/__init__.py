@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from msllm.errors import RunError, UserError
     from msllm.evals.exact_match import evaluate
     from msllm.evals.score import score
+    from msllm.hooks import Hook, Run
     from msllm.runtime.environment import configure_jax
     from msllm.streams import StreamSpec
     from msllm.tokenizer import Tokenizer
@@ -37,7 +38,9 @@ __all__ = [
     "Config",
     "DecodeOptions",
     "Engine",
+    "Hook",
     "LoadedModel",
+    "Run",
     "RunError",
     "Session",
     "Stop",
@@ -65,6 +68,7 @@ _MODULES = {
     "errors": ("RunError", "UserError"),
     "evals.exact_match": ("evaluate",),
     "evals.score": ("score",),
+    "hooks": ("Hook", "Run"),
     "runtime.environment": ("configure_jax",),
     "streams": ("StreamSpec",),
     "tokenizer": ("Tokenizer",),

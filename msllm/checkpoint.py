@@ -1,8 +1,9 @@
-"""Self-contained checkpoints (design: contract 5), written by Orbax in the background.
+"""Self-contained checkpoints (docs/design.md, contract 5), written by Orbax in the background.
 
-A checkpoint holds the parameters, the optimizer's state and a description: step, resolved config, tokenizer and a
-checksum of every array. The checksums are sums modulo 2^32 over the arrays' bits, computed where the arrays live, so
-they cost no file traffic and do not depend on the mesh; a checkpoint that does not add up is not used.
+A checkpoint holds the parameters, the optimizer's state and a description: step, resolved config,
+tokenizer and a checksum of every array. A checksum is the sum modulo 2^32 of an array's bits. It is
+computed on the devices, so it costs no file traffic and does not depend on the mesh. A checkpoint
+whose checksums differ is not used.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
@@ -31,33 +33,37 @@ from msllm.tokenizer import Tokenizer
 
 FORMAT = 1
 DIRECTORY = "checkpoints"  # inside a workdir
-ITEMS = ("parameters", "rest", "description")
+ARRAY_ITEMS = ("parameters", "rest")  # what a checkpoint holds besides its description
+# Settings of the model that say how it is computed, not what: a run may change them.
+HOW_TO_COMPUTE = ("attention", "remat", "kv_parts", "kv_ring")
 
 log = logging.getLogger("msllm")
 
 
 @functools.cache
-def _checksums(platform: str):
-    def bits(x):
-        return (
-            jax.lax.bitcast_convert_type(x, jnp.uint32)
-            if x.dtype.itemsize == 4
-            else x.astype(jnp.uint32)
-        )
+def _checksum_function(platform: str) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    def bits(x: jax.Array) -> jax.Array:
+        if x.dtype == bool:
+            return x.astype(jnp.uint32)
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
 
-    def sums(arrays):
+    def sums(arrays: list[jax.Array]) -> list[jax.Array]:
         return [jnp.sum(bits(x), dtype=jnp.uint32) for x in arrays]
 
-    return jax.jit(
-        sums, compiler_options=compiler_options(platform)
-    )  # the defaults copy every array on CPU
+    # With XLA's default options every array would be copied on CPU.
+    return jax.jit(sums, compiler_options=compiler_options(platform))
 
 
 def checksums(items: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """Checksum of every array of these trees, by name and path; one program for all, so that only one has to be loaded."""
+    """The checksum of every array of these trees, by item and path.
+
+    One program computes all of them, so that only one has to be loaded.
+    """
     leaves = {name: jax.tree_util.tree_leaves_with_path(tree) for name, tree in items.items()}
     arrays = [array for pairs in leaves.values() for _, array in pairs]
-    values = iter(_checksums(next(iter(arrays[0].devices())).platform)(arrays))
+    platform = next(iter(arrays[0].devices())).platform
+    values = iter(_checksum_function(platform)(arrays))
     return {
         name: {path_name(path): int(next(values)) for path, _ in pairs}
         for name, pairs in leaves.items()
@@ -65,6 +71,7 @@ def checksums(items: dict[str, Any]) -> dict[str, dict[str, int]]:
 
 
 def _split(state: TrainState) -> dict[str, Any]:
+    """The items of ARRAY_ITEMS."""
     rest = {
         "step": state.step,
         "opt_state": state.opt_state,
@@ -76,22 +83,23 @@ def _split(state: TrainState) -> dict[str, Any]:
 
 def _absolute(path: str | os.PathLike) -> epath.Path:
     path = epath.Path(path)
-    return (
-        path if "://" in str(path) else path.resolve()
-    )  # of an address in an object store that makes a local path
+    # To resolve an address in an object store would make a local path of it.
+    return path if "://" in str(path) else path.resolve()
 
 
-def first_line(error: Exception) -> str:
-    """What an error says first; its name if it says nothing."""
+def error_summary(error: Exception) -> str:
+    """The first line of an error's message, or the error's type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def is_no_damage(error: Exception) -> bool:
-    """Whether reading a checkpoint failed for another reason than its files: those give whatever orbax, tensorstore and
-    json say of them."""
-    return isinstance(error, UserError | jax.errors.JaxRuntimeError) or processes.is_peer_failure(
-        error
-    )
+def indicates_damage(error: Exception) -> bool:
+    """Whether an error in reading a checkpoint comes from damaged files.
+
+    For these Orbax, TensorStore and json raise many types of errors, so everything counts that does
+    not have another cause: bad input, the devices, or another process that is gone.
+    """
+    other_cause = isinstance(error, UserError | jax.errors.JaxRuntimeError)
+    return not (other_cause or processes.is_peer_failure(error))
 
 
 def _digest(description: dict[str, Any]) -> str:
@@ -100,186 +108,209 @@ def _digest(description: dict[str, Any]) -> str:
 
 
 def describe(
-    step: int, config: Config, tokenizer: Tokenizer | None, items: dict[str, Any], **more
+    step: int, config: Config, tokenizer: Tokenizer | None, items: dict[str, Any], **more: Any
 ) -> dict[str, Any]:
-    """The description of a checkpoint that holds these items; `more` is added to it."""
-    data = base64.b64encode(tokenizer.to_bytes()).decode() if tokenizer else None
-    stored = tokenizer and {"kind": tokenizer.kind, "silence": tokenizer.silence, "bytes": data}
-    settings, sums = json.loads(to_json(config)), checksums(items)
-    more |= {
+    """The description of a checkpoint.
+
+    Args:
+      step: steps done.
+      config: all settings of the run.
+      tokenizer: None if the model has none.
+      items: the trees of arrays that the checkpoint holds, by name.
+      **more: further entries.
+    """
+    stored = None
+    if tokenizer:
+        content = base64.b64encode(tokenizer.to_bytes()).decode()
+        stored = {"kind": tokenizer.kind, "silence": tokenizer.silence, "bytes": content}
+    description = {
+        **more,
         "format": FORMAT,
         "step": step,
-        "config": settings,
+        "config": json.loads(to_json(config)),
         "tokenizer": stored,
-        "checksums": sums,
+        "checksums": checksums(items),
     }
-    return more | {"digest": _digest(more)}
+    return description | {"digest": _digest(description)}
 
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        # The training loop alone asks that. Orbax asks again when a checkpoint is complete, for its old step: JAX takes
-        # that for how far this process is, and if the notice comes then, agrees on a stop that this process has passed.
+        # Only the training loop asks for preemption notices. Orbax would ask again when a
+        # checkpoint is complete, with the step of that checkpoint. JAX would take it for the step
+        # that this process has reached, and might agree on a stop at a step that is already over.
         return False
 
 
-class Checkpoints:
-    """The checkpoints of one workdir; or quicker ones of the same run, on the disks of its hosts.
+class _CheckpointFolder:
+    """A folder of checkpoints that Orbax writes in the background.
 
-    The latter outlive the processes, not the hosts: each process writes what its devices hold, and all must have theirs
-    for a restart, on the same mesh.
+    Attributes:
+      directory: the folder.
     """
 
-    def __init__(self, workdir: str | os.PathLike, config: CheckpointConfig, local: bool = False):
-        """`local`: those in `config.local_dir`, of which the last two stay: a process may die before it has its part."""
-        self._local, self.directory = local, _absolute(workdir) / DIRECTORY
-        if local:
-            run = hashlib.sha256(str(self.directory).encode()).hexdigest()[:12]
-            self.directory = (
-                _absolute(config.local_dir)
-                / run
-                / f"{jax.process_index()}-of-{jax.process_count()}"
-            )
-        self.directory.mkdir(parents=True, exist_ok=True)
-        processes = ocp.options.MultiprocessingOptions(
-            primary_host=None if local else 0, barrier_sync_key_prefix="local" if local else None
+    def __init__(
+        self,
+        name: str,
+        directory: epath.Path,
+        multiprocessing: ocp.options.MultiprocessingOptions,
+        **options: Any,
+    ):
+        """Opens the folder.
+
+        Args:
+          name: what these checkpoints are called in the log.
+          directory: the folder.
+          multiprocessing: which processes write together.
+          options: further options of Orbax's CheckpointManager.
+        """
+        self._name, self.directory, self._multiprocessing = name, directory, multiprocessing
+        directory.mkdir(parents=True, exist_ok=True)
+        handlers: dict[str, Any] = {item: array_handler(multiprocessing) for item in ARRAY_ITEMS}
+        handlers["description"] = ocp.JsonCheckpointHandler(multiprocessing_options=multiprocessing)
+        self._manager = _Manager(
+            directory,
+            item_handlers=handlers,
+            options=ocp.CheckpointManagerOptions(
+                multiprocessing_options=multiprocessing, **options
+            ),
         )
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=2 if local else config.keep_last,
-            keep_period=config.keep_every or None if not local else None,
-            create=not local,
-            multiprocessing_options=processes,
-            # Orbax tells "the folder is made" to all processes at once, also to one whose own folder is still missing.
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=not local),
-        )
-        self._processes = processes
-        handlers = {name: array_handler(processes) for name in ITEMS[:-1]}
-        handlers[ITEMS[-1]] = ocp.JsonCheckpointHandler(multiprocessing_options=processes)
-        self._manager = _Manager(self.directory, item_handlers=handlers, options=options)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, config: Config, tokenizer: Tokenizer) -> None:
-        """Writes a checkpoint of `state` in the background. Training may go on, and donate the state, at once."""
+        """Writes a checkpoint of `state` in the background, unless there is one of its step.
+
+        Training may go on at once, and donate the state. Raises RunError if an earlier checkpoint
+        could not be written.
+        """
         step, items = int(state.step), _split(state)
         if step in self._manager.all_steps():
             return
         description = describe(step, config, tokenizer, items, layout=_layout(state))
-        save = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
+        arguments = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
+        arguments["description"] = ocp.args.JsonSave(description)
         begin = time.monotonic()
         try:
-            self._manager.save(
-                step, args=ocp.args.Composite(description=ocp.args.JsonSave(description), **save)
-            )
-        except Exception as error:  # see check
+            self._manager.save(step, args=ocp.args.Composite(**arguments))
+        except Exception as error:  # see check_for_errors
             self._raise_not_written(error)
-        said = ("local " if self._local else "", step, time.monotonic() - begin)
         log.info(
-            "%scheckpoint of step %d: training waited %.2f s, the rest is written beside it", *said
+            "%s of step %d: training waited %.2f s, the rest is written beside it",
+            self._name,
+            step,
+            time.monotonic() - begin,
         )
 
-    def check(self) -> None:
-        """Raises RunError if a checkpoint that was being written in the background could not be."""
+    def check_for_errors(self) -> None:
+        """Raises RunError if a checkpoint could not be written in the background."""
         try:
             self._manager.check_for_errors()
-        except (
-            Exception
-        ) as error:  # whatever orbax and tensorstore say of a disk that is full or gone
+        except Exception as error:  # a full or missing disk makes Orbax raise many types of errors
             self._raise_not_written(error)
+
+    def close(self) -> None:
+        """Waits until everything is written. Raises RunError if that fails."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # see check_for_errors
+            self._raise_not_written(error)
+        finally:
+            self._manager.close()
 
     def _raise_not_written(self, error: Exception) -> NoReturn:
         if processes.is_peer_failure(error):
             raise error
-        reason = first_line(error)
-        complete = [path for path in self.directory.iterdir() if path.name.isdigit()]
-        good = max(
-            (int(path.name) for path in complete if ocp.utils.is_checkpoint_finalized(path)),
-            default=None,
-        )
-        kept = f"the one of step {good} is good" if good is not None else "there is none yet"
+        complete = [
+            int(path.name)
+            for path in self.directory.iterdir()
+            if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path)
+        ]
+        good = f"the one of step {max(complete)} is good" if complete else "there is none yet"
+        reason = error_summary(error)
         raise RunError(
-            f"a checkpoint could not be written to {self.directory} ({reason}): {kept}; make room or repair the storage, "
-            "and the same command continues from there"
+            f"a checkpoint could not be written to {self.directory} ({reason}): {good}; make room or"
+            " repair the storage, and the same command continues from there"
         ) from error
 
-    def restore(self, program: Program, tokenizer: Tokenizer, after: int = -1) -> TrainState | None:
-        """The newest good checkpoint, laid out for the program's mesh; None where there is no checkpoint at all, or none
-        of a step after `after`.
+    def _check_layout(self, description: dict[str, Any], program: Program) -> None:
+        """Raises ValueError if a checkpoint cannot be read onto the program's mesh."""
 
-        Damaged ones are moved aside, to `checkpoints/damaged/`, and reported. Raises UserError if the checkpoints
-        belong to another model or tokenizer, or if there are some but none is good: a run never starts over silently.
-        Local ones are given up without more ado: they are deleted, and those in the workdir decide.
+    def _restore_step(self, step: int, program: Program, tokenizer: Tokenizer) -> TrainState:
+        """Reads one checkpoint. Raises ValueError, in all processes, if it is damaged."""
+        # Not through the manager: all processes would wait for one that cannot read its part.
+        path, restored, error = self.directory / str(step), {}, None
+        try:
+            description = read_description(path)
+            _check_same_run(description, program.config, tokenizer, path)
+            self._check_layout(description, program)
+            for name, tree in _split(program.abstract_state).items():
+                restored[name] = read_arrays(path / name, tree, self._multiprocessing)
+        except Exception as problem:
+            if not indicates_damage(problem):
+                raise
+            error = error_summary(problem)
+        errors = [message for message in processes.all_gather_json(error) if message]
+        if errors:
+            raise ValueError(errors[0])
+        check_sums(restored, description["checksums"])
+        rest = restored["rest"]
+        return TrainState(
+            rest["step"], restored["parameters"], rest["opt_state"], rest["skipped"], rest["in_row"]
+        )
+
+
+class Checkpoints(_CheckpointFolder):
+    """The checkpoints of a workdir, which all processes write together. They fit any mesh."""
+
+    def __init__(self, workdir: str | os.PathLike, config: CheckpointConfig):
+        super().__init__(
+            "checkpoint",
+            _absolute(workdir) / DIRECTORY,
+            ocp.options.MultiprocessingOptions(primary_host=0),
+            max_to_keep=config.keep_last,
+            keep_period=config.keep_every or None,
+        )
+
+    def restore(self, program: Program, tokenizer: Tokenizer) -> TrainState | None:
+        """Reads the newest good checkpoint onto the program's mesh.
+
+        Damaged ones are reported and moved to `checkpoints/damaged/`.
+
+        Returns:
+          The state; None if there is no checkpoint at all.
+
+        Raises:
+          UserError: the checkpoints are of another model or tokenizer; or there are some, but none
+            is good: a run never starts over by itself.
         """
         for leftover in self.directory.glob("*orbax-checkpoint-tmp*"):
             log.warning(
                 "incomplete checkpoint %s: its writing was interrupted; it is not used",
                 leftover.name,
             )
-        everyone, problems = processes.all_gather_json([step for step in self.steps() if step > after]), []
-        if self._local:
-            return self._restore_local(
-                sorted(set(everyone[0]).intersection(*everyone)), program, tokenizer
-            )
-        steps = everyone[0]
+        steps = processes.all_gather_json(self.steps())[0]
+        problems = []
         for step in reversed(steps):
             try:
                 state = self._restore_step(step, program, tokenizer)
             except Exception as error:
-                if is_no_damage(error):
+                if not indicates_damage(error):
                     raise
-                reason = first_line(error)
+                reason = error_summary(error)
                 problems.append(f"step {step}: {reason}")
                 log.warning("checkpoint of step %d is damaged and not used: %s", step, reason)
                 continue
-            self._move_aside([bad for bad in steps if bad > step])
+            self._move_aside([damaged for damaged in steps if damaged > step])
             return state
         if problems:
             raise UserError(
-                f"none of the checkpoints in {self.directory} can be read ({'; '.join(problems)}): restore one from a "
-                "copy, or start over with another --workdir"
+                f"none of the checkpoints in {self.directory} can be read ({'; '.join(problems)}):"
+                " restore one from a copy, or start over with another --workdir"
             )
         return None
-
-    def _restore_local(
-        self, steps: list[int], program: Program, tokenizer: Tokenizer
-    ) -> TrainState | None:
-        state = None
-        while steps and state is None:
-            step = steps.pop()
-            try:
-                state = self._restore_step(step, program, tokenizer)
-            except ValueError as error:
-                log.warning("local checkpoint of step %d is not used: %s", step, first_line(error))
-        # What one process has and another lacks would be written anew by the other alone, which would wait for the first.
-        for path in self.directory.iterdir():
-            if state is None or path.name != str(step):
-                path.rmtree()
-        self._manager.reload()
-        return state
-
-    def _restore_step(self, step: int, program: Program, tokenizer: Tokenizer) -> TrainState:
-        # Without the manager: it makes all processes wait for one that cannot read its part.
-        path, restored, error = self.directory / str(step), {}, None
-        try:
-            description = read_description(path)
-            _check_same_run(description, program.config, tokenizer, path)
-            if self._local and description["layout"] != _layout(program.abstract_state):
-                raise ValueError("it was written by other processes or another mesh")
-            for name, tree in _split(program.abstract_state).items():
-                restored[name] = read_arrays(path / name, tree, self._processes)
-        except Exception as problem:
-            if is_no_damage(problem):
-                raise
-            error = first_line(problem)
-        if any(errors := processes.all_gather_json(error)):
-            raise ValueError(next(filter(None, errors)))
-        check_sums(restored, description["checksums"])
-        rest = restored["rest"]
-        return TrainState(
-            rest["step"], restored["parameters"], rest["opt_state"], rest["skipped"], rest["in_row"]
-        )
 
     def _move_aside(self, steps: list[int]) -> None:
         if not steps:
@@ -291,44 +322,113 @@ class Checkpoints:
                 if target.exists():
                     target.rmtree()
                 (self.directory / str(step)).rename(target)
-        processes.all_gather_json(None)  # nobody looks for what is there while it changes
+        processes.all_gather_json(None)  # no process lists the folder while it changes
         self._manager.reload()
 
-    def close(self) -> None:
-        """Waits until everything is written. Raises RunError if it cannot be."""
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:  # see check
-            self._raise_not_written(error)
-        finally:
-            self._manager.close()
 
+class LocalCheckpoints(_CheckpointFolder):
+    """Checkpoints of a run on the disks of its hosts: quick to write, and lost with a host.
 
-def array_handler(processes=ocp.options.MultiprocessingOptions()) -> ocp.PyTreeCheckpointHandler:
-    """Writes and reads arrays as all checkpoints hold them."""
-    types = ocp.type_handlers.create_type_handler_registry(
-        # Where every process keeps a folder of its own, each one writes all that it holds, replicas too.
-        (
-            jax.Array,
-            ocp.type_handlers.ArrayHandler(
-                primary_host=None, replica_id=None, use_replica_parallel=False
-            ),
+    Each process writes what its devices hold into a folder of its own. For a restart all processes
+    need their part, and the mesh must be the one that wrote them. The last two are kept, because
+    a process may die before it has written its part of the newest.
+    """
+
+    # Orbax has its own checkpoints on local disks (orbax.checkpoint.experimental.emergency). They
+    # need at least two data-parallel replicas on different hosts, and keep no local copy of the
+    # first; they have no checksums; and the module asks not to be used without approval.
+
+    def __init__(self, workdir: str | os.PathLike, config: CheckpointConfig):
+        """`config.local_dir` must be set."""
+        run = hashlib.sha256(str(_absolute(workdir) / DIRECTORY).encode()).hexdigest()[:12]
+        process = f"{jax.process_index()}-of-{jax.process_count()}"
+        super().__init__(
+            "local checkpoint",
+            _absolute(config.local_dir) / run / process,
+            ocp.options.MultiprocessingOptions(primary_host=None, barrier_sync_key_prefix="local"),
+            max_to_keep=2,
+            create=False,
+            # Otherwise Orbax tells all processes that the folder exists once one of them has made
+            # its own.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
-    )
+
+    def restore(
+        self, program: Program, tokenizer: Tokenizer, newer_than: int = -1
+    ) -> TrainState | None:
+        """Reads the newest checkpoint that is good in all processes and deletes the others.
+
+        Returns:
+          The state; None if there is no good one of a step after `newer_than`.
+
+        Raises:
+          UserError: they are of another model or tokenizer.
+        """
+        newer = [step for step in self.steps() if step > newer_than]
+        everywhere = set.intersection(*map(set, processes.all_gather_json(newer)))
+        state, restored = None, None
+        for step in sorted(everywhere, reverse=True):
+            try:
+                state, restored = self._restore_step(step, program, tokenizer), step
+                break
+            except ValueError as error:
+                log.warning(
+                    "local checkpoint of step %d is not used: %s", step, error_summary(error)
+                )
+        # If one process kept a step that another one lacks, the other would write that step alone,
+        # and wait for the first.
+        for path in self.directory.iterdir():
+            if path.name != str(restored):
+                path.rmtree()
+        self._manager.reload()
+        return state
+
+    def _check_layout(self, description: dict[str, Any], program: Program) -> None:
+        if description["layout"] != _layout(program.abstract_state):
+            raise ValueError("it was written by other processes or another mesh")
+
+
+def array_handler(
+    multiprocessing: ocp.options.MultiprocessingOptions | None = None,
+) -> ocp.PyTreeCheckpointHandler:
+    """The handler that writes and reads the arrays of all checkpoints.
+
+    Args:
+      multiprocessing: which processes write together. If it has no primary host, each process
+        writes everything that its devices hold, replicas included. None: all processes, with
+        process 0 as the primary one.
+    """
+    multiprocessing = multiprocessing or ocp.options.MultiprocessingOptions()
+    options: dict[str, Any] = {}
+    if multiprocessing.primary_host is None:
+        handler = ocp.type_handlers.ArrayHandler(
+            primary_host=None, replica_id=None, use_replica_parallel=False
+        )
+        options["type_handler_registry"] = ocp.type_handlers.create_type_handler_registry(
+            (jax.Array, handler)
+        )
     return ocp.PyTreeCheckpointHandler(
-        # Float32 that has been trained hardly compresses: to try takes ten times the CPU time of writing, for 8 %.
+        # Trained float32 values hardly compress: it saves 8 % for ten times the CPU time.
         use_compression=False,
-        multiprocessing_options=processes,
-        **({"type_handler_registry": types} if processes.primary_host is None else {}),
+        multiprocessing_options=multiprocessing,
+        **options,
     )
 
 
 def read_arrays(
-    path: epath.Path, abstract: Any, processes=ocp.options.MultiprocessingOptions()
+    path: epath.Path,
+    abstract: Any,
+    multiprocessing: ocp.options.MultiprocessingOptions | None = None,
 ) -> Any:
-    """The arrays in `path`, in the shapes and layout of `abstract`; only this process reads, and waits for no other."""
+    """Reads the arrays in `path`. Each process reads its part and waits for no other.
+
+    Args:
+      path: an item of a checkpoint.
+      abstract: a tree of shapes, dtypes and shardings: those of the result.
+      multiprocessing: as `array_handler` takes it.
+    """
     arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
-    return array_handler(processes).restore(
+    return array_handler(multiprocessing).restore(
         path, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments)
     )
 
@@ -343,63 +443,82 @@ def _layout(state: Any) -> dict[str, Any]:
 
 
 def read_description(path: epath.Path) -> dict[str, Any]:
-    """The description of a checkpoint. Raises UserError, and whatever its damage makes orbax and json raise."""
+    """Reads the description of a checkpoint.
+
+    Raises:
+      UserError: its format is not FORMAT.
+      Exception: it is damaged; see `indicates_damage`.
+    """
     description = ocp.JsonCheckpointHandler().restore(path / "description")
     if not isinstance(description, dict) or _digest(description) != description.get("digest"):
         raise ValueError("its description does not match its digest")
     if description["format"] != FORMAT:
         raise UserError(
-            f"checkpoint {path} has format {description['format']}: this version of msllm reads {FORMAT}"
+            f"checkpoint {path} has format {description['format']}: this version of msllm reads"
+            f" {FORMAT}"
         )
     return description
 
 
 def check_sums(items: dict[str, Any], expected: dict[str, dict[str, int]]) -> None:
-    """Raises ValueError if the arrays of these trees are not those of which `expected` has the checksums."""
+    """Raises ValueError if arrays do not have the expected checksums, by item and path."""
     for name, found in checksums(items).items():
         wrong = [path for path in expected[name] if found.get(path) != expected[name][path]]
         if wrong or len(found) != len(expected[name]):
-            raise ValueError(
-                f"checksum of {wrong[0] if wrong else 'an array'} differs: its file was changed or cut"
-            )
+            what = wrong[0] if wrong else "an array"
+            raise ValueError(f"checksum of {what} differs: its file was changed or cut")
 
 
 def _check_same_run(
     description: dict[str, Any], config: Config, tokenizer: Tokenizer, path: epath.Path
 ) -> None:
-    # Settings that are newer than the checkpoint had their defaults.
-    stored, current = (
-        json.loads(to_json(from_config_dict(description["config"]))),
-        json.loads(to_json(config)),
-    )
+    """Raises UserError if a checkpoint does not fit the config; warns of what has changed."""
+    # By way of a Config, because a setting that is newer than the checkpoint had its default.
+    stored = json.loads(to_json(from_config_dict(description["config"])))
+    current = json.loads(to_json(config))
     different = [
-        f"{section}.{key} is {stored[section].get(key)!r} there and {current[section].get(key)!r} here"
+        f"{section}.{key} is {stored[section].get(key)!r} there and"
+        f" {current[section].get(key)!r} here"
         for section in ("model", "streams")
         for key in sorted(stored[section].keys() | current[section].keys())
-        if stored[section].get(key) != current[section].get(key)
-        and key not in ("attention", "remat", "kv_parts", "kv_ring")
+        if stored[section].get(key) != current[section].get(key) and key not in HOW_TO_COMPUTE
     ]
     if different:
         raise UserError(
-            f"checkpoint {path} is of another model ({'; '.join(different)}): use the same config, or another --workdir"
+            f"checkpoint {path} is of another model ({'; '.join(different)}): use the same config,"
+            " or another --workdir"
+        )
+    was, now = stored["optim"]["optimizer"], current["optim"]["optimizer"]
+    if was != now:
+        raise UserError(
+            f"checkpoint {path} holds the state of another optimizer (config.optim.optimizer is"
+            f" {was!r} there and {now!r} here): use the same, or start another --workdir with"
+            f" --config.init_from={path}"
         )
     there = hashlib.sha256(base64.b64decode(description["tokenizer"]["bytes"])).hexdigest()
     if there != tokenizer.hash:
         raise UserError(
-            f"checkpoint {path} was trained with another tokenizer ({there[:12]}, the data has {tokenizer.hash[:12]}): "
-            "use the data it was trained on, or another --workdir"
+            f"checkpoint {path} was trained with another tokenizer ({there[:12]}, the data has"
+            f" {tokenizer.hash[:12]}): use the data it was trained on, or another --workdir"
         )
     for section in ("data", "optim", "loss"):
         for key in sorted(stored[section]):
-            if stored[section][key] != current[section].get(key) and key != "dir":
+            was, now = stored[section][key], current[section].get(key)
+            if was != now and key != "dir":
                 log.warning(
                     "config.%s.%s was %r when the checkpoint was written and is %r now",
-                    section, key, stored[section][key], current[section].get(key),
-                )  # fmt: skip
+                    section,
+                    key,
+                    was,
+                    now,
+                )
 
 
 def checkpoint_paths(path: str | os.PathLike) -> list[epath.Path]:
-    """The one checkpoint that `path` is, or those of a workdir, newest first. Raises UserError if there is none."""
+    """The checkpoints at a path, newest first: those of a workdir, or the one that it is.
+
+    Raises UserError if there is none.
+    """
     path = _absolute(path)
     path = path / DIRECTORY if (path / DIRECTORY).is_dir() else path
     if (path / "description").is_dir():
@@ -407,6 +526,7 @@ def checkpoint_paths(path: str | os.PathLike) -> list[epath.Path]:
     found = [p for p in path.iterdir() if p.name.isdigit()] if path.is_dir() else []
     if not found:
         raise UserError(
-            f"there is no checkpoint in {path}: give a workdir of `msllm train` or one of its checkpoints"
+            f"there is no checkpoint in {path}: give a workdir of `msllm train` or one of its"
+            " checkpoints"
         )
     return sorted(found, key=lambda p: -int(p.name))

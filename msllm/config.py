@@ -172,8 +172,9 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with decoupled weight decay and a schedule."""
+    """The optimizer and its learning rate schedule."""
 
+    optimizer: str = "adamw"  # or package.module:function (docs/extending/optimizer.md)
     lr: float = 1e-3  # peak learning rate
     # after the warm-up: cosine | wsd (constant, then linear decay) | constant
     schedule: str = "cosine"
@@ -242,6 +243,9 @@ class MonitorConfig:
     profile_start: int = 0
     profile_steps: int = 3  # number of steps to trace
     wandb_project: str = ""  # also write metrics to this Weights & Biases project; empty: off
+    # where metrics go: jsonl, tensorboard, wandb, or package.module:Class
+    # (docs/extending/metrics_writer.md)
+    writers: tuple[str, ...] = ("jsonl", "tensorboard")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,6 +260,8 @@ class Config:
     eval_every: int = 500  # steps between evaluations; 0: never
     # number of held-out batches to evaluate, spread evenly over the split; 0: all
     eval_batches: int = 0
+    # what to evaluate: held_out (losses), or package.module:function (docs/extending/evaluation.md)
+    evaluations: tuple[str, ...] = ("held_out",)
     model: ModelConfig = ModelConfig()
     streams: StreamsConfig = StreamsConfig()
     data: DataConfig = DataConfig()

@@ -1,4 +1,4 @@
-"""Metrics of a run: from the step's sums to named numbers, and where they are written."""
+"""The metrics of a run: computing them from the sums of a step, writing them, reading them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,33 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import jax
 import numpy as np
 from etils import epath
 
+from msllm.config import Config, find_object
 from msllm.data.mixture import Plan
 from msllm.errors import UserError
 from msllm.runtime.files import write_atomically
 from msllm.runtime.processes import AsyncAllGather, is_primary
 from msllm.streams import StreamSpec
 
+FLUSH_SECONDS = 30.0  # longest time that metrics wait in memory
+
 
 def named_losses(sums: Mapping[str, Any], streams: StreamSpec) -> dict[str, float]:
-    """Mean negative log-likelihood (nats per target) of each stream that was computed, over all targets and over those
-    that are not silence: `nll/output`, `nll_spoken/output`; and `loss_spoken`, the weighted mean of the latter."""
+    """Mean negative log-likelihoods, in nats per target.
+
+    Args:
+      sums: sums per stream over a batch, [S] each: nll, targets, nll_spoken, targets_spoken. The
+        last two leave out targets that are silence.
+
+    Returns:
+      `nll/STREAM` and `nll_spoken/STREAM` for each stream that has targets, and `loss_spoken`, the
+      mean of the latter weighted as the loss is.
+    """
     result = {}
     for kind, count in (("nll", "targets"), ("nll_spoken", "targets_spoken")):
         totals, counts = np.asarray(sums[kind]), np.asarray(sums[count])
@@ -40,25 +51,31 @@ def named_losses(sums: Mapping[str, Any], streams: StreamSpec) -> dict[str, floa
     return result
 
 
-class Shares:
-    """Counts which source of a mixture the chosen tokens of the steps come from, over all processes."""
+class MixtureShares:
+    """Counts how many tokens of a run come from each source of a mixture, over all processes."""
 
     def __init__(self, plan: Plan, chosen: Sequence[str], streams: StreamSpec, silence_id: int):
-        """`chosen`: the streams whose tokens count; empty: all."""
+        """Starts at zero.
+
+        Args:
+          plan: of the mixture.
+          chosen: names of the streams whose tokens count; empty: all. Silence never counts.
+          streams: the run's streams.
+          silence_id: the token that means silence.
+        """
         self._plan, self._silence_id = plan, silence_id
         self._columns = [streams.names.index(name) for name in chosen or streams.names]
         self._gather = AsyncAllGather()
-        self._counts, self._targets, self._steps = (
-            np.zeros(len(plan.names)),
-            np.zeros(len(plan.names)),
-            0,
-        )
+        self._counts = np.zeros(len(plan.names))
+        self._targets = np.zeros(len(plan.names))
+        self._steps = 0
 
-    def read(self, tables: Mapping[str, np.ndarray], sources: Sequence[int]) -> Any:
-        """[processes, sources] int32: chosen tokens of a step by source, on their way.
+    def count(self, tables: Mapping[str, np.ndarray], sources: Sequence[int]) -> Any:
+        """[processes, sources] int32: tokens in a step by source. Read it after the next dispatch.
 
         Args:
-          tables: tokens and present [b, T, S], those of this process. sources: [b] the number of each one's source.
+          tables: this process' tokens and present, [b, T, S] each.
+          sources: [b] the index of each table's source.
         """
         spoken = tables["present"] & (tables["tokens"] != self._silence_id)
         counts = np.bincount(
@@ -67,30 +84,38 @@ class Shares:
         return self._gather(counts.astype(np.int32)[None])
 
     def add(self, step: int, counts: np.ndarray) -> None:
-        """Takes what `read` gave for a step."""
+        """Adds what `count` returned for a step."""
         self._counts += counts.sum(0)
         self._targets += self._plan.targets(step)
         self._steps += 1
 
     def values(self, done: int) -> dict[str, float]:
-        """Of each source: its share of the chosen tokens of the steps since the last call, what that should be, and how
-        often it has been read after `done` steps."""
+        """Metrics `mixture/SOURCE/...` since the last call; `done`: steps done since the run began.
+
+        share: of the tokens. target: what the share should be. epoch: passes over the source.
+        """
         share, target = self._counts / max(1, self._counts.sum()), self._targets / self._steps
-        per_source = {"share": share, "target": target, "epoch": self._plan.epochs(done)}
+        kinds = {"share": share, "target": target, "epoch": self._plan.epochs(done)}
         self._counts, self._targets, self._steps = 0 * self._counts, 0 * self._targets, 0
-        names = self._plan.names
         return {
-            f"mixture/{name}/{kind}": float(x[k])
-            for k, name in enumerate(names)
-            for kind, x in per_source.items()
+            f"mixture/{name}/{kind}": float(values[k])
+            for k, name in enumerate(self._plan.names)
+            for kind, values in kinds.items()
         }
 
 
 def weighted_mean(
     parts: Mapping[str, Mapping[str, float]], weights: Mapping[str, float]
 ) -> dict[str, float]:
-    """The mean of the values of several sources {name: {metric: value}} by their weights. A metric that not all have is
-    the mean of those that have it; one for which all weights are 0 is left out."""
+    """The mean of the metrics of several sources, weighted by source.
+
+    A metric that some sources lack is the mean over those that have it. It is left out if all of
+    these have weight 0.
+
+    Args:
+      parts: {source: {metric: value}}.
+      weights: {source: weight}, of any sum.
+    """
     result = {}
     for metric in dict.fromkeys(metric for values in parts.values() for metric in values):
         having = [name for name in parts if metric in parts[name]]
@@ -101,7 +126,10 @@ def weighted_mean(
 
 
 def memory_mib() -> float:
-    """Memory of the first local device in MiB, or of this process where the device does not tell (CPU)."""
+    """Memory in use on the first local device, in MiB.
+
+    Where the device does not say (CPU), the largest that this process has had.
+    """
     stats = jax.local_devices()[0].memory_stats()
     if stats:
         return stats["bytes_in_use"] / 2**20
@@ -109,46 +137,75 @@ def memory_mib() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-class Writer:
-    """Writes named numbers to TensorBoard event files and to `metrics.jsonl`, one line a call, in a workdir; and to
-    Weights & Biases if asked to. In a run of several processes, the first one writes."""
+class MetricsWriter(Protocol):
+    """Where metrics go. `config.monitor.writers` names the classes of a run.
 
-    def __init__(self, workdir: epath.Path, wandb_project: str = ""):
-        """Raises UserError if Weights & Biases is asked for and not installed."""
-        self._sinks = []
-        if is_primary():
-            self._sinks = [_Lines(workdir / "metrics.jsonl"), _TensorBoard(workdir / "tensorboard")]
-            self._sinks += [_Wandb(wandb_project, workdir)] if wandb_project else []
+    A class is called with the run's workdir and config, in process 0 only.
+    """
+
+    def __init__(self, workdir: epath.Path, config: Config) -> None: ...
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """`step`: steps done when the values were measured."""
-        for sink in self._sinks:
-            sink.write(step, values)
+        """Writes metrics; `step`: steps done when they were measured. Values may be nan or inf."""
 
     def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
+        """Called once, at the end of the run."""
+
+
+class MetricsWriters:
+    """All metrics writers of a run. Only process 0 writes."""
+
+    def __init__(self, workdir: epath.Path, config: Config):
+        """Opens them.
+
+        Raises UserError if `config.monitor.writers` names one that does not exist, or if Weights &
+        Biases is asked for and not installed.
+        """
+        names = config.monitor.writers
+        if config.monitor.wandb_project and "wandb" not in names:
+            names += ("wandb",)
+        classes = [find_object(name, WRITERS, "config.monitor.writers") for name in names]
+        self._writers: list[MetricsWriter] = []
+        if is_primary():
+            self._writers = [make(workdir, config) for make in classes]
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes metrics; `step`: steps done when they were measured."""
+        for writer in self._writers:
+            writer.write(step, values)
+
+    def close(self) -> None:
+        """Closes all of them."""
+        for writer in self._writers:
+            writer.close()
 
 
 def append_lines(path: epath.Path) -> IO[str]:
-    """A file that is opened to append lines. A last line that was not written whole, on a full disk say, is left out."""
+    """Opens a file to append lines to it.
+
+    A last line without a line break, which a full disk may have cut, is removed.
+    """
     content = path.read_bytes() if path.exists() else b""
     file = path.open("a")
     file.truncate(content.rfind(b"\n") + 1)
     return file
 
 
-class _Lines:
-    """A file of JSON lines. Object stores cannot append: there it is written anew, now and then."""
+class JsonLines:
+    """`metrics.jsonl`: one JSON object per line.
 
-    def __init__(self, path: epath.Path, seconds: float = 30.0):
-        self._path, self._remote = path, "://" in str(path)
-        self._text = path.read_text() if self._remote and path.exists() else ""
-        self._seconds, self._written = seconds, 0.0
-        self._file = None if self._remote else append_lines(path)
+    An object store cannot append to a file: there the file is written anew, at most every 30 s.
+    """
+
+    def __init__(self, workdir: epath.Path, config: Config):
+        self._path = workdir / "metrics.jsonl"
+        self._remote = "://" in str(workdir)
+        self._text = self._path.read_text() if self._remote and self._path.exists() else ""
+        self._written = 0.0
+        self._file = None if self._remote else append_lines(self._path)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        # JSON has no NaN: what is not finite becomes null.
+        """Appends a line. JSON has no NaN: values that are not finite become null."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = json.dumps({"step": step, **finite}) + "\n"
         if self._file:
@@ -156,26 +213,34 @@ class _Lines:
             self._file.flush()
             return
         self._text += line
-        if time.monotonic() - self._written > self._seconds:
-            self.close()
+        if time.monotonic() - self._written > FLUSH_SECONDS:
+            self._upload()
 
     def close(self) -> None:
+        """Closes the file."""
         if self._file:
             self._file.close()
         else:
-            write_atomically(self._path, self._text)
-            self._written = time.monotonic()
+            self._upload()
+
+    def _upload(self) -> None:
+        write_atomically(self._path, self._text)
+        self._written = time.monotonic()
 
 
-class _TensorBoard:
-    """Written at once and not in tensorboardX's thread: when that cannot write, the run waits for it for ever."""
+class TensorBoard:
+    """TensorBoard event files in `tensorboard/`.
 
-    def __init__(self, path: epath.Path, seconds: float = 30.0):
-        self._path, self._seconds, self._flushed = path, seconds, time.monotonic()
+    Events are written at once and not by tensorboardX's thread: the run would wait forever for that
+    thread if it cannot write.
+    """
+
+    def __init__(self, workdir: epath.Path, config: Config):
+        self._path, self._flushed = workdir / "tensorboard", time.monotonic()
 
     @functools.cached_property
-    def _writer(self):
-        # Imported with the first numbers: by then the devices are at work, and need not wait for it.
+    def _writer(self) -> Any:
+        # Imported with the first metrics: the devices are busy by then and do not wait for it.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.record_writer import directory_check
 
@@ -183,6 +248,7 @@ class _TensorBoard:
         return EventsWriter(str(self._path / "events"))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes an event for each value."""
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import scalar
 
@@ -190,43 +256,63 @@ class _TensorBoard:
             self._writer.write_event(
                 Event(wall_time=time.time(), step=step, summary=scalar(name, value))
             )
-        if time.monotonic() - self._flushed > self._seconds:
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self._writer.flush()
             self._flushed = time.monotonic()
 
     def close(self) -> None:
+        """Closes the event file."""
         if "_writer" in vars(self):
             self._writer.close()
 
 
-class _Wandb:
-    def __init__(self, project: str, workdir: epath.Path):
+class WeightsAndBiases:
+    """A run of Weights & Biases, in the project `config.monitor.wandb_project`."""
+
+    def __init__(self, workdir: epath.Path, config: Config):
+        """Raises UserError if wandb is not installed."""
+        project = config.monitor.wandb_project
         try:
             import wandb
         except ImportError as error:
             raise UserError(
-                f"config.monitor.wandb_project is {project!r}, and wandb is not installed: `pip install wandb`, or leave "
-                "it empty"
+                f"config.monitor.wandb_project is {project!r}, and wandb is not installed:"
+                " `pip install wandb`, or leave it empty"
             ) from error
-        # The workdir names the run: the same command continues it there, too.
+        # The workdir names the run, so that the same command continues it there as well.
         name = hashlib.sha256(str(workdir).encode()).hexdigest()[:16]
         self._run = wandb.init(project=project, name=workdir.name, id=name, resume="allow")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs the values."""
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
+        """Finishes the run."""
         self._run.finish()
 
 
-def read(workdir: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """What a run has written to `metrics.jsonl`: by metric (steps [n] int, values [n] float, nan where not finite).
+WRITERS: dict[str, type] = {
+    "jsonl": JsonLines,
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+}
 
-    Steps that were repeated after a crash count once, as they were done last. Raises UserError if there is no such file.
+
+def read(workdir: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Reads `metrics.jsonl` of a run.
+
+    A step that was repeated after a crash counts once, as it was done last.
+
+    Returns:
+      {metric: (steps [n] int, values [n] float)}; values that are not finite are nan.
+
+    Raises:
+      UserError: there is no such file.
     """
     path = epath.Path(workdir) / "metrics.jsonl"
     try:
-        lines = path.read_text().split("\n")[:-1]  # the last one may not be whole yet
+        lines = path.read_text().split("\n")[:-1]  # the last line may not be complete yet
     except OSError as error:
         raise UserError(
             f"there are no metrics in {workdir} ({error}): give a workdir of `msllm train`"
@@ -236,8 +322,7 @@ def read(workdir: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]
         step = values.pop("step")
         for name, value in values.items():
             found.setdefault(name, {})[step] = math.nan if value is None else value
-    order = {name: sorted(values) for name, values in found.items()}
     return {
-        name: (np.array(steps), np.array([found[name][step] for step in steps]))
-        for name, steps in order.items()
+        name: (np.array(sorted(by_step)), np.array([by_step[step] for step in sorted(by_step)]))
+        for name, by_step in found.items()
     }

@@ -1,85 +1,205 @@
-"""Reads the metrics of a step once the next one is under way: writes them with speed, MFU and goodput, reports steps
-that were slow and updates that were skipped, and stops a run that has gone wrong."""
+"""How a run watches itself: where its time goes, how fast it is, slow steps and bad updates."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
+import json
 import logging
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from msllm.errors import UserError
-from msllm.goodput import Goodput
-from msllm.metrics import Shares, Writer, memory_mib, named_losses
+from msllm.metrics import MetricsWriters, MixtureShares, memory_mib, named_losses
+from msllm.runtime.files import write_atomically
 from msllm.runtime.flops import batch_pairs, step_flops
 from msllm.runtime.hardware import lookup
-from msllm.runtime.processes import DispatchClocks
+from msllm.runtime.processes import DispatchClocks, is_primary
 from msllm.runtime.progress import Progress
 from msllm.step import Program
+
+# What a process does, second by second. `steps` is the productive part.
+KINDS = ("startup", "restore", "compile", "steps", "data", "checkpoint", "evaluation")
+# Time of earlier attempts: steps that had to be repeated, and time in which no process ran.
+PAST = ("lost", "down")
 
 log = logging.getLogger("msllm")
 
 
-class Meter:
-    """The metrics of a run, step by step.
+class Goodput:
+    """A stopwatch over all attempts of a run, which are the starts of its command.
+
+    At every moment it counts for one of KINDS, so that no second is counted twice or left out. The
+    times are kept in a file for the next attempt.
 
     Attributes:
-      clock: milliseconds since the start by the clock of process 0, when it dispatched the last step that was read:
-        the same in all processes.
+      seconds: {kind: seconds} of all attempts so far.
+      attempts: how many there were, this one included.
+      began: when this attempt began, by `time.monotonic`.
+    """
+
+    def __init__(self, path: epath.Path, seconds_before: float = 0.0):
+        """Reads the times of earlier attempts and counts for `startup`.
+
+        Args:
+          path: the file with the times of earlier attempts, if there were any.
+          seconds_before: how long this process has been running already.
+        """
+        self._path, self._now = path, time.monotonic()
+        self.began = self._now - seconds_before
+        self._kind = "startup"
+        past = _read_times(path)
+        self.seconds = dict.fromkeys((*KINDS, *PAST), 0.0) | past.get("seconds", {})
+        self.attempts = past.get("attempts", 0) + 1
+        # {step: seconds of `steps` when its checkpoint was saved}
+        self._marks = past.get("steps_seconds_at", {})
+        self.seconds["startup"] += seconds_before
+        if "time" in past:
+            self.seconds["down"] += max(0.0, time.time() - seconds_before - past["time"])
+
+    def restored(self, step: int) -> None:
+        """The run continues at `step`: the steps that earlier attempts did after it are lost."""
+        kept = min(self._marks.get(str(step), 0.0), self.seconds["steps"])
+        self.seconds["lost"] += self.seconds["steps"] - kept
+        self.seconds["steps"] = kept
+        self._marks = {at: seconds for at, seconds in self._marks.items() if int(at) <= step}
+
+    @contextlib.contextmanager
+    def inside(self, kind: str) -> Iterator[None]:
+        """Counts the time inside for `kind`, one of KINDS."""
+        outer = self._switch(kind)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+
+    def begin(self, kind: str) -> None:
+        """Counts the time from now on for `kind`."""
+        self._switch(kind)
+
+    def _switch(self, kind: str) -> str:
+        now, outer = time.monotonic(), self._kind
+        self.seconds[outer] += now - self._now
+        self._now, self._kind = now, kind
+        return outer
+
+    def saved(self, step: int) -> None:
+        """Notes that a checkpoint of `step` is being written."""
+        self._switch(self._kind)
+        self._marks[str(step)] = self.seconds["steps"]
+
+    def values(self) -> dict[str, float]:
+        """Metrics: `goodput`, the productive share of all time, and `time/KIND` in seconds."""
+        self._switch(self._kind)
+        total = sum(self.seconds.values())
+        times = {f"time/{kind}": seconds for kind, seconds in self.seconds.items()}
+        return {"goodput": self.seconds["steps"] / total, **times}
+
+    def write(self) -> None:
+        """Saves the times for the next attempt. Of several processes only process 0 does."""
+        if not is_primary():
+            return
+        self._switch(self._kind)
+        state = {
+            "seconds": self.seconds,
+            "attempts": self.attempts,
+            "steps_seconds_at": self._marks,
+            "time": time.time(),
+        }
+        write_atomically(self._path, json.dumps(state))
+
+
+def _read_times(path: epath.Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return {}
+    except (TypeError, ValueError):
+        log.warning("%s is damaged: the times of earlier attempts are lost", path)
+        return {}
+
+
+class Monitor:
+    """Reads the metrics of each step after the next one has been dispatched, and reports them.
+
+    Every `config.log_every` steps it writes metrics with speed, MFU and goodput. It reports slow
+    steps and skipped updates, and stops a run whose updates are all skipped.
+
+    Attributes:
+      writers: where metrics go.
+      progress: shows how far the run is, and prints lines.
+      goodput: where the time goes.
+      clock: milliseconds since the start, by the clock of process 0 when it dispatched the last
+        step whose metrics were read. It is the same number in all processes.
     """
 
     def __init__(
         self,
         program: Program,
-        writer: Writer,
+        writers: MetricsWriters,
         progress: Progress,
         goodput: Goodput,
         clocks: DispatchClocks,
-        shares: Shares | None = None,
+        shares: MixtureShares | None = None,
     ):
-        """`shares`: of a mixture."""
-        self._program, self._writer, self._progress = program, writer, progress
-        self._goodput, self._clocks, self._shares = goodput, clocks, shares
-        self._pending: tuple | None = None
+        """`shares` counts the sources of a mixture."""
+        self.writers, self.progress, self.goodput = writers, progress, goodput
+        self._program, self._clocks, self._shares = program, clocks, shares
+        self._pending: tuple[Any, ...] | None = None  # the step whose metrics are not read yet
         hardware = lookup(jax.devices()[0].device_kind)
         self._peak = hardware.flops * jax.device_count() if hardware else None
-        self._kept = {kind: goodput.seconds[kind] for kind in ("steps", "data")}
+        # Since the last report:
+        self._seconds_before = {kind: goodput.seconds[kind] for kind in ("steps", "data")}
         self._counts: collections.Counter[str] = collections.Counter()
-        self._started = False
-        self._ready: float | None = None  # when the step before was done
+        self._first_step_done = False
+        self._ready: float | None = None  # when the last step was done; None after other work
         self._durations: collections.deque[float] = collections.deque(maxlen=101)
-        self._slow: tuple[int, float, np.ndarray] | None = None
+        self._slow: tuple[int, float, np.ndarray] | None = None  # a slow step not reported yet
         self.clock = 0
 
-    def dispatched(
+    def after_dispatch(
         self,
         step: int,
         metrics: Any,
         tables: Mapping[str, np.ndarray],
         sources: Sequence[int] | None = None,
     ) -> None:
-        """Takes the metrics of a step that is under way and this host's tables; reads those of the step before.
+        """Takes over the metrics of a step that is running, and reads those of the step before.
+
+        So the device has work while the host waits for the metrics.
 
         Args:
-          sources: the number of each table's source in a mixture.
+          step: number of the step, from 1.
+          metrics: as `Program.step` returns them.
+          tables: this host's part of the batch.
+          sources: index of each table's source in a mixture.
         """
-        counts = self._shares.read(tables, sources) if self._shares else None
-        pending, self._pending = self._pending, (step, metrics, tables, self._clocks.read(), counts)
+        counts = self._shares.count(tables, sources) if self._shares else None
+        pending = (step, metrics, tables, self._clocks.read(), counts)
+        pending, self._pending = self._pending, pending
         if pending:
             self._read(*pending)
 
     def flush(self) -> None:
-        """Reads what is pending. What comes next is not part of a step."""
+        """Waits for the last step and reads its metrics. Call it before work that is no step."""
         pending, self._pending = self._pending, None
         if pending:
             self._read(*pending)
         self._ready = None
+
+    @contextlib.contextmanager
+    def pause(self, kind: str) -> Iterator[None]:
+        """Counts the time inside for `kind` (one of KINDS), and not as part of a step."""
+        self.flush()
+        with self.goodput.inside(kind):
+            yield
 
     def _read(
         self, step: int, metrics: Any, tables: Mapping[str, np.ndarray], times: Any, counts: Any
@@ -102,16 +222,16 @@ class Meter:
             self._write(step, metrics, tables)
 
     def _write(self, step: int, metrics: Any, tables: Mapping[str, np.ndarray]) -> None:
-        goodput, counts = self._goodput.values(), self._counts
-        passed = {kind: goodput[f"time/{kind}"] - before for kind, before in self._kept.items()}
+        goodput, counts = self.goodput.values(), self._counts
+        passed = {
+            kind: goodput[f"time/{kind}"] - before for kind, before in self._seconds_before.items()
+        }
         seconds = sum(passed.values())
+        norms = ("gradient_norm", "parameter_norm", "update_norm", "learning_rate")
         values = {
             "loss": float(metrics["loss"]),
             **named_losses(metrics, self._program.streams),
-            **{
-                k: float(metrics[k])
-                for k in ("gradient_norm", "parameter_norm", "update_norm", "learning_rate")
-            },
+            **{name: float(metrics[name]) for name in norms},
             "skipped_updates": float(metrics["skipped"]),
             "tokens_per_second": counts["cells"] / seconds,
             "spoken_tokens_per_second": counts["spoken"] / seconds,
@@ -122,38 +242,33 @@ class Meter:
             **(self._shares.values(step) if self._shares else {}),
         }
         if self._peak:
-            values |= {
-                name: flops / seconds / self._peak for name, flops in self._flops(tables).items()
-            }
-        self._writer.write(step, values)
-        self._progress.show(
+            for name, flops in self._flops(tables).items():
+                values[name] = flops / seconds / self._peak
+        self.writers.write(step, values)
+        self.progress.show(
             step,
             f"loss {values['loss']:.4f}",
             f"{values['tokens_per_second']:,.0f} tokens/s",
             seconds_left=(self._program.config.steps - step) * values["step_seconds"],
         )
-        self._goodput.write()
-        self._kept = {kind: goodput[f"time/{kind}"] for kind in passed}
+        self.goodput.write()
+        self._seconds_before = {kind: goodput[f"time/{kind}"] for kind in passed}
         self._counts.clear()
 
     def _flops(self, tables: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Operations since the last report: all, and those of cells that are not silent.
+        """Operations since the last report: of all cells, and of cells that are not silent.
 
-        Pairs are counted in the tables of this step on this host, and taken for typical of the others.
+        Pairs of cells are counted in one step's tables on this host, which stand for the others.
         """
         program, counts = self._program, self._counts
         present = tables["present"] & (tables["segment"] > 0)[:, :, None]
-        seen = (
-            present & (tables["tokens"] != program.silence_id)
-            if program.streams.skip_silence
-            else present
-        )
-        pairs = batch_pairs(program.streams.lag_array, present, seen, tables["segment"]) / max(
-            1, present.sum()
-        )
+        silent = tables["tokens"] == program.silence_id
+        seen = present & ~silent if program.streams.skip_silence else present
+        pairs = batch_pairs(program.streams.lag_array, present, seen, tables["segment"])
+        pairs_per_cell = pairs / max(1, present.sum())
 
-        def flops(cells, targets):
-            return step_flops(program.config.model, cells, targets, pairs * cells)
+        def flops(cells: float, targets: float) -> float:
+            return step_flops(program.config.model, cells, targets, pairs_per_cell * cells)
 
         return {
             "mfu": flops(counts["cells"], counts["targets"]),
@@ -161,23 +276,23 @@ class Meter:
         }
 
     def _time(self, step: int, times: np.ndarray) -> None:
-        """Reports a step that took far longer than others, once it is known who was late for it or the one after it."""
+        """Notes how long a step took. A slow step is reported when the next one has been read.
+
+        By then it is known which process dispatched either of the two late.
+        """
         now, before = time.monotonic(), self._ready
         self._ready = now
-        if not self._started:
-            self._started = True
-            passed = now - self._goodput.began
+        if not self._first_step_done:
+            self._first_step_done = True
+            passed = now - self.goodput.began
             log.info(
                 "first step done %.1f s after the start (%.1f CPU-s)", passed, time.process_time()
             )
         if self._slow:
-            at, seconds, then = self._slow
+            slow_step, seconds, slow_times = self._slow
             self._slow = None
-            self._report_slow(
-                at,
-                seconds,
-                max(self._clocks.latest(then), self._clocks.latest(times), key=lambda x: x[1]),
-            )
+            candidates = self._clocks.latest(slow_times), self._clocks.latest(times)
+            self._report_slow(slow_step, seconds, *max(candidates, key=lambda late: late[1]))
         if before is None:
             return
         seconds = now - before
@@ -187,36 +302,43 @@ class Meter:
                 self._slow = (step, seconds, times)
         self._durations.append(seconds)
 
-    def _report_slow(self, step: int, seconds: float, latest: tuple[str, float]) -> None:
-        usual, (name, late) = statistics.median(self._durations), latest
+    def _report_slow(self, step: int, seconds: float, process: str, late: float) -> None:
+        """`process` dispatched the step `late` seconds after the others."""
+        median = statistics.median(self._durations)
         if len(self._clocks.hosts) == 1:
-            who = "see data_wait_share for the share of the data in it"
+            reason = "see data_wait_share for the share of the data in it"
         elif late > seconds / 2:
-            who = f"{name} gave it to its devices {late:.1f} s after the others"
+            reason = f"{process} dispatched it {late:.1f} s after the others"
         else:
-            who = "all processes gave it to their devices in time: devices or network were slow"
-        self._progress.say(
-            f"step {step} took {seconds:.1f} s, {seconds / usual:.0f} times the median: {who}"
+            reason = "all processes dispatched it in time: devices or network were slow"
+        times = seconds / median
+        self.progress.say(
+            f"step {step} took {seconds:.1f} s, {times:.0f} times the median: {reason}"
         )
 
     def _report_skip(self, step: int, metrics: Any) -> None:
-        norms = metrics["gradient_norms"]
-        bad = [
+        """Names the parameters whose gradients are not finite.
+
+        Raises UserError after `config.optim.max_skipped` skipped updates in a row.
+        """
+        names = [
             name
-            for name, norm in zip(self._program.parameter_names, norms)
+            for name, norm in zip(self._program.parameter_names, metrics["gradient_norms"])
             if not math.isfinite(norm)
         ]
-        what = (
-            f"the gradients of {', '.join(bad[:5])}{' and others' if len(bad) > 5 else ''} were"
-            if bad
-            else "the loss was"
-        )
+        if names:
+            more = " and others" if len(names) > 5 else ""
+            problem = f"the gradients of {', '.join(names[:5])}{more} were"
+        else:
+            problem = "the loss was"
         in_row, limit = int(metrics["skipped_in_row"]), self._program.config.optim.max_skipped
-        self._progress.say(
-            f"step {step}: {what} not finite; update skipped ({in_row} in a row, {metrics['skipped']} in all)"
+        self.progress.say(
+            f"step {step}: {problem} not finite; update skipped ({in_row} in a row,"
+            f" {metrics['skipped']} in all)"
         )
         if in_row >= limit:
             raise UserError(
-                f"{in_row} updates in a row were skipped because {what} not finite (config.optim.max_skipped is "
-                f"{limit}); the last one was step {step}: lower config.optim.lr or look at the data of these steps"
+                f"{in_row} updates in a row were skipped because {problem} not finite"
+                f" (config.optim.max_skipped is {limit}); the last one was step {step}: lower"
+                " config.optim.lr or look at the data of these steps"
             )

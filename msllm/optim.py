@@ -1,25 +1,33 @@
-"""AdamW, its schedules and masks, out of optax."""
+"""The optimizer of a run: AdamW with schedules and masks out of optax, or one of the user's own."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from msllm.config import OptimConfig
+from msllm.config import OptimConfig, find_object
 
-TABLES = ("embedding", "head")  # parameters with a row for each token
+TOKEN_TABLES = ("embedding", "head")  # parameters with a row for each token
 
 
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate by update count: linear warm-up, then cosine, stable-and-decay (WSD) or constant."""
+    """Learning rate by update count: linear warm-up, then cosine, WSD or constant.
+
+    WSD (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395) ends with a linear decay.
+
+    Args:
+      config: the settings.
+      steps: of the whole run.
+    """
     warmup = min(config.warmup_steps, steps)
     last = config.lr * config.final_lr_ratio
     if config.schedule == "cosine":
         rest = optax.cosine_decay_schedule(config.lr, max(1, steps - warmup), config.final_lr_ratio)
-    elif config.schedule == "wsd":  # Hu et al. 2024, arXiv 2404.06395
+    elif config.schedule == "wsd":
         decay = max(1, round(config.decay_fraction * steps))
         rest = optax.linear_schedule(
             config.lr, last, decay, transition_begin=max(0, steps - warmup - decay)
@@ -28,73 +36,162 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
         rest = optax.constant_schedule(config.lr)
     if not warmup:
         return rest
-    # The first update already moves: a rate of zero would waste it.
+    # The first update has a rate above zero: otherwise it would be wasted.
     ramp = optax.linear_schedule(config.lr / warmup, config.lr, max(1, warmup - 1))
     return optax.join_schedules([ramp, rest], [warmup])
 
 
-def _mask(parameters: Any, holds) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: holds(path_name(path)), parameters)
-
-
-def path_name(path) -> str:
-    """`blocks/mlp/gate` for the key path of a parameter."""
+def path_name(path: tuple[Any, ...]) -> str:
+    """The name of a parameter from its key path, for example `blocks/mlp/gate`."""
     return "/".join(str(getattr(key, "key", key)) for key in path)
 
 
-def optimizer(
-    config: OptimConfig, steps: int, silence_id: int = -1, moves=True
-) -> optax.GradientTransformation:
-    """Clip by global norm, Adam (Kingma & Ba 2014), decoupled weight decay (Loshchilov & Hutter 2017), schedule.
+def mask_by_name(parameters: Any, holds: Callable[[str], bool]) -> Any:
+    """A tree like `parameters` of whether `holds(name)` is true, for optax's masks."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: holds(path_name(path)), parameters)
 
-    Parameters whose path contains one of `config.no_decay` are not decayed; the stream embedding's rate is multiplied
-    by `config.stream_embedding_lr`, that of the rows of the token `silence_id` by `config.silence_lr`. Where `moves`
-    ([] bool) is false the moments stay what they are; the updates then mean nothing.
+
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+    """The optimizer that `config.optimizer` names.
+
+    Its `update` takes two arguments more: `finite` ([] bool), without which the state stays as it
+    is and the updates mean nothing; and `silence_id`, the token that means silence.
+
+    Raises UserError if there is no such optimizer.
     """
-    b1, b2 = (b if moves is True else jnp.where(moves, b, 1.0) for b in (config.b1, config.b2))
+    make = find_object(config.optimizer, OPTIMIZERS, "config.optim.optimizer")
+    optimizer = make(config, steps)
+    return optimizer if config.optimizer in OPTIMIZERS else _skip_nonfinite(optimizer)
 
-    def decayed(tree):
-        return _mask(tree, lambda name: not any(part in name for part in config.no_decay))
 
-    def stream_embedding(tree):
-        return _mask(tree, lambda name: "stream_embedding" in name)
+def adamw(config: OptimConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+    """Clip by global norm, then AdamW (Loshchilov & Hutter 2017) with the schedule of the config.
+
+    Parameters whose path contains one of `config.no_decay` are not decayed. The learning rate of
+    the stream embedding is multiplied by `config.stream_embedding_lr`, that of the rows of the
+    silence token by `config.silence_lr`. `update` takes the arguments of `make_optimizer`.
+    """
+
+    def is_decayed(tree: Any) -> Any:
+        return mask_by_name(tree, lambda name: not any(part in name for part in config.no_decay))
+
+    def is_stream_embedding(tree: Any) -> Any:
+        return mask_by_name(tree, lambda name: "stream_embedding" in name)
 
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
 
-    def clipped(updates):
-        return clip.update(updates, optax.EmptyState())[0]
+    def chain(finite: Any = True, silence_id: int = -1) -> optax.GradientTransformation:
+        # With zero gradients and decay rates of 1, Adam leaves its moments as they are. Choosing
+        # between new and old moments would keep both in memory.
+        b1, b2 = config.b1, config.b2
+        if finite is not True:
+            b1, b2 = jnp.where(finite, b1, 1.0), jnp.where(finite, b2, 1.0)
 
-    return optax.chain(
-        optax.stateless(
-            lambda updates, _: jax.tree.map(lambda x: jnp.where(moves, x, 0), clipped(updates))
-        ),
-        optax.scale_by_adam(b1, b2, config.eps),
-        optax.add_decayed_weights(config.weight_decay, decayed),
-        optax.masked(optax.scale(config.stream_embedding_lr), stream_embedding),
-        # Not in the chain if it does nothing: the state of a chain has a place for each of its parts.
-        *([_scale_row(silence_id, config.silence_lr)] if config.silence_lr != 1 else []),
-        optax.scale_by_learning_rate(schedule(config, steps)),
+        def clip_or_zero(updates: Any, _: Any) -> Any:
+            clipped, _ = clip.update(updates, optax.EmptyState())
+            return jax.tree.map(lambda x: jnp.where(finite, x, 0), clipped)
+
+        parts = [
+            optax.stateless(clip_or_zero),
+            optax.scale_by_adam(b1, b2, config.eps),
+            optax.add_decayed_weights(config.weight_decay, is_decayed),
+            optax.masked(optax.scale(config.stream_embedding_lr), is_stream_embedding),
+        ]
+        # The state has a place for each part, so a part that does nothing would change the layout
+        # of checkpoints.
+        if config.silence_lr != 1:
+            parts.append(_scale_row(silence_id, config.silence_lr))
+        parts.append(optax.scale_by_learning_rate(schedule(config, steps)))
+        return optax.chain(*parts)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, finite: Any = True, silence_id: int = -1
+    ) -> tuple[Any, Any]:
+        updates, new_state = chain(finite, silence_id).update(updates, state, params)
+        # What remains are the counts of updates.
+        new_state = jax.tree.map(
+            lambda new, old: new if new.ndim else jnp.where(finite, new, old), new_state, state
+        )
+        return updates, new_state
+
+    return optax.GradientTransformationExtraArgs(chain().init, update)
+
+
+OPTIMIZERS: dict[str, Callable[[OptimConfig, int], optax.GradientTransformationExtraArgs]] = {
+    "adamw": adamw
+}
+
+
+def _skip_nonfinite(
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Adds the argument `finite` to the update of any optimizer."""
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, finite: Any = True, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        updates, new_state = optimizer.update(updates, state, params, **extra_args)
+        new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state)
+        return updates, new_state
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def optimizer_shardings(
+    optimizer: optax.GradientTransformation,
+    state: Any,
+    parameters: Any,
+    shardings: Any,
+    replicated: jax.sharding.Sharding,
+) -> Any:
+    """How an optimizer's state lies on the mesh: an array of a parameter's shape as the parameter.
+
+    Args:
+      optimizer: the optimizer.
+      state: the shapes of its state.
+      parameters: the shapes of the parameters.
+      shardings: those of the parameters.
+      replicated: the sharding of everything else, such as counts and factored moments.
+    """
+
+    def sharding_of(
+        x: jax.ShapeDtypeStruct,
+        parameter: jax.ShapeDtypeStruct,
+        sharding: jax.sharding.Sharding,
+    ) -> jax.sharding.Sharding:
+        return sharding if x.shape == parameter.shape else replicated
+
+    return optax.tree_utils.tree_map_params(
+        optimizer,
+        sharding_of,
+        state,
+        parameters,
+        shardings,
+        transform_non_params=lambda _: replicated,
     )
 
 
 def _scale_row(token: int, factor: float) -> optax.GradientTransformation:
     """Multiplies the updates of one token's rows in the tables [V, D]."""
 
-    def scale(path, update):
-        if path_name(path) not in TABLES:
+    def scale(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+        if path_name(path) not in TOKEN_TABLES:
             return update
         return jnp.where(jnp.arange(len(update))[:, None] == token, factor * update, update)
 
-    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
+    def update(updates: Any, _: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(scale, updates)
+
+    return optax.stateless(update)
 
 
 def leaf_norms(tree: Any) -> jax.Array:
     """L2 norm of every leaf, [leaves] float32, in the order of `jax.tree.leaves`."""
-    return jnp.sqrt(
-        jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)])
-    )
+    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
+    return jnp.sqrt(jnp.stack(squares))
 
 
 def global_norm(norms: jax.Array) -> jax.Array:
-    """L2 norm of the whole from the norms of its leaves."""
+    """L2 norm of a whole tree from the norms of its leaves."""
     return jnp.sqrt(jnp.sum(jnp.square(norms)))

@@ -18,7 +18,14 @@ from msllm.loss import next_row_loss, targets_and_weights
 from msllm.model.attention.dispatch import choose_backend
 from msllm.model.layers import gather_weight
 from msllm.model.model import abstract_model, bind, init_parameters, parameter_shardings
-from msllm.optim import global_norm, leaf_norms, optimizer, path_name, schedule
+from msllm.optim import (
+    global_norm,
+    leaf_norms,
+    make_optimizer,
+    optimizer_shardings,
+    path_name,
+    schedule,
+)
 from msllm.runtime.compiler import compiler_options
 from msllm.sharding import (
     BATCH_AXES,
@@ -84,7 +91,7 @@ class Program:
         self._parameter_specs = jax.tree.map(
             lambda a: partition_spec(*a), axes, is_leaf=lambda a: isinstance(a, tuple)
         )
-        self._optimizer = optimizer(config.optim, config.steps, silence_id)
+        self._optimizer = make_optimizer(config.optim, config.steps)
         self.abstract_batch = self._abstract_batch(streams.size + absent)
         self.state_shardings, self.abstract_state = self._abstract_state(shapes, axes)
         self._compile_functions()
@@ -107,20 +114,14 @@ class Program:
         scalar, shardings = named_sharding(self.mesh), parameter_shardings(axes, self.mesh)
         count = jax.ShapeDtypeStruct((), jnp.int32)
         moments = jax.eval_shape(self._optimizer.init, shapes)
-        moment_shardings = optax.tree_utils.tree_map_params(
-            self._optimizer,
-            lambda _, sharding: sharding,
-            moments,
-            shardings,
-            transform_non_params=lambda _: scalar,
-        )
-        state_shardings = TrainState(scalar, shardings, moment_shardings, scalar, scalar)
+        of_moments = optimizer_shardings(self._optimizer, moments, shapes, shardings, scalar)
+        layout = TrainState(scalar, shardings, of_moments, scalar, scalar)
         state = TrainState(count, shapes, moments, count, count)
 
         def with_sharding(x, sharding):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-        return state_shardings, jax.tree.map(with_sharding, state, state_shardings)
+        return layout, jax.tree.map(with_sharding, state, layout)
 
     def _compile_functions(self) -> None:
         states, scalar = self.state_shardings, named_sharding(self.mesh)
@@ -257,13 +258,15 @@ class Program:
         finite = jnp.isfinite(loss) & jnp.all(jnp.isfinite(norms))
         # A skipped update is an update by zero. Selecting between the new and the old parameters
         # would keep both in memory.
-        update = optimizer(optim, steps, self.silence_id, finite).update
-        updates, opt_state = update(gradients, state.opt_state, state.parameters)
+        updates, opt_state = self._optimizer.update(
+            gradients,
+            state.opt_state,
+            state.parameters,
+            finite=finite,
+            silence_id=self.silence_id,
+        )
         updates = jax.tree.map(lambda x: jnp.where(finite, x, 0), updates)
         parameters = optax.apply_updates(state.parameters, updates)
-        opt_state = jax.tree.map(
-            lambda x, old: x if x.ndim else jnp.where(finite, x, old), opt_state, state.opt_state
-        )
         skip = (~finite).astype(jnp.int32)
         skipped, skipped_in_row = state.skipped + skip, skip * (state.skipped_in_row + 1)
         metrics = {

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 
 from msllm.config import Config, MeshConfig, default_config, from_config_dict, to_json
+from msllm.data.global_batch import to_devices
 from msllm.sharding import make_mesh
 from msllm.step import Program
 from msllm.streams import StreamSpec
-from msllm.training import to_devices
 
 SILENCE = 1
 SMALL = {
@@ -75,7 +75,7 @@ def random_tables(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
 
 def place(program: Program, tables: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Tables as a batch on the program's mesh."""
-    return to_devices(program, tables)
+    return to_devices(program.abstract_batch, tables)
 
 
 def host(tree):

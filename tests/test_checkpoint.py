@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from runs import four_streams, host, make_program, replace
 
 from msllm import tokenizer as tokenizer_lib
-from msllm.checkpoint import Checkpoints
+from msllm.checkpoint import Checkpoints, LocalCheckpoints
 from msllm.config import CheckpointConfig, TokenizerConfig
 from msllm.errors import UserError
 from msllm.runtime import processes
@@ -300,15 +300,15 @@ def test_local_checkpoints_serve_the_mesh_that_wrote_them(
     config = CheckpointConfig(local_dir=str(tmp_path / "disk"))
 
     def opened(action, workdir=tmp_path / "run"):
-        checkpoints = Checkpoints(workdir, config, local=True)
+        checkpoints = LocalCheckpoints(workdir, config)
         try:
             return action(checkpoints)
         finally:
             checkpoints.close()
 
-    def restored(program, after=-1):
+    def restored(program, newer_than=-1):
         with caplog.at_level(logging.WARNING, "msllm"):
-            return opened(lambda local: local.restore(program, tokenizer, after))
+            return opened(lambda local: local.restore(program, tokenizer, newer_than))
 
     for step in (2, 4, 6):
         opened(lambda local: local.save(at_step(program, state, step), program.config, tokenizer))
@@ -325,8 +325,8 @@ def test_local_checkpoints_serve_the_mesh_that_wrote_them(
     )
     assert opened(lambda local: local.steps()) == []  # the run comes to these steps again
     opened(lambda local: local.save(at_step(program, state, 6), program.config, tokenizer))
-    check_restored(restored(program, after=5), program, state, 6)
-    assert restored(program, after=6) is None
+    check_restored(restored(program, newer_than=5), program, state, 6)
+    assert restored(program, newer_than=6) is None
 
 
 def test_saving_a_step_again_changes_nothing(workdir, program, state, tokenizer):

@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 from jax._src.distributed import global_state
 
-from msllm.goodput import Goodput
+from msllm.monitor import Goodput
 from msllm.runtime import files, processes
 
 

@@ -14,7 +14,7 @@ from msllm import step as step_lib
 from msllm.config import Config, DataConfig, LossConfig, MeshConfig, OptimConfig
 from msllm.loss import targets_and_weights
 from msllm.model.model import bind
-from msllm.optim import leaf_norms, optimizer, schedule
+from msllm.optim import adamw, leaf_norms, schedule
 from msllm.sharding import make_mesh
 from msllm.step import Program
 from msllm.streams import make_cells, positions
@@ -131,7 +131,7 @@ PARAMETERS = {
 
 def one_update(gradient, **fields):
     """Update of PARAMETERS for the same gradient of every entry."""
-    optim = optimizer(OptimConfig(lr=0.1, schedule="constant", warmup_steps=0, **fields), 10)
+    optim = adamw(OptimConfig(lr=0.1, schedule="constant", warmup_steps=0, **fields), 10)
     gradients = jax.tree.map(lambda x: np.full_like(x, gradient), PARAMETERS)
     return optim.update(gradients, optim.init(PARAMETERS), PARAMETERS)[0]
 
@@ -162,14 +162,12 @@ def test_silence_has_its_own_rate():
     parameters = {name: np.ones((4, 2), np.float32) for name in ("embedding", "head", "final_norm")}
 
     def updates(**fields):
-        optim = optimizer(
+        optim = adamw(
             OptimConfig(lr=0.1, schedule="constant", warmup_steps=0, weight_decay=0.0, **fields),
             10,
-            2,
         )
-        return optim.update(parameters, optim.init(parameters), parameters)[0], optim.init(
-            parameters
-        )
+        state = optim.init(parameters)
+        return optim.update(parameters, state, parameters, silence_id=2)[0], state
 
     (scaled, _), (plain, state) = updates(silence_lr=3.0), updates()
     for name in ("embedding", "head"):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from runs import dictation, metrics
 
-from msllm import training as train_lib
+from msllm import training
 from msllm.checkpoint import Checkpoints
 from msllm.training import train
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 def watch_steps(monkeypatch):
     """watch_steps(before, after): a step is given the state that before(number, state, batch) returns, and the loop
     gets what after(number, old state, state, metrics) returns."""
-    compile_step = train_lib.compile_step
+    compile_step = training.compile_step
 
     def watch(before, after):
         def watched(*arguments):
@@ -29,7 +29,7 @@ def watch_steps(monkeypatch):
 
             return step
 
-        monkeypatch.setattr(train_lib, "compile_step", watched)
+        monkeypatch.setattr(training, "compile_step", watched)
 
     return watch
 

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from runs import dictation, host, metrics, replace, write_config_file
 
-from msllm import training as train_lib
 from msllm.checkpoint import Checkpoints
 from msllm.errors import UserError
-from msllm.goodput import KINDS, PAST
-from msllm.monitor import Meter
+from msllm.hooks import EVALUATIONS, held_out_losses
+from msllm.monitor import KINDS, PAST, Monitor
 from msllm.training import train
 from msllm.weights.load import load
 
@@ -54,14 +53,14 @@ def reproducible(workdir):
 
 def stop_after(monkeypatch, step):
     """Ctrl-C while the step after `step` is being dispatched."""
-    dispatched = Meter.dispatched
+    after_dispatch = Monitor.after_dispatch
 
     def interrupting(self, done, *rest):
         if done == step:
             signal.raise_signal(signal.SIGINT)
-        dispatched(self, done, *rest)
+        after_dispatch(self, done, *rest)
 
-    monkeypatch.setattr(Meter, "dispatched", interrupting)
+    monkeypatch.setattr(Monitor, "after_dispatch", interrupting)
 
 
 def same_parameters(workdir, other):
@@ -155,13 +154,11 @@ def test_a_run_continues_on_another_mesh(config, uninterrupted, tmp_path, monkey
 
 
 def test_a_signal_during_evaluation_loses_nothing(config, tmp_path, monkeypatch, capsys):
-    evaluate = train_lib._Evaluation.__call__
-
-    def interrupting(self, parameters):
+    def interrupting(run):
         signal.raise_signal(signal.SIGINT)
-        return evaluate(self, parameters)
+        return held_out_losses(run)
 
-    monkeypatch.setattr(train_lib._Evaluation, "__call__", interrupting)
+    monkeypatch.setitem(EVALUATIONS, "held_out", interrupting)
     state = train(replace(config, "checkpoint", every=0), tmp_path)
     assert int(state.step) == load(tmp_path).step == 5
     assert "stopped at step 5, saved" in capsys.readouterr().out

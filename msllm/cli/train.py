@@ -64,7 +64,7 @@ def define_flags(parser: Parser) -> None:
 
 def run(flags: argparse.Namespace) -> int:
     """Trains."""
-    # Until the step is compiled (`compiler.settle`): imports and tracing create no garbage, and
+    # Until the step is compiled (`compiler.finish_startup`): imports and tracing create no garbage, and
     # looking for it would cost a tenth of the start.
     gc.disable()
 
@@ -90,6 +90,6 @@ def run(flags: argparse.Namespace) -> int:
     if jax.process_count() > 1:
         logging.basicConfig(format=f"[{jax.process_index()}] %(message)s", force=True)
     with processes.exit_on_error(), processes.StopSignal() as stop:
-        state = training.train(flags.config, flags.workdir, stop, before)
+        state = training.train(flags.config, flags.workdir, stop=stop, seconds_before=before)
         is_complete = int(state.step) >= flags.config.steps
         return 0 if is_complete or stop.interrupted else processes.EXIT_STOPPED

@@ -101,7 +101,7 @@ def _load_hf_folder(folder: pathlib.Path) -> LoadedModel:
 
 def _load_checkpoint(path: epath.Path) -> LoadedModel:
     """The checkpoint at `path`, or the newest one of a workdir that is not damaged."""
-    from msllm.checkpoint import checkpoint_paths, first_line  # imports orbax, which is slow
+    from msllm.checkpoint import checkpoint_paths, error_summary  # imports orbax, which is slow
 
     problems = []
     for candidate in checkpoint_paths(path):
@@ -110,7 +110,7 @@ def _load_checkpoint(path: epath.Path) -> LoadedModel:
         except UserError:
             raise
         except Exception as error:  # a damaged file raises whatever orbax and tensorstore raise
-            reason = first_line(error)
+            reason = error_summary(error)
             problems.append(f"{candidate.name}: {reason}")
             log.warning("checkpoint %s is damaged and not used: %s", candidate, reason)
     raise UserError(

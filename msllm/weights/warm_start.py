@@ -22,7 +22,7 @@ from msllm.checkpoint import (
     check_sums,
     checkpoint_paths,
     describe,
-    is_no_damage,
+    indicates_damage,
     read_arrays,
     read_description,
 )
@@ -118,7 +118,7 @@ def initial_parameters(
         description = read_description(path)
         parameters = _read_parameters(path, description, program, tokenizer)
     except Exception as error:  # a damaged file raises whatever orbax and tensorstore raise
-        if is_no_damage(error) and not isinstance(error, UserError):
+        if not indicates_damage(error) and not isinstance(error, UserError):
             raise
         problem = str(error)
     # If one process fails, all raise: the others would wait for it in the sums below.

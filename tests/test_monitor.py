@@ -12,9 +12,8 @@ from runs import SILENCE, dictation, four_streams, make_program, metrics
 
 from msllm import monitor
 from msllm.errors import UserError
-from msllm.goodput import KINDS, PAST, Goodput
-from msllm.metrics import Writer, append_lines
-from msllm.monitor import Meter
+from msllm.metrics import MetricsWriters, append_lines
+from msllm.monitor import KINDS, PAST, Goodput, Monitor
 from msllm.runtime import processes
 from msllm.runtime.flops import train_flops
 from msllm.runtime.hardware import Hardware
@@ -36,14 +35,14 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr("msllm.goodput.time", clock)
+    monkeypatch.setattr("msllm.monitor.time", clock)
     monkeypatch.setattr("msllm.monitor.time", clock)
     return clock
 
 
 def test_every_second_of_all_attempts_has_one_name(clock, tmp_path):
     path = epath.Path(tmp_path / "goodput.json")
-    first = Goodput(path, before=2.0)
+    first = Goodput(path, seconds_before=2.0)
     first.restored(0)
     clock.now += 3  # startup
     first.begin("steps")
@@ -57,7 +56,7 @@ def test_every_second_of_all_attempts_has_one_name(clock, tmp_path):
     first.write()
 
     clock.now += 7  # dead
-    second = Goodput(path, before=1.0)
+    second = Goodput(path, seconds_before=1.0)
     second.restored(5)
     expected = dict.fromkeys((*KINDS, *PAST), 0.0)
     expected |= {
@@ -89,17 +88,17 @@ class Times:
         return np.array([0, 9000 * (self._step in self._late_for)], np.int32)
 
 
-def make_meter(tmp_path, clocks, **settings):
+def make_monitor(tmp_path, clocks, **settings):
     config = four_streams(**{"data.batch_size": 2, **settings})
     program = make_program(config)
     workdir = epath.Path(tmp_path)
     parts = (
-        Writer(workdir),
+        MetricsWriters(workdir, config),
         Progress("step", config.steps, every=0, file=sys.stdout),
         Goodput(workdir / "goodput.json"),
     )
     parts[-1].begin("steps")
-    return Meter(program, *parts, clocks), program
+    return Monitor(program, *parts, clocks), program
 
 
 def fake_metrics(program, cells=128.0, targets=30.0):
@@ -136,35 +135,35 @@ def full_tables(program):
 @pytest.mark.parametrize(
     "late_for, who",
     [
-        (9, "process 1 on b gave it to its devices 9.0 s after the others"),
+        (9, "process 1 on b dispatched it 9.0 s after the others"),
         (
             10,
-            "process 1 on b gave it to its devices 9.0 s after the others",
+            "process 1 on b dispatched it 9.0 s after the others",
         ),  # this process was late to read step 9
-        (None, "all processes gave it to their devices in time: devices or network were slow"),
+        (None, "all processes dispatched it in time: devices or network were slow"),
     ],
 )
 def test_a_slow_step_is_reported_with_the_process_that_was_late(
     clock, tmp_path, capsys, late_for, who
 ):
-    meter_, program = make_meter(tmp_path, Times(late_for))
+    watch, program = make_monitor(tmp_path, Times(late_for))
     for step in range(1, 15):
         clock.now += 10.0 if step == 10 else 1.0  # step 9 is read when step 10 has been dispatched
-        meter_.dispatched(step, fake_metrics(program), full_tables(program))
+        watch.after_dispatch(step, fake_metrics(program), full_tables(program))
     said = [line for line in capsys.readouterr().out.splitlines() if "times the median" in line]
     assert said == [f"step 9 took 10.0 s, 10 times the median: {who}"]
 
 
 def test_steps_after_an_evaluation_are_not_slow(clock, tmp_path, capsys):
-    meter_, program = make_meter(tmp_path, processes.DispatchClocks())
+    watch, program = make_monitor(tmp_path, processes.DispatchClocks())
     for step in range(1, 12):
         clock.now += 1
-        meter_.dispatched(step, fake_metrics(program), full_tables(program))
-    meter_.flush()
+        watch.after_dispatch(step, fake_metrics(program), full_tables(program))
+    watch.flush()
     clock.now += 50
     for step in range(12, 15):
         clock.now += 1
-        meter_.dispatched(step, fake_metrics(program), full_tables(program))
+        watch.after_dispatch(step, fake_metrics(program), full_tables(program))
     assert "times the median" not in capsys.readouterr().out
 
 
@@ -172,13 +171,13 @@ def test_mfu_is_the_formula_over_time_and_peak(clock, tmp_path, monkeypatch):
     monkeypatch.setattr(
         monitor, "lookup", lambda kind: Hardware(flops=1e9, hbm_gib=1, hbm_bandwidth=1)
     )
-    meter_, program = make_meter(tmp_path, processes.DispatchClocks(), log_every=2)
+    watch, program = make_monitor(tmp_path, processes.DispatchClocks(), log_every=2)
     config, streams = program.config, program.streams
     cells = config.data.batch_size * config.data.rows * streams.size
     targets = config.data.batch_size * config.data.rows * 2  # two streams are trained
     for step in (1, 2, 3):
         clock.now += 0.5
-        meter_.dispatched(step, fake_metrics(program, cells, targets), full_tables(program))
+        watch.after_dispatch(step, fake_metrics(program, cells, targets), full_tables(program))
     (line,) = metrics(tmp_path)
     flops = train_flops(config.model, streams, config.data.batch_size, config.data.rows)
     assert line["mfu"] == pytest.approx(2 * flops / 1.5 / (1e9 * jax.device_count()))
@@ -186,9 +185,10 @@ def test_mfu_is_the_formula_over_time_and_peak(clock, tmp_path, monkeypatch):
 
 
 def test_weights_and_biases_gets_the_same_numbers(tmp_path, monkeypatch):
+    config = four_streams(**{"monitor.wandb_project": "mine"})
     with pytest.raises(UserError, match="wandb_project is 'mine', and wandb is not installed"):
         monkeypatch.setitem(sys.modules, "wandb", None)
-        Writer(epath.Path(tmp_path), "mine")
+        MetricsWriters(epath.Path(tmp_path), config)
     logged = []
     run = types.SimpleNamespace(
         log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("end")
@@ -197,7 +197,7 @@ def test_weights_and_biases_gets_the_same_numbers(tmp_path, monkeypatch):
     monkeypatch.setitem(
         sys.modules, "wandb", types.SimpleNamespace(init=lambda **kw: started.update(kw) or run)
     )
-    writer = Writer(epath.Path(tmp_path), "mine")
+    writer = MetricsWriters(epath.Path(tmp_path), config)
     writer.write(3, {"loss": 1.5})
     writer.close()
     assert (

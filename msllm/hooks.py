@@ -1,0 +1,325 @@
+"""What a run does besides its steps: the hook type, and the hooks that every run has."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from msllm.checkpoint import Checkpoints, LocalCheckpoints
+from msllm.config import Config, find_object
+from msllm.data.global_batch import global_batches, host_rows
+from msllm.data.loader import Batch, Loader, spread
+from msllm.errors import UserError
+from msllm.metrics import append_lines, named_losses, weighted_mean
+from msllm.monitor import Monitor
+from msllm.runtime.processes import StopSignal
+from msllm.sharding import named_sharding
+from msllm.step import Program, TrainState
+from msllm.weights.load import LoadedModel
+
+
+class Hook:
+    """Something that a run does besides its steps. Override the methods that you need.
+
+    All processes of a run call the same hooks after the same steps. So a hook may compute with the
+    run's arrays, and must do so in all processes. Write files only in `jax.process_index() == 0`.
+
+    Attributes:
+      every: `at_step` is called after each step whose number is a multiple of this, and after the
+        last step of the run, `config.steps`. 0: never.
+    """
+
+    every: int = 1
+
+    def at_start(self, run: Run) -> None:
+        """Called before the first step of this process."""
+
+    def at_step(self, run: Run, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Called after a step has been dispatched, while the devices are still computing it.
+
+        Reading `metrics` or `run.state` waits for the step. A hook that is called after every step
+        should not wait: it can keep `metrics` and read them in its next call. A hook that is called
+        now and then should work inside `with run.pause(): ...`, so that its time does not count as
+        a slow step.
+
+        Args:
+          run: the run. `run.state` is the state after the step; the next step reuses its memory.
+          step: how many steps have been done, this one included.
+          metrics: what `Program.step` returned.
+        """
+
+    def at_save(self, run: Run, step: int) -> None:
+        """Called after a checkpoint of `run.state` was handed to the background writer."""
+
+    def at_end(self, run: Run) -> None:
+        """Called after the last step of this process, unless the run ends by an error."""
+
+
+@dataclasses.dataclass
+class Run:
+    """An open run, as its hooks see it.
+
+    Attributes:
+      config: all settings, as they were resolved.
+      workdir: the folder of the run.
+      program: the compiled functions, the mesh, the streams.
+      loader: the training data; `loader.tokenizer` is the tokenizer.
+      held_out: the held-out split of each source, by name; a run without a mixture has one source,
+        named "". Empty if nothing was held out.
+      monitor: speed, goodput, and where metrics go.
+      state: parameters, optimizer state and counters, after the last step that was dispatched.
+      hooks: in the order in which they are called.
+      step: how many steps have been done.
+      tables: this host's part of the last batch.
+      stopping: whether the run ends after this step because it was asked to.
+      stop_requested: a hook sets it, in all processes, to end the run after the next step.
+    """
+
+    config: Config
+    workdir: epath.Path
+    program: Program
+    loader: Loader
+    held_out: Mapping[str, Loader]
+    monitor: Monitor
+    state: TrainState
+    hooks: Sequence[Hook] = ()
+    step: int = 0
+    tables: Batch = dataclasses.field(default_factory=dict)
+    stopping: bool = False
+    stop_requested: bool = False
+
+    @functools.cached_property
+    def host_rows(self) -> range:
+        """The tables of a batch that this host reads."""
+        return host_rows(self.program.abstract_batch)
+
+    def write(self, values: Mapping[str, float]) -> None:
+        """Writes metrics of the present step to all metrics writers."""
+        self.monitor.writers.write(self.step, values)
+
+    def say(self, text: str) -> None:
+        """Prints a line, in process 0 only, without disturbing the progress bar."""
+        self.monitor.progress.say(text)
+
+    @contextlib.contextmanager
+    def pause(self, kind: str = "evaluation") -> Iterator[None]:
+        """Waits for the last step; the time inside then counts for `kind` in the goodput.
+
+        `kind` is one of `msllm.monitor.KINDS`.
+        """
+        with self.monitor.pause(kind):
+            yield
+
+    def model(self) -> LoadedModel:
+        """The model with the present parameters, on the first device of this process.
+
+        All processes must call this. Use the model before the next step, which reuses the memory of
+        the parameters. A model that does not fit on one device can only be used as it lies on the
+        mesh: through `program.evaluate` and `state.parameters`.
+        """
+        everywhere = named_sharding(self.program.mesh)
+        replicated = jax.device_put(self.state.parameters, everywhere)
+        parameters = jax.tree.map(lambda x: x.addressable_data(0), replicated)
+        return LoadedModel(
+            self.config.model,
+            self.program.streams,
+            parameters,
+            self.loader.tokenizer,
+            step=self.step,
+            run_config=self.config,
+        )
+
+
+class ReadMetrics(Hook):
+    """Reads the metrics of each step once the next one is dispatched, and reports them."""
+
+    def at_step(self, run: Run, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        sources = run.loader.sources(step - 1, run.host_rows) if run.loader.plan else None
+        run.monitor.after_dispatch(step, metrics, run.tables, sources)
+
+    def at_end(self, run: Run) -> None:
+        run.monitor.flush()
+
+
+class CheckStop(Hook):
+    """Ends the run early when a signal, a preemption notice or another hook asks for it."""
+
+    def __init__(self, signal: StopSignal):
+        self._signal = signal
+
+    def at_step(self, run: Run, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        # A signal that arrives after this line ends the next step, which is then saved.
+        run.stopping = self._signal.should_stop(step) or run.stop_requested
+
+    def at_end(self, run: Run) -> None:
+        if run.step < run.config.steps:
+            run.say(f"stopped at step {run.step}, saved; the same command continues here")
+
+
+class SaveCheckpoints(Hook):
+    """Saves checkpoints as `config.checkpoint` says, and where the run ends."""
+
+    def __init__(self, checkpoints: Checkpoints, local: LocalCheckpoints | None):
+        self._checkpoints, self._local = checkpoints, local
+        self._last_save = 0  # by the monitor's clock
+
+    def at_step(self, run: Run, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        self._checkpoints.check_for_errors()
+        if self._local:
+            self._local.check_for_errors()
+        if run.stopping or step == run.config.steps or self._is_due(run):
+            self._save(run, self._checkpoints)
+            self._last_save = run.monitor.clock
+        elif self._local and step % run.config.checkpoint.local_every == 0:
+            self._save(run, self._local)
+
+    def _is_due(self, run: Run) -> bool:
+        every, minutes = run.config.checkpoint.every, run.config.checkpoint.every_minutes
+        if every and run.step % every == 0:
+            return True
+        return bool(minutes) and run.monitor.clock - self._last_save >= minutes * 60_000
+
+    def _save(self, run: Run, checkpoints: Checkpoints | LocalCheckpoints) -> None:
+        with run.pause("checkpoint"):
+            checkpoints.save(run.state, run.config, run.loader.tokenizer)
+        run.monitor.goodput.saved(run.step)
+        for hook in run.hooks:
+            hook.at_save(run, run.step)
+
+
+class Evaluate(Hook):
+    """Calls the functions of `config.evaluations` and writes their metrics as `eval/NAME`."""
+
+    def __init__(self, config: Config):
+        """Raises UserError if a function cannot be imported."""
+        self.every = config.eval_every
+        self._evaluations = {
+            name: find_object(name, EVALUATIONS, "config.evaluations")
+            for name in config.evaluations
+        }
+
+    def at_step(self, run: Run, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        values: dict[str, float] = {}
+        with run.pause("evaluation"):
+            for name, evaluation in self._evaluations.items():
+                found = {f"eval/{key}": float(value) for key, value in evaluation(run).items()}
+                if twice := values.keys() & found.keys():
+                    raise UserError(
+                        f"config.evaluations: {name} returns {', '.join(sorted(twice))}, which"
+                        " another evaluation has returned: use names of its own"
+                    )
+                values |= found
+        if values:
+            run.write(values)
+            shown = "  ".join(f"{key[5:]} {value:.4f}" for key, value in values.items())
+            run.say(f"step {step}  evaluation: {shown}")
+
+
+def held_out_losses(run: Run) -> dict[str, float]:
+    """Losses on the held-out split.
+
+    In a mixture: those of each source, as `SOURCE/NAME`, and their mean by the weights with which
+    the mixture begins.
+    """
+    by_source = {
+        name: mean_losses(run.program, run.state.parameters, loader)
+        for name, loader in run.held_out.items()
+    }
+    mixture = run.config.data.mixture
+    if not mixture.dirs:
+        return by_source.get("", {})
+    weights = dict(zip(mixture.source_names, mixture.weights, strict=True))
+    values = weighted_mean(by_source, weights)
+    for name, losses in by_source.items():
+        values |= {f"{name}/{kind}": value for kind, value in losses.items()}
+    return values
+
+
+def mean_losses(program: Program, parameters: Any, loader: Loader) -> dict[str, float]:
+    """Losses on a split, or on `config.eval_batches` batches of it. All processes must call this.
+
+    Args:
+      program: of the run.
+      parameters: as they lie on the program's mesh.
+      loader: of the split.
+
+    Returns:
+      `loss`, and what `named_losses` returns.
+    """
+    steps = spread(loader.num_batches, program.config.eval_batches or loader.num_batches)
+    totals: Any = None
+    for _, batch in global_batches(loader, program.abstract_batch, steps):
+        sums = program.evaluate(parameters, batch)
+        sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+        totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
+    return {
+        "loss": float(totals["loss"] / max(totals["weight"], 1)),
+        **named_losses(totals, program.streams),
+    }
+
+
+EVALUATIONS: dict[str, Callable[[Run], Mapping[str, float]]] = {"held_out": held_out_losses}
+
+
+class LogExamples(Hook):
+    """Logs which examples this process reads for each step, in a file of JSON lines.
+
+    A line has the step, counted from 0, the rows of the batch, and the ids of the examples in each.
+    """
+
+    def at_start(self, run: Run) -> None:
+        folder = run.workdir / "examples"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = append_lines(folder / f"process-{jax.process_index():05d}.jsonl")
+
+    def at_step(self, run: Run, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        rows = run.host_rows
+        line = {
+            "step": step - 1,
+            "rows": [rows.start, rows.stop],
+            "examples": run.loader.example_ids(step - 1, rows),
+        }
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def at_end(self, run: Run) -> None:
+        self._file.close()
+
+
+class Profile(Hook):
+    """Records the trace that `config.monitor` asks for, in `profile/`."""
+
+    def __init__(self, config: Config):
+        self._first, self._steps = config.monitor.profile_start, config.monitor.profile_steps
+        self._running = False
+
+    def at_start(self, run: Run) -> None:
+        self._first = max(self._first, run.step)
+        if run.step == self._first:
+            self._start(run)
+
+    def at_step(self, run: Run, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        if step == self._first and not self._running:
+            self._start(run)
+        elif step == self._first + self._steps:
+            self._stop()
+
+    def at_end(self, run: Run) -> None:
+        self._stop()
+
+    def _start(self, run: Run) -> None:
+        jax.profiler.start_trace(str(run.workdir / "profile"))
+        self._running = True
+
+    def _stop(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
