@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
