@@ -1,9 +1,9 @@
-"""Draws the picture of README.md: a multi-stream table, and who sees whom.
+"""Draws the figure of README.md: a multi-stream table, and which cells see which.
 
     python docs/make_figure.py [OUT.svg]
 
-The example comes out of the dictation converter, and who sees whom out of `msllm.streams.visible`: the picture cannot
-disagree with the code. Needs matplotlib (extras `test` and `notebooks`).
+The example comes from the dictation converter, and what cells see from `msllm.streams.visible`, so
+the figure cannot disagree with the code. Needs matplotlib (extras `test` and `notebooks`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -39,10 +39,10 @@ MARK = "#d6336c"  # the cell whose view is shown
 
 
 class Example(NamedTuple):
-    """A table as words, silence as ""."""
+    """A table as words."""
 
     names: tuple[str, ...]
-    words: list[list[str]]  # [T][S]
+    words: list[list[str]]  # [T][S]; "" for silence
 
     def row_of(self, stream: str, word: str) -> int:
         """The first row in which the stream says the word."""
@@ -55,22 +55,20 @@ def example() -> Example:
     streams = StreamsConfig()
     data = DataConfig(converter="dictation", options={"examples": 1000, "seed": 0})
     config, spec = Config(streams=streams, data=data), StreamSpec.from_config(streams)
-    tokenizer = train(
-        converters.texts(config, spec), TokenizerConfig(model_type="word", vocab_size=256)
-    )
+    texts = converters.texts(config, spec)
+    tokenizer = train(texts, TokenizerConfig(model_type="word", vocab_size=256))
 
-    def piece(token):
+    def word(token: int) -> str:
         return "" if token == tokenizer.silence_id else tokenizer.decode([token])
 
-    best = None
+    fitting = []
     for table in converters.convert(config, spec, tokenizer):
-        found = Example(
-            spec.names, [[piece(token) for token in row] for row in table.tokens.tolist()]
-        )
-        said = " ".join(row[0] for row in found.words)
-        if len(re.findall(r"\d", said.partition("wait")[2])) > 1 and "it" not in said.split():
-            best = min(best or found, found, key=lambda e: len(e.words))
-    return best
+        words = [[word(token) for token in row] for row in table.tokens.tolist()]
+        said = " ".join(row[0] for row in words)
+        numbers_after = re.findall(r"\d", said.partition("wait")[2])
+        if len(numbers_after) > 1 and "it" not in said.split():
+            fitting.append(Example(spec.names, words))
+    return min(fitting, key=lambda found: len(found.words))
 
 
 def seen_from(row: int, stream: str, rows: int, streams: StreamsConfig) -> np.ndarray:
@@ -80,8 +78,21 @@ def seen_from(row: int, stream: str, rows: int, streams: StreamsConfig) -> np.nd
     return visibility_table(cells, spec.lag_array)[row, spec.index(stream)]
 
 
+class Grid(NamedTuple):
+    """Where the cells of a table are drawn."""
+
+    x: float
+    y: float
+    width: float  # of a cell
+    height: float  # of a cell
+
+    def at(self, row: float, column: float) -> tuple[float, float]:
+        """The upper left corner of a cell; with halves, a point inside it."""
+        return self.x + column * self.width, self.y + row * self.height
+
+
 class Card:
-    """A white card with rounded corners, y downward."""
+    """A white card with rounded corners. y points downward."""
 
     def __init__(self, width: float, height: float):
         self.figure = Figure(figsize=(width, height))
@@ -90,163 +101,202 @@ class Card:
         self.axes.axis("off")
         self.box(0.03, 0.03, width - 0.06, height - 0.06, CARD, edge=LINE, width=1.0, radius=0.14)
 
-    def box(self, x, y, w, h, fill, edge="none", width=0.0, radius=0.05, style="-", z=1):
+    def box(
+        self,
+        x: float,
+        y: float,
+        w: float,
+        h: float,
+        fill: str,
+        edge: str = "none",
+        width: float = 0.0,
+        radius: float = 0.05,
+        style: Any = "-",
+        z: int = 1,
+    ) -> None:
+        """A box with rounded corners; `width`, `style` and `edge` are those of its line."""
         shape = f"round,pad=0,rounding_size={radius}"
         line = {"edgecolor": edge, "linewidth": width, "linestyle": style}
-        self.axes.add_patch(
-            FancyBboxPatch((x, y), w, h, shape, facecolor=fill, zorder=z, clip_on=False, **line)
-        )
+        box = FancyBboxPatch((x, y), w, h, shape, facecolor=fill, zorder=z, clip_on=False, **line)
+        self.axes.add_patch(box)
 
-    def text(self, x, y, text, size=9.0, color=INK, ha="left", va="center", **kwargs):
-        self.axes.text(x, y, text, fontsize=size, color=color, ha=ha, va=va, zorder=5, **kwargs)
-
-    def arrow(self, start, end, color, bend=0.0, width=1.3):
-        self.axes.add_patch(
-            FancyArrowPatch(
-                start, end, connectionstyle=f"arc3,rad={bend}", arrowstyle="-|>", mutation_scale=9,
-                color=color, linewidth=width, shrinkA=0, shrinkB=0, zorder=6,
-            )
-        )  # fmt: skip
-
-    def grid(
+    def text(
         self,
-        x,
-        y,
-        size,
-        names: Sequence[str],
-        rows: int,
-        words=None,
-        seen=None,
-        query=None,
-        numbers=True,
-    ):
-        """Cells of `size` (width, height) with the names above; those not in `seen` are pale, `query` is outlined."""
-        w, h = size
-        gap = 0.035
+        x: float,
+        y: float,
+        text: str,
+        size: float = 9.0,
+        color: str = INK,
+        ha: str = "left",
+        va: str = "center",
+        **options: Any,
+    ) -> None:
+        """Text; `options` are those of `axes.text`."""
+        self.axes.text(x, y, text, fontsize=size, color=color, ha=ha, va=va, zorder=5, **options)
+
+    def arrow(
+        self,
+        start: tuple[float, float],
+        end: tuple[float, float],
+        color: str,
+        bend: float = 0.0,
+        width: float = 1.3,
+    ) -> None:
+        """An arrow, straight unless `bend` is given."""
+        style = {"connectionstyle": f"arc3,rad={bend}", "arrowstyle": "-|>", "mutation_scale": 9}
+        line = {"color": color, "linewidth": width, "shrinkA": 0, "shrinkB": 0, "zorder": 6}
+        self.axes.add_patch(FancyArrowPatch(start, end, **style, **line))
+
+    def heading(self, x: float, title: str, *lines: str) -> None:
+        """The title of a column, and what it says."""
+        self.text(x, 0.42, title, 12.5, weight="bold")
+        for y, line in zip((0.73, 0.94), lines, strict=True):
+            self.text(x, y, line, 9.5, MUTED)
+
+    def table(self, grid: Grid, shown: Example, seen: np.ndarray | None = None) -> None:
+        """A table with its words and row numbers.
+
+        Args:
+          grid: where.
+          shown: the words.
+          seen: [T, S] bool: cells that are not seen are pale; None: all are seen.
+        """
+        for s, name in enumerate(shown.names):
+            x, y = grid.at(0, s + 0.5)
+            self.text(x, y - 0.13, name, 10, COLORS[name][1], "center", weight="bold")
+            for t, row in enumerate(shown.words):
+                fill, ink = _colors(name, row[s], seen is None or seen[t, s], seen is None)
+                self._cell(grid, t, s, fill)
+                x, y = grid.at(t + 0.5, s + 0.5)
+                self.text(x, y + 0.005, row[s] or "\N{MIDDLE DOT}", 10, ink, "center")
+        for t in range(len(shown.words)):
+            self.text(grid.x - 0.1, grid.at(t + 0.5, 0)[1], str(t), 8, MUTED, "right")
+
+    def small_table(self, grid: Grid, names: Sequence[str], seen: np.ndarray) -> None:
+        """Cells without words, those that are not `seen` [T, S] pale."""
         for s, name in enumerate(names):
-            big = words is not None
-            self.text(
-                x + (s + 0.5) * w, y - (0.13 if big else 0.09), name, 10 if big else 8, COLORS[name][1], "center",
-                weight="bold",
-            )  # fmt: skip
-            for t in range(rows):
-                fill, ink, quiet = COLORS[name]
-                word = words[t][s] if big else ""
-                if seen is not None and not seen[t, s]:
-                    fill, ink = FAINT, PALE
-                elif seen is None and not word:
-                    fill = quiet
-                left, top = x + s * w + gap / 2, y + t * h + gap / 2
-                self.box(left, top, w - gap, h - gap, fill)
-                if big:
-                    self.text(
-                        x + (s + 0.5) * w,
-                        y + (t + 0.5) * h + 0.005,
-                        word or "\N{MIDDLE DOT}",
-                        10,
-                        ink,
-                        "center",
-                    )
-        for t in range(rows) if numbers else ():
-            self.text(x - 0.1, y + (t + 0.5) * h, str(t), 8, MUTED, "right")
-        if query is not None:
-            t, s = query
-            self.box(x + s * w, y + t * h, w, h, "none", MARK, 1.8, 0.06, z=4)
+            x, y = grid.at(0, s + 0.5)
+            self.text(x, y - 0.09, name, 8, COLORS[name][1], "center", weight="bold")
+            for t in range(len(seen)):
+                self._cell(grid, t, s, COLORS[name][0] if seen[t, s] else FAINT)
+
+    def outline(self, grid: Grid, row: int, column: int, **line: Any) -> None:
+        """Marks a cell. `line`: width and style of the line."""
+        x, y = grid.at(row, column)
+        line = {"width": 1.8, **line}
+        self.box(x, y, grid.width, grid.height, "none", MARK, radius=0.06, z=4, **line)
+
+    def _cell(self, grid: Grid, row: int, column: int, fill: str) -> None:
+        gap = 0.035
+        x, y = grid.at(row, column)
+        self.box(x + gap / 2, y + gap / 2, grid.width - gap, grid.height - gap, fill)
+
+
+def _colors(name: str, word: str, seen: bool, quiet: bool) -> tuple[str, str]:
+    """Fill and text of a cell; `quiet`: silence has a fill of its own."""
+    if not seen:
+        return FAINT, PALE
+    fill, ink, silence = COLORS[name]
+    return (fill if word or not quiet else silence), ink
 
 
 def draw() -> Figure:
-    """The whole picture."""
+    """The whole figure."""
     shown = example()
-    names, rows = shown.names, len(shown.words)
     card = Card(WIDTH, HEIGHT)
-    top, w, h = 1.44, 0.86, (HEIGHT - 1.44 - 0.45) / rows
-    thought = names.index("thought")
+    top = 1.44
+    height = (HEIGHT - top - 0.45) / len(shown.words)
+    _draw_table(card, shown, Grid(0.72, top, 0.86, height))
+    _draw_view(card, shown, Grid(4.96, top, 0.86, height))
+    _draw_settings(card, x=8.38)
+    return card.figure
 
-    # (a) the table
-    x = 0.72
-    card.text(x - 0.3, 0.42, "Rows are time, columns are streams", 12.5, weight="bold")
-    card.text(x - 0.3, 0.73, "Each forward pass reads one row and predicts the next.", 9.5, MUTED)
-    card.text(
-        x - 0.3, 0.94, "A stream that has nothing to say is silent (\N{MIDDLE DOT}).", 9.5, MUTED
+
+def _draw_table(card: Card, shown: Example, grid: Grid) -> None:
+    """The example, with notes at its side."""
+    x, y = grid.x, grid.y
+    card.heading(
+        x - 0.3,
+        "Rows are time, columns are streams",
+        "Each forward pass reads one row and predicts the next.",
+        "A stream that has nothing to say is silent (\N{MIDDLE DOT}).",
     )
-    card.grid(x, top, (w, h), names, rows, shown.words)
-    card.arrow((x - 0.42, top + 0.05), (x - 0.42, top + 4 * h), MUTED, width=1.0)
-    card.text(x - 0.42, top + 4.2 * h, "time", 9, MUTED, "center", "top", rotation=90)
-    notes = x + 3 * w + 0.1
+    card.table(grid, shown)
+    left, below = x - 0.42, grid.at(4, 0)[1]
+    card.arrow((left, y + 0.05), (left, below), MUTED, width=1.0)
+    card.text(left, grid.at(4.2, 0)[1], "time", 9, MUTED, "center", "top", rotation=90)
+
     wait, undo = shown.row_of("user", "wait"), shown.row_of("thought", "undo")
     end, answer = shown.row_of("user", "?"), shown.row_of("output", "that")
+    thought = shown.names.index("thought")
     first = next(t for t, row in enumerate(shown.words) if row[thought])
-    for row, text in (
-        (first, "thinks while\nthe user speaks"),
-        (undo, f"reacts to the\ncorrection of\nrow {wait}"),
-        (answer, f"answers {answer - end} rows\nafter the end\nof the question"),
-    ):
-        card.text(notes, top + (row + 0.5) * h, text, 9, MUTED, va="center", linespacing=1.25)
+    notes = {
+        first: "thinks while\nthe user speaks",
+        undo: f"reacts to the\ncorrection of\nrow {wait}",
+        answer: f"answers {answer - end} rows\nafter the end\nof the question",
+    }
+    for row, text in notes.items():
+        note_x, note_y = grid.at(row + 0.5, 3)
+        card.text(note_x + 0.1, note_y, text, 9, MUTED, va="center", linespacing=1.25)
 
-    # (b) who sees whom, in the same table
-    x = 4.96
-    row = undo - 1
-    seen = seen_from(row, "thought", rows, StreamsConfig(names=names))
-    card.text(x - 0.3, 0.42, "What one cell sees", 12.5, weight="bold")
-    card.text(x - 0.3, 0.73, "The outlined cell sees all streams up to the row", 9.5, MUTED)
-    card.text(x - 0.3, 0.94, "before, and itself. It predicts the cell below it.", 9.5, MUTED)
-    card.grid(x, top, (w, h), names, rows, shown.words, seen, (row, thought))
-    side = x + (thought + 1) * w
-    card.box(
-        x + thought * w,
-        top + (row + 1) * h,
-        w,
-        h,
-        "none",
-        MARK,
-        1.1,
-        0.06,
-        style=(0, (2.5, 2)),
-        z=4,
-    )
-    card.arrow(
-        (side + 0.02, top + (row + 0.5) * h), (side + 0.02, top + (row + 1.5) * h), MARK, bend=-0.9
-    )
-    card.text(side + 0.25, top + (row + 1) * h, "predicts", 9, MARK, "left", weight="bold")
 
-    # (c) presets and a named edge
-    small = ("user", "tool", "thought", "output")
+def _draw_view(card: Card, shown: Example, grid: Grid) -> None:
+    """What one cell of the example sees."""
+    thought, row = shown.names.index("thought"), shown.row_of("thought", "undo") - 1
+    seen = seen_from(row, "thought", len(shown.words), StreamsConfig(names=shown.names))
+    card.heading(
+        grid.x - 0.3,
+        "What one cell sees",
+        "The outlined cell sees all streams up to the row",
+        "before, and itself. It predicts the cell below it.",
+    )
+    card.table(grid, shown, seen)
+    card.outline(grid, row, thought)
+    card.outline(grid, row + 1, thought, width=1.1, style=(0, (2.5, 2)))
+    side, middle = grid.at(row + 0.5, thought + 1)
+    below = grid.at(row + 1.5, 0)[1]
+    card.arrow((side + 0.02, middle), (side + 0.02, below), MARK, bend=-0.9)
+    card.text(side + 0.25, grid.at(row + 1, 0)[1], "predicts", 9, MARK, "left", weight="bold")
+
+
+def _draw_settings(card: Card, x: float) -> None:
+    """What the last output cell but one sees under the presets and with a named edge."""
+    names = ("user", "tool", "thought", "output")
     kinds = ("input", "input", "thought", "output")
-    panels = (
+    rows, row = 5, 3
+    firewall = ("output", "tool", "never")
+    panels: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("block_causal", "earlier rows of all streams", {}),
         ("same_row", "also the same row", {"visibility": "same_row"}),
         ("isolated", "its own stream only", {"visibility": "isolated"}),
-        (
-            '("output", "tool", "never")',
-            "a firewall: tool is never read",
-            {"lags": (("output", "tool", "never"),)},
-        ),
+        ('("output", "tool", "never")', "a firewall: tool is never read", {"lags": (firewall,)}),
     )
-    x, count, marked = 8.38, 5, 3
-    w, h = 0.66, 0.12
-    card.text(x, 0.42, "The rule is a setting", 12.5, weight="bold")
-    card.text(x, 0.73, "A lag per pair of streams, from a preset", 9.5, MUTED)
-    card.text(x, 0.94, "or by name; the same at every layer.", 9.5, MUTED)
+    card.heading(
+        x,
+        "The rule is a setting",
+        "A lag per pair of streams, from a preset",
+        "or by name; the same at every layer.",
+    )
     for number, (title, meaning, settings) in enumerate(panels):
         y = 1.28 + number * 1.29
         card.text(x, y, title, 9.5, INK, family="DejaVu Sans Mono", weight="bold")
         card.text(x, y + 0.2, meaning, 9, MUTED)
-        seen = seen_from(
-            marked, "output", count, StreamsConfig(names=small, kinds=kinds, **settings)
-        )
-        card.grid(x, y + 0.5, (w, h), small, count, seen=seen, query=(marked, 3), numbers=False)
-    return card.figure
+        streams = StreamsConfig(names=names, kinds=kinds, **settings)
+        grid = Grid(x, y + 0.5, 0.66, 0.12)
+        card.small_table(grid, names, seen_from(row, "output", rows, streams))
+        card.outline(grid, row, names.index("output"))
 
 
 def save(out: str | pathlib.Path) -> None:
-    """Writes the picture; the same bytes for the same version of matplotlib."""
+    """Writes the figure: the same bytes for the same version of matplotlib."""
     out = pathlib.Path(out)
-    with matplotlib.rc_context(
-        {"svg.hashsalt": "msllm", "svg.fonttype": "path", "font.family": "DejaVu Sans"}
-    ):
-        plain = {"metadata": dict.fromkeys(("Date", "Creator", "Format", "Type"))}
-        draw().savefig(out, transparent=True, **(plain if out.suffix == ".svg" else {"dpi": 130}))
-    if out.suffix == ".svg":  # a thousandth of a point is fine enough
+    settings = {"svg.hashsalt": "msllm", "svg.fonttype": "path", "font.family": "DejaVu Sans"}
+    options: dict[str, Any] = {"dpi": 130}
+    if out.suffix == ".svg":
+        options = {"metadata": dict.fromkeys(("Date", "Creator", "Format", "Type"))}
+    with matplotlib.rc_context(settings):
+        draw().savefig(out, transparent=True, **options)
+    if out.suffix == ".svg":  # a thousandth of a point is precise enough
         out.write_text(re.sub(r"(\.\d{3})\d+", r"\1", out.read_text()))
 
 
