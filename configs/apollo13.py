@@ -12,14 +12,12 @@ loop sees the other.
 Cost: 1.0 M parameters, about 5 CPU-minutes each. Figures: docs/results.md.
 """
 
-import os
-import pathlib
-
 from msllm.config import default_config
+from msllm.data.files import shared_file
 
 
 def get_config(visibility="block_causal"):
-    """All settings of the run."""
+    """Returns all settings of the run."""
     config = default_config()
     config.steps = 500
     config.log_every = 20
@@ -29,12 +27,9 @@ def get_config(visibility="block_causal"):
     config.streams.kinds = ("output", "output")
     config.streams.visibility = visibility
 
-    shared = pathlib.Path(
-        os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared"
-    )
     config.data.dir = "data/apollo13"
     config.data.converter = "timed"
-    config.data.path = str(shared / "data/apollo13_loops/air-ground-loop.json")
+    config.data.path = shared_file("data/apollo13_loops/air-ground-loop.json", __file__)
     config.data.format = "msllm.data.corpora:apollo13"
     crew = {f"air-ground/{speaker}": "air_ground" for speaker in ("CAPCOM", "CDR", "CMP", "LMP")}
     config.data.options = {

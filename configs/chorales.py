@@ -14,14 +14,12 @@ The words after the colon are `quarter` or `16th` (the length of a row), `delays
 Cost: 0.8 M parameters; about 5 CPU-minutes in quarters, 13 in 16ths. Figures: docs/results.md.
 """
 
-import os
-import pathlib
-
 from msllm.config import default_config
+from msllm.data.files import shared_file
 
 
 def get_config(words="quarter,delays"):
-    """All settings of the run."""
+    """Returns all settings of the run."""
     grid, delays, *test = words.split(",")
     readers = {"quarter": "quarter_chorales", "16th": "chorales"}
     config = default_config()
@@ -34,13 +32,10 @@ def get_config(words="quarter,delays"):
     config.streams.visibility = "same_row"
     config.streams.delays = {"delays": (0, 1, 2, 3), "together": (0, 0, 0, 0)}[delays]
 
-    shared = pathlib.Path(
-        os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared"
-    )
     config.data.dir = f"data/chorales_{grid}_{delays}" + "_test" * bool(test)
     config.data.converter = "aligned"
-    config.data.path = config.data.eval_path = str(
-        shared / "data/jsb_chorales/Jsb16thSeparated.json"
+    config.data.path = config.data.eval_path = shared_file(
+        "data/jsb_chorales/Jsb16thSeparated.json", __file__
     )
     config.data.format = f"msllm.data.corpora:{readers[grid]}_train_transposed"
     config.data.eval_format = f"msllm.data.corpora:{readers[grid]}_{'test' if test else 'valid'}"

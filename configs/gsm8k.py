@@ -11,26 +11,21 @@ learn to calculate.
 Cost: prepare about 5 CPU-seconds; 2.5 M parameters.
 """
 
-import os
-import pathlib
-
 from msllm.config import default_config
+from msllm.data.files import shared_file
 
 
 def get_config():
-    """All settings of the run."""
+    """Returns all settings of the run."""
     config = default_config()
     config.steps = 1000
 
     config.streams.names = ("user", "thought", "output")
     config.streams.kinds = ("input", "thought", "output")
 
-    shared = pathlib.Path(
-        os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared"
-    )
     config.data.dir = "data/gsm8k"
     config.data.converter = "gsm8k"
-    config.data.path = str(shared / "data/gsm8k/train.jsonl")
+    config.data.path = shared_file("data/gsm8k/train.jsonl", __file__)
     config.data.options = {"think_after": -1}
     config.data.tokenizer.model_type = "unigram"
     config.data.tokenizer.vocab_size = 4096

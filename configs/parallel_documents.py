@@ -11,16 +11,14 @@ of streams; every step has the same number of tokens.
 Cost: 0.9 M parameters, about 4 CPU-minutes. Figures: docs/results.md.
 """
 
-import os
-import pathlib
-
 from msllm.config import default_config
+from msllm.data.files import shared_file
 
 TABLES = 16  # of one stream a step
 
 
 def get_config(streams="4"):
-    """All settings of the run."""
+    """Returns all settings of the run."""
     size = int(streams)
     config = default_config()
     config.steps = 1000
@@ -31,13 +29,10 @@ def get_config(streams="4"):
     config.streams.kinds = ("output",) * size
     config.streams.visibility = "isolated"
 
-    shared = pathlib.Path(
-        os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared"
-    )
     config.data.dir = f"data/parallel_{size}"
     config.data.converter = "parallel_documents"
     config.data.options = {"shuffle": 1024}  # so that a batch is as varied as one of single streams
-    config.data.path = str(shared / "data/tinyshakespeare/input.txt")
+    config.data.path = shared_file("data/tinyshakespeare/input.txt", __file__)
     config.data.tokenizer.model_type = "char"
     config.data.tokenizer.vocab_size = 256
     config.data.split = "tail"

@@ -14,7 +14,7 @@ from msllm.config import default_config
 
 
 def get_config():
-    """All settings of the run."""
+    """Returns all settings of the run."""
     config = default_config()
     config.steps = 600
     config.log_every = 20

@@ -13,7 +13,7 @@ import runpy
 
 
 def get_config():
-    """All settings of the run."""
+    """Returns all settings of the run."""
     config = runpy.run_path(str(pathlib.Path(__file__).with_name("quickstart.py")))["get_config"]()
     config.streams.names = ("text",)
     config.streams.kinds = ("output",)

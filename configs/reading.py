@@ -13,16 +13,14 @@ not know the question yet.
 Cost: 1.7 M parameters, about 12 CPU-minutes. Figures: docs/results.md.
 """
 
-import os
-import pathlib
-
 from msllm.config import default_config
+from msllm.data.files import shared_file
 
 STARTS = [0, 8, 32, -1]
 
 
 def get_config(k=""):
-    """All settings of the run."""
+    """Returns all settings of the run."""
     config = default_config()
     config.steps = 800
     config.log_every = 20
@@ -31,12 +29,9 @@ def get_config(k=""):
     config.streams.names = ("user", "thought", "output")
     config.streams.kinds = ("input", "thought", "output")
 
-    shared = pathlib.Path(
-        os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared"
-    )
     config.data.dir = f"data/reading_{k}" if k else "data/reading"
     config.data.converter = "gsm8k"
-    config.data.path = str(shared / "data/gsm8k/train.jsonl")
+    config.data.path = shared_file("data/gsm8k/train.jsonl", __file__)
     config.data.options = {"think_after": int(k) if k else STARTS}
     config.data.tokenizer.path = "data/reading/tokenizer.model" if k else ""
     config.data.tokenizer.vocab_size = 2048

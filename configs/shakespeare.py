@@ -10,14 +10,12 @@ batch 12, 2,000 steps), which reports a validation loss of 1.88.
 Cost: prepare about 3 CPU-seconds; 0.9 M parameters.
 """
 
-import os
-import pathlib
-
 from msllm.config import default_config
+from msllm.data.files import shared_file
 
 
 def get_config():
-    """All settings of the run."""
+    """Returns all settings of the run."""
     config = default_config()
     config.steps = 2000
     config.log_every = 50
@@ -26,12 +24,9 @@ def get_config():
     config.streams.names = ("text",)
     config.streams.kinds = ("output",)
 
-    shared = pathlib.Path(
-        os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared"
-    )
     config.data.dir = "data/shakespeare"
     config.data.converter = "single"
-    config.data.path = str(shared / "data/tinyshakespeare/input.txt")
+    config.data.path = shared_file("data/tinyshakespeare/input.txt", __file__)
     config.data.tokenizer.model_type = "char"
     config.data.tokenizer.vocab_size = 256
     config.data.split = "tail"

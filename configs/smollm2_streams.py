@@ -22,16 +22,14 @@ beside the repository.
 Cost: 4 GiB and about 7 (`:2`) or 9 (`:3`) CPU-seconds a step. Figures: docs/results.md.
 """
 
-import os
-import pathlib
-
+from msllm.data.files import shared_file
 from msllm.weights.warm_start import fine_tune
 
 BASE = "models/smollm2"
 
 
 def get_config(choice="3"):
-    """All settings of the run."""
+    """Returns all settings of the run."""
     size, _, text = choice.partition(",")
     config = fine_tune(BASE)
     config.steps = 240  # 50 are enough for the words, not to learn when to begin
@@ -44,20 +42,17 @@ def get_config(choice="3"):
     config.streams.skip_silence = True
     config.streams.delays = (0, 0, 1) if size == "3" else ()
 
-    shared = pathlib.Path(
-        os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared"
-    )
     config.data.dir = f"data/smollm2_{choice.replace(',', '_')}"
     config.data.converter = "gsm8k"
-    config.data.path = str(shared / "data/gsm8k/train.jsonl")
-    config.data.eval_path = str(shared / "data/gsm8k/test.jsonl")
+    config.data.path = shared_file("data/gsm8k/train.jsonl", __file__)
+    config.data.eval_path = shared_file("data/gsm8k/test.jsonl", __file__)
     config.data.rows = 256
     config.data.batch_size = 1
     config.data.shards = 1
     if text == "plain":
         config.data.converter = "single"
         config.data.options = {"stream": "output"}
-        config.data.path = str(shared / "data/tinyshakespeare/input.txt")
+        config.data.path = shared_file("data/tinyshakespeare/input.txt", __file__)
         config.data.eval_path = ""
         config.data.eval_percent = 0.0
         config.data.max_examples = 1

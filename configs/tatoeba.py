@@ -12,17 +12,15 @@ Wait-k: Ma et al. 2019, arXiv 1810.08398. Several k at once: Elbayad et al. 2020
 Cost: 2.7 M parameters, about 70 CPU-minutes. Figures: docs/results.md.
 """
 
-import os
-import pathlib
-
 from msllm.config import default_config
+from msllm.data.files import shared_file
 
 # k and its weight in the mixture. Looking far back is the harder task.
 WAITS = {1: 1.0, 3: 1.0, 5: 1.0, 7: 1.5, -1: 2.0}
 
 
 def get_config(k=""):
-    """All settings of the run; with `k`, of the preparation of its data."""
+    """Returns all settings of the run or, with `k`, those to prepare its data."""
     config = default_config()
     config.steps = 4000
     config.log_every = 50
@@ -35,16 +33,13 @@ def get_config(k=""):
     # There are only 23,000 sentences; also predicting the English delays overfitting.
     config.streams.loss_weights = (0.3, 1.0)
 
-    shared = pathlib.Path(
-        os.environ.get("MSLLM_SHARED") or pathlib.Path(__file__).resolve().parents[2] / "shared"
-    )
     config.data.dir = f"data/tatoeba_{k}" if k else ""
     if not k:
         config.data.mixture.dirs = tuple(f"data/tatoeba_{k}" for k in WAITS)
         config.data.mixture.weights = tuple(WAITS.values())
         config.data.mixture.streams = ("output",)
     config.data.converter = "wait_k"
-    config.data.path = str(shared / "data/translation_tatoeba/eng-swe.txt")
+    config.data.path = shared_file("data/translation_tatoeba/eng-swe.txt", __file__)
     config.data.format = "msllm.data.corpora:tatoeba"
     config.data.options = {"k": int(k or 1), "unit": "word"}
     config.data.tokenizer.path = "" if k in ("", "1") else "data/tatoeba_1/tokenizer.model"

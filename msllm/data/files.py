@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import io
 import os
+import pathlib
 import re
 import zlib
 from collections.abc import Iterator
@@ -23,6 +24,19 @@ from msllm.errors import UserError
 
 BLOCK_CHARACTERS = 1 << 16  # of plain text read at a time
 COMPRESSED = re.compile(r"\.(gz|zst)$")
+
+
+def shared_file(name: str, config_file: str) -> str:
+    """Returns the path of a file that the example configs read.
+
+    Args:
+      name: relative to the folder that the environment variable MSLLM_SHARED names, or else to the
+        folder `shared` beside the repository.
+      config_file: `__file__` of a config in the repository's folder `configs`.
+    """
+    repository = pathlib.Path(config_file).resolve().parents[1]
+    folder = os.environ.get("MSLLM_SHARED") or repository.with_name("shared")
+    return str(pathlib.Path(folder) / name)
 
 
 def input_files(path: str) -> list[str]:
