@@ -39,8 +39,7 @@ def visible(
     """True where the cell (q_row, q_stream) sees the cell (k_row, k_stream).
 
     A cell sees itself, and every present cell of its segment that lies at least `lag` rows back.
-
-    All arguments broadcast together; all are integers unless noted.
+    All arguments are integers unless noted, and broadcast together.
 
     Args:
       q_row, q_stream, q_segment: the query's row in the table, its stream and its segment.
@@ -95,8 +94,9 @@ class Visibility(NamedTuple):
         return self.first_key_stream + np.arange(self.keys.seen.shape[2], dtype=np.int32)
 
     def narrowed(self) -> Visibility:
-        """The same, with the columns of `lag` that belong to the keys, [S, Sk], and `key_offset` as
-        a number.
+        """The same with only those columns of `lag` that belong to the keys, [S, Sk].
+
+        `key_offset` becomes a number.
         """
         size = self.keys.seen.shape[2]
         if self.lag.shape[1] == size:
@@ -112,8 +112,9 @@ class Visibility(NamedTuple):
         return _array_module(lag, self.query_streams).asarray(lag)[self.query_streams]
 
     def mask(self) -> Array:
-        """`visible()` of each query and each key, [B, Tq, Sq, Tk, Sk] bool. All pairs at once: for
-        small blocks.
+        """`visible()` of each query and each key, [B, Tq, Sq, Tk, Sk] bool.
+
+        This materialises all pairs. Backends call it on small blocks only.
         """
         return visible(
             self.queries.row[:, :, None, None, None],
@@ -293,31 +294,30 @@ def _config_lags(config: StreamsConfig) -> np.ndarray:
 
 
 def pad_lag(lag: np.ndarray, size: int) -> np.ndarray:
-    """The lag matrix with absent streams at its end, [size, size]: they see nobody and nobody sees
-    them.
+    """The lag matrix [size, size] with absent streams at its end.
+
+    They see no other stream, and no other stream sees them.
     """
     missing = size - lag.shape[0]
     return np.pad(lag, (0, missing), constant_values=NEVER) if missing else lag
 
 
-def make_cells(present, segment, silent=None) -> Cells:
+def make_cells(present: Array, segment: Array, silent: Array | None = None) -> Cells:
     """Cells of tables that start at row 0.
 
     Args:
       present: [B, T, S] bool.
       segment: [B, T] int32; rows of segment 0 count as absent.
-      silent: [B, T, S] bool or None: cells that others do not see although they are present
-    (skip_silence).
+      silent: [B, T, S] bool or None; cells that others do not see although they are present
+        (skip_silence).
     """
     present = present & (segment > 0)[:, :, None]
     rows = np.broadcast_to(np.arange(segment.shape[1], dtype=np.int32), segment.shape)
     return Cells(rows, segment, present, present if silent is None else present & ~silent)
 
 
-def positions(segment):
-    """RoPE positions [B, T] int32: the row within its segment (a segment is a run of equal ids),
-    numpy or jax.
-    """
+def positions(segment: Array) -> Array:
+    """RoPE positions [B, T] int32: the row within its segment, which is a run of equal ids."""
     xp = _array_module(segment)
     row = xp.arange(segment.shape[1], dtype=np.int32)[None, :]
     start = xp.concatenate(
@@ -326,9 +326,10 @@ def positions(segment):
     return row - _cumulative_max(xp.where(start, row, 0), axis=1)
 
 
-def target_mask(present, segment):
-    """[B, T, S] bool: the cell predicts its stream's cell in the next row, because both are present
-    in one segment.
+def target_mask(present: Array, segment: Array) -> Array:
+    """Which cells predict their stream's cell in the next row, [B, T, S] bool.
+
+    A cell does if both are present in one segment. `present` is [B, T, S] bool, `segment` [B, T].
     """
     xp = _array_module(present)
     present = present & (segment > 0)[:, :, None]
@@ -337,7 +338,8 @@ def target_mask(present, segment):
 
 
 def visibility_table(cells: Cells, lag: np.ndarray, batch: int = 0) -> np.ndarray:
-    """The visibility of one table as [T, S, T, S] bool: query row and stream, key row and stream.
+    """The visibility of one table, [T, S, T, S] bool: query row and stream, key row and stream.
+
     For tests and pictures.
 
     Args:
@@ -347,8 +349,8 @@ def visibility_table(cells: Cells, lag: np.ndarray, batch: int = 0) -> np.ndarra
     return Visibility(table, table, np.asarray(lag), np.arange(lag.shape[0])).mask()[0]
 
 
-def _array_module(*arrays: Array):
-    """numpy if all of these arrays are NumPy's, else jax.numpy."""
+def _array_module(*arrays: Array) -> Any:
+    """numpy if all of these are NumPy arrays, else jax.numpy."""
     if all(isinstance(array, np.ndarray) for array in arrays):
         return np
     import jax.numpy as jnp

@@ -1,6 +1,7 @@
-"""Every backend against the dense reference, spread over a mesh, and the memory of the chunked one.
+"""Every backend against the dense reference, sharded over a mesh, and the memory of `chunked`.
 
-The kernels run in Pallas' interpret mode; test_splash.py and test_gpu_attention.py hold what is particular to them.
+The kernels run in Pallas' interpret mode. Tests of a single kernel library are in test_splash.py
+and test_gpu_attention.py.
 """
 
 import math
@@ -156,7 +157,7 @@ def test_cpu_kernels_with_many_blocks(rows, streams, heads, kv_heads, head_dim, 
 def bfloat16_errors(attend, q, k, v, cells, lag):
     """Largest error of the output and of each gradient in bfloat16, relative to the largest value.
 
-    `attend(q, k, v, visibility)` is compared with the reference in float32 on the same rounded inputs.
+    `attend(q, k, v, visibility)` is compared with the reference in float32 on the same inputs.
     """
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
     weight = jnp.asarray(np.random.default_rng(9).standard_normal(q.shape), jnp.bfloat16)
@@ -178,7 +179,7 @@ def bfloat16_errors(attend, q, k, v, cells, lag):
     return [np.abs(ours - expected).max() / np.abs(expected).max() for ours, expected in pairs]
 
 
-# It has 8 bits (0.4 %), and the operands of products (q / sqrt(H), weights) are rounded before the result is.
+# bfloat16 has 8 bits (0.4 %), and operands (q / sqrt(H), weights) are rounded as well as results.
 BFLOAT16_ERROR = 0.01
 
 
@@ -213,7 +214,7 @@ def test_sharded_equals_unsharded(sizes, name):
     ],
     ids=str,
 )
-def test_keys_that_go_round_equal_keys_that_are_gathered(sizes, name, visibility):
+def test_ring_equals_gathering(sizes, name, visibility):
     compare_sharded(sizes, name, visibility, ring=True)
 
 
@@ -280,10 +281,10 @@ def test_chunked_memory_is_linear_in_rows():
         q, k, v, cells = random_inputs(3, 1, rows, streams, 2, 1)
         visibility = full_visibility(cells, jnp.ones((streams, streams), jnp.int32))
 
-        def loss(q, k, v):
+        def loss(q, k, v, visibility):
             return chunked.chunked_attention(q, k, v, visibility, block_cells=64).sum()
 
-        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile()
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v, visibility).compile()
         temporary[rows] = compiled.memory_analysis().temp_size_in_bytes
         shapes = re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", compiled.as_text())
         largest[rows] = max(math.prod(map(int, shape.split(","))) for shape in shapes)

@@ -1,4 +1,4 @@
-"""What a model attends to: the weights are those that attention uses, and the rule's zeros are zeros."""
+"""Attention maps: the weights are those that attention uses, and 0 for cells that are not seen."""
 
 import jax
 import numpy as np
@@ -43,7 +43,7 @@ def test_reference_attention_takes_these_shares():
 
 
 @pytest.mark.parametrize("skip_silence", [False, True])
-def test_weights_are_shares_of_what_the_rule_admits(make_model, table, skip_silence):
+def test_weights_are_shares_of_visible_cells(make_model, table, skip_silence):
     tokens, present = table
     model = make_model(lag=LAG, skip_silence=skip_silence)
     weights = attention_map(model, tokens, present, silence_id=SILENCE)
@@ -56,8 +56,8 @@ def test_weights_are_shares_of_what_the_rule_admits(make_model, table, skip_sile
     np.testing.assert_array_equal(weights > 0, np.broadcast_to(seen, weights.shape))
 
 
-def test_the_model_itself_attends_so(make_model, table):
-    """A backend that looks on, in the forward pass of all layers."""
+def test_the_model_attends_with_these_weights(make_model, table):
+    """A backend records the weights in the forward pass of all layers."""
     tokens, present = table
     model, found = make_model(lag=LAG, attention_bias=True), []
 

@@ -1,7 +1,7 @@
-"""Causality by gradient: through the whole model, a cell's logits depend on exactly the cells that it may see.
+"""Causality by gradient: a cell's logits depend on exactly the cells that it may see.
 
-With one layer these are the cells that the rule of docs/semantics.md names; with more, those that they see in turn. The
-rule is written once more here, cell by cell.
+Gradients go through the model. With one layer these cells are those that it sees; with more
+layers, also those that they see in turn. Visibility is written once more here, cell by cell.
 """
 
 import itertools
@@ -40,7 +40,7 @@ LAGS = {
 
 
 def tables(streams):
-    """(present, silent) of one table of all cells, one with absent and silent ones, one with silent ones only."""
+    """(present, silent) of three tables: full, with absent and silent cells, with silent ones."""
     rng = np.random.default_rng(streams)
     shape = (len(SEGMENT), ROWS, streams)
     absent, silent = rng.random(shape) < 0.25, rng.random(shape) < 0.3
@@ -49,7 +49,7 @@ def tables(streams):
 
 
 def sees(visibility, skip_silence, present, silent, query, key):
-    """The rule: of `query` and `key`, each (table, row, stream), does the first see the second?"""
+    """Whether `query` sees `key`; each is (table, row, stream)."""
     if query == key:
         return True
     (table, row, stream), (k_table, k_row, k_stream) = query, key
@@ -69,20 +69,20 @@ def sees(visibility, skip_silence, present, silent, query, key):
 
 
 def dependence(visibility, skip_silence, layers, streams):
-    """[cell, cell] bool: the logits of the first depend on the input of the second; cells of all tables."""
+    """[cell, cell] bool over all tables: the logits of the first depend on the second's input."""
     present, silent = tables(streams)
     cells = list(itertools.product(*map(range, present.shape)))
-    rule = np.array(
+    seen = np.array(
         [[sees(visibility, skip_silence, present, silent, q, k) for k in cells] for q in cells]
     )
-    return np.linalg.matrix_power(rule.astype(np.int64), layers) > 0
+    return np.linalg.matrix_power(seen.astype(np.int64), layers) > 0
 
 
 def influences(model, backend, cases):
-    """The same, measured, for each of `cases` (layers, skip_silence); compiled once for all of them.
+    """The same, measured, for each of `cases` (layers, skip_silence), with one compilation.
 
-    Each cell has an embedding of its own, and the head is not tied to it. A layer whose outputs are multiplied by 0 is
-    no layer.
+    Each cell has an embedding of its own, and the head is not tied to it. A layer whose outputs
+    are multiplied by 0 counts as no layer.
     """
     present, silent = tables(model.streams.size)
     tokens = jnp.arange(present.size, dtype=jnp.int32).reshape(present.shape)
@@ -142,8 +142,8 @@ def assert_same(measured, expected):
         assert not wrong.any(), f"{what}: cells {np.argwhere(wrong)[:5].tolist()} and others"
 
 
-def test_the_cases_tell_rules_apart():
-    """Every preset is here, and the tables are such that silence, layers and lags make a difference."""
+def test_the_cases_tell_visibilities_apart():
+    """Every preset is here, and silence, layers and lags make a difference in these tables."""
     assert set(PRESETS) <= set(LAGS)
     for visibility in LAGS:
         assert (dependence(visibility, True, 1, 3) != dependence(visibility, False, 1, 3)).any()

@@ -1,4 +1,4 @@
-"""The GPU kernels in Pallas' interpret mode against the reference, what they skip, and how they lower to Triton."""
+"""The GPU kernels: interpreted, against the reference; what they skip; their Triton modules."""
 
 import math
 
@@ -81,9 +81,9 @@ def test_on_a_card(streams, rows, preset, head_dim, dense):
     assert max(bfloat16_errors(gpu_attention, q, k, v, cells, lag)) < BFLOAT16_ERROR
 
 
-def test_blocks_that_nobody_sees_are_never_touched():
-    """Not a number anywhere in a block that is computed and masked would still reach the result, as 0 * nan."""
-    rows, streams = 32, 4  # two segments of 64 cells: whole blocks of every kernel
+def test_blocks_that_no_query_sees_are_never_read():
+    """A nan in a block that is computed and then masked would reach the result, as 0 * nan."""
+    rows, streams = 32, 4  # two segments of 64 cells: full blocks of every kernel
     q, k, v, _ = random_inputs(9, 1, rows, streams, 2, 1)
     segment = np.repeat([[1, 2]], rows // 2, axis=1).astype(np.int32)
     cells = Cells(*map(jnp.asarray, make_cells(np.ones((1, rows, streams), bool), segment)))
@@ -118,7 +118,7 @@ def test_blocks_that_nobody_sees_are_never_touched():
 
 
 def test_most_visible_blocks_need_no_mask():
-    """Two segments of 64 blocks each: of the blocks in their triangles, only those on the diagonal ask for a mask."""
+    """Two segments of 64 blocks each: in their triangles, only those on the diagonal need one."""
     rows, streams, tile = 512, 8, Tile(32, 32, 4, 2)
     cells = make_cells(np.ones((1, rows, streams), bool), np.repeat([[1, 2]], rows // 2, axis=1))
     queries = _vectors(cells, cells.present, np.arange(streams), -2)

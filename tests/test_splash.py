@@ -1,4 +1,4 @@
-"""Splash attention against the dense reference, in interpret mode; its block map; compiled ahead of time for TPUs."""
+"""Splash attention: interpreted, against the dense reference; its block map; compiled for TPUs."""
 
 import importlib.util
 import inspect
@@ -130,7 +130,7 @@ def test_sharded_equals_unsharded(visibility):
 
 
 def earlier(row, stream, k_row, k_stream, lag, segment=1, present=True, k_segment=1, seen=True):
-    """The pairs that a lag admits, by `visible()`: with keys on streams of their own, no cell is itself."""
+    """The pairs that a lag admits, by `visible()`: keys get other streams, so no cell is itself."""
     k_stream, lag = k_stream + lag.shape[0], lag[stream, k_stream]
     return visible(row, stream, segment, present, k_row, k_stream, k_segment, seen, lag)
 
@@ -262,7 +262,8 @@ def test_the_plan_of_65536_cells_is_cheap():
     seconds = time.process_time() - begin
     active = float(np.mean(np.asarray(result.forward[1]) != EMPTY))
     print(
-        f"traced and compiled in {traced:.2f} CPU-s, run in {seconds * 1e3:.1f} CPU-ms, {active:.1%} of the blocks"
+        f"traced and compiled in {traced:.2f} CPU-s, run in {seconds * 1e3:.1f} CPU-ms, "
+        f"{active:.1%} of the blocks"
     )
     assert seconds < 0.1 and active < 0.1  # 16 examples: about 1 / 32 of all blocks
     shapes = re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", compiled.as_text())
@@ -270,7 +271,7 @@ def test_the_plan_of_65536_cells_is_cheap():
 
 
 def test_the_private_functions_are_those_that_were_tested():
-    """jax may change them in any version: then msllm/model/attention/splash.py, its last section, must follow."""
+    """jax may change them in any version; the last section of attention/splash.py must follow."""
     common = (
         "q k v segment_ids sinks is_mqa mask_value mask_function attn_logits_soft_cap interpret"
     )
@@ -363,13 +364,13 @@ def count_kernels(compiled):
 
 
 @pytest.mark.slow
-def test_a_kept_forward_kernel_does_not_run_again(monkeypatch):
+def test_a_saved_forward_kernel_does_not_run_again(monkeypatch):
     _, sharding, array = tpu("v5e:2x2", monkeypatch)
     cells = Cells(*(array(jnp.int32, 1, 64),) * 2, *(array(bool, 1, 64, 2),) * 2)
     lag = lag_matrix("block_causal", 2)
 
     def kernels(*names):
-        """Kernels of a scan over layers that keep the values of these names for the backward pass."""
+        """Kernels of a scan over layers that save values of these names for the backward pass."""
 
         def loss(x, cells):
             def attend(x):
@@ -403,7 +404,7 @@ TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
     ],
 )
 def test_compiles_for_tpus(topology, rows, streams, visibility, dtype, monkeypatch):
-    """The real TPU compiler takes the kernels, forward and backward, and what surrounds them needs O(L) memory."""
+    """The TPU compiler takes the kernels, forward and backward; the rest needs O(L) memory."""
     device, sharding, array = tpu(topology, monkeypatch)
     heads, kv_heads, head_dim, lag = 4, 2, 128, some_lag(visibility, streams)
 
@@ -430,8 +431,8 @@ def test_compiles_for_tpus(topology, rows, streams, visibility, dtype, monkeypat
 
 
 @pytest.mark.slow
-def test_keys_go_round_beside_the_kernels(monkeypatch):
-    """What is gathered does not travel beside them, on v5p and v6e."""
+def test_the_ring_sends_keys_while_the_kernels_run(monkeypatch):
+    """Permutes are asynchronous on v5p and v6e; all-gathers are not."""
     devices = tpus("v6e:2x2", monkeypatch)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, stream=4, tensor=1), devices)
     axes, lag = ("batch", "row", "stream", "heads", "head_dim"), lag_matrix("same_row", 8)

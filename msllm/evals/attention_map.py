@@ -89,11 +89,10 @@ def _attention_map(
 
 
 def between_streams(weights: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """How much attention each stream pays to each stream: [..., S, S] (reader, source), of sum 1
-    over the sources.
+    """How much attention each stream pays to each stream, [..., S, S] (reader, source).
 
-    The mean over the reader's present cells of their weights on all rows of the source; nan if
-    there are none.
+    The mean over the reader's present cells of their weights on all rows of the source, so that the
+    sum over the sources is 1; nan if no cell of the reader is present.
 
     Args:
       weights: [..., T, S, T, S], from `attention_map`. present: [T, S] bool.

@@ -27,12 +27,11 @@ class Case(NamedTuple):
     ring: bool = False  # the keys come in parts, one device's streams at a time
 
 
-def _declines_nothing(case: Case) -> str | None:
-    del case
+def _declines_nothing(_: Case) -> str | None:
+    return None
 
 
-def _no_options(case: Case) -> dict[str, Any]:
-    del case
+def _no_options(_: Case) -> dict[str, Any]:
     return {}
 
 
@@ -54,7 +53,7 @@ class Backend:
       declines: (case) -> why the backend cannot do this, on the platform that it needs; None if it
         can.
       options: (case) -> keyword arguments of the three functions for this case, such as the sizes
-    of blocks.
+        of blocks.
     """
 
     name: str

@@ -1,10 +1,10 @@
-"""Which blocks of queries and keys have anything to compute, from the extents of rows and segments
-in each block.
+"""Which pairs of blocks of queries and keys hold anything to compute.
 
 For kernels that see the cells of a table as one axis, row after row and all streams of a row
-together: L = T * S cells, cut into blocks of equal length. The map never skips a block that is
-needed, and never calls a block full that needs a mask. It costs O((L / block)^2) and is computed
-for each table at run time, so the blocks between packed examples are skipped.
+together: L = T * S cells, cut into blocks of equal length. The map follows from the lowest and
+highest row and segment of each block. It never skips a block that is needed, and never calls a
+block full that needs a mask. It costs O((L / block)^2) and is computed for each table at run time,
+so the blocks between packed examples are skipped.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ class FlatCells(NamedTuple):
 
 
 def flatten(row: jax.Array, segment: jax.Array, here: jax.Array, length: int) -> FlatCells:
-    """Cells of row [T], segment [B, T] and here [B, T, S] as `length` >= T * S cells; added ones
-    are not here.
+    """Cells of row [T], segment [B, T] and here [B, T, S] along one axis of `length` >= T * S.
+
+    The cells that are added are not here.
     """
     batch, rows, streams = here.shape
     fill = ((0, 0), (0, length - rows * streams))
@@ -49,10 +50,9 @@ def block_map(
     q_block: int,
     k_block: int,
 ) -> jax.Array:
-    """Which blocks hold a query and an earlier key of it: the pairs that `visible()` admits by a
-    lag.
+    """Which blocks hold pairs that `visible()` admits by a lag.
 
-    That a cell sees itself is left to the caller.
+    Pairs of a cell and itself are left to the caller.
 
     Args:
       least, most: the smallest and the largest lag between the streams of the queries and those of
@@ -75,10 +75,9 @@ def block_map(
 
 
 def _extents(cells: FlatCells, block: int) -> tuple[tuple[jax.Array, ...], ...]:
-    """Of each block: (lowest, highest) row of the cells that are here, the same of their segments,
-    (all are here,).
+    """Extents of the cells that are here in each block, [B, blocks] each.
 
-    [B, blocks] each.
+    Returns: ((lowest, highest row), (lowest, highest segment), (all cells are here,)).
     """
     batch, length = cells.here.shape
 
@@ -87,8 +86,7 @@ def _extents(cells: FlatCells, block: int) -> tuple[tuple[jax.Array, ...], ...]:
 
     here = blocks(cells.here)
 
-    # In a block without such a cell, the lowest is above everything and the highest below
-    # everything.
+    # In a block without such cells, the lowest row is above all rows and the highest below all.
     def low(x: jax.Array) -> jax.Array:
         return jnp.where(here, blocks(x), NEVER).min(2)
 

@@ -24,8 +24,8 @@ from msllm.streams import NEVER, Cells, Visibility
 # enough for the cache.
 BLOCK_CELLS = 320
 # Score of a pair that is not visible. It is finite, because a query that has seen no key yet must
-# not give inf - inf. What such a query sums up is multiplied by exp(MASKED - score) = 0, at the
-# latest when it comes to its own cell.
+# not give inf - inf. What such a query has summed up is multiplied by exp(MASKED - score) = 0, at
+# the latest when it comes to its own cell.
 MASKED = -1e30
 
 
@@ -37,8 +37,9 @@ def chunked_attention(
     *,
     block_cells: int = BLOCK_CELLS,
 ) -> jax.Array:
-    """As `reference_attention`, without ever holding [L, L]. `block_cells`: the most cells of a
-    block.
+    """As `reference_attention`, without ever holding [L, L].
+
+    `block_cells`: the most cells of a block.
     """
     return _attention(q, k, v, *_blocked(visibility, block_cells))
 
@@ -51,7 +52,7 @@ def forward_part(
     *,
     block_cells: int = BLOCK_CELLS,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output, and log-sum-exp [B, T, Sq, N], over keys of some streams only (see `Backend`)."""
+    """Output and log-sum-exp over keys of some streams; see `Backend`."""
     out, lse, _ = _outputs(q, k, v, *_blocked(visibility.narrowed(), block_cells))
     lse = _unblock(lse.reshape(*out.shape[:-1], 1), (*q.shape[:-1], 1))
     return _unblock(out, q.shape), lse[..., 0]
@@ -68,9 +69,7 @@ def backward_part(
     *,
     block_cells: int = BLOCK_CELLS,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v through these keys, given output and log-sum-exp over all keys (see
-    `Backend`).
-    """
+    """Gradients of q, k and v through these keys; see `Backend`."""
     visibility, q_rows, k_rows = _blocked(visibility.narrowed(), block_cells)
     out, lse = (_head_blocks(x, q_rows, k.shape[3]) for x in (out, lse[..., None]))
     lse = lse.reshape(*lse.shape[:3], -1, q_rows * q.shape[2])
@@ -79,12 +78,13 @@ def backward_part(
 
 
 def _blocked(visibility: Visibility, block_cells: int) -> tuple[Visibility, int, int]:
-    """The same with rows added until the blocks are full, and the rows of a block of queries and of
-    one of keys.
+    """Adds rows until all blocks are full.
 
     The added rows are absent, and their numbers do not widen the reach of their block. Queries
-    repeat the last row; what they give is cut off. Keys lie beyond all rows, so that no query takes
-    them for itself.
+    repeat the last row, and their output is cut off. Keys lie beyond all rows, so that no query
+    takes them for its own cell.
+
+    Returns: the visibility, rows of a block of queries, rows of a block of keys.
     """
     queries, keys = visibility.queries, visibility.keys
     rows = keys.seen.shape[1]
@@ -97,10 +97,10 @@ def _blocked(visibility: Visibility, block_cells: int) -> tuple[Visibility, int,
 
 
 def _block_rows(rows: int, streams: int, block_cells: int) -> int:
-    """Rows of a block: a divisor of `rows` if one comes near `block_cells`, else blocks filled as
-    evenly as possible.
+    """Rows of a block, of at most `block_cells` cells.
 
-    Rows that only fill up the last block cost more than smaller blocks do: 12 % at 512 rows of 10
+    A divisor of `rows` if one is at least half of that, else blocks filled as evenly as possible:
+    rows that only fill up the last block cost more than smaller blocks do, 12 % at 512 rows of 10
     streams.
     """
     most = max(1, block_cells // streams)
@@ -133,8 +133,9 @@ def _cell_blocks(cells: Cells, block_rows: int) -> Cells:
 
 
 def _head_blocks(x: jax.Array, block_rows: int, kv_heads: int) -> jax.Array:
-    """[B, T, S, N, H] -> [blocks, B, K, (N / K) * block_rows * S, H]: batched matrix products
-    without transposes.
+    """[B, T, S, N, H] -> [blocks, B, K, (N / K) * block_rows * S, H].
+
+    In this layout the batched matrix products need no transposes.
     """
     x = _pad_rows(x, block_rows)
     batch, rows, streams, heads, head_dim = x.shape
@@ -145,9 +146,7 @@ def _head_blocks(x: jax.Array, block_rows: int, kv_heads: int) -> jax.Array:
 
 
 def _unblock(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Inverse of `_head_blocks` without the rows that were added; `shape` is that of its
-    argument.
-    """
+    """Inverse of `_head_blocks`, without the rows that it added. `shape`: of its argument."""
     batch, rows, streams, heads, head_dim = shape
     blocks, _, kv_heads, _, _ = x.shape
     x = x.reshape(blocks, batch, kv_heads, heads // kv_heads, -1, head_dim).transpose(
@@ -159,8 +158,7 @@ def _unblock(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _reach(
     visibility: Visibility, q_rows: int, k_rows: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Which key blocks each query block needs, from the lowest and highest row and segment of each
-    block.
+    """Which key blocks each query block needs.
 
     Returns: (first, end, full): for each of nq query blocks the first key block that it may see and
       the one past the last, [nq] int32 each; and whether every query of a block sees every key of
@@ -168,10 +166,10 @@ def _reach(
     """
     queries, keys, lags = visibility.queries, visibility.keys, visibility.pair_lags()
 
-    def low(x, rows):
+    def low(x: jax.Array, rows: int) -> jax.Array:
         return _blocks(x, rows).min(2)
 
-    def high(x, rows):
+    def high(x: jax.Array, rows: int) -> jax.Array:
         return _blocks(x, rows).max(2)
 
     q_low, q_high = low(queries.row, q_rows)[:, None], high(queries.row, q_rows)[:, None]
@@ -190,7 +188,7 @@ def _reach(
     first = jnp.argmax(some, axis=1)
     end = some.shape[1] - jnp.argmax(some[:, ::-1], axis=1)
 
-    def all_of(x, rows):
+    def all_of(x: jax.Array, rows: int) -> jax.Array:
         return _blocks(x.all(2), rows).all(2)
 
     full = (
@@ -238,13 +236,14 @@ def _block_mask(visibility: Visibility, full: jax.Array) -> jax.Array:
 def _attention(
     q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility, q_rows: int, k_rows: int
 ) -> jax.Array:
-    """[B, Tq, Sq, N, H]; `visibility` with full blocks of `q_rows` and `k_rows` rows, from
-    `_blocked`.
-    """
+    """[B, Tq, Sq, N, H]. The last three arguments are from `_blocked`."""
     return _forward(q, k, v, visibility, q_rows, k_rows)[0]
 
 
-def _forward(q, k, v, visibility, q_rows, k_rows):
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility, q_rows: int, k_rows: int
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """What `_attention` returns, and what `_backward` gets."""
     saved = _outputs(q, k, v, visibility, q_rows, k_rows)
     out, lse, reach = (checkpoint_name(x, "attention") for x in saved)
     return _unblock(out, q.shape), (q, k, v, visibility, out, lse, reach)
@@ -253,9 +252,7 @@ def _forward(q, k, v, visibility, q_rows, k_rows):
 def _outputs(
     q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility, q_rows: int, k_rows: int
 ):
-    """Output [nq, B, K, G * q, H] and log-sum-exp [nq, B, K, G, q] in blocks, and `_reach`; G is N
-    / K.
-    """
+    """Output [nq, B, K, G * q, H], log-sum-exp [nq, B, K, G, q], and `_reach`; G is N / K."""
     kv_heads = k.shape[3]
     groups = q.shape[3] // kv_heads
     reach = _reach(visibility, q_rows, k_rows)
@@ -269,35 +266,37 @@ def _outputs(
         q_block, cells, first, end, full = block
 
         def key_block(j, carry):
-            top, total, out = carry
+            maximum, denominator, out = carry
             k_block, v_block, k_cells = _at(keys, j)
             pairs = visibility._replace(queries=cells, keys=k_cells)
             scores = _scores(q_block, k_block, _block_mask(pairs, full[j]))
-            new_top = jnp.maximum(top, scores.max(-1))
-            weights = jnp.exp(scores - new_top[..., None])
-            keep = jnp.exp(top - new_top)
+            new_maximum = jnp.maximum(maximum, scores.max(-1))
+            weights = jnp.exp(scores - new_maximum[..., None])
+            rescale = jnp.exp(maximum - new_maximum)
             flat = weights.reshape(*q_block.shape[:3], -1).astype(v_block.dtype)
-            added = jnp.einsum("bkqt,bkth->bkqh", flat, v_block, preferred_element_type=jnp.float32)
+            product = jnp.einsum(
+                "bkqt,bkth->bkqh", flat, v_block, preferred_element_type=jnp.float32
+            )
             return (
-                new_top,
-                total * keep + weights.sum(-1),
-                out * keep.reshape(*out.shape[:3], 1) + added,
+                new_maximum,
+                denominator * rescale + weights.sum(-1),
+                out * rescale.reshape(*out.shape[:3], 1) + product,
             )
 
         stat = (q_block.shape[0], kv_heads, groups, q_block.shape[2] // groups)
         init = (jnp.full(stat, MASKED), jnp.zeros(stat), jnp.zeros(q_block.shape, jnp.float32))
-        top, total, out = lax.fori_loop(first, end, key_block, init)
-        out = (out / total.reshape(*out.shape[:3], 1)).astype(q.dtype)
-        return None, (out, top + jnp.log(total))
+        maximum, denominator, out = lax.fori_loop(first, end, key_block, init)
+        out = (out / denominator.reshape(*out.shape[:3], 1)).astype(q.dtype)
+        return None, (out, maximum + jnp.log(denominator))
 
     q_blocks, q_cells = _head_blocks(q, q_rows, kv_heads), _cell_blocks(visibility.queries, q_rows)
     return *lax.scan(query_block, None, (q_blocks, q_cells, *reach))[1], reach
 
 
-def _backward(q_rows, k_rows, saved, d_out):
-    """Gradients of q, k and v; None for the visibility. `saved` and `d_out` as `jax.custom_vjp`
-    gives them.
-    """
+def _backward(
+    q_rows: int, k_rows: int, saved: tuple[Any, ...], d_out: jax.Array
+) -> tuple[Any, ...]:
+    """Gradients of q, k and v, and None for the visibility."""
     q, k, v, visibility, out, lse, reach = saved
     kv_heads, head_dim = k.shape[3:]
     keys = (
@@ -335,8 +334,8 @@ def _backward(q_rows, k_rows, saved, d_out):
                 "bkqt,bkth->bkqh", d_scores, k_block, preferred_element_type=jnp.float32
             )
 
-            def add(total, x):
-                return lax.dynamic_update_index_in_dim(total, _at(total, j) + x, j, 0)
+            def add(sums: jax.Array, x: jax.Array) -> jax.Array:
+                return lax.dynamic_update_index_in_dim(sums, _at(sums, j) + x, j, 0)
 
             return d_q, add(d_keys, d_k), add(d_values, d_v)
 
@@ -347,7 +346,7 @@ def _backward(q_rows, k_rows, saved, d_out):
 
     # The gradients of keys and values are computed transposed, from transposed q and d_out. In the
     # other order XLA:CPU would transpose the much larger weights and scores in memory.
-    def flip(x):
+    def flip(x: jax.Array) -> jax.Array:
         return x.swapaxes(3, 4)
 
     zeros = jnp.zeros(flip(keys[0]).shape, jnp.float32)

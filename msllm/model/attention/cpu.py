@@ -1,11 +1,13 @@
 """Attention on CPUs: two kernels in C++ (msllm/kernels/cpu/attention.cc), O(L) memory, float32.
 
 FlashAttention (Dao et al. 2022, arXiv 2205.14135) in blocks of cells that fit into a core's caches.
-Blocks that visibility or segments exclude are skipped, as in `chunked`. The products run at the
-rate of the machine's large ones.
+Blocks that visibility or segments exclude are skipped, as in `chunked`. The products reach the
+machine's rate for large matrix products.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +39,7 @@ def cpu_attention(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibili
 def forward_part(
     q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility
 ) -> tuple[jax.Array, jax.Array]:
-    """Output, and log-sum-exp [B, T, Sq, N], over keys of some streams only (see `Backend`)."""
+    """Output and log-sum-exp over keys of some streams; see `Backend`."""
     return _outputs(q, k, v, _cell_vectors(visibility))
 
 
@@ -50,17 +52,17 @@ def backward_part(
     lse: jax.Array,
     d_out: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v through these keys, given output and log-sum-exp over all keys (see
-    `Backend`).
-    """
+    """Gradients of q, k and v through these keys; see `Backend`."""
     return _backward((q, k, v, _cell_vectors(visibility), out, lse), d_out)[:3]
 
 
 def _cell_vectors(visibility: Visibility) -> CellVectors:
-    """Row and segment of each query [B, Lq] and of each key [B, Lk], padded to blocks; lags [Sq,
-    Sk] of the streams; and which stream of the keys each stream of the queries is, [Sq]. All int32.
+    """A visibility as the kernels take it, in six int32 arrays.
 
-    Absent queries and unseen keys get segments of their own, -2 and -1, so that they match nothing.
+    Returns: row and segment of each query, [B, Lq]; row and segment of each key, [B, Lk], padded to
+      blocks; the lags of the streams, [Sq, Sk]; and the column of the keys that holds each stream
+      of the queries, [Sq]. Absent queries and unseen keys get segments of their own, -2 and -1, so
+      that they match nothing.
     """
     queries, keys, lags = visibility.queries, visibility.keys, visibility.pair_lags()
     missing = -keys.row.shape[1] * lags.shape[1] % _block_cells(lags.shape[1])
@@ -117,12 +119,16 @@ def _attention(q: jax.Array, k: jax.Array, v: jax.Array, cells: CellVectors) -> 
     return _forward(q, k, v, cells)[0]
 
 
-def _forward(q, k, v, cells):
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, cells: CellVectors
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """What `_attention` returns, and what `_backward` gets."""
     out, lse = (checkpoint_name(x, "attention") for x in _outputs(q, k, v, cells))
     return out, (q, k, v, cells, out, lse)
 
 
-def _backward(saved, d_out):
+def _backward(saved: tuple[Any, ...], d_out: jax.Array) -> tuple[Any, ...]:
+    """Gradients of q, k and v, and None for the cells."""
     q, k, v, cells, out, lse = saved
     call = jax.ffi.ffi_call("msllm_attention_gradients", _float32(q.shape, k.shape, v.shape))
     flat = (_flat(q), _flat(k), _transposed_blocks(k))

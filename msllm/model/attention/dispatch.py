@@ -1,6 +1,4 @@
-"""Attention over the cells of tables: chooses a backend, and brings the keys of all streams to each
-device.
-"""
+"""Chooses a backend of attention, and brings the keys of all streams to each device."""
 
 from __future__ import annotations
 
@@ -40,11 +38,12 @@ def get_backend(name: str) -> Backend:
 
 
 def choose_backend(config: ModelConfig, lag: np.ndarray, rows: int, mesh: Mesh) -> Backend:
-    """The backend for tables of `rows` rows on `mesh`, with its options set; logs it, and why
-    better ones decline.
+    """The best backend for a model on a mesh, with its options set.
+
+    Logs its name, and why better ones decline.
 
     Args:
-      config: of the model. lag: [S, S] int32. rows: T.
+      config: of the model. lag: [S, S] int32. rows: T, of a table.
 
     Raises UserError if the config names a backend that declines.
     """
@@ -75,7 +74,7 @@ def declines(name: str, case: Case) -> str | None:
         return f"it needs a {platform.upper()}, and the devices are of platform {case.platform}"
     backend = get_backend(name)
     if case.ring and backend.forward_part is None:
-        return "it takes all keys at once, and they come one device's streams at a time (model.kv_ring)"
+        return "it takes all keys at once, and with model.kv_ring they come in parts"
     return backend.declines(case)
 
 

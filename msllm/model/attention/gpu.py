@@ -6,10 +6,10 @@ log-sum-exp, once per block of queries for d_q and once per block of keys for d_
 is a run of cells in row-major order (row, then stream).
 
 The lowest and highest row and segment of each block tell which blocks a program must visit, and
-which run of them is visible in full and needs no mask; in the others the mask is `visible()`. What
-it needs to know of a cell are integer vectors along the cells, so that the kernels gather nothing:
-the segment is negative where a cell is absent, and the lags of a query's stream are sets of key
-streams, as bits, one set for each distinct lag.
+which run of them is visible in full and needs no mask. In the others the mask is `visible()`. What
+it needs to know of the cells is kept in integer vectors along them, so that the kernels gather
+nothing: the segment is negative where a cell is absent, and the lags of a query's stream are sets
+of key streams, as bits, one set for each distinct lag.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ MAX_LAGS = 8
 MAX_STREAMS = 32  # bits of an int32
 LOG2E = math.log2(math.e)  # scores are in base 2: the hardware has exp2
 MASKED = -1e30  # finite, because a query that has seen no key yet must not give inf - inf
-
 
 Ref = Any  # a block of an array inside a kernel
 
@@ -114,7 +113,7 @@ def forward_part(
     interpret: bool = False,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output, and log-sum-exp [B, T, Sq, N], over keys of some streams only (see `Backend`)."""
+    """Output and log-sum-exp over keys of some streams; see `Backend`."""
     out, lse = _outputs(*_prepare(q, k, v, visibility, interpret, tiles))
     return _unflatten(out, q.shape), _unflatten(lse.swapaxes(1, 2) / LOG2E, q.shape[:-1])
 
@@ -131,9 +130,7 @@ def backward_part(
     interpret: bool = False,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v through these keys, given output and log-sum-exp over all keys (see
-    `Backend`).
-    """
+    """Gradients of q, k and v through these keys; see `Backend`."""
     *arrays, static = _prepare(q, k, v, visibility, interpret, tiles)
 
     def flat(x: jax.Array) -> jax.Array:
@@ -230,8 +227,9 @@ def _vectors(
     unused_segment: int,
     stream_sets: Sequence[jax.Array] = (),
 ) -> jax.Array:
-    """What the kernels know of cells, [B, 3 + sets, T * S] int32: row, stream, segment, and sets of
-    streams as bits.
+    """What the kernels know of cells, [B, 3 + sets, T * S] int32.
+
+    The vectors are row, stream, segment, and sets of streams as bits.
 
     Args:
       cells: [B, T] and [B, T, S]. used: [B, T, S] bool; other cells get `unused_segment`.
@@ -258,16 +256,17 @@ def _pad(x: jax.Array, axis: int, block: int, mode: str) -> jax.Array:
 def _blocks_to_visit(
     queries: jax.Array, keys: jax.Array, q_lag: jax.Array, tile: Tile, of_keys: bool
 ) -> jax.Array:
-    """One field of `_Spans`: for each block of queries the blocks of keys, or (`of_keys`) the
-    reverse.
+    """One field of `_Spans`: blocks of keys for each block of queries, or (`of_keys`) the reverse.
 
     Args:
       queries, keys: from `_vectors`. q_lag: [Sq, S] int32, the lags of the queries' streams.
     """
 
     def bounds(vectors: jax.Array, block: int) -> tuple[jax.Array, ...]:
-        """[B, blocks] each: lowest and highest row; lowest and highest segment of used cells;
-        lowest of all cells.
+        """Of each block: lowest and highest row; lowest and highest segment; lowest of all.
+
+        [B, blocks] each. The lowest segment is that of used cells; the lowest of all is negative
+        if the block holds an unused cell.
         """
         row, _, segment = (
             x.reshape(x.shape[0], -1, block) for x in jnp.moveaxis(vectors[:, :3], 1, 0)
@@ -296,8 +295,7 @@ def _blocks_to_visit(
 
 
 def _runs(some: jax.Array, full: jax.Array) -> jax.Array:
-    """Along the last axis of two masks: the range that holds all of `some`, and the last run of
-    `full` in it.
+    """Along the last axis: the range that holds all of `some`, and the last run of `full` in it.
 
     Returns: [..., 4] int32, as in `_Spans`.
     """
@@ -315,9 +313,7 @@ def _runs(some: jax.Array, full: jax.Array) -> jax.Array:
 
 
 def _visit_blocks(span: Sequence[jax.Array], visit: Callable, init: Any) -> Any:
-    """visit(block, carry, masked) over the blocks of a span: those without a mask first, then the
-    others.
-    """
+    """Folds visit(block, carry, masked) over the blocks of a span, those without a mask first."""
     first, full, full_end, end = span
     carry = lax.fori_loop(full, full_end, functools.partial(visit, masked=False), init)
 
@@ -328,8 +324,9 @@ def _visit_blocks(span: Sequence[jax.Array], visit: Callable, init: Any) -> Any:
 
 
 def _load(ref: Ref, cells: Any = slice(None)) -> list[jax.Array]:
-    """The integer vectors of some cells, one by one: Triton's arrays have sizes that are powers of
-    two.
+    """The integer vectors of some cells, one by one.
+
+    Triton's arrays have sizes that are powers of two, so there is no array of three vectors.
     """
     return [ref[i, cells] for i in range(ref.shape[0])]
 
@@ -342,8 +339,7 @@ def _load_span(ref: Ref) -> list[jax.Array]:
 def _mask(
     queries: Sequence[jax.Array], keys: Sequence[jax.Array], levels: Sequence[int], q_axis: int
 ) -> jax.Array:
-    """`visible()` of a block of queries and a block of keys, [q, k] bool, or [k, q] if `q_axis` is
-    1.
+    """`visible()` of two blocks, [q, k] bool, or [k, q] if `q_axis` is 1.
 
     Args:
       queries, keys: integer vectors from `_load`. levels: distinct lags, see `_levels`.
@@ -377,25 +373,25 @@ def _forward_kernel(
     """Output and log-sum-exp of one block of queries and one head."""
     q, queries = q_ref[...], _load(queries_ref)
 
-    def visit(block, carry, masked):
-        top, total, out = carry
+    def visit(block: jax.Array, carry: Any, masked: bool) -> Any:
+        maximum, denominator, out = carry
         cells = pl.ds(block * tile.keys, tile.keys)
         scores = plgpu.dot(q, k_ref[cells, :], trans_b=True) * (LOG2E * q.shape[1] ** -0.5)
         if masked:
             scores = jnp.where(_mask(queries, _load(keys_ref, cells), levels, 0), scores, MASKED)
-        new_top = jnp.maximum(top, scores.max(1))
-        weights = jnp.exp2(scores - new_top[:, None])
-        keep = jnp.exp2(top - new_top)
-        added = plgpu.dot(weights.astype(v_ref.dtype), v_ref[cells, :])
-        return new_top, total * keep + weights.sum(1), out * keep[:, None] + added
+        new_maximum = jnp.maximum(maximum, scores.max(1))
+        weights = jnp.exp2(scores - new_maximum[:, None])
+        rescale = jnp.exp2(maximum - new_maximum)
+        product = plgpu.dot(weights.astype(v_ref.dtype), v_ref[cells, :])
+        return new_maximum, denominator * rescale + weights.sum(1), out * rescale[:, None] + product
 
     init = (
         jnp.full(tile.queries, MASKED, jnp.float32),
         *(jnp.zeros(x, jnp.float32) for x in (tile.queries, q.shape)),
     )
-    top, total, out = _visit_blocks(_load_span(span_ref), visit, init)
-    out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
-    lse_ref[...] = top + jnp.log(total) * LOG2E
+    maximum, denominator, out = _visit_blocks(_load_span(span_ref), visit, init)
+    out_ref[...] = (out / denominator[:, None]).astype(out_ref.dtype)
+    lse_ref[...] = maximum + jnp.log(denominator) * LOG2E
 
 
 def _d_q_kernel(
@@ -417,7 +413,7 @@ def _d_q_kernel(
     q, d_out, queries = q_ref[...], d_out_ref[...], _load(queries_ref)
     lse, delta = lse_ref[...][:, None], delta_ref[...][:, None]
 
-    def visit(block, d_q, masked):
+    def visit(block: jax.Array, d_q: jax.Array, masked: bool) -> jax.Array:
         cells = pl.ds(block * tile.keys, tile.keys)
         k = k_ref[cells, :]
         scores = plgpu.dot(q, k, trans_b=True) * (LOG2E * q.shape[1] ** -0.5)
@@ -451,12 +447,13 @@ def _d_kv_kernel(
     """Gradients of one block of keys and values and one key head."""
     k, v, keys, span = k_ref[...], v_ref[...], _load(keys_ref), _load_span(span_ref)
 
-    def head(g, carry):
-        """Adds the gradients through one query head. Scores are [keys, queries], so that the
-        operands of the second product are in registers.
+    def head(g: jax.Array, carry: Any) -> Any:
+        """Adds the gradients through one query head.
+
+        Scores are [keys, queries], so that the left operands of the products are in registers.
         """
 
-        def visit(block, carry, masked):
+        def visit(block: jax.Array, carry: Any, masked: bool) -> Any:
             d_k, d_v = carry
             cells = pl.ds(block * tile.queries, tile.queries)
             q, d_out = q_ref[cells, g, :], d_out_ref[cells, g, :]
@@ -562,7 +559,16 @@ def _attention(
     return _forward(q, k, v, queries, keys, spans, static)[0]
 
 
-def _forward(q, k, v, queries, keys, spans, static):
+def _forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    queries: jax.Array,
+    keys: jax.Array,
+    spans: _Spans,
+    static: _Static,
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """What `_attention` returns, and what `_backward` gets."""
     saved = _outputs(q, k, v, queries, keys, spans, static)
     out, lse = (checkpoint_name(x, "attention") for x in saved)
     return out, (q, k, v, queries, keys, spans, out, lse)
@@ -592,7 +598,7 @@ def _statistic(q: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def _backward(static: _Static, saved: tuple[Any, ...], d_out: jax.Array) -> tuple[Any, ...]:
-    """Gradients of q, k and v; None for the other arguments of `_attention`."""
+    """Gradients of q, k and v, and None for the other arguments of `_attention`."""
     q, k, v, queries, keys, spans, out, lse = saved
     # sum(weights * d_weights) over the keys: the term of the softmax's gradient that all keys of a
     # query share.

@@ -1,6 +1,4 @@
-"""Dense attention: the visibility rule taken literally, with O(L^2) memory. Every other backend is
-compared with it.
-"""
+"""Dense attention with O(L^2) memory, with which every other backend is compared."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Attention whose keys and values go around the devices of the mesh axis `stream` instead of being
-gathered over it.
+"""Ring attention over the mesh axis `stream`: keys and values are passed on, not gathered.
 
-Ring attention (Liu et al. 2023, arXiv 2310.01889) with streams in place of blocks of rows. A device
+After Liu et al. 2023 (arXiv 2310.01889), with streams in place of blocks of rows. A device
 attends to the keys of its own streams, passes them on to its neighbour and goes on with the keys
 that it receives, until it has met the keys of all devices. It holds the keys and values of two
 devices at a time, and every device has the same work. The outputs over parts of the keys are merged
@@ -15,7 +14,7 @@ one softmax.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,13 +50,12 @@ def ring_attention(
     """
     size, devices = q.shape[2], axis_size("stream")
 
-    def pass_on(arrays):
+    def pass_on(arrays: Any) -> Any:
         to_neighbours = [(i, (i + 1) % devices) for i in range(devices)]
         return jax.tree.map(lambda x: lax.ppermute(x, "stream", to_neighbours), arrays)
 
     def with_queries(part: Callable, q: jax.Array, cells: Cells, *after: jax.Array) -> Callable:
-        """A part of the backend as a function of the keys and the turn in which this device has
-        them.
+        """A part of the backend as a function of keys and the turn in which they are here.
 
         In turn i a device has the keys of the i-th device before it; None is the turn of its own
         keys, the only ones that hold the cells of the queries themselves.

@@ -1,8 +1,8 @@
-"""Attention on TPUs, by the splash-attention kernels that come with jax: a FlashAttention-2 in
-Pallas that skips blocks.
+"""Attention on TPUs by the splash-attention kernels of jax.
 
-The kernels take one axis of queries and one of keys, a segment id of each, and a predicate on an
-int32 code of the query and the index of the key. To fit that, `visible()` is split in two:
+The kernels are a FlashAttention-2 in Pallas that skips blocks. They take one axis of queries and
+one of keys, a segment id of each, and a predicate on an int32 code of the query and the index of
+the key. To fit that, `visible()` is split in two:
 
 - Earlier keys: the pairs that a lag admits. The segment ids carry what differs from table to table:
   an absent query and an unseen key get ids that nothing shares. The code carries the query's row
@@ -40,9 +40,7 @@ NO_QUERY, NO_KEY = -1, -2  # segment ids of absent queries and unseen keys; real
 
 
 class Blocks(NamedTuple):
-    """Cells of a block of queries and of a block of keys, in the forward and in the backward
-    kernels.
-    """
+    """Cells of a block of queries and of a block of keys, in all kernels."""
 
     q: int
     k: int
@@ -138,7 +136,7 @@ def forward_part(
     interpret: bool = False,
     blocks: Blocks | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output, and log-sum-exp [B, T, Sq, N], over keys of some streams only (see `Backend`)."""
+    """Output and log-sum-exp over keys of some streams; see `Backend`."""
     plan, static, by_tables = _setup(q, k, visibility, interpret, blocks)
 
     def outputs(q, k, v, *cells):
@@ -164,9 +162,7 @@ def backward_part(
     interpret: bool = False,
     blocks: Blocks | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v through these keys, given output and log-sum-exp over all keys (see
-    `Backend`).
-    """
+    """Gradients of q, k and v through these keys; see `Backend`."""
     plan, static, by_tables = _setup(q, k, visibility, interpret, blocks)
 
     def gradients(q, k, v, q_cells, k_cells, out, lse, d_out):
@@ -231,8 +227,9 @@ def _setup(
 def _even_blocks(
     rows: int, q_streams: int, k_streams: int, blocks: Blocks
 ) -> list[tuple[int, int]]:
-    """(block, padded length) of queries and of keys: as many blocks as `blocks` needs, evenly
-    filled.
+    """(block, padded length) of queries and of keys, with as few, evenly filled blocks as possible.
+
+    `blocks`: the largest blocks.
     """
     sizes = []
     for cells, block in zip((rows * q_streams, rows * k_streams), blocks):
@@ -243,8 +240,9 @@ def _even_blocks(
 
 
 def _fits(tables: int, q_blocks: int, k_blocks: int, k_length: int) -> bool:
-    """Whether one call can do this many tables: scalar memory holds their map, and their keys can
-    be counted.
+    """Whether one call can do this many tables.
+
+    Their block map must fit into scalar memory, and `_quotient` must be exact for their keys.
     """
     return tables * q_blocks * k_blocks <= MAP_ENTRIES and tables * k_length < EXACT
 
@@ -268,8 +266,9 @@ class _Predicate(NamedTuple):
 def _make_predicate(
     lag: np.ndarray, rows: int, tables: int, size: int, k_length: int
 ) -> _Predicate:
-    """The pairs that `lag` admits (`visible()` without a cell's own key), in the cheapest form that
-    can express it.
+    """The pairs that `lag` admits, in the cheapest form that can express them.
+
+    These are the pairs of `visible()` without a cell's own key.
 
     Args:
       lag: [S, S] int32. rows: T.
@@ -333,11 +332,10 @@ EXACT = 1 << 22  # `_quotient` is exact below this
 
 
 def _quotient(x: jax.Array, divisor: int) -> jax.Array:
-    """x // divisor for int32 0 <= x < EXACT. TPUs have no integer division: a shift, or one float32
-    product.
+    """x // divisor for int32 0 <= x < EXACT, by a shift or one float32 product.
 
-    x + 0.5 is at least 0.5 / divisor away from a multiple, relative to which the product is off by
-    less than 2^-23 x.
+    TPUs have no integer division. (x + 0.5) / divisor is at least 0.5 / divisor away from an
+    integer, and the float32 product is off by less than 2^-23 x / divisor.
     """
     if divisor & (divisor - 1) == 0:
         return x >> (divisor.bit_length() - 1)
@@ -401,8 +399,9 @@ def _plan(
 
 
 def _next_active(active: jax.Array, places: Callable, axis: int) -> jax.Array:
-    """Along an axis: the place of the first active entry from here on; past the last one, of the
-    first of all.
+    """Of each entry along an axis, the place of the next active one, itself included.
+
+    Past the last active entry it is the place of the first one. `places` maps indices to places.
     """
     size = active.shape[axis]
     index = lax.broadcasted_iota(jnp.int32, active.shape, axis)
@@ -427,7 +426,10 @@ def _forward_order(kinds: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _backward_order(kinds: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The same for gradients of keys, whose kernel visits the query blocks of each key block."""
+    """(query block to load, kind) of each step of the kernel for gradients of keys.
+
+    That kernel visits the query blocks of each key block.
+    """
     batch, q_blocks, k_blocks = kinds.shape
     table = jnp.arange(batch, dtype=jnp.int32)[:, None, None]
     load = _next_active(kinds != EMPTY, lambda step: table * q_blocks + step, 1)
@@ -478,8 +480,9 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _own_scores(q: jax.Array, own_k: jax.Array, plan: _Plan) -> jax.Array:
-    """[K, N / K, L] float32: each query's score with its own key; -inf where the kernel has it
-    among the earlier keys.
+    """[K, N / K, L] float32: each query's score with its own key.
+
+    -inf where the kernel has it among the earlier keys.
     """
     scores = _dot(_grouped(q, own_k.shape[0]), own_k[:, None])
     return jnp.where(plan.without_own, scores, -jnp.inf)
@@ -491,7 +494,10 @@ def _attention(q: jax.Array, k: jax.Array, v: jax.Array, plan: _Plan, static: _S
     return _forward(q, k, v, plan, static)[0]
 
 
-def _forward(q, k, v, plan, static):
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, plan: _Plan, static: _Static
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """What `_attention` returns, and what `_backward` gets."""
     saved = jax.tree.map(
         lambda x: checkpoint_name(x, "attention"), (plan, *_outputs(q, k, v, plan, static))
     )
@@ -501,8 +507,9 @@ def _forward(q, k, v, plan, static):
 def _outputs(
     q: jax.Array, k: jax.Array, v: jax.Array, plan: _Plan, static: _Static
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """On the kernels' axis: output, log-sum-exp, and the weight [K, N / K, L] of each query's own
-    key.
+    """Output, log-sum-exp and the weight of each query's own key, on the kernels' axis.
+
+    Returns: [N, B * Lq, H] in q's dtype, [N, B * Lq] float32, [K, N / K, B * Lq] float32.
     """
     operands, (own_k, own_v) = _operands(q, k, v, plan)
     early_out, early_lse = (_grouped(x, k.shape[3]) for x in _run_forward(*operands, plan, static))
@@ -517,10 +524,8 @@ def _outputs(
     return out, lse, itself[..., 0]
 
 
-def _backward(static, saved, d_out):
-    """Gradients of q, k and v; None for the plan. `saved` and `d_out` as `jax.custom_vjp` gives
-    them.
-    """
+def _backward(static: _Static, saved: tuple[Any, ...], d_out: jax.Array) -> tuple[Any, ...]:
+    """Gradients of q, k and v, and None for the plan."""
     q, k, v, plan, out, lse, own_weight = saved
     scale, kv_heads = q.shape[-1] ** -0.5, k.shape[3]
     operands, (own_k, own_v) = _operands(q, k, v, plan)
@@ -537,7 +542,8 @@ def _backward(static, saved, d_out):
             None,
         )
 
-    q_line, d_out, delta, d_q = (_grouped(x, kv_heads) for x in (operands[0], d_out, delta, d_q))
+    grouped = (_grouped(x, kv_heads) for x in (operands[0], d_out, delta, d_q))
+    scaled, d_out, delta, d_q = grouped
     d_scores = own_weight * (_dot(d_out, own_v[:, None]) - delta)
     d_q = (d_q + d_scores[..., None] * own_k[:, None]) * scale
 
@@ -546,7 +552,7 @@ def _backward(static, saved, d_out):
         own = _from_kernel_axis(own.astype(k.dtype), (*q.shape[:3], *k.shape[3:]))
         return _from_kernel_axis(d, k.shape).at[:, :, plan.own].add(own, unique_indices=True)
 
-    d_k = with_own(d_k, jnp.sum(d_scores[..., None] * q_line, 1))
+    d_k = with_own(d_k, jnp.sum(d_scores[..., None] * scaled, 1))
     d_v = with_own(d_v, jnp.sum(own_weight[..., None] * d_out, 1))
     return _from_kernel_axis(d_q.astype(q.dtype), q.shape), d_k, d_v, None
 
@@ -554,8 +560,10 @@ def _backward(static, saved, d_out):
 _attention.defvjp(_forward, _backward)
 
 
-# --- calls of the kernels --- All use of private functions of jax is below: it has no public way to
-# run the backward kernels on a given log-sum-exp.
+# --- calls of the kernels ---
+#
+# All use of private functions of jax is below, because it has no public way to run the backward
+# kernels on a given log-sum-exp.
 
 MASKED = kernels.DEFAULT_MASK_VALUE
 LAYOUT = kernels.QKVLayout.HEAD_DIM_MINOR
