@@ -1,5 +1,7 @@
 """Live decoding: sessions in which every stream advances by one cell a row, and input may arrive at any time.
 
+For example::
+
     engine = Engine(model, sessions=4, window=1024)
     session = engine.open(DecodeOptions(temperature=0.7), stop=Stop(rows=200))
     session.feed("user", "how are you")
