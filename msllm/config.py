@@ -362,7 +362,7 @@ def _from_dict(cls: type, values: Mapping[str, Any], path: str) -> Any:
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
     """Returns the value as the type that its field declares. Raises UserError."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise UserError(f"{path} is {value!r}: it is a section, set its keys instead")
         return _from_dict(hint, value, path)
@@ -379,7 +379,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     return _FORMER_VALUES.get(path, {}).get(value, value)
 
 
-def _convert_tuple(hints: Sequence[Any], value: Any, path: str) -> tuple:
+def _convert_tuple(hints: tuple[Any, ...], value: Any, path: str) -> tuple:
     if not isinstance(value, (tuple, list)):
         raise UserError(f"{path} is {value!r}: expected a tuple")
     if len(hints) == 2 and hints[1] is Ellipsis:

@@ -6,6 +6,7 @@ import pathlib
 import runpy
 import shutil
 import sys
+import types
 
 import pytest
 
@@ -119,3 +120,13 @@ def test_msllm_counts_by_name_and_the_user_by_content(folder):
 
     assert code("tatoeba") == code("built_in") == {}
     assert code("own") == {"converter_code": records.file_hash(folder / "own.py")}
+
+
+def test_a_function_without_a_file_is_refused(folder, monkeypatch):
+    module = types.ModuleType("typed_in_a_notebook")
+    module.convert = lambda layout, record: []
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    config = config_of(folder, "own")
+    data = dataclasses.replace(config.data, converter=f"{module.__name__}:convert")
+    with pytest.raises(UserError, match="config.data.converter is .*: the module has no file"):
+        prepare(dataclasses.replace(config, data=data), folder / "new")

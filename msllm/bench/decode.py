@@ -13,6 +13,7 @@ import functools
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
 
 import jax
 import numpy as np
@@ -122,9 +123,10 @@ def decode_case(case: dict[str, Any]) -> list[dict[str, Any]]:
     lines = [_line(case, size, one) for size, one in measured.items()]
     for line in lines:
         line["compiled_meanwhile"] = compiled.count
-    many, one = lines[0], lines[-1]
-    many["cost_of_one_stream_cpu"] = round(many["cpu_ms_per_row"] / one["cpu_ms_per_row"], 2)
-    many["cost_of_one_stream_wall"] = round(many["wall_ms_per_row"] / one["wall_ms_per_row"], 2)
+    many, single = lines[0], lines[-1]
+    for what in ("cpu", "wall"):
+        ratio = many[f"{what}_ms_per_row"] / single[f"{what}_ms_per_row"]
+        many[f"cost_of_one_stream_{what}"] = round(ratio, 2)
     return lines
 
 
@@ -171,11 +173,11 @@ def _timed_step(session: Session) -> _RowTimes:
         marks.append(time.perf_counter())
         return collect(flight)
 
-    engine._program.advance, engine._collect = marked_advance, marked_collect
-    try:
+    with (
+        mock.patch.object(engine._program, "advance", marked_advance),
+        mock.patch.object(engine, "_collect", marked_collect),
+    ):
         _, cpu, wall = timed(session.step)
-    finally:
-        engine._program.advance, engine._collect = advance, collect
     begin, end = marks
     return _RowTimes(cpu, wall, end - begin)
 
@@ -235,5 +237,5 @@ class _Compilations:
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def _on_event(self, name: str, *_: Any, **__: Any) -> None:
-        self.count += name.endswith("backend_compile_duration")
+    def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
+        self.count += event.endswith("backend_compile_duration")

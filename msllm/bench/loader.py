@@ -146,8 +146,8 @@ def _random_tables(
         used = rows - int(rng.integers(0, max(1, rows // 50)))
         segment[used:] = 0
         present = np.repeat((segment > 0)[:, None], size, axis=1)
-        tokens = first + rng.choice(ranks, (rows, size), p=frequency)
+        words = first + rng.choice(ranks, (rows, size), p=frequency)
         silent = rng.random((rows, size)) < share
-        tokens = np.where(silent, tokenizer.silence_id, tokens).astype(np.int32) * present
+        tokens = np.where(silent, tokenizer.silence_id, words).astype(np.int32) * present
         examples = [f"{rng.integers(1 << 62):016x}" for _ in range(segment.max())]
         yield Packed(tokens, present, segment, examples)

@@ -199,7 +199,7 @@ class _Memory:
                 self.worker = max(self.worker, _peak_mib(process.pid))
 
 
-def _peak_mib(pid: int) -> float:
+def _peak_mib(pid: int | None) -> float:
     try:
         found = re.search(r"VmHWM:\s*(\d+) kB", pathlib.Path(f"/proc/{pid}/status").read_text())
     except OSError:  # the process has ended

@@ -10,7 +10,6 @@ itself does not need.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -29,7 +28,7 @@ BLOCKED = -10_000.0
 class Model:
     """Qwen3 that reads tables."""
 
-    def __init__(self, config: ModelConfig, size: int, parameters: Mapping[str, Any]):
+    def __init__(self, config: ModelConfig, size: int, parameters: dict[str, Any]):
         """Takes the parameters of a model of msllm with `size` streams.
 
         Raises UserError if jax does not run on CPU: the comparison would be unfair.

@@ -8,4 +8,5 @@ The order in which text flows through the modules (docs/data.md):
 - `records`: packed tables to files, and back.
 - `prepare`: all of the above (with `build`, `workers`, `identity`, `report` and `duplicates`).
 - `loader`, `mixture`: prepared data to batches, as a function of the step.
+- `global_batch`: batches to global arrays on the devices of a mesh.
 """

@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +40,7 @@ class Portion(NamedTuple):
 
     number: int  # from 0
     of: int  # number of portions of this input
-    parts: list[Part | None]  # of the input
+    parts: Sequence[Part | None]  # of the input
     split: str = ""  # the split of all its examples; empty: each example's own
     examples: int | None = None  # use only this many examples, the first ones; None: all
     # Hold out the examples from this number on; None: hold out by their ids.
@@ -96,7 +96,7 @@ def divide(config: Config) -> list[Portion]:
     return found
 
 
-def _number(portions: Sequence[list[Part | None]], split: str) -> list[Portion]:
+def _number(portions: Sequence[Sequence[Part | None]], split: str) -> list[Portion]:
     return [Portion(i, len(portions), parts, split) for i, parts in enumerate(portions)]
 
 
@@ -107,7 +107,7 @@ def splits_of(portions: Iterable[Portion]) -> list[str]:
 
 def count(
     config: Config, spec: StreamSpec, tokenizer: Tokenizer, portion: Portion
-) -> Iterator[Status]:
+) -> Generator[Status, None, int]:
     """Counts the examples of a portion, at most `portion.examples`. Yields its status now and then.
 
     Returns the number of examples.

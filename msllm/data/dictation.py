@@ -42,7 +42,8 @@ class Dictation(NamedTuple):
 
 def generate(count: int, seed: int) -> Iterator[Dictation]:
     """Yields `count` different examples, which depend on the seed alone."""
-    rng, seen = random.Random(seed), set()
+    rng = random.Random(seed)
+    seen: set[str] = set()
     while len(seen) < count:
         question = _question(rng)
         if question in seen:
@@ -68,7 +69,9 @@ def work_out(question: Sequence[str]) -> tuple[list[tuple[int, list[str]]], int]
 
     Raises ValueError if the words are no calculation of this kind.
     """
-    thoughts, values, sign = [], [], 0
+    thoughts: list[tuple[int, list[str]]] = []
+    values: list[int] = []  # after each step
+    sign = 0
     for index, word in enumerate(question):
         if word in ADD + SUBTRACT:
             sign = 1 if word in ADD else -1

@@ -43,7 +43,7 @@ def count_duplicates(
     """Counts duplicate examples.
 
     Args:
-      files: the files of `Ids` of each split.
+      files: the files of `Ids` of each of the two splits.
       examples: the number of examples of each split.
 
     Returns:
@@ -55,7 +55,8 @@ def count_duplicates(
         found = {split: _between(paths, first, last) for split, paths in files.items()}
         for split, ids in found.items():
             distinct[split] += len(ids)
-        both += len(np.intersect1d(*found.values(), assume_unique=True))
+        one, other = found.values()
+        both += len(np.intersect1d(one, other, assume_unique=True))
     return {**{split: examples[split] - distinct[split] for split in files}, "train_and_eval": both}
 
 

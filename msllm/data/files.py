@@ -16,13 +16,14 @@ import pathlib
 import re
 import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 from etils import epath
 
 from msllm.errors import UserError
 
 BLOCK_CHARACTERS = 1 << 16  # of plain text read at a time
+_PARTS_WITHOUT_WILDCARDS = re.compile(r"\w+://[^/]*(?:/[^/*?\[]*(?=/|$))*")
 COMPRESSED = re.compile(r"\.(gz|zst)$")
 
 
@@ -52,9 +53,8 @@ def input_files(path: str) -> list[str]:
 
 
 def _remote_files(path: str) -> list[str]:
-    root = re.match(r"\w+://[^/]*(?:/[^/*?\[]*(?=/|$))*", path)[
-        0
-    ]  # without the parts with wildcards
+    fixed = _PARTS_WITHOUT_WILDCARDS.match(path)
+    root = fixed[0] if fixed else path
     pattern = path[len(root) :].lstrip("/")
     with readable(path):
         if pattern:
@@ -135,13 +135,13 @@ def text_blocks(file: str) -> Iterator[str]:
         yield "".join(block)
 
 
-def open_raw(file: str) -> BinaryIO:
+def open_raw(file: str) -> io.BufferedReader:
     """Opens the stored bytes of a file."""
     return epath.Path(file).open("rb") if "://" in file else open(file, "rb")
 
 
 @contextlib.contextmanager
-def open_file(file: str) -> Iterator[BinaryIO]:
+def open_file(file: str) -> Iterator[io.BufferedIOBase]:
     """Opens the decompressed bytes of a file."""
     with open_raw(file) as raw:
         if file.endswith(".gz"):
@@ -178,7 +178,7 @@ def import_optional(module: str, file: str) -> Any:
         ) from error
 
 
-def _decompress_zst(raw: BinaryIO, file: str) -> Iterator[bytes]:
+def _decompress_zst(raw: io.BufferedIOBase, file: str) -> Iterator[bytes]:
     """Yields the decompressed bytes of a .zst file.
 
     The library's own reader is not used: it takes a file that was cut off for a complete one.

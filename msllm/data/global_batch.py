@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,7 +38,7 @@ def to_devices(
         if array.ndim == 3:
             array = np.pad(array, [(0, 0), (0, 0), (0, abstract.shape[2] - array.shape[2])])
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             rows, *rest = index
             begin, end, _ = rows.indices(abstract.shape[0])
             return array[(slice(begin - first_row, end - first_row), *rest)]

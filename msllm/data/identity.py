@@ -20,6 +20,7 @@ from typing import Any
 
 from msllm.config import Config, DataConfig, import_object
 from msllm.data import converters, files
+from msllm.errors import UserError
 from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
 
@@ -83,16 +84,22 @@ def _code_settings(data: DataConfig) -> dict[str, Any]:
         if ":" in path:
             import_object(path, f"config.data.{name}")
             if not _belongs_to_msllm(path):
-                found[f"{name}_code"] = _module_hash(path)
+                found[f"{name}_code"] = _module_hash(path, f"config.data.{name}")
         if path in REVISIONS:
             found[f"{name}_revision"] = REVISIONS[path]
     return found
 
 
-def _module_hash(path: str) -> str:
-    """Returns the sha256 (hex) of the file of the module in `module:function`."""
+def _module_hash(path: str, setting: str) -> str:
+    """Returns the sha256 (hex) of the file of the module in `module:function`. Raises UserError."""
     module = importlib.import_module(path.partition(":")[0])
-    return files.file_hash(module.__file__)
+    file = getattr(module, "__file__", None)
+    if file is None:
+        raise UserError(
+            f"{setting} is {path!r}: the module has no file, whose content prepared data depend"
+            " on; put the function into one"
+        )
+    return files.file_hash(file)
 
 
 def _belongs_to_msllm(path: str) -> bool:

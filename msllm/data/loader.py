@@ -105,8 +105,8 @@ class Loader:
         ]
 
     def sources(self, step: int, rows: range | slice | None = None) -> list[int]:
-        """Returns the number of the source of each table of a mixture's batch."""
-        return [self.plan.place(index)[0] for index in self._indices(step, rows)]
+        """Returns the number of the source of each table of a batch; without a mixture, 0."""
+        return [self._place(index)[0] for index in self._indices(step, rows)]
 
     def iterate(self, steps: Sequence[int], rows: range | slice | None = None) -> Iterator[Batch]:
         """Yields `batch(step, rows)` for each step.
@@ -146,9 +146,13 @@ class Loader:
     def _has_table(self, index: int) -> bool:
         return self._split == "train" or index < self.num_tables
 
+    def _place(self, index: int) -> tuple[int, int]:
+        """Returns (the source of a flat index, the index among the tables of that source)."""
+        return self.plan.place(index) if self.plan else (0, index)
+
     def _read(self, index: int) -> Packed:
-        source, index = self.plan.place(index) if self.plan else (0, index)
-        return self._sources[source].read(index)
+        source, rank = self._place(index)
+        return self._sources[source].read(rank)
 
 
 class _Source:
@@ -170,16 +174,16 @@ class _Source:
         order = grain.MapDataset.range(self.num_tables)
         self._order = order.shuffle(seed=config.seed).repeat() if split == "train" else order
 
-    def read(self, index: int) -> Packed:
-        """Returns the table of rank `index`, over all epochs."""
-        record = self._records[self._order[index]]
+    def read(self, rank: int) -> Packed:
+        """Returns the table that is read after `rank` others, over all epochs."""
+        record = self._records[self._order[rank]]
         return records.decode_record(record, self._streams, self._vocab_size)
 
 
 def _check(config: DataConfig, manifest: Mapping[str, Any], spec: StreamSpec) -> None:
     """Raises UserError if the config is not the one that the data was prepared with."""
-    wanted = {"data.rows": config.rows}
-    stored = {"data.rows": manifest["rows"]}
+    wanted: dict[str, Any] = {"data.rows": config.rows}
+    stored: dict[str, Any] = {"data.rows": manifest["rows"]}
     for field in ("names", "kinds", "delays"):
         wanted[f"streams.{field}"] = tuple(getattr(spec, field))
         stored[f"streams.{field}"] = tuple(manifest["streams"][field])

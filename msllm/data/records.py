@@ -58,7 +58,8 @@ def decode_record(record: bytes, streams: int, vocab_size: int) -> Packed:
     fields = msgpack.unpackb(record)
     segment = np.frombuffer(fields["segment"], np.int32)
     shape = (len(segment), streams)
-    tokens = np.frombuffer(fields["tokens"], token_dtype(vocab_size)).reshape(shape)
+    dtype = token_dtype(vocab_size)
+    tokens: np.ndarray = np.frombuffer(fields["tokens"], dtype).reshape(shape)
     present = (
         np.unpackbits(np.frombuffer(fields["present"], np.uint8), count=tokens.size)
         .view(bool)

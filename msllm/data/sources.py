@@ -17,6 +17,7 @@ after the name); all formats but `array_record` may be remote (`gs://`, through 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -135,7 +136,8 @@ class Record(NamedTuple):
         return text_of(self.value, key, self.where)
 
 
-class Part(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Part:
     """A file, or part `index` of `count` equal parts of it. Each record belongs to one part."""
 
     file: str
@@ -182,7 +184,7 @@ def portions(path: str, format: str = "", other: str = "jsonl") -> list[list[Par
     size = max(PORTION_BYTES, total / MAX_PORTIONS)
     size = total / max(math.ceil(total / size), 1)  # portions of equal size
     found: dict[int, list[Part]] = {}
-    end = 0
+    end = 0.0
     for file, length in sizes.items():
         count = max(round(length / size), 1) if size else 1
         for part in _parts(file, format, other, count):

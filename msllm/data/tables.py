@@ -92,7 +92,7 @@ def unpack(batch: Mapping[str, np.ndarray], examples: Sequence | None = None) ->
     if batch["tokens"].ndim == 2:
         batch = {name: batch[name][None] for name in ("tokens", "present", "segment")}
         examples = None if examples is None else [examples]
-    tables = []
+    tables: list[Table] = []
     for b, segment in enumerate(batch["segment"]):
         names = None if examples is None else examples[b]
         tables += _unpack_one(batch["tokens"][b], batch["present"][b], segment, names)

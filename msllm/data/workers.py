@@ -11,7 +11,7 @@ import os
 import pickle
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run(work: Work, items: Sequence, processes: int) -> Iterator[Event]:
+def run(work: Work, items: Sequence, processes: int) -> Generator[Event]:
     """Runs the generator function `work` on each item and yields events as they happen.
 
     With one process or item, everything happens in this process and in order. Otherwise new
@@ -67,7 +67,8 @@ class _Pool:
             for _ in range(self._processes):
                 self._start()
             while self._busy:
-                for pipe in multiprocessing.connection.wait(list(self._busy)):
+                ready: list[Any] = multiprocessing.connection.wait(list(self._busy))
+                for pipe in ready:
                     yield self._receive(pipe)
         finally:
             for process in self._started:

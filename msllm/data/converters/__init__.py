@@ -75,7 +75,7 @@ def get_converter(name: str, options: Mapping[str, Any]) -> tuple[Converter, dic
             f"config.data.converter is {name!r}: must be one of {', '.join(CONVERTERS)}, or"
             " package.module:function"
         )
-    known = CONVERTERS[name].options
+    known = CONVERTERS[name].options or {}
     for key in options:
         if key not in known:
             names = ", ".join(known) or "none"
@@ -117,7 +117,7 @@ def _check_choice(key: str, value: Any, least: int) -> Any:
     return value
 
 
-def input_parts(config: Config) -> list[Part | None]:
+def input_parts(config: Config) -> Sequence[Part | None]:
     """Returns the parts of the input of `config.data`, in order.
 
     [None] stands for the input of a converter that reads no files.
@@ -128,7 +128,7 @@ def input_parts(config: Config) -> list[Part | None]:
     return sources.parts(config.data.path, config.data.format, converter.reads)
 
 
-def input_portions(config: Config) -> list[list[Part | None]]:
+def input_portions(config: Config) -> Sequence[Sequence[Part | None]]:
     """Returns the same input in portions, each for one process; they depend on the input alone."""
     converter, _ = get_converter(config.data.converter, config.data.options)
     if not converter.reads:
@@ -210,7 +210,7 @@ def data_spec(config: Config, spec: StreamSpec) -> StreamSpec:
 def texts(
     config: Config,
     spec: StreamSpec,
-    portions: Sequence[list[Part | None]] = (),
+    portions: Sequence[Sequence[Part | None]] = (),
     characters: float = math.inf,
 ) -> Iterator[str]:
     """Yields the texts of `config.data`: what its tokenizer is trained on.
@@ -233,7 +233,7 @@ def texts(
 
 
 def _portion_texts(
-    config: Config, spec: StreamSpec, portion: list[Part | None], bad: BadRecords
+    config: Config, spec: StreamSpec, portion: Sequence[Part | None], bad: BadRecords
 ) -> Iterator[str]:
     recorder = Recorder()
     tables = (

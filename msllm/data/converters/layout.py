@@ -127,7 +127,8 @@ class Recorder:
         return texts
 
 
-Convert = Callable[[Layout, Part], Iterator[Table]]
+# From a layout and a part of the input, which is None for a converter that reads no files.
+Convert = Callable[[Layout, Any], Iterator[Table]]
 
 
 def each_record(function: Callable[[Layout, Record], Iterable[Table]]) -> Convert:

@@ -79,7 +79,7 @@ def _utterances(layout: Layout, recording: list[Any], where: str) -> list[_Utter
 
 
 def _time(utterance: dict[str, Any], key: str, where: str) -> float:
-    value = utterance.get(key)
+    value: Any = utterance.get(key)
     if type(value) not in (int, float) or not math.isfinite(value):
         raise BadRecord(f"{where}: {key!r} is {value!r}: must be a time in seconds")
     return value
@@ -107,7 +107,8 @@ def _shorten(rows: list[int], longest: int) -> list[int]:
     """
     if longest <= 0:
         return rows
-    shorter, before = [], -1
+    shorter: list[int] = []
+    before = -1
     for row in rows:
         silent = min(row - before - 1, longest)
         shorter.append((shorter[-1] if shorter else -1) + 1 + silent)

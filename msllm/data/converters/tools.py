@@ -62,7 +62,8 @@ class _Trace:
     """The placements of one record, message after message."""
 
     def __init__(self, layout: Layout, key: str):
-        self.key, self.placements = key, []
+        self.key = key
+        self.placements: list[Placement] = []
         self._layout = layout
         self._calls, self._results = layout.options["calls"], layout.options["results"]
         self._call_after = layout.draw("call_after", key)
@@ -121,7 +122,7 @@ def _calls_of(message: Mapping[str, Any], where: str) -> Iterator[tuple[str, str
     if not isinstance(calls, list):
         raise BadRecord(f"{where}: 'tool_calls' is {calls!r}: must be a list")
     for call in calls:
-        function = call.get("function") if isinstance(call, dict) else None
+        function: Any = call.get("function") if isinstance(call, dict) else None
         name, arguments = text_of(function, "name", where), function.get("arguments", "")
         if not isinstance(arguments, str):
             arguments = json.dumps(arguments, ensure_ascii=False)
