@@ -1,6 +1,12 @@
 """Settings of the documentation: `sphinx-build -W --keep-going docs build/docs`."""
 
+import pathlib
+import shutil
+
 import msllm
+
+# autosummary writes a page per module here and would keep the pages of modules that are gone.
+shutil.rmtree(pathlib.Path(__file__).with_name("api"), ignore_errors=True)
 
 project = "msllm"
 author = "the msllm authors"
