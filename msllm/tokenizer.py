@@ -1,7 +1,8 @@
-"""Text to token ids and back: sentencepiece models (trained here or given) and imported `tokenizers` files.
+"""Text to token ids and back, by sentencepiece models and by files of the `tokenizers` library.
 
-Silence ("this stream says nothing now") is a control symbol: no text encodes to it, and decoding drops it. More of them
-may be reserved for uses of one's own.
+Sentencepiece models may be trained here. Silence ("this stream says nothing now") is a control
+symbol: no text encodes to it, and decoding drops it. A vocabulary may have more control symbols for
+uses of one's own.
 """
 
 from __future__ import annotations
@@ -12,106 +13,107 @@ import io
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 import sentencepiece
 import tokenizers
 
 from msllm.config import TokenizerConfig
 from msllm.errors import UserError
-from msllm.runtime.files import write_atomically
 
 FILE_NAMES = {"sentencepiece": "tokenizer.model", "tokenizers": "tokenizer.json"}
 TRAINING_CHARACTERS = 20_000_000  # for `train`, at most: sentencepiece keeps its corpus in memory
 CACHED_WORDS = 1 << 16
-LINE_CHARACTERS = 1000  # sentencepiece silently skips lines above max_sentence_length bytes, so they are cut before
+# sentencepiece silently skips lines of more than max_sentence_length bytes, so `train` cuts them.
+LINE_CHARACTERS = 1000
 
 
 class Tokenizer:
-    """A vocabulary of V pieces, one of them silence.
+    """A vocabulary of V pieces, one of which is silence.
 
     Attributes:
       kind: "sentencepiece" or "tokenizers".
-      silence: the piece that means silence; `silence_id` is its id.
-      control: ids by piece of all that no text gives, silence among them.
+      silence: the piece that means silence.
+      silence_id: its id.
+      control: the ids, by piece, of all pieces that no text encodes to, silence among them.
       vocab_size: V.
       unknown_id: the id of text that the vocabulary does not cover, or None.
-      hash: sha256 (hex) of the tokenizer file's bytes.
+      hash: the sha256 (hex) of the bytes of the tokenizer file.
     """
 
     def __init__(self, kind: str, data: bytes, silence: str, source: str = "the tokenizer"):
-        """Raises UserError if `data` is no tokenizer, or if `silence` is no control symbol of it."""
+        """Parses a tokenizer file.
+
+        Args:
+          kind: "sentencepiece" or "tokenizers".
+          data: the content of the file.
+          silence: the control symbol that means silence.
+          source: where the file comes from, for messages.
+
+        Raises UserError if `data` is no such file, or if it has no such control symbol.
+        """
         self.kind, self.silence, self._data = kind, silence, data
         self.hash = hashlib.sha256(data).hexdigest()
+        model: _Model
         try:
-            if kind == "sentencepiece":
-                model = sentencepiece.SentencePieceProcessor(model_proto=data)
-                self._pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
-                self._encode, self._decode, self.unknown_id = (
-                    model.encode,
-                    model.decode,
-                    model.unk_id(),
-                )
-                control = {piece for i, piece in enumerate(self._pieces) if model.is_control(i)}
-            else:
-                model = tokenizers.Tokenizer.from_str(data.decode())
-                model.encode_special_tokens = True  # special tokens spelled out in a text stay text
-                ids = range(max(model.get_vocab().values()) + 1)
-                self._pieces = [model.id_to_token(i) or "" for i in ids]
-                self._encode = lambda text: model.encode(text, add_special_tokens=False).ids
-                self._decode = lambda ids: model.decode(ids, skip_special_tokens=False)
-                self.unknown_id = model.token_to_id(getattr(model.model, "unk_token", None) or "")
-                control = {
-                    token.content
-                    for token in model.get_added_tokens_decoder().values()
-                    if token.special
-                }
+            model = _SentencePiece(data) if kind == "sentencepiece" else _Tokenizers(data)
         except Exception as error:  # the libraries raise whatever their parsers raise
             raise UserError(
                 f"{source} is no {kind} file ({error}): give a .model or .json tokenizer"
             ) from error
-        self._encode_word = functools.lru_cache(CACHED_WORDS)(self._encode)
-        self.vocab_size = len(self._pieces)
-        if silence not in control:  # any other piece could come from text
+        # Any other piece could come from text.
+        if silence not in model.control:
             raise UserError(
-                f"{source} has no control (special) symbol {silence!r} for silence: add it, or name an unused one with"
-                f" config.data.tokenizer.silence (it has: {', '.join(sorted(control)) or 'none'})"
+                f"{source} has no control (special) symbol {silence!r} for silence: add it, or name"
+                " an unused one with config.data.tokenizer.silence (it has:"
+                f" {', '.join(sorted(model.control)) or 'none'})"
             )
-        self.control = {piece: self._pieces.index(piece) for piece in sorted(control)}
+        self._pieces, self._encode, self._decode = model.pieces, model.encode, model.decode
+        self._encode_word = functools.lru_cache(CACHED_WORDS)(self._encode)
+        self.unknown_id = model.unknown_id
+        self.vocab_size = len(model.pieces)
+        self.control = {piece: model.pieces.index(piece) for piece in sorted(model.control)}
         self.silence_id = self.control[silence]
 
     @classmethod
-    def load(cls, path: str | pathlib.Path, silence: str = TokenizerConfig.silence) -> Tokenizer:
-        """Reads a sentencepiece `.model` or a tokenizers `.json`. Raises UserError."""
+    def load(cls, path: str | os.PathLike, silence: str = TokenizerConfig.silence) -> Tokenizer:
+        """Reads a sentencepiece `.model` or a `.json` of the `tokenizers` library.
+
+        Raises UserError.
+        """
         path = pathlib.Path(path)
         if not path.is_file():
             raise UserError(
-                f"there is no tokenizer file {path}: correct config.data.tokenizer.path, or leave it empty"
+                f"there is no tokenizer file {path}: correct config.data.tokenizer.path, or leave"
+                " it empty"
             )
         return cls(kind_of_file(path), path.read_bytes(), silence, str(path))
 
     @classmethod
     def from_bytes(cls, kind: str, data: bytes, silence: str) -> Tokenizer:
-        """The tokenizer that `to_bytes()` came from."""
+        """The tokenizer whose file has the content `data`. Raises UserError."""
         return cls(kind, data, silence)
 
     def to_bytes(self) -> bytes:
-        """The tokenizer file."""
+        """The content of the tokenizer file."""
         return self._data
 
     def __reduce__(self):
-        """A tokenizer can be sent to another process."""
+        """Lets a tokenizer be sent to another process."""
         return Tokenizer, (self.kind, self._data, self.silence)
 
-    def save(self, path: str | pathlib.Path) -> None:
-        """Writes the tokenizer file, atomically."""
-        write_atomically(path, self._data)
-
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, never silence. U+2581, sentencepiece's mark for a space, comes back as a space."""
+        """The ids of a text, never silence.
+
+        U+2581, sentencepiece's mark for a space, comes back from `decode` as a space.
+        """
         return self._encode(text)
 
     def encode_word(self, word: str) -> Sequence[int]:
-        """The same for a text that is likely to come again: seven times as fast if it does. Not to be changed."""
+        """The same for a text that is likely to come again. Do not change the result.
+
+        Results are cached, which makes a repeated word seven times as fast.
+        """
         return self._encode_word(word)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -123,21 +125,64 @@ class Tokenizer:
         return self._pieces[token]
 
 
+class _Model(Protocol):
+    """A parsed tokenizer file."""
+
+    pieces: list[str]  # by id
+    control: set[str]  # the pieces that no text encodes to
+    unknown_id: int | None
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class _SentencePiece:
+    def __init__(self, data: bytes):
+        model = sentencepiece.SentencePieceProcessor(model_proto=data)
+        self.pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
+        self.control = {piece for i, piece in enumerate(self.pieces) if model.is_control(i)}
+        self.unknown_id = model.unk_id()
+        self.encode, self.decode = model.encode, model.decode
+
+
+class _Tokenizers:
+    def __init__(self, data: bytes):
+        self._model = model = tokenizers.Tokenizer.from_str(data.decode())
+        model.encode_special_tokens = True  # the spelling of a special token in a text stays text
+        ids = range(max(model.get_vocab().values()) + 1)
+        self.pieces = [model.id_to_token(i) or "" for i in ids]
+        added = model.get_added_tokens_decoder().values()
+        self.control = {token.content for token in added if token.special}
+        self.unknown_id = model.token_to_id(getattr(model.model, "unk_token", None) or "")
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids, skip_special_tokens=False)
+
+
 def kind_of_file(path: str | os.PathLike) -> str:
-    """The kind of a tokenizer file by its name: .json is of the tokenizers library."""
+    """The kind of a tokenizer file, by its name."""
     return "tokenizers" if pathlib.Path(path).suffix == ".json" else "sentencepiece"
 
 
 def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
-    """Trains a sentencepiece model on texts: the same texts and settings give the same bytes.
+    """Trains a sentencepiece model. The same texts and settings give the same bytes.
 
-    Text is kept as it is: no normalization, every space and newline a token or part of one. `word` is the exception:
-    it splits at spaces, which are not kept. `unigram` and `bpe` cover any text (bytes as a last resort). A small
-    corpus may give fewer than `config.vocab_size` pieces. Raises UserError if the corpus is empty.
+    Text is kept as it is: it is not normalized, and every space and newline is a token or part of
+    one. The model type `word` is the exception: it splits text at spaces and drops them. `unigram`
+    and `bpe` cover any text, with bytes as a last resort.
+
+    Args:
+      texts: the corpus.
+      config: the model type and the size of the vocabulary. A small corpus may give fewer pieces.
+
+    Raises UserError if the corpus is empty or does not suit the size.
     """
     whole_words = config.model_type == "word"
     covers_bytes = config.model_type in ("unigram", "bpe")
-    # A list, because sentencepiece would hide the errors of an iterator; its length is bounded.
+    # A list, because sentencepiece would hide the errors of an iterator. Its length is bounded.
     lines = list(_training_lines(texts, (config.silence, *config.reserved)))
     if not lines:
         raise UserError(
@@ -157,7 +202,8 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
             split_digits=covers_bytes,
             normalization_rule_name="identity",
             remove_extra_whitespaces=whole_words,
-            add_dummy_prefix=whole_words,  # so that a word is the same piece at the start of a text
+            # With this a word is the same piece at the start of a text as elsewhere.
+            add_dummy_prefix=whole_words,
             allow_whitespace_only_pieces=not whole_words,
             control_symbols=[config.silence, *config.reserved],
             user_defined_symbols=[] if whole_words else ["\n"],
@@ -178,9 +224,8 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 def _training_lines(texts: Iterable[str], control: Sequence[str]) -> Iterator[str]:
     for text in texts:
         for piece in control:
-            text = text.replace(
-                piece, "\n".join(piece)
-            )  # else the trainer would not see these characters
+            # The trainer does not see the characters of a control symbol; apart it sees them.
+            text = text.replace(piece, "\n".join(piece))
         for line in text.split("\n"):
             for start in range(0, len(line), LINE_CHARACTERS):
                 yield line[start : start + LINE_CHARACTERS]

@@ -1,8 +1,8 @@
-"""Tiny models of the `transformers` library, one for each family and rotary variant, with their logits.
+"""Tiny models of the `transformers` library, one for each family and rotary variant.
 
-`python tests/hf_models.py` records them in tests/hf (torch and transformers are needed for that, not for the tests that
-read them): a folder as the library writes it, bfloat16, and logits.npz with tokens [T] int32 and the logits [T, V]
-float32 that the library computes in float32.
+`python tests/hf_models.py` records them in tests/hf: a folder as the library writes it, bfloat16,
+and logits.npz with tokens [T] int32 and the logits [T, V] float32 that the library computes in
+float32. Recording needs torch and transformers; the tests that read the folders do not.
 """
 
 from __future__ import annotations

@@ -60,9 +60,8 @@ def config(tmp_path, small_portions, monkeypatch):
     (tmp_path / "own_words.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "own_words", raising=False)  # another test's
-    train([text for record in RECORDS for text in record.values()], WORDS).save(
-        tmp_path / "t.model"
-    )
+    tokenizer = train([text for record in RECORDS for text in record.values()], WORDS)
+    (tmp_path / "t.model").write_bytes(tokenizer.to_bytes())
     return with_own_converter(tmp_path)
 
 

@@ -23,7 +23,7 @@ from msllm.data.loader import Loader
 from msllm.data.prepare import prepare
 from msllm.data.tables import unpack
 from msllm.errors import UserError
-from msllm.evals.exact_match import open_data
+from msllm.evals.held_out import open_split
 from msllm.evals.score import score
 from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
@@ -54,7 +54,7 @@ def tokenizer_file(pieces=30, special=("<eos>", "<unused>")) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path):
-    """folder(name="qwen3", pieces=None): a copy of a recorded model with a tokenizer of so many pieces (None: all)."""
+    """folder(name, pieces): a copy of a recorded model with a tokenizer of so many pieces."""
 
     def make(name="qwen3", pieces=hf_models.VOCABULARY):
         path = tmp_path / name
@@ -81,7 +81,7 @@ def assert_same_tensors(ours, theirs):
 
 
 def logits_of(model, tokens):
-    return np.concatenate([part["logits"] for part in score(model, {"tokens": tokens})])
+    return score(model, {"tokens": tokens}).logits
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -96,12 +96,13 @@ def test_grown_streams_compute_what_the_base_did(name, folder, tmp_path):
     tokens[0, :, 2] = recorded["tokens"]
     ours = logits_of(model, tokens)[0, :, 2]
     np.testing.assert_allclose(ours[:, :-1], recorded["logits"], rtol=0, atol=1e-4)
-    # Silence, the new token, is as likely as the others are on average, so nothing is spoken or silent by force.
+    # Silence, the new token, is as likely as the others on average: no cell is forced to speak.
     np.testing.assert_allclose(ours[:, -1], recorded["logits"].mean(1), rtol=0, atol=1e-4)
 
     if name != "qwen3":
         return
-    # The other streams are heard as soon as the rule says so, unless they are silent and silence is not seen.
+    # Other streams are seen once the visibility says so, unless they are silent and silence is
+    # hidden.
     open_rule = model.with_visibility("block_causal")
     assert np.abs(logits_of(open_rule, tokens)[0, :, 2, :-1] - recorded["logits"]).max() > 1e-2
     tokens[..., :2] = model.tokenizer.silence_id
@@ -166,7 +167,7 @@ def test_checkpoints_of_the_reference_import_as_they_are(name, tmp_path):
     theirs = {name: x for name, x in tensors_of(source).items() if "gate_in_norm" not in name}
     assert_same_tensors(tensors_of(tmp_path / "back"), theirs)
     with pytest.raises(UserError, match="out has no tokenizer"):
-        open_data(ours)
+        open_split(ours)
 
 
 def test_a_stream_vector_is_kept_when_streams_are_added(tmp_path):
@@ -376,7 +377,7 @@ def test_a_run_starts_from_an_import(imported, tmp_path):
 
 @pytest.mark.parametrize("size", ["2", "3"])
 def test_streams_start_where_one_stream_would_go_on(size, folder, tmp_path, monkeypatch):
-    """configs/smollm2_streams.py: an untrained model works a question out as the imported one does, which reads both."""
+    """configs/smollm2_streams.py: before training, the streams work as the imported model does."""
     path = golden_cases.HERE.parent / "configs/smollm2_streams.py"
     (tmp_path / "data/gsm8k").mkdir(parents=True)
     solved = {"question": "take 4 add 3 no wait", "answer": "The total is 6.\n#### 6"}
@@ -404,7 +405,7 @@ def test_streams_start_where_one_stream_would_go_on(size, folder, tmp_path, monk
     parameters = initial_parameters(config.init_from, make_program(config), loader.tokenizer)
     model = LoadedModel(config.model, streams, parameters, loader.tokenizer)
     tables = {"tokens": table.tokens[None], "present": table.present[None]}
-    logits = next(score(model, tables))["logits"][0, begin : end + 1, working]
+    logits = score(model, tables).logits[0, begin : end + 1, working]
 
     text = np.concatenate([table.tokens[said(s), s] for s in (0, working)])
     base = load("models/smollm2")  # isolated: every stream is the imported model

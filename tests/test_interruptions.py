@@ -1,4 +1,4 @@
-"""Corrections midway: what counts as followed, ignored and noticed, and that sessions hear what the examples say."""
+"""Corrections midway: what counts as followed, ignored and noticed, and what sessions are fed."""
 
 import dataclasses
 
@@ -6,18 +6,13 @@ import numpy as np
 import pytest
 
 from msllm.data.dictation import REACTION
-from msllm.data.tables import unpack
 from msllm.errors import UserError
-from msllm.evals.exact_match import open_data, streams_case
-from msllm.evals.interruptions import Verdict, _corrected, _given, _live, interruptions, judge
+from msllm.evals.exact_match import streams_case
+from msllm.evals.held_out import examples, open_split
+from msllm.evals.interruptions import Verdict, _corrected, _given, _live, evaluate, judge
 from msllm.tokenizer import Tokenizer
 
 USER, THOUGHT, OUTPUT = range(3)
-
-
-@pytest.fixture
-def model(loaded):
-    return loaded
 
 
 def table(tokenizer: Tokenizer, **columns) -> np.ndarray:
@@ -30,14 +25,14 @@ def table(tokenizer: Tokenizer, **columns) -> np.ndarray:
     return tokens
 
 
-def test_an_output_follows_or_ignores_a_correction_and_a_thought_notices_it(loaded, model):
+def test_an_output_follows_or_ignores_a_correction_and_a_thought_notices_it(loaded):
     case = next(_corrected(loaded, "", 1))
     user = {0: "take 3 add 1 no wait add 2 ?"}
     encode = loaded.tokenizer.encode
     case = case._replace(answer=[encode("that makes 5 .")])
 
     def look(**columns):
-        return judge(table(loaded.tokenizer, user=user, **columns), case, model)
+        return judge(table(loaded.tokenizer, user=user, **columns), case, loaded)
 
     thought = {0: "undo", 8: "undo =3"}  # before the user's "wait" it is no reaction to it
     assert look(thought=thought, output={11: "that makes 5 ."}) == Verdict(True, False, 3)
@@ -45,28 +40,23 @@ def test_an_output_follows_or_ignores_a_correction_and_a_thought_notices_it(load
     assert look(output={11: "that makes 5 . ."}) == Verdict(False, False, None)
 
 
-def test_the_examples_follow_their_own_corrections(loaded, model):
-    loader, wait = open_data(loaded), loaded.tokenizer.encode("wait")[0]
-    tables = [
-        t
-        for step in range(loader.num_batches)
-        for t in unpack(loader.batch(step))
-        if (t.tokens == wait).any()
-    ]
-    verdicts = [judge(t.tokens, streams_case(t, loaded), model) for t in tables]
+def test_the_examples_follow_their_own_corrections(loaded):
+    wait = loaded.tokenizer.encode("wait")[0]
+    tables = [t for t in examples(open_split(loaded)) if (t.tokens == wait).any()]
+    verdicts = [judge(t.tokens, streams_case(t, loaded), loaded) for t in tables]
     assert len(verdicts) >= 3 and {(v.followed, v.ignored, v.rows_to_notice) for v in verdicts} == {
         (True, False, REACTION)
     }
     assert len(list(_corrected(loaded, "", 500))) == len(tables)
 
 
-def test_sessions_hear_every_word_in_its_order(loaded, model):
+def test_sessions_hear_every_word_in_its_order(loaded):
     cases = list(_corrected(loaded, "", 3))
 
     def said(column):
         return column[column != loaded.tokenizer.silence_id].tolist()
 
-    for case, given, live in zip(cases, _given(model, cases, 40), _live(model, cases, 40)):
+    for case, given, live in zip(cases, _given(loaded, cases, 40), _live(loaded, cases, 40)):
         assert (given[: len(case.prompt), USER] == case.prompt[:, USER]).all()
         assert said(live[:, USER]) == said(case.prompt[:, USER])
         late = np.flatnonzero(live[:, USER] == said(case.prompt[:, USER])[-1])[-1] - case.end
@@ -74,12 +64,10 @@ def test_sessions_hear_every_word_in_its_order(loaded, model):
 
 
 def test_figures_and_data_of_another_kind(loaded):
-    found = interruptions(loaded, examples=2)
-    assert set(found) == {"table", "live"} and all(
-        figures["cases"] == 2 for figures in found.values()
-    )
+    found = evaluate(loaded, examples=2)
+    assert found.table.cases == found.live.cases == 2
     other = dataclasses.replace(
         loaded.run_config, data=dataclasses.replace(loaded.run_config.data, converter="chat")
     )
     with pytest.raises(UserError, match="converter is 'chat': must be 'dictation'"):
-        interruptions(dataclasses.replace(loaded, run_config=other))
+        evaluate(dataclasses.replace(loaded, run_config=other))

@@ -1,4 +1,4 @@
-"""Likelihoods of prepared data: that they are probabilities, what they sum over, and what the intervals say."""
+"""Likelihoods of prepared data: probabilities, what they are summed over, and intervals."""
 
 import dataclasses
 import itertools
@@ -15,7 +15,15 @@ from msllm.data.loader import Loader
 from msllm.data.prepare import prepare
 from msllm.data.tables import Table, shift, unpack
 from msllm.errors import UserError
-from msllm.evals.likelihood import Units, _nll, best, describe, difference, measure, report
+from msllm.evals.likelihood import (
+    Likelihoods,
+    _nll,
+    best_checkpoint,
+    describe,
+    difference,
+    evaluate,
+    report,
+)
 from msllm.evals.score import score
 from msllm.streams import StreamSpec, lag_matrix
 from msllm.training import train
@@ -25,7 +33,7 @@ SILENCE = 0
 
 @pytest.mark.parametrize("delays", [(0, 0, 0), (0, 1, 2)])
 def test_the_probabilities_of_all_tables_sum_to_one(make_model, delays):
-    """Every table of two frames of three voices, silence among the pitches, after a silent row that is given."""
+    """All tables of two frames of three voices, after a given silent row; silence is a pitch."""
     pitches, frames = 3, 2
     model = make_model(streams=3, lag=lag_matrix("same_row", 3), vocab_size=pitches)
     tables = []
@@ -50,32 +58,32 @@ def test_the_probabilities_of_all_tables_sum_to_one(make_model, delays):
 def test_sums_are_those_of_score(loaded):
     loader = Loader(loaded.run_config.data, "eval", loaded.streams)
     examples = [t for step in range(loader.num_batches) for t in unpack(loader.batch(step))]
-    units = measure(loaded)
+    units = evaluate(loaded)
     assert len(units.nll) == len(examples)
     for i in (0, 1, len(examples) - 1):
         table = examples[i]
-        (found,) = score(loaded, {"tokens": table.tokens[None], "present": table.present[None]})
-        logprob = np.where(np.isnan(found["logprob"][0]), 0, found["logprob"][0])
+        found = score(loaded, {"tokens": table.tokens[None], "present": table.present[None]})
+        logprob = np.where(np.isnan(found.logprob[0]), 0, found.logprob[0])
         np.testing.assert_allclose(units.nll[i], -logprob.sum(0), rtol=1e-4)
         assert units.targets[i].tolist() == [len(table.tokens) - 1] * 3
         spoken = table.tokens[1:] != loaded.tokenizer.silence_id
         assert units.targets_spoken[i].tolist() == spoken.sum(0).tolist()
         np.testing.assert_allclose(units.nll_spoken[i], -(logprob[:-1] * spoken).sum(0), rtol=1e-4)
-        logits = found["logits"][0, :-1].astype(np.float64)
+        logits = found.logits[0, :-1].astype(np.float64)
         logits[..., loaded.tokenizer.silence_id] = -np.inf
         chosen = np.take_along_axis(logits, table.tokens[1:, :, None], -1)[..., 0]
         words = np.log(np.exp(logits).sum(-1)) - np.where(spoken, chosen, 0)
         np.testing.assert_allclose(units.nll_words[i], (words * spoken).sum(0), rtol=1e-4)
 
-    blocks = measure(loaded, block=4)
+    blocks = evaluate(loaded, block=4)
     assert len(blocks.nll) > len(units.nll)
     for whole, parts in zip(units, blocks):
         np.testing.assert_allclose(whole.sum(0), parts.sum(0), rtol=1e-6)
-    isolated = measure(loaded, visibility="isolated")
+    isolated = evaluate(loaded.with_visibility("isolated"))
     assert (
         np.abs(isolated.nll - units.nll).max() > 1e-3 and (isolated.targets == units.targets).all()
     )
-    assert np.abs(measure(loaded, skip_silence=True).nll - units.nll).max() > 1e-3
+    assert np.abs(evaluate(loaded.with_streams(skip_silence=True)).nll - units.nll).max() > 1e-3
 
 
 def test_data_may_have_other_rows_and_delays_than_the_checkpoint(loaded, tmp_path):
@@ -84,7 +92,7 @@ def test_data_may_have_other_rows_and_delays_than_the_checkpoint(loaded, tmp_pat
     prepare(
         dictation(**tokenizer, **{"data.rows": 48, "streams.delays": (0, 0, 1)}), tmp_path / "other"
     )
-    units = measure(loaded, str(tmp_path / "other"))
+    units = evaluate(loaded, str(tmp_path / "other"))
     streams = dataclasses.replace(loaded.streams, delays=(0, 0, 1))
     config = dataclasses.replace(loaded.run_config.data, dir=str(tmp_path / "other"), rows=48)
     (batch,) = Loader(config, "eval", streams).iterate([0])
@@ -100,17 +108,17 @@ def test_data_may_have_other_rows_and_delays_than_the_checkpoint(loaded, tmp_pat
             "data.converter": "dictation_single",
         }
         prepare(dictation(**tokenizer, **streams), tmp_path / "single")
-        measure(loaded, str(tmp_path / "single"))
+        evaluate(loaded, str(tmp_path / "single"))
     imported = dataclasses.replace(loaded.run_config, data=DataConfig())
     with pytest.raises(UserError, match="no data of its own: .*--data=DIR"):
-        measure(dataclasses.replace(loaded, run_config=imported))
+        evaluate(dataclasses.replace(loaded, run_config=imported))
 
 
 def test_intervals_and_differences():
     rng = np.random.default_rng(0)
     targets = rng.integers(1, 50, (400, 2)).astype(float)
     nll = targets * rng.normal((1.0, 3.0), 0.5, (400, 2))
-    units = Units(nll, targets, targets, nll, nll)
+    units = Likelihoods(nll, targets, targets, nll, nll)
     result = report(units, ("a", "b"))
     for s, name in enumerate("ab"):
         mean = nll[:, s].sum() / targets[:, s].sum()
@@ -130,7 +138,7 @@ def test_intervals_and_differences():
     found = report(difference(units, worse), ("a", "b"))["all"]
     assert found["low"] == pytest.approx(0.01) and found["high"] == pytest.approx(0.01)
     with pytest.raises(UserError, match="predict different cells"):
-        difference(units, Units(*(x[:5] for x in units)))
+        difference(units, Likelihoods(*(x[:5] for x in units)))
 
 
 def test_the_best_checkpoint_and_the_command(tmp_path, data_dir):
@@ -146,7 +154,7 @@ def test_the_best_checkpoint_and_the_command(tmp_path, data_dir):
     train(config, tmp_path / "run")
     lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
     losses = {line["step"]: line["eval/loss"] for line in lines if "eval/loss" in line}
-    assert best(str(tmp_path / "run")).endswith(f"/{min(losses, key=losses.get)}")
+    assert best_checkpoint(str(tmp_path / "run")).endswith(f"/{min(losses, key=losses.get)}")
     out = tmp_path / "out.json"
     command = [
         "-m",
@@ -176,4 +184,4 @@ def test_the_best_checkpoint_and_the_command(tmp_path, data_dir):
     assert mean == pytest.approx(min(losses.values()), rel=1e-4)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no checkpoint of a step that was evaluated"):
-        best(str(tmp_path / "empty"))
+        best_checkpoint(str(tmp_path / "empty"))

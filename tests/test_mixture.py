@@ -320,4 +320,4 @@ def test_evaluate_wants_one_source(uninterrupted, directories):
         UserError, match="trained on a mixture of .*first, .*second: choose one, --data=DIR"
     ):
         evaluate(load(uninterrupted))
-    assert evaluate(load(uninterrupted), str(directories / "second"), 2)["examples"] == 2
+    assert evaluate(load(uninterrupted), str(directories / "second"), 2).examples == 2

@@ -9,18 +9,13 @@ import pytest
 
 from msllm.errors import UserError
 from msllm.evals import score as score_module
-from msllm.evals.score import check_tables, score
+from msllm.evals.score import check_tables, score, score_batches
 from msllm.weights.load import load
 
 
 def run(*arguments):
     command = [sys.executable, "-m", "msllm", "score", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=golden_cases.HERE.parent)
-
-
-def scored(model, tables, **options):
-    parts = list(score(model, tables, **options))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def test_command_line(tmp_path):
@@ -53,29 +48,29 @@ def test_packed_examples_score_like_single_ones(make_model):
     first, second = rng.integers(0, 32, (4, 3)), rng.integers(0, 32, (5, 3))
     packed = np.concatenate([first, second, np.zeros((2, 3), int)])[None]
     segment = np.array([[7] * 4 + [2] * 5 + [0] * 2])
-    ours = scored(model, {"tokens": packed, "segment": segment})
+    ours = score(model, {"tokens": packed, "segment": segment})
     for part, rows in ((first, slice(0, 4)), (second, slice(4, 9))):
-        alone = scored(model, {"tokens": part[None]})
-        np.testing.assert_allclose(ours["logits"][0, rows], alone["logits"][0], rtol=0, atol=1e-5)
-        np.testing.assert_allclose(ours["logprob"][0, rows], alone["logprob"][0], rtol=0, atol=1e-5)
-    assert np.isnan(ours["logprob"][0, [3, 8, 9, 10]]).all()
+        alone = score(model, {"tokens": part[None]})
+        np.testing.assert_allclose(ours.logits[0, rows], alone.logits[0], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(ours.logprob[0, rows], alone.logprob[0], rtol=0, atol=1e-5)
+    assert np.isnan(ours.logprob[0, [3, 8, 9, 10]]).all()
 
 
 def test_a_few_tables_at_a_time(make_model, monkeypatch):
     model, tokens = make_model(3), np.random.default_rng(0).integers(0, 32, (5, 4, 3))
-    whole = scored(model, {"tokens": tokens})
+    whole = score(model, {"tokens": tokens})
     monkeypatch.setattr(score_module, "LOGITS_AT_ONCE", 2 * 4 * 3 * 32)
-    parts = list(score(model, {"tokens": tokens}))
-    assert [len(part["logits"]) for part in parts] == [2, 2, 1]
+    parts = list(score_batches(model, {"tokens": tokens}))
+    assert [len(part.logits) for part in parts] == [2, 2, 1]
     np.testing.assert_allclose(
-        np.concatenate([part["logits"] for part in parts]), whole["logits"], rtol=0, atol=1e-5
+        score(model, {"tokens": tokens}).logits, whole.logits, rtol=0, atol=1e-5
     )
 
 
 def test_visibility_is_used(make_model):
     model, tokens = make_model(3), np.random.default_rng(0).integers(0, 32, (1, 4, 3))
-    logits = scored(model, {"tokens": tokens})["logits"]
-    other = scored(model.with_visibility("same_row"), {"tokens": tokens})["logits"]
+    logits = score(model, {"tokens": tokens}).logits
+    other = score(model.with_visibility("same_row"), {"tokens": tokens}).logits
     assert np.abs(logits - other).max() > 1e-3
 
 
@@ -108,7 +103,7 @@ def test_absent_cells_may_hold_anything(make_model):
     tokens[:, :2] = 5
     present = tokens >= 0
     assert np.isfinite(
-        scored(make_model(3), {"tokens": tokens, "present": present})["logits"][present]
+        score(make_model(3), {"tokens": tokens, "present": present}).logits[present]
     ).all()
 
 

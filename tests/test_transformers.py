@@ -1,4 +1,4 @@
-"""Against the `transformers` library itself, where it and torch are installed: its folders here, ours there.
+"""The `transformers` library itself, where it and torch are installed, in both directions.
 
 CI has neither; the same models are recorded in tests/hf (tests/hf_models.py).
 """
@@ -33,7 +33,7 @@ def test_logits_of_both(variant, tmp_path):
     model = load(tmp_path / "ours")
     tokens = np.random.default_rng(1).integers(0, hf_models.VOCABULARY, (1, hf_models.ROWS, 2))
     tokens[0, :, 1] = recorded["tokens"]
-    logits = next(score(model, {"tokens": tokens}))["logits"][0, :, 1, : hf_models.VOCABULARY]
+    logits = score(model, {"tokens": tokens}).logits[0, :, 1, : hf_models.VOCABULARY]
     np.testing.assert_allclose(logits, recorded["logits"], rtol=0, atol=1e-4)
 
     from_hf(tmp_path / "theirs", tmp_path / "one")
@@ -60,7 +60,7 @@ def test_a_model_of_ours_opens_there(family, make_model, tmp_path):
     }
     hf.write_folder(tmp_path / "out", model.config, 1, model.parameters, files=files)
     tokens = np.random.default_rng(0).integers(0, 32, 20).astype(np.int32)
-    ours = next(score(model, {"tokens": tokens[None, :, None]}))["logits"][0, :, 0]
+    ours = score(model, {"tokens": tokens[None, :, None]}).logits[0, :, 0]
     np.testing.assert_allclose(hf_models.logits(tmp_path / "out", tokens), ours, rtol=0, atol=1e-4)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = f"{TEXTS[0]}<silence>{TEXTS[1]}"
@@ -72,7 +72,10 @@ def test_a_model_of_ours_opens_there(family, make_model, tmp_path):
 
 
 def byte_level() -> bytes:
-    """A byte-level BPE file with silence. It cuts text as Qwen does: the library does so whatever a qwen2 folder says."""
+    """A byte-level BPE file with silence.
+
+    It splits text as Qwen does: `transformers` does so whatever the file in a qwen2 folder says.
+    """
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(PATTERNS["qwen2"]), "isolated")
     plain = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

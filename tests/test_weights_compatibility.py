@@ -9,7 +9,7 @@ import pytest
 from runs import metrics
 
 from msllm.config import from_config_dict
-from msllm.evals.likelihood import measure
+from msllm.evals import likelihood
 from msllm.evals.score import score
 from msllm.training import train
 from msllm.weights.convert import from_hf, to_hf
@@ -43,12 +43,12 @@ def test_scores_are_the_same(name):
         {"run": 20, "export": None, "import": 0}[name],
         ("user", "thought", "output"),
     )
-    (found,) = score(model, {"tokens": recorded["tokens"]})
-    np.testing.assert_allclose(found["logprob"], recorded["logprob"], rtol=0, atol=1e-5)
+    found = score(model, {"tokens": recorded["tokens"]})
+    np.testing.assert_allclose(found.logprob, recorded["logprob"], rtol=0, atol=1e-5)
 
 
 def test_the_evaluation_is_the_same():
-    units = measure(load(BEFORE / "run"), data=str(BEFORE / "data"))
+    units = likelihood.evaluate(load(BEFORE / "run"), data=str(BEFORE / "data"))
     assert units.targets.sum(0).tolist() == EXPECTED["targets"]
     np.testing.assert_allclose(units.nll.sum(0), EXPECTED["nll"], rtol=1e-5)
 

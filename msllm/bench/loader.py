@@ -106,7 +106,7 @@ def _write_prepared(
     (directory / build.WORK).mkdir(parents=True)
     words = " ".join(f"w{i}" for i in range(4000))
     tokenizer = train([words], TokenizerConfig(model_type="word", vocab_size=4096))
-    tokenizer.save(directory / FILE_NAMES[tokenizer.kind])
+    (directory / FILE_NAMES[tokenizer.kind]).write_bytes(tokenizer.to_bytes())
     portion = build.Portion(0, 1, [None])
     writer = build.ShardWriter(directory, "train", portion, SHARDS, spec.size, tokenizer)
     for table in _random_tables(case, tokenizer, np.random.default_rng(seed)):

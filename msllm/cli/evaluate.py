@@ -8,6 +8,7 @@ exactly what it says in the example, silence left out.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 
 from msllm.cli.base import Parser, output_file, whole
@@ -57,4 +58,4 @@ def run(flags: argparse.Namespace) -> None:
     result = evaluate(loaded, flags.data, flags.examples, flags.after)
     print(f"step {loaded.step}: {describe(result)}")
     if flags.json:
-        write_atomically(flags.json, json.dumps(result) + "\n")
+        write_atomically(flags.json, json.dumps(dataclasses.asdict(result)) + "\n")

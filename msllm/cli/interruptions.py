@@ -9,6 +9,7 @@ the user's "wait".
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 
 from msllm.cli.base import Parser, output_file, whole
@@ -44,12 +45,12 @@ def define_flags(parser: Parser) -> None:
 
 def run(flags: argparse.Namespace) -> None:
     """Measures and prints the figures."""
-    from msllm.evals.interruptions import describe, interruptions
+    from msllm.evals.interruptions import describe, evaluate
     from msllm.runtime.files import write_atomically
     from msllm.weights.load import load
 
     loaded = load(flags.checkpoint)
-    result = interruptions(loaded, flags.data, flags.examples)
+    result = evaluate(loaded, flags.data, flags.examples)
     print(f"step {loaded.step}: {describe(result)}")
     if flags.json:
-        write_atomically(flags.json, json.dumps(result) + "\n")
+        write_atomically(flags.json, json.dumps(dataclasses.asdict(result)) + "\n")

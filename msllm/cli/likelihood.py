@@ -82,18 +82,23 @@ def run(flags: argparse.Namespace) -> None:
     from msllm.weights.load import LoadedModel, load
 
     def load_checkpoint(path: str) -> LoadedModel:
-        return load(likelihood.best(path) if flags.best else path)
+        model = load(likelihood.best_checkpoint(path) if flags.best else path)
+        if flags.visibility:
+            model = model.with_visibility(flags.visibility)
+        if flags.skip_silence is not None:
+            model = model.with_streams(skip_silence=flags.skip_silence)
+        return model
 
-    options = (flags.split, flags.visibility, flags.block, flags.skip_silence)
-    loaded = load_checkpoint(flags.checkpoint)
-    names = loaded.streams.names
-    units = likelihood.measure(loaded, flags.data, *options)
-    result = {"step": loaded.step, "nll": likelihood.report(units, names, flags.resamples)}
-    print(f"step {loaded.step} of {flags.checkpoint}\n{likelihood.describe(result['nll'])}")
+    model = load_checkpoint(flags.checkpoint)
+    names = model.streams.names
+    units = likelihood.evaluate(model, flags.data, flags.split, flags.block)
+    result = {"step": model.step, "nll": likelihood.report(units, names, flags.resamples)}
+    print(f"step {model.step} of {flags.checkpoint}\n{likelihood.describe(result['nll'])}")
     if flags.against:
         other = load_checkpoint(flags.against)
-        data = flags.data or loaded.run_config.data.dir
-        difference = likelihood.difference(units, likelihood.measure(other, data, *options))
+        data = flags.data or model.run_config.data.dir
+        other_units = likelihood.evaluate(other, data, flags.split, flags.block)
+        difference = likelihood.difference(units, other_units)
         worse = likelihood.report(difference, names, flags.resamples)
         result["against"] = {"step": other.step, "worse": worse}
         print(f"step {other.step} of {flags.against} is worse by\n{likelihood.describe(worse)}")

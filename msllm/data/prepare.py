@@ -131,8 +131,8 @@ def _get_tokenizer(
         texts = converters.texts(config, spec, inputs, tokenizer_lib.TRAINING_CHARACTERS)
         with Progress("prepare: tokenizer") as progress:
             tokenizer = tokenizer_lib.train(_show_progress(texts, progress), settings)
-        tokenizer.save(trained)
-    tokenizer.save(out / tokenizer_lib.FILE_NAMES[tokenizer.kind])
+        write_atomically(trained, tokenizer.to_bytes())
+    write_atomically(out / tokenizer_lib.FILE_NAMES[tokenizer.kind], tokenizer.to_bytes())
     return tokenizer
 
 

@@ -1,16 +1,12 @@
-"""Scores given tables with a model.
-
-Tables are tokens [B, T, S] and, unless every cell exists, present [B, T, S] bool; segment [B, T] if examples are
-packed (0: an empty row). Scores are logits [B, T, S, V] float32, which predict the cell (t + 1, s), and logprob
-[B, T, S] float32, the log-probability of that cell's token (nan where it does not exist).
-"""
+"""Scores tables: the logits of a model, and the log-probability of every cell."""
 
 from __future__ import annotations
 
 import functools
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,32 +21,58 @@ from msllm.weights.load import LoadedModel
 LOGITS_AT_ONCE = 1 << 26  # numbers: 256 MiB of float32
 
 
+class Scores(NamedTuple):
+    """What a model says to tables.
+
+    Attributes:
+      logits: [B, T, S, V] float32; those at (t, s) predict the cell (t + 1, s).
+      logprob: [B, T, S] float32, the log-probability of the cell (t + 1, s), nats; nan if it does
+        not exist.
+    """
+
+    logits: np.ndarray
+    logprob: np.ndarray
+
+
 def score(
-    loaded: LoadedModel, tables: dict[str, np.ndarray], silence_id: int | None = None
-) -> Iterator[dict]:
-    """Yields, for a few tables at a time, logits [b, T, S, V] and logprob [b, T, S] (see the module's docstring).
+    model: LoadedModel, tables: Mapping[str, np.ndarray], silence_id: int | None = None
+) -> Scores:
+    """Scores tables.
 
     Args:
-      tables: tokens, and optionally present and segment. Raises UserError if they are no tables.
-      silence_id: needed if silence is not seen as a key and the model came without a tokenizer.
+      model: the model.
+      tables: tokens [B, T, S]; optionally present [B, T, S] bool (default: every cell exists) and
+        segment [B, T] (the packed example of each row; 0: an empty row).
+      silence_id: the silence token. Needed if silence is hidden and the model has no tokenizer.
+
+    Raises UserError if the tables are not of that form, or if silence_id is needed.
     """
-    silence_id = silence_of(loaded, silence_id)
-    tables = check_tables(tables, loaded.streams.size, loaded.config.vocab_size)
-    count, rows, streams = tables["tokens"].shape
-    at_once = min(count, max(1, LOGITS_AT_ONCE // (rows * streams * loaded.config.vocab_size)))
-    for start in range(0, count, at_once):
-        part = {name: x[start : start + at_once] for name, x in tables.items()}
-        size = len(part["tokens"])
-        # A last, smaller part is filled up: it would be compiled once more otherwise.
-        part = {
-            name: np.concatenate([x, x[:1].repeat(at_once - size, 0)]) for name, x in part.items()
-        }
-        logits, logprob = _score(loaded.graph, silence_id, loaded.parameters, part)
-        yield {"logits": np.asarray(logits)[:size], "logprob": np.asarray(logprob)[:size]}
+    parts = list(score_batches(model, tables, silence_id))
+    return Scores(*(np.concatenate(arrays) for arrays in zip(*parts)))
+
+
+def score_batches(
+    model: LoadedModel, tables: Mapping[str, np.ndarray], silence_id: int | None = None
+) -> Iterator[Scores]:
+    """Scores a few tables at a time, where the logits of all would take too much memory.
+
+    Arguments and errors are those of `score`.
+    """
+    silence_id = silence_of(model, silence_id)
+    checked = check_tables(tables, model.streams.size, model.config.vocab_size)
+    count, rows, streams = checked["tokens"].shape
+    size = min(count, max(1, LOGITS_AT_ONCE // (rows * streams * model.config.vocab_size)))
+    for start in range(0, count, size):
+        part = {name: x[start : start + size] for name, x in checked.items()}
+        missing = size - len(part["tokens"])
+        # The last batch is filled up: another shape would be compiled once more.
+        part = {name: np.concatenate([x, x[:1].repeat(missing, 0)]) for name, x in part.items()}
+        logits, logprob = _score(model.graph, silence_id, model.parameters, part)
+        yield Scores(np.asarray(logits)[: size - missing], np.asarray(logprob)[: size - missing])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _score(graph, silence_id, parameters, tables):
+def _score(graph, silence_id: int | None, parameters, tables) -> tuple[jax.Array, jax.Array]:
     model = bind(graph, parameters)
     with jax.default_matmul_precision("highest"):
         logits = model.logits(model.read(tables, silence_id))
@@ -59,21 +81,32 @@ def _score(graph, silence_id, parameters, tables):
     return logits, jnp.where(counted, chosen - jax.nn.logsumexp(logits, axis=-1), jnp.nan)
 
 
-def silence_of(loaded: LoadedModel, silence_id: int | None = None) -> int | None:
-    """The silence token, which the tokenizer knows if it is not given. Raises UserError if it is unknown and needed."""
-    if silence_id is None and loaded.tokenizer is not None:
-        silence_id = loaded.tokenizer.silence_id
-    if loaded.streams.skip_silence and silence_id is None:
+def silence_of(model: LoadedModel, silence_id: int | None = None) -> int | None:
+    """The silence token: `silence_id`, else that of the model's tokenizer.
+
+    Raises UserError if the model hides silence and neither says what it is.
+    """
+    if silence_id is None and model.tokenizer is not None:
+        silence_id = model.tokenizer.silence_id
+    if model.streams.skip_silence and silence_id is None:
         raise UserError(
-            "silence is to be hidden but the model has no tokenizer: say which token it is, --silence_id"
+            "silence is to be hidden but the model has no tokenizer: say which token it is,"
+            " --silence_id"
         )
     return silence_id
 
 
 def check_tables(
-    tables: dict[str, np.ndarray], streams: int, vocab_size: int
+    tables: Mapping[str, np.ndarray], streams: int, vocab_size: int
 ) -> dict[str, np.ndarray]:
-    """Tables with `present` and `segment` filled in and all dtypes settled. Raises UserError."""
+    """The tables with all three arrays, as int32 and bool. Absent cells hold 0.
+
+    Args:
+      tables: as in `score`.
+      streams, vocab_size: S and V of the model.
+
+    Raises UserError if they are not of that form.
+    """
     if "tokens" not in tables:
         raise UserError(
             f"the tables have no array tokens, only {sorted(tables)}: tokens [B, T, S] is needed"
@@ -90,25 +123,17 @@ def check_tables(
     present = tables.get("present", np.ones(tokens.shape, bool))
     if present.shape != tokens.shape or present.dtype != bool:
         raise UserError(
-            f"present is {present.dtype} {present.shape}: must be bool of tokens' shape {tokens.shape}"
+            f"present is {present.dtype} {present.shape}: must be bool of tokens' shape"
+            f" {tokens.shape}"
         )
     segment = tables.get("segment", np.ones(tokens.shape[:2], np.int32))
     if segment.shape != tokens.shape[:2] or not np.issubdtype(segment.dtype, np.integer):
         raise UserError(
-            f"segment is {segment.dtype} {segment.shape}: must be integers of shape {tokens.shape[:2]}"
+            f"segment is {segment.dtype} {segment.shape}: must be integers of shape"
+            f" {tokens.shape[:2]}"
         )
     for number, ids in enumerate(segment):
-        starts = ids[np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))]
-        again = [int(i) for i in np.unique(starts) if i > 0 and np.sum(starts == i) > 1]
-        if again or ids.min() < 0:
-            raise UserError(
-                f"segment of table {number}: each id must be one run of rows, and 0 an empty row; "
-                + (
-                    f"id {again[0]} comes back after another one"
-                    if again
-                    else f"it holds {ids.min()}"
-                )
-            )
+        _check_segment(number, ids)
     bad = present & ((tokens < 0) | (tokens >= vocab_size))
     if bad.any():
         where = tuple(int(i) for i in np.argwhere(bad)[0])
@@ -122,6 +147,18 @@ def check_tables(
     }
 
 
+def _check_segment(number: int, ids: np.ndarray) -> None:
+    """Raises UserError unless each segment id of a table, [T], is one run of rows."""
+    rule = f"segment of table {number}: each id must be one run of rows, and 0 means an empty row;"
+    if ids.min() < 0:
+        raise UserError(f"{rule} it holds {ids.min()}")
+    run_ids = ids[np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))]  # the id of each run
+    found, counts = np.unique(run_ids, return_counts=True)
+    again = found[(counts > 1) & (found > 0)]
+    if len(again):
+        raise UserError(f"{rule} id {again[0]} comes back after another one")
+
+
 def read_tables(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The arrays of an npz file. Raises UserError if it cannot be read."""
     try:
@@ -131,8 +168,6 @@ def read_tables(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise UserError(f"--tables={path} cannot be read ({error}): give an npz file") from error
 
 
-def write_scores(parts: Iterable[dict[str, np.ndarray]], path: str | os.PathLike) -> None:
-    """Writes what `score` yields to an npz file."""
-    parts = list(parts)
-    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    write_atomically(path, functools.partial(np.savez, **arrays))
+def write_scores(scores: Scores, path: str | os.PathLike) -> None:
+    """Writes scores to an npz file, whose arrays have the names of the fields."""
+    write_atomically(path, functools.partial(np.savez, **scores._asdict()))
