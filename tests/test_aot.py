@@ -67,7 +67,7 @@ def test_a_program_that_fits_is_reported_in_all_forms_and_held_to_its_budget(tmp
     parts = [memory[name] for name in ("arguments", "outputs", "temporaries", "code")]
     assert all(part > 0 for part in parts) and memory["total"] == sum(parts) - memory["aliased"]
     assert memory["arguments"] < memory["peak"] < memory["limit"]
-    # The state is donated: parameters and two moments in float32, spread over four devices, and little else.
+    # Donated is the state, parameters and two moments in float32 on four devices, and little else.
     assert memory["aliased"] >= 3 * 4 * report["parameters"] / 4
 
     collectives = report["collectives"]

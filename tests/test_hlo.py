@@ -31,12 +31,17 @@ def devices(count):
 
 
 def found(text, count=4, mesh=(1, 2, 2, 1)):
-    """{(kind, axes, asynchronous): (executions, bytes of one)} of a text whose collectives differ in these."""
+    """{(kind, axes, asynchronous): (executions, bytes of one)}; no two collectives share a key."""
     sizes = dict(zip(AXES, mesh))
     return {
         (one.kind, axes_of(one.groups, sizes), one.asynchronous): (one.count, one.bytes)
         for one in read(text, devices(count)).collectives
     }
+
+
+def computation(header, line):
+    """The text of a computation of one line, with its parameter %x."""
+    return f"{header} {{\n  %x = f32[8,16]{{1,0}} parameter(0)\n  {line}\n}}\n"
 
 
 def module(*lines, computations=""):
@@ -59,7 +64,8 @@ GROUPS = "channel_id=1, replica_groups={{0,2},{1,3}}"
         ),
         (f"%y = f32[8,16]{{1,0}} all-reduce(%x), {GROUPS}, to_apply=%add", "all-reduce", 512),
         (
-            f"%y = (f32[8,16]{{1,0}}, f32[8,16]{{1,0}}) all-reduce(%x, %x), {GROUPS}, to_apply=%add",
+            "%y = (f32[8,16]{1,0}, f32[8,16]{1,0}) "
+            f"all-reduce(%x, %x), {GROUPS}, to_apply=%add",
             "all-reduce",
             1024,
         ),
@@ -73,7 +79,7 @@ GROUPS = "channel_id=1, replica_groups={{0,2},{1,3}}"
 )
 def test_bytes_are_those_of_the_larger_side(line, kind, size):
     assert found(module(line)) == {(kind, ("fsdp",), False): (1, size)}
-    # The asynchronous form has a tuple as its result and a second line that is no second collective.
+    # The asynchronous form returns a tuple, and its second line is not a second collective.
     name = f"{kind}-start("
     started = line.replace(f"{kind}(", name).replace("%y = f32", "%y = (f32[8,16]{1,0}, f32", 1)
     started = (
@@ -90,10 +96,12 @@ def test_bytes_are_those_of_the_larger_side(line, kind, size):
     [("async", "calls=%w"), ("call", "to_apply=%w"), ("custom-call", "called_computations={%w}")],
 )
 def test_what_a_wrapper_starts_is_asynchronous(opcode, attribute):
-    wrapped = (
-        "%w (p: f32[8,16]) -> f32[4,16] {\n  %p = f32[8,16]{1,0} parameter(0)\n  ROOT %r = f32[4,16]{1,0} "
-        + (f"reduce-scatter(%p), {GROUPS}, dimensions={{0}}\n}}\n")
-    )
+    wrapped = f"""
+%w (p: f32[8,16]) -> f32[4,16] {{
+  %p = f32[8,16]{{1,0}} parameter(0)
+  ROOT %r = f32[4,16]{{1,0}} reduce-scatter(%p), {GROUPS}, dimensions={{0}}
+}}
+"""
     start = f"%s = ((f32[8,16]{{1,0}}), f32[4,16]{{1,0}}, u32[]) {opcode}-start(%x), {attribute}"
     text = module(
         start, f"%d = f32[4,16]{{1,0}} {opcode}-done(%s), {attribute}", computations=wrapped
@@ -102,7 +110,7 @@ def test_what_a_wrapper_starts_is_asynchronous(opcode, attribute):
 
 
 def loop(trips: str, body_line: str, name: str, start=0, step=1):
-    """(line of a while loop, its computations); `trips`: the operand with which the condition compares."""
+    """(line of a while loop, its computations); `trips`: what the condition compares with."""
     kind = "(s32[]{:T(128)}, f32[8,16]{1,0})"
     computations = f"""
 %{name}_condition (p: (s32[], f32[8,16])) -> pred[] {{
@@ -123,11 +131,12 @@ def loop(trips: str, body_line: str, name: str, start=0, step=1):
   ROOT %out = {kind} tuple(%next, %x)
 }}
 """
-    begin = f"%{name}_begin = s32[] constant({start})\n  %{name}_tuple = {kind} tuple(%{name}_begin, %x)\n  "
-    return (
-        f"{begin}%{name} = {kind} while(%{name}_tuple), condition=%{name}_condition, body=%{name}_body",
-        computations,
+    lines = (
+        f"%{name}_begin = s32[] constant({start})",
+        f"%{name}_tuple = {kind} tuple(%{name}_begin, %x)",
+        f"%{name} = {kind} while(%{name}_tuple), condition=%{name}_condition, body=%{name}_body",
     )
+    return "\n  ".join(lines), computations
 
 
 REDUCE = f"%y = f32[8,16]{{1,0}} all-reduce(%x), {GROUPS}, to_apply=%add"
@@ -167,7 +176,7 @@ def test_a_loop_of_unknown_length_counts_once_and_is_named():
 
 def test_of_branches_the_larger_one_counts():
     def branch(name, line):
-        return f"%{name} (x: f32[8,16]) -> f32[8,16] {{\n  %x = f32[8,16]{{1,0}} parameter(0)\n  {line}\n}}\n"
+        return computation(f"%{name} (x: f32[8,16]) -> f32[8,16]", line)
 
     two = f"%z = f32[8,16]{{1,0}} all-reduce(%x), {GROUPS}, to_apply=%add"
     text = (
@@ -175,7 +184,8 @@ def test_of_branches_the_larger_one_counts():
         + branch("large", f"{REDUCE}\n  {two}")
         + branch("none", "ROOT %n = f32[8,16] copy(%x)")
     )
-    line = "%c = f32[8,16]{1,0} conditional(%i, %x, %x, %x), branch_computations={%small, %large, %none}"
+    branches = "branch_computations={%small, %large, %none}"
+    line = f"%c = f32[8,16]{{1,0}} conditional(%i, %x, %x, %x), {branches}"
     assert len(read(module(line, computations=text), devices(4)).collectives) == 2
 
 
@@ -230,7 +240,7 @@ def test_collectives_of_one_channel_are_several():
 def test_an_all_reduce_inside_a_fused_reduce_scatter_is_one(by):
     name = "all-reduce-scatter.3" if by == "computation" else "fused_computation.3"
     caller = "fusion.3" if by == "computation" else "all-reduce-scatter.3"
-    text = f"%{name} (x: f32[8,16]) -> f32[4,16] {{\n  %x = f32[8,16]{{1,0}} parameter(0)\n  {REDUCE}\n}}\n"
+    text = computation(f"%{name} (x: f32[8,16]) -> f32[4,16]", REDUCE)
     line = f"%{caller} = f32[4,16]{{1,0}} fusion(%x), kind=kCustom, calls=%{name}"
     assert found(module(line, computations=text)) == {
         ("reduce-scatter", ("fsdp",), False): (1, 512)
@@ -329,7 +339,10 @@ BLOCK = ROWS * WIDTH * 2  # bytes of the activations, bfloat16
 
 
 def compiled(topology, num_slices, sizes, function, slices_along="data"):
-    """The text of `function`, run on each device of a mesh with activations [ROWS, WIDTH] and weights, and the mesh."""
+    """(text of the compiled `function`, mesh).
+
+    The function runs on each device with activations [ROWS, WIDTH] and weights.
+    """
     every = topology_devices(topology, num_slices)
     if num_slices > 1:
         across = [num_slices if axis == slices_along else 1 for axis in AXES]
@@ -359,7 +372,10 @@ def compiled(topology, num_slices, sizes, function, slices_along="data"):
 
 
 def layers(x, w, mesh):
-    """Every kind of collective, in a scan of OUTER that holds one of INNER; tanh between them keeps them apart."""
+    """Every kind of collective, in a scan of OUTER that holds a scan of INNER.
+
+    tanh between them keeps the compiler from merging them.
+    """
 
     def inner(x, w):
         return jnp.tanh(x @ lax.all_gather(w, "fsdp", axis=0, tiled=True)), None

@@ -1,4 +1,4 @@
-"""`msllm inspect`: what it prints, the page that it writes, and that it reads only what it shows."""
+"""`msllm inspect`: what it prints, the page that it writes; it reads only what it shows."""
 
 import html.parser
 import io

@@ -1,4 +1,4 @@
-"""The configs for pods: what their headers say is so, and one of them compiles within its budget."""
+"""The configs for pods: their headers are right, and one compiles within its budget."""
 
 import json
 import math
@@ -72,7 +72,8 @@ def test_a_header_says_what_the_config_does(name):
 
 @pytest.mark.parametrize("name", sorted(set(PODS) - set(WITHOUT_BUDGET)))
 def test_a_budget_leaves_no_room_to_reduce_whole_gradients(name):
-    # Norms and counts are summed over all devices, and over `data` the parts of the gradients that scattering left.
+    # Norms and counts are summed over all devices. Over `data`, so are the parts of the gradients
+    # that scattering left.
     config = PODS[name][1]
     model, mesh = config.model, config.mesh
     layer = model.d_model * (
@@ -89,7 +90,10 @@ def test_the_stored_report_is_that_of_its_budget():
     """The one that notebooks/pod_report.ipynb reads."""
     report = json.loads((ROOT / "configs/reports/1b_v5e_16.json").read_text())
     assert report["config"] == "1b_v5e_16.py"
-    again = "msllm aot --config=configs/1b_v5e_16.py --topology=v5e:4x4 --json=configs/reports/1b_v5e_16.json"
+    again = (
+        "msllm aot --config=configs/1b_v5e_16.py --topology=v5e:4x4 "
+        "--json=configs/reports/1b_v5e_16.json"
+    )
     assert aot.budget_of(report, report["topology"]) == budget_of("1b_v5e_16"), (
         f"another program: {again}"
     )
