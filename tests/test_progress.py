@@ -1,5 +1,6 @@
 """Progress is a bar on a terminal and lines elsewhere."""
 
+import contextlib
 import os
 import pty
 import re
@@ -54,23 +55,24 @@ def test_lines_without_a_total_or_with_an_estimate_of_the_caller(clock, capsys):
 
 
 CODE = """
-import sys, time
+import os, sys
 from msllm.runtime.progress import Progress
 with Progress("step", 8, 2, every=0, keep=True) as shown:
     shown.show(3, "loss 2.0")
     shown.say("a line of text")
     shown.show(8, "loss 1.0")
+    if "exit" in sys.argv:
+        os._exit(0)
 """
 
 
-@pytest.mark.parametrize("piped", [False, True])
-def test_a_bar_leaves_lines_whole_and_stdout_alone(piped):
-    """On a terminal of its own; `piped`: stdout goes elsewhere, and holds what was said alone."""
+def on_a_terminal(*arguments, piped=False):
+    """(what the terminal gets, what a pipe gets as stdout) of CODE on a terminal of its own."""
     ours, theirs = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
     environment.pop("NO_COLOR", None)
     done = subprocess.run(
-        [sys.executable, "-c", CODE],
+        [sys.executable, "-c", CODE, *arguments],
         stdout=subprocess.PIPE if piped else theirs,
         stderr=theirs,
         env=environment,
@@ -79,13 +81,25 @@ def test_a_bar_leaves_lines_whole_and_stdout_alone(piped):
     )
     os.close(theirs)
     screen = b""
-    while b"8/8" not in screen or b"\n" not in screen[screen.rindex(b"8/8") :]:
-        screen += os.read(ours, 1 << 16)
+    with contextlib.suppress(OSError):  # the end on Linux
+        while part := os.read(ours, 1 << 16):
+            screen += part
     os.close(ours)
-    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", screen.decode()).replace("\r", "")
+    return screen.decode(), done.stdout
+
+
+@pytest.mark.parametrize("piped", [False, True])
+def test_a_bar_leaves_lines_whole_and_stdout_alone(piped):
+    screen, stdout = on_a_terminal(piped=piped)
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", screen).replace("\r", "")
     assert "3/8 loss 2.0" in text and text.rstrip().endswith("8/8 loss 1.0  ETA 0:00")
     if piped:
-        assert done.stdout == b"a line of text\n" and "a line" not in text
+        assert stdout == b"a line of text\n" and "a line" not in text
     else:
         assert "a line of text\n" in text
-    assert screen.rfind(b"\x1b[?25h") > screen.rfind(b"\x1b[?25l")  # the cursor is visible
+
+
+@pytest.mark.parametrize("end", ["close", "exit"])
+def test_the_cursor_is_visible_however_the_process_ends(end):
+    screen, _ = on_a_terminal(end)
+    assert "8/8" in screen and screen.rfind("\x1b[?25h") > screen.rfind("\x1b[?25l") > 0
