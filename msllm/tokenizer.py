@@ -141,8 +141,14 @@ class _SentencePiece:
         model = sentencepiece.SentencePieceProcessor(model_proto=data)
         self.pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
         self.control = {piece for i, piece in enumerate(self.pieces) if model.is_control(i)}
-        self.unknown_id = model.unk_id()
-        self.encode, self.decode = model.encode, model.decode
+        self.unknown_id: int | None = model.unk_id()
+        self._model = model
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids)
 
 
 class _Tokenizers:

@@ -45,6 +45,9 @@ class FakeLoaded:
     config = run_config = None
     parameters = None
 
+    def require_tokenizer(self):
+        return self.tokenizer
+
     def __init__(self, names, kinds):
         self.streams = StreamSpec.from_config(StreamsConfig(names=names, kinds=kinds))
 

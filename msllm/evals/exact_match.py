@@ -77,7 +77,7 @@ def evaluate(
     make_case = _single_case if converter == "dictation_single" else streams_case
     cases = [make_case(table, model) for table in tables]
     if after:
-        cases = [_only_after(case, after, model.tokenizer) for case in cases]
+        cases = [_only_after(case, after, model.require_tokenizer()) for case in cases]
     # All batches have the same shape, so decoding compiles once.
     rows, size = max(len(case.prompt) for case in cases) + SLACK, min(BATCH, len(cases))
     answers: list[Answer] = []
@@ -146,7 +146,7 @@ def streams_case(table: Table, model: LoadedModel) -> Case:
 
     Raises UserError if the model has no input or no output stream.
     """
-    streams, silence = model.streams, model.tokenizer.silence_id
+    streams, silence = model.streams, model.require_tokenizer().silence_id
     inputs, outputs = _streams_of_kind(streams, "input"), _streams_of_kind(streams, "output")
     if not inputs or not outputs:
         raise UserError(
@@ -167,7 +167,7 @@ def streams_case(table: Table, model: LoadedModel) -> Case:
 
 def _single_case(table: Table, model: LoadedModel) -> Case:
     """A dictation in one stream: the question is given, thoughts and answer are free."""
-    text, tokenizer = table.tokens[:, 0], model.tokenizer
+    text, tokenizer = table.tokens[:, 0], model.require_tokenizer()
     end = question_end(text, tokenizer.encode(QUESTION_END)[0])
     spoken = text[text != tokenizer.silence_id]
     question = tokenizer.decode(spoken[: end + 1]).split()
@@ -205,7 +205,7 @@ def _answer(
     cases: Sequence[Case], model: LoadedModel, rows: int, batch: int, mark: str = ""
 ) -> list[Answer]:
     """Generates answers to at most `batch` cases, in tables of `rows` rows."""
-    streams, silence = model.streams, model.tokenizer.silence_id
+    streams, silence = model.streams, model.require_tokenizer().silence_id
     forced = np.full((batch, rows, streams.size), FREE)
     forced[:, :, _streams_of_kind(streams, "input")] = silence
     for b, case in enumerate(cases):
@@ -235,7 +235,7 @@ def _judge(
         if len(outputs) == model.streams.size:  # the stream also holds the question and the working
             at = at[at > case.end][-len(answer) :]
         elif mark:
-            at = at[_end_of_mark(tokens[at, s].tolist(), mark, model.tokenizer) :]
+            at = at[_end_of_mark(tokens[at, s].tolist(), mark, model.require_tokenizer()) :]
         rows.append(at - case.end)
         said.append(tokens[at, s].tolist())
     if not all(len(at) for at in rows):
@@ -248,5 +248,6 @@ def _streams_of_kind(streams: StreamSpec, kind: str) -> list[int]:
     return [s for s in range(streams.size) if streams.kinds[s] == kind]
 
 
-def _median(values: Iterable[float]) -> float:
-    return float(np.median(list(values) or [np.nan]))
+def _median(values: Iterable[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return float(np.median(known or [np.nan]))

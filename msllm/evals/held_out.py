@@ -27,11 +27,7 @@ def open_split(model: LoadedModel, data: str = "", split: str = "eval") -> Loade
     Raises UserError if there is no such data, or if it does not fit the streams or the tokenizer of
     the model.
     """
-    if model.tokenizer is None:
-        raise UserError(
-            f"{model.path or 'the model'} has no tokenizer: import it with --tokenizer=FILE"
-            " (docs/weights.md)"
-        )
+    tokenizer = model.require_tokenizer()
     trained = model.run_config.data if model.run_config else DataConfig()
     if trained.mixture.dirs and not data:
         sources = ", ".join(trained.mixture.dirs)
@@ -55,7 +51,7 @@ def open_split(model: LoadedModel, data: str = "", split: str = "eval") -> Loade
     )
     delays = tuple(manifest["streams"]["delays"])
     loader = Loader(config, split, dataclasses.replace(model.streams, delays=delays))
-    if loader.tokenizer.hash != model.tokenizer.hash:
+    if loader.tokenizer.hash != tokenizer.hash:
         raise UserError(
             f"{folder} was prepared with another tokenizer than the checkpoint's: give its data,"
             " --data=DIR"

@@ -104,7 +104,7 @@ class Verdict(NamedTuple):
 
 def judge(table: np.ndarray, case: Case, model: LoadedModel) -> Verdict:
     """The reaction in a table [T, S] of tokens."""
-    tokenizer, kinds = model.tokenizer, model.streams.kinds
+    tokenizer, kinds = model.require_tokenizer(), model.streams.kinds
     user, thought, output = (table[:, kinds.index(kind)] for kind in ("input", "thought", "output"))
     said = tokenizer.decode(output).split()
     wait = int(np.flatnonzero(user == tokenizer.encode(LAST)[0])[0])
@@ -127,7 +127,8 @@ def _answer_without_correction(words: Sequence[str]) -> list[str] | None:
 
 def _corrected(model: LoadedModel, data: str, examples: int) -> Iterator[Case]:
     """At most `examples` held-out questions with a correction."""
-    correction = {model.tokenizer.encode(word)[0] for word in (FIRST, LAST)}
+    tokenizer = model.require_tokenizer()
+    correction = {tokenizer.encode(word)[0] for word in (FIRST, LAST)}
     cases = (streams_case(table, model) for table in held_out_examples(open_split(model, data)))
     corrected = (case for case in cases if correction <= set(case.prompt.ravel().tolist()))
     return itertools.islice(corrected, examples)
@@ -135,7 +136,8 @@ def _corrected(model: LoadedModel, data: str, examples: int) -> Iterator[Case]:
 
 def _given(model: LoadedModel, cases: Sequence[Case], rows: int) -> Iterator[np.ndarray]:
     """Generated tables [rows, S] in which the user's column was known beforehand."""
-    silence, inputs = model.tokenizer.silence_id, np.array(model.streams.kinds) == "input"
+    silence = model.require_tokenizer().silence_id
+    inputs = np.array(model.streams.kinds) == "input"
     for start in range(0, len(cases), BATCH):
         part = cases[start : start + BATCH]
         # All batches have the same shape, so decoding compiles once.
@@ -152,7 +154,8 @@ def _live(model: LoadedModel, cases: Sequence[Case], rows: int) -> Iterator[np.n
 
     Each session is fed every word of the user when the word's row has come.
     """
-    user, silence = model.streams.kinds.index("input"), model.tokenizer.silence_id
+    user = model.streams.kinds.index("input")
+    silence = model.require_tokenizer().silence_id
     engine = Engine(model, sessions=min(BATCH, len(cases)), window=rows)
     for start in range(0, len(cases), BATCH):
         part = cases[start : start + BATCH]

@@ -61,7 +61,7 @@ def evaluate(
     Raises UserError if the data does not fit the model, or if it holds no example of two rows.
     """
     loader = open_split(model, data, split)
-    silence = model.tokenizer.silence_id
+    silence = model.require_tokenizer().silence_id
     units: list[np.ndarray] = []
     for step in range(loader.num_batches):
         batch = loader.batch(step)
@@ -77,8 +77,8 @@ def evaluate(
             units += [stacked[b, rows].sum(0) for rows in _units(batch["segment"][b], block)]
     if not units:
         raise UserError(
-            f"split {split!r} of {data or model.run_config.data.dir} holds no example of two rows:"
-            " prepare more"
+            f"split {split!r} of {data or 'the data of the checkpoint'} holds no example of two"
+            " rows: prepare more"
         )
     return Likelihoods(*np.moveaxis(np.stack(units), 1, 0))
 

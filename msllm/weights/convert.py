@@ -244,11 +244,10 @@ def to_hf(
         settings[hf_config.OWN] = own
     notes = []
     if not dtype:
-        dtype = wanted = settings.get("torch_dtype", settings.get("dtype"))
-        if wanted not in hf_tensors.DTYPES:
-            dtype = "float32"
-        elif not hf_tensors.is_exact_in(parameters, config, wanted):
-            dtype = "float32"
+        dtype, wanted = "float32", settings.get("torch_dtype", settings.get("dtype"))
+        if wanted in hf_tensors.DTYPES and hf_tensors.is_exact_in(parameters, config, wanted):
+            dtype = wanted
+        elif wanted in hf_tensors.DTYPES:
             notes.append(
                 f"{wanted} would round the parameters: float32 is written; --dtype={wanted} rounds"
                 " them"

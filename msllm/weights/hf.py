@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 
 
-def read_folder(directory: str | pathlib.Path) -> tuple[ModelConfig, int, dict[str, Any]]:
+def read_folder(directory: str | os.PathLike) -> tuple[ModelConfig, int, dict[str, Any]]:
     """(config, number of streams, parameters as nested dicts of numpy float32) of a folder.
 
     Raises UserError for what this model cannot represent, and for missing, unexpected, misshapen or
@@ -40,13 +41,13 @@ def read_folder(directory: str | pathlib.Path) -> tuple[ModelConfig, int, dict[s
         return config, streams, hf_tensors.from_hf(tensors, config, streams, str(directory))
 
 
-def read_settings(directory: str | pathlib.Path) -> dict[str, Any]:
+def read_settings(directory: str | os.PathLike) -> dict[str, Any]:
     """The content of the config.json of a folder. Raises UserError."""
     return _read_json(pathlib.Path(directory) / CONFIG)
 
 
 @contextlib.contextmanager
-def open_tensors(directory: str | pathlib.Path) -> Iterator[dict[str, StoredTensor]]:
+def open_tensors(directory: str | os.PathLike) -> Iterator[dict[str, StoredTensor]]:
     """The tensors of a folder by name, from one file or from shards. Raises UserError.
 
     They can be loaded until the context ends.
@@ -65,7 +66,7 @@ def open_tensors(directory: str | pathlib.Path) -> Iterator[dict[str, StoredTens
 
 
 def write_folder(
-    directory: str | pathlib.Path,
+    directory: str | os.PathLike,
     config: ModelConfig,
     streams: int,
     parameters: dict[str, Any],

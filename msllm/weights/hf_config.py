@@ -251,7 +251,7 @@ def _read_rope_scaling(
     if kind == "yarn":
         if not rope.get("truncate", True):
             raise UserError(f"{source}: the rope type yarn with truncate=false is not supported")
-        rope = _yarn_defaults(rope, settings) | rope
+        rope = {**_yarn_defaults(rope, settings), **rope}
     keys = {"factor": "factor"} | _ROPE_KEYS[kind]
     if missing := [key for key in keys.values() if key not in rope]:
         raise UserError(f"{source}: rope type {kind!r} lacks {', '.join(missing)}")

@@ -167,8 +167,9 @@ def to_hf(parameters: dict[str, Any], config: ModelConfig) -> dict[str, np.ndarr
 
 def common_dtype(tensors: Mapping[str, StoredTensor]) -> str:
     """The type of all tensors, a key of DTYPES; float32 if they differ."""
-    types = {_FLOATS.get(tensor.dtype) for tensor in tensors.values()}
-    return types.pop() if len(types) == 1 and types <= set(DTYPES) else "float32"
+    types = {tensor.dtype for tensor in tensors.values()}
+    common = _FLOATS.get(types.pop()) if len(types) == 1 else None
+    return common if common in DTYPES else "float32"
 
 
 def is_exact_in(parameters: dict[str, Any], config: ModelConfig, dtype: str) -> bool:

@@ -53,6 +53,15 @@ class LoadedModel:
         """The structure of the model; `msllm.model.model.bind(graph, parameters)` is the module."""
         return abstract_model(self.config, self.streams)[0]
 
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises UserError if the model came without one."""
+        if self.tokenizer is None:
+            raise UserError(
+                f"{self.path or 'the model'} has no tokenizer: import it with --tokenizer=FILE"
+                " (docs/weights.md)"
+            )
+        return self.tokenizer
+
     def with_streams(self, **changes) -> LoadedModel:
         """The same parameters with other fields of `StreamSpec`, e.g. `skip_silence=True`."""
         return dataclasses.replace(self, streams=dataclasses.replace(self.streams, **changes))

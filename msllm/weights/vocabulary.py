@@ -15,6 +15,8 @@ from msllm.config import ModelConfig, TokenizerConfig
 from msllm.errors import UserError
 from msllm.tokenizer import FILE_NAMES, Tokenizer, kind_of_file
 
+_ModelProto = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # generated code
+
 TABLES = ("embedding", "head")  # the parameters with a row per token
 
 
@@ -49,7 +51,7 @@ class TokenizerFile(NamedTuple):
                 model = tokenizers.Tokenizer.from_str(self.data.decode())
                 added = model.get_added_tokens_decoder().values()
                 return {token.content for token in added if token.special}
-            model = sentencepiece_model_pb2.ModelProto.FromString(self.data)
+            model = _ModelProto.FromString(self.data)
             control = model.SentencePiece.CONTROL
             return {piece.piece for piece in model.pieces if piece.type == control}
         except Exception as error:  # the libraries raise whatever their parsers raise
@@ -63,7 +65,7 @@ class TokenizerFile(NamedTuple):
         if self.kind == "tokenizers":
             model = tokenizers.Tokenizer.from_str(self.data.decode())
             return max(model.get_vocab().values()) + 1
-        return len(sentencepiece_model_pb2.ModelProto.FromString(self.data).pieces)
+        return len(_ModelProto.FromString(self.data).pieces)
 
 
 def with_silence(file: TokenizerFile, silence: str) -> tuple[Tokenizer, bool]:
@@ -114,7 +116,7 @@ def _add_to_tokenizers(file: TokenizerFile, piece: str) -> bytes:
 
 
 def _add_to_sentencepiece(file: TokenizerFile, piece: str) -> bytes:
-    model = sentencepiece_model_pb2.ModelProto.FromString(file.data)
+    model = _ModelProto.FromString(file.data)
     model.pieces.add(piece=piece, score=0.0, type=model.SentencePiece.CONTROL)
     return model.SerializeToString()
 

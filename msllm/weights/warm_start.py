@@ -56,16 +56,16 @@ def write_model(
       parameters: nested dicts of arrays.
       tokenizer: None if the model has none.
     """
-    folder = epath.Path(folder)
+    root = epath.Path(folder)
     arrays = jax.tree.map(jnp.asarray, parameters)
     description = describe(0, config, tokenizer, {"parameters": arrays})
     with ocp.Checkpointer(array_handler()) as writer:
-        writer.save(folder / "parameters", args=ocp.args.PyTreeSave(arrays))
+        writer.save(root / "parameters", args=ocp.args.PyTreeSave(arrays))
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
-        writer.save(folder / "description", args=ocp.args.JsonSave(description))
-    (folder / "config.json").write_text(to_json(config))
+        writer.save(root / "description", args=ocp.args.JsonSave(description))
+    (root / "config.json").write_text(to_json(config))
     if tokenizer:
-        (folder / FILE_NAMES[tokenizer.kind]).write_bytes(tokenizer.to_bytes())
+        (root / FILE_NAMES[tokenizer.kind]).write_bytes(tokenizer.to_bytes())
 
 
 def fine_tune(folder: str | os.PathLike) -> ml_collections.ConfigDict:
@@ -112,7 +112,8 @@ def initial_parameters(
     Raises UserError if the parameters do not fit the program's model, naming those that do not, if
     the checkpoint has another tokenizer, or if it cannot be read.
     """
-    parameters, problem = None, None
+    parameters: dict[str, Any] = {}
+    problem = None
     try:
         path = checkpoint_paths(path)[0]
         description = read_description(path)
