@@ -1,8 +1,9 @@
-"""Reads the golden cases, and thins them: `python tests/golden_cases.py FOLDER` copies them from a full set.
+"""Reads the golden cases, and thins them.
 
-A full set is large, and its logits and gradients are redundant: the copy in tests/golden keeps every fourth entry of
-the vocabulary and every fourth row of large gradients. Tests thin what they compare in the same way, so they run on
-either. `s5_two_stream` is read from the full set only.
+`python tests/golden_cases.py FOLDER` copies them from a full set. A full set is large, and its
+logits and gradients are redundant: the copy in tests/golden keeps every fourth entry of the
+vocabulary and every fourth row of large gradients. Tests thin what they compare in the same way, so
+that they run on either. `s5_two_stream` is read from the full set only.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def thin(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def shared_folder() -> pathlib.Path:
-    """The folder of the full set and of real data: $MSLLM_SHARED, or shared/ beside the repository."""
+    """The folder of the full set and of real data: $MSLLM_SHARED, or `shared` beside this clone."""
     return pathlib.Path(os.environ.get("MSLLM_SHARED", HERE.parent.parent / "shared"))
 
 
@@ -75,7 +76,8 @@ def case(name: str) -> Case:
         if (folder / name / "meta.json").is_file():
             return Case(folder / name)
     pytest.skip(
-        f"golden case {name} is not in tests/golden, and $MSLLM_SHARED names no folder with golden/{name}"
+        f"golden case {name} is not in tests/golden, and $MSLLM_SHARED names no folder with"
+        f" golden/{name}"
     )
 
 

@@ -77,7 +77,7 @@ def test_rates_are_useful_work_by_time_and_peak(monkeypatch):
     """On a stand-in for a card, with times that are known."""
     card = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(
-        bench_attention, "_kernels", lambda case, lag: {"reference": None, "gpu": None}
+        bench_attention, "_backends", lambda case, lag: {"reference": None, "gpu": None}
     )
     nothing = jax.jit(lambda x: x).lower(1.0).compile()
 

@@ -1,4 +1,4 @@
-"""Preparation in portions: any number of processes gives the same bytes, and a run that was stopped continues."""
+"""Preparation in portions: any number of processes, the same bytes; a stopped run continues."""
 
 import dataclasses
 import json
@@ -66,7 +66,7 @@ def config(tmp_path, small_portions, monkeypatch):
 
 
 def with_own_converter(tmp_path):
-    # With a tokenizer that is given: one is trained in the first process, and reads all records there.
+    # The tokenizer is given: to train one, the first process would read all records.
     given = TokenizerConfig(path=str(tmp_path / "t.model"))
     return make(tmp_path, converter="own_words:convert", tokenizer=given)
 
@@ -139,9 +139,10 @@ def start(tmp_path, out, **environment):
     """The command, in two processes and small portions, in a process group of its own."""
     config = write_config_file(tmp_path / "config.py", with_own_converter(tmp_path))
     small = "from msllm.data import sources; sources.PORTION_BYTES = 6 << 10"
-    code = f"import runpy; {small}; runpy.run_module('msllm.data.prepare', run_name='__main__', alter_sys=True)"
+    code = f"import sys; from msllm.cli.main import main; {small}; sys.exit(main(sys.argv[1:]))"
+    flags = [f"--config={config}", f"--out={out}", "--processes=2"]
     return subprocess.Popen(
-        [sys.executable, "-c", code, f"--config={config}", f"--out={out}", "--processes=2"],
+        [sys.executable, "-c", code, "prepare", *flags],
         env=os.environ | environment | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         stderr=subprocess.PIPE,
         text=True,
@@ -199,7 +200,8 @@ def fail(*_):
 
 def test_a_process_that_dies_is_named(config, tmp_path, monkeypatch):
     monkeypatch.setenv("DIE_AT", "w350 ")
-    message = "worked on portion 4 of 5, .*a.jsonl was killed .SIGKILL.*fewer --processes.*the same command continues"
+    message = "worked on portion 4 of 5, .*a.jsonl was killed .SIGKILL.*fewer --processes"
+    message += ".*the same command continues"
     with pytest.raises(RunError, match=message):
         prepare(config, tmp_path / "out", processes=2)
     monkeypatch.delenv("DIE_AT")

@@ -1,4 +1,4 @@
-"""Settings: from people's ConfigDict to the frozen Config and back, and what wrong ones are told."""
+"""Settings: from a ConfigDict to the frozen Config and back, and the messages for wrong ones."""
 
 import copy
 import json

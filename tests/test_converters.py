@@ -23,7 +23,10 @@ CHARACTERS = train([WORDS + "ä\n"], TokenizerConfig(model_type="char", vocab_si
 SENTENCE = st.lists(st.sampled_from("abcdefg"), max_size=6).map(" ".join)
 
 
-def make_config(converter, path="", streams=StreamsConfig(), **data):
+THREE = StreamsConfig()
+
+
+def make_config(converter, path="", streams=THREE, **data):
     return Config(streams=streams, data=DataConfig(converter=converter, path=str(path), **data))
 
 
@@ -229,7 +232,7 @@ def dictation_tables(single=False, count=200):
 
 
 def test_dictation_answers_are_right():
-    """An oracle that knows nothing of the generator's bookkeeping: it replays the words on a list of steps."""
+    """An oracle that does not use the generator's state: it replays the words step by step."""
     for example in dictation.generate(500, seed=1):
         steps = []
         for word, following in zip(example.question, example.question[1:]):
@@ -365,7 +368,8 @@ def test_not_utf8(tmp_path):
         run(make_config("gsm8k", tmp_path / "x.jsonl"))
 
 
-# What the configs make of a text is kept: prepared data and checkpoints of earlier versions go on being comparable.
+# What the configs make of a text does not change, so that prepared data and checkpoints of earlier
+# versions stay comparable.
 
 SOLVED = {
     "question": "A pen costs 2. How much are 3?",

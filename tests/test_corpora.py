@@ -1,4 +1,4 @@
-"""Readers of public corpora: on a few lines in the form of each, and on the whole where it is at hand."""
+"""Readers of public corpora, on a few lines in the form of each, and on the corpus if available."""
 
 import dataclasses
 import json
@@ -22,8 +22,9 @@ def write(path, content):
 
 
 def test_switchboard(tmp_path):
-    lines = "0.0 1.5 hi there\n1.5 3.0 [silence] \n2.0 3.0 [silence] \n\n0.0 1.0 [silence]\n1.0 3.0 hello\n"
-    path = write(tmp_path / "calls", lines)
+    a = "0.0 1.5 hi there\n1.5 3.0 [silence] \n2.0 3.0 [silence] \n"
+    b = "0.0 1.0 [silence]\n1.0 3.0 hello\n"
+    path = write(tmp_path / "calls", f"{a}\n{b}")
     (call,) = corpora.switchboard(path)
     assert call["utterances"] == [
         {"start": 0.0, "end": 1.5, "speaker": "A", "text": "hi there"},

@@ -16,7 +16,7 @@ INPUTS = re.compile("user|result.*")
 
 
 def examples():
-    """{converter: (records, settings, drawn tables)} of the first block of every converter's section."""
+    """{converter: (records, settings, drawn tables)} of the first block of each one's section."""
     found = {}
     for section in re.split(r"^### ", DOCS.read_text(), flags=re.M)[1:]:
         name = re.match(r"`(\w+)`", section)
@@ -39,7 +39,10 @@ def examples():
 
 
 def draw(table, names, tokenizer):
-    """The cells of a table as in the document: `.` silence, `-` absent, `<...>` what could be mistaken for these."""
+    """The cells of a table as in the document.
+
+    `.` is silence, `-` is absent, and `<...>` is a word that could be mistaken for these.
+    """
     columns = {}
     for stream, name in enumerate(names):
         cells = []

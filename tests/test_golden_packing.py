@@ -1,7 +1,8 @@
-"""The two- and three-stream packing of the reference: flat sequences, written as our tables with absent cells.
+"""The two- and three-stream packing of the reference: flat sequences, as tables with absent cells.
 
-In the reference each stream is a contiguous block of a flat sequence and a token's position y is free; rows of a table
-are time. docs/semantics.md tells how the one is expressed by the other, and where the reference's loop differs.
+In the reference each stream is a contiguous block of a flat sequence and a token's position y is
+free; rows of a table are time. docs/semantics.md says how the one is expressed by the other, and
+where the reference's loop differs.
 """
 
 import dataclasses
@@ -51,9 +52,9 @@ def test_loop(name, loop):
     call = np.repeat(np.arange(len(lengths)), lengths)
     config, size, parameters = read_folder(case.path)
 
-    # A row is the moment of arrival: step 0 arrives row by row, then each call is one row. Tokens of the loop get
-    # streams of their own (system, user, assistants, then user and assistants of the loop), since their distance
-    # row - y differs from that of step 0.
+    # A row is the moment of arrival: step 0 arrives row by row, then each call is one row. Tokens
+    # of the loop get streams of their own (system, user, assistants, then user and assistants of
+    # the loop), since their distance row - y differs from that of step 0.
     row = np.where(call == 0, y, y[call == 0].max() + call)
     stream = np.where(call == 0, cid, cid + size - 1)
     embedding = parameters["stream_embedding"]

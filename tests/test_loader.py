@@ -1,4 +1,4 @@
-"""Contract 4: a batch is a pure function of the step, the same for any split over hosts, epoch after epoch."""
+"""A batch is a pure function of the step, for any number of hosts, epoch after epoch."""
 
 import dataclasses
 import shutil
@@ -94,7 +94,7 @@ def test_a_new_loader_gives_the_same_batches(config, loader):
 
 
 def test_one_source_is_read_in_grains_order(config, loader):
-    """The order and the bytes are those of grain's shuffle and of its source, whatever reads them faster."""
+    """The order and the bytes are those of grain's shuffle and of its source, which is slower."""
     paths = records.open_prepared(config.dir, "train")[1]
     source = grain.sources.ArrayRecordDataSource(paths)
     order = grain.MapDataset.range(len(source)).shuffle(seed=config.seed).repeat()

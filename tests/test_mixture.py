@@ -1,4 +1,7 @@
-"""Mixtures: exact shares of the chosen tokens, at any step, for any number of hosts; each source with its own split."""
+"""Mixtures: exact shares of the counted tokens, at any step and for any number of hosts.
+
+Each source has a held-out split of its own.
+"""
 
 import dataclasses
 from fractions import Fraction
@@ -134,7 +137,7 @@ def mixed(directories, names=("first", "second"), weights=(3.0, 1.0), **settings
 
 @pytest.fixture
 def config(directories):
-    """Half of what users and outputs say from each, and three quarters from the second after step 5."""
+    """Half of the tokens of users and outputs from each; from step 5 on, 3/4 from the second."""
     schedule = ((5, (1.0, 3.0)),)
     settings = {"data.mixture.schedule": schedule, "data.mixture.streams": ("user", "output")}
     return mixed(directories, weights=(1.0, 1.0), **settings)
@@ -194,7 +197,8 @@ def test_the_tokens_that_are_read_have_the_shares(directories):
 
 
 def test_sources_that_do_not_fit_each_other(directories, tmp_path):
-    remedy = "prepare it with --config.data.tokenizer.path=.*first/tokenizer.model --config.data.tokenizer.silence="
+    remedy = "prepare it with --config.data.tokenizer.path=.*first/tokenizer.model"
+    remedy += " --config.data.tokenizer.silence="
     rule = "other was prepared with another tokenizer than .*first .sha256 is"
     with pytest.raises(UserError, match=f"{rule} .*{remedy}'<silence>'"):
         Loader(mixed(directories, ("first", "other")).data, "train", SPEC)
@@ -247,7 +251,10 @@ def test_wrong_mixtures_are_refused(changes, message):
 
 @pytest.fixture
 def uninterrupted(config, tmp_path_factory):
-    """The workdir of a finished run with a mixture whose weights change at step 5; the same for all tests of a session."""
+    """The workdir of a finished run with a mixture whose weights change at step 5.
+
+    It is the same for all tests of a session.
+    """
     workdir = tmp_path_factory.getbasetemp() / "uninterrupted_mixture"
     if not workdir.exists():
         train(replace(config, "mesh", data=2, fsdp=4), workdir)

@@ -1,4 +1,4 @@
-"""`prepare` end to end: what it writes, that it is reproducible, and what it says of damaged or mismatched data."""
+"""`prepare` end to end: what it writes, that it is reproducible, and which data it refuses."""
 
 import dataclasses
 import json

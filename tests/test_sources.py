@@ -1,4 +1,4 @@
-"""Records from files of every format: the same ones, each named by file and line, in any number of parts."""
+"""Files of every format give the same records, named by file and line, in any number of parts."""
 
 import gzip
 import json

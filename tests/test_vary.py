@@ -1,4 +1,4 @@
-"""Variations of tables: drawn by the example's id, without losing, reordering or hastening anything."""
+"""Variations of tables: drawn by the example's id; no token is lost, reordered or moved up."""
 
 import dataclasses
 import json
@@ -209,7 +209,8 @@ def convert(layout, record):
         raise BadRecord(f"{record.where}: no text")
     words = record.value["text"].split()
     heard = layout.say("user", 0, " ".join(words))
-    yield layout.table([heard, layout.say("output", layout.options["after"], " ".join(words))], record.value["text"])
+    said = layout.say("output", layout.options["after"], " ".join(words))
+    yield layout.table([heard, said], record.value["text"])
 """
 
 

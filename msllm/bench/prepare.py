@@ -120,7 +120,8 @@ def make_corpus(folder: str, case: dict[str, Any]) -> None:
         while left > 0:
             left -= file.write(json.dumps(record(next(texts), next(texts))) + "\n")
     config = TokenizerConfig(model_type="unigram", vocab_size=VOCAB_SIZE)
-    tokenizer_lib.train(_sample(path), config).save(path.with_name("tokenizer.model"))
+    tokenizer = tokenizer_lib.train(_sample(path), config)
+    path.with_name("tokenizer.model").write_bytes(tokenizer.to_bytes())
 
 
 def _texts(rng: np.random.Generator) -> Iterator[str]:
