@@ -1,4 +1,5 @@
-"""Cached decoding against the full forward pass, with every rule, cache and mesh; endless sessions; sampling."""
+"""Cached decoding against the full forward pass, with every rule, cache and mesh; endless sessions;
+sampling."""
 
 import golden_cases
 import jax
@@ -25,7 +26,8 @@ WARM = DecodeOptions(temperature=1.0, seed=5)
 
 
 def full_logits(model, transcript, window=0, kept=0):
-    """Logits [R, S, V] of one pass over all rows; with a window, a row sees the kept rows and the last of the others."""
+    """Logits [R, S, V] of one pass over all rows; with a window, a row sees the kept rows and the
+    last of the others."""
 
     def dense(q, k, v, visibility):
         """The reference, with one more rule."""
@@ -50,7 +52,8 @@ def full_logits(model, transcript, window=0, kept=0):
 
 
 def crowd(model, rows, prefills, absent=0.0, window=16, **settings):
-    """Sessions of one engine that begin at different moments, with input: (sessions, their rows) after `rows` steps."""
+    """Sessions of one engine that begin at different moments, with input: (sessions, their rows)
+    after `rows` steps."""
     rng = np.random.default_rng(1)
     engine = Engine(
         model,
@@ -149,11 +152,12 @@ def test_sharded_equals_full_forward(make_model, axes):
     ids=["rows", "panels"],
 )
 def test_windows_of_many_blocks(make_model, monkeypatch, layout, block, window, prefills):
-    """Three blocks, of which sessions fill one, two, three and all again; the last one not to its end."""
+    """Three blocks, of which sessions fill one, two, three and all again; the last one not to its
+    end."""
     if layout == cache.PANELS and cpu_kernels.unavailable_reason():
         pytest.skip(f"no kernels in C++: {cpu_kernels.unavailable_reason()}")
     monkeypatch.setattr(cache, "BLOCK_ROWS", block)
-    assert cache.blocks(window, layout) == (3, block)
+    assert cache.block_sizes(window, layout) == (3, block)
     model = make_model(3, d_ff=40 + block)  # a program of its own
     if layout == cache.ROWS_LAST:
         monkeypatch.setattr(cpu_kernels, "unavailable_reason", lambda: "not asked for")
@@ -180,7 +184,8 @@ def test_small_caches_come_near(make_model, dtype, tolerance, head_dim):
 
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "xla"])
 def test_a_model_in_bfloat16_comes_near_itself_in_float32(make_model, monkeypatch, kernels):
-    """Nearer than twice what its full forward is off: cached decoding rounds as often, elsewhere."""
+    """Nearer than twice what its full forward is off: cached decoding rounds as often,
+    elsewhere."""
     if not kernels:
         monkeypatch.setattr(cpu_kernels, "unavailable_reason", lambda: "not asked for")
     exact, model = (
@@ -198,7 +203,8 @@ def test_a_model_in_bfloat16_comes_near_itself_in_float32(make_model, monkeypatc
 
 @pytest.mark.parametrize("kept", [0, 3])
 def test_endless_session_sees_what_remains(make_model, kept):
-    """To ten times the window, against a full pass over all rows in which each sees only those that remained."""
+    """To ten times the window, against a full pass over all rows in which each sees only those that
+    remained."""
     model, window = make_model(3), 8
     engine = Engine(model, sessions=2, window=window, all_logits=True, silence_id=SILENCE)
     prefill = np.random.default_rng(0).integers(0, 32, (5, 3))
@@ -248,7 +254,8 @@ def sampling(count, **settings):
     "sampler, number", [("row", n) for n in range(4)] + [("flat", n) for n in range(5)]
 )
 def test_sampler_probabilities(sampler, number):
-    """The reference's two samplers; the second drops the crossing token, and calls an absolute limit min_p."""
+    """The reference's two samplers; the second drops the crossing token, and calls an absolute
+    limit min_p."""
     case = golden_cases.case("sampler")
     settings = dict(case.meta[f"{sampler}_sampler"][number])
     logits, penalty = jnp.asarray(case["logits"]), settings.pop("presence_penalty", 0.0)
@@ -357,7 +364,8 @@ def test_wrong_arrays_are_refused(make_model):
 
 
 def test_positions_stay_right_at_large_rows():
-    """Rows of endless sessions, against float64; where tables are trained, to the last bit what they were."""
+    """Rows of endless sessions, against float64; where tables are trained, to the last bit what
+    they were."""
     config = ModelConfig(head_dim=64)
     frequencies = rope_frequencies(64, config.rope_theta, config.rope_scaling)
     angles = jax.jit(lambda rows: rope_angles(rows, config))

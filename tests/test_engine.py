@@ -1,4 +1,5 @@
-"""Sessions: input while they run, options, stopping, forks and snapshots, many at a time, what is refused."""
+"""Sessions: input while they run, options, stopping, forks and snapshots, many at a time, what is
+refused."""
 
 import asyncio
 import dataclasses
@@ -55,7 +56,8 @@ def test_input_enters_the_next_row_that_is_read(engine):
 
 
 def test_a_session_depends_on_nobody(engine):
-    """Alone, in a crowd that comes and goes, in another slot, and by many rows at a time: the same tokens."""
+    """Alone, in a crowd that comes and goes, in another slot, and by many rows at a time: the same
+    tokens."""
     alone = engine.open(WARM)
     expected = steps(alone, 12)
     alone.close()
@@ -116,7 +118,8 @@ def test_forced_allowed_and_ablated_cells(engine):
     assert shown[[0, 2], 2].tolist() == [9, 8]
     assert set(np.delete(shown[:, 2], [0, 2])) == {20, 21}
     assert np.all(shown[:, 1] == SILENCE)
-    # What an ablated input is fed waits, and is lost neither in the row shown last nor in a later one.
+    # What an ablated input is fed waits, and is lost neither in the row shown last nor in a later
+    # one.
     session.options = DecodeOptions(ablated=("user",))
     session.feed("user", [10, 11])
     assert set(steps(session, 2)[:, 0]) == {SILENCE} and session.waiting == {"user": 2}
@@ -132,7 +135,8 @@ def test_forced_allowed_and_ablated_cells(engine):
 
 
 def test_presence_penalty_counts_a_token_once_and_forever(engine):
-    """So large that no token comes twice in a stream until all have been there; silence is exempt."""
+    """So large that no token comes twice in a stream until all have been there; silence is
+    exempt."""
     for _ in range(2):  # also in a place where another session has been
         session = engine.open(
             DecodeOptions(
@@ -153,7 +157,8 @@ def test_silence_penalty_starts_after_the_input(engine):
         session.feed("user", [7] if row == 2 else [])
         session.step()
         penalties.append(session._script.penalty(session.rows)[2])
-    # Of the row after each step. The token went into row 1, row 2 is chosen from that, row 3 from silent input.
+    # Of the row after each step. The token went into row 1, row 2 is chosen from that, row 3 from
+    # silent input.
     assert penalties == [0, 0, 2, 4, 6, 8, 10, 10, 10, 10]
     session.options = DecodeOptions(silence_penalty=10.0, penalty_start=9)
     assert session._script.penalty(session.rows)[2] == 4  # rows 9 and 10

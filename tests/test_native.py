@@ -134,8 +134,8 @@ def test_attention_of_a_row_is_that_of_xla(sizes, dtype):
         def draw(*shape):
             return random.standard_normal(shape, np.float32)
 
-        # Whole numbers up to 127, over 16, also when they are scaled by 64 ** -0.5: where the kernel rounds queries, to bfloat16
-        # or to eight bits, these stay as they are.
+        # Whole numbers up to 127, over 16, also when they are scaled by 64 ** -0.5: where the
+        # kernel rounds queries, to bfloat16 or to eight bits, these stay as they are.
         q = np.clip(np.round(48 * draw(batch, 1, streams, kv_heads * of_head, head_dim)), -127, 127)
         q[..., random.integers(head_dim)] = 127
         q = jnp.asarray(q / 16)
@@ -147,8 +147,8 @@ def test_attention_of_a_row_is_that_of_xla(sizes, dtype):
             np.arange(2 * rows) < filled
         )
         mask[..., 0] = True  # a query sees something
-        # Weights that are rounded to bfloat16 are wrong by 2 ** -9 of themselves, to eight bits by 2 ** -9 of the largest; in
-        # sums over keys much of that cancels out.
+        # Weights that are rounded to bfloat16 are wrong by 2 ** -9 of themselves, to eight bits by
+        # 2 ** -9 of the largest; in sums over keys much of that cancels out.
         exact = dtype == "float32" or head_dim % 32
         most, usual = (
             (2e-6, 2e-6) if exact else {BITS: (2**-8, 2**-10), "int8": (2**-7, 2**-7)}[dtype]
@@ -224,11 +224,12 @@ from msllm.decode.engine import Engine
 from msllm.weights.load import LoadedModel
 from msllm.model.model import init_parameters
 from msllm.streams import StreamSpec
-config = ModelConfig(vocab_size=64, d_model=32, d_ff=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
-streams = StreamSpec.from_config(StreamsConfig(names=("a", "b", "c"), kinds=("output",) * 3))
-model = LoadedModel(config, streams, jax.jit(lambda: init_parameters(config, streams, 0))())
-sessions = [Engine(model, window=32, cache_dtype=dtype, silence_id=0).open() for dtype in ("float32", "bfloat16", "int8")]
-print("TOKENS", *np.concatenate([session.step().tokens for session in sessions for _ in range(20)]))
+config = ModelConfig(vocab_size=64, d_model=32, d_ff=64, num_layers=2, num_heads=4, num_kv_heads=2,
+head_dim=8) streams = StreamSpec.from_config(StreamsConfig(names=("a", "b", "c"), kinds=("output",)
+* 3)) model = LoadedModel(config, streams, jax.jit(lambda: init_parameters(config, streams, 0))())
+sessions = [Engine(model, window=32, cache_dtype=dtype, silence_id=0).open() for dtype in
+("float32", "bfloat16", "int8")] print("TOKENS", *np.concatenate([session.step().tokens for session
+in sessions for _ in range(20)]))
 """
 
 

@@ -1,20 +1,22 @@
-"""Keys and values of the rows that sessions have read: where a row lies, how it is stored, attention over what is there.
+"""The key-value cache of sessions: where a row lies, how it is stored, and attention over it.
 
-A window of W rows belongs to each session. Its first rows are kept for good, as many as the session asks for; in the
-others a new row takes the place of the oldest. Which cells a query sees follows from the row numbers that lie beside
-the keys, by the one rule of `streams.py`, and never from their places: rows that fell out are not there to be seen.
+Each session has a window of W rows. The first rows of a session are kept for good, if it asks for
+that. In the rest of the window a new row takes the place of the oldest. Which cells a query sees
+follows from the row numbers that are stored beside the keys, by the one rule of `streams.py`, and
+never from places in the window: rows that fell out are not there to be seen.
 
-Every block of rows of every layer has its own arrays: a product reads a whole array, a slice of one would be copied.
+Every block of rows of every layer has its own arrays, because a matrix product reads a whole array
+and would first copy a slice of a larger one.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from msllm.config import ModelConfig
 from msllm.kernels import cpu as cpu_kernels
@@ -22,28 +24,43 @@ from msllm.kernels.cpu import PANEL
 from msllm.sharding import axis_index, axis_size, gather_streams, psum
 from msllm.streams import Cells, Visibility
 
-UNREAD = -1  # the number of a row that has not been read: no query's
-MASKED = (
-    -1e30
-)  # score of a pair that is not visible; finite, since a device may hold no key that a query sees
+UNREAD = -1  # the number of a row that has not been read; no query has it
+# The score of a pair that is not visible. It is finite because a device may hold no key that a
+# query sees.
+MASKED = -1e30
 BLOCK_ROWS = (
-    512  # rows that attention reads at a time; the blocks that no session has come to are left out
+    512  # rows that attention reads at a time; blocks that no session has reached are skipped
 )
 DTYPES = ("float32", "bfloat16", "int8")
-BITS = "uint16"  # those of bfloat16, on a CPU: there XLA computes in float32, and would convert a whole cache to write one row
+# On CPUs a bfloat16 cache is stored as its bits. XLA:CPU computes in float32, and would convert
+# the whole cache to write one row.
+BITS = "uint16"
 
 
 class Layout(NamedTuple):
-    """The dimensions of keys and of values, by the names of their logical axes. With "panel", "row" is one inside of it."""
+    """The order of the dimensions of keys and of values, by the names of their logical axes.
+
+    With the axis "panel", the axis "row" is that of PANEL rows inside a panel.
+    """
 
     keys: tuple[str, ...]
     values: tuple[str, ...]
 
+    @property
+    def in_panels(self) -> bool:
+        return "panel" in self.keys
 
-CELLS = ("batch", "row", "stream", "kv_heads", "head_dim")  # as the model makes them
-# The products of attention by XLA are fastest so on CPUs, and nothing is padded to the lanes of a TPU.
+
+CELLS = (
+    "batch",
+    "row",
+    "stream",
+    "kv_heads",
+    "head_dim",
+)  # the order in which the model makes them
+# Fastest for attention by XLA on CPUs. On TPUs it pads nothing to the lanes.
 ROWS_LAST = Layout(*[("batch", "kv_heads", "head_dim", "stream", "row")] * 2)
-# What `cpu_kernels.attend_row` reads from one end to the other.
+# The order in which `cpu_kernels.attend_row` reads them.
 PANELS = Layout(
     ("batch", "kv_heads", "stream", "panel", "head_dim", "row"),
     ("batch", "kv_heads", "stream", "panel", "row", "head_dim"),
@@ -51,86 +68,100 @@ PANELS = Layout(
 
 
 class Stored(NamedTuple):
-    """Keys or values of R rows in one layer."""
+    """Keys or values of R rows in one layer by a Layout: [B, K, H, S, R] or panels."""
 
-    values: jax.Array  # float32, bfloat16, BITS or int8, in a Layout: [B, K, H, S, R], or in panels
-    scale: jax.Array | None  # int8: float32, one unit of each head's vector, H = 1; else None
+    data: jax.Array  # float32, bfloat16, BITS or int8
+    scale: jax.Array | None  # int8: float32, the unit of each head's vector, with H = 1; else None
 
-    def numbers(self, dtype) -> jax.Array:
-        """The values in another type, not scaled."""
-        bits = self.values.dtype == BITS
-        return (
-            jax.lax.bitcast_convert_type(self.values, jnp.bfloat16) if bits else self.values
-        ).astype(dtype)
+    def unscaled(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """The numbers in another type, not multiplied by the scale."""
+        data = self.data
+        if data.dtype == BITS:
+            data = jax.lax.bitcast_convert_type(data, jnp.bfloat16)
+        return data.astype(dtype)
+
+
+Blocks = list[Stored]  # the blocks of one layer's keys or values, in the order of rows
 
 
 class Cache(NamedTuple):
     """All that attention needs of earlier rows."""
 
-    keys: list[list[Stored]]  # per layer, per block
-    values: list[list[Stored]]
-    cells: Cells  # [B, W] and [B, W, S]; rows not read are not seen
+    keys: list[Blocks]  # per layer
+    values: list[Blocks]
+    cells: Cells  # [B, W] and [B, W, S]; rows that have not been read are not seen
 
 
-def blocks(window: int, layout: Layout = ROWS_LAST) -> tuple[int, int]:
-    """(number, rows of each) of the blocks of a window; they hold at least so many rows."""
+def block_sizes(window: int, layout: Layout = ROWS_LAST) -> tuple[int, int]:
+    """(number of blocks, rows of each) for a window; together they hold at least its rows."""
     number, unit = -(-window // BLOCK_ROWS), _unit(layout.keys)
     return number, -(-window // (number * unit)) * unit
 
 
 def _unit(axes: tuple[str, ...]) -> int:
-    """Rows of which there are whole multiples in a block."""
+    """The rows of a block are a multiple of this."""
     return PANEL if "panel" in axes else 1
 
 
 def empty_cache(
     config: ModelConfig, batch: int, window: int, streams: int, dtype: str, layout: Layout
 ) -> Cache:
-    """A cache of `window` rows for each of `batch` sessions, nothing read yet."""
-    number, rows = blocks(window, layout)
+    """A cache of `window` rows for each of `batch` sessions, without any row.
+
+    Args:
+      dtype: one of DTYPES, or BITS.
+    """
+    number, rows = block_sizes(window, layout)
     window = number * rows  # the last places may stay empty
-    sizes = {
-        "batch": batch,
-        "kv_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "stream": streams,
-    }
 
-    def stored(axes: tuple[str, ...]) -> list[list[Stored]]:
+    def stored(axes: tuple[str, ...]) -> Stored:
         unit = _unit(axes)
-        all_sizes = {**sizes, "panel": rows // unit, "row": rows if unit == 1 else unit}
+        sizes = {
+            "batch": batch,
+            "kv_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+            "stream": streams,
+            "panel": rows // unit,
+            "row": rows if unit == 1 else unit,
+        }
+        data = jnp.zeros([sizes[axis] for axis in axes], dtype)
+        if dtype != "int8":
+            return Stored(data, None)
+        sizes["head_dim"] = 1
+        return Stored(data, jnp.zeros([sizes[axis] for axis in axes], "float32"))
 
-        def zeros(dtype, **other):
-            return jnp.zeros([{**all_sizes, **other}[axis] for axis in axes], dtype)
+    def layers(axes: tuple[str, ...]) -> list[Blocks]:
+        return [[stored(axes) for _ in range(number)] for _ in range(config.num_layers)]
 
-        def one():
-            return Stored(zeros(dtype), zeros("float32", head_dim=1) if dtype == "int8" else None)
-
-        return [[one() for _ in range(number)] for _ in range(config.num_layers)]
-
-    row, segment = (
-        jnp.full((batch, window), UNREAD, jnp.int32),
-        jnp.ones((batch, window), jnp.int32),
+    cells = Cells(
+        row=jnp.full((batch, window), UNREAD, jnp.int32),
+        segment=jnp.ones((batch, window), jnp.int32),
+        present=jnp.zeros((batch, window, streams), bool),
+        seen=jnp.zeros((batch, window, streams), bool),
     )
-    present, seen = (jnp.zeros((batch, window, streams), bool) for _ in range(2))
-    return Cache(stored(layout.keys), stored(layout.values), Cells(row, segment, present, seen))
+    return Cache(layers(layout.keys), layers(layout.values), cells)
 
 
-def place(row, kept, window: int):
-    """Where a row lies in a window of `window` rows of which the first `kept` stay; integers or arrays of them."""
-    return jnp.where(row < kept, row, kept + (row - kept) % (window - kept))
+def place(row, keep, window: int) -> jax.Array:
+    """The place of a row in a window whose first `keep` rows never fall out.
+
+    Args:
+      row, keep: integers or arrays of them.
+    """
+    return jnp.where(row < keep, row, keep + (row - keep) % (window - keep))
 
 
-def store(x: jax.Array, dtype, axes: tuple[str, ...]) -> Stored:
-    """Keys or values [B, T, S, K, H] as the cache has them; int8 with a scale for each vector. The last panel is filled up with
-    zeros."""
+def store(x: jax.Array, dtype: jax.typing.DTypeLike, axes: tuple[str, ...]) -> Stored:
+    """Keys or values [B, T, S, K, H] as the cache stores them.
+
+    int8 gets a scale for each vector of H numbers. Zeros fill up the last panel.
+    """
     names = CELLS
     if "panel" in axes:
-        x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % PANEL), *[(0, 0)] * 3]).reshape(
-            len(x), -1, PANEL, *x.shape[2:]
-        )
+        x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % PANEL), *[(0, 0)] * 3])
+        x = x.reshape(len(x), -1, PANEL, *x.shape[2:])
         names = ("batch", "panel", *names[1:])
-    x = x.transpose(*map(names.index, axes))
+    x = x.transpose([names.index(axis) for axis in axes])
     if dtype == BITS:
         return Stored(jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), dtype), None)
     if dtype != jnp.int8:
@@ -141,179 +172,244 @@ def store(x: jax.Array, dtype, axes: tuple[str, ...]) -> Stored:
 
 
 def write_row(
-    keys: list[Stored],
-    values: list[Stored],
+    keys: Blocks,
+    values: Blocks,
     k: jax.Array,
     v: jax.Array,
     at: jax.Array,
     layout: Layout,
     rows: int,
-):
-    """Stores one row of each session in one layer: k and v [B, 1, S, K, H], at places [B], in blocks of so many rows.
-    Returns (keys, values). A place beyond the window writes nothing."""
-    if "panel" in layout.keys:
-        new = [x.astype(jnp.float32) for x in (k, v)]
+) -> tuple[Blocks, Blocks]:
+    """Stores one row of each session in one layer.
 
-        def write(block, at):
-            return jax.tree.unflatten(
-                jax.tree.structure(block), cpu_kernels.write_row(jax.tree.leaves(block), *new, at)
-            )
-    else:
-        new = [store(x, keys[0].values.dtype, axes) for x, axes in zip((k, v), layout)]
+    Args:
+      keys, values: the layer's blocks, of `rows` rows each.
+      k, v: [B, 1, S, K, H].
+      at: [B] int32, places in the window; a place beyond the window writes nothing.
 
-        def write(block, at):
-            return _write_row(block, new, at, layout, rows)
-
-    written = [write(block, at - number * rows) for number, block in enumerate(zip(keys, values))]
-    return [list(x) for x in zip(*written)]
-
-
-def _write_row(block, new, at: jax.Array, layout: Layout, rows: int):
-    """`write_row` for one block, (keys, values) of `rows` rows, by XLA.
-
-    A loop over the sessions that write here, and not a scatter, nor slices one after the other: these XLA:CPU would merge into
-    the products that follow, and write to copies of the cache.
+    Returns: the new keys and values.
     """
-    elsewhere = (at < 0) | (at >= rows)
-    order = jnp.argsort(elsewhere)  # those that write here come first
+    write = _write_row_by_kernel if layout.in_panels else _write_row_by_xla
+    written = [
+        write(block, k, v, at - number * rows, layout, rows)
+        for number, block in enumerate(zip(keys, values))
+    ]
+    return [key for key, _ in written], [value for _, value in written]
 
-    def write(i, block):
-        b = order[i]
+
+def _write_row_by_kernel(
+    block: tuple[Stored, Stored], k, v, at: jax.Array, layout: Layout, rows: int
+) -> tuple[Stored, Stored]:
+    """`write_row` for one block, in its memory."""
+    del layout, rows
+    leaves, tree = jax.tree.flatten(block)
+    k, v = k.astype(jnp.float32), v.astype(jnp.float32)
+    return jax.tree.unflatten(tree, cpu_kernels.write_row(leaves, k, v, at))
+
+
+def _write_row_by_xla(
+    block: tuple[Stored, Stored], k, v, at: jax.Array, layout: Layout, rows: int
+) -> tuple[Stored, Stored]:
+    """`write_row` for one block, as a loop over the sessions that write here.
+
+    XLA:CPU would merge a scatter, or slices one after the other, into the products that follow, and
+    write to copies of the cache.
+    """
+    dtype = block[0].data.dtype
+    new = [store(k, dtype, layout.keys), store(v, dtype, layout.values)]
+    elsewhere = (at < 0) | (at >= rows)
+    order = jnp.argsort(elsewhere)  # the sessions that write here come first
+
+    def write_session(i, block):
+        session = order[i]
 
         def put(axes, old, new):
-            start = [{"batch": b, "row": at[b]}.get(axis, 0) for axis in axes]
-            return jax.lax.dynamic_update_slice(old, jax.lax.dynamic_slice_in_dim(new, b, 1), start)
+            start = [{"batch": session, "row": at[session]}.get(axis, 0) for axis in axes]
+            row = jax.lax.dynamic_slice_in_dim(new, session, 1)
+            return jax.lax.dynamic_update_slice(old, row, start)
 
-        return tuple(
-            jax.tree.map(functools.partial(put, axes), *both)
-            for axes, *both in zip(layout, block, new)
-        )
+        def put_all(axes, old, new):
+            return jax.tree.map(lambda old, new: put(axes, old, new), old, new)
 
-    return jax.lax.fori_loop(0, jnp.sum(~elsewhere), write, block)
+        return tuple(map(put_all, layout, block, new))
+
+    return jax.lax.fori_loop(0, jnp.sum(~elsewhere), write_session, block)
 
 
 def write_table(
-    blocks: list[Stored], x: jax.Array, slot, axes: tuple[str, ...], rows: int
-) -> list[Stored]:
-    """Stores rows x [1, T, S, K, H] at the first places of a session, in blocks of so many rows; a session beyond all of
-    them stores nothing."""
-    unit, new = _unit(axes), store(x, blocks[0].values.dtype, axes)
-    axis = axes.index("panel" if unit > 1 else "row")
+    blocks: Blocks, x: jax.Array, slot: jax.Array, axes: tuple[str, ...], rows: int
+) -> Blocks:
+    """Stores rows at the first places of one session, in one layer.
 
-    def put(old, new, start):
-        end = min((start + rows) // unit, new.shape[axis])
-        part = jax.lax.slice_in_dim(new, start // unit, end, axis=axis)[0]
-        return old.at[(slot, *map(slice, part.shape))].set(part, mode="drop")
+    Args:
+      blocks: the layer's keys or values, `rows` rows each.
+      x: [1, T, S, K, H].
+      slot: [] int32, the session; one beyond all sessions stores nothing.
+      axes: the order of the dimensions of the blocks.
+    """
+    unit, new = _unit(axes), store(x, blocks[0].data.dtype, axes)
+    row_axis = axes.index("panel" if unit > 1 else "row")
 
-    def start(number):
-        return functools.partial(put, start=number * rows)
+    def write_block(block: Stored, start: int) -> Stored:
+        def put(old, new):
+            end = min((start + rows) // unit, new.shape[row_axis])
+            part = jax.lax.slice_in_dim(new, start // unit, end, axis=row_axis)[0]
+            return old.at[(slot, *map(slice, part.shape))].set(part, mode="drop")
 
-    return [
-        jax.tree.map(start(i), old, new) if i * rows < x.shape[1] else old
-        for i, old in enumerate(blocks)
-    ]
+        return jax.tree.map(put, block, new) if start < x.shape[1] else block
+
+    return [write_block(block, number * rows) for number, block in enumerate(blocks)]
 
 
 def write_cells(old: Cells, new: Cells, at: jax.Array) -> Cells:
-    """The same for the cells of one row of each session, [B, 1] and [B, 1, S]."""
+    """Stores the cells of one row of each session, [B, 1] and [B, 1, S], at places [B]."""
     batch = jnp.arange(at.shape[0])
     return jax.tree.map(lambda old, new: old.at[batch, at].set(new[:, 0], mode="drop"), old, new)
 
 
-def visible_keys(queries: Cells, keys: Cells, lag, streams: int) -> jax.Array:
-    """The rule, for one row of each session and this device's `streams` of the keys: [B, S, streams, W] bool."""
+def visible_keys(queries: Cells, keys: Cells, lag: np.ndarray, streams: int) -> jax.Array:
+    """Which of this device's keys are visible to the queries of one row of each session.
+
+    Args:
+      queries: [B, 1] and [B, 1, S].
+      keys: [B, W] and [B, W, S].
+      streams: the number of streams whose keys this device holds.
+
+    Returns: [B, S, streams, W] bool.
+    """
     mask = Visibility(queries, keys, jnp.asarray(lag), jnp.arange(lag.shape[0])).mask()[:, 0]
-    return jax.lax.dynamic_slice_in_dim(
-        mask, axis_index("stream") * streams, streams, axis=3
-    ).swapaxes(2, 3)
+    mask = jax.lax.dynamic_slice_in_dim(mask, axis_index("stream") * streams, streams, axis=3)
+    return mask.swapaxes(2, 3)
+
+
+class _Softmax(NamedTuple):
+    """Attention over some of the keys, for each query [B, K, N / K, S] (arXiv 2205.14135)."""
+
+    top: jax.Array  # [..., 1] the highest score
+    norm: jax.Array  # [..., 1] the sum of e^(score - top)
+    out: jax.Array  # [..., H] the values, weighted by e^(score - top)
+
+    def merge(self, other: _Softmax) -> _Softmax:
+        """Over the keys of both."""
+        top = jnp.maximum(self.top, other.top)
+        parts = []
+        for part in (self, other):
+            scale = jnp.exp(part.top - top)
+            parts.append((part.norm * scale, part.out * scale))
+        (norm, out), (other_norm, other_out) = parts
+        return _Softmax(top, norm + other_norm, out + other_out)
 
 
 def attend(
     q: jax.Array,
-    keys: list[Stored],
-    values: list[Stored],
+    keys: Blocks,
+    values: Blocks,
     mask: jax.Array,
     filled: jax.Array,
     kernel: Callable | None = None,
 ) -> jax.Array:
-    """Attention of one row over the cache, with an online softmax over its blocks (arXiv 2205.14135).
+    """Attention of one row over the cache, with an online softmax over its blocks.
 
-    Inside `shard_map` every device has the keys of its own streams; all queries come to all keys, which is far less to
-    send, and the softmax is put together over the mesh axis `stream`.
+    Inside `shard_map` each device has the keys of its own streams. All queries are sent to all
+    keys, which is far less than the reverse, and the softmax is combined over the mesh axis
+    `stream`.
 
     Args:
-      q: [B, 1, S of this device, N, H]. keys, values: one layer's blocks, rows last. mask: from `visible_keys`.
-      filled: [] int32: places from here on have not been written by any session that matters.
-      kernel: attention over one block, instead of XLA's: `cpu_kernels.attend_row`, for blocks in panels.
+      q: [B, 1, S of this device, N, H].
+      keys, values: one layer's blocks.
+      mask: from `visible_keys`.
+      filled: [] int32, no session that matters has written places from here on.
+      kernel: attention over one block in panels (`cpu_kernels.attend_row`); None: by XLA, over
+        blocks with rows last.
 
     Returns: the same shape and dtype as q.
     """
-    mine, all_q = q.shape[2], gather_streams(q)
-    batch, _, streams, heads, head_dim = all_q.shape
-    kv_heads = keys[0].values.shape[1]
-    grouped = (
-        all_q.reshape(batch, streams, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
-        * head_dim**-0.5
-    )
-    grouped = grouped.reshape(batch, kv_heads, -1, head_dim)
+    streams, all_q = q.shape[2], gather_streams(q)
+    grouped = _group_by_kv_head(all_q, keys[0].data.shape[1])
+    rows = mask.shape[-1] // len(keys)
 
-    def by_stream(x):
-        return x.reshape(batch, kv_heads, -1, streams, x.shape[-1])
+    def attend_block(i: int, keys: Stored, values: Stored, mask) -> _Softmax:
+        if kernel:
+            block_filled = filled - i * rows if i else filled
+            return _attend_block_by_kernel(kernel, grouped, keys, values, mask, block_filled)
+        return _attend_block_by_xla(grouped, keys, values, mask, q.dtype)
 
-    def by_head(x):
-        return x.reshape(batch, kv_heads, -1, x.shape[-1])
+    softmax = None
+    for i, block in enumerate(zip(keys, values)):
+        block_mask = mask[..., i * rows : (i + 1) * rows]
+        if softmax is None:
+            softmax = attend_block(i, *block, block_mask)
+            continue
+
+        def add(softmax, *block, i=i):
+            return softmax.merge(attend_block(i, *block))
+
+        def skip(softmax, *_):
+            return softmax
+
+        softmax = jax.lax.cond(filled > i * rows, add, skip, softmax, *block, block_mask)
+    out = _normalised(softmax).transpose(0, 3, 1, 2, 4).reshape(all_q.shape).astype(q.dtype)
+    return jax.lax.dynamic_slice_in_dim(out, axis_index("stream") * streams, streams, axis=2)
+
+
+def _group_by_kv_head(q: jax.Array, kv_heads: int) -> jax.Array:
+    """Scaled queries [B, 1, S, N, H] as [B, K, N / K, S, H]."""
+    batch, _, streams, _, head_dim = q.shape
+    grouped = q.reshape(batch, streams, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    return grouped * head_dim**-0.5
+
+
+def _attend_block_by_kernel(
+    kernel: Callable, q: jax.Array, keys: Stored, values: Stored, mask, filled
+) -> _Softmax:
+    """Attention of queries [B, K, N / K, S, H] over one block in panels."""
+    scales = [x.scale for x in (keys, values) if x.scale is not None]
+    queries = _flat_queries(q).astype(jnp.float32)
+    parts = kernel(queries, keys.data, values.data, mask, filled, scales, MASKED)
+    return _Softmax(*(_like_queries(x, q) for x in parts))
+
+
+def _attend_block_by_xla(
+    q: jax.Array, keys: Stored, values: Stored, mask, dtype: jax.typing.DTypeLike
+) -> _Softmax:
+    """Attention of queries [B, K, N / K, S, H] over one block with rows last."""
+
+    def flat_keys(x):
+        """The keys of all rows and streams as one axis M."""
+        return x.reshape(*x.shape[:3], -1)
 
     def dot(equation, x, y):
         return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
-    def part(keys: Stored, values: Stored, mask, filled):
-        """(highest score, sum of the weights, weighted sum of the values) over some rows."""
-        if kernel:
-            scales = [x.scale for x in (keys, values) if x.scale is not None]
-            queries = grouped.astype(jnp.float32)
-            return [
-                by_stream(x)
-                for x in kernel(queries, keys.values, values.values, mask, filled, scales, MASKED)
-            ]
+    batch, streams = q.shape[0], q.shape[3]
+    scores = dot("bkqh,bkhm->bkqm", _flat_queries(q), flat_keys(keys.unscaled(dtype)))
+    if keys.scale is not None:
+        scores *= flat_keys(keys.scale)
+    mask = mask.reshape(batch, 1, 1, streams, -1)
+    scores = jnp.where(mask, _like_queries(scores, q), MASKED)
+    top = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    norm, weights = weights.sum(-1, keepdims=True), _flat_queries(weights)
+    if values.scale is not None:
+        weights *= flat_keys(values.scale)
+    out = dot("bkhm,bkqm->bkhq", flat_keys(values.unscaled(dtype)), weights.astype(dtype))
+    return _Softmax(top, norm, _like_queries(out.swapaxes(2, 3), q))
 
-        def flat(x):
-            return x.reshape(*x.shape[:3], -1)  # the keys of all rows and streams, M
 
-        scores = dot("bkqh,bkhm->bkqm", grouped, flat(keys.numbers(q.dtype)))
-        if keys.scale is not None:
-            scores *= flat(keys.scale)
-        scores = jnp.where(mask.reshape(batch, 1, 1, streams, -1), by_stream(scores), MASKED)
-        top = scores.max(-1, keepdims=True)
-        weights = jnp.exp(scores - top)
-        norm, weights = weights.sum(-1, keepdims=True), by_head(weights)
-        if values.scale is not None:
-            weights *= flat(values.scale)
-        out = dot("bkhm,bkqm->bkhq", flat(values.numbers(q.dtype)), weights.astype(q.dtype))
-        return top, norm, by_stream(out.swapaxes(2, 3))
+def _flat_queries(x: jax.Array) -> jax.Array:
+    """[B, K, N / K, S, ...] -> [B, K, Q, ...], Q = N / K * S."""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
-    def merge(old, new):
-        top = jnp.maximum(old[0], new[0])
-        scaled = [[x * jnp.exp(of[0] - top) for x in of[1:]] for of in (old, new)]
-        return top, *map(jnp.add, *scaled)
 
-    rows = mask.shape[-1] // len(keys)
-    for i, block in enumerate(zip(keys, values)):
-        cut = mask[..., i * rows : (i + 1) * rows]
-        if i == 0:
-            top, norm, out = part(*block, cut, filled)
-        else:
+def _like_queries(x: jax.Array, q: jax.Array) -> jax.Array:
+    """[B, K, Q, ...] -> [B, K, N / K, S, ...], the dimensions of q."""
+    return x.reshape(*q.shape[:-1], x.shape[-1])
 
-            def add(so_far, keys, values, cut):
-                return merge(so_far, part(keys, values, cut, filled - i * rows))
 
-            def skip(so_far, *_):
-                return so_far
-
-            top, norm, out = jax.lax.cond(
-                filled > i * rows, add, skip, (top, norm, out), *block, cut
-            )
+def _normalised(softmax: _Softmax) -> jax.Array:
+    """The attention output [B, K, N / K, S, H], over the keys of all devices."""
+    top, norm, out = softmax
     if axis_size("stream") > 1:
-        keep = jnp.exp(top - jax.lax.pmax(top, "stream"))
-        norm, out = psum(norm * keep, "stream"), psum(out * keep, "stream")
-    out = (out / norm).transpose(0, 3, 1, 2, 4).reshape(all_q.shape).astype(q.dtype)
-    return jax.lax.dynamic_slice_in_dim(out, axis_index("stream") * mine, mine, axis=2)
+        scale = jnp.exp(top - jax.lax.pmax(top, "stream"))
+        norm, out = psum(norm * scale, "stream"), psum(out * scale, "stream")
+    return out / norm

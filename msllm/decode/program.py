@@ -1,18 +1,21 @@
-"""The compiled functions of an engine: read a table, advance all sessions by a row or by many, copy a session.
+"""The compiled functions of an engine.
 
-All that a user may change while sessions run enters as arrays: nothing compiles twice. On a mesh the functions that run
-the model are one `shard_map`, as in training; sessions lie along the axes of `batch`.
+They read a table, advance all sessions by one row or by several, and copy sessions. Everything that
+a user may change while sessions run enters as arrays, so no change recompiles. On a mesh the
+functions that run the model are one `shard_map`, as in training; sessions lie along the mesh axes
+of `batch`.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -22,10 +25,11 @@ from msllm.decode.cache import (
     PANELS,
     ROWS_LAST,
     UNREAD,
+    Blocks,
     Cache,
     Stored,
     attend,
-    blocks,
+    block_sizes,
     empty_cache,
     place,
     visible_keys,
@@ -33,14 +37,22 @@ from msllm.decode.cache import (
     write_row,
     write_table,
 )
-from msllm.decode.sampling import FREE, Chosen, Sampling, row_keys, sample
+from msllm.decode.sampling import FREE, Sampled, Sampling, row_keys, sample
 from msllm.kernels import cpu as cpu_kernels
 from msllm.model.attention.backend import Backend
 from msllm.model.attention.dispatch import get_backend, portable_backend
-from msllm.model.layers import InputWeight, OutputWeight, rope_angles
+from msllm.model.layers import Angles, InputWeight, OutputWeight, rope_angles
 from msllm.model.model import MultiStreamLM, abstract_model, bind
 from msllm.runtime.compiler import compiler_options
-from msllm.sharding import axis_index, axis_size, gather, gather_streams, mesh_axes, partition_spec
+from msllm.sharding import (
+    StreamSubset,
+    axis_index,
+    axis_size,
+    gather,
+    gather_streams,
+    mesh_axes,
+    partition_spec,
+)
 from msllm.streams import Cells, StreamSpec, Visibility, pad_lag
 
 NOWHERE = 1 << 30  # a place beyond any window
@@ -48,58 +60,103 @@ RUN_ROWS = 32  # rows that one call of `run` advances at most
 
 log = logging.getLogger("msllm")
 
+Array = jax.Array | np.ndarray
+Parameters = dict[str, Any]  # nested dicts of arrays
+Weights = dict[str, Any]  # from `DecodeProgram.prepare`; "blocks" is a list of layers
+
 
 class State(NamedTuple):
-    """What the device holds of B sessions."""
+    """What the device holds for B sessions."""
 
     cache: Cache
-    said: jax.Array  # [B, S, V] bool: tokens that the stream has held, besides silence
+    said: jax.Array  # [B, S, V] bool: tokens that the stream has held, except silence
     allowed: jax.Array  # [B, S, V] bool: tokens that the model may sample
 
 
 class Controls(NamedTuple):
-    """What a session is asked to do until it is asked otherwise; [B, S] unless noted."""
+    """Settings of each session, until the user changes them; [B, S] unless noted."""
 
     sampling: Sampling
-    presence_penalty: Any  # float32
-    seed: Any  # [B] uint32
-    kept: Any  # [B] int32: rows at the beginning that never fall out
+    presence_penalty: Array  # float32
+    seed: Array  # [B] uint32
+    keep: Array  # [B] int32: the first rows, this many, never fall out of the window
 
 
-class Feed(NamedTuple):
-    """What the host says of one row of each session; [B, S] unless noted. `run` takes many, with a first axis of rows."""
+class RowInputs(NamedTuple):
+    """What the host says about one row of each session; [B, S] unless noted.
 
-    active: Any  # [B] bool: the session advances
-    row: Any  # [B] int32: the number of the row that is read; the next one is chosen
-    read: Any  # int32: its tokens; FREE (in `run`, after the first row): as they were chosen
-    read_present: Any  # bool: its cells that are not absent
-    given: Any  # int32: tokens of the next row that are not the model's choice, else FREE
-    penalty: Any  # float32: subtracted from the next row's logit of silence
+    `run` takes several rows, as a first axis.
+    """
+
+    active: Array  # [B] bool: the session advances
+    row: Array  # [B] int32: the number of the row that is read; the next one is sampled
+    read: Array  # int32: its tokens; FREE (in `run`, after the first row): as they were sampled
+    read_present: Array  # bool: its cells that are not absent
+    given: Array  # int32: tokens of the next row that are not sampled but given; else FREE
+    penalty: Array  # float32: subtracted from the next row's logit of silence
 
 
-class Specs(NamedTuple):
-    """PartitionSpecs of what goes through `shard_map`."""
+class Kernels(NamedTuple):
+    """The implementations that a program uses.
+
+    Attributes:
+      attention: the backend for tables.
+      packed: whether weights are stored in the types that the CPU kernels multiply
+        (msllm/model/linear.py).
+      attend_row: attention of a row over a block of the cache, see `cache.attend`; None: by XLA.
+    """
+
+    attention: Backend
+    packed: bool = False
+    attend_row: Callable | None = None
+
+    @classmethod
+    def choose(cls, platform: str, config: ModelConfig, one_device: bool) -> Kernels:
+        """The fastest ones for a platform (cpu, gpu, tpu)."""
+        portable = cls(portable_backend(config))
+        if platform != "cpu":
+            return portable
+        if reason := cpu_kernels.unavailable_reason():
+            log.info("decoding by XLA alone, which is slower with several streams: %s", reason)
+            return portable
+        suits = config.compute_dtype == "float32" and config.attention in ("auto", "cpu")
+        attention = get_backend("cpu") if suits else portable.attention
+        # Weights are packed as a whole, and one of several devices holds only a part.
+        return cls(attention, packed=one_device, attend_row=cpu_kernels.attend_row)
+
+
+class _Specs(NamedTuple):
+    """PartitionSpecs of what passes through `shard_map`."""
 
     weights: Any
     state: Any
     controls: Any
-    feed: Any
+    inputs: Any
+    sampled: PartitionSpec  # packed, [3, B, S]
 
 
 class DecodeProgram:
-    """See `decode_program`. Attributes:
+    """The compiled functions for B sessions of one kind of model. `decode_program` makes it.
 
-    streams: S', which is S and the absent streams that make it a multiple of the mesh axis `stream`.
-    layout: of keys and values.
-    prepare(parameters) -> weights: by layer, in the compute dtype where that is what they are used in.
-    empty() -> State.
-    read(weights, state, slot, tokens, present, rows) -> State: a table, at the beginning of a session.
-    advance(weights, state, controls, feed) -> (State, packed Chosen, logits or None): one row.
-    run(weights, state, controls, feeds, rows) -> (State, packed Chosen of [RUN_ROWS, B, S]): `rows` rows.
-    clear(state, slot), copy(state, source, target), allow(state, slot, allowed [S', V]) -> State.
-    take(state, slot) -> one session's State, with B = 1. put(state, slot, session) -> State.
+    The functions donate the state that goes in.
 
-    The state that goes in is donated.
+    Attributes:
+      streams: S', which is S and the absent streams that make it a multiple of the mesh axis
+        `stream`.
+      layout: the order of the dimensions of keys and values in the cache.
+      prepare: (parameters) -> weights, by layer, in the compute dtype where they are used in it.
+      empty: () -> State.
+      read: (weights, state, slot, tokens, present, rows) -> State. Reads a table of `rows` rows,
+        filled up to [1, T, S'], at the beginning of a session.
+      advance: (weights, state, controls, inputs) -> (State, packed Sampled, logits or None). One
+        row.
+      run: (weights, state, controls, inputs, rows) -> (State, packed Sampled of [RUN_ROWS, B, S]).
+        `rows` rows.
+      clear: (state, slot) -> State. Makes a session empty.
+      copy: (state, source, target) -> State. Copies a session.
+      allow: (state, slot, allowed [S', V]) -> State.
+      take: (state, slot) -> the State of one session, with B = 1.
+      put: (state, slot, session) -> State.
     """
 
     def __init__(
@@ -113,111 +170,127 @@ class DecodeProgram:
         all_logits: bool,
         silence_id: int,
     ):
+        """See `decode_program`."""
         self.config, self.spec, self.mesh, self.window = config, streams, mesh, window
-        self.all_logits, self.silence_id = all_logits, silence_id
+        self.sessions, self.all_logits, self.silence_id = sessions, all_logits, silence_id
         self.streams = streams.size + (-streams.size % mesh.shape["stream"] if mesh else 0)
         self._lag = pad_lag(streams.lag_array, self.streams)
         self.graph, _, axes = abstract_model(config, streams)
-        per_layer = jax.tree.map(lambda a: a[1:], axes["blocks"], is_leaf=_is_axes)
-        self._axes = {**axes, "blocks": [per_layer] * config.num_layers}
+        layer_axes = jax.tree.map(lambda a: a[1:], axes["blocks"], is_leaf=_is_axes)
+        self._axes = {**axes, "blocks": [layer_axes] * config.num_layers}
 
         platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
-        self._kernels = _kernels(platform, config, mesh is None or mesh.size == 1)
+        self._kernels = Kernels.choose(platform, config, mesh is None or mesh.size == 1)
         self.layout = PANELS if self._kernels.attend_row else ROWS_LAST
-        self._block_rows = blocks(window, self.layout)[1]
-        stored = BITS if cache_dtype == "bfloat16" and platform == "cpu" else cache_dtype
-        self.empty_state = lambda: State(
-            empty_cache(config, sessions, window, self.streams, stored, self.layout),
-            *(
-                jnp.full((sessions, self.streams, config.vocab_size), value)
-                for value in (False, True)
-            ),
-        )
+        self._block_rows = block_sizes(window, self.layout)[1]
+        in_bits = cache_dtype == "bfloat16" and platform == "cpu"
+        self._cache_dtype = BITS if in_bits else cache_dtype
+        self._compile_functions(platform)
+
+    def _compile_functions(self, platform: str) -> None:
         specs = self._specs()
         jit = functools.partial(jax.jit, compiler_options=compiler_options(platform))
 
-        def placed(spec):
-            return {"out_shardings": _named(mesh, spec)} if mesh else {}
+        def on_mesh(spec) -> dict[str, Any]:
+            """Arguments of `jit`."""
+            return {"out_shardings": _named_shardings(self.mesh, spec)} if self.mesh else {}
 
-        self.prepare = jit(self._prepare, **placed(specs.weights))
-        self.empty = jit(self.empty_state, **placed(specs.state))
-        scalar, by_stream = PartitionSpec(), PartitionSpec(None, None, *partition_spec("stream"))
-        cells = partition_spec("batch", "stream")
-        chosen = PartitionSpec(None, *cells)
-        logits = partition_spec("batch", "stream", "replicated") if all_logits else None
-        sharded = functools.partial(self._sharded, jit)
+        def run_model(function, in_specs, out_specs):
+            """`function(weights, state, ...)`."""
+            if self.mesh is not None:
+                function = jax.shard_map(
+                    function,
+                    mesh=self.mesh,
+                    in_specs=in_specs,
+                    out_specs=out_specs,
+                    check_vma=False,
+                )
+            return jit(function, donate_argnums=1)
 
-        def in_run(spec):
+        def of_rows(spec: PartitionSpec) -> PartitionSpec:
+            """With a first axis of rows."""
             return PartitionSpec(None, *spec)
 
-        self.advance = sharded(
+        scalar, table = PartitionSpec(), PartitionSpec(None, None, *partition_spec("stream"))
+        logits = partition_spec("batch", "stream", "replicated") if self.all_logits else None
+        before = (specs.weights, specs.state)
+        self.prepare = jit(self._prepare, **on_mesh(specs.weights))
+        self.empty = jit(self._empty, **on_mesh(specs.state))
+        self.read = run_model(
+            self._read, (*before, scalar, table, table, scalar), out_specs=specs.state
+        )
+        self.advance = run_model(
             self._advance,
-            (specs.weights, specs.state, specs.controls, specs.feed),
-            (specs.state, chosen, logits),
+            (*before, specs.controls, specs.inputs),
+            out_specs=(specs.state, specs.sampled, logits),
         )
-        feeds = Feed(*map(in_run, specs.feed))
-        self.run = sharded(
+        self.run = run_model(
             self._run,
-            (specs.weights, specs.state, specs.controls, feeds, scalar),
-            (specs.state, in_run(chosen)),
+            (*before, specs.controls, RowInputs(*map(of_rows, specs.inputs)), scalar),
+            out_specs=(specs.state, of_rows(specs.sampled)),
         )
-        self.read = sharded(
-            self._read,
-            (specs.weights, specs.state, scalar, by_stream, by_stream, scalar),
-            specs.state,
-        )
-        whole = jax.tree.map(lambda _: scalar, specs.state)
-        self.clear = jit(self._clear, donate_argnums=0, **placed(specs.state))
-        self.copy = jit(self._copy, donate_argnums=0, **placed(specs.state))
-        self.allow = jit(self._allow, donate_argnums=0, **placed(specs.state))
-        self.put = jit(self._put, donate_argnums=0, **placed(specs.state))
-        self.take = jit(self._take, **placed(whole))
+        self.clear = jit(self._clear, donate_argnums=0, **on_mesh(specs.state))
+        self.copy = jit(self._copy, donate_argnums=0, **on_mesh(specs.state))
+        self.allow = jit(self._allow, donate_argnums=0, **on_mesh(specs.state))
+        self.put = jit(self._put, donate_argnums=0, **on_mesh(specs.state))
+        self.take = jit(self._take, **on_mesh(jax.tree.map(lambda _: scalar, specs.state)))
 
-    def _specs(self) -> Specs:
+    def _specs(self) -> _Specs:
         """How everything lies on the mesh."""
         cells, per_session = partition_spec("batch", "stream"), partition_spec("batch")
-        state = jax.eval_shape(self.empty_state)
-
-        def fit(axes, layers):
-            lies = partition_spec(*axes)
-            return [
-                [Stored(lies, None if x.scale is None else lies) for x in layer] for layer in layers
-            ]
-
-        vocabulary = PartitionSpec(*cells, None)
 
         def weight_spec(axes):
-            # Packed weights have axes of their own, and are on one device.
+            # Packed weights have other dimensions, and are on one device.
             return PartitionSpec() if self._kernels.packed else partition_spec(*axes)
 
-        return Specs(
-            jax.tree.map(weight_spec, self._axes, is_leaf=_is_axes),
-            State(
-                # Which cells are there is known to every device of the mesh axis `stream`: all queries come to all keys.
-                Cache(*map(fit, self.layout, state.cache[:2]), Cells(*[per_session] * 4)),
-                vocabulary,
-                vocabulary,
+        def blocks_spec(axes, layers: list[Blocks]):
+            spec = partition_spec(*axes)
+            return [
+                [Stored(spec, None if block.scale is None else spec) for block in blocks]
+                for blocks in layers
+            ]
+
+        cache = jax.eval_shape(self._empty).cache
+        cache_spec = Cache(
+            blocks_spec(self.layout.keys, cache.keys),
+            blocks_spec(self.layout.values, cache.values),
+            # All queries come to all keys, so every device of the mesh axis `stream` knows which
+            # cells are present.
+            Cells(*[per_session] * 4),
+        )
+        vocabulary = PartitionSpec(*cells, None)
+        return _Specs(
+            weights=jax.tree.map(weight_spec, self._axes, is_leaf=_is_axes),
+            state=State(cache_spec, vocabulary, vocabulary),
+            controls=Controls(
+                Sampling(*[cells] * len(Sampling._fields)), cells, per_session, per_session
             ),
-            Controls(Sampling(*[cells] * len(Sampling._fields)), cells, per_session, per_session),
-            Feed(per_session, per_session, cells, cells, cells, cells),
+            inputs=RowInputs(per_session, per_session, cells, cells, cells, cells),
+            sampled=PartitionSpec(None, *cells),
         )
 
-    def _sharded(self, jit, function, in_specs, out_specs):
-        """`function(weights, state, ...)`, compiled, with the state donated."""
-        if self.mesh is None:
-            return jit(function, donate_argnums=1)
-        function = jax.shard_map(
-            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    def _empty(self) -> State:
+        cache = empty_cache(
+            self.config,
+            self.sessions,
+            self.window,
+            self.streams,
+            self._cache_dtype,
+            self.layout,
         )
-        return jit(function, donate_argnums=1)
+        tokens = (self.sessions, self.streams, self.config.vocab_size)
+        return State(cache, jnp.full(tokens, False), jnp.full(tokens, True))
 
-    def _prepare(self, parameters):
-        """Weights of matrix products in the compute dtype, so that no row converts them; each layer's in arrays of its own. With
-        kernels they are of the types that the kernels multiply."""
+    def _prepare(self, parameters: Parameters) -> Weights:
+        """Weights as every row uses them, so that no row converts them.
+
+        Weights of matrix products are in the compute dtype, and in the types that the kernels
+        multiply. Each layer has its own arrays.
+        """
         dtype = self.config.compute_dtype
 
         def cast(x):
-            # With the axis of layers, norms have two dimensions: they stay float32.
+            # Norms stay float32: they have two dimensions, one of them the layers.
             return x.astype(dtype) if x.ndim > 2 else x
 
         blocks = jax.tree.map(cast, parameters["blocks"])
@@ -230,11 +303,14 @@ class DecodeProgram:
             blocks = self._pack({**parameters, "blocks": blocks})
             head = "embedding" if self.config.tie_embeddings else "head"
             tables[head] = cpu_kernels.TableWeight(tables[head])
-        layers = [jax.tree.map(lambda x: x[i], blocks) for i in range(self.config.num_layers)]
+        layers = [
+            jax.tree.map(lambda x, layer=layer: x[layer], blocks)
+            for layer in range(self.config.num_layers)
+        ]
         return {**parameters, **tables, "blocks": layers}
 
-    def _pack(self, parameters):
-        """The blocks' weights of all layers, packed where the model uses them in `linear` or `linear_back` alone."""
+    def _pack(self, parameters: Parameters) -> dict[str, Any]:
+        """The blocks, with the weights that `linear` and `linear_back` multiply packed."""
 
         def pack(variable: nnx.Variable):
             weight = variable.get_value()
@@ -246,184 +322,217 @@ class DecodeProgram:
         variables = nnx.state(bind(self.graph, parameters).blocks)
         return nnx.to_pure_dict(variables, extract_fn=pack)
 
-    def _layers(self, weights) -> list[MultiStreamLM]:
-        """The model, once for each layer: `blocks` of the i-th holds the weights of layer i."""
+    def _layers(self, weights: Weights) -> list[MultiStreamLM]:
+        """The model, once per layer: `blocks` of the i-th model has the weights of layer i."""
         return [bind(self.graph, {**weights, "blocks": layer}) for layer in weights["blocks"]]
 
-    def _cells(self, row, tokens, present) -> Cells:
+    def _apply_blocks(
+        self, layers: Sequence[MultiStreamLM], x: jax.Array, angles: Angles, cache: Cache, attend
+    ) -> tuple[jax.Array, list[Blocks], list[Blocks]]:
+        """All layers in turn, each with its part of the cache.
+
+        Args:
+          attend: (q, k, v, keys, values) -> (output, new keys, new values), of one layer.
+
+        Returns: the last layer's output, and the new keys and values of the cache.
+        """
+        all_keys, all_values = [], []
+        for model, keys, values in zip(layers, cache.keys, cache.values):
+
+            def attend_in_layer(q, k, v, keys=keys, values=values):
+                out, keys, values = attend(q, k, v, keys, values)
+                all_keys.append(keys)
+                all_values.append(values)
+                return out
+
+            x = model.blocks(x, angles, attend_in_layer)
+        return x, all_keys, all_values
+
+    def _cells(self, row: jax.Array, tokens: jax.Array, present: jax.Array) -> Cells:
         """Cells of rows [B, T] with tokens and present [B, T, streams of this device]."""
         seen = present & (tokens != self.silence_id) if self.spec.skip_silence else present
         return Cells(row, jnp.ones_like(row), present, seen)
 
-    def _next_row(self, weights, state: State, controls: Controls, feed: Feed, tokens):
-        """Reads `tokens` and chooses the next row: (state, Chosen, logits [B, S, V] or None)."""
+    def _next_row(
+        self,
+        weights: Weights,
+        state: State,
+        controls: Controls,
+        inputs: RowInputs,
+        tokens: jax.Array,
+    ) -> tuple[State, Sampled, jax.Array | None]:
+        """Reads a row of `tokens` [B, S] and samples the next one; logits are [B, S, V] or None."""
         layers, size = self._layers(weights), tokens.shape[1]
         streams = axis_index("stream") * size + jnp.arange(size)
-        cells = self._cells(feed.row[:, None], tokens[:, None], feed.read_present[:, None])
-        everyone = cells._replace(
-            present=gather_streams(cells.present), seen=gather_streams(cells.seen)
-        )
-        # A session that does not advance writes beyond its window, that is nowhere.
-        at = jnp.where(feed.active, place(feed.row, controls.kept, self.window), NOWHERE)
-        filled = jnp.max(jnp.where(feed.active, jnp.minimum(feed.row + 1, self.window), 1))
-        (keys, values, known), said = state.cache, state.said
-        known, keys, values = write_cells(known, everyone, at), list(keys), list(values)
-        mask = visible_keys(everyone, known, self._lag, size)
+        cells = self._cells(inputs.row[:, None], tokens[:, None], inputs.read_present[:, None])
+        all_cells = _of_all_streams(cells)
+        # A session that does not advance writes beyond its window, which stores nothing.
+        at = jnp.where(inputs.active, place(inputs.row, controls.keep, self.window), NOWHERE)
+        read_rows = jnp.minimum(inputs.row + 1, self.window)
+        filled = jnp.max(jnp.where(inputs.active, read_rows, 1))
+        known_cells = write_cells(state.cache.cells, all_cells, at)
+        mask = visible_keys(all_cells, known_cells, self._lag, size)
+
+        def attend_to_cache(q, k, v, keys, values):
+            keys, values = write_row(keys, values, k, v, at, self.layout, self._block_rows)
+            out = attend(q, keys, values, mask, filled, self._kernels.attend_row)
+            return out, keys, values
+
+        angles = self._row_angles(inputs)
+        x = layers[0].embed(tokens[:, None])
+        x, keys, values = self._apply_blocks(layers, x, angles, state.cache, attend_to_cache)
+        counts = inputs.active[:, None] & inputs.read_present & (tokens != self.silence_id)
+        session, stream = jnp.arange(len(tokens))[:, None], jnp.arange(size)
+        said = state.said.at[session, stream, tokens].max(counts)
+        state = State(Cache(keys, values, known_cells), said, state.allowed)
+        sampled, logits = self._sample(layers[0], x[:, 0], state, controls, inputs, streams)
+        return state, sampled, logits
+
+    def _row_angles(self, inputs: RowInputs) -> Angles:
+        """The rotary angles of the row that is read."""
 
         def angles():
-            return rope_angles(feed.row[:, None], self.config)
+            return rope_angles(inputs.row[:, None], self.config)
 
-        # A condition: else XLA:CPU fuses them, with their cosines, into the rotations of every layer.
-        angles = jax.lax.cond(
-            jnp.any(feed.active), angles, lambda: jax.tree.map(jnp.zeros_like, angles())
-        )
-        x = layers[0].embed(tokens[:, None])
-        for i, model in enumerate(layers):
+        def zeros():
+            return jax.tree.map(jnp.zeros_like, angles())
 
-            def attention(q, k, v):
-                keys[i], values[i] = write_row(
-                    keys[i], values[i], k, v, at, self.layout, self._block_rows
-                )
-                return attend(q, keys[i], values[i], mask, filled, self._kernels.attend_row)
+        # A condition keeps XLA:CPU from fusing the angles, with their cosines, into the rotations
+        # of every layer.
+        return jax.lax.cond(jnp.any(inputs.active), angles, zeros)
 
-            x = model.blocks(x, angles, attention)
-        counts = feed.active[:, None] & feed.read_present & (tokens != self.silence_id)
-        batch, stream = jnp.arange(len(tokens))[:, None], jnp.arange(size)
-        said = said.at[batch, stream, tokens].max(counts)
-        state = State(Cache(keys, values, known), said, state.allowed)
-        chosen, logits = self._choose(layers[0], x[:, 0], state, controls, feed, streams)
-        return state, chosen, logits
+    def _sample(
+        self,
+        model: MultiStreamLM,
+        x: jax.Array,
+        state: State,
+        controls: Controls,
+        inputs: RowInputs,
+        streams: jax.Array,
+    ) -> tuple[Sampled, jax.Array | None]:
+        """Samples the next row from the last block's output x [B, S, D].
 
-    def _choose(
-        self, model, x, state: State, controls: Controls, feed: Feed, streams
-    ) -> tuple[Chosen, Any]:
-        """Chosen of what the last block gives, x [B, S, D]. Streams that are only fed need no head."""
-        size = x.shape[1]
-        # One program runs on all parts of the mesh axis `stream`: a place is left out where all of them hold an input.
-        needed = [
-            s
-            for s in range(size)
-            if self.all_logits or any(k != "input" for k in self.spec.kinds[s::size])
-        ]
-        if not needed:
-            nothing = jnp.full(feed.given.shape, jnp.nan, jnp.float32)
-            return Chosen(feed.given, nothing, nothing), None
-        pick = (lambda x: x) if len(needed) == size else (lambda x: x[:, jnp.array(needed)])
-        logits = gather(model.logits(model.finish(pick(x))), 2, mesh_axes("vocab"))
+        Streams that are inputs on all devices need no logits: their tokens are given.
+        """
+        needed = [self.all_logits or kind != "input" for kind in self.spec.kinds]
+        subset = StreamSubset.of(needed, x.shape[1])
+        nothing = jnp.full(inputs.given.shape, jnp.nan, jnp.float32)
+        unsampled = Sampled(inputs.given, nothing, nothing)
+        if not subset.places:
+            return unsampled, None
+
+        def take(x):
+            return subset.take(x, axis=1)
+
+        logits = gather(model.logits(model.finish(take(x))), 2, mesh_axes("vocab"))
         is_silence = jnp.arange(self.config.vocab_size) == self.silence_id
-        bias = jnp.where(is_silence, -pick(feed.penalty)[..., None], 0.0)
-        bias -= pick(controls.presence_penalty)[..., None] * pick(state.said)
-        keys = row_keys(controls.seed, feed.row + 1, pick(streams[None])[0])
-        sampling, given = Sampling(*map(pick, controls.sampling)), pick(feed.given)
-        chosen = sample(logits, bias, pick(state.allowed), sampling, given, keys, feed.active)
-        if len(needed) < size:
+        bias = jnp.where(is_silence, -take(inputs.penalty)[..., None], 0.0)
+        bias -= take(controls.presence_penalty)[..., None] * take(state.said)
+        sampled = sample(
+            logits,
+            bias,
+            take(state.allowed),
+            Sampling(*map(take, controls.sampling)),
+            take(inputs.given),
+            row_keys(controls.seed, inputs.row + 1, take(streams[None])[0]),
+            inputs.active,
+        )
+        sampled = Sampled(*map(subset.put, sampled, unsampled))
+        return sampled, logits if self.all_logits else None
 
-            def place(all_cells, x):
-                return all_cells.at[:, jnp.array(needed)].set(x)
+    def _advance(self, weights: Weights, state: State, controls: Controls, inputs: RowInputs):
+        state, sampled, logits = self._next_row(weights, state, controls, inputs, inputs.read)
+        return state, sampled.packed(), logits
 
-            nothing = jnp.full(feed.given.shape, jnp.nan, jnp.float32)
-            chosen = Chosen(*map(place, (feed.given, nothing, nothing), chosen))
-        return chosen, logits if self.all_logits else None
-
-    def _advance(self, weights, state: State, controls: Controls, feed: Feed):
-        state, chosen, logits = self._next_row(weights, state, controls, feed, feed.read)
-        return state, chosen.packed(), logits
-
-    def _run(self, weights, state: State, controls: Controls, feeds: Feed, rows):
-        def body(i, carry):
+    def _run(
+        self,
+        weights: Weights,
+        state: State,
+        controls: Controls,
+        inputs: RowInputs,
+        rows: jax.Array,
+    ):
+        def next_row(i, carry):
             state, tokens, out = carry
-            feed = jax.tree.map(lambda x: x[i], feeds)
-            tokens = jnp.where(feed.read != FREE, feed.read, tokens)
-            state, chosen, _ = self._next_row(weights, state, controls, feed, tokens)
-            # As the host does it: what is absent holds token 0.
-            out = jax.tree.map(lambda out, x: out.at[i].set(x), out, chosen)
-            return state, chosen.tokens, out
+            row_inputs = jax.tree.map(lambda x: x[i], inputs)
+            tokens = jnp.where(row_inputs.read != FREE, row_inputs.read, tokens)
+            state, sampled, _ = self._next_row(weights, state, controls, row_inputs, tokens)
+            out = jax.tree.map(lambda out, x: out.at[i].set(x), out, sampled)
+            return state, sampled.tokens, out
 
-        shape = feeds.read.shape
-        out = Chosen(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape))
-        state, _, out = jax.lax.fori_loop(0, rows, body, (state, feeds.read[0], out))
+        shape = inputs.read.shape
+        out = Sampled(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape))
+        state, _, out = jax.lax.fori_loop(0, rows, next_row, (state, inputs.read[0], out))
         return state, out.packed()
 
-    def _read(self, weights, state: State, slot, tokens, present, rows) -> State:
-        """A table [1, T, S] of which the first `rows` rows are there, into an empty slot. T at most the window."""
+    def _read(
+        self,
+        weights: Weights,
+        state: State,
+        slot: jax.Array,
+        tokens: jax.Array,
+        present: jax.Array,
+        rows: jax.Array,
+    ) -> State:
+        """Reads a table [1, T, S] with `rows` real rows into an empty slot; T <= the window."""
         layers, size = self._layers(weights), tokens.shape[2]
         row = jnp.arange(tokens.shape[1])[None]
-        here = row < rows
-        present = present & here[..., None]
+        is_real = row < rows
+        present = present & is_real[..., None]
         cells = self._cells(row, tokens, present)
-        everyone = cells._replace(
-            present=gather_streams(cells.present), seen=gather_streams(cells.seen)
-        )
+        all_cells = _of_all_streams(cells)
         streams = axis_index("stream") * size + jnp.arange(size)
-        visibility = Visibility(cells, everyone, self._lag, streams)
-        angles, backend, x = (
-            rope_angles(row, self.config),
-            self._kernels.attention,
-            layers[0].embed(tokens),
-        )
-        sessions = state.said.shape[0]
-        mine = slot - self._batch_index() * sessions
-        at = (
-            jnp.where((mine >= 0) & (mine < sessions), mine, sessions),
-        )  # beyond: another device's, write nothing
-        cache = state.cache
+        visibility = Visibility(cells, all_cells, self._lag, streams)
+        angles, x = rope_angles(row, self.config), layers[0].embed(tokens)
+        slot = self._local_slot(slot, state.said.shape[0])
 
-        keys, values = list(cache.keys), list(cache.values)
-        for i, model in enumerate(layers):
+        def attend_to_table(q, k, v, keys, values):
+            keys = write_table(keys, k, slot, self.layout.keys, self._block_rows)
+            values = write_table(values, v, slot, self.layout.values, self._block_rows)
+            k, v = gather_streams(k), gather_streams(v)
+            return self._kernels.attention.attend(q, k, v, visibility), keys, values
 
-            def attention(q, k, v):
-                keys[i], values[i] = (
-                    write_table(old[i], new, *at, axes, self._block_rows)
-                    for old, new, axes in zip((keys, values), (k, v), self.layout)
-                )
-                return backend.attend(q, gather_streams(k), gather_streams(v), visibility)
+        _, keys, values = self._apply_blocks(layers, x, angles, state.cache, attend_to_table)
+        all_cells = all_cells._replace(row=jnp.where(is_real, row, UNREAD))
 
-            x = model.blocks(x, angles, attention)
-        everyone = everyone._replace(row=jnp.where(here, row, UNREAD))
-        first = (*at, slice(0, tokens.shape[1]))
-        known = jax.tree.map(
-            lambda old, new: old.at[first].set(new[0], mode="drop"), cache.cells, everyone
-        )
+        def write(old, new):
+            return old.at[slot, : tokens.shape[1]].set(new[0], mode="drop")
+
+        known_cells = jax.tree.map(write, state.cache.cells, all_cells)
         counts = present & (tokens != self.silence_id)
         said = jnp.zeros(state.said.shape[1:], bool).at[jnp.arange(size), tokens[0]].max(counts[0])
-        return State(
-            Cache(keys, values, known), state.said.at[at].set(said, mode="drop"), state.allowed
-        )
+        said = state.said.at[slot].set(said, mode="drop")
+        return State(Cache(keys, values, known_cells), said, state.allowed)
 
-    def _batch_index(self):
-        """This device's place along the mesh axes of `batch`."""
-        index = 0
+    def _local_slot(self, slot: jax.Array, sessions: int) -> jax.Array:
+        """The slot among the `sessions` of this device; beyond them if another device holds it."""
+        device = 0  # the place of this device along the mesh axes of `batch`
         for axis in mesh_axes("batch"):
-            index = index * axis_size(axis) + axis_index(axis)
-        return index
+            device = device * axis_size(axis) + axis_index(axis)
+        local = slot - device * sessions
+        return jnp.where((local >= 0) & (local < sessions), local, sessions)
 
-    def _clear(self, state: State, slot) -> State:
-        """Keys and values stay where they are: cells that are not seen hide them."""
+    def _clear(self, state: State, slot: jax.Array) -> State:
+        """Keys and values stay where they are: no query sees them, since no cell is seen."""
         cells = state.cache.cells
-
-        def fill(x, value):
-            return x.at[slot].set(value)
-
-        cells = Cells(
-            fill(cells.row, UNREAD),
-            cells.segment,
-            fill(cells.present, False),
-            fill(cells.seen, False),
+        cells = cells._replace(
+            row=cells.row.at[slot].set(UNREAD),
+            present=cells.present.at[slot].set(False),
+            seen=cells.seen.at[slot].set(False),
         )
-        return State(
-            state.cache._replace(cells=cells), fill(state.said, False), fill(state.allowed, True)
-        )
+        said, allowed = state.said.at[slot].set(False), state.allowed.at[slot].set(True)
+        return State(state.cache._replace(cells=cells), said, allowed)
 
-    def _copy(self, state: State, source, target) -> State:
+    def _copy(self, state: State, source: jax.Array, target: jax.Array) -> State:
         return self._put(state, target, self._take(state, source))
 
-    def _allow(self, state: State, slot, allowed) -> State:
+    def _allow(self, state: State, slot: jax.Array, allowed: jax.Array) -> State:
         return state._replace(allowed=state.allowed.at[slot].set(allowed))
 
-    def _take(self, state: State, slot) -> State:
+    def _take(self, state: State, slot: jax.Array) -> State:
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1), state)
 
-    def _put(self, state: State, slot, session: State) -> State:
+    def _put(self, state: State, slot: jax.Array, session: State) -> State:
         return jax.tree.map(
             lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, slot, 0), state, session
         )
@@ -440,11 +549,14 @@ def decode_program(
     all_logits: bool,
     silence_id: int,
 ) -> DecodeProgram:
-    """The program for B = `sessions` sessions with windows of `window` rows; engines of one kind share it.
+    """The program for engines of one kind, which share it.
 
     Args:
-      mesh: None: the default device. cache_dtype: one of `cache.DTYPES`.
-      all_logits: compute and return the logits of all streams, also of inputs.
+      sessions: B.
+      window: rows that a session sees at most.
+      mesh: None: the default device.
+      cache_dtype: one of `cache.DTYPES`.
+      all_logits: compute and return the logits of all streams, those of inputs included.
       silence_id: -1 if there is none.
     """
     return DecodeProgram(
@@ -452,38 +564,18 @@ def decode_program(
     )
 
 
-class Kernels(NamedTuple):
-    """What does the work.
-
-    Attributes:
-      attention: a backend, for tables.
-      packed: whether weights are stored in the types that the CPU kernels multiply (msllm/model/linear.py).
-      attend_row: attention of a row over a block of the cache, see `cache.attend`; None: XLA's.
-    """
-
-    attention: Backend
-    packed: bool = False
-    attend_row: Callable | None = None
+def _of_all_streams(cells: Cells) -> Cells:
+    """The cells of this device's streams and of those of all others."""
+    return cells._replace(present=gather_streams(cells.present), seen=gather_streams(cells.seen))
 
 
-def _kernels(platform: str, config: ModelConfig, one_device: bool) -> Kernels:
-    slow = Kernels(portable_backend(config))
-    if platform != "cpu":
-        return slow
-    if reason := cpu_kernels.unavailable_reason():
-        log.info("decoding by XLA alone, which is slower with several streams: %s", reason)
-        return slow
-    here = config.compute_dtype == "float32" and config.attention in ("auto", "cpu")
-    attention = get_backend("cpu") if here else slow.attention
-    # Panels are of a whole weight, and a device of several has a part of it.
-    return Kernels(attention, packed=one_device, attend_row=cpu_kernels.attend_row)
-
-
-def _is_axes(x) -> bool:
+def _is_axes(x: Any) -> bool:
+    """Whether x is a leaf of a tree of logical axes."""
     return isinstance(x, tuple)
 
 
-def _named(mesh, specs):
+def _named_shardings(mesh: Mesh, specs: Any) -> Any:
+    """The same tree with a NamedSharding for each PartitionSpec."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
         specs,

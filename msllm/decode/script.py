@@ -1,4 +1,7 @@
-"""The host's side of one session: options, queues of what is fed and forced, rows so far, when it ends. No device here."""
+"""The host's side of one session: options, queues of input, rows so far, and when it ends.
+
+Nothing here runs on the device.
+"""
 
 from __future__ import annotations
 
@@ -14,68 +17,78 @@ import numpy as np
 from msllm.decode.sampling import FREE
 from msllm.errors import UserError
 from msllm.streams import StreamSpec
+from msllm.tokenizer import Tokenizer
 from msllm.weights.load import LoadedModel
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeOptions:
-    """How rows are chosen. Where a type says so, one value is for all streams, and a tuple has one per stream."""
+    """How rows are sampled.
+
+    Where a type allows a tuple, one value is for all streams, and a tuple has one per stream.
+    """
 
     temperature: float | tuple[float, ...] = 0.0  # 0: the most likely token
     top_k: int | tuple[int, ...] = 0  # only the k most likely tokens; 0: all
-    top_p: float | tuple[float, ...] = (
-        1.0  # tokens in descending order until their probabilities exceed p
-    )
-    top_p_inside: bool | tuple[bool, ...] = False  # the token that crosses top_p is dropped too
-    min_p: float | tuple[float, ...] = (
-        0.0  # only tokens at least min_p times as likely as the best one
-    )
-    min_probability: float | tuple[float, ...] = (
-        0.0  # only tokens of this probability, after all other filters
-    )
-    # Subtracted once from the logit of every token that the stream has held before, except silence.
+    # only the most likely tokens, until their probabilities exceed p
+    top_p: float | tuple[float, ...] = 1.0
+    top_p_inside: bool | tuple[bool, ...] = False  # drop the token that crosses top_p as well
+    # only tokens at least min_p times as likely as the most likely one
+    min_p: float | tuple[float, ...] = 0.0
+    # only tokens of at least this probability, after all other filters
+    min_probability: float | tuple[float, ...] = 0.0
+    # subtracted once from the logit of every token that the stream has held before, except silence
     presence_penalty: float | tuple[float, ...] = 0.0
-    silence_penalty: float | tuple[float, ...] = (
-        0.0  # subtracted from silence's logit, once the input has ended
-    )
+    # subtracted from the logit of silence once the input has ended
+    silence_penalty: float | tuple[float, ...] = 0.0
     penalty_ramp: int = 5  # rows over which silence_penalty grows linearly to its full value
-    # The first row with a silence penalty. None: it follows the input, from the second row after the last token that was
-    # fed (other than silence), and there is none before the first such token.
+    # The first row with a silence penalty. None: the penalty follows the input; it begins in the
+    # second row after the last token that was fed (silence aside), and is off before the first one.
     penalty_start: int | None = None
-    ablated: tuple[
-        str, ...
-    ] = ()  # streams that are silenced whatever the model chooses; what inputs are fed waits
+    # streams that are silent whatever the model would sample; what they are fed waits
+    ablated: tuple[str, ...] = ()
     seed: int = 0
 
 
-RULES: dict[str, tuple[Any, Callable, str]] = {
-    "temperature": (
-        np.float32,
-        lambda x: (x >= 0) & np.isfinite(x),
-        "must be a number >= 0 (0: the best)",
-    ),
-    "top_k": (np.int32, lambda x: x >= 0, "must be >= 0 (0: all tokens)"),
-    "top_p": (np.float32, lambda x: (x > 0) & (x <= 1), "must be in (0, 1]"),
-    "top_p_inside": (bool, lambda x: x | True, "must be true or false"),
-    "min_p": (np.float32, lambda x: (x >= 0) & (x <= 1), "must be in [0, 1]"),
-    "min_probability": (np.float32, lambda x: (x >= 0) & (x <= 1), "must be in [0, 1]"),
-    "presence_penalty": (np.float32, np.isfinite, "must be a finite number"),
-    "silence_penalty": (np.float32, np.isfinite, "must be a finite number"),
+class _Rule(NamedTuple):
+    """What an option must be."""
+
+    dtype: Any
+    holds: Callable[[np.ndarray], Any]
+    text: str
+
+
+_NON_NEGATIVE = _Rule(
+    np.float32, lambda x: (x >= 0) & np.isfinite(x), "must be a number >= 0 (0: the best)"
+)
+_SHARE = _Rule(np.float32, lambda x: (x >= 0) & (x <= 1), "must be in [0, 1]")
+_FINITE = _Rule(np.float32, np.isfinite, "must be a finite number")
+# The options with one value per stream.
+_RULES = {
+    "temperature": _NON_NEGATIVE,
+    "top_k": _Rule(np.int32, lambda x: x >= 0, "must be >= 0 (0: all tokens)"),
+    "top_p": _Rule(np.float32, lambda x: (x > 0) & (x <= 1), "must be in (0, 1]"),
+    "top_p_inside": _Rule(bool, np.isfinite, "must be true or false"),
+    "min_p": _SHARE,
+    "min_probability": _SHARE,
+    "presence_penalty": _FINITE,
+    "silence_penalty": _FINITE,
 }
 
 
 def per_stream(options: DecodeOptions, streams: StreamSpec) -> dict[str, np.ndarray]:
-    """The options of RULES and `ablated`, [S] each. Raises UserError."""
+    """The options that have one value per stream, and `ablated`: {name: [S]}. Raises UserError."""
     arrays = {}
-    for name, (dtype, ok, rule) in RULES.items():
+    for name, rule in _RULES.items():
         value = getattr(options, name)
-        array = np.asarray(value, dtype)
+        array = np.asarray(value, rule.dtype)
         if array.shape not in ((), (streams.size,)):
             raise UserError(
-                f"{name} is {value!r}: must be one value or one for each of the {streams.size} streams"
+                f"{name} is {value!r}: must be one value, or one for each of the {streams.size}"
+                " streams"
             )
-        if not np.all(ok(array)):
-            raise UserError(f"{name} is {value!r}: {rule}")
+        if not np.all(rule.holds(array)):
+            raise UserError(f"{name} is {value!r}: {rule.text}")
         arrays[name] = np.broadcast_to(array, (streams.size,))
     if options.penalty_ramp < 1:
         raise UserError(f"penalty_ramp is {options.penalty_ramp}: must be at least one row")
@@ -86,32 +99,34 @@ def per_stream(options: DecodeOptions, streams: StreamSpec) -> dict[str, np.ndar
 
 @dataclasses.dataclass(frozen=True)
 class Stop:
-    """When iterating over a session ends: as soon as one of these holds. `step()` goes on whenever it is called."""
+    """When iterating over a session ends: as soon as one condition holds.
 
-    rows: int = 0  # so many rows are there, the prefill included; 0: no limit
-    silent_rows: int = 0  # so many rows in succession were silent in all streams; 0: no limit
-    tokens: Mapping[str, Sequence[int]] = dataclasses.field(
-        default_factory=dict
-    )  # a stream shows one of its tokens
-    when: Callable[[Row], bool] | None = None  # it says so of a row
+    `Session.step` goes on whenever it is called.
+    """
+
+    rows: int = 0  # the session has this many rows, the prefill included; 0: no limit
+    silent_rows: int = 0  # this many rows in succession were silent in all streams; 0: no limit
+    # {stream: tokens}: the stream shows one of the tokens
+    tokens: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
+    when: Callable[[Row], bool] | None = None  # this function returns True for a row
 
 
 class Row(NamedTuple):
     """One row as it is shown."""
 
-    index: int  # its row in the table
+    index: int  # the number of the row in the session
     tokens: np.ndarray  # [S] int32; 0 where absent
     present: np.ndarray  # [S] bool
-    logprob: np.ndarray  # [S] float32, nats: of the model itself, without penalties; nan for inputs and in a first row
-    entropy: (
-        np.ndarray
-    )  # [S] float32, nats: of the distribution that the token comes from; nan as above
-    text: tuple[str, ...] | None  # what each stream's text grew by; None without a tokenizer
+    # [S] float32, nats: of the tokens in the unmodified distribution, without penalties and
+    # filters; nan for inputs and in a first row
+    logprob: np.ndarray
+    entropy: np.ndarray  # [S] float32, nats: of the unmodified distribution; nan as above
+    text: tuple[str, ...] | None  # the text that each stream gained; None without a tokenizer
     logits: np.ndarray | None  # [S, V] float32 before penalties, from an engine with all_logits
 
 
 class Transcript(NamedTuple):
-    """Rows that a session has in its window, as the model reads them."""
+    """The rows in a session's window, as the model reads them."""
 
     row: np.ndarray  # [R] int32: their numbers
     tokens: np.ndarray  # [R, S] int32; 0 where absent
@@ -119,7 +134,16 @@ class Transcript(NamedTuple):
 
 
 class Script:
-    """What has been shown and what will be said: all that the host must know of a session to ask for its next row."""
+    """All that the host must know about a session to ask for its next row.
+
+    Attributes:
+      options: set them by `set_options`.
+      rows: the number of rows so far.
+      tokens, present: [S], the last row.
+      silent_rows: how many of the last rows were silent in all streams.
+      finished: the condition of `stop` that the last row met; None: none.
+      allowed: {stream index: tokens that may be sampled}; streams without an entry: all.
+    """
 
     def __init__(
         self,
@@ -127,217 +151,213 @@ class Script:
         silence_id: int | None,
         options: DecodeOptions,
         stop: Stop,
-        kept: int,
+        keep: int,
         window: int,
     ):
-        """`kept`, `window`: as `keep` and `window` of the engine, rows."""
-        self.streams, self.silence_id = model.streams, silence_id
-        self._tokenizer, self._vocab_size, size = (
-            model.tokenizer,
-            model.config.vocab_size,
-            model.streams.size,
-        )
-        self.kept, self.rows, self.heard = (
-            kept,
-            0,
-            -1,
-        )  # heard: the row of the last token that was fed, silence aside
-        self.tokens, self.present = (
-            np.zeros(size, np.int32),
-            np.zeros(size, bool),
-        )  # of the last row
-        self.stop, self.silent_rows, self.finished = stop, 0, None
-        self._kept, self._recent = [], collections.deque(maxlen=window - kept)
-        self._fed = [collections.deque() for _ in range(size)]
-        self._forced = [collections.deque() for _ in range(size)]
-        self._taken = np.zeros(
-            size, bool
-        )  # cells of the last row that were fed (or prefilled): they stay
-        self._texts = [_Text(model.tokenizer) for _ in range(size)] if model.tokenizer else None
-        self.allowed: dict[
-            int, np.ndarray
-        ] = {}  # per stream the tokens that may be chosen; not there: all
-        self._inputs = np.array([kind == "input" for kind in self.streams.kinds])
+        """`keep` and `window` are those of the engine, in rows. Raises UserError."""
+        size = model.streams.size
+        self.streams, self.silence_id, self.stop, self.keep = model.streams, silence_id, stop, keep
+        self._tokenizer, self._vocab_size = model.tokenizer, model.config.vocab_size
+        self._is_input = np.array([kind == "input" for kind in self.streams.kinds])
         self._delays = np.array(self.streams.delays or (0,) * size)
         self._stop_tokens = [
             (self.streams.index(name), set(tokens)) for name, tokens in stop.tokens.items()
         ]
+
+        self.rows, self.silent_rows, self.finished = 0, 0, None
+        self.tokens, self.present = np.zeros(size, np.int32), np.zeros(size, bool)
+        self.allowed: dict[int, np.ndarray] = {}
+        self._kept_rows: list[tuple[np.ndarray, np.ndarray]] = []  # the first `keep` rows
+        self._recent_rows: collections.deque = collections.deque(maxlen=window - keep)
+        self._fed = [collections.deque() for _ in range(size)]
+        self._forced = [collections.deque() for _ in range(size)]
+        self._is_fed = np.zeros(size, bool)  # cells of the last row that were fed or prefilled
+        self._last_fed_row = -1  # the row of the last token that was fed, silence aside
+        self._texts = [_Text(model.tokenizer) for _ in range(size)] if model.tokenizer else None
         self.set_options(options)
 
     def set_options(self, options: DecodeOptions) -> None:
-        """Holds from the next row on. Raises UserError."""
+        """Sets the options from the next row on. Raises UserError."""
         arrays = per_stream(options, self.streams)
-        if self.silence_id is None and (arrays["ablated"].any() or arrays["silence_penalty"].any()):
+        ablated, silence_penalty = arrays["ablated"], arrays["silence_penalty"]
+        if self.silence_id is None and (ablated.any() or silence_penalty.any()):
             raise UserError(
-                "ablated streams and silence_penalty need silence: say which token it is, silence_id=..."
+                "ablated streams and silence_penalty need silence: say which token it is,"
+                " silence_id=..."
             )
-        self.options, self._ablated, self._silence_penalty = (
-            options,
-            arrays["ablated"],
-            arrays["silence_penalty"],
-        )
+        self.options, self._ablated, self._silence_penalty = options, ablated, silence_penalty
 
     def feed(self, stream: str | int, tokens: Sequence[int] | str) -> None:
+        """See `Session.feed`."""
         index = self._index(stream)
-        if not self._inputs[index]:
-            name, inputs = (
-                self.streams.names[index],
-                [n for n, kind in zip(self.streams.names, self._inputs) if kind],
-            )
+        name = self.streams.names[index]
+        if not self._is_input[index]:
+            names = [n for n, is_input in zip(self.streams.names, self._is_input) if is_input]
             raise UserError(
-                f"stream {name!r} is no input: inputs are {', '.join(inputs) or 'none'}; `force` takes any"
+                f"stream {name!r} is no input: inputs are {', '.join(names) or 'none'}; `force`"
+                " takes any"
             )
-        self._fed[index].extend(
-            self._checked(f"input for stream {self.streams.names[index]!r}", tokens)
-        )
+        self._fed[index].extend(self._checked(f"input for stream {name!r}", tokens))
 
     def force(self, stream: str | int, tokens: Sequence[int] | str) -> None:
+        """See `Session.force`."""
         index = self._index(stream)
-        self._forced[index].extend(
-            self._checked(f"what stream {self.streams.names[index]!r} must say", tokens, FREE)
-        )
+        what = f"what stream {self.streams.names[index]!r} must say"
+        self._forced[index].extend(self._checked(what, tokens, least=FREE))
 
     def allow(self, stream: str | int, tokens: Sequence[int] | str | None) -> None:
+        """See `Session.allow`."""
         index = self._index(stream)
         if tokens is None:
             self.allowed.pop(index, None)
             return
-        tokens = self._checked(f"allowed tokens of stream {self.streams.names[index]!r}", tokens)
+        name = self.streams.names[index]
+        tokens = self._checked(f"allowed tokens of stream {name!r}", tokens)
         if not tokens:
-            name = self.streams.names[index]
             raise UserError(
                 f"stream {name!r} is allowed no token: name at least one, or None for all"
             )
         self.allowed[index] = np.array(sorted(set(tokens)))
 
     def copy(self) -> Script:
-        """One that goes on from here on its own."""
+        """An independent copy that goes on from here."""
         copied, memo = copy.copy(self), {}
         for name in (
             "tokens",
             "present",
             "allowed",
-            "_kept",
-            "_recent",
+            "_kept_rows",
+            "_recent_rows",
             "_fed",
             "_forced",
-            "_taken",
+            "_is_fed",
             "_texts",
         ):
             setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
         return copied
 
     def prefill(self, tokens: np.ndarray, present: np.ndarray) -> None:
-        """The first rows, [P, S]. The last of them is shown like any other: the model reads it in the step after."""
+        """Sets the first rows, [P, S]. The model reads the last of them in the next step."""
         for row in zip(tokens, present):
             self._append(*row)
-        self._taken = np.ones(self.streams.size, bool)
+        self._is_fed = np.ones(self.streams.size, bool)
 
     def first(self) -> Row:
-        """The first row of a session without a prefill: nothing predicts it."""
+        """Shows the first row of a session without a prefill, which no row predicts."""
         given, present = self.given()
         nothing = np.full(self.streams.size, np.nan, np.float32)
-        return self.show(
-            np.where(given == FREE, self._silence(), given), present, nothing, nothing, None
-        )
+        tokens = np.where(given == FREE, self._silence(), given)
+        return self.show(tokens, present, nothing, nothing)
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """The last row as the model reads it, [S] tokens and present: with what was fed since it was shown."""
-        for s, fed in enumerate(self._fed):
-            if (
-                fed
-                and self.present[s]
-                and self._inputs[s]
-                and not (self._taken[s] or self._ablated[s])
-            ):
-                self._take(s, self.tokens, self.rows - 1)
+        """The last row as the model reads it: tokens [S] and present [S].
+
+        It includes what was fed since the row was shown.
+        """
+        for stream, fed in enumerate(self._fed):
+            waits = self._ablated[stream] or self._is_fed[stream]
+            if fed and self.present[stream] and self._is_input[stream] and not waits:
+                self._take(stream, self.tokens, self.rows - 1)
         return self.tokens, self.present
 
     def given(
         self, row: int | None = None, last_present: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Of the row `row` (the next one): the tokens [S] that are not the model's choice, and which cells are present.
+        """The tokens of a row that are not sampled, and which of its cells are present, [S] each.
 
-        Takes them from the queues.
+        The tokens are FREE where the model samples. Removes them from the queues.
+
+        Args:
+          row: the number of the row; None: the next one.
+          last_present: which cells of the row before are present; None: those of the last row.
         """
         row = self.rows if row is None else row
         last_present = self.present if last_present is None else last_present
         present = row >= self._delays
         given = np.full(self.streams.size, FREE, np.int32)
-        silent = (
-            self._inputs | self._ablated | (present & ~last_present)
-        )  # streams begin with silence
+        starts = present & ~last_present  # a stream starts with silence
+        silent = self._is_input | self._ablated | starts
         if np.count_nonzero(silent):
             given[silent] = self._silence()
-        self._taken = np.zeros(self.streams.size, bool)
-        for s, (forced, fed) in enumerate(zip(self._forced, self._fed)):
+        self._is_fed = np.zeros(self.streams.size, bool)
+        for stream, (forced, fed) in enumerate(zip(self._forced, self._fed)):
             if forced and (token := forced.popleft()) != FREE:
-                given[s] = token
-            elif fed and present[s] and not self._ablated[s]:
-                self._take(s, given, row)
+                given[stream] = token
+            elif fed and present[stream] and not self._ablated[stream]:
+                self._take(stream, given, row)
         return given, present
 
     def penalty(self, row: int) -> np.ndarray:
-        """[S] float32: what is subtracted from the logit of silence when row `row` is chosen."""
+        """[S] float32: subtracted from the logit of silence when row `row` is sampled."""
         options = self.options
         if options.penalty_start is not None:
-            counted = row - options.penalty_start + 1
+            count = row - options.penalty_start + 1
         else:
-            counted = row - 1 - self.heard if self.heard >= 0 else 0
-        return self._silence_penalty * np.float32(min(max(counted / options.penalty_ramp, 0), 1))
+            count = row - 1 - self._last_fed_row if self._last_fed_row >= 0 else 0
+        return self._silence_penalty * np.float32(min(max(count / options.penalty_ramp, 0), 1))
 
-    def show(self, tokens, present, logprob, entropy, logits) -> Row:
-        """The next row, of what the device chose."""
-        tokens = tokens * present  # what is absent holds token 0
+    def show(
+        self,
+        tokens: np.ndarray,
+        present: np.ndarray,
+        logprob: np.ndarray,
+        entropy: np.ndarray,
+        logits: np.ndarray | None = None,
+    ) -> Row:
+        """Appends the row that the device sampled; arguments as in `Row`."""
+        tokens = tokens * present  # absent cells hold token 0
         self._append(tokens, present)
-        text, said = None, present & (tokens != self.silence_id)
+        spoken = present & (tokens != self.silence_id)
+        text = None
         if self._texts is not None:
-            text = tuple(
-                t.grow(int(token)) if here else ""
-                for t, token, here in zip(self._texts, tokens, said)
-            )
+            cells = zip(self._texts, tokens, spoken)
+            text = tuple(text.grow(int(token)) if here else "" for text, token, here in cells)
         row = Row(self.rows - 1, tokens.copy(), present, logprob, entropy, text, logits)
-        self.silent_rows = 0 if np.count_nonzero(said) else self.silent_rows + 1
-        self.finished = self._end(row)
+        self.silent_rows = 0 if np.count_nonzero(spoken) else self.silent_rows + 1
+        self.finished = self._stop_reason(row)
         return row
 
     def waiting(self) -> dict[str, int]:
-        return {
-            name: len(self._fed[s]) for s, name in enumerate(self.streams.names) if self._inputs[s]
-        }
+        """{input stream: number of tokens that were fed and not yet shown}."""
+        sizes = zip(self.streams.names, self._is_input, self._fed)
+        return {name: len(fed) for name, is_input, fed in sizes if is_input}
 
     def transcript(self, last: int | None = None) -> Transcript:
-        kept, recent = len(self._kept), len(self._recent)
+        """The rows in the window, or the last `last` of them."""
+        kept, recent = len(self._kept_rows), len(self._recent_rows)
         if last is not None:
             kept, recent = max(0, min(kept, last - recent)), min(recent, last)
-        first = len(self._kept) - kept
+        first = len(self._kept_rows) - kept
         number = np.r_[first : first + kept, self.rows - recent : self.rows].astype(np.int32)
-        rows = [*self._kept[first:], *list(itertools.islice(reversed(self._recent), recent))[::-1]]
+        newest_first = itertools.islice(reversed(self._recent_rows), recent)
+        rows = [*self._kept_rows[first:], *reversed(list(newest_first))]
         tokens = np.array([tokens for tokens, _ in rows], np.int32).reshape(-1, self.streams.size)
-        return Transcript(
-            number, tokens, np.array([p for _, p in rows], bool).reshape(tokens.shape)
-        )
+        present = np.array([present for _, present in rows], bool).reshape(tokens.shape)
+        return Transcript(number, tokens, present)
 
     def _append(self, tokens: np.ndarray, present: np.ndarray) -> None:
-        # The same array in both places: a token that is fed before the row is read is in the transcript too.
+        # `tokens` and the transcript share the array: a token that is fed before the row is read
+        # appears in both.
         self.tokens, self.present = tokens, present
-        (self._kept if self.rows < self.kept else self._recent).append((tokens, present))
+        rows = self._kept_rows if self.rows < self.keep else self._recent_rows
+        rows.append((tokens, present))
         self.rows += 1
 
-    def _take(self, stream: int, row: np.ndarray, number: int) -> None:
-        row[stream] = self._fed[stream].popleft()
-        self._taken[stream] = True
-        if row[stream] != self.silence_id:
-            self.heard = number
+    def _take(self, stream: int, tokens: np.ndarray, row: int) -> None:
+        """Moves a token from the stream's queue of input into the tokens of row `row`."""
+        tokens[stream] = self._fed[stream].popleft()
+        self._is_fed[stream] = True
+        if tokens[stream] != self.silence_id:
+            self._last_fed_row = row
 
-    def _end(self, row: Row) -> str | None:
+    def _stop_reason(self, row: Row) -> str | None:
         if self.stop.rows and self.rows >= self.stop.rows:
             return f"{self.rows} rows"
         if self.stop.silent_rows and self.silent_rows >= self.stop.silent_rows:
             return f"{self.silent_rows} silent rows"
-        for s, tokens in self._stop_tokens:
-            if row.present[s] and int(row.tokens[s]) in tokens:
-                return f"stream {self.streams.names[s]!r} showed token {row.tokens[s]}"
+        for stream, tokens in self._stop_tokens:
+            if row.present[stream] and int(row.tokens[stream]) in tokens:
+                return f"stream {self.streams.names[stream]!r} showed token {row.tokens[stream]}"
         return "a condition" if self.stop.when is not None and self.stop.when(row) else None
 
     def _index(self, stream: str | int) -> int:
@@ -347,6 +367,7 @@ class Script:
         return index
 
     def _checked(self, what: str, tokens: Sequence[int] | str, least: int = 0) -> list[int]:
+        """Token ids of tokens or a text. Raises UserError; `what` names them in its message."""
         if isinstance(tokens, str):
             if self._tokenizer is None:
                 raise UserError(
@@ -360,13 +381,14 @@ class Script:
     def _silence(self) -> int:
         if self.silence_id is None:
             raise UserError(
-                "a cell must be silent and the model has no tokenizer: prefill, or give silence_id=..."
+                "a cell must be silent and the model has no tokenizer: prefill, or give"
+                " silence_id=..."
             )
         return self.silence_id
 
 
 def check_tokens(what: str, tokens: np.ndarray, vocab_size: int, least: int = 0) -> None:
-    """Raises UserError unless all are integers from `least` and in the vocabulary."""
+    """Raises UserError unless all tokens are integers from `least` on, and in the vocabulary."""
     if tokens.size and not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"{what} has type {tokens.dtype}: must be integers")
     if tokens.size and not (least <= tokens.min() and tokens.max() < vocab_size):
@@ -375,17 +397,20 @@ def check_tokens(what: str, tokens: np.ndarray, vocab_size: int, least: int = 0)
 
 
 class _Text:
-    """The text of one stream, token by token: a token's text may depend on those before it, or wait for the next."""
+    """The text of one stream, token by token.
 
-    def __init__(self, tokenizer):
+    The text of a token may depend on the tokens before it, or wait for the next one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
         self._tokenizer, self._tokens, self._shown = tokenizer, [], ""
 
     def grow(self, token: int) -> str:
+        """The text that this token adds."""
         self._tokens.append(token)
         text = self._tokenizer.decode(self._tokens)
-        if (
-            text.endswith("\N{REPLACEMENT CHARACTER}") and len(self._tokens) < 32
-        ):  # a character of several tokens
+        # The bytes of an unfinished character decode to the replacement character.
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self._tokens) < 32:
             return ""
         new, self._shown = text[len(self._shown) :], text
         if len(self._tokens) > 16:
@@ -393,7 +418,7 @@ class _Text:
             self._shown = self._tokenizer.decode(self._tokens)
         return new
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict) -> _Text:
         copied = _Text(self._tokenizer)
         copied._tokens, copied._shown = list(self._tokens), self._shown
         return copied
