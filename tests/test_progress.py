@@ -102,4 +102,4 @@ def test_a_bar_leaves_lines_whole_and_stdout_alone(piped):
 @pytest.mark.parametrize("end", ["close", "exit"])
 def test_the_cursor_is_visible_however_the_process_ends(end):
     screen, _ = on_a_terminal(end)
-    assert "8/8" in screen and screen.rfind("\x1b[?25h") > screen.rfind("\x1b[?25l") > 0
+    assert "8/8" in screen and screen.rfind("\x1b[?25h") > screen.rfind("\x1b[?25l") >= 0

@@ -96,11 +96,11 @@ class Progress:
 
     def _draw(self, done: int, facts: str) -> None:
         if self._bar is None:
-            self._bar = self._start_bar()
+            self._bar = self._start_bar(done, facts)
         self._bar.update(self._bar.task_ids[0], completed=done, facts=facts)
         self._bar.refresh()
 
-    def _start_bar(self) -> rich.progress.Progress:
+    def _start_bar(self, done: int, facts: str) -> rich.progress.Progress:
         # Imported with the first bar: it takes 0.05 s, which most commands need not wait for.
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -115,7 +115,7 @@ class Progress:
             transient=not self._keep,
             redirect_stdout=sys.stdout.isatty(),  # otherwise rich would print it on stderr
         )
-        bar.add_task(self._stage, total=self._total or None, facts="")
+        bar.add_task(self._stage, total=self._total or None, completed=done, facts=facts)
         bar.start()
         # rich hides the cursor, and a process that ends by os._exit would not bring it back.
         bar.console.show_cursor()
