@@ -139,37 +139,35 @@ def _skip_nonfinite(
 
 
 def optimizer_shardings(
-    optimizer: optax.GradientTransformation,
-    state: Any,
-    parameters: Any,
-    shardings: Any,
-    replicated: jax.sharding.Sharding,
+    state: Any, parameters: Any, shardings: Any, replicated: jax.sharding.Sharding
 ) -> Any:
-    """How an optimizer's state lies on the mesh: an array of a parameter's shape as the parameter.
+    """How an optimizer's state lies on the mesh.
+
+    An array belongs to a parameter if its path ends with the parameter's path, as in
+    `[1].mu['blocks']['mlp']['gate']`. If it has the shape of the parameter as well, it lies on the
+    mesh as the parameter does.
 
     Args:
-      optimizer: the optimizer.
-      state: the shapes of its state.
+      state: the shapes of the optimizer's state.
       parameters: the shapes of the parameters.
       shardings: those of the parameters.
       replicated: the sharding of everything else, such as counts and factored moments.
     """
+    by_path = {
+        path: (x.shape, sharding)
+        for (path, x), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(parameters), jax.tree.leaves(shardings), strict=True
+        )
+    }
 
-    def sharding_of(
-        x: jax.ShapeDtypeStruct,
-        parameter: jax.ShapeDtypeStruct,
-        sharding: jax.sharding.Sharding,
-    ) -> jax.sharding.Sharding:
-        return sharding if x.shape == parameter.shape else replicated
+    def sharding_of(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+        for start in range(len(path)):  # the longest ending comes first
+            if path[start:] in by_path:
+                shape, sharding = by_path[path[start:]]
+                return sharding if x.shape == shape else replicated
+        return replicated
 
-    return optax.tree_utils.tree_map_params(
-        optimizer,
-        sharding_of,
-        state,
-        parameters,
-        shardings,
-        transform_non_params=lambda _: replicated,
-    )
+    return jax.tree_util.tree_map_with_path(sharding_of, state)
 
 
 def _scale_row(token: int, factor: float) -> optax.GradientTransformation:

@@ -114,7 +114,7 @@ class Program:
         scalar, shardings = named_sharding(self.mesh), parameter_shardings(axes, self.mesh)
         count = jax.ShapeDtypeStruct((), jnp.int32)
         moments = jax.eval_shape(self._optimizer.init, shapes)
-        of_moments = optimizer_shardings(self._optimizer, moments, shapes, shardings, scalar)
+        of_moments = optimizer_shardings(moments, shapes, shardings, scalar)
         layout = TrainState(scalar, shardings, of_moments, scalar, scalar)
         state = TrainState(count, shapes, moments, count, count)
 
