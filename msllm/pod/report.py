@@ -252,7 +252,7 @@ def _notes(collectives: Mapping[str, Any]) -> list[str]:
     for name in collectives["not_counted"]:
         notes.append(
             f"NOT COUNTED: collectives in {name}, which is called in a way that "
-            "msllm/pod/hlo.py does not know"
+            "msllm/pod/collectives.py does not know"
         )
     return notes
 

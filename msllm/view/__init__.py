@@ -1,1 +1,1 @@
-"""Tables and results as text, pages and plots."""
+"""Tables, prepared data and results as text, pages and plots."""
