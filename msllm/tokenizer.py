@@ -54,7 +54,7 @@ class Tokenizer:
         """
         self.kind, self.silence, self._data = kind, silence, data
         self.hash = hashlib.sha256(data).hexdigest()
-        model: _Model
+        model: _SentencePiece | _Tokenizers
         try:
             model = _SentencePiece(data) if kind == "sentencepiece" else _Tokenizers(data)
         except Exception as error:  # the libraries raise whatever their parsers raise

@@ -40,7 +40,7 @@ def attention_case(case: dict) -> list[dict]:
         result = results[name] = {"benchmark": "attention", "backend": name, **case}
         functions = _compiled(backend, lag, inputs)
         temporary = {
-            what: compiled.memory_analysis().temp_size_in_bytes
+            what: compiled.memory_analysis().temp_size_in_bytes  # type: ignore[union-attr]
             for what, compiled in functions.items()
         }
         result.update(
@@ -119,7 +119,9 @@ def _inputs(case: dict) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, Cel
     return make("num_heads"), make("num_kv_heads"), make("num_kv_heads"), make("num_heads"), cells
 
 
-def _compiled(backend: Backend, lag: np.ndarray, inputs: Sequence) -> dict[str, Callable]:
+def _compiled(
+    backend: Backend, lag: np.ndarray, inputs: Sequence
+) -> dict[str, jax.stages.Compiled]:
     """`forward`, and `both`: forward and backward."""
 
     def forward(q, k, v, d_out, cells):
@@ -127,7 +129,7 @@ def _compiled(backend: Backend, lag: np.ndarray, inputs: Sequence) -> dict[str, 
         return backend.attend(q, k, v, visibility)
 
     def both(q, k, v, d_out, cells):
-        out, pull_back = jax.vjp(lambda *qkv: forward(*qkv, d_out, cells), q, k, v)
+        out, pull_back = jax.vjp(lambda q, k, v: forward(q, k, v, d_out, cells), q, k, v)
         return out, *pull_back(d_out)
 
     return {
@@ -145,7 +147,7 @@ def _interleaved(runs: dict, inputs: Sequence, repeats: int) -> dict:
     def run(compiled: Callable) -> None:
         jax.block_until_ready(compiled(*inputs))
 
-    seconds = {name: [] for name in runs}
+    seconds: dict[tuple[str, str], list[tuple[float, float]]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, compiled in runs.items():
             _, cpu, wall = timed(functools.partial(run, compiled))

@@ -44,7 +44,7 @@ def loader_case(case: dict[str, Any]) -> list[dict[str, Any]]:
         _exhaust(loader.iterate(range(steps)))
         warm = _resident_mib()
         last = (1 + epochs) * steps
-        _, cpu, wall = timed(_exhaust, loader.iterate(range(steps, last)))
+        cpu, wall = timed(_exhaust, loader.iterate(range(steps, last)))[1:]
         after = _resident_mib()
         cells, spoken = _count_cells(loader, range(steps, 2 * steps))
     tables = steps * case["batch"]

@@ -6,6 +6,7 @@ Needs Textual (extra `chat`).
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -218,7 +219,7 @@ class ChatApp(App[None]):
     # For a screen without a line to type in, which handles keys itself.
     BINDINGS = [Binding(key, action) for key, action in ACTIONS.items()]
 
-    def __init__(self, player: Player, out: str = "chat.npz"):
+    def __init__(self, player: Player, out: str | os.PathLike = "chat.npz"):
         """`out`: where to save a live session; a number is added if the file exists."""
         super().__init__()
         self.player, self.out = player, out

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from msllm.bench import runner
 from msllm.cli.base import Parser, Switch, comma_list, given_flags, whole
 
 EXAMPLES = """
@@ -66,6 +65,8 @@ _FLAGS: dict[str, tuple[Any, str, str]] = {
 
 def define_flags(parser: Parser) -> None:
     """Declares the flags of the command."""
+    from msllm.bench import runner
+
     names = list(runner.SETTINGS)
     parser.add_argument("benchmark", metavar="|".join(names), choices=names, help="What to run.")
     for name, (kind, metavar, text) in _FLAGS.items():
@@ -81,6 +82,8 @@ def define_flags(parser: Parser) -> None:
 
 def _defaults(name: str) -> str:
     """The default of a flag with the benchmarks that have it: "Default: 4 (train), 8 (decode)."."""
+    from msllm.bench import runner
+
     users: dict[str, list[str]] = {}
     for benchmark, settings in runner.SETTINGS.items():
         if name in settings:
@@ -92,6 +95,8 @@ def _defaults(name: str) -> str:
 
 def run(flags: argparse.Namespace) -> None:
     """Runs each case."""
+    from msllm.bench import runner
+
     allowed = list(runner.SETTINGS[flags.benchmark])
     given = given_flags(flags, _FLAGS, allowed, f"bench {flags.benchmark}")
     for case in runner.make_cases(flags.benchmark, given):

@@ -68,10 +68,7 @@ def open_player(flags: argparse.Namespace) -> Player:
     if flags.replay is not None:
         return Replay(Recording.load(flags.replay), 1.0 if flags.pace is None else flags.pace)
     model = load(flags.checkpoint)
-    if model.tokenizer is None:
-        raise UserError(
-            f"--checkpoint={flags.checkpoint} has no tokenizer: use msllm.Engine with token ids"
-        )
+    model.require_tokenizer()
     engine = Engine(model, window=flags.window)
     print("compiling ...", file=sys.stderr)
     warm_up(engine)

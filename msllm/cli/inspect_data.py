@@ -8,6 +8,7 @@ and the few shards that it needs, so the size of the data does not matter
 from __future__ import annotations
 
 import argparse
+import io
 import signal
 import sys
 
@@ -53,7 +54,8 @@ def run(flags: argparse.Namespace) -> None:
     from msllm.view import cells, prepared
 
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the command without a traceback
-    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a character
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a character
     prepared.run(
         flags.directory,
         cells.console(),

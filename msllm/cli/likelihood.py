@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 from msllm.cli.base import Parser, Switch, output_file, whole
 
@@ -92,11 +93,12 @@ def run(flags: argparse.Namespace) -> None:
     model = load_checkpoint(flags.checkpoint)
     names = model.streams.names
     units = likelihood.evaluate(model, flags.data, flags.split, flags.block)
-    result = {"step": model.step, "nll": likelihood.report(units, names, flags.resamples)}
-    print(f"step {model.step} of {flags.checkpoint}\n{likelihood.describe(result['nll'])}")
+    report = likelihood.report(units, names, flags.resamples)
+    result: dict[str, Any] = {"step": model.step, "nll": report}
+    print(f"step {model.step} of {flags.checkpoint}\n{likelihood.describe(report)}")
     if flags.against:
         other = load_checkpoint(flags.against)
-        data = flags.data or model.run_config.data.dir
+        data = flags.data or (model.run_config.data.dir if model.run_config else "")
         other_units = likelihood.evaluate(other, data, flags.split, flags.block)
         difference = likelihood.difference(units, other_units)
         worse = likelihood.report(difference, names, flags.resamples)

@@ -58,7 +58,7 @@ def enable_compilation_cache(setting: str, default: epath.Path) -> None:
       setting: `config.compilation_cache`: a directory; `auto`: `default`; `none`: no cache.
       default: the directory for `auto`.
     """
-    if setting == "none" or jax.config.jax_compilation_cache_dir:
+    if setting == "none" or jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     jax.config.update("jax_compilation_cache_dir", str(default if setting == "auto" else setting))
     # By default JAX keeps only programs that take a second to compile.

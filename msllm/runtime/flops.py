@@ -50,9 +50,10 @@ def batch_pairs(lag: np.ndarray, queries: np.ndarray, keys: np.ndarray, segment:
 def train_flops(config: ModelConfig, streams: StreamSpec, batch: int, rows: int) -> int:
     """`step_flops` of `batch` full tables."""
     trained = batch * rows * sum(weight > 0 for weight in streams.loss_weights)
-    return step_flops(
+    flops = step_flops(
         config, batch * rows * streams.size, trained, batch * visible_pairs(streams.lag_array, rows)
     )
+    return int(flops)
 
 
 def step_flops(config: ModelConfig, cells: float, targets: float, pairs: float) -> float:

@@ -72,7 +72,7 @@ def connect(
     Raises:
       UserError: the arguments contradict each other, or the address cannot be used.
     """
-    given = {
+    given: dict[str, Any] = {
         "coordinator_address": address,
         "num_processes": num_processes,
         "process_id": process_id,
@@ -83,7 +83,7 @@ def connect(
     if 0 < len(missing) < len(given):
         names = ", ".join("--" + name for name in given)
         raise UserError(f"--{missing[0]} is not set: give all of {names}, or none")
-    if process_id is not None and not 0 <= process_id < num_processes:
+    if process_id is not None and num_processes and not 0 <= process_id < num_processes:
         raise UserError(
             f"--process_id is {process_id}: must be in 0..{num_processes - 1}"
             f" (--num_processes={num_processes})"
@@ -291,7 +291,7 @@ def _differences(there: Any, here: Any) -> str:
 def _flatten(value: Any, path: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {path: value}
-    result = {}
+    result: dict[str, Any] = {}
     for key in value:
         result |= _flatten(value[key], f"{path}.{key}" if path else key)
     return result

@@ -29,11 +29,7 @@ def print_generation(
 
     Raises UserError if the model has no tokenizer.
     """
-    if model.tokenizer is None:
-        raise UserError(
-            "the checkpoint has no tokenizer (a Hugging Face folder): use msllm.Engine with token "
-            "ids"
-        )
+    tokenizer = model.require_tokenizer()
     if rows < 1:
         raise UserError(f"--rows={rows}: must be at least 1")
     session = Engine(model, window=max(rows, 2)).open(options)
@@ -45,10 +41,10 @@ def print_generation(
     for _ in range(rows):
         row = session.step()
         texts = [
-            cells.cell(model.tokenizer, int(row.tokens[stream]), bool(row.present[stream]), kind)
+            cells.cell(tokenizer, int(row.tokens[stream]), bool(row.present[stream]), kind)
             for stream, kind in enumerate(streams.kinds)
         ]
         cells.print_line(console, [rich.text.Text(str(row.index), style="dim"), *texts], widths)
     _, tokens, present = session.transcript()
     console.print()
-    cells.print_texts(console, model.tokenizer, streams.names, tokens, present)
+    cells.print_texts(console, tokenizer, streams.names, tokens, present)

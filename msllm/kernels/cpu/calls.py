@@ -75,7 +75,7 @@ def matmul_packed(x: jax.Array, weights: Sequence[PackedWeight]) -> list[jax.Arr
     """
     panels = [weight.panels for weight in weights]
     out = [jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype) for w in panels]
-    return jax.ffi.ffi_call("msllm_matmul_packed", out)(x, *panels)
+    return list(jax.ffi.ffi_call("msllm_matmul_packed", out)(x, *panels))
 
 
 def matmul_table(x: jax.Array, weight: TableWeight) -> jax.Array:
@@ -127,7 +127,10 @@ def attend_row(
     one = jax.ShapeDtypeStruct((*q.shape[:3], 1), jnp.float32)
     out = jax.ShapeDtypeStruct(q.shape, jnp.float32)
     call = jax.ffi.ffi_call("msllm_attend_row", (one, one, out))
-    return call(q, keys, values, mask, filled, *scales, masked=np.float32(masked))
+    highest, sums, weighted = call(
+        q, keys, values, mask, filled, *scales, masked=np.float32(masked)
+    )
+    return highest, sums, weighted
 
 
 def write_row(
@@ -145,4 +148,4 @@ def write_row(
     out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in block]
     in_place = {3 + i: i for i in range(len(block))}
     call = jax.ffi.ffi_call("msllm_write_row", out, input_output_aliases=in_place)
-    return call(at, k, v, *block)
+    return list(call(at, k, v, *block))
