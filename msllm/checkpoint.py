@@ -231,8 +231,8 @@ class _CheckpointFolder:
         good = f"the one of step {max(complete)} is good" if complete else "there is none yet"
         reason = error_summary(error)
         raise RunError(
-            f"a checkpoint could not be written to {self.directory} ({reason}): {good}; make room or"
-            " repair the storage, and the same command continues from there"
+            f"a checkpoint could not be written to {self.directory} ({reason}): {good}; make room"
+            " or repair the storage, and the same command continues from there"
         ) from error
 
     def _check_layout(self, description: dict[str, Any], program: Program) -> None:

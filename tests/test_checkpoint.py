@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from runs import four_streams, host, make_program, replace
 
 from msllm import tokenizer as tokenizer_lib
-from msllm.checkpoint import Checkpoints, LocalCheckpoints
+from msllm.checkpoint import Checkpoints, LocalCheckpoints, checksums
 from msllm.config import CheckpointConfig, TokenizerConfig
 from msllm.errors import UserError
 from msllm.runtime import processes
@@ -72,15 +72,15 @@ def workdir(three, tmp_path):
     return shutil.copytree(three, tmp_path / "run")
 
 
-def save(workdir, program, state, tokenizer, steps, config=CheckpointConfig()):
-    checkpoints = Checkpoints(workdir, config)
+def save(workdir, program, state, tokenizer, steps, **settings):
+    checkpoints = Checkpoints(workdir, CheckpointConfig(**settings))
     for step in steps:
         checkpoints.save(at_step(program, state, step), program.config, tokenizer)
     checkpoints.close()
 
 
 def test_saving_asks_no_preemption_service(tmp_path, program, state, tokenizer, monkeypatch):
-    """It would take the step of a checkpoint that is complete for the one that this process has come to."""
+    """The service would take the step of a complete checkpoint for that of this process."""
     asked = []
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
     save(tmp_path, program, state, tokenizer, (10, 20))
@@ -102,7 +102,7 @@ def check_restored(restored, program, state, step):
 
 
 def damage_arrays(item, change):
-    """Changes the files that hold the arrays: large ones lie in a folder of each process, small ones together."""
+    """Changes files of arrays: each process has a folder of large ones, small ones lie together."""
     for folder in item.rglob("d"):
         change(max(folder.iterdir(), key=lambda path: path.stat().st_size))
 
@@ -282,14 +282,7 @@ def test_a_changed_rate_is_reported(three, program, state, tokenizer, caplog):
 
 
 def test_which_checkpoints_stay(tmp_path, program, state, tokenizer):
-    save(
-        tmp_path,
-        program,
-        state,
-        tokenizer,
-        range(1, 8),
-        CheckpointConfig(keep_last=2, keep_every=3),
-    )
+    save(tmp_path, program, state, tokenizer, range(1, 8), keep_last=2, keep_every=3)
     kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert kept == {"3", "6", "7"}
 
@@ -310,8 +303,11 @@ def test_local_checkpoints_serve_the_mesh_that_wrote_them(
         with caplog.at_level(logging.WARNING, "msllm"):
             return opened(lambda local: local.restore(program, tokenizer, newer_than))
 
-    for step in (2, 4, 6):
+    def saved(step):
         opened(lambda local: local.save(at_step(program, state, step), program.config, tokenizer))
+
+    for step in (2, 4, 6):
+        saved(step)
     assert opened(lambda local: local.steps()) == [4, 6]  # the disk is small
     assert opened(lambda local: local.steps(), tmp_path / "another run") == []
     (newest,) = (tmp_path / "disk").glob("*/0-of-1/6")
@@ -324,9 +320,20 @@ def test_local_checkpoints_serve_the_mesh_that_wrote_them(
         in caplog.text
     )
     assert opened(lambda local: local.steps()) == []  # the run comes to these steps again
-    opened(lambda local: local.save(at_step(program, state, 6), program.config, tokenizer))
+    saved(6)
     check_restored(restored(program, newer_than=5), program, state, 6)
     assert restored(program, newer_than=6) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "int8", "bool"])
+def test_a_checksum_sees_every_value(dtype):
+    """An optimizer of the user's own may have a state of any type."""
+    values = jax.numpy.array([0.25, 0.5, 1.0]) if "float" in dtype else jax.numpy.arange(3) % 2
+    values = values.astype(dtype)
+    one = checksums({"rest": {"x": values}})
+    for i in range(3):
+        changed = values.at[i].set(jax.numpy.array(0 if values[i] else 1, dtype))
+        assert checksums({"rest": {"x": changed}}) != one
 
 
 def test_saving_a_step_again_changes_nothing(workdir, program, state, tokenizer):

@@ -1,4 +1,4 @@
-"""What survives of a process that was killed while it wrote, and errors that come from other processes."""
+"""Files of processes that were killed while they wrote, and errors from other processes."""
 
 import json
 import logging
@@ -69,7 +69,7 @@ def test_the_roll_call_passes_over_files_that_are_empty_or_go_away(tmp_path, mon
     ((message, status),) = left
     assert (
         status == processes.EXIT_PEER_LOST
-        and "of 4 processes these have not come: 2, 3 (here: 0 on " in message
+        and "of 4 processes these did not join: 2, 3 (waiting: 0 on " in message
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run tells of itself: goodput, MFU, slow steps, traces, and where it is written."""
+"""How a run watches itself: goodput, MFU, slow steps, traces, and where metrics are written."""
 
 import json
 import sys
@@ -255,7 +255,8 @@ def test_processes_that_differ_are_told_apart(monkeypatch):
         say("a", facts),
         say("b", {**facts, "config": {"optim": {"lr": 0.2, "b1": 0.9}}}),
     ]
-    rule = r"process 1 on b has another config than process 0 on a: \w{12} there, \w{12} here \(optim.lr is 0.2 there, 0.1 here\)"
+    rule = r"process 1 on b has another config than process 0 on a: \w{12} there, \w{12} here "
+    rule += r"\(optim.lr is 0.2 there, 0.1 here\)"
     with pytest.raises(UserError, match=rule):
         processes.check_same_everywhere(facts)
     everyone[:] = [say("a", facts), say("b", {}, "no data")]

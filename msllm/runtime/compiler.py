@@ -14,7 +14,7 @@ OPTIONS: dict[str, dict[str, int | bool | str]] = {
     # The loops that matter run in libraries, so less work for LLVM makes the start quicker and the
     # steps no slower. -O1 halves the time to compile a train step; without fusion emitters (MLIR)
     # and expensive passes it falls by another third. LLVM then does not vectorize a loop that
-    # overwrites its operand, which costs at most 4 % of a step; the loss has no such loop (loss.py).
+    # overwrites its operand, which costs at most 4 % of a step. The loss has no such loop.
     "cpu": {
         "xla_backend_optimization_level": 1,
         "xla_cpu_use_fusion_emitters": False,

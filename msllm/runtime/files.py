@@ -20,9 +20,11 @@ def write_atomically(
 ) -> None:
     """Writes a file so that its name always refers to complete content, the old or the new.
 
-    The content goes into a file beside `path`, which then takes its name. If the process is killed or the disk is full,
-    `path` keeps the content that it had. In an object store (`gs://...`), where an object only appears once it is
-    complete, and to what is no regular file (`/dev/stdout`), the content is written directly.
+    The content goes into a file beside `path`, which then takes its name. If the process is killed
+    or the disk is full, `path` keeps the content that it had.
+
+    Two kinds of paths are written directly: objects in an object store (`gs://...`), which appear
+    only once they are complete, and paths that are no regular files, such as `/dev/stdout`.
 
     Args:
       path: the file. Its folder must exist.
@@ -71,7 +73,9 @@ def _write(stream: BinaryIO, content: bytes | Callable[[BinaryIO], object]) -> N
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A new folder to write into. It takes the name `path` at the end, and is removed if an error is raised.
+    """A new folder to write into.
+
+    It takes the name `path` at the end. If an error is raised, it is removed.
 
     Raises:
       UserError: `path` exists already and is not an empty folder, or cannot be created.

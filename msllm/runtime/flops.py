@@ -1,4 +1,7 @@
-"""Floating-point operations of a train step by formula: only what the visibility rule needs, nothing that is masked."""
+"""Floating-point operations of a train step by formula.
+
+Only what the visibility rule needs is counted: no masked pairs, and nothing that is computed twice.
+"""
 
 from __future__ import annotations
 
@@ -9,30 +12,36 @@ from msllm.streams import StreamSpec
 
 
 def visible_pairs(lag: np.ndarray, rows: int) -> int:
-    """Pairs (query cell, key cell) of one full table [rows, S] without absent cells."""
-    reach = np.clip(
-        rows - lag.astype(np.int64), 0, rows
-    )  # rows of queries that see at least one row of the source
+    """Pairs (query cell, key cell) in one full table [rows, S], in which no cell is absent.
+
+    Args:
+      lag: [S, S] int.
+      rows: T.
+    """
+    # For each edge the number of query rows that see at least one row of the source.
+    reach = np.clip(rows - lag.astype(np.int64), 0, rows)
     itself = rows * int(np.sum(np.diagonal(lag) > 0))
     return int(np.sum(reach * (reach + 1) // 2)) + itself
 
 
 def attention_flops(num_heads: int, head_dim: int, pairs: float) -> float:
-    """Operations of the forward pass of one layer's scores and weighted sums, for so many visible pairs."""
+    """Operations of one layer's attention scores and weighted sums in the forward pass."""
     return 2 * 2 * num_heads * head_dim * pairs
 
 
 def batch_pairs(lag: np.ndarray, queries: np.ndarray, keys: np.ndarray, segment: np.ndarray) -> int:
-    """Pairs (query cell, key cell) of which the first sees the second, in tables as they are: packed, with absent cells.
+    """Pairs (query cell, key cell) in packed tables, which may have absent cells.
 
     Args:
-      lag: [S, S] int. queries: [B, T, S] bool, cells that are present. keys: of these, the ones that others may see.
+      lag: [S, S] int.
+      queries: [B, T, S] bool, the cells that are present.
+      keys: [B, T, S] bool, those of them that other cells may see.
       segment: [B, T] int, ascending within a table.
     """
     batch, rows, _ = keys.shape
     row = np.arange(rows)
     begins = np.concatenate([np.ones((batch, 1), bool), segment[:, 1:] != segment[:, :-1]], 1)
-    first = np.maximum.accumulate(np.where(begins, row, 0), 1)
+    first = np.maximum.accumulate(np.where(begins, row, 0), 1)  # row of the segment's beginning
     before = np.pad(np.cumsum(keys, 1), [(0, 0), (1, 0), (0, 0)])  # [:, t]: keys in rows 0..t-1
     pairs = 0
     for value in np.unique(lag[lag < rows]):
@@ -42,27 +51,29 @@ def batch_pairs(lag: np.ndarray, queries: np.ndarray, keys: np.ndarray, segment:
         )
         seen = np.einsum("bto,so->bts", visible, (lag == value).astype(np.int64))
         pairs += int(seen[queries].sum())
-    return pairs + int(
-        (queries & ~(keys & (np.diagonal(lag) <= 0))).sum()
-    )  # itself, where that is not counted yet
+    # Every cell sees itself. With a lag of 0 that has been counted, unless the cell is no key.
+    counted = keys & (np.diagonal(lag) <= 0)
+    return pairs + int((queries & ~counted).sum())
 
 
 def train_flops(config: ModelConfig, streams: StreamSpec, batch: int, rows: int) -> int:
-    """`step_flops` of `batch` full tables."""
+    """`step_flops` of `batch` full tables of `rows` rows."""
     trained = batch * rows * sum(weight > 0 for weight in streams.loss_weights)
-    flops = step_flops(
-        config, batch * rows * streams.size, trained, batch * visible_pairs(streams.lag_array, rows)
-    )
-    return int(flops)
+    pairs = batch * visible_pairs(streams.lag_array, rows)
+    return int(step_flops(config, batch * rows * streams.size, trained, pairs))
 
 
 def step_flops(config: ModelConfig, cells: float, targets: float, pairs: float) -> float:
-    """Operations of forward and backward, two per multiply-add, the backward counted twice the forward (Kaplan et al.
-    2020, arXiv 2001.08361); no rematerialisation.
+    """Operations of a forward and backward pass without rematerialisation.
+
+    A multiply-add counts as two, the backward pass as twice the forward pass (Kaplan et al. 2020,
+    arXiv 2001.08361).
 
     Args:
-      cells: that are present. targets: cells whose next token is predicted with weight: only they need the head.
-      pairs: of a cell and one that it sees.
+      config: sizes of the model.
+      cells: cells that are present.
+      targets: cells whose next token is predicted with weight. Only they need the head.
+      pairs: pairs of a cell and a cell that it sees.
     """
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     layer = config.d_model * heads + 3 * config.d_model * config.d_ff

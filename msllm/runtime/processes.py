@@ -154,15 +154,15 @@ class _JoinWatch:
         joined = ", ".join(f"{i} on {hosts[i]}" for i in sorted(hosts, key=int))
         if missing:
             problem = (
-                f"of {count} processes these have not come: {', '.join(missing)}"
-                f" (here: {joined}): look at their logs"
+                f"of {count} processes these did not join: {', '.join(missing)}"
+                f" (waiting: {joined}): look at their logs"
             )
         else:
             problem = (
-                f"all {count} processes are here ({joined}) but do not reach"
+                f"all {count} processes are waiting ({joined}), but do not reach"
                 f" {state.coordinator_address}: is its port open?"
             )
-        exit_process(f"waited {self._seconds:.0f} s in vain: {problem}", EXIT_PEER_LOST)
+        exit_process(f"gave up after {self._seconds:.0f} s: {problem}", EXIT_PEER_LOST)
 
 
 def _read_text(path: epath.Path) -> str:

@@ -1,4 +1,4 @@
-"""Pods on one machine: real processes of `msllm train` over the loopback, signals, and what they leave."""
+"""Pods on one machine: processes of `msllm train` that talk over the loopback device."""
 
 from __future__ import annotations
 
@@ -66,13 +66,14 @@ def make_config(**dotted) -> Config:
 
 
 def make_files(folder: pathlib.Path, **dotted) -> pathlib.Path:
-    """Prepares data in `folder`/data and writes `folder`/config.py, whose paths are relative to `folder`."""
+    """Prepares `folder`/data and writes `folder`/config.py, with paths relative to `folder`."""
     config = make_config(**{"compilation_cache": str(folder / "compiled")} | dotted)
     prepare(config, folder / "data")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir="data"))
     (folder / "config.py").write_text(
         "import json\nfrom msllm.config import from_config_dict, to_config_dict\n\n\n"
-        f"def get_config():\n    return to_config_dict(from_config_dict(json.loads({to_json(config)!r})))\n"
+        "def get_config():\n"
+        f"    return to_config_dict(from_config_dict(json.loads({to_json(config)!r})))\n"
     )
     return folder
 
@@ -85,7 +86,7 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
 
 
 class Pod:
-    """Processes of one run. A context manager: on the way out, what still runs is killed.
+    """Processes of one run. A context manager that kills what still runs at the end.
 
     Attributes:
       logs: of each process, stdout and stderr together.
@@ -106,12 +107,20 @@ class Pod:
         wait_seconds: int = 60,
         pipe: int | None = None,
     ):
-        """Starts them; `wait` is for their end.
+        """Starts the processes.
 
         Args:
-          files: of `make_files`. absent: processes that never come.
-          own, folders: options, and the working folder instead of `files`, of single processes.
-          prefix: words before each command. limits: called in each process.
+          files: of `make_files`.
+          workdir: of the run.
+          options: further arguments of each command.
+          processes: how many there are.
+          devices: of each process.
+          absent: processes that are not started.
+          own: further arguments of single processes.
+          folders: working folders of single processes, instead of `files`.
+          prefix: words before each command.
+          limits: called in each process.
+          wait_seconds: how long the processes wait for each other.
           pipe: the process whose output `hold_output` can hold.
         """
         self.files, self.workdir, self.options = files, workdir, options
@@ -190,7 +199,7 @@ class Pod:
                 self._processes[i].send_signal(number)
 
     def step(self, process: int) -> int:
-        """The last step that a process gave to its devices since this start; -1 before the first one."""
+        """The last step that a process dispatched since this start; -1 before the first one."""
         path = self.workdir / "examples" / f"process-{process:05d}.jsonl"
         if not path.exists() or path.stat().st_mtime < self._started:
             return -1
@@ -204,7 +213,7 @@ class Pod:
         )
 
     def hold_output(self, seconds: float) -> None:
-        """For so long, nobody reads the output of the process with a pipe."""
+        """Does not read the output of the process with a pipe for some seconds."""
         self._pipe.hold(seconds)
 
     def reach(self, step: int, seconds: float = START, process: int = 0) -> None:
@@ -234,7 +243,10 @@ class Pod:
         self.wait_for(stopped, 60, "all processes stopped while they write a checkpoint")
 
     def wait_for(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
-        """Waits for a condition; fails, with the logs, if it does not come or all processes end before."""
+        """Waits for a condition.
+
+        Fails, with the logs, if it does not become true in time or before all processes end.
+        """
         try:
             wait_for(lambda: condition() or not self.alive, seconds, what)
             assert condition(), f"all processes have ended before: {what}"
@@ -242,7 +254,10 @@ class Pod:
             raise AssertionError(f"{error}\n{self.told()}") from None
 
     def wait(self, seconds: float = START) -> list[int]:
-        """Exit statuses, by process id; a negative one is a signal. Fails if they have not ended in time."""
+        """Waits for the end of all processes and returns their statuses, by process id.
+
+        A negative status is a signal. Fails if they do not end in time.
+        """
         try:
             wait_for(lambda: not self.alive, seconds, f"the end of processes {self.alive}")
         except AssertionError as error:
@@ -259,7 +274,12 @@ class Pod:
         return "\n".join(ends)
 
     def ended(self, *statuses: int | tuple[int, ...], seconds: float = START) -> list[str]:
-        """Checks the statuses by process id, a tuple of them where several are right; returns the logs."""
+        """Waits for the end of all processes, checks their statuses and returns the logs.
+
+        Args:
+          statuses: by process id; a tuple where several are right.
+          seconds: how long to wait.
+        """
         found = self.wait(seconds)
         right = [status in expected if isinstance(expected, tuple) else status == expected
                  for status, expected in zip(found, statuses, strict=True)]  # fmt: skip
@@ -323,8 +343,9 @@ class Run:
     """What a run left.
 
     Attributes:
-      examples: [step][row] the ids of the table's examples; a set of them, of one if nothing is wrong.
-      losses, evaluations: [step] what was reported, once for every time that the step was done.
+      examples: [step][row] the sets of ids that were logged for a table. If nothing is wrong, there
+        is one.
+      losses, evaluations: [step] the reported values, one for each time that the step was done.
       checksums: of the arrays of the last checkpoint.
     """
 
@@ -363,9 +384,13 @@ def read(workdir: pathlib.Path) -> Run:
 
 
 def same(workdir: pathlib.Path, reference: Run, exact: bool) -> Run:
-    """Checks that a finished run has consumed the examples of `reference`, step by step, and come to the same losses.
+    """Checks that a finished run has the examples and losses of `reference`, step by step.
 
-    exact: bit by bit, the last checkpoint's arrays included; else within the noise of other orders of summation.
+    Args:
+      workdir: of the run.
+      reference: the other run.
+      exact: compare bit by bit, the arrays of the last checkpoint included; otherwise losses may
+        differ as by another order of summation.
     """
     run = read(workdir)
     assert run.examples == reference.examples  # also those of steps that were done again

@@ -1,9 +1,9 @@
-"""Runs that are killed, stopped, frozen and moved at random until the time is over, and compared with undisturbed ones.
+"""Disturbs runs at random for some time, and compares them with an undisturbed run.
 
     PYTHONPATH=. python -m tests.pod.soak --minutes=30 [--seed=S] [--processes=2..4]
 
-Every run is disturbed a few times and then left to finish. Half of them keep their processes and mesh, and must come to
-the same bits. The others change both between starts.
+Each run is killed, stopped or frozen a few times and then left to finish. Half of the runs keep
+their processes and mesh, and must come to the same bits. The others change both between starts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ KINDS = (
     "SIGSTOP of one",
     "SIGSTOP for a while",
 )
-SPARE = 2  # steps before the last one that are not disturbed: whoever is asked to stop then completes the run instead
+# The last steps are not disturbed: a run that is asked to stop there completes instead.
+SPARE = 2
 
 
 def layouts(most: int) -> list[tuple[int, int, tuple[str, ...]]]:
@@ -50,11 +51,8 @@ def layouts(most: int) -> list[tuple[int, int, tuple[str, ...]]]:
         (1, 4, meshes(data=2, fsdp=2)),
         (2, 2, meshes(data=2, fsdp=1, tensor=2)),
         (2, 2, meshes(data=4, fsdp=1)),
-        (
-            4,
-            1,
-            meshes(data=1, fsdp=1, stream=4),
-        ),  # of three streams: one place is filled with absent cells
+        # The data has three streams: the fourth place is filled with absent cells.
+        (4, 1, meshes(data=1, fsdp=1, stream=4)),
         (4, 1, ()),
         (4, 1, meshes(data=2, fsdp=2)),
     ]
@@ -62,9 +60,10 @@ def layouts(most: int) -> list[tuple[int, int, tuple[str, ...]]]:
 
 
 def disturb(pod: Pod, count: int, rng: random.Random) -> tuple[str, bool]:
-    """One fault at a random moment, and how the processes ended: (kind, whether the run was complete before it).
+    """Causes one fault at a random moment and waits for the processes to end.
 
-    Raises AssertionError where a process did not end in time, or not with the status that it should.
+    Returns (kind of fault, whether the run was complete before it). Raises AssertionError if a
+    process does not end in time or ends with a wrong status.
     """
     one = rng.randrange(count)
     step = rng.randrange(last(pod.workdir), STEPS - SPARE)
@@ -72,9 +71,8 @@ def disturb(pod: Pod, count: int, rng: random.Random) -> tuple[str, bool]:
     which = tuple(range(count)) if "of all" in kind or "to all" in kind else (one,)
     if kind == "SIGKILL at the start":
         end = time.monotonic() + rng.uniform(0, 12)
-        while (
-            time.monotonic() < end and pod.step(one) < 0
-        ):  # a quick machine is through all steps before
+        # A quick machine is through all steps before that.
+        while time.monotonic() < end and pod.step(one) < 0:
             time.sleep(0.005)
     elif "checkpoint" in kind:
         pod.wait_for(lambda: pod.step(one) >= min(step, STEPS - 6), START, "a step")
@@ -101,7 +99,8 @@ def disturb(pod: Pod, count: int, rng: random.Random) -> tuple[str, bool]:
         pod.signal(signal.SIGKILL, one)
     statuses = pod.wait(NOTICED if kind != "SIGKILL at the start" else NOTICED + 60)
     if set(statuses) == {0} and number != signal.SIGINT:
-        # JAX looks for notices once a second, and some steps later all stop: a notice that came earlier was overheard.
+        # JAX looks for notices once a second, and the processes stop some steps later. If the
+        # notice came earlier than that, they have missed it.
         assert step > STEPS - 14, f"{kind} at step {step}: nobody stopped\n{pod.told()}"
         return f"{kind}, too late", True
     for i, status in enumerate(statuses):
@@ -179,10 +178,10 @@ def main() -> int:
     shutil.rmtree(folder)
     faults = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     print(
-        f"passed: {counts['starts']} starts, {sum(kinds.values())} faults ({faults}); {number} runs finished with the "
-        f"examples and losses of the undisturbed one, {counts['runs', 'same bits']} of them bit by bit, "
-        f"{counts['runs', 'moved']} with other processes and meshes; {counts['steps']} steps and "
-        f"{counts['steps done again']} done again"
+        f"passed: {counts['starts']} starts, {sum(kinds.values())} faults ({faults});"
+        f" {number} runs finished with the examples and losses of the undisturbed one,"
+        f" {counts['runs', 'same bits']} of them bit by bit, {counts['runs', 'moved']} with other"
+        f" processes and meshes; {counts['steps']} steps, and {counts['steps done again']} again"
     )
     return 0
 
