@@ -197,7 +197,7 @@ class _Memory:
     def _watch(self) -> None:
         while not self._end.wait(SAMPLE_SECONDS):
             for process in multiprocessing.active_children():
-                self.worker = max(self.worker, _peak_mib(process.pid or 0))
+                self.worker = max(self.worker, _peak_mib(process.pid))
 
 
 def _peak_mib(pid: int | None) -> float:

@@ -142,8 +142,8 @@ class Part:
 
     file: str
     format: str
-    index: int = 0  # type: ignore[assignment]  # hides tuple.index
-    count: int = 1  # type: ignore[assignment]  # hides tuple.count
+    index: int = 0
+    count: int = 1
     before: int = 0  # jsonl: the number of lines that begin before this part
 
 

@@ -125,7 +125,7 @@ def input_parts(config: Config) -> Sequence[Part | None]:
     converter, _ = get_converter(config.data.converter, config.data.options)
     if not converter.reads:
         return [None]
-    return [*sources.parts(config.data.path, config.data.format, converter.reads)]
+    return sources.parts(config.data.path, config.data.format, converter.reads)
 
 
 def input_portions(config: Config) -> Sequence[Sequence[Part | None]]:
@@ -133,8 +133,7 @@ def input_portions(config: Config) -> Sequence[Sequence[Part | None]]:
     converter, _ = get_converter(config.data.converter, config.data.options)
     if not converter.reads:
         return [[None]]
-    portions = sources.portions(config.data.path, config.data.format, converter.reads)
-    return [[*parts] for parts in portions]
+    return sources.portions(config.data.path, config.data.format, converter.reads)
 
 
 def convert(
@@ -176,7 +175,7 @@ def convert_part(
     layout = Layout(written, tokenizer, rows, options, bad)
     columns = [written.index(name) for name in spec.names]
     permuted = [spec.index(name) for name in data.vary.permute]
-    for table in converter.function(layout, part):  # type: ignore[arg-type]  # None if it reads none
+    for table in converter.function(layout, part):
         if columns != list(range(written.size)):
             table = vary.select(table, columns)
         if permuted:

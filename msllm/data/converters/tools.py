@@ -110,7 +110,8 @@ def _check_streams(layout: Layout) -> None:
     calls, results = layout.options["calls"], layout.options["results"]
     if len(calls) != len(results) or not calls:
         raise UserError(
-            f"config.data.options.calls is {calls}, results is {results}: give as many, one or more"
+            f"config.data.options.calls is {calls}, results is {results}: must be equally many, at"
+            " least one"
         )
     for name in (*calls, *results):
         layout.spec.index(name)  # raises UserError
