@@ -98,7 +98,7 @@ class Tokenizer:
         """The content of the tokenizer file."""
         return self._data
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, bytes, str]]:
         """Lets a tokenizer be sent to another process."""
         return Tokenizer, (self.kind, self._data, self.silence)
 

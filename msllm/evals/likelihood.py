@@ -11,12 +11,13 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from msllm.config import LossConfig
 from msllm.errors import UserError
@@ -93,7 +94,12 @@ def _units(segment: np.ndarray, block: int) -> Iterator[np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _nll(graph, silence: int, parameters, tables) -> tuple[jax.Array, ...]:
+def _nll(
+    graph: nnx.GraphDef,
+    silence: int,
+    parameters: dict[str, Any],
+    tables: Mapping[str, jax.Array],
+) -> tuple[jax.Array, ...]:
     """(nll, nll given that the target is not silence, targets, counted), [B, T, S] each."""
     model = bind(graph, parameters)
     hidden = model.read(tables, silence)
@@ -101,7 +107,7 @@ def _nll(graph, silence: int, parameters, tables) -> tuple[jax.Array, ...]:
     head = model.head_parameter[...]
     nll = next_row_loss(hidden, head, targets, weights, LossConfig())[1]
 
-    def logit(rows):
+    def logit(rows: jax.Array) -> jax.Array:
         return jnp.einsum("...d,...d->...", hidden, rows, preferred_element_type=jnp.float32)
 
     silence_logprob = logit(head[silence]) - logit(head[targets]) - nll

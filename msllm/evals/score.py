@@ -6,11 +6,12 @@ import functools
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from msllm.errors import UserError
 from msllm.loss import targets_and_weights
@@ -72,7 +73,12 @@ def score_batches(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _score(graph, silence_id: int | None, parameters, tables) -> tuple[jax.Array, jax.Array]:
+def _score(
+    graph: nnx.GraphDef,
+    silence_id: int | None,
+    parameters: dict[str, Any],
+    tables: Mapping[str, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
     model = bind(graph, parameters)
     with jax.default_matmul_precision("highest"):
         logits = model.logits(model.read(tables, silence_id))

@@ -62,9 +62,9 @@ class LoadedModel:
             )
         return self.tokenizer
 
-    def with_streams(self, **changes) -> LoadedModel:
+    def with_streams(self, **changes: Any) -> LoadedModel:
         """The same parameters with other fields of `StreamSpec`, e.g. `skip_silence=True`."""
-        return dataclasses.replace(self, streams=dataclasses.replace(self.streams, **changes))
+        return dataclasses.replace(self, streams=dataclasses.replace(self.streams, **changes: Any))
 
     def with_visibility(self, preset: str) -> LoadedModel:
         """The same parameters with the visibility of a preset. Raises UserError."""
