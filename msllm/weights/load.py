@@ -64,7 +64,7 @@ class LoadedModel:
 
     def with_streams(self, **changes: Any) -> LoadedModel:
         """The same parameters with other fields of `StreamSpec`, e.g. `skip_silence=True`."""
-        return dataclasses.replace(self, streams=dataclasses.replace(self.streams, **changes: Any))
+        return dataclasses.replace(self, streams=dataclasses.replace(self.streams, **changes))
 
     def with_visibility(self, preset: str) -> LoadedModel:
         """The same parameters with the visibility of a preset. Raises UserError."""
