@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from msllm.errors import RunError, UserError
     from msllm.evals.exact_match import evaluate
     from msllm.evals.score import score
+    from msllm.hooks import Hook
     from msllm.hooks import Hook, Run
     from msllm.runtime.environment import configure_jax
     from msllm.streams import StreamSpec
@@ -38,6 +39,7 @@ __all__ = [
     "Config",
     "DecodeOptions",
     "Engine",
+    "Hook",
     "Hook",
     "LoadedModel",
     "Run",
@@ -68,6 +70,7 @@ _MODULES = {
     "errors": ("RunError", "UserError"),
     "evals.exact_match": ("evaluate",),
     "evals.score": ("score",),
+    "hooks": ("Hook",),
     "hooks": ("Hook", "Run"),
     "runtime.environment": ("configure_jax",),
     "streams": ("StreamSpec",),
