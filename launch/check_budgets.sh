@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compiles the pod configs for their TPUs and holds them to their budgets of memory and collectives.
+# Compiles the pod configs for their TPUs and compares memory and collectives with their budgets.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# What the scripts of this folder share. Sourced, from the repository's root.
+# Functions that the scripts of this folder share. They are sourced from the root of the repository.
 
-# Ctrl-C ends a script even if the command that it comes to ends well all the same: without a trap, bash would go on.
+# Ctrl-C ends the script even if the running command handles it and exits with status 0. Without a trap, bash goes on.
 trap 'exit 130' INT
 
-# Prints a Python that runs, is at least 3.11 and can make virtual environments; $PYTHON goes first.
+# Prints a Python that runs, is at least 3.11 and can make virtual environments. $PYTHON is tried first.
 find_python() {
   local candidate
-  # A name on the PATH may be a shim of a version manager that only prints an error, so each one is tried.
+  # A name on the PATH may be a version manager's shim that only prints an error, so each candidate is run.
   for candidate in ${PYTHON:+"$PYTHON"} python3.13 python3.12 python3.11 python3 python; do
     if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
       printf '%s\n' "$candidate"
@@ -35,7 +35,7 @@ use_environment() {
   if [[ ! $stamp -nt pyproject.toml ]]; then
     echo "installing msllm${extra:+[$extra]} in .venv (once)"
     .venv/bin/python -m pip install -q --disable-pip-version-check -e ".${extra:+[$extra]}"
-    touch .venv/installed "$stamp" # any extra brings the rest too
+    touch .venv/installed "$stamp" # an extra includes the installation without extras
   fi
   export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
   unset PYTHONHOME
@@ -54,13 +54,13 @@ need_number() {
   fi
 }
 
-# need_config FILE: fails unless it is a config of this repository, which every host will have under the same name.
+# need_config FILE: fails unless it is a config of this repository, which all hosts have under the same name.
 need_config() {
   [[ -n $1 ]] || fail "--config is missing: name a file, e.g. --config=configs/quickstart.py (see --help)"
   [[ -f $1 ]] || fail "the config is '$1': there is no such file; name one, e.g. configs/quickstart.py, from the root"
 }
 
-# quoted WORD ...: the words as one line that a shell reads back.
+# quoted WORD ...: prints the words as one line that a shell reads back.
 quoted() {
   local word line=
   for word in "$@"; do

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The rehearsal of a pod: several processes of `msllm train` on this machine, with CPU devices, restarted as on a pod.
+# Rehearses a pod: several processes of `msllm train` on this machine, with CPU devices, restarted as on a pod.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=/dev/null
@@ -9,23 +9,25 @@ usage() {
   cat <<'EOF'
 usage: launch/local_pod.sh PROCESSES CONFIG [OPTION ...]
 
-Trains CONFIG (e.g. configs/quickstart.py) with PROCESSES processes, joined over the loopback as the hosts of a pod are.
-The output of process I of the K-th start is in WORKDIR/logs/attempt-K/process-I.log, its process id in process-I.pid;
-that of process 0 is also shown here. If a process dies, the others get a while to end by themselves and are killed.
+Trains CONFIG (e.g. configs/quickstart.py) with PROCESSES processes that are joined over the loopback as the hosts of a
+pod are. The output of process I of the K-th start is in WORKDIR/logs/attempt-K/process-I.log, and its process id in
+process-I.pid. The output of process 0 is also shown here. If a process dies, the others get some time to end by
+themselves before they are killed.
 
-  --devices=D               CPU devices of every process; default 1
+  --devices=D               CPU devices of each process; default 1
   --workdir=DIR             checkpoints, metrics, logs; default runs/local_pod
-  --restarts=R              starts again up to R times after a process has died or the run was preempted; default 0.
-                            Never after status 2, nor when you stop it
-  --grace=SECONDS           how long the other processes may take to end once one has died, or once you stop it; the
-                            default, 150, is more than the heartbeat timeout, after which a host is known to be lost
-  --config.KEY=VALUE        overrides a setting; so do --initialization_timeout=SECONDS and --heartbeat_timeout=SECONDS
-  --python=PROGRAM          runs msllm, instead of that of .venv, which is made if need be
+  --restarts=R              restarts at most, after a process has died or the run was preempted; default 0. There is no
+                            restart after status 2, nor after you stop the script
+  --grace=SECONDS           how long the other processes may take to end once one has died, or once you stop the script.
+                            The default, 150, is more than the heartbeat timeout, after which a host counts as lost
+  --config.KEY=VALUE, --initialization_timeout=SECONDS, --heartbeat_timeout=SECONDS
+                            passed on to msllm train
+  --python=PROGRAM          the Python that runs msllm; default: that of .venv, which is made if missing
   --dry-run                 prints the commands and runs none
   --help                    this text
 
-Exit status: that of the run. 0: complete, or stopped with Ctrl-C and saved; 2: bad input; 75: stopped with SIGTERM and
-saved, the same command continues; otherwise that of the process that died first.
+Exit status: 0 complete, or stopped with Ctrl-C and saved; 2 bad input; 75 stopped with SIGTERM and saved, the same
+command continues; otherwise that of the process that died first.
 EOF
 }
 
@@ -64,7 +66,7 @@ need_number --grace "$grace" 1
 need_config "$config"
 [[ $workdir != *://* ]] || fail "--workdir is '$workdir': the logs of a rehearsal are local files; name a folder"
 
-# Prints a port of the loopback that nobody listens on, below the range from which the kernel takes ports by itself.
+# Prints a free port of the loopback, below the range from which the kernel assigns ports.
 free_port() {
   local port
   for _ in {1..100}; do
@@ -78,7 +80,7 @@ free_port() {
   return 1
 }
 
-# set_command I: `command` of process I. XLA takes the last of two equal flags: what the user has set counts.
+# set_command I: sets `command` to that of process I. XLA takes the last of two equal flags, so the user's own win.
 set_command() {
   local line flags=
   command=(env)
@@ -107,19 +109,19 @@ command -v "$python" >/dev/null || fail "--python is '$python': no such program;
 # shellcheck source=/dev/null
 . launch/env.sh
 
-exec 3>&2 # for what this script says: what the shell itself says of killed processes is left out below
+exec 3>&2 # for this script's messages; below, the shell's own messages about killed processes are discarded
 say() {
   echo "local_pod: $*" >&3
 }
 
-set -m # every process leads a group of its own: Ctrl-C reaches this script alone, and a group can be killed as a whole
+set -m # each process leads a group of its own, so that Ctrl-C reaches only this script and a group can be killed at once
 pids=() alive=() deadline='' tail_pid='' stop=''
 
-# The kernel ends the processes of a script that was killed and could not clean up.
+# If this script is killed and cannot clean up, the kernel ends its processes.
 guard=()
 if setpriv --pdeathsig TERM true 2>/dev/null; then guard=(setpriv --pdeathsig TERM); fi
 
-# Ends processes at once, and what they have started themselves.
+# Ends processes at once, together with everything that they have started.
 kill_groups() {
   local pid
   for pid in "$@"; do kill -KILL -- "-$pid" 2>/dev/null || true; done
@@ -131,7 +133,7 @@ leave() {
 }
 trap leave EXIT
 
-# forward INT|TERM: passed on as SIGTERM, once.
+# forward INT|TERM: passes the signal on as SIGTERM, once.
 forward() {
   local pid
   if [[ -n $stop ]]; then return; fi
@@ -142,7 +144,7 @@ forward() {
 trap 'forward INT' INT
 trap 'forward TERM' TERM HUP
 
-# attempt LOGS: one run of all processes; sets `status`.
+# attempt LOGS: runs all processes once and sets `status`.
 attempt() {
   local logs=$1 i code pid rest killed='' port
   port=$(free_port)
@@ -156,7 +158,7 @@ attempt() {
   done
   tail -n +1 -s 0.1 --pid="${pids[0]}" -f "$logs/process-0.log" 2>/dev/null 3>&- &
   tail_pid=$!
-  # The signal came before they were there.
+  # The signal may have come before the processes were there.
   if [[ -n $stop ]]; then kill -TERM "${alive[@]}" 2>/dev/null || true; fi
   while [[ ${#alive[@]} -gt 0 ]]; do
     sleep 0.2
@@ -172,7 +174,8 @@ attempt() {
       wait "$pid" || code=$?
       if [[ $code -ne 0 ]]; then
         say "process $i ended with status $code"
-        # Bad input counts most, then what the first died of that was not killed here; 75 only if none died.
+        # Bad input counts most, then the status of the first process that died and was not killed here. 75 counts
+        # only if none died.
         if [[ $code -eq 2 || $status -eq 0 || ($status -eq 75 && -z $killed) ]]; then status=$code; fi
       fi
     done

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What tpu_vm.sh runs on every host of a pod: installs msllm, and keeps one process of training in the background.
+# tpu_vm.sh runs this on every host of a pod: it installs msllm and keeps one training process in the background.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=/dev/null
@@ -9,24 +9,24 @@ usage() {
   cat <<'EOF'
 usage: launch/on_host.sh install [DATA] | start [VARIABLE=VALUE ...] -- ARGUMENT ... | status | stop
 
-  install   makes .venv with msllm in it, with a Python of its own if the host has none that is new enough; copies the
+  install   makes .venv with msllm in it, with its own Python if the host has none that is new enough, and copies the
             folder DATA (gs://BUCKET/FOLDER) to data/FOLDER
-  start     ends what is running, then runs `msllm train ARGUMENT ...` in the background
+  start     ends the running process, then runs `msllm train ARGUMENT ...` in the background
   status    prints none, running, stopped or "exit STATUS"
-  stop      ends what is running: the step is finished and saved
+  stop      ends the running process, which finishes the step and saves
 
-The log is ~/msllm-run/train.log, which a new start continues.
+The log is ~/msllm-run/train.log. A new start appends to it.
 EOF
 }
 
 state=$HOME/msllm-run
 
-# A process id means nothing after the host was started again.
+# Prints the id of this boot. A process id from before a reboot means nothing.
 boot() {
   cat /proc/sys/kernel/random/boot_id 2>/dev/null || true
 }
 
-# runs FILE: whether the process whose id the file holds is there.
+# runs FILE: whether the process whose id is in the file is running.
 runs() {
   [[ -e $1 && $(cat "$state/boot" 2>/dev/null) == "$(boot)" ]] && kill -0 "$(cat "$1")" 2>/dev/null
 }
@@ -34,7 +34,7 @@ runs() {
 alive() { runs "$state/pid"; }
 supervised() { runs "$state/session"; }
 
-# end_process SECONDS: SIGTERM to the process; after that time SIGKILL to all that it has started.
+# end_process SECONDS: sends SIGTERM to the process, and after that time SIGKILL to everything that it has started.
 end_process() {
   local waited
   if ! alive; then return; fi
@@ -47,10 +47,10 @@ end_process() {
   echo 137 >"$state/exit-status"
 }
 
-# Runs in a session of its own: waits for the process and writes down how it ended.
+# Runs in a session of its own: waits for the process and records its exit status.
 supervise() {
   local pid status=0
-  trap '' TERM INT HUP # a host that shuts down signals everybody: the process saves, this one waits for it
+  trap '' TERM INT HUP # a host that shuts down signals all processes: training saves, and this process waits for it
   echo $$ >"$state/session"
   (
     trap - TERM INT HUP
@@ -102,12 +102,12 @@ case ${1:---help} in
     supervise "$@"
     ;;
   status)
-    # What has ended stays so: looked at in this order, a stop or an end in between cannot be taken for a crash.
+    # A process that has ended stays ended. In this order, a stop or an end in between is not mistaken for a crash.
     if alive; then
       echo running
       exit
     fi
-    for _ in {1..50}; do # the supervisor writes down how it ended a moment later
+    for _ in {1..50}; do # the supervisor records the exit status a moment later
       if [[ -e $state/exit-status || -e $state/stopped ]] || ! supervised; then break; fi
       sleep 0.1
     done
@@ -116,7 +116,7 @@ case ${1:---help} in
     elif [[ -e $state/exit-status ]]; then
       echo "exit $(cat "$state/exit-status")"
     elif [[ -e $state/pid ]]; then
-      echo "exit 137" # the host was started again, or the process killed with its supervisor
+      echo "exit 137" # the host was rebooted, or the process was killed together with its supervisor
     else
       echo none
     fi

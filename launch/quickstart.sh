@@ -7,12 +7,12 @@ usage() {
   cat <<'EOF'
 usage: launch/quickstart.sh [--config.KEY=VALUE ...]
 
-Makes .venv with msllm in it, then prepares data, trains configs/quickstart.py, evaluates the model on questions that
-training did not see, and lets it answer one. Everything goes to .venv, data/quickstart and runs/quickstart. Run it again
-at any time: what is done is skipped, and an interrupted training continues.
+Makes .venv with msllm in it, prepares data, trains configs/quickstart.py, evaluates the model on held-out questions and
+lets it answer one. Everything goes to .venv, data/quickstart and runs/quickstart. You can run it again at any time:
+finished steps are skipped, and an interrupted training continues.
 
-  --config.KEY=VALUE   overrides a setting, e.g. --config.steps=100 for a shorter training; a run that has begun keeps
-                       its checkpoints, so delete runs/quickstart before you change the model or the data
+  --config.KEY=VALUE   overrides a setting, e.g. --config.steps=100 for a shorter training. Delete runs/quickstart
+                       before you change the model or the data: a run that has begun continues from its checkpoints
   --help               this text
 
 PYTHON=/path/to/python chooses the Python (3.11 or later) that .venv is made with.

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains on the GPUs of a Slurm cluster: submits a job that saves in time and requeues itself until it is done.
+# Trains on the GPUs of a Slurm cluster: submits a job that saves before its time limit and requeues itself until the
+# run is complete.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=/dev/null
@@ -9,30 +10,30 @@ usage() {
   cat <<'EOF'
 usage: launch/slurm.sh --config=FILE --workdir=DIR [OPTION ...]
 
-Submits a job that trains. Before its time limit it is told to save, and requeues itself; so it does when a process has
-died, up to a number of times. Run from the repository, in a folder that all nodes see.
+Submits a job that trains. Shortly before its time limit the job saves and requeues itself. It also requeues itself,
+a limited number of times, when a process has died. Run this from the repository, in a folder that all nodes see.
 
   --config=FILE             e.g. configs/1b_h100_8.py
   --workdir=DIR             checkpoints, metrics, log, in a folder that all nodes see
   --nodes=N                 default 1
   --gpus=G                  cards of a node; default 8
   --per=node|gpu            one process per node (default) or per card. Per node, the data are read once and one Python
-                            drives all cards. Per card, each Python has less to do: try it if cards wait for the
-                            host, or if collectives hang with several cards in a process
+                            process drives all cards. Per card, each Python process has less to do: try it if
+                            cards wait for the host, or if collectives hang with several cards in a process
   --time=[D-]HH:MM:SS       time limit; default 24:00:00
-  --save-seconds=S          how long before the time limit the job is told to save; default 300. A step, the checkpoint
-                            and the way to storage must fit
+  --save-seconds=S          how long before the time limit the job saves; default 300. One step and the writing of the
+                            checkpoint must fit
   --grace=SECONDS           how long the other processes may take to end once one has ended; default 150, more than the
                             heartbeat timeout
   --requeues=R              how often the job requeues itself after a crash; default 10. Time limits and preemptions do
                             not count
-  --name=NAME               of the job; default msllm
-  --sbatch=OPTION           for sbatch, e.g. --sbatch=--partition=gpu; may be repeated
-  --env=VARIABLE=VALUE      set for the processes; may be repeated. What launch/flags.env sets for gpu is set already
-  --python=PROGRAM          runs msllm on the nodes, instead of that of .venv, which is made if need be
+  --name=NAME               name of the job; default msllm
+  --sbatch=OPTION           an option for sbatch, e.g. --sbatch=--partition=gpu; may be repeated
+  --env=VARIABLE=VALUE      set for the processes; may be repeated. The gpu lines of launch/flags.env are set already
+  --python=PROGRAM          the Python that runs msllm on the nodes; default: that of .venv, which is made if missing
   --config.KEY=VALUE, --initialization_timeout=SECONDS, --heartbeat_timeout=SECONDS
                             passed on to msllm train
-  --dry-run                 prints the job's script, and submits nothing
+  --dry-run                 prints the job's script and submits nothing
   --help                    this text
 EOF
 }
@@ -83,7 +84,7 @@ for variable in ${variables[@]+"${variables[@]}"}; do
   [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "--env is '$variable': must be VARIABLE=VALUE"
 done
 
-# The job's script. jax finds the other processes, and the coordinator, from the variables of Slurm by itself.
+# Prints the job's script. jax finds the other processes and the coordinator in Slurm's variables.
 script() {
   local option line tasks=1
   if [[ $per == gpu ]]; then tasks=$gpus; fi
@@ -102,18 +103,18 @@ crashes_file=$(quoted "$workdir")/slurm-\$SLURM_JOB_ID.crashes
 EOF
   while read -r line; do echo "export ${line%%=*}=$(quoted "${line#*=}")"; done < <(environment_of gpu)
   if [[ $per == node ]]; then
-    echo "# Under Slurm, jax gives every process the one card of its number on the node, unless told which."
+    echo "# Under Slurm, jax by default gives each process only the card with its local number."
     echo "export JAX_LOCAL_DEVICE_IDS=$(seq -s , 0 $((gpus - 1)))"
   fi
   for line in ${variables[@]+"${variables[@]}"}; do echo "export ${line%%=*}=$(quoted "${line#*=}")"; done
   line=$(quoted "$python" -m msllm train --config="$config" --workdir="$workdir" ${passed[@]+"${passed[@]}"})
   cat <<EOF
 
-# The time limit is near, or the job is preempted: the signal came to this script alone. scancel passes it on to all
-# processes; they finish the step, save and end with status 75.
+# The time limit is near, or the job is preempted. Only this script gets the signal, so scancel passes it on to all
+# processes. They finish the step, save and end with status 75.
 trap 'scancel --signal=TERM "\$SLURM_JOB_ID"' TERM
 
-# If one process ends, the others get a while to end by themselves: they may be saving.
+# If one process ends, the others get some time to end by themselves, because they may be saving.
 srun --kill-on-bad-exit=0 --wait=$grace $line &
 EOF
   cat <<'EOF'
@@ -126,7 +127,7 @@ status=$?
 case $status in
   0 | 2)
     rm -f "$crashes_file"
-    exit "$status" # complete; or bad input, which no restart makes better
+    exit "$status" # complete, or bad input, which a restart cannot repair
     ;;
   75) echo "slurm: saved" ;;
   *)
@@ -140,7 +141,7 @@ case $status in
     ;;
 esac
 
-# A job that was cancelled, or that shall not be requeued (scontrol update JobId=ID Requeue=0), stays ended.
+# A job that was cancelled, or that must not be requeued (scontrol update JobId=ID Requeue=0), stays ended.
 job=$(scontrol show job "$SLURM_JOB_ID")
 if [[ $job == *JobState=RUNNING* && $job == *Requeue=1* ]]; then
   echo "slurm: requeueing"

@@ -10,36 +10,36 @@ usage() {
 usage: launch/tpu_vm.sh COMMAND --name=NAME --zone=ZONE --project=PROJECT [OPTION ...]
 
 Commands; each can be repeated:
-  create    asks for the TPU VMs (a queued resource), unless they are there or asked for
+  create    requests the TPU VMs (a queued resource), unless they exist or are requested already
   install   copies this repository at --commit to every host and installs it
-  start     starts training on every host, in the background; ends what was running there
+  start     starts training on every host, in the background, after ending what was running there
   status    prints the state of the queued resource, and how many hosts are running or have ended
   logs      follows the log of one host
-  stop      ends training on every host: the step is finished and saved
+  stop      ends training on every host, which finishes the step and saves
   delete    deletes the TPU VMs and the queued resource
-  run       all of it: creates, waits, installs, starts, watches. After a preemption it asks for new VMs, after a crash
-            it starts again; it deletes the VMs when the run is complete or its input is bad. If it is interrupted
-            training goes on, and the same command watches it again
+  run       does all of this: creates, waits, installs, starts, watches. After a preemption it requests new VMs, and
+            after a crash it starts training again. It deletes the VMs when the run is complete or the input is bad.
+            If this command is interrupted, training goes on, and the same command watches it again
 
 Options:
   --type=TYPE               accelerator type, e.g. v5litepod-256, v6e-256, v5p-128 (create, run)
   --config=FILE             a config of this repository (start, run)
   --workdir=PLACE           gs://BUCKET/FOLDER, or a folder that all hosts share (start, run)
-  --data=gs://BUCKET/FOLDER prepared data: install copies them to data/FOLDER of the repository on every host, which is
-                            what --config.data.dir must then name
+  --data=gs://BUCKET/FOLDER prepared data. install copies them to data/FOLDER of the repository on every host, and
+                            --config.data.dir must name that folder
   --slices=N                slices of that type; default 1
-  --spot                    VMs that may be preempted
-  --reserved                from a reservation
+  --spot                    use VMs that may be preempted
+  --reserved                use a reservation
   --runtime=VERSION         runtime version; default by type: launch/tpus.txt
   --service-account=EMAIL, --network=NAME, --subnetwork=NAME
-                            of the VMs; default: those of the project
-  --commit=REVISION         what is installed; default HEAD
-  --repository=URL          cloned on the hosts, instead of a copy from here
-  --env=VARIABLE=VALUE      set on the hosts; may be repeated. What launch/flags.env sets for tpu is set already
-  --ssh-option=OPTION       for gcloud's ssh and scp, e.g. --ssh-option=--tunnel-through-iap; may be repeated
+                            for the VMs; default: those of the project
+  --commit=REVISION         the commit to install; default HEAD
+  --repository=URL          a repository to clone on the hosts; default: a copy of this one
+  --env=VARIABLE=VALUE      set on the hosts; may be repeated. The tpu lines of launch/flags.env are set already
+  --ssh-option=OPTION       an option for gcloud's ssh and scp, e.g. --ssh-option=--tunnel-through-iap; may be repeated
   --slice=I, --worker=J     the host whose log is shown; default 0 and 0
-  --poll=SECONDS            between two looks at the state; default 60
-  --restarts=R              how often run starts again after a crash; default 20. Preemptions do not count
+  --poll=SECONDS            how often run looks at the state; default 60
+  --restarts=R              how often run restarts training after a crash; default 20. Preemptions do not count
   --keep                    run does not delete the VMs
   --config.KEY=VALUE, --initialization_timeout=SECONDS, --heartbeat_timeout=SECONDS
                             passed on to msllm train
@@ -141,14 +141,14 @@ on_hosts() {
   queued_resources ssh "$name" --node="$1" --worker="$2" --command="$3" ${ssh_options[@]+"${ssh_options[@]}"}
 }
 
-# Prints the state of the queued resource, MISSING if there is none; fails if nobody answers.
+# Prints the state of the queued resource, or MISSING if there is none. Fails if gcloud gets no answer.
 state() {
   local answer
   answer=$(queued_resources list --filter="name ~ /queuedResources/$name\$" --format="value(state.state)") || return 1
   printf '%s\n' "${answer:-MISSING}"
 }
 
-# statuses SLICE WORKER: the word of on_host.sh from each of the hosts; fails if one does not answer.
+# statuses SLICE WORKER: prints the status that on_host.sh reports on each host. Fails if a host does not answer.
 statuses() {
   local answer
   answer=$(on_hosts "$1" "$2" \
@@ -205,7 +205,7 @@ say() {
   echo "tpu_vm: $(date -u +%H:%M:%S) $*" >&2
 }
 
-# Returns once the VMs are there; asks for them, and for new ones where they were taken away.
+# Returns once the VMs are there. Requests them, and requests new ones after a preemption.
 bring_up() {
   local now before=
   while true; do
@@ -214,23 +214,23 @@ bring_up() {
     before=$now
     case $now in
       ACTIVE) return ;;
-      MISSING) create || say "could not ask for it; trying again" ;;
+      MISSING) create || say "could not request it; trying again" ;;
       SUSPENDED | FAILED)
         delete || true
         continue
         ;;
-      *) ;; # on its way to one of these
+      *) ;; # on its way to one of these states
     esac
     sleep "$poll"
   done
 }
 
-# Sets `outcome` once training has ended: a status of on_host.sh, preempted or lost.
+# Sets `outcome` once training has ended: a status of on_host.sh, or preempted, or lost.
 watch() {
   local now silent=0
   while true; do
     sleep "$poll"
-    now=$(state) || continue # nobody answers here: that says nothing of the pod
+    now=$(state) || continue # gcloud gets no answer, which says nothing about the pod
     if [[ $now != ACTIVE ]]; then
       outcome=preempted
       return
@@ -267,7 +267,7 @@ run() {
       watch
     fi
     say "training: $outcome"
-    # One host may know better than the first why all have ended.
+    # Another host may know better than the first one why all have ended.
     if [[ $outcome == "exit "* && $outcome != "exit 0" ]] && statuses all all | grep -qx "exit 2"; then
       outcome="exit 2"
     fi
@@ -278,7 +278,7 @@ run() {
         finish 2
         ;;
       stopped) exit 75 ;;
-      "exit 75" | preempted) ;; # saved, or taken away: go on as soon as there are VMs
+      "exit 75" | preempted) ;; # continue as soon as there are VMs
       *)
         if ((++crashes > restarts)); then
           show_logs 50 >&2 || true

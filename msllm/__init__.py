@@ -8,7 +8,7 @@
         session.feed("user", "hello")
         rows = session.run(24)
 
-Names are loaded when they are first used: `import msllm` imports neither jax nor anything else that is slow, and
+Names are loaded when they are first used. So `import msllm` is quick, does not import jax, and
 changes nothing in the process.
 """
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from msllm.errors import RunError, UserError
     from msllm.evals.exact_match import evaluate
     from msllm.evals.score import score
-    from msllm.hooks import Hook
     from msllm.hooks import Hook, Run
     from msllm.runtime.environment import configure_jax
     from msllm.streams import StreamSpec
@@ -39,7 +38,6 @@ __all__ = [
     "Config",
     "DecodeOptions",
     "Engine",
-    "Hook",
     "Hook",
     "LoadedModel",
     "Run",

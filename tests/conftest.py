@@ -7,24 +7,25 @@ import os
 import signal
 import threading
 
-# A shell starts what runs in its background with Ctrl-C ignored, and a process hands that on: the ones that tests start
-# and interrupt would never hear of it.
+# A shell starts background jobs with SIGINT ignored, and processes inherit that. The processes that
+# tests start and interrupt must not ignore it.
 if (
     threading.current_thread() is threading.main_thread()
     and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 ):
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Before jax is imported: its backend reads them when it starts. Compiling takes most of the tests' time, so LLVM is
-# told to hurry; the program that it compiles is the same.
+# XLA reads these flags when jax starts. Compiling takes most of the tests' time, so LLVM optimizes
+# less; XLA compiles the same program.
 _FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
-    # Eight devices on two busy cores: one of them may come late to a collective, which is no deadlock.
+    # With eight devices on two busy cores, one may come late to a collective. That is no deadlock.
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 )
-# Without MLIR's fusion emitters a sharded step compiles in a third of the time; later versions have nothing else.
+# Without MLIR's fusion emitters a sharded step compiles in a third of the time. Later versions have
+# no other emitters.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     _FLAGS += ("--xla_cpu_use_fusion_emitters=false",)
 _GIVEN = os.environ.get("XLA_FLAGS", "")
@@ -64,7 +65,7 @@ hypothesis.settings.load_profile("msllm")
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_compiled():
-    """Gives back what was compiled: over a thousand tests it would be more memory than a small machine has."""
+    """Frees compiled programs, which over all tests would fill the memory of a small machine."""
     yield
     jax.clear_caches()
     gc.collect()
@@ -74,7 +75,10 @@ def forget_compiled():
 
 @pytest.fixture
 def make_model():
-    """make_model(streams=3, seed=0, lag=None, skip_silence=False, visibility=..., delays=(), **ModelConfig fields)."""
+    """make_model(streams=3, seed=0, lag=None, **settings) makes a small model.
+
+    Settings are visibility, skip_silence and delays of StreamsConfig, and fields of ModelConfig.
+    """
 
     def make(streams=3, seed=0, lag=None, **settings) -> LoadedModel:
         names = tuple("user thought output tool system".split()[:streams])
@@ -100,7 +104,7 @@ def make_model():
         }
         config = ModelConfig(**(sizes | settings))
         parameters = init_parameters(config, spec, seed)
-        # Initial parameters are nearly symmetric (norms of 1, no biases): random ones hide no mistake.
+        # Initial parameters are nearly symmetric (norms of 1, no biases) and could hide mistakes.
         leaves, tree = jax.tree.flatten(parameters)
         keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
         noise = [0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]
@@ -117,7 +121,7 @@ def make_model():
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):
-    """Keeps compiled programs for the whole session, subprocesses included: compiling takes most of the tests' time."""
+    """Caches compiled programs for the whole session, also for subprocesses."""
     folder = str(tmp_path_factory.getbasetemp() / "compiled")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)

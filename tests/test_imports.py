@@ -13,7 +13,8 @@ import pytest
 import msllm
 
 PACKAGE = pathlib.Path(msllm.__file__).parent
-# A package (or top-level module) imports only from the lines above its own. docs/architecture.md draws the same list.
+# A package (or top-level module) imports only from the lines above its own. docs/architecture.md
+# has the same list.
 LAYERS = """
 errors presets kernels
 runtime.files
@@ -91,7 +92,7 @@ def test_data_and_model_import_no_slow_library():
 
 
 def python(code, **environment):
-    """What Python code prints in a new process, in which no variable of this process's own settings is set."""
+    """What code prints in a new process, without the XLA settings of this one."""
     clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")}
     line = [sys.executable, "-c", code]
     done = subprocess.run(line, env=clean | environment, capture_output=True, text=True, check=True)

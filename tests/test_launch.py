@@ -1,4 +1,7 @@
-"""The launchers: what they would run, and their loops with real processes and signals around programs that stand in."""
+"""The launchers: the commands that they print, and their loops with real processes and signals.
+
+Stand-in programs take the place of msllm, gcloud and Slurm.
+"""
 
 import contextlib
 import importlib.util
@@ -36,7 +39,7 @@ JOBSET = (
 
 
 def launch(*command, timeout=30, **environment):
-    """Runs a command from the root; what the launchers set must not come from outside."""
+    """Runs a command from the root, without variables that the launchers are to set themselves."""
     clean = {
         k: v
         for k, v in os.environ.items()
@@ -59,7 +62,10 @@ def program(path, text):
 
 @contextlib.contextmanager
 def started(*command, **options):
-    """A command that runs, from the root. If the test fails it is killed: leaving subprocess.Popen would wait for its end."""
+    """Runs a command from the root in the background.
+
+    If the test fails, the command is killed. Leaving the context of subprocess.Popen would wait.
+    """
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, **options) as process:
         try:
             yield process
@@ -375,15 +381,23 @@ def test_tpu_vm_run_prints_the_whole_course():
     ]
 
 
-# One host, which is a folder, and a queued resource, whose state is a file. Training ends with the next of `statuses`.
+# The one host is a folder, and the state of the queued resource is a file. Each training ends with
+# the next status in the file `statuses`.
 GCLOUD = """
 echo "$4 $*" >>"$CLOUD/calls"
-for argument; do case $argument in --command=*) sent=${argument#*=} ;; --filter=*) filter=${argument#*=} ;; esac; done
+for argument; do
+  case $argument in
+    --command=*) sent=${argument#*=} ;;
+    --filter=*) filter=${argument#*=} ;;
+  esac
+done
 case $4 in
   list)
     [[ $filter == 'name ~ /queuedResources/pod$' ]] || exit 1
     cat "$CLOUD/state" 2>/dev/null
-    if [[ $(cat "$CLOUD/state" 2>/dev/null) == WAITING_FOR_RESOURCES ]]; then echo ACTIVE >"$CLOUD/state"; fi
+    if [[ $(cat "$CLOUD/state" 2>/dev/null) == WAITING_FOR_RESOURCES ]]; then
+      echo ACTIVE >"$CLOUD/state"
+    fi
     ;;
   create) [[ ! -e $CLOUD/state ]] || exit 1; echo WAITING_FOR_RESOURCES >"$CLOUD/state" ;;
   delete) rm "$CLOUD/state" ;;
@@ -411,7 +425,7 @@ def cloud(tmp_path, monkeypatch):
     stamp = tmp_path / "host" / "msllm" / ".venv" / "installed-tpu"  # nothing to install
     stamp.touch()
     os.utime(stamp, (2**32, 2**32))
-    # What is installed is a commit: one of the files as they are, which leaves them and all branches alone.
+    # The commit to install has the files as they are, and touches neither them nor a branch.
     who = {
         f"GIT_{role}_{what}": "test"
         for role in ("AUTHOR", "COMMITTER")
@@ -498,7 +512,12 @@ def test_tpu_vm_ends_with_ctrl_c_whatever_gcloud_makes_of_it(cloud):
 SRUN = """
 echo "srun $*"
 case $MODE in
-  signal) trap 'exit 75' TERM; echo $$ >"$CLUSTER/pid"; for i in {1..100}; do sleep 0.1; done; exit 1 ;;
+  signal)
+    trap 'exit 75' TERM
+    echo $$ >"$CLUSTER/pid"
+    for i in {1..100}; do sleep 0.1; done
+    exit 1
+    ;;
   *) exit "$MODE" ;;
 esac
 """
@@ -607,7 +626,8 @@ RULE = OBJECT | {
         "onJobFailureMessagePatterns": {"type": "array", "items": {"type": "string"}},
     },
 }
-# The part of jobset.x-k8s.io/v1alpha2 that is used (api/jobset/v1alpha2/jobset_types.go of kubernetes-sigs/jobset).
+# The fields of jobset.x-k8s.io/v1alpha2 that are used (api/jobset/v1alpha2/jobset_types.go of
+# kubernetes-sigs/jobset).
 JOBSET_SCHEMA = OBJECT | {
     "required": ["apiVersion", "kind", "metadata", "spec"],
     "properties": {
@@ -665,7 +685,7 @@ def jobset():
 
 
 def validated(manifest):
-    """The Job's spec, after all of the manifest was held to its schemas."""
+    """The Job's spec of a manifest, which is checked against its schemas first."""
     import jsonschema
     import kubernetes_validate
 
@@ -674,7 +694,7 @@ def validated(manifest):
     spec = replicated["template"]["spec"]
     whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}, "spec": spec}
     kubernetes_validate.validate(whole, "1.35", strict=True)
-    # A rule of the API server that no schema has: with a pod failure policy, pods are never restarted.
+    # The API server has one more rule: with a pod failure policy, pods are never restarted.
     assert spec["template"]["spec"]["restartPolicy"] == "Never"
     return spec
 
@@ -711,7 +731,8 @@ def test_jobset_of_a_slice(tmp_path):
         "--config.optim.lr=1e-3",
     ]
     assert {entry["name"]: entry["value"] for entry in container["env"]} == values_of("tpu")
-    # 8.2e9 parameters, 12 bytes each, over 64 hosts at 50 MB/s: 31 s, in halves of a minute, and a minute for the step.
+    # 8.2e9 parameters of 12 bytes over 64 hosts at 50 MB/s take 31 s, which is rounded up to halves
+    # of a minute. Another minute is for the step.
     assert pod["terminationGracePeriodSeconds"] == 60 + 60
 
 
@@ -754,14 +775,17 @@ def test_jobset_of_several_slices(jobset):
     ],
 )
 def test_jobset_restarts_what_is_worth_it(jobset, code, disrupted, action):
-    """The way of an exit status through both policies, as their controllers take it."""
+    """Follows an exit status through both policies, as the controllers do."""
     shape = jobset.Slice("tpu-v6e-slice", "2x4", hosts=2, chips_per_host=4)
     manifest = jobset.manifest("mine", "image", [], shape, 1, 90, 5)
     reason, message = "BackoffLimitExceeded", ""
     for rule in validated(manifest)["podFailurePolicy"]["rules"]:
         if code in rule.get("onExitCodes", {}).get("values", []):
-            # The words of pkg/controller/job/pod_failure_policy.go of kubernetes.
-            message = f"Container msllm for pod default/p failed with exit code {code} matching FailJob rule at index 0"
+            # As in pkg/controller/job/pod_failure_policy.go of kubernetes.
+            message = (
+                f"Container msllm for pod default/p failed with exit code {code} matching FailJob "
+                "rule at index 0"
+            )
         elif disrupted and "onPodConditions" in rule:
             message = (
                 "Pod default/p has condition DisruptionTarget matching FailJob rule at index 2"

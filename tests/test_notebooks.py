@@ -1,4 +1,4 @@
-"""Every notebook runs as it is in the repository, quickly, is stored without its outputs and defines nothing."""
+"""Notebooks run quickly as they are stored, without outputs, and define no functions or classes."""
 
 import ast
 import os
@@ -28,7 +28,7 @@ def codes(notebook):
 
 
 def definitions(source: str) -> list[str]:
-    """What a cell defines: functions, classes, and lambdas that get a name. A cell that writes a file defines nothing."""
+    """The functions, classes and named lambdas of a cell. A cell that writes a file has none."""
     if source.startswith("%%writefile"):
         return []
     found = []
@@ -43,7 +43,7 @@ def definitions(source: str) -> list[str]:
 
 
 def parts(value: ast.expr | None) -> list[ast.expr | None]:
-    """A value, or those of a list, tuple or dict. The arguments of a call are none: `sorted(x, key=lambda ...)`."""
+    """A value and the values in a list, tuple or dict, but not the arguments of a call."""
     inner = getattr(value, "elts", None) or getattr(value, "values", None) or []
     return [value, *(part for one in inner for part in parts(one))]
 

@@ -34,17 +34,17 @@ python launch/gke/jobset.py --config=configs/8b_v5e_256.py --topology=v5e:16x16 
 LAUNCH = pathlib.Path(__file__).resolve().parent.parent
 JOB = "slice"  # the name of the replicated job; the host that coordinates is NAME-slice-0-0.NAME
 PORTS = {
-    "tpu": 8471,
-    "jax": 8482,
-    "megascale": 8080,
-}  # libtpu's, jax's (cloud_tpu_cluster.py) and libtpu's between slices
-# To finish a step and to gather everybody before the checkpoint is written; what a host writes at least, bytes/s.
-STEP_SECONDS, HOST_WRITES = 60, 50e6
+    "tpu": 8471,  # libtpu
+    "jax": 8482,  # the coordinator (jax/_src/clusters/cloud_tpu_cluster.py)
+    "megascale": 8080,  # libtpu between slices
+}
+STEP_SECONDS = 60  # to finish a step and to wait for all hosts before the checkpoint is written
+HOST_WRITES = 50e6  # bytes that a host writes per second, at least
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """What GKE must know of a slice."""
+    """What GKE must know about a slice."""
 
     accelerator: str  # value of the label cloud.google.com/gke-tpu-accelerator
     topology: str  # chips along each axis, 16x16
@@ -53,7 +53,12 @@ class Slice:
 
 
 def describe(topology: str, devices: Sequence[Any], num_slices: int) -> Slice:
-    """The slice of a topology such as `v5e:16x16`, whose devices the TPU compiler has named. Raises UserError."""
+    """The slice of a topology such as `v5e:16x16`. Raises UserError for a topology that GKE lacks.
+
+    Args:
+      topology: generation and chips along each axis.
+      devices: the devices of all slices, as the TPU compiler names them.
+    """
     generation, _, shape = topology.partition(":")
     rows = [
         line.split()
@@ -63,21 +68,20 @@ def describe(topology: str, devices: Sequence[Any], num_slices: int) -> Slice:
     accelerators = {row[0]: row[3] for row in rows}
     if generation not in accelerators:
         raise UserError(
-            f"--topology is {topology!r}: GKE is known to have {', '.join(accelerators)} (launch/tpus.txt)"
+            f"--topology is {topology!r}: GKE is known to have {', '.join(accelerators)} "
+            "(launch/tpus.txt)"
         )
-    hosts = (
-        len({(getattr(device, "slice_index", 0), device.process_index) for device in devices})
-        // num_slices
-    )
-    return Slice(
-        accelerators[generation], shape, hosts, math.prod(map(int, shape.split("x"))) // hosts
-    )
+    places = {(getattr(device, "slice_index", 0), device.process_index) for device in devices}
+    hosts = len(places) // num_slices
+    chips = math.prod(map(int, shape.split("x")))
+    return Slice(accelerators[generation], shape, hosts, chips // hosts)
 
 
 def grace_seconds(config: Config, hosts: int) -> int:
-    """How long a pod may take to end: a step, and the checkpoint, of which every host of a slice writes its share.
+    """How long a pod may take to end, in seconds: one step and its share of the checkpoint.
 
-    12 bytes a parameter: it and AdamW's two moments, in float32.
+    A checkpoint has 12 bytes per parameter: the parameter and AdamW's two moments, in float32. Each
+    host of a slice writes an equal share.
     """
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 32768)
     streams = StreamSpec.from_config(resolve_visibility(config).streams)
@@ -87,10 +91,11 @@ def grace_seconds(config: Config, hosts: int) -> int:
 
 
 def environment(num_slices: int, name: str) -> list[dict[str, Any]]:
-    """Variables of the container: those of flags.env for TPUs, and how the slices find each other.
+    """The variables of the container: the tpu lines of flags.env, and how slices find each other.
 
-    GKE tells every pod its place within the slice (TPU_WORKER_ID, TPU_WORKER_HOSTNAMES). Of slices, jax and libtpu read
-    the MEGASCALE variables (jax/_src/clusters/cloud_tpu_cluster.py); the index of a slice is that of its Job.
+    GKE sets the place of each pod within its slice (TPU_WORKER_ID, TPU_WORKER_HOSTNAMES). For
+    several slices, jax and libtpu read the MEGASCALE variables
+    (jax/_src/clusters/cloud_tpu_cluster.py). The index of a slice is that of its Job.
     """
     lines = [
         line.removeprefix("tpu ")
@@ -123,14 +128,19 @@ def manifest(
     spot: bool = False,
     host_network: bool = False,
 ) -> dict[str, Any]:
-    """The JobSet. `arguments`: of `msllm train`. Raises UserError."""
-    longest = 63 - len(
-        f"-{JOB}-{num_slices - 1}-{shape.hosts - 1}-abcde"
-    )  # a pod's name is a label: 63 characters
+    """The JobSet as nested dicts. Raises UserError for a name that Kubernetes refuses.
+
+    Args:
+      arguments: the arguments of `msllm train`.
+      grace: seconds in which a pod may end.
+      restarts: restarts after a process has died, at most.
+    """
+    # A pod's name is a label, which has at most 63 characters.
+    longest = 63 - len(f"-{JOB}-{num_slices - 1}-{shape.hosts - 1}-abcde")
     if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name) or len(name) > longest:
         raise UserError(
-            f"--name is {name!r}: lower-case letters, digits and hyphens, a letter first, at most {longest} characters "
-            "(pods are named after it)"
+            f"--name is {name!r}: lower-case letters, digits and hyphens, a letter first, at most "
+            f"{longest} characters (pods are named after it)"
         )
     container = {
         "name": "msllm",
@@ -139,11 +149,11 @@ def manifest(
         "env": environment(num_slices, name),
         "ports": [{"name": key, "containerPort": port} for key, port in PORTS.items()],
         "resources": {"limits": {"google.com/tpu": shape.chips_per_host}},
-        # The loader's processes hand batches over in shared memory, of which a container has 64 MiB by itself.
+        # The loader passes batches on in shared memory, of which a container has 64 MiB by default.
         "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],
     }
     pod = {
-        "restartPolicy": "Never",  # a pod alone cannot go on: all start again
+        "restartPolicy": "Never",  # a single pod cannot continue: all are restarted together
         "terminationGracePeriodSeconds": grace,
         "nodeSelector": {
             "cloud.google.com/gke-tpu-accelerator": shape.accelerator,
@@ -183,7 +193,7 @@ def manifest(
         "completions": shape.hosts,
         "completionMode": "Indexed",
         "backoffLimit": 0,
-        # FailJob gives the JobSet a reason to tell apart below: bad input, saved on request, node taken away.
+        # FailJob gives the JobSet a reason to act on below: bad input, saved on request, node lost.
         "podFailurePolicy": {
             "rules": [
                 on_exit(2),
@@ -199,8 +209,8 @@ def manifest(
         else {"spec": pod},
     }
     policy = {
-        "maxRestarts": restarts,  # of what no rule names: a process died
-        "restartStrategy": "BlockingRecreate",  # the old pods hold the chips until they are gone
+        "maxRestarts": restarts,  # for causes that no rule names: a process died
+        "restartStrategy": "BlockingRecreate",  # the old pods occupy the chips until they are gone
         "rules": [
             {
                 "name": "bad_input",
@@ -220,7 +230,7 @@ def manifest(
         "kind": "JobSet",
         "metadata": {
             "name": name,
-            # A slice has a node pool for itself.
+            # Each slice has a node pool to itself.
             "annotations": {
                 "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
             },

@@ -64,8 +64,8 @@ def define_flags(parser: Parser) -> None:
 
 def run(flags: argparse.Namespace) -> int:
     """Trains."""
-    # Until the step is compiled (`compiler.finish_startup`): imports and tracing create no garbage, and
-    # looking for it would cost a tenth of the start.
+    # GC is off until the step is compiled (`compiler.finish_startup`): imports and tracing create no
+    # garbage, and collecting would cost a tenth of the start-up time.
     gc.disable()
 
     import logging
