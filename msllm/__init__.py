@@ -68,7 +68,6 @@ _MODULES = {
     "errors": ("RunError", "UserError"),
     "evals.exact_match": ("evaluate",),
     "evals.score": ("score",),
-    "hooks": ("Hook",),
     "hooks": ("Hook", "Run"),
     "runtime.environment": ("configure_jax",),
     "streams": ("StreamSpec",),
