@@ -157,7 +157,7 @@ class Monitor:
         self._peak = hardware.flops * jax.device_count() if hardware else None
         # Since the last report:
         self._seconds_before = {kind: goodput.seconds[kind] for kind in ("steps", "data")}
-        self._counts: collections.Counter[str] = collections.Counter()
+        self._counts: dict[str, float] = collections.defaultdict(float)
         self._first_step_done = False
         self._ready: float | None = None  # when the last step was done; None after other work
         self._durations: collections.deque[float] = collections.deque(maxlen=101)
@@ -181,7 +181,9 @@ class Monitor:
           tables: this host's part of the batch.
           sources: index of each table's source in a mixture.
         """
-        counts = self._shares.count(tables, sources) if self._shares else None
+        counts = None
+        if self._shares and sources is not None:
+            counts = self._shares.count(tables, sources)
         pending = (step, metrics, tables, self._clocks.read(), counts)
         pending, self._pending = self._pending, pending
         if pending:

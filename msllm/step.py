@@ -111,8 +111,10 @@ class Program:
 
     def _abstract_state(self, shapes, axes) -> tuple[TrainState, TrainState]:
         """(shardings, shapes with these shardings) of the state, from those of the parameters."""
-        scalar, shardings = named_sharding(self.mesh), parameter_shardings(axes, self.mesh)
-        count = jax.ShapeDtypeStruct((), jnp.int32)
+        # Any: the leaves are shardings or shapes in place of arrays.
+        scalar: Any = named_sharding(self.mesh)
+        shardings = parameter_shardings(axes, self.mesh)
+        count: Any = jax.ShapeDtypeStruct((), jnp.int32)
         moments = jax.eval_shape(self._optimizer.init, shapes)
         of_moments = optimizer_shardings(moments, shapes, shardings, scalar)
         layout = TrainState(scalar, shardings, of_moments, scalar, scalar)

@@ -228,6 +228,7 @@ def _open_data(config: Config, streams: StreamSpec) -> tuple[Loader, dict[str, L
     except UserError as problem:
         error = str(problem)
     processes.check_same_everywhere(facts, error)
+    assert loader is not None  # otherwise there is an error, and the check has raised it
     return loader, held_out
 
 
