@@ -64,8 +64,8 @@ def define_flags(parser: Parser) -> None:
 
 def run(flags: argparse.Namespace) -> int:
     """Trains."""
-    # GC is off until the step is compiled (`compiler.finish_startup`). Imports and tracing create no
-    # garbage, and collecting would cost a tenth of the start-up time.
+    # GC is off until the step is compiled (`compiler.finish_startup`). Imports and tracing create
+    # no garbage, and collecting would cost a tenth of the start-up time.
     gc.disable()
 
     import logging
