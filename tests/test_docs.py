@@ -16,6 +16,8 @@ PAGES += [page for page in (ROOT / "docs").rglob("*.md") if "api" not in page.pa
 PATH = re.compile(r"(?<![\w./-])(?:msllm|docs|tests|configs|launch|notebooks|\.ci)/[\w./*-]*")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[\w-]*)?\)")
 MODULE = re.compile(r"(?<![\w./-])msllm(?:\.[A-Za-z]\w*)+")
+# As in: `visible()` in `msllm/streams.py`.
+DEFINED = re.compile(r"`(\w+)(?:\(\))?` in `(msllm/[\w/]+\.py)`")
 
 
 def missing_paths(text: str, folder: pathlib.Path) -> list[str]:
@@ -26,8 +28,13 @@ def missing_paths(text: str, folder: pathlib.Path) -> list[str]:
 
 
 def missing_names(text: str) -> list[str]:
-    """Dotted names below `msllm` that are neither modules nor defined in one."""
-    return [name for name in set(MODULE.findall(text)) if not is_defined(name.split(".")[1:])]
+    """Dotted names below `msllm`, and names said to be in a file, that are not defined."""
+    named = [(name, name.split(".")[1:]) for name in MODULE.findall(text)]
+    named += [
+        (name, [*pathlib.Path(path).with_suffix("").parts[1:], name])
+        for name, path in DEFINED.findall(text)
+    ]
+    return sorted({name for name, parts in named if not is_defined(parts)})
 
 
 def is_defined(parts: list[str]) -> bool:
@@ -54,9 +61,11 @@ def test_named_files_and_modules_exist(page):
 
 def test_what_is_missing_is_found():
     text = "`msllm/gone.py` [gone](gone.md) `configs/gone_*.py` msllm.gone msllm.streams.gone"
+    text += " `gone()` in `msllm/loss.py`"
     assert sorted(missing_paths(text, ROOT)) == ["configs/gone_*.py", "gone.md", "msllm/gone.py"]
-    assert sorted(missing_names(text)) == ["msllm.gone", "msllm.streams.gone"]
+    assert missing_names(text) == ["gone", "msllm.gone", "msllm.streams.gone"]
     text = "msllm/streams.py [here](docs/data.md#batches) `configs/8b_*.py` msllm.streams.visible"
+    text += " `visible()` in `msllm/streams.py`"
     assert not missing_paths(text, ROOT) and not missing_names(text)
 
 
