@@ -8,17 +8,14 @@ attention gets what the predicate needs.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from msllm.config import Config, StreamsConfig, import_object
 from msllm.errors import UserError
 
-if TYPE_CHECKING:
-    import jax  # at run time only where it is needed: data can be prepared without it
-
-Array: TypeAlias = "np.ndarray | jax.Array"
+Array: TypeAlias = Any  # a NumPy array or a jax.Array: everything here runs on both
 
 NEVER = 1 << 30  # a lag that no row can reach: the reader never sees the source
 KINDS = ("input", "output", "thought")
@@ -353,7 +350,7 @@ def _array_module(*arrays: Array) -> Any:
     """numpy if all of these are NumPy arrays, else jax.numpy."""
     if all(isinstance(array, np.ndarray) for array in arrays):
         return np
-    import jax.numpy as jnp
+    import jax.numpy as jnp  # only where it is needed: data can be prepared without jax
 
     return jnp
 

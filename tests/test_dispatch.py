@@ -66,7 +66,7 @@ def test_a_tpu_gets_splash_in_its_blocks(caplog):
         mesh = mesh_of("tpu", kind)
         assert chosen(mesh, caplog) == ("splash", ["attention: splash"])
         backend = choose_backend(MODEL, LAG, 64, mesh)
-        for function in (backend.attend, backend.forward_part, backend.backward_part):
+        for function in (backend.attend, *backend.ring_parts):
             assert function.keywords == {"blocks": splash.blocks_for(kind)}
 
 
@@ -183,7 +183,6 @@ def test_the_reference_takes_no_keys_in_turns(caplog):
 def test_a_backend_is_named_as_its_module_is(name):
     backend = get_backend(name)
     assert backend.name == name
-    assert (backend.forward_part is None) == (backend.backward_part is None)
     with pytest.raises(dataclasses.FrozenInstanceError):
         backend.name = "other"
 

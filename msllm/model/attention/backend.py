@@ -35,6 +35,19 @@ def _no_options(_: Case) -> dict[str, Any]:
     return {}
 
 
+class RingParts(NamedTuple):
+    """Attention over the keys of some streams only, from which ring attention is put together.
+
+    Attributes:
+      forward: (q, k, v, visibility) -> (output, log-sum-exp [B, Tq, Sq, N] float32).
+      backward: (q, k, v, visibility, output, log_sum_exp, d_output) -> gradients of q, k and v
+        through these keys, given output and log-sum-exp over the keys of all parts.
+    """
+
+    forward: Callable[..., tuple[jax.Array, jax.Array]]
+    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Backend:
     """One implementation of attention. Each backend's module exports one of these as `BACKEND`.
@@ -45,29 +58,24 @@ class Backend:
         admits, differentiable in q, k and v. q is [B, Tq, Sq, N, H], k and v are [B, Tk, Sk, K, H]
         with N a multiple of K; the output has the shape and dtype of q. The keys hold all S
         streams.
-      forward_part: (q, k, v, visibility) -> (output, log-sum-exp [B, Tq, Sq, N] float32), over keys
-        of some streams only. With `backward_part` it is what ring attention needs (ring.py); None
-        where a backend has no such parts.
-      backward_part: (q, k, v, visibility, output, log_sum_exp, d_output) -> gradients of q, k and v
-        through these keys, given output and log-sum-exp over the keys of all parts.
+      ring_parts: for ring attention (ring.py); None where a backend cannot take keys in parts.
       declines: (case) -> why the backend cannot do this, on the platform that it needs; None if it
         can.
-      options: (case) -> keyword arguments of the three functions for this case, such as the sizes
-        of blocks.
+      options: (case) -> keyword arguments of these functions for this case, such as the sizes of
+        blocks.
     """
 
     name: str
     attend: Callable[..., jax.Array]
-    forward_part: Callable[..., tuple[jax.Array, jax.Array]] | None = None
-    backward_part: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] | None = None
+    ring_parts: RingParts | None = None
     declines: Callable[[Case], str | None] = _declines_nothing
     options: Callable[[Case], dict[str, Any]] = _no_options
 
     def with_options(self, **options: Any) -> Backend:
         """The same backend with keyword arguments of its functions set."""
-        functions = {
-            field: functools.partial(function, **options)
-            for field in ("attend", "forward_part", "backward_part")
-            if (function := getattr(self, field))
-        }
-        return dataclasses.replace(self, **functions) if options else self
+
+        def bind(function: Callable) -> Callable:
+            return functools.partial(function, **options)
+
+        parts = self.ring_parts and RingParts(*map(bind, self.ring_parts))
+        return dataclasses.replace(self, attend=bind(self.attend), ring_parts=parts)

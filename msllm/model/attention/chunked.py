@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from msllm.model.attention.backend import Backend
+from msllm.model.attention.backend import Backend, RingParts
 from msllm.streams import NEVER, Cells, Visibility
 
 # The most cells of a block: its products are large enough for a CPU core, and its scores small
@@ -52,7 +52,7 @@ def forward_part(
     *,
     block_cells: int = BLOCK_CELLS,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output and log-sum-exp over keys of some streams; see `Backend`."""
+    """Output and log-sum-exp over keys of some streams; see `RingParts`."""
     out, lse, _ = _outputs(q, k, v, *_blocked(visibility.narrowed(), block_cells))
     lse = _unblock(lse.reshape(*out.shape[:-1], 1), (*q.shape[:-1], 1))
     return _unblock(out, q.shape), lse[..., 0]
@@ -69,7 +69,7 @@ def backward_part(
     *,
     block_cells: int = BLOCK_CELLS,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v through these keys; see `Backend`."""
+    """Gradients of q, k and v through these keys; see `RingParts`."""
     visibility, q_rows, k_rows = _blocked(visibility.narrowed(), block_cells)
     out, lse = (_head_blocks(x, q_rows, k.shape[3]) for x in (out, lse[..., None]))
     lse = lse.reshape(*lse.shape[:3], -1, q_rows * q.shape[2])
@@ -87,11 +87,11 @@ def _blocked(visibility: Visibility, block_cells: int) -> tuple[Visibility, int,
     Returns: the visibility, rows of a block of queries, rows of a block of keys.
     """
     queries, keys = visibility.queries, visibility.keys
-    rows = keys.seen.shape[1]
-    q_rows = _block_rows(*queries.present.shape[1:], block_cells)
-    k_rows = _block_rows(*keys.seen.shape[1:], block_cells)
+    (_, rows, q_streams), (_, key_rows, k_streams) = queries.present.shape, keys.seen.shape
+    q_rows = _block_rows(rows, q_streams, block_cells)
+    k_rows = _block_rows(key_rows, k_streams, block_cells)
     queries, keys = _pad_cells(queries, q_rows), _pad_cells(keys, k_rows)
-    beyond = jnp.arange(keys.row.shape[1]) >= rows
+    beyond = jnp.arange(keys.row.shape[1]) >= key_rows
     keys = keys._replace(row=jnp.where(beyond, NEVER - 1, keys.row))
     return visibility._replace(queries=queries, keys=keys), q_rows, k_rows
 
@@ -365,5 +365,7 @@ def _backward(
 _attention.defvjp(_forward, _backward)
 
 BACKEND = Backend(
-    "chunked", chunked_attention, forward_part=forward_part, backward_part=backward_part
+    "chunked",
+    chunked_attention,
+    RingParts(forward_part, backward_part),
 )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from msllm.kernels import cpu as cpu_kernels
-from msllm.model.attention.backend import Backend, Case
+from msllm.model.attention.backend import Backend, Case, RingParts
 from msllm.streams import NEVER, Cells, Visibility
 
 BLOCK_CELLS = 160  # about this many in a block of keys: small enough for a core's cache
@@ -39,7 +39,7 @@ def cpu_attention(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibili
 def forward_part(
     q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility
 ) -> tuple[jax.Array, jax.Array]:
-    """Output and log-sum-exp over keys of some streams; see `Backend`."""
+    """Output and log-sum-exp over keys of some streams; see `RingParts`."""
     return _outputs(q, k, v, _cell_vectors(visibility))
 
 
@@ -52,7 +52,7 @@ def backward_part(
     lse: jax.Array,
     d_out: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v through these keys; see `Backend`."""
+    """Gradients of q, k and v through these keys; see `RingParts`."""
     return _backward((q, k, v, _cell_vectors(visibility), out, lse), d_out)[:3]
 
 
@@ -140,7 +140,6 @@ _attention.defvjp(_forward, _backward)
 BACKEND = Backend(
     "cpu",
     cpu_attention,
-    forward_part=forward_part,
-    backward_part=backward_part,
+    RingParts(forward_part, backward_part),
     declines=declines,
 )

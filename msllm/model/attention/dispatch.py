@@ -73,7 +73,7 @@ def declines(name: str, case: Case) -> str | None:
     if platform not in (ANY, case.platform):
         return f"it needs a {platform.upper()}, and the devices are of platform {case.platform}"
     backend = get_backend(name)
-    if case.ring and backend.forward_part is None:
+    if case.ring and backend.ring_parts is None:
         return "it takes all keys at once, and with model.kv_ring they come in parts"
     return backend.declines(case)
 

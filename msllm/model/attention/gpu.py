@@ -27,7 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from msllm.model.attention.backend import Backend, Case
+from msllm.model.attention.backend import Backend, Case, RingParts
 from msllm.streams import Array, Cells, Visibility, visible
 
 CARDS = ("H100", "H200", "H800")  # GH200 contains one of these names
@@ -113,7 +113,7 @@ def forward_part(
     interpret: bool = False,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output and log-sum-exp over keys of some streams; see `Backend`."""
+    """Output and log-sum-exp over keys of some streams; see `RingParts`."""
     out, lse = _outputs(*_prepare(q, k, v, visibility, interpret, tiles))
     return _unflatten(out, q.shape), _unflatten(lse.swapaxes(1, 2) / LOG2E, q.shape[:-1])
 
@@ -130,15 +130,15 @@ def backward_part(
     interpret: bool = False,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v through these keys; see `Backend`."""
+    """Gradients of q, k and v through these keys; see `RingParts`."""
     *arrays, static = _prepare(q, k, v, visibility, interpret, tiles)
 
     def flat(x: jax.Array) -> jax.Array:
         return _pad(x.reshape(x.shape[0], -1, *x.shape[3:]), 1, arrays[0].shape[1], "constant")
 
     saved = (*arrays, flat(out), flat(lse * LOG2E).swapaxes(1, 2))
-    gradients = _backward(static, saved, flat(d_out))
-    return tuple(_unflatten(d, x.shape) for d, x in zip(gradients, (q, k, v)))
+    d_q, d_k, d_v, *_ = _backward(static, saved, flat(d_out))
+    return _unflatten(d_q, q.shape), _unflatten(d_k, k.shape), _unflatten(d_v, v.shape)
 
 
 def _unflatten(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -634,7 +634,6 @@ _attention.defvjp(_forward, _backward)
 BACKEND = Backend(
     "gpu",
     gpu_attention,
-    forward_part=forward_part,
-    backward_part=backward_part,
+    RingParts(forward_part, backward_part),
     declines=declines,
 )

@@ -44,11 +44,14 @@ def ring_attention(
       q: [B, T, S, N, H]. k, v: [B, T, S, K, H]. cells: of the same tables. S are the streams of
         this device.
       lag: [S, S] int32 of all streams, with those that only fill up the mesh axis `stream`.
-      backend: one that has `forward_part` and `backward_part`.
+      backend: one that has `ring_parts`.
 
     Returns: [B, T, S, N, H] in q's dtype.
     """
     size, devices = q.shape[2], axis_size("stream")
+    parts = backend.ring_parts
+    if parts is None:
+        raise ValueError(f"the backend {backend.name!r} has no parts for ring attention")
 
     def pass_on(arrays: Any) -> Any:
         to_neighbours = [(i, (i + 1) % devices) for i in range(devices)]
@@ -77,7 +80,7 @@ def ring_attention(
         return forward(q, k, v, cells)[0]
 
     def forward(q, k, v, cells):
-        run = with_queries(backend.forward_part, q, cells)
+        run = with_queries(parts.forward, q, cells)
         keys = _Keys(k, v, cells.present, cells.seen)
 
         # The last turn passes keys on that are not needed any more: simpler than a turn of another
@@ -94,7 +97,7 @@ def ring_attention(
 
     def backward(saved, d_out):
         q, k, v, cells, out, lse = saved
-        part = with_queries(backend.backward_part, q, cells, out, lse, d_out)
+        part = with_queries(parts.backward, q, cells, out, lse, d_out)
         keys = _Keys(k, v, cells.present, cells.seen)
 
         def run(keys, turn):

@@ -31,7 +31,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-from msllm.model.attention.backend import Backend, Case
+from msllm.model.attention.backend import Backend, Case, RingParts
 from msllm.model.attention.blocks import EMPTY, block_map, flatten
 from msllm.streams import Cells, Visibility
 
@@ -136,7 +136,7 @@ def forward_part(
     interpret: bool = False,
     blocks: Blocks | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output and log-sum-exp over keys of some streams; see `Backend`."""
+    """Output and log-sum-exp over keys of some streams; see `RingParts`."""
     plan, static, by_tables = _setup(q, k, visibility, interpret, blocks)
 
     def outputs(q, k, v, *cells):
@@ -162,7 +162,7 @@ def backward_part(
     interpret: bool = False,
     blocks: Blocks | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v through these keys; see `Backend`."""
+    """Gradients of q, k and v through these keys; see `RingParts`."""
     plan, static, by_tables = _setup(q, k, visibility, interpret, blocks)
 
     def gradients(q, k, v, q_cells, k_cells, out, lse, d_out):
@@ -433,7 +433,11 @@ def _backward_order(kinds: jax.Array) -> tuple[jax.Array, jax.Array]:
     batch, q_blocks, k_blocks = kinds.shape
     table = jnp.arange(batch, dtype=jnp.int32)[:, None, None]
     load = _next_active(kinds != EMPTY, lambda step: table * q_blocks + step, 1)
-    return tuple(x.swapaxes(0, 1).reshape(1, q_blocks, batch * k_blocks) for x in (load, kinds))
+
+    def by_key_block(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(1, q_blocks, batch * k_blocks)
+
+    return by_key_block(load), by_key_block(kinds)
 
 
 # --- softmax over both parts ---
@@ -454,12 +458,14 @@ def _from_kernel_axis(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.moveaxis(x, 0, 2).reshape(shape)
 
 
-def _operands(q: jax.Array, k: jax.Array, v: jax.Array, plan: _Plan):
+def _operands(
+    q: jax.Array, k: jax.Array, v: jax.Array, plan: _Plan
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """On the kernels' axis: (q, scaled; k; v), and each query's own (k, v)."""
     q_length, k_length = plan.q_segment.size // q.shape[0], plan.k_segment.size // q.shape[0]
     scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
-    own = (_to_kernel_axis(x[:, :, plan.own], q_length) for x in (k, v))
-    own = lax.optimization_barrier(tuple(own))
+    own_k, own_v = (_to_kernel_axis(x[:, :, plan.own], q_length) for x in (k, v))
+    own = lax.optimization_barrier((own_k, own_v))
     return (
         _to_kernel_axis(scaled, q_length),
         _to_kernel_axis(k, k_length),
@@ -577,7 +583,7 @@ def _mask_info(plan: _Plan, order: tuple[jax.Array, jax.Array]) -> MaskInfo:
         mask_next=None,
         block_mask=kind,
         partial_mask_blocks=None,
-        q_sequence=plan.code,
+        q_sequence=plan.code,  # type: ignore[arg-type]  # an array that is computed works as well
     )
 
 
@@ -625,7 +631,7 @@ def _run_backward(
     """
     sees, blocks, interpret = static
     segments = kernels.SegmentIds(plan.q_segment, plan.k_segment)
-    common = {
+    common: dict[str, Any] = {
         "bq": blocks.q,
         "bkv": blocks.k,
         "is_mqa": False,
@@ -669,8 +675,7 @@ def _run_backward(
 BACKEND = Backend(
     "splash",
     splash_attention,
-    forward_part=forward_part,
-    backward_part=backward_part,
+    RingParts(forward_part, backward_part),
     declines=declines,
     options=options,
 )
