@@ -207,6 +207,21 @@ def test_only_the_command_line_has_flags():
             assert not [m for m in modules if m.startswith(("absl", "argparse", "msllm.cli"))], path
 
 
+def test_documented_command_lines_have_flags_that_exist():
+    patterns = ("*.md", "docs/**/*.md", "configs/**/*.py", "notebooks/*.ipynb", "launch/**/*.sh")
+    command_line = re.compile(rf"\bmsllm ({'|'.join(COMMANDS)}) ([^`\n|;&#]*)")
+    checked = 0
+    for path in (path for pattern in patterns for path in ROOT.glob(pattern)):
+        for name, arguments in command_line.findall(path.read_text().replace("\\\n", " ")):
+            flags = re.findall(r"(?<!\S)\[?(--?[a-zA-Z][\w.]*)", arguments)
+            try:
+                parser_of(name)._refuse_unknown(flags)
+            except UserError as error:
+                pytest.fail(f"{path}: {error}")
+            checked += len(flags)
+    assert checked > 100
+
+
 def test_commands_have_a_module_each():
     modules = {load_command(name) for name in COMMANDS}
     files = {path.stem for path in (ROOT / "msllm" / "cli").glob("*.py")}
