@@ -6,8 +6,8 @@ from msllm.hooks import Run, mean_losses
 
 def answers(run: Run) -> dict[str, float]:
     """The fraction of held-out examples that the model answers right."""
-    found = msllm.evaluate(run.model(), examples=100)
-    return {"exact_match": found["exact_match"]}
+    result = msllm.evaluate(run.model(), examples=100)
+    return {"exact_match": result.exact_match}
 
 
 def seen_tables(run: Run) -> dict[str, float]:

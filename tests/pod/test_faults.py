@@ -3,6 +3,7 @@
 What they report, how soon they end, and that the run that continues equals an undisturbed one.
 """
 
+import json
 import re
 import resource
 import shutil
@@ -78,6 +79,22 @@ def test_the_undisturbed_run_consumes_each_example_once(files, reference):
         all(len(losses) == 1 for losses in reference.losses.values())
         and len(reference.losses) == STEPS
     )
+
+
+def test_evaluations_of_the_users_own_see_the_model_in_all_processes(files, tmp_path):
+    names = [f"tests.outside.evaluation:{name}" for name in ("answers", "seen_tables")]
+    options = (f"--config.evaluations={('held_out', *names)}", "--config.eval_every=2")
+    # The tokenizer has less pieces than the vocabulary of the other tests: an untrained model would
+    # say tokens without text.
+    options += ("--config.steps=2", "--config.model.vocab_size=0")
+    with Pod(files, tmp_path / "run", *options) as pod:
+        pod.ended(0, 0)
+    (line,) = [
+        values
+        for values in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+        if "eval/loss" in values
+    ]
+    assert 0 <= line["eval/exact_match"] <= 1 and 0 < line["eval/seen/loss"] != line["eval/loss"]
 
 
 def test_who_is_asked_to_stop_saves_and_continues(files, reference, tmp_path):
