@@ -25,6 +25,12 @@ import ml_collections
 
 from msllm.errors import UserError
 
+
+def _import_path(default: Any = "") -> Any:
+    """A setting, or a tuple of settings, that may name code by its import path."""
+    return dataclasses.field(default=default, metadata={"import_path": True})
+
+
 INPUT_ONLY = ("full", "offload")  # remat policies that save nothing of a layer but its input
 
 
@@ -62,6 +68,9 @@ class ModelConfig:
     norm_eps: float = 1e-6  # added to the mean square inside RMSNorm
     rope_theta: float = 1e6  # base of the rotary frequencies
     rope_scaling: RopeScalingConfig = RopeScalingConfig()
+    # the layers: empty = attention and MLP as in Qwen3; or package.module:Class
+    # (docs/extending/layer.md)
+    block: str = _import_path()
     # float32 | bfloat16: of activations and matrix products; parameters are always float32
     compute_dtype: str = "float32"
     # auto (chosen for the device) | splash (TPU) | gpu | cpu | chunked (any device) |
@@ -87,7 +96,7 @@ class StreamsConfig:
     loss_weights: tuple[float, ...] = ()
     # the lag of every edge: block_causal (1 row) | same_row (0 rows) | isolated (own stream only) |
     # package.module:function (docs/extending/visibility.md)
-    visibility: str = "block_causal"
+    visibility: str = _import_path("block_causal")
     # edges that differ from `visibility`, as (reader, source, lag); lag: "3" (rows) or "never"
     lags: tuple[tuple[str, str, str], ...] = ()
     skip_silence: bool = False  # cells that are silent are not seen by other cells
@@ -145,14 +154,14 @@ class DataConfig:
 
     dir: str = ""  # prepared data: `prepare` writes it, and `train` reads it if there is no mixture
     mixture: MixtureConfig = MixtureConfig()
-    converter: str = ""  # a name from docs/data.md, or package.module:function
+    converter: str = _import_path()  # a name from docs/data.md, or package.module:function
     path: str = ""  # input of the converter: a file or a glob
     # format of the input (msllm/data/sources.py), or package.module:function of a reader; empty:
     # by the names of the files
-    format: str = ""
+    format: str = _import_path()
     # input of the held-out split, if it has its own; `path` is then training data only
     eval_path: str = ""
-    eval_format: str = ""  # format of eval_path, as `format`
+    eval_format: str = _import_path()  # format of eval_path, as `format`
     bad_percent: float = 0.0  # percent of the records that may be bad, and are then left out
     # options of the converter
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -174,7 +183,9 @@ class DataConfig:
 class OptimConfig:
     """The optimizer and its learning rate schedule."""
 
-    optimizer: str = "adamw"  # or package.module:function (docs/extending/optimizer.md)
+    optimizer: str = _import_path(
+        "adamw"
+    )  # or package.module:function (docs/extending/optimizer.md)
     lr: float = 1e-3  # peak learning rate
     # after the warm-up: cosine | wsd (constant, then linear decay) | constant
     schedule: str = "cosine"
@@ -201,6 +212,9 @@ class OptimConfig:
 class LossConfig:
     """Next-row cross-entropy and its options."""
 
+    # what training minimises: empty = next-row cross-entropy with the options below; or
+    # package.module:function (docs/extending/objective.md)
+    objective: str = _import_path()
     label_smoothing: float = 0.0  # probability spread evenly over the vocabulary
     z_loss: float = 0.0  # weight of logsumexp(logits)^2
     chunk_tokens: int = 2048  # number of cells whose logits exist at the same time
@@ -245,7 +259,7 @@ class MonitorConfig:
     wandb_project: str = ""  # also write metrics to this Weights & Biases project; empty: off
     # where metrics go: jsonl, tensorboard, wandb, or package.module:Class
     # (docs/extending/metrics_writer.md)
-    writers: tuple[str, ...] = ("jsonl", "tensorboard")
+    writers: tuple[str, ...] = _import_path(("jsonl", "tensorboard"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +275,7 @@ class Config:
     # number of held-out batches to evaluate, spread evenly over the split; 0: all
     eval_batches: int = 0
     # what to evaluate: held_out (losses), or package.module:function (docs/extending/evaluation.md)
-    evaluations: tuple[str, ...] = ("held_out",)
+    evaluations: tuple[str, ...] = _import_path(("held_out",))
     model: ModelConfig = ModelConfig()
     streams: StreamsConfig = StreamsConfig()
     data: DataConfig = DataConfig()
@@ -347,6 +361,30 @@ def find_object(name: str, built_in: Mapping[str, Any], setting: str) -> Any:
 
 # Former names of values, which configs, checkpoints and exports on disk may still hold.
 _FORMER_VALUES = {"config.model.attention": {"native": "cpu"}}
+
+
+def code_named_by(config: Any, setting: str = "config") -> dict[str, str]:
+    """The code outside of msllm that a config names.
+
+    Reading somebody else's config must execute none of it. So readers ask this function before they
+    import what a setting names.
+
+    Args:
+      config: a `Config`, or a section of it.
+      setting: the name of the section, for the result.
+
+    Returns: {setting: import path}, e.g. {"config.model.block": "mine:Block"}.
+    """
+    found = {}
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{setting}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            found |= code_named_by(value, name)
+        elif field.metadata.get("import_path"):
+            for path in (value,) if isinstance(value, str) else value:
+                if ":" in path and path.partition(":")[0].split(".")[0] != "msllm":
+                    found[name] = path
+    return found
 
 
 def _from_dict(cls: type, values: Mapping[str, Any], path: str) -> Any:
@@ -461,6 +499,8 @@ def _validate_model(config: Config) -> None:
     rule = "low_freq_factor must be less than high_freq_factor"
     _require(config, "model.rope_scaling", scaling.low_freq_factor < scaling.high_freq_factor, rule)
     _require(config, "model.head_dim", model.head_dim % 2 == 0, "must be even (rotary pairs)")
+    rule = "must be package.module:Class, or empty"
+    _require(config, "model.block", not model.block or ":" in model.block, rule)
 
 
 def _validate_data(config: Config) -> None:
@@ -548,6 +588,11 @@ def _validate_training(config: Config) -> None:
     _require(config, "optim.decay_fraction", 0 < optim.decay_fraction <= 1, "must be in (0, 1]")
     smoothing = config.loss.label_smoothing
     _require(config, "loss.label_smoothing", 0 <= smoothing < 1, "must be in [0, 1)")
+    objective, parts = config.loss.objective, config.loss.vocab_chunks
+    rule = "must be package.module:function, or empty"
+    _require(config, "loss.objective", not objective or ":" in objective, rule)
+    rule = "must be 1 with loss.objective, which gets the whole head"
+    _require(config, "loss.vocab_chunks", not objective or parts == 1, rule)
     minutes = config.checkpoint.every_minutes
     _require(config, "checkpoint.every_minutes", minutes >= 0, "must be >= 0")
     _require(config, "monitor.slow_step", config.monitor.slow_step > 1, "must be over 1")

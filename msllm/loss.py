@@ -17,13 +17,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from msllm.config import LossConfig
-from msllm.sharding import axis_index, axis_size, psum
+from msllm.errors import UserError
+from msllm.sharding import axis_index, axis_size, gather, psum
 from msllm.streams import target_mask
 
 TILE = 128  # lanes of a TPU's registers
 MASKED = -1e30  # the logit of a row that only fills up the last part of the head
 
 GatherRows = Callable[[jax.Array], jax.Array]  # see `next_row_loss`
+# (hidden [N, D], head [V, D], targets [N] int32, options) -> loss of each cell [N]
+Objective = Callable[[jax.Array, jax.Array, jax.Array, LossConfig], jax.Array]
 
 
 def targets_and_weights(
@@ -98,6 +101,53 @@ def _backward(options, gather_rows, saved, cotangents):
 
 
 next_row_loss.defvjp(_forward, _backward)
+
+
+def objective_loss(
+    objective: Objective,
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    options: LossConfig,
+    gather_rows: GatherRows = _identity,
+) -> tuple[jax.Array, jax.Array]:
+    """`next_row_loss` with an objective of the user in place of the cross-entropy.
+
+    The objective sees a chunk of cells at a time, and the whole head; the backward pass calls it
+    again. Cells of weight 0 contribute nothing, whatever their loss is.
+
+    Returns: sum(weights * loss), float32, and the plain nll [...] float32 without a gradient.
+    """
+    table = gather(gather_rows(head), 0, ("tensor",))
+    dtype, table = table.dtype, table.astype(jnp.float32)  # sums its gradient in float32
+
+    @jax.checkpoint
+    def chunk_loss(table, hidden, targets, weights):
+        losses = objective(hidden, table.astype(dtype), targets, options)
+        if losses.shape != targets.shape or not jnp.issubdtype(losses.dtype, jnp.floating):
+            raise UserError(
+                f"config.loss.objective is {options.objective!r}: it returned {losses.dtype}"
+                f" {losses.shape} for {targets.shape[0]} cells; return one floating-point loss per"
+                " cell"
+            )
+        losses = jnp.where(weights > 0, losses.astype(jnp.float32), 0.0)
+        return jnp.sum(weights * losses)
+
+    def add_chunk(total, cells):
+        return total + chunk_loss(table, *cells), None
+
+    cells = _Cells.of(hidden, targets, weights, options.chunk_tokens)
+    # Cells that fill up the last chunk repeat its last one: hidden states of zeros, which no model
+    # makes, might have no gradient.
+    count = targets.size - (len(cells.hidden) - 1) * cells.hidden.shape[1]
+    place = jnp.minimum(jnp.arange(cells.hidden.shape[1]), count - 1)
+    filled = cells.hidden.at[-1].set(cells.hidden[-1, place])
+    loss, _ = lax.scan(
+        add_chunk, jnp.zeros((), jnp.float32), (filled, cells.targets, cells.weights)
+    )
+    detached = lax.stop_gradient((hidden, head))
+    return loss, next_row_loss(*detached, targets, weights, options, gather_rows)[1]
 
 
 class _Sums(NamedTuple):

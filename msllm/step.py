@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from msllm.config import Config
-from msllm.loss import next_row_loss, targets_and_weights
+from msllm.config import Config, import_object
+from msllm.loss import next_row_loss, objective_loss, targets_and_weights
 from msllm.model.attention.dispatch import choose_backend
+from msllm.model.block import check_block
 from msllm.model.layers import gather_weight
 from msllm.model.model import abstract_model, bind, init_parameters, parameter_shardings
 from msllm.optim import (
@@ -78,9 +79,13 @@ class Program:
           config: its `model.vocab_size` must be set.
           silence_id: the silence token; -1 if there is none.
 
-        Raises UserError where the config does not fit the mesh.
+        Raises UserError where the config does not fit the mesh, or where code that it names cannot
+        be used.
         """
         check_mesh(config, mesh)
+        check_block(config.model, streams.size, cached=False)
+        objective = config.loss.objective
+        self._objective = import_object(objective, "config.loss.objective") if objective else None
         self.config, self.streams, self.mesh, self.silence_id = config, streams, mesh, silence_id
         absent = -streams.size % mesh.shape["stream"]
         self._loss_weights = streams.loss_weights + (0.0,) * absent
@@ -154,7 +159,8 @@ class Program:
 
         Args:
           total_weight: the loss is this batch's share of the weighted mean over this weight.
-          all_streams: also compute the head for streams of weight 0, as evaluation does.
+          all_streams: also compute the head for streams of weight 0, and use the built-in loss in
+            place of `config.loss.objective`: evaluation does both.
         """
         batch_specs = {name: partition_spec(*axes) for name, axes in BATCH_AXES.items()}
         scalar, per_stream = PartitionSpec(), partition_spec("stream")
@@ -192,7 +198,10 @@ class Program:
         def take(x):
             return subset.take(x, axis=2)
 
-        loss, nll = next_row_loss(
+        loss_of = next_row_loss
+        if self._objective and not all_streams:
+            loss_of = functools.partial(objective_loss, self._objective)
+        loss, nll = loss_of(
             take(hidden),
             model.head_parameter[...],
             take(targets),

@@ -13,6 +13,7 @@ from hypothesis import given, strategies
 from msllm.config import (
     Config,
     StreamsConfig,
+    code_named_by,
     default_config,
     from_config_dict,
     to_config_dict,
@@ -242,3 +243,21 @@ def test_default_config_is_a_fresh_copy():
     first.optim.lr = 0.5
     assert default_config().optim.lr == Config().optim.lr
     assert copy.deepcopy(first).optim.lr == 0.5
+
+
+def test_code_outside_of_msllm_is_found_in_all_settings():
+    settings = default_config()
+    assert code_named_by(from_config_dict(settings)) == {}
+    settings.model.block = "mine:Block"
+    settings.monitor.writers = ("jsonl", "mine.writers:Print")
+    settings.data.path = "gs://bucket/file"  # no code
+    settings.data.format = "msllm.data.corpora:tatoeba"  # its own
+    config = from_config_dict(settings)
+    assert code_named_by(config) == {
+        "config.model.block": "mine:Block",
+        "config.monitor.writers": "mine.writers:Print",
+    }
+    assert code_named_by(config.model, "model") == {"model.block": "mine:Block"}
+    settings.model.block = "mine"
+    with pytest.raises(UserError, match="config.model.block is 'mine': must be package.module"):
+        from_config_dict(settings)

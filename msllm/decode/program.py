@@ -41,6 +41,7 @@ from msllm.decode.sampling import FREE, Sampled, Sampling, row_keys, sample
 from msllm.kernels import cpu as cpu_kernels
 from msllm.model.attention.backend import Backend
 from msllm.model.attention.dispatch import get_backend, portable_backend
+from msllm.model.block import check_block
 from msllm.model.layers import Angles, InputWeight, OutputWeight, rope_angles
 from msllm.model.model import MultiStreamLM, abstract_model, bind
 from msllm.runtime.compiler import compiler_options
@@ -171,6 +172,7 @@ class DecodeProgram:
         silence_id: int,
     ):
         """See `decode_program`."""
+        check_block(config, streams.size, cached=True)
         self.config, self.spec, self.mesh, self.window = config, streams, mesh, window
         self.sessions, self.all_logits, self.silence_id = sessions, all_logits, silence_id
         self.streams = streams.size + (-streams.size % mesh.shape["stream"] if mesh else 0)
@@ -558,6 +560,8 @@ def decode_program(
       cache_dtype: one of `cache.DTYPES`.
       all_logits: compute and return the logits of all streams, those of inputs included.
       silence_id: -1 if there is none.
+
+    Raises UserError if `config.block` is a class of the user that keeps a state besides the cache.
     """
     return DecodeProgram(
         config, streams, sessions, window, mesh, cache_dtype, all_logits, silence_id

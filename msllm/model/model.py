@@ -1,5 +1,7 @@
-"""The multi-stream decoder: embeddings, a scan over blocks, the head. Activations are [B, T, S, D]
-throughout."""
+"""The multi-stream decoder: embeddings, a scan over blocks, the head.
+
+Activations are [B, T, S, D] throughout.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
 from msllm.config import INPUT_ONLY, ModelConfig
 from msllm.model.attention.backend import Backend
 from msllm.model.attention.dispatch import KEEP_OUTPUT, attention, portable_backend
+from msllm.model.block import Block, block_class, check_variables
 from msllm.model.layers import (
     SAVED,
-    Angles,
-    Mlp,
-    Projections,
     constant,
     gather_param,
     parameter,
@@ -38,58 +39,22 @@ from msllm.sharding import (
 )
 from msllm.streams import Cells, StreamSpec, make_cells, positions
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # see `Block.__call__`
-
-
-class Block(nnx.Module):
-    """Pre-norm attention and MLP; weights of all layers, applied to one layer's slice of them."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None):
-        self.config = config
-        self.attention_norm = constant(
-            1.0, (config.num_layers, config.d_model), ("layers", "embed")
-        )
-        self.attention = Projections(config, rngs)
-        self.mlp_norm = constant(1.0, (config.num_layers, config.d_model), ("layers", "embed"))
-        self.mlp = Mlp(config, rngs)
-
-    def __call__(self, x: jax.Array, angles: Angles, attend: Attend) -> jax.Array:
-        """One layer.
-
-        Args:
-          x: [B, T, S, D].
-          angles: cos and sin of the rotary positions.
-          attend: (q [B, T, S, N, H], k, v [B, T, S, K, H]) -> [B, T, S, N, H]. The only way to
-            other cells: in training it attends to the cells of the tables, in decoding to the
-            cache.
-
-        Returns: [B, T, S, D].
-        """
-        normed = rms_norm(x, gather_param(self.attention_norm, jnp.float32), self.config.norm_eps)
-        attended = attend(*self.attention.qkv(normed, angles))
-        x = checkpoint_name(x + self.attention.out(attended), "mid")
-        normed = rms_norm(x, gather_param(self.mlp_norm, jnp.float32), self.config.norm_eps)
-        return x + self.mlp(normed)
-
 
 class MultiStreamLM(nnx.Module):
-    """Decoder-only language model over S streams (Qwen3's form). With S = 1 it is an ordinary
-    one."""
+    """Decoder-only language model over S streams. With S = 1 it is an ordinary one."""
 
     def __init__(self, config: ModelConfig, streams: StreamSpec, rngs: nnx.Rngs | None):
+        """Makes the parameters; without `rngs` only their shapes matter."""
         self.config, self.streams = config, streams
-        table = ("vocab", "embed")
-        self.embedding = parameter(rngs, (config.vocab_size, config.d_model), table, 0.02)
+        table_shape, table_axes = (config.vocab_size, config.d_model), ("vocab", "embed")
+        self.embedding = parameter(rngs, table_shape, table_axes, 0.02)
         if config.stream_embedding:
-            self.stream_embedding = parameter(
-                rngs, (streams.size, config.d_model), ("replicated", "embed"), 0.02
-            )
-        self.blocks = Block(config, rngs)
+            shape, axes = (streams.size, config.d_model), ("replicated", "embed")
+            self.stream_embedding = parameter(rngs, shape, axes, 0.02)
+        self.blocks = block_class(config)(config, rngs)
         self.final_norm = constant(1.0, (config.d_model,), ("embed",))
         if not config.tie_embeddings:
-            self.head = parameter(
-                rngs, (config.vocab_size, config.d_model), table, config.d_model**-0.5
-            )
+            self.head = parameter(rngs, table_shape, table_axes, config.d_model**-0.5)
 
     def read(
         self,
@@ -200,12 +165,12 @@ class MultiStreamLM(nnx.Module):
         return head_logits(hidden, self.head_table())
 
 
-def _remat(layer, policy: str):
-    """Which values of a layer the backward pass has at hand; the others it computes again.
+def _remat(layer: Callable, policy: str) -> Callable:
+    """The layer with a policy for what it saves for the backward pass; the rest is recomputed.
 
-    `none`: all. `dots`: results of matrix products and of attention; norms, rotations and
-    activations are cheap to repeat and take most of the memory. `full`: the layer's input only.
-    `offload`: the same, in the host's memory.
+    `none`: saves everything. `dots`: results of matrix products and of attention; norms, rotations
+    and activations are cheap to recompute and take most of the memory. `full`: the layer's input.
+    `offload`: the layer's input, in the host's memory.
     """
     if policy == "none":
         return layer
@@ -225,16 +190,23 @@ def _remat(layer, policy: str):
 def abstract_model(
     config: ModelConfig, streams: StreamSpec
 ) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
-    """(graphdef, parameter shapes, logical axes): the last two are nested dicts of the same
-    structure."""
+    """The structure of a model, without its arrays.
+
+    Returns: its graphdef, the shapes of its parameters and their logical axes, the last two as
+      nested dicts of the same structure.
+
+    Raises UserError if `config.block` cannot be imported, or holds more than parameters.
+    """
     graph, state = nnx.split(nnx.eval_shape(lambda: MultiStreamLM(config, streams, None)))
+    if config.block:
+        check_variables(config, state["blocks"])
     shapes = nnx.to_pure_dict(state)
     leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
     axes = jax.tree.unflatten(jax.tree.structure(shapes), [leaf.axes for leaf in leaves])
     return graph, shapes, axes
 
 
-def parameter_shardings(axes: dict[str, Any], mesh) -> dict[str, Any]:
+def parameter_shardings(axes: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     """NamedShardings of the parameters, from their logical axes."""
     return jax.tree.map(
         lambda a: named_sharding(mesh, *a), axes, is_leaf=lambda a: isinstance(a, tuple)
@@ -242,8 +214,10 @@ def parameter_shardings(axes: dict[str, Any], mesh) -> dict[str, Any]:
 
 
 def init_parameters(config: ModelConfig, streams: StreamSpec, seed: int) -> dict[str, Any]:
-    """Initial parameters as nested dicts. Call it under jit with `parameter_shardings`: each device
-    makes its part."""
+    """Initial parameters as nested dicts.
+
+    Call it under `jit` with `parameter_shardings` as `out_shardings`: each device makes its part.
+    """
     return nnx.to_pure_dict(nnx.split(MultiStreamLM(config, streams, nnx.Rngs(seed)))[1])
 
 

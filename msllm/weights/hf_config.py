@@ -79,6 +79,11 @@ def from_hf(settings: Mapping[str, Any], source: str = FILE) -> tuple[ModelConfi
 
 def to_hf(config: ModelConfig, streams: int) -> dict[str, Any]:
     """The content of the config.json of a model. Raises UserError if no family has its form."""
+    if config.block:
+        raise UserError(
+            f"config.model.block is {config.block!r}: no Hugging Face family has these layers, so"
+            " the model cannot be exported"
+        )
     families = {(True, False): "qwen3", (False, True): "qwen2", (False, False): "llama"}
     family = families.get((config.qk_norm, config.attention_bias))
     if family is None:
