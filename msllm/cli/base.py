@@ -77,6 +77,14 @@ class Parser(argparse.ArgumentParser):
             help="Override a setting, e.g. --config.optim.lr=1e-3 (msllm/config.py lists all).",
         )
 
+    def add_allow_code(self) -> None:
+        """Adds `--allow_code`, for commands that load a checkpoint."""
+        self.add_argument(
+            "--allow_code",
+            action="store_true",
+            help="Import layers outside of msllm that the checkpoint names. They can run any code.",
+        )
+
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """The values of all flags. Raises UserError.
 

@@ -28,6 +28,7 @@ msllm chat --replay=chat.npz
 def define_flags(parser: Parser) -> None:
     """Declares the flags of the command."""
     parser.add_argument("--checkpoint", metavar="DIR", help="A run, or one of its checkpoints.")
+    parser.add_allow_code()
     parser.add_argument(
         "--replay", metavar="FILE", help="A saved conversation to show instead of a model."
     )
@@ -67,7 +68,7 @@ def open_player(flags: argparse.Namespace) -> Player:
         )
     if flags.replay is not None:
         return Replay(Recording.load(flags.replay), 1.0 if flags.pace is None else flags.pace)
-    model = load(flags.checkpoint)
+    model = load(flags.checkpoint, flags.allow_code)
     model.require_tokenizer()
     engine = Engine(model, window=flags.window)
     print("compiling ...", file=sys.stderr)

@@ -24,6 +24,7 @@ def define_flags(parser: Parser) -> None:
     parser.add_argument(
         "--checkpoint", metavar="DIR", required=True, help="A run, or one of its checkpoints."
     )
+    parser.add_allow_code()
     parser.add_argument(
         "--data",
         metavar="DIR",
@@ -54,7 +55,7 @@ def run(flags: argparse.Namespace) -> None:
     from msllm.runtime.files import write_atomically
     from msllm.weights.load import load
 
-    loaded = load(flags.checkpoint)
+    loaded = load(flags.checkpoint, flags.allow_code)
     result = evaluate(loaded, flags.data, flags.examples, flags.after)
     print(f"step {loaded.step}: {describe(result)}")
     if flags.json:

@@ -29,6 +29,7 @@ def define_flags(parser: Parser) -> None:
         required=True,
         help="A run, one of its checkpoints, or an imported model.",
     )
+    parser.add_allow_code()
     parser.add_argument(
         "--input",
         metavar="STREAM=TEXT",
@@ -81,7 +82,7 @@ def run(flags: argparse.Namespace) -> None:
     from msllm.view.generation import print_generation
     from msllm.weights.load import load
 
-    model = load(flags.checkpoint)
+    model = load(flags.checkpoint, flags.allow_code)
     inputs = parse_inputs(flags.input, model.streams)
     options = sampling_options(flags, model.streams)
     print_generation(model, inputs, flags.rows, options, cells.console())

@@ -27,6 +27,7 @@ def define_flags(parser: Parser) -> None:
     parser.add_argument(
         "--checkpoint", metavar="DIR", required=True, help="A run, or one of its checkpoints."
     )
+    parser.add_allow_code()
     parser.add_argument(
         "--against",
         metavar="DIR",
@@ -83,7 +84,8 @@ def run(flags: argparse.Namespace) -> None:
     from msllm.weights.load import LoadedModel, load
 
     def load_checkpoint(path: str) -> LoadedModel:
-        model = load(likelihood.best_checkpoint(path) if flags.best else path)
+        path = likelihood.best_checkpoint(path) if flags.best else path
+        model = load(path, flags.allow_code)
         if flags.visibility:
             model = model.with_visibility(flags.visibility)
         if flags.skip_silence is not None:

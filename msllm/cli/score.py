@@ -29,6 +29,7 @@ def define_flags(parser: Parser) -> None:
         required=True,
         help="A run, one of its checkpoints, or a Hugging Face folder.",
     )
+    parser.add_allow_code()
     parser.add_argument(
         "--tables", metavar="FILE", required=True, help="The npz file with the tables."
     )
@@ -59,7 +60,7 @@ def run(flags: argparse.Namespace) -> None:
     from msllm.weights.load import load
 
     tables = read_tables(flags.tables)
-    model = load(flags.checkpoint)
+    model = load(flags.checkpoint, flags.allow_code)
     if flags.visibility:
         model = model.with_visibility(flags.visibility)
     if flags.skip_silence is not None:

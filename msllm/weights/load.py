@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from etils import epath
 from flax import nnx
 
-from msllm.config import Config, ModelConfig, from_config_dict
+from msllm.config import Config, ModelConfig, code_named_by, from_config_dict
 from msllm.errors import UserError
 from msllm.model.model import abstract_model
 from msllm.streams import StreamSpec, lag_matrix
@@ -72,22 +72,28 @@ class LoadedModel:
         return self.with_streams(lag=tuple(tuple(row) for row in lag))
 
 
-def load(path: str | os.PathLike) -> LoadedModel:
+def load(path: str | os.PathLike, allow_code: bool = False) -> LoadedModel:
     """Loads a model onto one device.
 
     Args:
       path: a checkpoint of msllm, a workdir of `msllm train` (the newest checkpoint that is not
         damaged is read), a folder written by `msllm convert`, or a Hugging Face folder.
+      allow_code: import the layers outside of msllm that a checkpoint may name
+        (`config.model.block`). They can run any code: allow it only if you trust the checkpoint and
+        what it names.
 
     A Hugging Face folder that msllm exported names its streams and its silence token. In any other
     folder the streams are called stream0, stream1, ..., and stream0 is the input unless it is the
     only stream; the model has no tokenizer, because nothing says which token means silence.
     `msllm convert` turns such a folder into a checkpoint with named streams and a tokenizer.
 
-    Raises UserError if there is no model at `path` or if it cannot be read.
+    Raises UserError if there is no model at `path`, if it cannot be read, or if it names code that
+    is not allowed.
     """
     path = epath.Path(path)
-    return _load_hf_folder(pathlib.Path(path)) if _is_hf_folder(path) else _load_checkpoint(path)
+    if _is_hf_folder(path):
+        return _load_hf_folder(pathlib.Path(path))
+    return _load_checkpoint(path, allow_code)
 
 
 def _is_hf_folder(path: epath.Path) -> bool:
@@ -108,14 +114,14 @@ def _load_hf_folder(folder: pathlib.Path) -> LoadedModel:
     return LoadedModel(config, StreamSpec.from_config(streams), parameters, tokenizer)
 
 
-def _load_checkpoint(path: epath.Path) -> LoadedModel:
+def _load_checkpoint(path: epath.Path, allow_code: bool) -> LoadedModel:
     """The checkpoint at `path`, or the newest one of a workdir that is not damaged."""
     from msllm.checkpoint import checkpoint_paths, error_summary  # imports orbax, which is slow
 
     problems = []
     for candidate in checkpoint_paths(path):
         try:
-            return _read_checkpoint(candidate)
+            return _read_checkpoint(candidate, allow_code)
         except UserError:
             raise
         except Exception as error:  # a damaged file raises whatever orbax and tensorstore raise
@@ -127,11 +133,13 @@ def _load_checkpoint(path: epath.Path) -> LoadedModel:
     )
 
 
-def _read_checkpoint(path: epath.Path) -> LoadedModel:
+def _read_checkpoint(path: epath.Path, allow_code: bool) -> LoadedModel:
     from msllm.checkpoint import check_sums, read_arrays, read_description
 
     description = read_description(path)
     config = from_config_dict(description["config"])
+    if not allow_code:
+        _refuse_code(path, config)
     streams = StreamSpec.from_config(config.streams)
     _, shapes, _ = abstract_model(config.model, streams)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -153,3 +161,12 @@ def _read_checkpoint(path: epath.Path) -> LoadedModel:
         step=description["step"],
         run_config=config,
     )
+
+
+def _refuse_code(path: epath.Path, config: Config) -> None:
+    """Raises UserError if the model of a checkpoint would import code outside of msllm."""
+    for setting, code in code_named_by(config.model, "config.model").items():
+        raise UserError(
+            f"{setting} of {path} is {code!r}: loading the model would run this code. If you trust"
+            " it, allow it by load(..., allow_code=True), or --allow_code on the command line"
+        )

@@ -26,7 +26,14 @@ from msllm.checkpoint import (
     read_arrays,
     read_description,
 )
-from msllm.config import Config, ModelConfig, from_config_dict, to_config_dict, to_json
+from msllm.config import (
+    Config,
+    ModelConfig,
+    code_named_by,
+    from_config_dict,
+    to_config_dict,
+    to_json,
+)
 from msllm.errors import UserError
 from msllm.model.model import abstract_model, parameter_shardings
 from msllm.optim import path_name
@@ -77,7 +84,7 @@ def fine_tune(folder: str | os.PathLike) -> ml_collections.ConfigDict:
     Args:
       folder: what `msllm convert` wrote.
 
-    Raises UserError if there is no import in the folder.
+    Raises UserError if there is no import in the folder, or if its config names code.
     """
     path = epath.Path(folder) / "config.json"
     try:
@@ -86,6 +93,11 @@ def fine_tune(folder: str | os.PathLike) -> ml_collections.ConfigDict:
         raise UserError(
             f"{path} cannot be read ({error}): import the model with `msllm convert`"
         ) from error
+    for setting, code in code_named_by(stored.model, "config.model").items():
+        raise UserError(
+            f"{setting} of {path} is {code!r}: a run would import this code; name it in a config of"
+            " your own if you trust it, with init_from"
+        )
     settings = to_config_dict(
         Config(init_from=str(folder), model=stored.model, streams=stored.streams)
     )
@@ -170,6 +182,11 @@ def _read_parameters(
 ) -> dict[str, Any]:
     """The parameters of a checkpoint on the program's mesh, with the streams that it has there."""
     stored = from_config_dict(description["config"])
+    if stored.model.block != program.config.model.block:  # otherwise the run has imported it
+        raise UserError(
+            f"its config.model.block is {stored.model.block!r}, that of the run is"
+            f" {program.config.model.block!r}: parameters are those of the same layers"
+        )
     _, shapes, axes = abstract_model(stored.model, StreamSpec.from_config(stored.streams))
     _check_tokenizer(description["tokenizer"], tokenizer)
     _check_shapes(shapes, program.abstract_state.parameters)
