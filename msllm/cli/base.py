@@ -167,7 +167,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         text = action.help or ""
         if action.required and action.option_strings:
             return f"{text} Required."
-        if isinstance(action, Switch) or action.default in (None, "", [], argparse.SUPPRESS):
+        is_empty = action.default in (None, "", [], argparse.SUPPRESS)
+        if isinstance(action, Switch) or is_empty or action.default is False:
             return text
         return f"{text} Default: {action.default}."
 

@@ -12,7 +12,7 @@ and would first copy a slice of a larger one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,8 +70,8 @@ PANELS = Layout(
 class Stored(NamedTuple):
     """Keys or values of R rows in one layer by a Layout: [B, K, H, S, R] or panels."""
 
-    data: jax.Array  # float32, bfloat16, BITS or int8
-    scale: jax.Array | None  # int8: float32, the unit of each head's vector, with H = 1; else None
+    data: Any  # array, or its sharding: float32, bfloat16, BITS or int8
+    scale: Any  # int8: float32, the unit of each head's vector, with H = 1; else None
 
     def unscaled(self, dtype: jax.typing.DTypeLike) -> jax.Array:
         """The numbers in another type, not multiplied by the scale."""
@@ -334,7 +334,7 @@ def attend(
             return _attend_block_by_kernel(kernel, grouped, keys, values, mask, block_filled)
         return _attend_block_by_xla(grouped, keys, values, mask, q.dtype)
 
-    softmax = None
+    softmax: Any = None  # a _Softmax after the first block
     for i, block in enumerate(zip(keys, values)):
         block_mask = mask[..., i * rows : (i + 1) * rows]
         if softmax is None:

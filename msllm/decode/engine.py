@@ -167,7 +167,7 @@ class Engine:
         for stream, tokens in (allowed or {}).items():
             script.allow(stream, tokens)
         self._state = self._program.clear(self._state, np.int32(slot))
-        if prefill is not None and len(prefill) > 1:
+        if prefill is not None and present is not None and len(prefill) > 1:
             self._read(slot, prefill[:-1], present[:-1])
         session = self._add_session(slot, script)
         if script.allowed:
@@ -640,7 +640,7 @@ def generate(
         )
         if forced is not None:
             for stream in range(size):
-                session.force(stream, forced[table, :, stream])
+                session.force(stream, forced[table, :, stream].tolist())
         sessions.append(session)
     shown, logits = [np.array([session.transcript().tokens for session in sessions])], []
     if not (fed or silent_rows_to_stop or keep_logits):

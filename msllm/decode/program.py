@@ -11,11 +11,10 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -61,7 +60,8 @@ RUN_ROWS = 32  # rows that one call of `run` advances at most
 
 log = logging.getLogger("msllm")
 
-Array = jax.Array | np.ndarray
+# jax.Array, np.ndarray, or what stands for an array in a tree of the same type, e.g. its sharding.
+Array: TypeAlias = Any
 Parameters = dict[str, Any]  # nested dicts of arrays
 Weights = dict[str, Any]  # from `DecodeProgram.prepare`; "blocks" is a list of layers
 
@@ -70,8 +70,8 @@ class State(NamedTuple):
     """What the device holds for B sessions."""
 
     cache: Cache
-    said: jax.Array  # [B, S, V] bool: tokens that the stream has held, except silence
-    allowed: jax.Array  # [B, S, V] bool: tokens that the model may sample
+    said: Array  # [B, S, V] bool: tokens that the stream has held, except silence
+    allowed: Array  # [B, S, V] bool: tokens that the model may sample
 
 
 class Controls(NamedTuple):
@@ -296,7 +296,7 @@ class DecodeProgram:
             return x.astype(dtype) if x.ndim > 2 else x
 
         blocks = jax.tree.map(cast, parameters["blocks"])
-        tables = {
+        tables: dict[str, Any] = {
             name: parameters[name].astype(dtype)
             for name in ("embedding", "head")
             if name in parameters

@@ -5,11 +5,14 @@ All settings are arrays, so no change of a setting recompiles.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# jax.Array, np.ndarray, or what stands for an array in a tree of the same type, e.g. its sharding.
+Array: TypeAlias = Any
 
 FREE = -1  # in an array of given tokens: the model chooses
 
@@ -17,12 +20,12 @@ FREE = -1  # in an array of given tokens: the model chooses
 class Sampling(NamedTuple):
     """Settings of sampling, one array [...] each; an engine has [B, S]."""
 
-    temperature: jax.Array | np.ndarray  # float32; 0: the most likely token
-    top_k: jax.Array | np.ndarray  # int32; 0: all
-    top_p: jax.Array | np.ndarray  # float32
-    top_p_inside: jax.Array | np.ndarray  # bool: drop the token that crosses top_p as well
-    min_p: jax.Array | np.ndarray  # float32
-    min_probability: jax.Array | np.ndarray  # float32
+    temperature: Array  # float32; 0: the most likely token
+    top_k: Array  # int32; 0: all
+    top_p: Array  # float32
+    top_p_inside: Array  # bool: drop the token that crosses top_p as well
+    min_p: Array  # float32
+    min_probability: Array  # float32
 
 
 class Sampled(NamedTuple):
@@ -31,9 +34,9 @@ class Sampled(NamedTuple):
     The unmodified distribution is the model's own, without penalties and filters.
     """
 
-    tokens: jax.Array | np.ndarray  # int32
-    logprob: jax.Array | np.ndarray  # float32, nats: of the token
-    entropy: jax.Array | np.ndarray  # float32, nats
+    tokens: Array  # int32
+    logprob: Array  # float32, nats: of the token
+    entropy: Array  # float32, nats
 
     def packed(self) -> jax.Array:
         """[3, B, S] int32 for one transfer to the host; the floats are stored as their bits."""

@@ -114,7 +114,7 @@ class Stop:
 class Row(NamedTuple):
     """One row as it is shown."""
 
-    index: int  # the number of the row in the session
+    index: int  # type: ignore[assignment]  # the number of the row in the session
     tokens: np.ndarray  # [S] int32; 0 where absent
     present: np.ndarray  # [S] bool
     # [S] float32, nats: of the tokens in the unmodified distribution, without penalties and
@@ -164,13 +164,14 @@ class Script:
             (self.streams.index(name), set(tokens)) for name, tokens in stop.tokens.items()
         ]
 
-        self.rows, self.silent_rows, self.finished = 0, 0, None
+        self.rows, self.silent_rows = 0, 0
+        self.finished: str | None = None
         self.tokens, self.present = np.zeros(size, np.int32), np.zeros(size, bool)
         self.allowed: dict[int, np.ndarray] = {}
         self._kept_rows: list[tuple[np.ndarray, np.ndarray]] = []  # the first `keep` rows
         self._recent_rows: collections.deque = collections.deque(maxlen=window - keep)
-        self._fed = [collections.deque() for _ in range(size)]
-        self._forced = [collections.deque() for _ in range(size)]
+        self._fed: list[collections.deque[int]] = [collections.deque() for _ in range(size)]
+        self._forced: list[collections.deque[int]] = [collections.deque() for _ in range(size)]
         self._is_fed = np.zeros(size, bool)  # cells of the last row that were fed or prefilled
         self._last_fed_row = -1  # the row of the last token that was fed, silence aside
         self._texts = [_Text(model.tokenizer) for _ in range(size)] if model.tokenizer else None
@@ -221,7 +222,8 @@ class Script:
 
     def copy(self) -> Script:
         """An independent copy that goes on from here."""
-        copied, memo = copy.copy(self), {}
+        copied = copy.copy(self)
+        memo: dict[int, Any] = {}
         for name in (
             "tokens",
             "present",
@@ -403,7 +405,8 @@ class _Text:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer, self._tokens, self._shown = tokenizer, [], ""
+        self._tokenizer, self._shown = tokenizer, ""
+        self._tokens: list[int] = []
 
     def grow(self, token: int) -> str:
         """The text that this token adds."""
