@@ -97,3 +97,17 @@ def test_the_reference_lists_every_module_and_public_name():
     documented = {name if name in top_level() else name.removesuffix(".py") for name in modules}
     assert documented == top_level() - {"bench", "cli"}
     assert sorted(re.findall(r"^   ~msllm\..*\.(\w+)$", page, flags=re.M)) == sorted(dir(msllm))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["getting_started", "decoding", "training"])
+def test_examples_run(page, loaded, monkeypatch, capsys):
+    """The Python blocks of a page that load a model, on another model of the same streams."""
+    monkeypatch.setattr(msllm, "load", lambda path: loaded, raising=False)
+    monkeypatch.setattr(msllm, "configure_jax", lambda: None, raising=False)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), flags=re.S)
+    blocks = [block for block in blocks if "msllm.load(" in block]
+    assert blocks
+    for block in blocks:
+        exec(compile(block, f"docs/{page}.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
