@@ -485,6 +485,39 @@ def test_command_line(folder, tmp_path):
     assert done.returncode == 2 and "from_hf|from_gguf|to_hf" in done.stderr
 
 
+OUTSIDE = """
+import pathlib
+pathlib.Path(__file__).with_suffix(".ran").touch()
+"""
+
+
+@pytest.mark.parametrize("section, key", [("model", "block"), ("streams", "visibility")])
+def test_code_that_an_import_names_is_not_run(section, key, imported, tmp_path, monkeypatch):
+    (tmp_path / "outside_code.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = imported / "config.json"
+    settings = json.loads(path.read_text())
+    settings[section][key] = "outside_code:something"
+    path.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=f"config.{section}.{key} of .*config.json is 'outside_"):
+        fine_tune(imported)
+    assert not (tmp_path / "outside_code.ran").exists()
+
+
+def test_code_that_an_export_names_is_not_run(imported, tmp_path, monkeypatch):
+    (tmp_path / "outside_code.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    to_hf(imported, tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    settings = json.loads(path.read_text())
+    settings["msllm"]["streams"]["visibility"] = "outside_code:something"
+    path.write_text(json.dumps(settings))
+    for read in (load, lambda folder: from_hf(folder, tmp_path / "out")):
+        with pytest.raises(UserError, match="visibility is 'outside_code:something'"):
+            read(tmp_path / "hf")
+    assert not (tmp_path / "outside_code.ran").exists()
+
+
 def test_config_of_an_import_is_complete(imported):
     config = tuned(imported)
     assert config.init_from == str(imported) and config.model == load(imported).config

@@ -93,14 +93,13 @@ def fine_tune(folder: str | os.PathLike) -> ml_collections.ConfigDict:
         raise UserError(
             f"{path} cannot be read ({error}): import the model with `msllm convert`"
         ) from error
-    for setting, code in code_named_by(stored.model, "config.model").items():
+    config = Config(init_from=str(folder), model=stored.model, streams=stored.streams)
+    for setting, code in code_named_by(config).items():
         raise UserError(
             f"{setting} of {path} is {code!r}: a run would import this code; name it in a config of"
             " your own if you trust it, with init_from"
         )
-    settings = to_config_dict(
-        Config(init_from=str(folder), model=stored.model, streams=stored.streams)
-    )
+    settings = to_config_dict(config)
     for name in FILE_NAMES.values():
         if (path.parent / name).exists():
             settings.data.tokenizer.path = str(path.parent / name)
