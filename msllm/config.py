@@ -375,7 +375,7 @@ def code_named_by(config: Any, setting: str = "config") -> dict[str, str]:
 
     Returns: {setting: import path}, e.g. {"config.model.block": "mine:Block"}.
     """
-    found = {}
+    found: dict[str, str] = {}
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{setting}.{field.name}"
         if dataclasses.is_dataclass(value):

@@ -1,8 +1,9 @@
 """The device mesh, the one table from logical axes to mesh axes, and the collectives between them.
 
-Code names axes by what they are (`batch`, `stream`, `heads`, ...); only this file knows where they live. The loss runs
-inside one `shard_map`, where every array is this device's part: which collectives a step needs is written in the code,
-not left to a compiler's guess. The optimizer and everything else outside is plain `jit` with shardings.
+Code names axes by what they are (`batch`, `stream`, `heads`, ...). Only this file knows where they
+lie on the mesh. The loss runs inside one `shard_map`, where every array is the part of one device.
+So the code states which collectives a step needs, and no compiler has to infer them. The optimizer
+and everything else outside is plain `jit` with shardings.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from msllm.config import Config, MeshConfig
 from msllm.errors import UserError
 
-# The axis `fsdp` of the config is two axes of the mesh: `fsdp_inner` is the part of it that shares a physical axis of a
-# TPU torus with `stream` and `tensor`. Parameters are gathered, and their gradients scattered, in stages of one physical
-# axis each: over a group that spans several, XLA falls back to all-reducing whole gradients.
+# The axis `fsdp` of the config is two axes of the mesh. `fsdp_inner` is the part that shares a
+# physical axis of a TPU torus with `stream` and `tensor`. Parameters are gathered, and their
+# gradients scattered, in stages of one physical axis each. Over a group of devices that spans
+# several physical axes, XLA falls back to all-reducing whole gradients.
 AXES = ("data", "fsdp", "fsdp_inner", "stream", "tensor")
 FSDP = ("fsdp", "fsdp_inner")
 
-RULES: dict[str, tuple[str | tuple[str, ...], ...]] = {
+Stage = str | tuple[str, ...]  # mesh axes over which an array is gathered at a time
+
+# The mesh axes of each logical axis, in stages.
+RULES: dict[str, tuple[Stage, ...]] = {
     "batch": ("data", *FSDP),
     "row": (),
     "panel": (),
@@ -35,10 +40,7 @@ RULES: dict[str, tuple[str | tuple[str, ...], ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
-    "embed": (
-        "fsdp",
-        ("fsdp_inner", "stream"),
-    ),  # d_model of parameters: gathered when used, the last stage first
+    "embed": ("fsdp", ("fsdp_inner", "stream")),  # d_model of parameters: gathered when used
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "layers": (),
@@ -47,9 +49,15 @@ RULES: dict[str, tuple[str | tuple[str, ...], ...]] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh `data x fsdp x stream x tensor` over all devices, laid along the physical axes of their network.
+    """The mesh `data x fsdp x stream x tensor`, laid along the physical axes of the network.
 
-    Several TPU slices lie along `data`, which must be a multiple of their number. Raises UserError.
+    Several TPU slices lie along `data`, which must be a multiple of their number.
+
+    Args:
+      config: the sizes of the axes.
+      devices: None: all devices.
+
+    Raises UserError if the sizes do not fit the devices.
     """
     devices = list(jax.devices()) if devices is None else list(devices)
     sizes = list(dataclasses.astuple(config))
@@ -59,8 +67,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if int(np.prod(sizes)) != len(devices):
         asked = ", ".join(f"{name}={n}" for name, n in dataclasses.asdict(config).items())
         raise UserError(
-            f"config.mesh ({asked}) does not fit {len(devices)} devices: the product of the axes must equal the number "
-            "of devices; set one axis to -1 to let it take what remains"
+            f"config.mesh ({asked}) does not fit {len(devices)} devices: the product of the axes"
+            " must equal the number of devices; set one axis to -1 to let it take what remains"
         )
     data, fsdp, stream, tensor = sizes
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -79,12 +87,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def _shared_fsdp(devices: Sequence[Any], fsdp: int, within: int) -> int:
-    """How many of the fsdp parts fill up the physical axis of the torus that the `within` innermost devices lie on."""
+    """How many of the fsdp parts share a physical axis of the torus with `stream` and `tensor`.
+
+    Args:
+      within: devices along `stream` and `tensor` together. With the result they fill the axis.
+    """
     if not hasattr(devices[0], "coords"):
         return 1
-    for length in sorted(
-        {1 + max(device.coords[i] for device in devices) for i in range(len(devices[0].coords))}
-    ):
+    dimensions = range(len(devices[0].coords))
+    lengths = {1 + max(device.coords[i] for device in devices) for i in dimensions}
+    for length in sorted(lengths):
         if length > 1 and length % within == 0 and fsdp % (length // within) == 0:
             return length // within
     return 1
@@ -108,26 +120,28 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
 
 
 def check_lengths(lengths: dict[str, tuple[int, str]], mesh: Mesh) -> None:
-    """Raises UserError where the mesh does not divide a length; {logical axis: (length, its name)}."""
+    """Raises UserError where the mesh does not divide a length.
+
+    Args:
+      lengths: {logical axis: (length, its name in messages)}.
+    """
     for axis, (length, name) in lengths.items():
         parts = int(np.prod([mesh.shape[a] for a in mesh_axes(axis)]))
         if length % parts:
             sizes = " x ".join(f"{a}={mesh.shape[a]}" for a in mesh_axes(axis))
             raise UserError(
-                f"the mesh does not divide {name}: {length} over {sizes}; choose mesh axes whose product divides "
-                f"{length}, or change {name}"
+                f"the mesh does not divide {name}: {length} over {sizes}; choose mesh axes whose"
+                f" product divides {length}, or change {name}"
             )
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
-    """The mesh axes of a logical axis, without the stages."""
-    return tuple(
-        name for stage in RULES[axis] for name in ((stage,) if isinstance(stage, str) else stage)
-    )
+    """The mesh axes of a logical axis, of all stages."""
+    return tuple(name for stage in RULES[axis] for name in _names(stage))
 
 
 def partition_spec(*axes: str) -> PartitionSpec:
-    """PartitionSpec of logical axes. A mesh axis that two of them claim raises ValueError."""
+    """The PartitionSpec of logical axes. Raises ValueError if two of them share a mesh axis."""
     used = [name for axis in axes for name in mesh_axes(axis)]
     if len(set(used)) != len(used):
         raise ValueError(f"logical axes {axes} use a mesh axis twice: {used}")
@@ -135,32 +149,40 @@ def partition_spec(*axes: str) -> PartitionSpec:
 
 
 def named_sharding(mesh: Mesh, *axes: str) -> NamedSharding:
-    """NamedSharding of logical axes on `mesh`."""
+    """The NamedSharding of logical axes on `mesh`."""
     return NamedSharding(mesh, partition_spec(*axes))
 
 
 def axis_size(axis: str) -> int:
-    """Devices along a mesh axis, seen from inside `shard_map`; 1 outside of it, so model code runs in both."""
+    """Devices along a mesh axis inside `shard_map`; 1 outside of it, so model code runs in both."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape[axis] if axis in mesh.manual_axes else 1
 
 
-def axis_index(axis: str):
+def axis_index(axis: str) -> jax.Array | int:
     """This device's place along a mesh axis inside `shard_map`; 0 outside of it."""
     return jax.lax.axis_index(axis) if axis_size(axis) > 1 else 0
 
 
-def _used(stage: str | Sequence[str]) -> tuple[str, ...]:
-    return tuple(
-        axis for axis in ((stage,) if isinstance(stage, str) else stage) if axis_size(axis) > 1
-    )
+def _names(stage: Stage) -> tuple[str, ...]:
+    return (stage,) if isinstance(stage, str) else stage
 
 
-def gather(x: jax.Array, axis: int, stages: Sequence[str | tuple[str, ...]]) -> jax.Array:
-    """The whole of an array whose dimension `axis` is sharded over `stages` (items of RULES), the innermost first.
+def _used(stage: Stage) -> tuple[str, ...]:
+    """The mesh axes of a stage that have more than one device."""
+    return tuple(axis for axis in _names(stage) if axis_size(axis) > 1)
 
-    Backward, each stage becomes a reduce-scatter. Its dimension is made the first one, also in memory: scattering
-    another, XLA:TPU often falls back to an all-reduce of the whole array.
+
+def gather(x: jax.Array, axis: int, stages: Sequence[Stage]) -> jax.Array:
+    """The complete array, from this device's part.
+
+    Backward, each stage becomes a reduce-scatter. The dimension is made the first one, in memory as
+    well: if XLA:TPU scatters another dimension, it often falls back to an all-reduce of the whole
+    array.
+
+    Args:
+      axis: the dimension that is sharded.
+      stages: over what it is sharded, as in RULES. The last stage is gathered first.
     """
     used = [names for stage in reversed(stages) if (names := _used(stage))]
     if not used:
@@ -177,12 +199,19 @@ def gather(x: jax.Array, axis: int, stages: Sequence[str | tuple[str, ...]]) -> 
 
 @jax.custom_vjp
 def _row_major_gradient(x):
+    """The identity on a matrix, whose gradient is stored row by row."""
     return x
 
 
-_row_major_gradient.defvjp(
-    lambda x: (x, None), lambda _, gradient: (with_layout_constraint(gradient, Layout((0, 1))),)
-)
+def _row_major_forward(x):
+    return x, None
+
+
+def _row_major_backward(_, gradient):
+    return (with_layout_constraint(gradient, Layout((0, 1))),)
+
+
+_row_major_gradient.defvjp(_row_major_forward, _row_major_backward)
 
 
 def gather_streams(x: jax.Array) -> jax.Array:
@@ -191,7 +220,13 @@ def gather_streams(x: jax.Array) -> jax.Array:
 
 
 def rows_to_cells(x: jax.Array) -> jax.Array:
-    """From all cells and this device's columns of `embed`, [B of all, T, S, columns], to its own cells, [B, T, S, D]."""
+    """From this device's columns of `embed` for the cells of all devices, to its own cells.
+
+    Args:
+      x: [B of all devices of `fsdp`, T, S, columns].
+
+    Returns: [B, T, S of this device, D].
+    """
     if axis_size("stream") > 1:
         x = jax.lax.all_to_all(x, "stream", 2, x.ndim - 1, tiled=True)
     if names := _used(FSDP):
@@ -232,13 +267,14 @@ class StreamSubset:
         return len(self.places) == self.size
 
 
-def psum(x, *names: str):
-    """Sum over mesh axes inside `shard_map`; x outside of it."""
+def psum(x: Any, *names: str) -> Any:
+    """The sum of a pytree over mesh axes inside `shard_map`; x itself outside of it."""
     axes = _used(names)
     return jax.lax.psum(x, axes) if axes else x
 
 
-BATCH_AXES = {
+# The logical axes of the arrays of a batch.
+BATCH_AXES: dict[str, tuple[str, ...]] = {
     "tokens": ("batch", "row", "stream"),
     "present": ("batch", "row", "stream"),
     "segment": ("batch", "row"),

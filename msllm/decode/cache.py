@@ -334,20 +334,17 @@ def attend(
             return _attend_block_by_kernel(kernel, grouped, keys, values, mask, block_filled)
         return _attend_block_by_xla(grouped, keys, values, mask, q.dtype)
 
-    softmax: Any = None  # a _Softmax after the first block
-    for i, block in enumerate(zip(keys, values)):
-        block_mask = mask[..., i * rows : (i + 1) * rows]
-        if softmax is None:
-            softmax = attend_block(i, *block, block_mask)
-            continue
+    softmax = attend_block(0, keys[0], values[0], mask[..., :rows])
+    for i in range(1, len(keys)):
 
-        def add(softmax, *block, i=i):
-            return softmax.merge(attend_block(i, *block))
+        def add(softmax, keys, values, mask, i=i):
+            return softmax.merge(attend_block(i, keys, values, mask))
 
         def skip(softmax, *_):
             return softmax
 
-        softmax = jax.lax.cond(filled > i * rows, add, skip, softmax, *block, block_mask)
+        block = keys[i], values[i], mask[..., i * rows : (i + 1) * rows]
+        softmax = jax.lax.cond(filled > i * rows, add, skip, softmax, *block)
     out = _normalised(softmax).transpose(0, 3, 1, 2, 4).reshape(all_q.shape).astype(q.dtype)
     return jax.lax.dynamic_slice_in_dim(out, axis_index("stream") * streams, streams, axis=2)
 

@@ -8,6 +8,7 @@ sharding.py) and its initial scale.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from msllm.config import ModelConfig, RopeScalingConfig
 from msllm.kernels.cpu import PackedWeight, TableWeight
-from msllm.model.linear import Weight, linear, linear_back
+from msllm.model.linear import linear, linear_back
 from msllm.sharding import RULES, gather, mesh_axes, psum
 
 ROPE_SPAN = 4096  # rows; see `rope_angles`
@@ -60,13 +61,13 @@ def constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
 
 
-def gather_param(parameter: nnx.Param, dtype: jax.typing.DTypeLike) -> Weight:
+def gather_param(parameter: nnx.Param, dtype: jax.typing.DTypeLike) -> Any:
     """One layer's weight in the compute dtype, gathered along d_model.
 
-    Heads, ffn and vocabulary stay sharded.
+    Heads, ffn and vocabulary stay sharded. The result is an array.
 
-    Weights that decoding has stored in a type of its own are returned as they are: they are on one
-    device, in the compute dtype.
+    It is a `PackedWeight` or a `TableWeight` where decoding has stored the weight so: such a weight
+    is on one device and in the compute dtype already.
     """
     value = parameter.get_value()
     if isinstance(value, PackedWeight | TableWeight):

@@ -8,31 +8,30 @@ the same for all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from msllm.kernels.cpu import PackedWeight, TableWeight, matmul_packed, matmul_table
 
-Weight = jax.Array | PackedWeight | TableWeight
 
-
-def linear(x: jax.Array, weights: Iterable[Weight]) -> Iterator[jax.Array]:
+def linear(x: jax.Array, weights: Iterable[jax.Array | PackedWeight]) -> Iterator[jax.Array]:
     """Products from d_model, one for each weight: x [..., D], weights [D, ...] -> [..., ...].
 
     Takes a weight from `weights` only when its product is next. With generators as arguments, each
     weight is gathered just before it is used; in another order XLA:TPU needs up to 5 % more memory.
     """
-    weights = iter(weights)
-    for weight in weights:
+    remaining: Iterator[Any] = iter(weights)
+    for weight in remaining:
         if isinstance(weight, PackedWeight):
-            yield from _packed_products(x, [weight, *weights])  # all that remain, in one call
+            yield from _packed_products(x, [weight, *remaining])  # all of them in one call
         else:
             yield _dense_product(x, weight)
 
 
-def linear_back(x: jax.Array, weight: Weight) -> jax.Array:
+def linear_back(x: jax.Array, weight: jax.Array | PackedWeight) -> jax.Array:
     """The product back to d_model: x [..., E...] and a weight [D, E...] -> [..., D].
 
     D is the first axis of every weight. It is short when it is sharded over hundreds of devices,
@@ -63,6 +62,6 @@ def _dense_product(x: jax.Array, weight: jax.Array) -> jax.Array:
     return y.reshape(*x.shape[:-1], *weight.shape[1:])
 
 
-def _packed_products(x: jax.Array, weights: list[PackedWeight]) -> Iterator[jax.Array]:
+def _packed_products(x: jax.Array, weights: Sequence[PackedWeight]) -> Iterator[jax.Array]:
     for y, weight in zip(matmul_packed(x.reshape(-1, x.shape[-1]), weights), weights):
         yield y.reshape(*x.shape[:-1], *weight.shape[1:])

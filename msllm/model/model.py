@@ -26,7 +26,7 @@ from msllm.model.layers import (
     rms_norm,
     rope_angles,
 )
-from msllm.model.linear import Weight, head_logits
+from msllm.model.linear import head_logits
 from msllm.sharding import (
     FSDP,
     axis_index,
@@ -155,8 +155,8 @@ class MultiStreamLM(nnx.Module):
         """[V, D]: logits are hidden @ head.T. Inside `shard_map`: this device's part."""
         return self.embedding if self.config.tie_embeddings else self.head
 
-    def head_table(self) -> Weight:
-        """The head [V, D] in the compute dtype, complete along D."""
+    def head_table(self) -> Any:
+        """The head [V, D] in the compute dtype, complete along D; see `gather_param`."""
         return gather_param(self.head_parameter, self.config.compute_dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
