@@ -1,12 +1,13 @@
-"""Sessions that are opened, fed, forked and closed at random moments, each compared with itself run alone.
+"""Sessions opened, fed, forked and closed at random, each compared with itself run alone.
 
     PYTHONPATH=. python -m tests.many_sessions --minutes=10 [--sessions=200] [--seed=S]
 
-Each session is fed tokens of its own. What happened to it is written down, and played again in an engine in which it
-is alone: every row must have the same tokens, log-probabilities and entropies. Products of other shapes round
-differently: where two tokens are equally likely to five digits, the two may part; their log-probabilities or, where
-tokens are drawn, their distributions must be the same even then, and it must be rare. Memory and compilations are counted
-after everything has been used once.
+Each session is fed tokens of its own. What happened to it is written down, and played again in an
+engine in which it is alone: every row must have the same tokens, log-probabilities and entropies.
+Products of other shapes round differently: where two tokens are equally likely to five digits,
+the two may part; their log-probabilities or, where tokens are drawn, their distributions must be
+the same even then, and it must be rare. Memory and compilations are counted after everything has
+been used once.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def tiny_model():
 class Check:
     """An engine in use, and what was done to each of its sessions.
 
-    Attributes: counts of what was done. compiled: programs compiled since everything had been used once.
+    Attributes:
+      compiled: programs compiled since everything had been used once. The others are counts.
     """
 
     def __init__(self, sessions: int, seed: int, alone: int = 2):

@@ -59,7 +59,10 @@ def make_program(config: Config, devices: int = 1, **axes: int) -> Program:
 
 
 def random_tables(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
-    """A batch with silence, absent cells, several segments and empty rows; its tables hold unequal numbers of cells."""
+    """A batch with silence, absent cells, several segments and empty rows.
+
+    Its tables hold unequal numbers of cells.
+    """
     rng = np.random.default_rng(seed)
     shape = (config.data.batch_size, config.data.rows, len(config.streams.names))
     tokens = rng.integers(2, config.model.vocab_size, shape)
@@ -121,6 +124,7 @@ def write_config_file(path, config: Config) -> str:
     """A file for --config that gives this config."""
     path.write_text(
         "import json\nfrom msllm.config import from_config_dict, to_config_dict\n\n\n"
-        f"def get_config():\n    return to_config_dict(from_config_dict(json.loads({to_json(config)!r})))\n"
+        "def get_config():\n"
+        f"    return to_config_dict(from_config_dict(json.loads({to_json(config)!r})))\n"
     )
     return str(path)

@@ -33,7 +33,8 @@ def test_batch_pairs_counts_the_rule_in_packed_tables_with_absent_and_silent_cel
     segment = np.sort(rng.integers(1, 4, (2, 9)), 1)
     present, silent = rng.random((2, 2, 9, 3)) < 0.7
     cells = make_cells(present, segment, silent if skip_silence else None)
-    # An absent cell sees itself by the rule, so that its softmax is one: that is no work that anybody needs.
+    # An absent cell sees itself by the rule, so that its softmax is one: that is no work that
+    # anybody needs.
     expected = sum(visibility_table(cells, lag, batch)[present[batch]].sum() for batch in range(2))
     assert batch_pairs(lag, present, cells.seen, segment) == expected
 

@@ -10,7 +10,7 @@ import pytest
 
 from msllm.config import LossConfig
 from msllm.loss import next_row_loss, targets_and_weights
-from msllm.model.model import abstract_model, bind
+from msllm.model.model import bind
 from msllm.streams import make_cells, positions, visibility_table
 from msllm.weights.hf_tensors import to_hf
 from msllm.weights.load import load
@@ -41,9 +41,7 @@ class Setup:
         )
         model = model.with_streams(skip_silence="skip_silence" in spec["mask"])
         config = dataclasses.replace(model.config, attention=attention)
-        self.model = dataclasses.replace(
-            model, config=config, graph=abstract_model(config, model.streams)[0]
-        )
+        self.model = dataclasses.replace(model, config=config)
         tokens = case["tokens"]
         row = np.arange(tokens.shape[1])
         segment = (row < case["num_rows"][:, None]).astype(np.int32)

@@ -1,4 +1,7 @@
-"""Every recorded generation run, row by row: the harness only maps recorded settings onto decode's arguments."""
+"""Every recorded generation run, row by row.
+
+The harness only maps recorded settings onto decode's arguments.
+"""
 
 import golden_cases
 import numpy as np
@@ -43,7 +46,8 @@ def test_generation(name, run):
         forced[at : at + len(text), 0] = text
         start = settings["pre_think"] + len(text)
     elif size > 1:
-        # An oddity of the reference: the user's cell of the first row after the prefill is the model's own choice.
+        # An oddity of the reference: the user's cell of the first row after the prefill is the
+        # model's own choice.
         only = generate(
             model,
             1,

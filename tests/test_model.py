@@ -30,7 +30,7 @@ def forward(model, tokens, cells, position, parameters=None):
 
 
 def plain_decoder(config, parameters, tokens):
-    """An ordinary causal language model in numpy, written without msllm: tokens [T] -> logits [T, V]."""
+    """An ordinary causal language model in numpy, without msllm: tokens [T] -> logits [T, V]."""
 
     def norm(x, weight):
         return weight * x / np.sqrt(np.mean(x * x, -1, keepdims=True) + config.norm_eps)

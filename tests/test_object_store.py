@@ -1,6 +1,7 @@
-"""A workdir in Google Cloud Storage, by its emulator: what a machine without the cloud can try of it.
+"""A workdir in Google Cloud Storage, by its emulator.
 
-What it lacks is added here: the generations and conditions that TensorStore's writes rest on, and the moving of objects.
+What the emulator lacks is added here: the generations and conditions that TensorStore's writes rely
+on, and moving objects.
 """
 
 import contextlib
@@ -55,14 +56,17 @@ def bucket(monkeypatch):
     sys.modules.pop("gcp_storage_emulator.server", None)  # its routes hold the functions
     from gcp_storage_emulator import server as emulator
 
-    path = r"(?:/storage/v1)?/b/(?P<bucket_name>[^/]+)/o/(?P<object_id>.+)/moveTo/o/(?P<dest_object_id>.+)"
+    path = (
+        r"(?:/storage/v1)?/b/(?P<bucket_name>[^/]+)/o/(?P<object_id>.+)"
+        r"/moveTo/o/(?P<dest_object_id>.+)"
+    )
     monkeypatch.setattr(emulator, "HANDLERS", ((path, {"POST": move}), *emulator.HANDLERS))
 
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    # A thread for each connection: else one that a client keeps in reserve would hold up all others. But one request
-    # after the other: the emulator's dictionaries are not made for threads.
+    # A thread for each connection: else one that a client keeps in reserve would hold up all
+    # others. But one request after the other: the emulator's dictionaries are not made for threads.
     monkeypatch.setattr(http.server, "HTTPServer", http.server.ThreadingHTTPServer)
     turn, handle = threading.Lock(), emulator.Router.handle
 

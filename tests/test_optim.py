@@ -47,7 +47,8 @@ def test_four_steps_of_the_reference(monkeypatch):
         "present": np.broadcast_to(segment[:, :, None] > 0, tokens.shape),
         "segment": segment,
     }
-    # Rows of a prefix are read, not predicted from; training data has no such rows, so the step takes no loss mask.
+    # Rows of a prefix are read, not predicted from; training data has no such rows, so the step
+    # takes no loss mask.
     mask = np.broadcast_to((row >= case["prefix_rows"][:, None])[:, :, None], tokens.shape)
     monkeypatch.setattr(
         step_lib, "targets_and_weights", functools.partial(targets_and_weights, loss_mask=mask)
@@ -181,7 +182,8 @@ def test_silence_has_its_own_rate():
 @pytest.mark.parametrize("clip_norm, factor", [(2.0, 2.0 / 8.0), (100.0, 1.0), (0.0, 1.0)])
 def test_clipping_is_by_global_norm(clip_norm, factor):
     gradient = np.sqrt(8.0)  # 8 entries: a global norm of 8
-    # With a large epsilon Adam's first update is gradient / epsilon: it shows what the clipping left.
+    # With a large epsilon Adam's first update is gradient / epsilon: it shows what the clipping
+    # left.
     updates = one_update(gradient, weight_decay=0.0, clip_norm=clip_norm, eps=1e6)
     expected = -0.1 * factor * gradient / 1e6
     np.testing.assert_allclose(updates["blocks"]["mlp"]["gate"], expected, rtol=1e-4)

@@ -1,4 +1,7 @@
-"""The training loop keeps the device busy: nothing compiles again, no state is copied, and no result is waited for."""
+"""The training loop keeps the device busy.
+
+Nothing compiles again, no state is copied, and no result is waited for.
+"""
 
 import jax
 import numpy as np
@@ -14,8 +17,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def watch_steps(monkeypatch):
-    """watch_steps(before, after): a step is given the state that before(number, state, batch) returns, and the loop
-    gets what after(number, old state, state, metrics) returns."""
+    """watch_steps(before, after) wraps the compiled step.
+
+    A step is given the state that before(number, state, batch) returns, and the loop gets what
+    after(number, old state, state, metrics) returns.
+    """
     compile_step = training.compile_step
 
     def watch(before, after):

@@ -1,4 +1,6 @@
-"""Converters that place text in time: nothing is lost, the order in a stream is kept, nothing comes before its cause.
+"""Converters that place text in time.
+
+Nothing is lost, the order in a stream is kept, and nothing comes before its cause.
 
 Every word of an example is another one, so that a test finds the cell of each.
 """

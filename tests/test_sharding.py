@@ -55,7 +55,8 @@ def run(program, state):
     losses = []
     for seed in range(STEPS):
         batch = place(program, random_tables(program.config, seed))
-        # One step at a time: the virtual devices of a busy machine may else wait for each other until XLA gives up.
+        # One step at a time: the virtual devices of a busy machine may else wait for each other
+        # until XLA gives up.
         state, metrics = jax.block_until_ready(program.step(state, batch))
         losses.append(float(metrics["loss"]))
     return losses, host(metrics), host(state.parameters), state
@@ -152,7 +153,7 @@ def test_initial_parameters_do_not_depend_on_the_mesh():
 
 
 def check_parts(program, state):
-    """Every parameter and both of its moments lie in parts, one a device, as the table of rules says."""
+    """Every parameter and both of its moments are sharded as the table of rules says."""
     shape = program.mesh.shape
 
     def parts(*axes):

@@ -159,7 +159,7 @@ def test_the_step_compiles_once_and_reuses_the_state():
 
 
 def test_the_moments_exist_once():
-    """What is kept besides the state grows by gradients and updates, not by new moments beside the old ones."""
+    """Memory besides the state grows by gradients and updates, not by copies of the moments."""
 
     def temporaries(vocab_size):
         compiled = lowered(

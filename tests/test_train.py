@@ -173,11 +173,17 @@ def test_a_run_whose_gradients_are_not_finite_names_them_and_stops(
         return state._replace(parameters=state.parameters | {"final_norm": final_norm})
 
     monkeypatch.setattr(Checkpoints, "restore", poisoned)
-    rule = r"3 updates in a row were skipped because the gradients of .* not finite \(config.optim.max_skipped is 3\)"
+    rule = (
+        r"3 updates in a row were skipped because the gradients of .* not finite "
+        r"\(config.optim.max_skipped is 3\)"
+    )
     with pytest.raises(UserError, match=rule):
         train(replace(replace(config, "optim", max_skipped=3), "checkpoint", every=0), tmp_path)
     said = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
-    first = r"step 1: the gradients of blocks/\S+, .* and others were not finite; update skipped \(1 in a row, 1 in all\)"
+    first = (
+        r"step 1: the gradients of blocks/\S+, .* and others were not finite; "
+        r"update skipped \(1 in a row, 1 in all\)"
+    )
     assert re.fullmatch(first, said[0])
     assert said[2].startswith("step 3:") and len(said) == 3
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
