@@ -131,7 +131,7 @@ def test_attention_of_a_row_is_that_of_xla(sizes, dtype):
     for seed in range(4):
         random = np.random.default_rng(seed)
 
-        def draw(*shape):
+        def draw(*shape, random=random):
             return random.standard_normal(shape, np.float32)
 
         # Whole numbers up to 127, over 16, also when they are scaled by 64 ** -0.5: where the
@@ -197,7 +197,9 @@ def test_a_row_is_put_in_its_place(sizes, layout, dtype):
             for x, row in zip(old, new):
                 x[b, at[b]] = row[b, 0]
         jax.tree.map(
-            np.testing.assert_array_equal, written, [lies(x, axes) for x, axes in zip(old, layout)]
+            np.testing.assert_array_equal,
+            list(written),
+            [lies(x, axes) for x, axes in zip(old, layout)],
         )
 
 
@@ -217,19 +219,24 @@ def test_what_is_not_a_number_stays_so_in_eight_bits():
 
 
 DECODE = """
-import logging; logging.basicConfig(level="INFO")
+import logging
+logging.basicConfig(level="INFO")
 import jax, numpy as np
 from msllm.config import ModelConfig, StreamsConfig
 from msllm.decode.engine import Engine
-from msllm.weights.load import LoadedModel
 from msllm.model.model import init_parameters
 from msllm.streams import StreamSpec
-config = ModelConfig(vocab_size=64, d_model=32, d_ff=64, num_layers=2, num_heads=4, num_kv_heads=2,
-head_dim=8) streams = StreamSpec.from_config(StreamsConfig(names=("a", "b", "c"), kinds=("output",)
-* 3)) model = LoadedModel(config, streams, jax.jit(lambda: init_parameters(config, streams, 0))())
-sessions = [Engine(model, window=32, cache_dtype=dtype, silence_id=0).open() for dtype in
-("float32", "bfloat16", "int8")] print("TOKENS", *np.concatenate([session.step().tokens for session
-in sessions for _ in range(20)]))
+from msllm.weights.load import LoadedModel
+
+sizes = {"vocab_size": 64, "d_model": 32, "d_ff": 64, "num_layers": 2}
+config = ModelConfig(**sizes, num_heads=4, num_kv_heads=2, head_dim=8)
+streams = StreamSpec.from_config(StreamsConfig(names=("a", "b", "c"), kinds=("output",) * 3))
+model = LoadedModel(config, streams, jax.jit(lambda: init_parameters(config, streams, 0))())
+tokens = []
+for dtype in ("float32", "bfloat16", "int8"):
+    session = Engine(model, window=32, cache_dtype=dtype, silence_id=0).open()
+    tokens += [session.step().tokens for _ in range(20)]
+print("TOKENS", *np.concatenate(tokens))
 """
 
 
