@@ -117,6 +117,8 @@ def adamw(config: OptimConfig, steps: int) -> optax.GradientTransformationExtraA
     return optax.GradientTransformationExtraArgs(chain().init, update)
 
 
+# The updates of these take the arguments of `make_optimizer` themselves. One that does not can be
+# wrapped in `_skip_nonfinite`.
 OPTIMIZERS: dict[str, Callable[[OptimConfig, int], optax.GradientTransformationExtraArgs]] = {
     "adamw": adamw
 }
