@@ -1,4 +1,5 @@
-// What decoding a row needs on a CPU: products of few rows, and attention of one row over the cache.
+// Decoding of a row on a CPU: products with few rows, attention of one row over the cache, and the
+// write to the cache.
 
 #include <array>
 #include <cmath>
@@ -12,23 +13,28 @@ namespace msllm {
 using Array = ffi::Buffer<ffi::F32>;
 using Result = ffi::Result<Array>;
 
-// Cuts `all` columns of products into parts for threads: how many columns each has, in multiples of `unit`.
-int64_t columns_of_a_part(const ffi::ThreadPool& pool, int64_t all, int64_t multiplications_of_one, int64_t unit) {
-  const int64_t least = 1 << 16;  // multiplications that are worth another thread
-  const int64_t threads = std::clamp<int64_t>(all * multiplications_of_one / least, 1, pool.num_threads());
-  const int64_t parts = threads > 1 ? 4 * threads : 1;  // a thread may come late
+// The number of columns that a task of a product takes, a multiple of `unit`, if `all` columns are
+// shared among the threads.
+int64_t columns_of_a_part(const ffi::ThreadPool& pool, int64_t all, int64_t multiplications_of_one,
+                          int64_t unit) {
+  const int64_t least = 1 << 16;  // another thread pays off from this many multiplications on
+  const int64_t threads =
+      std::clamp<int64_t>(all * multiplications_of_one / least, 1, pool.num_threads());
+  const int64_t parts =
+      threads > 1 ? 4 * threads : 1;  // several per thread, because a thread may start late
   return std::max<int64_t>(1, (all + parts * unit - 1) / (parts * unit)) * unit;
 }
 
 // `MatmulPacked` of numbers in T.
 template <typename T>
-ffi::Error matmul_packed(ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::RemainingArgs ws, ffi::RemainingRets ys) {
+ffi::Error matmul_packed(ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::RemainingArgs ws,
+                         ffi::RemainingRets ys) {
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
   int64_t all = 0;
   for (size_t i = 0; i < ws.size(); ++i) {
     const ffi::AnyBuffer w = *ws.get<ffi::AnyBuffer>(i);
     if (w.dimensions()[0] != k || w.element_type() != x.element_type())
-      return ffi::Error::InvalidArgument("x and w do not fit together");
+      return ffi::Error::InvalidArgument("the shapes or types of x and w do not match");
     all += w.dimensions()[1];
   }
   struct Part {
@@ -44,7 +50,8 @@ ffi::Error matmul_packed(ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::Remaining
     const int64_t n = from.dimensions()[1];
     const T* w = static_cast<const T*>(from.untyped_data());
     for (int64_t j = 0; j < n; j += columns)
-      parts.push_back({w + j * k, static_cast<T*>(to.untyped_data()) + j, n, std::min(columns, n - j)});
+      parts.push_back(
+          {w + j * k, static_cast<T*>(to.untyped_data()) + j, n, std::min(columns, n - j)});
   }
   const T* given = static_cast<const T*>(x.untyped_data());
   std::vector<float> wide;
@@ -73,9 +80,11 @@ ffi::Error matmul_packed(ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::Remaining
   return ffi::Error::Success();
 }
 
-// x [M, K] and each w [K, N] -> each y [M, N], all float32 or all bfloat16, summed in float32. Weights are packed: panels
-// [K, PANEL] of columns follow each other, and the last one may be narrower. The kernel reads them from start to end.
-ffi::Error MatmulPacked(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs ws, ffi::RemainingRets ys) {
+// x [M, K] and each w [K, N] -> each y [M, N], all float32 or all bfloat16, summed in float32.
+// Weights are packed: panels [K, PANEL] of columns follow each other, and the last one may be
+// narrower. The kernel reads them from start to end.
+ffi::Error MatmulPacked(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs ws,
+                        ffi::RemainingRets ys) {
   if (x.element_type() == ffi::F32) return matmul_packed<float>(pool, x, ws, ys);
   if (x.element_type() == ffi::BF16) return matmul_packed<BFloat16>(pool, x, ws, ys);
   return ffi::Error::InvalidArgument("x is not float32 or bfloat16");
@@ -85,7 +94,7 @@ ffi::Error MatmulPacked(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingAr
 ffi::Error MatmulTable(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, Result y) {
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = y->dimensions()[1];
   if (k != w.dimensions()[1] || w.element_type() != x.element_type())
-    return ffi::Error::InvalidArgument("x and w do not fit together");
+    return ffi::Error::InvalidArgument("the shapes or types of x and w do not match");
   const int64_t columns = columns_of_a_part(pool, n, m * k, NEAR);
   auto multiply = [&](const float* x, auto* w) {
     using W = std::remove_pointer_t<decltype(w)>;
@@ -98,63 +107,75 @@ ffi::Error MatmulTable(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
     return ffi::Error::Success();
   };
   if (x.element_type() == ffi::F32) return multiply(x.typed_data<float>(), w.typed_data<float>());
-  if (x.element_type() != ffi::BF16) return ffi::Error::InvalidArgument("x is not float32 or bfloat16");
+  if (x.element_type() != ffi::BF16)
+    return ffi::Error::InvalidArgument("x is not float32 or bfloat16");
   std::vector<float> wide(m * k);
   convert(static_cast<const BFloat16*>(x.untyped_data()), wide.data(), m * k);
   return multiply(wide.data(), static_cast<BFloat16*>(w.untyped_data()));
 }
 
-// What `AttendRow` is given and makes, below.
+// Arguments and results of `AttendRow`, below.
 struct Row {
   const float* q;
   const bool* mask;
-  const float* scales[2];  // of keys and of values in int8
+  const float* scales[2];  // of keys and of values, for int8
   float *top, *norm, *out;
   int64_t sessions, kv_heads, queries, of_head, streams, rows, size, filled;
   float masked;
 };
 
-// How products with a query become scores in base 2: less `zero`, times `unit`.
+// Turns a product with a query into a score in base 2: (product - zero) * unit.
 struct Scores {
   float zero, unit;
 };
 
-// Writes a query in the numbers with which keys are multiplied.
+// Converts a query to the type X in which keys are multiplied.
 template <typename X>
 Scores round_query(const float* from, X* to, int64_t size) {
   if constexpr (std::is_same_v<X, int8_t>) {
     Vec largest{};
-    for (int64_t h = 0; h < size; h += LANES) largest = max(largest, max(load(from + h), -load(from + h)));
+    for (int64_t h = 0; h < size; h += LANES)
+      largest = max(largest, max(load(from + h), -load(from + h)));
     const float one = max(largest) / 127;
-    for (int64_t h = 0; h < size; h += LANES) store(to + h, load(from + h) * (one > 0 ? 1 / one : 0));
-    return {128.0f * std::accumulate(to, to + size, 0), one * LOG2E};  // keys come without a sign, 128 more
+    for (int64_t h = 0; h < size; h += LANES)
+      store(to + h, load(from + h) * (one > 0 ? 1 / one : 0));
+    return {128.0f * std::accumulate(to, to + size, 0),
+            one * LOG2E};  // the product reads keys as unsigned, 128 larger
   } else {
     convert(from, to, size);
     return {0, LOG2E};
   }
 }
 
-// `AttendRow` over keys and values in T: keys are multiplied with queries in X, values with weights in Y.
+// `AttendRow` over keys and values of type T. Keys are multiplied by queries of type X, values by
+// weights of type Y.
 template <typename X, typename Y, typename T>
 void attend_row(ffi::ThreadPool& pool, const Row& in, const T* keys, const T* values) {
-  constexpr int64_t NARROW = sizeof(float) / sizeof(Y);  // weights in the place of one float
+  constexpr int64_t NARROW =
+      sizeof(float) / sizeof(Y);  // weights that fit into the memory of one float
   static constexpr bool SCALED = std::is_same_v<T, int8_t>;
   const int64_t queries = in.queries, streams = in.streams, rows = in.rows, size = in.size;
-  const int64_t end = std::clamp<int64_t>(in.filled, 1, rows), seen = (end + PANEL - 1) / PANEL * PANEL;
+  const int64_t end = std::clamp<int64_t>(in.filled, 1, rows),
+                seen = (end + PANEL - 1) / PANEL * PANEL;
   const int64_t depth = (end + NARROW - 1) / NARROW * NARROW;
   in_parallel(pool, in.sessions * in.kv_heads, [&](int64_t task) {
     const bool* visible = in.mask + task / in.kv_heads * in.of_head * streams * rows;
-    float *most = in.top + task * queries, *total = in.norm + task * queries, *sums = in.out + task * queries * size;
+    float *most = in.top + task * queries, *total = in.norm + task * queries,
+          *sums = in.out + task * queries * size;
     std::fill(most, most + queries, in.masked);
     std::fill(total, total + queries, 0.0f);
     std::fill(sums, sums + queries * size, 0.0f);
     auto query = std::make_unique<X[]>(queries * size);
     std::vector<Scores> scores_of(queries);
-    for (int64_t i = 0; i < queries; ++i) scores_of[i] = round_query(in.q + (task * queries + i) * size, &query[i * size], size);
-    auto scores = std::make_unique<float[]>(ROWS * seen), weighted = std::make_unique<float[]>(ROWS * size);
-    const auto weights = reinterpret_cast<Y*>(scores.get());  // each in the place of scores that have been read
-    // With an online softmax over the streams, so that the scores of some queries stay in the cache. Meanwhile what is wanted
-    // next is fetched: values where keys are multiplied, and keys where values are.
+    for (int64_t i = 0; i < queries; ++i)
+      scores_of[i] = round_query(in.q + (task * queries + i) * size, &query[i * size], size);
+    auto scores = std::make_unique<float[]>(ROWS * seen),
+         weighted = std::make_unique<float[]>(ROWS * size);
+    const auto weights =
+        reinterpret_cast<Y*>(scores.get());  // weights overwrite scores that have been read
+    // An online softmax over the streams keeps the scores of a few queries in the CPU's cache. Each
+    // product prefetches what the next one reads: the product with keys prefetches values, and the
+    // product with values prefetches keys.
     for (int64_t s = 0; s < streams; ++s)
       by_rows(queries, [&](int64_t first, int64_t count) {
         const int64_t cell = (task * streams + s) * rows;
@@ -171,14 +192,16 @@ void attend_row(ffi::ThreadPool& pool, const Row& in, const T* keys, const T* va
           const bool* sees = visible + ((first + i) % in.of_head * streams + s) * rows;
           asking[i] = {broadcast(most[first + i]), sees, scores_of[first + i]};
         }
-        auto take = [by = asking.data(), key_scale, to = scores.get(), seen, masked = in.masked](int64_t i, int64_t r, Vec product) {
+        auto take = [by = asking.data(), key_scale, to = scores.get(), seen, masked = in.masked](
+                        int64_t i, int64_t r, Vec product) {
           Vec score = (product - by[i].scores.zero) * by[i].scores.unit;
           if constexpr (SCALED) score *= load(key_scale + r);
           score = choose(by[i].sees + r, score, masked);
           by[i].highest = max(by[i].highest, score);
           store(to + i * seen + r, score);
         };
-        multiply_panels(MatrixOf<X>{&query[first * size], size}, key, count, size, seen, value - key, take);
+        multiply_panels(MatrixOf<X>{&query[first * size], size}, key, count, size, seen,
+                        value - key, take);
         float unit[ROWS], kept[ROWS];
         for (int64_t i = 0; i < count; ++i) {
           float *row = &scores[i * seen], before = most[first + i];
@@ -200,15 +223,16 @@ void attend_row(ffi::ThreadPool& pool, const Row& in, const T* keys, const T* va
           unit[i] = 1;
           if constexpr (NARROW == 4) {
             unit[i] = max(largest) / 255;
-            for (int64_t r = 0; r < seen; r += LANES) store(weights_of_row + r, load(row + r) * (unit[i] > 0 ? 1 / unit[i] : 0));
+            for (int64_t r = 0; r < seen; r += LANES)
+              store(weights_of_row + r, load(row + r) * (unit[i] > 0 ? 1 / unit[i] : 0));
           }
           kept[i] = std::exp2(before - now);
           total[first + i] = total[first + i] * kept[i] + sum(added);
           most[first + i] = now;
         }
         std::fill(&weighted[0], &weighted[count * size], 0.0f);
-        add_product(MatrixOf<Y>{weights, NARROW * seen}, MatrixOf<T>{value, size}, weighted.get(), size, count, depth, size,
-                    {depth, CACHED.tile}, 0, key - value + rows * size);
+        add_product(MatrixOf<Y>{weights, NARROW * seen}, MatrixOf<T>{value, size}, weighted.get(),
+                    size, count, depth, size, {depth, CACHED.tile}, 0, key - value + rows * size);
         for (int64_t i = 0; i < count; ++i)
           for (int64_t h = 0; h < size; ++h) {
             float& sum = sums[(first + i) * size + h];
@@ -219,25 +243,35 @@ void attend_row(ffi::ThreadPool& pool, const Row& in, const T* keys, const T* va
   });
 }
 
-// One row of each session over a block of the cache, see `attend` in msllm/decode/cache.py.
+// Attention of one row of each session over a block of the cache (`attend` in
+// msllm/decode/cache.py).
 //
-//   q [B, K, Q, H], Q = (heads of a kv head) * queries; keys [B, K, S, R / PANEL, H, PANEL] and values
-//   [B, K, S, R / PANEL, PANEL, H] in float32, int8, or bfloat16 by its bits; mask [B, queries, S, R]; filled []: rows of the
-//   block from here on are not visible; of int8 the scales of keys and of values, [B, K, S, R].
-//   -> top and norm [B, K, Q, 1]: highest score, sum of e^(score - top); out [B, K, Q, H]: values weighted by these.
-ffi::Error AttendRow(ffi::ThreadPool pool, float masked, Array q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
-                     ffi::Buffer<ffi::PRED> mask, ffi::Buffer<ffi::S32> filled, ffi::RemainingArgs scales, Result top,
+//   q [B, K, Q, H], Q = (heads of a kv head) * queries; keys [B, K, S, R / PANEL, H, PANEL] and
+//   values [B, K, S, R / PANEL, PANEL, H] in float32, int8, or the bits of bfloat16; mask [B,
+//   queries, S, R]; filled []: rows of the block from here on are not visible; for int8 the scales
+//   of keys and of values, [B, K, S, R].
+//   -> top and norm [B, K, Q, 1]: highest score, and sum of e^(score - top); out [B, K, Q, H]:
+//   values weighted by e^(score - top).
+ffi::Error AttendRow(ffi::ThreadPool pool, float masked, Array q, ffi::AnyBuffer keys,
+                     ffi::AnyBuffer values, ffi::Buffer<ffi::PRED> mask,
+                     ffi::Buffer<ffi::S32> filled, ffi::RemainingArgs scales, Result top,
                      Result norm, Result out) {
   const auto shape = keys.dimensions();
-  Row row{q.typed_data(), mask.typed_data(), {}, top->typed_data(), norm->typed_data(), out->typed_data()};
-  row.sessions = shape[0], row.kv_heads = shape[1], row.streams = shape[2], row.rows = shape[3] * PANEL, row.size = shape[4];
-  row.queries = q.dimensions()[2], row.of_head = mask.dimensions()[1], row.filled = filled.typed_data()[0], row.masked = masked;
-  if (shape[5] != PANEL || mask.dimensions()[3] != row.rows) return ffi::Error::InvalidArgument("keys are not in panels");
-  if (scales.size() != (keys.element_type() == ffi::S8 ? 2 : 0)) return ffi::Error::InvalidArgument("scales are those of int8");
+  Row row{q.typed_data(),    mask.typed_data(),  {},
+          top->typed_data(), norm->typed_data(), out->typed_data()};
+  row.sessions = shape[0], row.kv_heads = shape[1], row.streams = shape[2],
+  row.rows = shape[3] * PANEL, row.size = shape[4];
+  row.queries = q.dimensions()[2], row.of_head = mask.dimensions()[1],
+  row.filled = filled.typed_data()[0], row.masked = masked;
+  if (shape[5] != PANEL || mask.dimensions()[3] != row.rows)
+    return ffi::Error::InvalidArgument("keys are not in panels");
+  if (scales.size() != (keys.element_type() == ffi::S8 ? 2 : 0))
+    return ffi::Error::InvalidArgument("only int8 has scales");
   for (size_t i = 0; i < scales.size(); ++i) row.scales[i] = scales.get<Array>(i)->typed_data();
   auto attend = [&](auto x, auto y, auto number) {
     using T = decltype(number);
-    const auto *k = static_cast<const T*>(keys.untyped_data()), *v = static_cast<const T*>(values.untyped_data());
+    const auto *k = static_cast<const T*>(keys.untyped_data()),
+               *v = static_cast<const T*>(values.untyped_data());
     attend_row<decltype(x), decltype(y)>(pool, row, k, v);
     return ffi::Error::Success();
   };
@@ -250,50 +284,62 @@ ffi::Error AttendRow(ffi::ThreadPool pool, float masked, Array q, ffi::AnyBuffer
     case ffi::U16:
       return narrow ? attend(Paired(), Paired(), BFloat16()) : attend(float(), float(), BFloat16());
     default:
-      return ffi::Error::InvalidArgument("keys are not float32, int8, or bfloat16 by its bits");
+      return ffi::Error::InvalidArgument("keys are not float32, int8, or the bits of bfloat16");
   }
 }
 
-// A number as the cache has it; of int8 in units of `one`.
+// A number as the cache stores it; for int8 in units of `one`.
 template <typename T>
 T stored(float x, float one) {
   if constexpr (std::is_same_v<T, int8_t>) {
     const float rounded = std::nearbyint(x / one);
-    return std::abs(rounded) <= 127 ? rounded : 0;  // not so: 0 / 0, and what is not finite
+    return std::abs(rounded) <= 127 ? rounded
+                                    : 0;  // 0 also for 0 / 0 and for numbers that are not finite
   } else {
     return T(x);
   }
 }
 
-// Puts one row of each session into a block of the cache, see `store` in msllm/decode/cache.py: keys and values [B, 1, S, K, H] at places
-// `at` [B] of keys [B, K, S, R / PANEL, H, PANEL] and of values [B, K, S, R / PANEL, PANEL, H] in float32, int8, or bfloat16 by its
-// bits; of int8 the scales come after either, [B, K, S, R]. A place outside of the block writes nothing. Arguments: `at`, the new
-// keys and values, the block; results: the block, in the same memory.
-ffi::Error WriteRow(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> at, Array k, Array v, ffi::RemainingArgs old,
-                    ffi::RemainingRets block) {
+// Writes one row of each session into a block of the cache, converted as by `store` in
+// msllm/decode/cache.py.
+//
+//   at [B]: the row of the block in each session; a row outside of the block writes nothing. k and
+//   v [B, 1, S, K, H]: the new row. old: the block. Keys [B, K, S, R / PANEL, H, PANEL] and values
+//   [B, K, S, R / PANEL, PANEL, H] in float32, int8, or the bits of bfloat16; for int8 each is
+//   followed by its scales, [B, K, S, R].
+//   -> the block, in the same memory.
+ffi::Error WriteRow(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> at, Array k, Array v,
+                    ffi::RemainingArgs old, ffi::RemainingRets block) {
   for (size_t i = 0; i < block.size(); ++i)
-    if ((*old.get<ffi::AnyBuffer>(i)).untyped_data() != (**block.get<ffi::AnyBuffer>(i)).untyped_data())
+    if ((*old.get<ffi::AnyBuffer>(i)).untyped_data() !=
+        (**block.get<ffi::AnyBuffer>(i)).untyped_data())
       return ffi::Error::Internal("a block of the cache was copied");
-  const int64_t half = block.size() / 2;  // arrays of keys; of values there are as many
-  const ffi::AnyBuffer keys = **block.get<ffi::AnyBuffer>(0), values = **block.get<ffi::AnyBuffer>(half);
+  const int64_t half = block.size() / 2;  // the number of arrays of keys, and of values
+  const ffi::AnyBuffer keys = **block.get<ffi::AnyBuffer>(0),
+                       values = **block.get<ffi::AnyBuffer>(half);
   const auto shape = keys.dimensions();
-  if (shape[5] != PANEL) return ffi::Error::InvalidArgument("a block of the cache is not in panels");
-  const int64_t kv_heads = shape[1], heads = shape[0] * kv_heads, streams = shape[2], rows = shape[3] * PANEL, size = shape[4];
+  if (shape[5] != PANEL)
+    return ffi::Error::InvalidArgument("a block of the cache is not in panels");
+  const int64_t kv_heads = shape[1], heads = shape[0] * kv_heads, streams = shape[2],
+                rows = shape[3] * PANEL, size = shape[4];
   float* scales[2] = {};
-  for (int64_t i = 0; i < 2 && half == 2; ++i) scales[i] = (**block.get<Array>(i * half + 1)).typed_data();
+  for (int64_t i = 0; i < 2 && half == 2; ++i)
+    scales[i] = (**block.get<Array>(i * half + 1)).typed_data();
 
   auto write = [&](auto number) {
     using T = decltype(number);
-    auto put = [&](const float* row, T* to, float* scale, int64_t head, int64_t place, int64_t first, int64_t step) {
+    auto put = [&](const float* row, T* to, float* scale, int64_t head, int64_t place,
+                   int64_t first, int64_t step) {
       for (int64_t s = 0; s < streams; ++s) {
-        const float* from = row + ((head / kv_heads * streams + s) * kv_heads + head % kv_heads) * size;
+        const float* from =
+            row + ((head / kv_heads * streams + s) * kv_heads + head % kv_heads) * size;
         const int64_t cell = (head * streams + s) * rows;
         float one = 1;
         if (scale) {
           float largest = 0;
           for (int64_t h = 0; h < size; ++h) {
             const float x = std::abs(from[h]);
-            if (!(x <= largest) && largest == largest) largest = x;  // it keeps a NaN
+            if (!(x <= largest) && largest == largest) largest = x;  // a NaN stays
           }
           one = scale[cell + place] = largest * (1.0f / 127);
         }
@@ -301,14 +347,17 @@ ffi::Error WriteRow(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> at, Array k, Arr
         for (int64_t h = 0; h < size; ++h) panel[h * step] = stored<T>(from[h], one);
       }
     };
-    const int64_t least = 1 << 9;  // numbers that are worth another thread: of keys, each lies far from the next
+    const int64_t least =
+        1 << 9;  // another thread pays off from this many numbers on: those of keys lie far apart
     const int64_t parts = std::clamp<int64_t>(k.element_count() / least, 1, heads);
     in_parallel(pool, parts, [&](int64_t task) {
       for (int64_t head = task * heads / parts; head < (task + 1) * heads / parts; ++head) {
         const int64_t place = at.typed_data()[head / kv_heads], inside = place % PANEL;
         if (place < 0 || place >= rows) continue;
-        put(k.typed_data(), static_cast<T*>(keys.untyped_data()), scales[0], head, place, inside, PANEL);
-        put(v.typed_data(), static_cast<T*>(values.untyped_data()), scales[1], head, place, inside * size, 1);
+        put(k.typed_data(), static_cast<T*>(keys.untyped_data()), scales[0], head, place, inside,
+            PANEL);
+        put(v.typed_data(), static_cast<T*>(values.untyped_data()), scales[1], head, place,
+            inside * size, 1);
       }
     });
     return ffi::Error::Success();
@@ -321,7 +370,8 @@ ffi::Error WriteRow(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> at, Array k, Arr
     case ffi::U16:
       return write(BFloat16());
     default:
-      return ffi::Error::InvalidArgument("a block of the cache is not float32, int8, or bfloat16 by its bits");
+      return ffi::Error::InvalidArgument(
+          "a block of the cache is not float32, int8, or the bits of bfloat16");
   }
 }
 

@@ -1,4 +1,4 @@
-// Products of few rows with a matrix that is read once: y [M, N] = x [M, K] times w, for M up to the hundreds.
+// Products y [M, N] = x [M, K] w of a few rows, up to some hundreds, that read the matrix w once.
 #pragma once
 
 #include <type_traits>
@@ -7,13 +7,17 @@
 
 namespace msllm {
 
-// Columns (in vectors) that are in registers beside M rows.
+// The number of vectors of columns that registers hold together with M rows.
 template <int M>
-constexpr int WIDTH = 4 * M <= ACCUMULATORS ? 4 : 2 * M <= ACCUMULATORS ? 2 : 1;
-constexpr int ROWS = ACCUMULATORS / 2;  // rows that are in registers at one time
-constexpr int NEAR = 4;  // rows of a transposed w that stay in the cache while all rows of x come to them
+constexpr int WIDTH = 4 * M <= ACCUMULATORS   ? 4
+                      : 2 * M <= ACCUMULATORS ? 2
+                                              : 1;
+constexpr int ROWS = ACCUMULATORS / 2;  // rows that registers hold at a time
+constexpr int NEAR =
+    4;  // rows of a transposed w that stay in the cache while they are multiplied by all rows of x
 
-// Rows of a matrix lie `stride` apart, and the values of a row `step` (of x in add_product; 1 elsewhere).
+// A matrix whose rows lie `stride` apart, and the values of a row `step` apart (1 except for x in
+// add_product).
 template <typename T>
 struct MatrixOf {
   const T* data;
@@ -23,11 +27,12 @@ struct MatrixOf {
 };
 using Matrix = MatrixOf<float>;
 
-// Calls f(row, first column, LANES numbers) with x [M, k] w [k, n], k >= 1, n a multiple of LANES * C. What lies `ahead` of w is
-// fetched meanwhile. If x is in bfloat16 or in eight bits, so is w, k is a multiple of 2 or of 4, and C of 2.
+// Calls f(row, first column, LANES numbers) for x [M, k] w [k, n], k >= 1, n a multiple of LANES *
+// C. Prefetches what lies `ahead` of w. If x is bfloat16 or has eight bits, so has w; then k is a
+// multiple of 2 or of 4, and C of 2.
 template <int M, int C, typename X, typename W, typename F>
 void block_of_columns(MatrixOf<X> x, MatrixOf<W> w, int64_t k, int64_t n, int64_t ahead, F f) {
-  constexpr int DEEP = sizeof(float) / sizeof(X);  // rows of w at a time
+  constexpr int DEEP = sizeof(float) / sizeof(X);  // rows of w that are multiplied at a time
   using Sum = std::conditional_t<DEEP == 4, IntVec, Vec>;
   for (int64_t j = 0; j < n; j += LANES * C) {
     Sum sums[M][C] = {};
@@ -52,7 +57,8 @@ void block_of_columns(MatrixOf<X> x, MatrixOf<W> w, int64_t k, int64_t n, int64_
 #pragma GCC unroll 32
       for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) sums[m][c] = multiply_add(from + m * x.stride, columns[c], sums[m][c]);
+        for (int c = 0; c < C; ++c)
+          sums[m][c] = multiply_add(from + m * x.stride, columns[c], sums[m][c]);
       from += DEEP * x.step;
       weights += DEEP * w.stride;
     } while ((left -= DEEP) > 0);
@@ -63,7 +69,7 @@ void block_of_columns(MatrixOf<X> x, MatrixOf<W> w, int64_t k, int64_t n, int64_
   }
 }
 
-// y [M, n] += x [M, k] w^T, w [n, k], n a multiple of C. The rows of w that are wanted next are fetched meanwhile.
+// y [M, n] += x [M, k] w^T, w [n, k], n a multiple of C. Prefetches the next rows of w.
 template <int M, int C, typename W>
 void block_of_rows(Matrix x, MatrixOf<W> w, float* y, int64_t y_stride, int64_t k, int64_t n) {
   const int64_t vectors = k / LANES * LANES;
@@ -99,7 +105,7 @@ void block_of_rows(Matrix x, MatrixOf<W> w, float* y, int64_t y_stride, int64_t 
   }
 }
 
-// Calls f with the number of rows that is `m` (1 to ROWS) as a constant.
+// Calls f with `m` (1 to M) as a compile-time constant.
 template <int M = ROWS, typename F>
 void with_rows(int64_t m, F f) {
   if constexpr (M == 1) {
@@ -111,7 +117,8 @@ void with_rows(int64_t m, F f) {
   }
 }
 
-// Calls f(first row, number of them as a constant) for all of m rows, in parts of about the same size.
+// Calls f(first row, number of rows as a compile-time constant) for m rows in parts of about equal
+// size.
 template <int MOST = ROWS, typename F>
 void by_rows(int64_t m, F f) {
   const int64_t parts = (m + MOST - 1) / MOST;
@@ -122,23 +129,27 @@ void by_rows(int64_t m, F f) {
   }
 }
 
-// How a product cuts up w: rows that are read side by side, and columns that stay in the cache while all of x comes to them.
+// How a product divides w: `depth` rows at a time, and `tile` columns that stay in the cache while
+// they are multiplied by all of x.
 struct Cut {
   int64_t depth, tile;
 };
-constexpr Cut CACHED{64, 64};  // w is in the second cache: the part fits into the first
+constexpr Cut CACHED{
+    64, 64};  // for a w in the second-level cache: a part fits into the first-level cache
 
-// y [m, n] += x [m, k] w [k, n]. What comes after is fetched meanwhile: the next rows of w, or what lies `elsewhere`, counted
-// from w; `next`: where the columns begin, from those of w, that are wanted after these. If x is in bfloat16 or in eight bits,
-// so is w, k is a multiple of 2 or of 4, and n of 2 * LANES.
+// y [m, n] += x [m, k] w [k, n]. Prefetches the next rows of w; after its last columns those that
+// begin `next` columns behind w's first; or, if it is given, what lies `elsewhere`, counted from w.
+// If x is bfloat16 or has eight bits, so has w; then k is a multiple of 2 or of 4, and n of 2 *
+// LANES.
 template <typename X = float, typename W = float>
-void add_product(MatrixOf<X> x, MatrixOf<W> w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n, Cut cut,
-                 int64_t next = 0, int64_t elsewhere = 0) {
+void add_product(MatrixOf<X> x, MatrixOf<W> w, float* y, int64_t y_stride, int64_t m, int64_t k,
+                 int64_t n, Cut cut, int64_t next = 0, int64_t elsewhere = 0) {
   const int64_t vectors = n / LANES * LANES;
   for (int64_t tile = 0; tile < vectors; tile += cut.tile) {
     const int64_t end = std::min(tile + cut.tile, vectors);
     for (int64_t i = 0; i < k; i += cut.depth) {
-      const int64_t depth = std::min(cut.depth, k - i), after = end < vectors ? cut.tile : next - tile;
+      const int64_t depth = std::min(cut.depth, k - i),
+                    after = end < vectors ? cut.tile : next - tile;
       const int64_t rows_ahead = i + depth < k ? depth * w.stride : after - i * w.stride;
       const int64_t ahead = elsewhere ? elsewhere : rows_ahead;
       by_rows(m, [&](int64_t first, auto rows) {
@@ -148,23 +159,27 @@ void add_product(MatrixOf<X> x, MatrixOf<W> w, float* y, int64_t y_stride, int64
           const MatrixOf<X> from{x.row(first) + i * x.step, x.stride, x.step};
           const MatrixOf<W> weights{w.row(i) + j, w.stride};
           float* to = y + first * y_stride + j;
-          block_of_columns<M, columns>(from, weights, depth, size, ahead, [&](int64_t row, int64_t column, Vec v) {
-            store(to + row * y_stride + column, load(to + row * y_stride + column) + v);
-          });
+          block_of_columns<M, columns>(
+              from, weights, depth, size, ahead, [&](int64_t row, int64_t column, Vec v) {
+                store(to + row * y_stride + column, load(to + row * y_stride + column) + v);
+              });
         };
         add(std::integral_constant<int, C>(), tile, whole - tile);
-        if constexpr (std::is_same_v<X, float>) add(std::integral_constant<int, 1>(), whole, end - whole);
+        if constexpr (std::is_same_v<X, float>)
+          add(std::integral_constant<int, 1>(), whole, end - whole);
       });
     }
   }
   for (int64_t row = 0; row < m && vectors < n; ++row)
     for (int64_t i = 0; i < k; ++i)
-      for (int64_t j = vectors; j < n; ++j) y[row * y_stride + j] += x.row(row)[i * x.step] * w.row(i)[j];
+      for (int64_t j = vectors; j < n; ++j)
+        y[row * y_stride + j] += x.row(row)[i * x.step] * w.row(i)[j];
 }
 
 // y [m, n] += x [m, k] w^T, w [n, k].
 template <typename W = float>
-void add_product_transposed(Matrix x, MatrixOf<W> w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n) {
+void add_product_transposed(Matrix x, MatrixOf<W> w, float* y, int64_t y_stride, int64_t m,
+                            int64_t k, int64_t n) {
   for (int64_t j = 0; j < n; j += NEAR)
     by_rows<ACCUMULATORS / NEAR>(m, [&](int64_t first, auto rows) {
       constexpr int M = rows;
@@ -178,28 +193,34 @@ void add_product_transposed(Matrix x, MatrixOf<W> w, float* y, int64_t y_stride,
     });
 }
 
-constexpr int64_t PANEL = 32;  // columns of w that lie together when it is packed, rows of the cache: see __init__.py
-constexpr int64_t AHEAD = 4096;  // numbers by which memory is fetched before they are wanted
+constexpr int64_t PANEL =
+    32;  // columns of a packed w, or rows of the decoding cache, that lie together: see calls.py
+constexpr int64_t AHEAD = 4096;  // how far ahead of its use memory is prefetched, in numbers
 
-// Calls f(row, first column, LANES numbers) with x [m, k] w [k, n], w in panels [k, PANEL], one after the other, n a multiple of
-// PANEL. What lies `ahead` is fetched meanwhile, counted from w. If x is in bfloat16 or in eight bits, so is w, and k is a multiple
-// of 2 or of 4.
+// Calls f(row, first column, LANES numbers) for x [m, k] w [k, n], w in panels [k, PANEL] that
+// follow each other, n a multiple of PANEL. Prefetches what lies `ahead` of w. If x is bfloat16 or
+// has eight bits, so has w; then k is a multiple of 2 or of 4.
 template <typename X, typename W, typename F>
-void multiply_panels(MatrixOf<X> x, const W* w, int64_t m, int64_t k, int64_t n, int64_t ahead, F f) {
+void multiply_panels(MatrixOf<X> x, const W* w, int64_t m, int64_t k, int64_t n, int64_t ahead,
+                     F f) {
   by_rows(m, [&](int64_t first, auto rows) {
     constexpr int M = rows, C = std::min<int>(WIDTH<M>, PANEL / LANES);
     const MatrixOf<X> from{x.row(first), x.stride};
     for (int64_t j = 0; j < n; j += PANEL)
-      block_of_columns<M, C>(from, MatrixOf<W>{w + j * k, PANEL}, k, PANEL, ahead,
-                             [f, first, j](int64_t row, int64_t column, Vec v) { f(first + row, j + column, v); });
+      block_of_columns<M, C>(
+          from, MatrixOf<W>{w + j * k, PANEL}, k, PANEL, ahead,
+          [f, first, j](int64_t row, int64_t column, Vec v) { f(first + row, j + column, v); });
   });
 }
 
-// y [m, n] = x [m, k] w [k, n], w such a panel, or a narrower one; then x is in float32.
+// y [m, n] = x [m, k] w [k, n] for one panel w. If w is narrower than PANEL, x must be float32.
 template <typename X = float, typename W = float>
-void multiply_panel(MatrixOf<X> x, const W* w, float* y, int64_t y_stride, int64_t m, int64_t k, int64_t n) {
+void multiply_panel(MatrixOf<X> x, const W* w, float* y, int64_t y_stride, int64_t m, int64_t k,
+                    int64_t n) {
   if (n == PANEL)
-    return multiply_panels(x, w, m, k, n, AHEAD, [&](int64_t row, int64_t column, Vec v) { store(y + row * y_stride + column, v); });
+    return multiply_panels(x, w, m, k, n, AHEAD, [&](int64_t row, int64_t column, Vec v) {
+      store(y + row * y_stride + column, v);
+    });
   if constexpr (std::is_same_v<X, float>) {
     for (int64_t i = 0; i < m; ++i) std::fill(y + i * y_stride, y + i * y_stride + n, 0.0f);
     add_product(x, MatrixOf<W>{w, n}, y, y_stride, m, k, n, {k, PANEL});

@@ -1,4 +1,5 @@
-// Vectors as wide as the registers of the CPU that this is compiled for, and work shared among XLA's threads.
+// Vectors as wide as the registers of the CPU that this is compiled for, and tasks on XLA's
+// threads.
 #pragma once
 
 #include <algorithm>
@@ -52,7 +53,7 @@ inline Vec multiply_add(const float* x, Vec y, Vec sums) { return sums + *x * y;
 struct BFloat16 {
   uint16_t bits;
   BFloat16() = default;
-  explicit BFloat16(float x) {  // to the nearest, of two the even one
+  explicit BFloat16(float x) {  // rounds to nearest even
     uint32_t wide;
     std::memcpy(&wide, &x, sizeof x);
     bits = x != x ? 0x7fc0 : (wide + 0x7fff + (wide >> 16 & 1)) >> 16;
@@ -71,8 +72,9 @@ void convert(const From* from, To* to, int64_t count) {
 }
 
 inline Vec load(const BFloat16* from) {
-#if defined(__AVX512F__)  // compilers convert one number after the other
-  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+#if defined(__AVX512F__)  // compilers do not vectorize this conversion
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)),
+                                16);
 #elif defined(__AVX2__)
   return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
 #else
@@ -94,7 +96,8 @@ inline Vec load(const int8_t* from) {
 #endif
 }
 
-// Products of bfloat16 are made in pairs, where the CPU can: two numbers of a row of x with those of two rows of w.
+// CPUs with AVX-512 BF16 multiply bfloat16 in pairs: two numbers of a row of x by those of two rows
+// of w.
 #if defined(__AVX512BF16__)
 using Paired = BFloat16;
 
@@ -103,7 +106,7 @@ inline void store(BFloat16* to, Vec v) {
   std::memcpy(to, &narrow, sizeof narrow);
 }
 
-// Two vectors of pairs: columns 0 to 15, and 16 to 31, of two rows.
+// Two vectors of pairs from two rows: columns 0 to 15, and 16 to 31.
 inline void load_pairs(const BFloat16* first, const BFloat16* second, Vec* pairs) {
   alignas(64) constexpr auto order = [] {
     struct {
@@ -113,7 +116,8 @@ inline void load_pairs(const BFloat16* first, const BFloat16* second, Vec* pairs
     return order;
   }();
   const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
-  for (int i = 0; i < 2; ++i) pairs[i] = (Vec)_mm512_permutex2var_epi16(a, _mm512_load_si512(order.of[i]), b);
+  for (int i = 0; i < 2; ++i)
+    pairs[i] = (Vec)_mm512_permutex2var_epi16(a, _mm512_load_si512(order.of[i]), b);
 }
 
 inline Vec multiply_add(const BFloat16* pair, Vec pairs, Vec sums) {
@@ -125,19 +129,24 @@ inline Vec multiply_add(const BFloat16* pair, Vec pairs, Vec sums) {
 using Paired = float;
 #endif
 
-// Products of int8 are made in fours, where the CPU can: four numbers of a row of x with those of four rows of w, of which one
-// side has no sign. Weights have none; to queries keys come without, that is, 128 more than they are.
+// CPUs with AVX-512 VNNI and VBMI multiply int8 in fours: four numbers of a row of x by those of
+// four rows of w. One side must be unsigned. Weights are; where queries are multiplied, keys are
+// made unsigned by adding 128.
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 using Query8 = int8_t;
 using Weight8 = uint8_t;
 
 inline Vec to_floats(IntVec v) { return (Vec)_mm512_cvtepi32_ps((__m512i)v); }
 
-inline void store(int8_t* to, Vec v) { _mm_storeu_si128((__m128i*)to, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32((__m512)v))); }
+inline void store(int8_t* to, Vec v) {
+  _mm_storeu_si128((__m128i*)to, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32((__m512)v)));
+}
 
-inline void store(uint8_t* to, Vec v) { _mm_storeu_si128((__m128i*)to, _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32((__m512)v))); }
+inline void store(uint8_t* to, Vec v) {
+  _mm_storeu_si128((__m128i*)to, _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32((__m512)v)));
+}
 
-// Two vectors of fours: columns 0 to 15, and 16 to 31, of four rows.
+// Two vectors of fours from four rows: columns 0 to 15, and 16 to 31.
 inline void load_fours(const int8_t* from, int64_t stride, IntVec* fours) {
   alignas(64) constexpr auto order = [] {
     struct {
@@ -147,11 +156,13 @@ inline void load_fours(const int8_t* from, int64_t stride, IntVec* fours) {
     return order;
   }();
   auto two_rows = [stride](const int8_t* from) {
-    const __m256i first = _mm256_loadu_si256((const __m256i*)from), second = _mm256_loadu_si256((const __m256i*)(from + stride));
+    const __m256i first = _mm256_loadu_si256((const __m256i*)from),
+                  second = _mm256_loadu_si256((const __m256i*)(from + stride));
     return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
   };
   const __m512i a = two_rows(from), b = two_rows(from + 2 * stride);
-  for (int i = 0; i < 2; ++i) fours[i] = (IntVec)_mm512_permutex2var_epi8(a, _mm512_load_si512(order.of[i]), b);
+  for (int i = 0; i < 2; ++i)
+    fours[i] = (IntVec)_mm512_permutex2var_epi8(a, _mm512_load_si512(order.of[i]), b);
 }
 
 inline IntVec without_sign(IntVec fours) { return fours ^ (IntVec{} + int(0x80808080)); }
@@ -164,7 +175,8 @@ __m512i broadcast_four(const X* four) {
 }
 
 inline IntVec multiply_add(const int8_t* four, IntVec fours, IntVec sums) {
-  return (IntVec)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)without_sign(fours), broadcast_four(four));
+  return (IntVec)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)without_sign(fours),
+                                     broadcast_four(four));
 }
 
 inline IntVec multiply_add(const uint8_t* four, IntVec fours, IntVec sums) {
@@ -175,7 +187,7 @@ using Query8 = float;
 using Weight8 = float;
 #endif
 
-// The first `count` values; zeros behind them.
+// The first `count` values, followed by zeros.
 template <typename T>
 Vec load(const T* from, int64_t count) {
   T some[LANES] = {};
@@ -188,7 +200,7 @@ struct Floats {
   typedef float Type __attribute__((vector_size(4 * N)));
 };
 
-// Puts the lanes of a vector together, by halves.
+// Reduces the lanes of a vector by f, halving it each time.
 template <int N = LANES, typename F>
 float fold(typename Floats<N>::Type v, F f) {
   if constexpr (N == 2) {
@@ -204,20 +216,24 @@ inline float sum(Vec v) {
   return fold(v, [](auto a, auto b) { return a + b; });
 }
 
-// In each four lanes, those that are named: 0 to 3 are lanes of a, 4 to 7 of b.
+// Selects within each group of four lanes: 0 to 3 name lanes of a, 4 to 7 lanes of b.
 template <int... FOUR, int... LANE>
-Vec in_fours(Vec a, Vec b, std::integer_sequence<int, FOUR...>, std::integer_sequence<int, LANE...>) {
+Vec in_fours(Vec a, Vec b, std::integer_sequence<int, FOUR...>,
+             std::integer_sequence<int, LANE...>) {
   constexpr int from[] = {FOUR...};
 #if defined(__clang__)
-  return __builtin_shufflevector(a, b, (LANE / 4 * 4 + from[LANE % 4] % 4 + from[LANE % 4] / 4 * LANES)...);
+  return __builtin_shufflevector(
+      a, b, (LANE / 4 * 4 + from[LANE % 4] % 4 + from[LANE % 4] / 4 * LANES)...);
 #else
-  return __builtin_shuffle(a, b, IntVec{(LANE / 4 * 4 + from[LANE % 4] % 4 + from[LANE % 4] / 4 * LANES)...});
+  return __builtin_shuffle(
+      a, b, IntVec{(LANE / 4 * 4 + from[LANE % 4] % 4 + from[LANE % 4] / 4 * LANES)...});
 #endif
 }
 
 template <int... FOUR>
 Vec in_fours(Vec a, Vec b) {
-  return in_fours(a, b, std::integer_sequence<int, FOUR...>(), std::make_integer_sequence<int, LANES>());
+  return in_fours(a, b, std::integer_sequence<int, FOUR...>(),
+                  std::make_integer_sequence<int, LANES>());
 }
 
 using Four = Floats<4>::Type;
@@ -233,7 +249,7 @@ Four add_fours(typename Floats<N>::Type v) {
   }
 }
 
-// The sums of four vectors, in less than half the instructions that they take one by one.
+// The sums of four vectors, in less than half the instructions of four separate sums.
 inline Four sums(const Vec (&v)[4]) {
   const Vec first = in_fours<0, 4, 1, 5>(v[0], v[1]) + in_fours<2, 6, 3, 7>(v[0], v[1]);
   const Vec second = in_fours<0, 4, 1, 5>(v[2], v[3]) + in_fours<2, 6, 3, 7>(v[2], v[3]);
@@ -242,7 +258,7 @@ inline Four sums(const Vec (&v)[4]) {
 
 inline Vec max(Vec a, Vec b) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);  // compilers take a comparison and a selection
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);  // compilers emit a comparison and a selection
 #elif defined(__AVX__)
   return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
 #else
@@ -254,7 +270,7 @@ inline float max(Vec v) {
   return fold(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// `a` where the byte of a lane is not 0, else `b`.
+// For each lane `a` if its byte is not 0, else `b`.
 inline Vec choose(const bool* where, Vec a, float b) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
   const __m128i bytes = _mm_loadu_si128((const __m128i*)where);
@@ -262,7 +278,7 @@ inline Vec choose(const bool* where, Vec a, float b) {
 #else
   uint8_t bytes[16] = {};
   std::memcpy(bytes, where, LANES);
-#if defined(__AVX2__)  // compilers convert one byte after the other
+#if defined(__AVX2__)  // compilers do not vectorize this conversion
   const IntVec wide = (IntVec)_mm256_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
 #else
   IntVec wide;
@@ -274,9 +290,11 @@ inline Vec choose(const bool* where, Vec a, float b) {
 
 constexpr float LOG2E = 1.44269504f;
 
-// 2^x for x <= 0, with a relative error of 2e-7; 0 from -127 on. The polynomial is that of Cephes (S. Moshier), exp2f.
+// 2^x for x <= 0, with a relative error of 2e-7; 0 from -127 on. The polynomial is that of Cephes
+// (S. Moshier), exp2f.
 inline Vec exp2(Vec x) {
-  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
+  const Vec magic =
+      broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
   x = max(x, broadcast(-127.0f));
   const Vec shifted = x + magic, r = x - (shifted - magic);
   Vec p = broadcast(1.535336188319500e-4f);
@@ -289,10 +307,12 @@ inline Vec exp2(Vec x) {
   return (Vec)((IntVec)p + ((IntVec)shifted << 23));
 }
 
-// The same for what will be rounded to eight bits: its relative error may be 9e-5. Of 0 it is 1.
+// `exp2` for results that are rounded to eight bits, with a relative error of 9e-5. Exactly 1 for x
+// = 0.
 inline Vec rough_exp2(Vec x) {
 #if defined(__AVX512DQ__)
-  const Vec r = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);  // less the integer below, which scalef takes of x
+  const Vec r = (Vec)_mm512_reduce_ps(
+      (__m512)x, _MM_FROUND_TO_NEG_INF);  // x minus floor(x); scalef applies 2^floor(x)
   Vec p = broadcast(7.706704e-2f);
   p = p * r + 2.2764499e-1f;
   p = p * r + 6.9511679e-1f;
@@ -303,8 +323,9 @@ inline Vec rough_exp2(Vec x) {
 #endif
 }
 
-// Calls f(0), ..., f(tasks - 1), on this thread and on those of the pool that come to it. Waits for no task that nobody
-// has begun, so threads of one pool can do this at the same time.
+// Calls f(0), ..., f(tasks - 1) on this thread and on the threads of the pool that are free. This
+// thread runs every task that no other thread has started, so several threads of one pool can call
+// this at the same time.
 template <typename F>
 void in_parallel(ffi::ThreadPool& pool, int64_t tasks, F f) {
   struct Shared {
@@ -322,9 +343,11 @@ void in_parallel(ffi::ThreadPool& pool, int64_t tasks, F f) {
       }
     }
   };
-  for (int64_t i = 1; i < std::min<int64_t>(tasks, pool.num_threads()); ++i) pool.Schedule([work] { work(); });
+  for (int64_t i = 1; i < std::min<int64_t>(tasks, pool.num_threads()); ++i)
+    pool.Schedule([work] { work(); });
   work();
-  for (int i = 0; i < 100 && shared->done.load() < tasks; ++i) std::this_thread::yield();  // to sleep and wake up takes longer
+  for (int i = 0; i < 100 && shared->done.load() < tasks; ++i)
+    std::this_thread::yield();  // cheaper than to sleep and wake up
   std::unique_lock lock(shared->mutex);
   shared->all_done.wait(lock, [&] { return shared->done.load() >= tasks; });
 }
