@@ -166,7 +166,7 @@ def test_a_stopped_run_continues_where_it_was(config, tmp_path, stop):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (-9 if stop == signal.SIGKILL else 1), errors
     assert stop == signal.SIGKILL or errors.endswith(
-        "stopped: what is finished is kept, the same command continues\n"
+        "stopped: finished work is kept; run the same command again to continue\n"
     )
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.array_record")}
     assert len(before) == 8 and not (out / "manifest.json").exists()

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import yaml
 
-from msllm.cli.base import Parser, Switch, execute, output_file, whole
+from msllm.cli.base import Parser, Switch, execute, non_negative_int, output_file, positive_int
 from msllm.config import Config
 from msllm.errors import UserError
 from msllm.model.model import abstract_model
@@ -254,19 +254,19 @@ def _parse_flags() -> argparse.Namespace:
     ):
         parser.add_argument(f"--{name}", metavar=metavar, required=True, help=text)
     parser.add_argument(
-        "--num_slices", metavar="N", type=whole(1), default=1, help="Slices of that topology."
+        "--num_slices", metavar="N", type=positive_int, default=1, help="Slices of that topology."
     )
     parser.add_argument(
         "--restarts",
         metavar="N",
-        type=whole(0),
+        type=non_negative_int,
         default=20,
         help="Restarts after a process has died. Preemptions do not count.",
     )
     parser.add_argument(
         "--grace",
         metavar="SECONDS",
-        type=whole(1),
+        type=positive_int,
         help="Time in which a pod that must end may finish its step and save. Default: by the "
         "config's size.",
     )

@@ -1,1 +1,1 @@
-"""The command line: one module for each command, with its flags and its help text."""
+"""The command line. Each command is a module with its flags and its help text."""

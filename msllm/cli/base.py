@@ -1,15 +1,21 @@
-"""What all commands share: how flags are parsed and explained, and how a command ends.
+"""Flag parsing, help text, shared flags and exit statuses of all commands.
 
-A command is a module in this folder. Its docstring and `EXAMPLES` are its help text,
-`define_flags(parser)` declares its flags with argparse, and `run(flags)` calls the library and
-returns the exit status (None: 0). Whatever is slow to import, jax above all, is imported inside
-`run`, so that help and errors in flags appear at once.
+A command is a module in this folder with four parts:
+
+- its docstring: the help text, whose first line is the summary in `msllm --help`;
+- `EXAMPLES`: one to three command lines that the help text shows;
+- `define_flags(parser)`: declares the flags with argparse;
+- `run(flags)`: calls the library and returns the exit status (None means 0).
+
+Commands import slow modules, such as jax, inside `run`, so that help and flag errors appear at
+once.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import logging
 import pathlib
 import re
@@ -22,14 +28,16 @@ from msllm.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from msllm.config import Config
+    from msllm.weights.load import LoadedModel
 
 
 def execute(command: Callable[[], int | None]) -> int:
-    """Calls `command` with logging set up and returns the exit status.
+    """Sets up logging, calls `command` and returns the exit status.
 
-    A `UserError` becomes one line on stderr and status 2, a `RunError` one line and status 1.
+    A `UserError` prints one line on stderr and gives status 2. A `RunError` prints one line and
+    gives status 1.
     """
-    # Messages of msllm are shown as they are. Of the libraries below it, only warnings are shown.
+    # Show the info messages of msllm, but only warnings of other libraries.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("msllm").setLevel(logging.INFO)
     try:
@@ -40,15 +48,25 @@ def execute(command: Callable[[], int | None]) -> int:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ ": did you mean X?" with the known word that is most like `word`; "" if none is."""
+    """Returns ": did you mean X?" for the known word closest to `word`, or "" if none is close."""
     close = difflib.get_close_matches(word, known, n=1)
     return f": did you mean {close[0]}?" if close else ""
 
 
 class Parser(argparse.ArgumentParser):
-    """The flags of one command. Bad flags raise UserError."""
+    """An argument parser that raises UserError for bad flags and formats help in one style.
 
-    def __init__(self, prog: str, description: str, examples: str = ""):
+    The methods `add_...` declare flags that several commands share.
+    """
+
+    def __init__(self, prog: str, description: str, examples: str = "") -> None:
+        """Creates the parser.
+
+        Args:
+          prog: the command as the user types it, e.g. "msllm train".
+          description: the help text above the flags.
+          examples: command lines that the help text shows below the flags, one per line.
+        """
         lines = "\n".join(f"  {line}".rstrip() for line in examples.strip().splitlines())
         super().__init__(
             prog,
@@ -63,33 +81,82 @@ class Parser(argparse.ArgumentParser):
         self._takes_config = False
 
     def add_config(self) -> None:
-        """Adds `--config=FILE` and its overrides. `parse` turns them into a `Config`."""
+        """Adds `--config=FILE` and its overrides, which `parse` turns into a `Config`."""
         self._takes_config = True
         self.add_argument(
             "--config",
             metavar="FILE",
             required=True,
-            help="Python file whose get_config() returns the settings, e.g. configs/quickstart.py.",
+            help="Python file that defines get_config(), e.g. configs/quickstart.py.",
         )
         self.add_argument(
             "--config.KEY",
             metavar="VALUE",
-            help="Override a setting, e.g. --config.optim.lr=1e-3 (msllm/config.py lists all).",
+            help="Override a setting, e.g. --config.optim.lr=1e-3. msllm/config.py lists all "
+            "settings. Repeatable.",
         )
 
-    def add_allow_code(self) -> None:
-        """Adds `--allow_code`, for commands that load a checkpoint."""
+    def add_checkpoint(self, *, required: bool = True, hugging_face: bool = False) -> None:
+        """Adds `--checkpoint=DIR` and `--allow_code`, which `load_model` reads.
+
+        Args:
+          required: whether the command needs a checkpoint.
+          hugging_face: whether the command also takes any Hugging Face folder.
+        """
+        folder = "a Hugging Face folder" if hugging_face else "a folder that msllm convert wrote"
+        self.add_argument(
+            "--checkpoint",
+            metavar="DIR",
+            required=required,
+            help="Workdir of a run (its newest checkpoint is used), one of its checkpoints, or "
+            f"{folder}.",
+        )
         self.add_argument(
             "--allow_code",
-            action="store_true",
-            help="Import layers outside of msllm that the checkpoint names. They can run any code.",
+            action=Switch,
+            default=False,
+            help="Import code outside msllm that the checkpoint names, such as a layer. The code "
+            "can do anything: use this flag only for checkpoints that you trust.",
+        )
+
+    def add_visibility(self) -> None:
+        """Adds `--visibility` and `--skip_silence`, which `load_model` applies to the model."""
+        from msllm.streams import PRESETS
+
+        self.add_argument(
+            "--visibility",
+            choices=PRESETS,
+            help="Which streams see each other. Default: as in the checkpoint.",
+        )
+        self.add_argument(
+            "--skip_silence",
+            action=Switch,
+            help="Hide silent cells from attention. Default: as in the checkpoint.",
+        )
+
+    def add_data(self) -> None:
+        """Adds `--data=DIR`, a directory of prepared data."""
+        self.add_argument(
+            "--data",
+            metavar="DIR",
+            default="",
+            help="Directory that msllm prepare wrote. Default: the data that the checkpoint was "
+            "trained on.",
+        )
+
+    def add_json(self) -> None:
+        """Adds `--json=FILE`, a file for `write_json`."""
+        self.add_argument(
+            "--json", metavar="FILE", type=output_file, help="Also write the result to this file."
         )
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """The values of all flags. Raises UserError.
+        """Parses command-line arguments.
 
-        With `add_config`, `config` is the `Config` with all overrides, and `config_file` the path
-        of its file.
+        After `add_config`, `config` in the result is the `Config` with all overrides applied, and
+        `config_file` is the path of its file.
+
+        Raises UserError if the arguments are invalid.
         """
         self._refuse_unknown(arguments)
         flags, rest = self.parse_known_args([self._without_boolean(text) for text in arguments])
@@ -97,18 +164,21 @@ class Parser(argparse.ArgumentParser):
             flags.config_file = flags.config
             flags.config, rest = _read_config(flags.config, rest)
         if rest:
-            raise UserError(f"unexpected argument {rest[0]!r}: write options as --name=value")
+            raise UserError(
+                f"unexpected argument {rest[0]!r}: write flags as --name=value "
+                f"(see {self.prog} --help)"
+            )
         return flags
 
     def error(self, message: str) -> NoReturn:
-        """Raises UserError. argparse calls this for flags that it cannot parse."""
+        """Raises UserError. argparse calls this method for arguments that it cannot parse."""
         required = re.fullmatch("the following arguments are required: (.*)", message)
         message = f"{required[1]} must be given" if required else message
         message = re.sub("^argument ([^:]+): is ", r"\1 is ", message).removeprefix("argument ")
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def _refuse_unknown(self, arguments: Sequence[str]) -> None:
-        """Raises UserError for a flag that the command does not have."""
+        """Raises UserError if the command does not have one of the flags."""
         known = [name for action in self._actions for name in action.option_strings]
         for text in arguments:
             name, _, _ = text.partition("=")
@@ -119,34 +189,47 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"unknown flag {name}{hint} ({self.prog} --help lists all flags)")
 
     def _without_boolean(self, text: str) -> str:
-        """`--name=true` and `--name=false` of a Switch as `--name` and `--noname`."""
+        """Rewrites `--name=true` and `--name=false` of a Switch to `--name` and `--noname`."""
         name, _, value = text.partition("=")
         for action in self._actions:
             if isinstance(action, Switch) and action.option_strings[0] == name:
-                return dict(zip(("true", "false"), action.option_strings)).get(value.lower(), text)
+                on, off = action.option_strings
+                return {"true": on, "false": off}.get(value.lower(), text)
         return text
 
 
 class Switch(argparse.Action):
-    """A flag without a value: `--name` is True, `--noname` is False."""
+    """A boolean flag: `--name` stores True and `--noname` stores False."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any):
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
         names = [option_strings[0], option_strings[0].replace("--", "--no", 1)]
         super().__init__(names, dest, nargs=0, **options)
 
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        """Stores the value. argparse calls this."""
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        """Stores the value. argparse calls this method."""
         setattr(namespace, self.dest, option_string == self.option_strings[0])
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Flags as `--name=VALUE`, each with its default. The usage line has only what is required."""
+    """Shows flags as `--name=VALUE` with their defaults, and required flags in the usage line."""
 
-    def __init__(self, prog: str):
+    def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=26, width=80)
 
-    def add_usage(self, usage, actions, groups, prefix=None) -> None:
-        """Adds the usage line. argparse calls this."""
+    def add_usage(
+        self,
+        usage: str | None,
+        actions: Iterable[argparse.Action],
+        groups: Iterable[Any],
+        prefix: str | None = None,
+    ) -> None:
+        """Adds the usage line. argparse calls this method."""
         needed = [self._format_action_invocation(a) for a in actions if a.required]
         if any(action.dest == "config" for action in actions):
             needed.append("[--config.KEY=VALUE ...]")
@@ -173,23 +256,26 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{text} Default: {action.default}."
 
 
-def whole(least: int = 0) -> Callable[[str], int]:
-    """The type of a flag that takes a whole number of at least `least`."""
-
+def _integer(minimum: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"is {text!r}: must be a whole number") from None
-        if value < least:
-            raise argparse.ArgumentTypeError(f"is {value}: must be at least {least}")
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"is {value}: must be at least {minimum}")
         return value
 
     return parse
 
 
+# Flag types.
+positive_int = _integer(1)
+non_negative_int = _integer(0)
+
+
 def comma_list(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """The type of a flag that takes values separated by commas, each of the type `kind`."""
+    """Returns the flag type for comma-separated values, each parsed by `kind`."""
 
     def parse(text: str) -> list[Any]:
         return [kind(word.strip()) for word in text.split(",")] if text else []
@@ -198,11 +284,11 @@ def comma_list(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 
 def output_file(text: str) -> pathlib.Path:
-    """The type of a flag that names a file to write."""
+    """Flag type: the path of a file to write, in a directory that exists."""
     path = pathlib.Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(
-            f"is {text!r}: there is no directory {path.parent}, create it first"
+            f"is {text!r}: there is no directory {path.parent}; create it first"
         )
     return path
 
@@ -210,9 +296,15 @@ def output_file(text: str) -> pathlib.Path:
 def given_flags(
     flags: argparse.Namespace, names: Iterable[str], allowed: Sequence[str], verb: str
 ) -> dict[str, Any]:
-    """Those of the flags `names` that were given, i.e. are not None.
+    """Returns the flags among `names` that the user gave, i.e. that are not None.
 
-    Raises UserError if one of them is not `allowed` with the command's first argument, `verb`.
+    Args:
+      flags: the parsed flags.
+      names: the flags to look at.
+      allowed: the flags that `verb` takes.
+      verb: the command's first argument, for the error message.
+
+    Raises UserError if one of the given flags is not allowed.
     """
     given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
     for name in given:
@@ -222,8 +314,38 @@ def given_flags(
     return given
 
 
+def load_model(flags: argparse.Namespace, path: str = "") -> LoadedModel:
+    """Loads the model that the flags of `add_checkpoint` and `add_visibility` describe.
+
+    Args:
+      flags: the parsed flags.
+      path: the checkpoint to load in place of `--checkpoint`.
+    """
+    from msllm.weights.load import load
+
+    model = load(path or flags.checkpoint, flags.allow_code)
+    if "visibility" in flags and flags.visibility:
+        model = model.with_visibility(flags.visibility)
+    if "skip_silence" in flags and flags.skip_silence is not None:
+        model = model.with_streams(skip_silence=flags.skip_silence)
+    return model
+
+
+def write_json(file: str | pathlib.Path | None, value: Any) -> None:
+    """Writes a value as JSON to the file of a flag. Does nothing if the flag was not given."""
+    write_text(file, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(file: str | pathlib.Path | None, text: str) -> None:
+    """Writes text to the file of a flag. Does nothing if the flag was not given."""
+    from msllm.runtime.files import write_atomically
+
+    if file:
+        write_atomically(file, text)
+
+
 def _read_config(file: str, arguments: list[str]) -> tuple[Config, list[str]]:
-    """The config of a file with the overrides among `arguments`, and the other arguments."""
+    """Returns the config of a file with its overrides, and the arguments that are not overrides."""
     from absl import flags
     from ml_collections import config_flags
 
@@ -232,7 +354,8 @@ def _read_config(file: str, arguments: list[str]) -> tuple[Config, list[str]]:
     if not pathlib.Path(file.partition(":")[0]).is_file():
         raise UserError(f"--config is {file!r}: there is no such file")
     arguments = ["msllm", f"--config={file}", *arguments]
-    values = flags.FlagValues()  # not the global one: a command can be called from any program
+    # A registry of its own: a program that calls this function may use the global flags of absl.
+    values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
     try:
         rest = values(arguments, known_only=True)[1:]
@@ -242,7 +365,7 @@ def _read_config(file: str, arguments: list[str]) -> tuple[Config, list[str]]:
 
 
 def _explain(file: str, error: Exception) -> str:
-    """What is wrong with a config file or an override, in one line."""
+    """Describes an error in a config file or an override in one line."""
     path = pathlib.Path(file.partition(":")[0]).resolve()
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename).resolve() == path]

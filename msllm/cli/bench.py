@@ -1,29 +1,37 @@
-"""Measure speed and memory and print JSON lines.
+"""Measure speed and memory, and print the results as JSON lines.
 
 train      the train step (forward, backward, AdamW) on random tokens
-attention  the attention backends alone, forward and with the backward pass
-decode     rows of one session, with all streams and with one, for each type
-           of cache
-prepare    preparing a synthetic corpus of each size: time and memory
-loader     prepared tables from disk to batches, T = 512, B = 32, S = 1, 3, 10
+attention  each attention backend alone, forward and forward with backward
+decode     one session row by row, with all streams and with one stream
+prepare    preparation of a synthetic corpus: time and memory
+loader     reading prepared tables from disk into batches (T = 512, B = 32,
+           S = 1, 3 and 10)
 
-Each case runs in a new process, on whatever devices jax finds. CPU-seconds are
-those of the process (user + system, for prepare also of its workers), so that
-other work on the machine matters less than in wall time. With
---compute_dtype=bfloat16, what an accelerator reaches is also given as a share
-of its peak (msllm/runtime/hardware.py). docs/benchmarks.md has results.
+Each case runs in a new process, on the devices that jax finds. CPU-seconds are
+user and system time of that process (for prepare, also of its workers), so they
+depend less on other work on the machine than wall time does. With
+--compute_dtype=bfloat16, results on an accelerator include the share of its
+peak (msllm/runtime/hardware.py). docs/benchmarks.md has results.
 
-With --torch, train and decode take turns with the same model in torch
-(transformers' Qwen3 with a dense mask, on CPU), from the same parameters, and
-print how far loss and gradient norm differ, or which rows agree.
+With --torch, train and decode alternate with the same model in torch
+(transformers' Qwen3 with a dense mask, on CPU). Both start from the same
+parameters, and the results say how far they agree.
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from msllm.cli.base import Parser, Switch, comma_list, given_flags, whole
+from msllm.cli.base import (
+    Parser,
+    Switch,
+    comma_list,
+    given_flags,
+    non_negative_int,
+    positive_int,
+)
 
 EXAMPLES = """
 msllm bench train --rows=102,512 --batch=4,1 --d_model=512
@@ -31,35 +39,52 @@ msllm bench attention --backends=chunked,reference --head_dim=128
 msllm bench decode --cache_dtype=int8 --streams=3
 """
 
-# Type and help of each flag, and what stands for its value.
-_FLAGS: dict[str, tuple[Any, str, str]] = {
-    "rows": (comma_list(whole(1)), "N,...", "T of each case."),
-    "batch": (comma_list(whole(1)), "N,...", "Tables B of each case."),
-    "streams": (whole(1), "N", "Streams S."),
-    "steps": (whole(1), "N", "Steps or repetitions measured, after the first."),
-    "vocab_size": (whole(1), "N", "Vocabulary V."),
-    "d_model": (whole(1), "N", "Width D."),
-    "d_ff": (whole(1), "N", "Width F of the feed-forward layer."),
-    "num_layers": (whole(1), "N", "Layers."),
-    "num_heads": (whole(1), "N", "Query heads N."),
-    "num_kv_heads": (whole(1), "N", "Key and value heads K."),
-    "head_dim": (whole(1), "N", "Width H of a head."),
-    "compute_dtype": (["float32", "bfloat16"], "", "Type of matrix products and activations."),
-    "remat": (["none", "dots", "full", "offload"], "", "Remat policy."),
-    "attention": (str, "NAME", "Backend, as in config.model.attention."),
-    "chunk_tokens": (whole(1), "N", "Cells whose logits exist at one time."),
-    "torch": (Switch, "", "Take turns with the same model in torch."),
-    "backends": (comma_list(str), "NAME,...", "Backends to measure."),
-    "memory_gib": (float, "GIB", "Do not run backends whose temporaries take more."),
-    "prefill": (whole(0), "N", "Rows of each table that are read before."),
-    "cache_dtype": (comma_list(str), "NAME,...", "Types of keys and values, one for each case."),
-    "size_mb": (comma_list(whole(1)), "MB,...", "Text of each case."),
-    "converter": (["chat", "wait_k", "parallel_documents"], "", "What makes streams of the text."),
-    "processes": (whole(1), "N", "Worker processes."),
-    "tables": (whole(1), "N", "Tables of each source."),
-    "sources": (whole(1), "N", "Sources; several are mixed."),
-    "silence": (whole(0), "PERCENT", "Share of silent cells where there are several streams."),
-    "epochs": (whole(1), "N", "Epochs measured, after the first."),
+
+class _Flag(NamedTuple):
+    """A flag. It has a type, or choices, or neither if it is a Switch."""
+
+    help: str
+    metavar: str = ""
+    type: Callable[[str], Any] | None = None
+    choices: tuple[str, ...] = ()
+
+
+_FLAGS = {
+    "rows": _Flag("Rows T of each case.", "N,...", comma_list(positive_int)),
+    "batch": _Flag("Tables B of each case.", "N,...", comma_list(positive_int)),
+    "streams": _Flag("Streams S.", "N", positive_int),
+    "steps": _Flag("Measured steps or repetitions, after a warm-up.", "N", positive_int),
+    "vocab_size": _Flag("Vocabulary size V.", "N", positive_int),
+    "d_model": _Flag("Model width D.", "N", positive_int),
+    "d_ff": _Flag("Width F of the feed-forward layer.", "N", positive_int),
+    "num_layers": _Flag("Number of layers.", "N", positive_int),
+    "num_heads": _Flag("Number of query heads N.", "N", positive_int),
+    "num_kv_heads": _Flag("Number of key and value heads K.", "N", positive_int),
+    "head_dim": _Flag("Head width H.", "N", positive_int),
+    "compute_dtype": _Flag(
+        "Data type of matrix products and activations.", choices=("float32", "bfloat16")
+    ),
+    "remat": _Flag("Remat policy.", choices=("none", "dots", "full", "offload")),
+    "attention": _Flag("Backend, as in config.model.attention.", "NAME", str),
+    "chunk_tokens": _Flag("Number of cells per chunk of the loss.", "N", positive_int),
+    "torch": _Flag("Alternate with the same model in torch."),
+    "backends": _Flag("Backends to measure.", "NAME,...", comma_list(str)),
+    "memory_gib": _Flag(
+        "Do not run a backend whose temporary buffers exceed this size.", "GIB", float
+    ),
+    "prefill": _Flag("Rows that are read before the first decoded row.", "N", non_negative_int),
+    "cache_dtype": _Flag(
+        "Data types of the cached keys and values, one case each.", "NAME,...", comma_list(str)
+    ),
+    "size_mb": _Flag("Corpus size of each case in MB.", "MB,...", comma_list(positive_int)),
+    "converter": _Flag(
+        "Converter from records to tables.", choices=("chat", "wait_k", "parallel_documents")
+    ),
+    "processes": _Flag("Number of worker processes.", "N", positive_int),
+    "tables": _Flag("Number of tables per source.", "N", positive_int),
+    "sources": _Flag("Number of sources; several are mixed.", "N", positive_int),
+    "silence": _Flag("Share of silent cells if S > 1.", "PERCENT", non_negative_int),
+    "epochs": _Flag("Measured epochs, after a warm-up.", "N", positive_int),
 }
 
 
@@ -68,29 +93,35 @@ def define_flags(parser: Parser) -> None:
     from msllm.bench import runner
 
     names = list(runner.SETTINGS)
-    parser.add_argument("benchmark", metavar="|".join(names), choices=names, help="What to run.")
-    for name, (kind, metavar, text) in _FLAGS.items():
-        options: dict[str, Any] = {"help": f"{text} {_defaults(name)}"}
-        if kind is Switch:
-            options["action"] = Switch
-        elif isinstance(kind, list):
-            options["choices"] = kind
+    parser.add_argument("benchmark", metavar="|".join(names), choices=names, help="Benchmark.")
+    for name, flag in _FLAGS.items():
+        options: dict[str, Any] = {"help": f"{flag.help} {_defaults(name)}"}
+        if flag.choices:
+            options["choices"] = flag.choices
+        elif flag.type is not None:
+            options |= {"type": flag.type, "metavar": flag.metavar}
         else:
-            options |= {"type": kind, "metavar": metavar}
+            options["action"] = Switch
         parser.add_argument(f"--{name}", **options)
 
 
 def _defaults(name: str) -> str:
-    """The default of a flag with the benchmarks that have it: "Default: 4 (train), 8 (decode)."."""
+    """Returns a flag's default per benchmark, e.g. "Default: 4 (train), 8 (decode)."."""
     from msllm.bench import runner
 
     users: dict[str, list[str]] = {}
     for benchmark, settings in runner.SETTINGS.items():
         if name in settings:
-            value = settings[name]
-            shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            users.setdefault(shown or "all that run here", []).append(benchmark)
+            users.setdefault(_shown(settings[name]), []).append(benchmark)
     return "Default: " + ", ".join(f"{x} ({', '.join(users[x])})" for x in users) + "."
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value)) or "all that run here"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)
 
 
 def run(flags: argparse.Namespace) -> None:

@@ -1,8 +1,8 @@
-"""Talk with a model on a full screen, typing while it goes on.
+"""Chat with a model on a full screen, and type while it generates.
 
-Each stream has a column. A key saves the conversation, and --replay shows a
-saved one without a checkpoint. All keys are in docs/chat.md. The screen needs
-the extra `chat`: pip install "msllm[chat]".
+Shows one column per stream. ^S saves the conversation; --replay shows a saved
+one and needs no checkpoint. docs/chat.md lists all keys. The screen needs the
+extra "chat": pip install "msllm[chat]".
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from msllm.cli import generate
-from msllm.cli.base import Parser, whole
+from msllm.cli.base import Parser, load_model, positive_int
 from msllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,48 +27,50 @@ msllm chat --replay=chat.npz
 
 def define_flags(parser: Parser) -> None:
     """Declares the flags of the command."""
-    parser.add_argument("--checkpoint", metavar="DIR", help="A run, or one of its checkpoints.")
-    parser.add_allow_code()
+    parser.add_checkpoint(required=False)
     parser.add_argument(
-        "--replay", metavar="FILE", help="A saved conversation to show instead of a model."
+        "--replay", metavar="FILE", help="Saved conversation to show. Replaces --checkpoint."
     )
     parser.add_argument(
         "--pace",
         metavar="X",
         type=float,
-        help="Rows per second. Default: 4. With --replay: a multiple of its own pace. Default: 1.",
+        help="Rows per second; with --replay, speed relative to the recording. Default: 4; with "
+        "--replay, 1.",
     )
     parser.add_argument(
         "--window",
         metavar="ROWS",
-        type=whole(1),
+        type=positive_int,
         default=1024,
-        help="Number of past rows that the model sees. The session can go on for longer.",
+        help="Number of past rows that the model sees. The session itself has no limit.",
     )
     parser.add_argument(
         "--out",
         metavar="FILE",
         default="chat.npz",
-        help="Where ^S saves. If the file exists: NAME-2.npz and so on.",
+        help="npz file that ^S writes. If it exists, ^S writes NAME-2.npz, NAME-3.npz, ...",
     )
     generate.define_sampling_flags(parser)
 
 
 def open_player(flags: argparse.Namespace) -> Player:
-    """A recording, or a session with everything compiled. Raises UserError."""
+    """Opens a recording, or a session whose functions are all compiled.
+
+    Raises UserError unless exactly one of --checkpoint and --replay is given.
+    """
     from msllm.chat.player import Live, Replay, warm_up
     from msllm.chat.recording import Recording
     from msllm.decode.engine import Engine
-    from msllm.weights.load import load
 
     if (flags.checkpoint is None) == (flags.replay is None):
         raise UserError(
-            "give either --checkpoint=DIR, to talk with a model, "
+            "give either --checkpoint=DIR, to chat with a model, "
             "or --replay=FILE, to see a recording"
         )
     if flags.replay is not None:
         return Replay(Recording.load(flags.replay), 1.0 if flags.pace is None else flags.pace)
-    model = load(flags.checkpoint, flags.allow_code)
+    model = load_model(flags)
     model.require_tokenizer()
     engine = Engine(model, window=flags.window)
     print("compiling ...", file=sys.stderr)
@@ -95,6 +97,7 @@ def run(flags: argparse.Namespace) -> None:
     # Textual draws on stderr.
     if not all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
         raise UserError(
-            "the screen needs a terminal, also as stderr: `msllm generate` prints rows to anything"
+            "the screen needs a terminal as stdin, stdout and stderr: use `msllm generate` to "
+            "print rows to a file or a pipe"
         )
     ChatApp(open_player(flags), out).run()

@@ -1,17 +1,17 @@
-"""Answer held-out examples and count the exact answers.
+"""Count exact answers to held-out examples.
 
-The input streams of each held-out example are given row by row, and the model
-generates all other streams. An example is right if every output stream says
-exactly what it says in the example, silence left out.
+Feeds the input streams of each held-out example row by row and lets the model
+generate all other streams. An answer is exact if every output stream says what
+it says in the example, ignoring silence. Prints the share of exact answers and
+the number of rows until the answer.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 
-from msllm.cli.base import Parser, output_file, whole
+from msllm.cli.base import Parser, load_model, positive_int, write_json
 
 EXAMPLES = """
 msllm evaluate --checkpoint=runs/quickstart
@@ -21,42 +21,30 @@ msllm evaluate --checkpoint=runs/gsm8k --after='####' --json=result.json
 
 def define_flags(parser: Parser) -> None:
     """Declares the flags of the command."""
-    parser.add_argument(
-        "--checkpoint", metavar="DIR", required=True, help="A run, or one of its checkpoints."
-    )
-    parser.add_allow_code()
-    parser.add_argument(
-        "--data",
-        metavar="DIR",
-        default="",
-        help="Prepared data. Default: what the checkpoint was trained on.",
-    )
+    parser.add_checkpoint()
+    parser.add_data()
     parser.add_argument(
         "--examples",
         metavar="N",
-        type=whole(1),
+        type=positive_int,
         default=500,
-        help="Number of held-out examples at most, spread evenly over all.",
+        help="Maximum number of held-out examples, spread evenly over all of them.",
     )
     parser.add_argument(
         "--after",
         metavar="TEXT",
         default="",
-        help="Compare only what an output says after the last occurrence of this text.",
+        help="Compare only what an output says after the last occurrence of this text. "
+        "Default: compare everything.",
     )
-    parser.add_argument(
-        "--json", metavar="FILE", type=output_file, help="Also write the result to this file."
-    )
+    parser.add_json()
 
 
 def run(flags: argparse.Namespace) -> None:
     """Evaluates the checkpoint and prints the result."""
     from msllm.evals.exact_match import describe, evaluate
-    from msllm.runtime.files import write_atomically
-    from msllm.weights.load import load
 
-    loaded = load(flags.checkpoint, flags.allow_code)
-    result = evaluate(loaded, flags.data, flags.examples, flags.after)
-    print(f"step {loaded.step}: {describe(result)}")
-    if flags.json:
-        write_atomically(flags.json, json.dumps(dataclasses.asdict(result)) + "\n")
+    model = load_model(flags)
+    result = evaluate(model, flags.data, flags.examples, flags.after)
+    print(f"step {model.step}: {describe(result)}")
+    write_json(flags.json, dataclasses.asdict(result))

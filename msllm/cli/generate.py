@@ -1,7 +1,7 @@
-"""Generate a table and print it as it grows.
+"""Generate a table and print it row by row.
 
-It is printed one line a row and one column a stream. Each input is fed one
-token a row, from the first row on. Silence is printed as a middle dot.
+Prints one line per row and one column per stream. Each input text is fed one
+token per row, starting with the first row. A middle dot stands for silence.
 """
 
 from __future__ import annotations
@@ -9,60 +9,62 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from msllm.cli.base import Parser, whole
+from msllm.cli.base import Parser, load_model, positive_int
 
 if TYPE_CHECKING:
     from msllm.decode.script import DecodeOptions
     from msllm.streams import StreamSpec
 
 EXAMPLES = """
-msllm generate --checkpoint=runs/quickstart --input="user=hello" --rows=24
+msllm generate --checkpoint=runs/quickstart --input="user=take 4 add 3 ?" --rows=20
 msllm generate --checkpoint=runs/quickstart --temperature=0.7 --top_p=output=0.9 --seed=1
 """
 
 
 def define_flags(parser: Parser) -> None:
     """Declares the flags of the command."""
-    parser.add_argument(
-        "--checkpoint",
-        metavar="DIR",
-        required=True,
-        help="A run, one of its checkpoints, or an imported model.",
-    )
-    parser.add_allow_code()
+    parser.add_checkpoint()
     parser.add_argument(
         "--input",
         metavar="STREAM=TEXT",
         action="append",
         default=[],
-        help="What an input stream says. Repeat it for several streams.",
+        help="Text of an input stream. Repeatable, for several streams. Default: inputs are "
+        "silent.",
     )
     parser.add_argument(
-        "--rows", metavar="N", type=whole(1), default=64, help="Number of rows to generate."
+        "--rows", metavar="N", type=positive_int, default=64, help="Number of rows to generate."
     )
     define_sampling_flags(parser)
 
 
 def define_sampling_flags(parser: Parser) -> None:
-    """Declares the flags that say how tokens are sampled; `sampling_options` reads them."""
+    """Declares the sampling flags, which `sampling_options` reads."""
     for name, text in (
-        ("temperature", "Sampling temperature. 0 (the default): the most likely token."),
-        ("top_k", "Sample from the k most likely tokens. 0 (the default): from all."),
-        ("top_p", "Sample from the most likely tokens of total probability p. Default: 1, all."),
-        ("silence_penalty", "Subtracted from the logit of silence. Default: 0."),
+        ("temperature", "Sampling temperature. Default: 0, which takes the most likely token."),
+        ("top_k", "Sample from the X most likely tokens. Default: 0, which means all."),
+        (
+            "top_p",
+            "Sample from the most likely tokens whose probabilities add up to X. Default: 1, "
+            "which means all.",
+        ),
+        ("silence_penalty", "Subtract X from the logit of silence. Default: 0."),
     ):
         parser.add_argument(
             f"--{name}",
             metavar="[STREAM=]X",
             action="append",
             default=[],
-            help=f"{text} For all streams or for one; may be repeated.",
+            help=f"{text} STREAM=X sets one stream only. Repeatable.",
         )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="Seed of the sampling.")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="Seed for sampling.")
 
 
 def sampling_options(flags: argparse.Namespace, streams: StreamSpec) -> DecodeOptions:
-    """The options that the flags of `define_sampling_flags` ask for. Raises UserError."""
+    """Returns the decoding options that the sampling flags describe.
+
+    Raises UserError if a value is not a number or a stream does not exist.
+    """
     from msllm.decode.arguments import parse_values
     from msllm.decode.script import DecodeOptions
 
@@ -76,13 +78,12 @@ def sampling_options(flags: argparse.Namespace, streams: StreamSpec) -> DecodeOp
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Generates and prints."""
+    """Generates a table and prints it."""
     from msllm.decode.arguments import parse_inputs
     from msllm.view import cells
     from msllm.view.generation import print_generation
-    from msllm.weights.load import load
 
-    model = load(flags.checkpoint, flags.allow_code)
+    model = load_model(flags)
     inputs = parse_inputs(flags.input, model.streams)
     options = sampling_options(flags, model.streams)
     print_generation(model, inputs, flags.rows, options, cells.console())

@@ -1,7 +1,7 @@
-"""Show prepared data: statistics and tables.
+"""Show statistics and tables of prepared data.
 
-Tables are printed one line a row and one column a stream. Reads the manifest
-and the few shards that it needs, so the size of the data does not matter
+Prints each table with one line per row and one column per stream. Reads only
+the manifest and the shards that it needs, so it is fast for data of any size
 (docs/data.md).
 """
 
@@ -12,7 +12,7 @@ import io
 import signal
 import sys
 
-from msllm.cli.base import Parser, output_file, whole
+from msllm.cli.base import Parser, output_file, positive_int
 
 EXAMPLES = """
 msllm inspect data/quickstart
@@ -23,39 +23,41 @@ msllm inspect data/quickstart --split=eval --html=quickstart.html
 
 def define_flags(parser: Parser) -> None:
     """Declares the flags of the command."""
-    parser.add_argument("directory", metavar="DIR", help="A directory that msllm prepare wrote.")
+    parser.add_argument("directory", metavar="DIR", help="Directory that msllm prepare wrote.")
     parser.add_argument(
-        "--split", choices=["train", "eval"], default="train", help="Which split to show."
+        "--split", choices=["train", "eval"], default="train", help="Split to show."
     )
     parser.add_argument(
         "--example",
         metavar="ID",
-        help="Show one example in full: its number in stored order, or its id (16 hex digits).",
+        help="Show one example in full, by its position in the split or its id (16 hex digits).",
     )
     parser.add_argument(
         "--tables",
         metavar="N",
-        type=whole(1),
-        help="Number of tables to show, from the first on. Default: 1, in an HTML page 20.",
+        type=positive_int,
+        help="Number of tables to show, starting with the first. Default: 1; with --html, 20.",
     )
     parser.add_argument(
         "--rows",
         metavar="N",
-        type=whole(1),
-        help="Rows to show of each table. Default: 64 in a terminal; an example and HTML show all.",
+        type=positive_int,
+        help="Number of rows to show of each table. Default: 64; with --example or --html, all.",
     )
     parser.add_argument(
-        "--html", metavar="FILE", type=output_file, help="Write an HTML page to this file instead."
+        "--html", metavar="FILE", type=output_file, help="Write an HTML page instead."
     )
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Prints the data, or writes a page."""
+    """Prints the data, or writes an HTML page."""
     from msllm.view import cells, prepared
 
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the command without a traceback
+    # A closed pipe, as in `msllm inspect ... | head`, ends the command without a traceback.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that lack a character
+        # Some terminals cannot encode every character.
+        sys.stdout.reconfigure(errors="backslashreplace")
     prepared.run(
         flags.directory,
         cells.console(),

@@ -1,7 +1,7 @@
 """Pretrain and run multi-stream language models.
 
-The usual order is prepare, inspect, train, generate. Each command explains
-itself: msllm COMMAND --help.
+Prepare data, train on it, and generate or chat with the trained model.
+msllm COMMAND --help describes a command and its flags.
 """
 
 from __future__ import annotations
@@ -15,6 +15,12 @@ from msllm import __version__
 from msllm.cli import base
 from msllm.errors import UserError
 from msllm.runtime import environment
+
+EXAMPLES = """
+msllm prepare --config=configs/quickstart.py
+msllm train --config=configs/quickstart.py --workdir=runs/quickstart
+msllm generate --checkpoint=runs/quickstart --input="user=take 4 add 3 ?" --rows=20
+"""
 
 # The module of each command, in the order of the help text.
 COMMANDS = {
@@ -34,18 +40,22 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `msllm ARGUMENTS` (default: those of the process) and returns the exit status."""
+    """Runs `msllm ARGUMENTS` and returns the exit status.
+
+    Args:
+      arguments: the command line after `msllm`; None means that of this process.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     return base.execute(lambda: _run(arguments))
 
 
 def load_command(name: str) -> types.ModuleType:
-    """The module of a command."""
+    """Imports the module of a command."""
     return importlib.import_module(f"msllm.cli.{COMMANDS[name]}")
 
 
 def parser_of(name: str) -> base.Parser:
-    """The parser of a command's flags, which also has its help text."""
+    """Returns the parser of a command, with its flags and its help text."""
     command = load_command(name)
     parser = base.Parser(f"msllm {name}", command.__doc__ or "", command.EXAMPLES)
     command.define_flags(parser)
@@ -70,17 +80,18 @@ def _run(arguments: list[str]) -> int | None:
 
 def _overview() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {_summary(name)}" for name in COMMANDS]
     return "\n".join(
         [
             "usage: msllm COMMAND [FLAGS]",
+            "       msllm --version",
             "",
             (__doc__ or "").strip(),
             "",
             "commands:",
-            *lines,
+            *(f"  {name:{width}}  {_summary(name)}" for name in COMMANDS),
             "",
-            "msllm --version prints the version.",
+            "examples:",
+            *(f"  {line}" for line in EXAMPLES.strip().splitlines()),
         ]
     )
 

@@ -1,16 +1,16 @@
-"""Prepare the data that training reads.
+"""Prepare data for training.
 
-Reads or generates examples, trains a tokenizer or takes one from a file,
-splits, packs, and writes shards and a manifest (docs/data.md). The same
-settings and inputs give the same bytes with any number of processes. Start a
-stopped run again to continue it.
+Reads or generates examples, trains or loads a tokenizer, packs the examples
+into tables, and writes a train and an eval split (docs/data.md). The output
+does not depend on the number of processes. To continue after an interruption,
+run the same command again.
 """
 
 from __future__ import annotations
 
 import argparse
 
-from msllm.cli.base import Parser, whole
+from msllm.cli.base import Parser, non_negative_int
 from msllm.errors import RunError, UserError
 
 EXAMPLES = """
@@ -23,14 +23,14 @@ def define_flags(parser: Parser) -> None:
     """Declares the flags of the command."""
     parser.add_config()
     parser.add_argument(
-        "--out", metavar="DIR", default="", help="Where to write. Default: config.data.dir."
+        "--out", metavar="DIR", default="", help="Directory to write. Default: config.data.dir."
     )
     parser.add_argument(
         "--processes",
         metavar="N",
-        type=whole(0),
+        type=non_negative_int,
         default=0,
-        help="Worker processes. 0: one per core.",
+        help="Number of worker processes. 0 starts one per core.",
     )
 
 
@@ -43,10 +43,13 @@ def run(flags: argparse.Namespace) -> None:
     out = flags.out or flags.config.data.dir
     if not out:
         raise UserError(
-            "config.data.dir is empty: say where to write with --out=DIR or --config.data.dir=DIR"
+            "config.data.dir is empty: set the directory to write with --out=DIR or "
+            "--config.data.dir=DIR"
         )
     try:
         print(describe(prepare(flags.config, out, flags.processes or workers.available_cores())))
     except KeyboardInterrupt:
-        raise RunError("stopped: what is finished is kept, the same command continues") from None
+        raise RunError(
+            "stopped: finished work is kept; run the same command again to continue"
+        ) from None
     print(f"prepared in {out}")

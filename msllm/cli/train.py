@@ -1,12 +1,16 @@
 """Train a model, or continue a run.
 
-The same command continues the run from its newest checkpoint. Ctrl-C, SIGTERM
-or a preemption notice finishes the step, saves and ends the run. On a cluster,
-every process runs this command (docs/pods.md).
+Run the same command again to continue from the newest checkpoint. On Ctrl-C,
+SIGTERM or a preemption notice, the run finishes its step, saves a checkpoint
+and exits. On a cluster, start this command in every process (docs/pods.md).
 
-Exit status: 0 complete, or saved after Ctrl-C; 75 stopped and saved; 76 another
-process is gone; 2 bad input; 1 any other failure. After all but 2 the same
-command continues the run.
+Exit status:
+
+0   training is complete, or Ctrl-C stopped it and it was saved
+75  SIGTERM or a preemption notice stopped it, and it was saved
+76  another process failed or did not start
+2   bad input; the same command fails again
+1   any other failure
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import argparse
 import gc
 import time
 
-from msllm.cli.base import Parser, whole
+from msllm.cli.base import Parser, non_negative_int, positive_int
 
 EXAMPLES = """
 msllm train --config=configs/quickstart.py --workdir=runs/quickstart
@@ -30,42 +34,46 @@ def define_flags(parser: Parser) -> None:
         "--workdir",
         metavar="DIR",
         required=True,
-        help="Directory of the run: checkpoints, metrics, config. All processes share it.",
+        help="Directory for checkpoints, metrics and the config. All processes must share it.",
     )
     parser.add_argument(
         "--coordinator_address",
         metavar="HOST:PORT",
-        help="Address of process 0, for clusters that jax does not detect.",
+        help="Address of process 0. Default: jax detects the cluster, if there is one.",
     )
     parser.add_argument(
         "--num_processes",
         metavar="N",
-        type=whole(1),
-        help="Number of processes. 1: this process alone, also on a cluster.",
+        type=positive_int,
+        help="Number of processes. 1 trains in this process alone, even on a cluster. Default: "
+        "as jax detects.",
     )
     parser.add_argument(
-        "--process_id", metavar="N", type=int, help="Number of this process, from 0 on."
+        "--process_id",
+        metavar="N",
+        type=non_negative_int,
+        help="Index of this process, from 0. Default: as jax detects.",
     )
     parser.add_argument(
         "--initialization_timeout",
         metavar="SECONDS",
-        type=whole(1),
+        type=positive_int,
         default=300,
-        help="How long to wait for the other processes at the start.",
+        help="How long to wait at the start until all processes have joined.",
     )
     parser.add_argument(
         "--heartbeat_timeout",
         metavar="SECONDS",
-        type=whole(1),
+        type=positive_int,
         default=100,
-        help="After this time without a sign of life, a process counts as dead.",
+        help="How long a process may be silent before the others treat it as dead and exit.",
     )
 
 
 def run(flags: argparse.Namespace) -> int:
-    """Trains."""
-    # GC is off until the step is compiled (`compiler.finish_startup`). Imports and tracing create
-    # no garbage, and collecting would cost a tenth of the start-up time.
+    """Trains the model and returns the exit status."""
+    # Disable GC until the step is compiled (`compiler.finish_startup`): nothing that imports and
+    # tracing allocate is garbage, and collecting takes about 10 % of the start-up time.
     gc.disable()
 
     import logging
@@ -75,9 +83,8 @@ def run(flags: argparse.Namespace) -> int:
     from msllm import training
     from msllm.runtime import processes
 
-    before = (
-        time.process_time()
-    )  # most of it for imports, so it stands for the time that has passed
+    # CPU time approximates the wall time since the start: so far the process has run imports.
+    seconds_before = time.process_time()
     training.open_workdir(flags.workdir)
     processes.connect(
         flags.workdir,
@@ -90,6 +97,8 @@ def run(flags: argparse.Namespace) -> int:
     if jax.process_count() > 1:
         logging.basicConfig(format=f"[{jax.process_index()}] %(message)s", force=True)
     with processes.exit_on_error(), processes.StopSignal() as stop:
-        state = training.train(flags.config, flags.workdir, stop=stop, seconds_before=before)
+        state = training.train(
+            flags.config, flags.workdir, stop=stop, seconds_before=seconds_before
+        )
         is_complete = int(state.step) >= flags.config.steps
         return 0 if is_complete or stop.interrupted else processes.EXIT_STOPPED
