@@ -130,8 +130,8 @@ def test_held_out_files_of_their_own(tmp_path, small_portions):
     assert [part["examples"] for part in manifest["splits"].values()] == [500, 201]
     assert manifest["duplicates"] == {"train": 0, "eval": 1, "train_and_eval": 200}
     assert (
-        "duplicates: 0 examples of train and 1 examples of eval came before; 200 are in both"
-        in describe(manifest)
+        "duplicates: 0 examples of train and 1 examples of eval repeat earlier ones; 200 are in"
+        " both splits" in describe(manifest)
     )
 
 

@@ -434,7 +434,7 @@ def test_bad_requests(small, tmp_path):
             shown(small, **options)
     (tmp_path / "empty").mkdir()
     for directory, message in (
-        ("empty", "is unfinished or no prepared data"),
+        ("empty", "is unfinished or holds no prepared data"),
         ("nowhere", "does not exist"),
     ):
         with pytest.raises(UserError, match=f"{directory} {message}.*msllm prepare"):

@@ -246,7 +246,7 @@ def test_an_interrupted_run_leaves_no_manifest_and_can_be_repeated(tmp_path):
     )
     with pytest.raises(UserError, match="t.jsonl:2: invalid JSON"):
         prepare(Config(data=data), tmp_path / "out")
-    with pytest.raises(UserError, match="unfinished or no prepared data.*msllm prepare"):
+    with pytest.raises(UserError, match="unfinished or holds no prepared data.*msllm prepare"):
         records.open_prepared(tmp_path / "out", "train")
     path.write_text(good)
     prepare(Config(data=dataclasses.replace(data, eval_percent=0.0)), tmp_path / "out")
@@ -311,7 +311,7 @@ def damage_format(prepared):
         (damage_tokenizer, "tokenizer.model is not the tokenizer"),
         (damage_no_tokenizer, "tokenizer.model is missing"),
         (damage_manifest, "manifest.json is damaged"),
-        (damage_format, "manifest.json has format 99, this version reads 1"),
+        (damage_format, "manifest.json has format 99, but this version of msllm reads format 1"),
     ],
 )
 def test_damage_is_found_at_open(prepared, damage, message):

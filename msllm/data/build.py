@@ -1,8 +1,8 @@
-"""Builds prepared data portion by portion: what the processes of `msllm prepare` do.
+"""Builds prepared data portion by portion, for the processes of `msllm prepare`.
 
-A portion of the input is converted, split, packed and written by one process, to shards of its
-own. So the bytes do not depend on the number of processes, and a finished portion need not be made
-again.
+One process converts, splits and packs a portion of the input, and writes it to shards of its own.
+The bytes therefore do not depend on the number of processes, and a finished portion need not be
+built again.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from msllm.tokenizer import Tokenizer
 
 SPLITS = ("train", "eval")
 WORK = "unfinished"  # folder of the reports of finished portions, until all are finished
-STATUS_SECONDS = 0.5  # between two reports of a process on how far it is
+STATUS_SECONDS = 0.5  # between two status reports of a process
 
 
 class Portion(NamedTuple):
-    """What one process prepares at a time."""
+    """The part of the input that one process prepares at a time."""
 
     number: int  # from 0
-    of: int  # number of portions of this input
+    total: int  # number of portions of this input
     parts: Sequence[Part | None]  # of the input
-    split: str = ""  # the split of all its examples; empty: each example's own
-    examples: int | None = None  # use only this many examples, the first ones; None: all
-    # Hold out the examples from this number on; None: hold out by their ids.
+    split: str = ""  # the split of all examples; empty: decided for each example
+    examples: int | None = None  # use only the first examples, this many; None: all
+    # Hold out the examples from this number on; None: hold out by id.
     held_out_from: int | None = None
 
     @property
     def name(self) -> str:
-        """The beginning of the names of its files in the folder WORK."""
+        """The prefix of the names of the portion's files in the folder WORK."""
         return f"{self.split or 'portion'}-{self.number:05d}"
 
     def __str__(self) -> str:
-        text = f"portion {self.number + 1} of {self.of}"
+        text = f"portion {self.number + 1} of {self.total}"
         files = [part.file for part in self.parts if part]
         if files:
             text += f", {files[0]}"
@@ -62,11 +62,11 @@ class Portion(NamedTuple):
 
 
 class Status(NamedTuple):
-    """How far the work on a portion is."""
+    """The progress of the work on a portion."""
 
     examples: int
     tokens: int
-    bad: list[str]  # messages of bad records since the status before
+    bad: list[str]  # messages of bad records since the previous status
 
 
 class _Clock:
@@ -76,7 +76,7 @@ class _Clock:
         self._last = time.monotonic()
 
     def is_due(self) -> bool:
-        """Whether STATUS_SECONDS have passed since this last returned True."""
+        """Returns whether STATUS_SECONDS have passed since this last returned True."""
         now = time.monotonic()
         if now - self._last <= STATUS_SECONDS:
             return False
@@ -85,7 +85,10 @@ class _Clock:
 
 
 def divide(config: Config) -> list[Portion]:
-    """Divides the input into portions, by settings and input alone. Raises UserError."""
+    """Divides the input into portions. They depend on the settings and the input alone.
+
+    Raises UserError if there is no input, or its format is unknown.
+    """
     found = _number(converters.input_portions(config), "train" if config.data.eval_path else "")
     if config.data.eval_path:
         data = dataclasses.replace(
@@ -101,16 +104,16 @@ def _number(portions: Sequence[Sequence[Part | None]], split: str) -> list[Porti
 
 
 def splits_of(portions: Iterable[Portion]) -> list[str]:
-    """Returns the different values of `Portion.split`, in order."""
+    """Returns the distinct values of `Portion.split`, in order of appearance."""
     return list(dict.fromkeys(portion.split for portion in portions))
 
 
 def count(
     config: Config, spec: StreamSpec, tokenizer: Tokenizer, portion: Portion
 ) -> Generator[Status, None, int]:
-    """Counts the examples of a portion, at most `portion.examples`. Yields its status now and then.
+    """Counts the examples of a portion, at most `portion.examples`.
 
-    Returns the number of examples.
+    Yields the status from time to time, and returns the number of examples.
     """
     bad, clock = BadRecords(config.data.bad_percent), _Clock()
     number = 0
@@ -121,50 +124,52 @@ def count(
 
 
 def place(config: Config, portions: Sequence[Portion], counts: Sequence[int]) -> list[Portion]:
-    """Applies `max_examples` and `split = "tail"`, which depend on places in the whole input.
+    """Applies `max_examples` and `split = "tail"`, which depend on positions in the whole input.
 
     Args:
-      counts: the number of examples of each portion. After the portions that hold the first
-        `max_examples`, the numbers do not matter.
+      counts: the number of examples of each portion. Counts after the portions that hold the first
+        `max_examples` are ignored.
 
     Returns:
       The portions that hold the first `max_examples`, with `examples` and `held_out_from` set.
     """
     placed = []
     for split in splits_of(portions):
-        mine = [
-            (portion, number) for portion, number in zip(portions, counts) if portion.split == split
+        of_split = [
+            (portion, examples)
+            for portion, examples in zip(portions, counts)
+            if portion.split == split
         ]
-        placed += _place_split(config, mine)
+        placed += _place_split(config, of_split)
     return placed
 
 
 def _place_split(config: Config, portions: Sequence[tuple[Portion, int]]) -> list[Portion]:
-    """Does the work of `place` for portions of the same split, each with its number of examples."""
+    """Applies `place` to portions of the same split, each with its number of examples."""
     limit = config.data.max_examples
-    total = sum(number for _, number in portions)
+    total = sum(examples for _, examples in portions)
     if limit:
         total = min(total, limit)
     first_held_out = total - round(total * config.data.eval_percent / 100)
     placed, start = [], 0
-    for portion, number in portions:
+    for portion, examples in portions:
         if limit and start >= total:
             break
         if config.data.split == "tail" and not portion.split:
             portion = portion._replace(held_out_from=max(first_held_out - start, 0))
-        if limit and start + number >= limit:
+        if limit and start + examples >= limit:
             portion = portion._replace(examples=limit - start)
         placed.append(portion)
-        start += number
+        start += examples
     return placed
 
 
 def build(
     config: Config, spec: StreamSpec, tokenizer: Tokenizer, out: pathlib.Path, portion: Portion
 ) -> Iterator[Status]:
-    """Writes the shards of a portion and, when they are in place, its report.
+    """Writes the shards of a portion and then its report.
 
-    Yields its status now and then, and at the end. Raises UserError.
+    Yields the status from time to time, and at the end. Raises UserError for bad input.
     """
     packers = {split: Packer(config.data.rows) for split in SPLITS}
     writers = {
@@ -193,22 +198,22 @@ def build(
 
 
 def is_finished(out: pathlib.Path, portion: Portion) -> bool:
-    """Whether a portion has a report, and its shards are undamaged."""
+    """Returns whether a portion has a report and undamaged shards."""
     if not _report_path(out, portion).is_file():
         return False
     try:
         for part in read_report(out, portion)["splits"].values():
             for shard in part["shards"]:
                 records.check_shard(out, shard)
-    except UserError:  # damaged since then: the portion is made again
+    except UserError:  # a shard was damaged later: build the portion again
         return False
     return True
 
 
 def read_report(out: pathlib.Path, portion: Portion) -> dict[str, Any]:
-    """Returns what `build` counted in a portion.
+    """Returns the report that `build` wrote for a portion.
 
-    Keys: `splits` (for each split its counts and shards) and `bad` (`BadRecords.counts`).
+    Keys: `splits` (the counts and shards of each split) and `bad` (`BadRecords.counts`).
     """
     return json.loads(_report_path(out, portion).read_text())
 
@@ -219,11 +224,13 @@ def ids_files(out: pathlib.Path, split: str) -> list[pathlib.Path]:
 
 
 class ShardWriter:
-    """Writes the packed tables of one split of a portion to its shards, in turns, and counts them.
+    """Writes the packed tables of one split of a portion to shards in turn, and counts them.
 
     Attributes:
-      tables, rows: how many were written; of rows, those that hold an example.
-      tokens, silence: [S] int64, the number of cells of each stream that are tokens, and silence.
+      tables: the number of tables written.
+      rows: the number of their rows that hold an example.
+      tokens: [S] int64, the number of cells of each stream that hold a token.
+      silence: [S] int64, the number of cells of each stream that are silent.
     """
 
     def __init__(
@@ -235,10 +242,16 @@ class ShardWriter:
         streams: int,
         tokenizer: Tokenizer,
     ):
-        """`shards`: the number that the split should have in all; a portion has at least one."""
-        own = -(-shards // portion.of)
+        """Plans the shards of the portion, at least one.
+
+        Args:
+          shards: the number of shards that the portions of the split should have together.
+          streams: S.
+        """
+        own = -(-shards // portion.total)
         numbers = range(portion.number * own, (portion.number + 1) * own)
-        self._names = [f"{split}-{i:05d}-of-{own * portion.of:05d}.array_record" for i in numbers]
+        count = own * portion.total
+        self._names = [f"{split}-{i:05d}-of-{count:05d}.array_record" for i in numbers]
         self._directory, self._tokenizer = directory, tokenizer
         self._writers: list[Any] = []
         self._ids = Ids(directory / WORK, f"{portion.name}.{split}")
@@ -248,7 +261,7 @@ class ShardWriter:
     def write(self, table: Packed) -> None:
         """Appends one table."""
         shard = self.tables % len(self._names)
-        if shard == len(self._writers):  # opened when needed, so that a small split has fewer
+        if shard == len(self._writers):  # opened on first use: a small split has fewer shards
             path = str(self._temporary(self._names[shard]))
             self._writers.append(
                 array_record_module.ArrayRecordWriter(path, records.WRITER_OPTIONS)
@@ -283,7 +296,7 @@ class ShardWriter:
         return shards
 
     def _temporary(self, name: str) -> pathlib.Path:
-        # With the process id: a process that outlives its run disturbs no other one.
+        # With the process id, a process that outlives its run cannot write to files of the next.
         return self._directory / f"{name}.{os.getpid()}.tmp"
 
 

@@ -1,7 +1,7 @@
 """Readers of public corpora: `config.data.format = "msllm.data.corpora:switchboard"`, and so on.
 
-Each is a function from a file to the records that the converter named in its docstring takes. If
-the output of one of them changes, it needs a new revision in msllm/data/identity.py.
+Each reader yields the records of a file for the converter that its docstring names. If you change
+what a reader yields, increase its version in `REVISIONS` (msllm/data/identity.py).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 def switchboard(file: str) -> Iterator[dict[str, Any]]:
     """For `timed`: the timed transcripts of NLTK's Switchboard sample, one call per record.
 
-    The file has blocks separated by empty lines, in turns of speaker A and B of every call, with
-    lines `start end text`. Silence is left out.
+    The file consists of blocks separated by empty lines. For each call there is a block of speaker
+    A, then one of speaker B. A line is `start end text`. Silence is left out.
     """
     blocks = pathlib.Path(file).read_text().strip().split("\n\n")
     for a, b in zip(blocks[::2], blocks[1::2], strict=True):
@@ -32,20 +32,20 @@ def _switchboard_block(speaker: str, block: str) -> Iterator[dict[str, Any]]:
 
 
 def apollo13(file: str) -> Iterator[dict[str, Any]]:
-    """For `timed`: one recording of all loops of apollo13rt.
+    """For `timed`: all voice loops of apollo13rt as one recording.
 
-    `file` is any of the files `*-loop.json`; the others are found beside it. Speakers are
-    `loop/label`, such as `flight-director/EECOM`. Utterances without times are left out: 2 % of
-    all, namely utterances that were interrupted, and their continuations.
+    `file` is any one of the files `*-loop.json`; the others are read from the same folder. Speakers
+    are `loop/label`, such as `flight-director/EECOM`. Utterances without times (2 % of all) are
+    left out. They are utterances that were interrupted, and their continuations.
     """
     utterances = []
     for path in sorted(pathlib.Path(file).parent.glob("*-loop.json")):
         loop = path.name.removesuffix("-loop.json")
-        for said in json.loads(path.read_text()):
-            times = {"start": said.get("start"), "end": said.get("end")}
+        for item in json.loads(path.read_text()):
+            times = {"start": item.get("start"), "end": item.get("end")}
             if None not in times.values():
                 utterances.append(
-                    times | {"speaker": f"{loop}/{said['source']}", "text": said["message"]}
+                    times | {"speaker": f"{loop}/{item['source']}", "text": item["message"]}
                 )
     yield {"utterances": utterances}
 
@@ -61,8 +61,8 @@ def tatoeba(file: str) -> Iterator[dict[str, Any]]:
             yield {"source": source, "target": target, "attribution": attribution}
 
 
-LOWEST, HIGHEST = 36, 81  # pitches of all chorales
-TRANSPOSITIONS = range(-6, 6)  # semitones: every key once
+LOWEST, HIGHEST = 36, 81  # the range of pitches in the chorales (MIDI note numbers)
+TRANSPOSITIONS = range(-6, 6)  # in semitones; reaches every key once
 
 
 def _chorales(part: str, every: int, transpose: bool, file: str) -> Iterator[dict[str, Any]]:
@@ -70,8 +70,8 @@ def _chorales(part: str, every: int, transpose: bool, file: str) -> Iterator[dic
 
     Args:
       part: train, valid or test.
-      every: take one 16th note of this many.
-      transpose: yield every song in all keys in which it stays within the range of the corpus.
+      every: keep every n-th row. A row of the file is a 16th note.
+      transpose: yield each chorale in all keys in which it stays within the range of the corpus.
     """
     for song in json.loads(pathlib.Path(file).read_text())[part]:
         pitches = [pitch for row in song for pitch in row if pitch >= 0]  # -1 is silence
@@ -97,7 +97,7 @@ quarter_chorales_test = functools.partial(_chorales, "test", 4, False)
 def taskmaster4(file: str) -> Iterator[dict[str, Any]]:
     """For `tools`: dialogues of Taskmaster-4.
 
-    A call is annotated at the turn of the user or the assistant that it follows.
+    The corpus annotates a call at the turn, of the user or the assistant, that it follows.
     """
     for dialogue in json.loads(pathlib.Path(file).read_text()):
         messages = []
@@ -131,9 +131,10 @@ def _taskmaster_calls(annotations: list[dict[str, str]]) -> list[dict[str, Any]]
 def bfcl(file: str) -> Iterator[dict[str, Any]]:
     """For `tools`: questions of the Berkeley Function Calling Leaderboard, answered by calls.
 
-    `file` is one of `BFCL_v4_*.json` with one turn; the answers are beside it in
-    `answer_BFCL_v4_*.json`. If an argument has several right values, the first is taken; an
-    argument that may be left out ("") is left out. The functions are the system's speech.
+    `file` is one of the single-turn files `BFCL_v4_*.json`. Its answers are in the same folder, in
+    `answer_BFCL_v4_*.json`. If an argument has several correct values, the first is used. An
+    argument whose first value is "" may be left out, and is. The system message lists the
+    functions.
     """
     path = pathlib.Path(file)
     answers = map(json.loads, path.with_name(f"answer_{path.name}").read_text().splitlines())
@@ -142,7 +143,7 @@ def bfcl(file: str) -> Iterator[dict[str, Any]]:
         question = json.loads(line)
         calls = []
         for name, values in (item for call in known[question["id"]] for item in call.items()):
-            arguments = {key: right[0] for key, right in values.items() if right[0] != ""}
+            arguments = {key: correct[0] for key, correct in values.items() if correct[0] != ""}
             calls.append(_call(name, arguments))
         system = {"role": "system", "content": json.dumps(question["function"], ensure_ascii=False)}
         answer = {"role": "assistant", "content": None, "tool_calls": calls}

@@ -1,16 +1,16 @@
-"""Dictated sums: generated multi-stream data with an answer that can be checked.
+"""Dictated sums: generated multi-stream data whose answers can be checked.
 
-The user dictates a small calculation word by word and sometimes takes the last step back. The
-thought stream works at the same time. The output answers after the question mark:
+The user dictates a small calculation word by word, and sometimes takes back the last step. The
+thought stream calculates at the same time. The output answers after the question mark:
 
     user     please take 7 then add 3 um subtract 4   no wait add 2    ?
     thought                     =7       +3       =10    -4   =6  undo =10 +2 =12
     output                                                                    that makes 12 .
 
-With the default visibility another stream reads a word of row r in row r + 1, and can first react
-to it in row r + 2. So every thought starts `REACTION` rows after the word that it answers, and the
-answer `REACTION` rows after the question mark. The number is the answer's third word: by then its
-thought has been read.
+With the default visibility, another stream reads a word of row r in row r + 1, and can first react
+to it in row r + 2. Every thought therefore starts `REACTION` rows after the word that it answers,
+and the answer starts `REACTION` rows after the question mark. The number is the third word of the
+answer, so that the output has read the last thought by then.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import numpy as np
 
 REACTION = 2
 LARGEST = 12  # running values stay within 0..LARGEST
-OPERANDS = range(1, 5)  # few, so that a small model meets every sum often
-CORRECTED = 0.35  # fraction of the examples in which the user takes a step back
+OPERANDS = range(1, 5)  # few, so that a small model sees every sum often
+CORRECTED = 0.35  # fraction of the examples in which the user takes back a step
 QUESTION_END = "?"
 ADD, SUBTRACT = ("add", "plus"), ("subtract", "minus")
 OPENINGS = ((), (), ("please",), ("ok",), ("now", "please"))
@@ -41,7 +41,7 @@ class Dictation(NamedTuple):
 
 
 def generate(count: int, seed: int) -> Iterator[Dictation]:
-    """Yields `count` different examples, which depend on the seed alone."""
+    """Yields `count` distinct examples, which depend on the seed alone."""
     rng = random.Random(seed)
     seen: set[str] = set()
     while len(seen) < count:
@@ -55,19 +55,21 @@ def generate(count: int, seed: int) -> Iterator[Dictation]:
 
 
 def answer_words(value: int) -> list[str]:
-    """Returns what the output says."""
+    """Returns the words of the output for a result."""
     return ["that", "makes", str(value), "."]
 
 
 def expected_answer(question: Sequence[str]) -> list[str]:
-    """Returns the right answer to a question in words: what an evaluation compares with."""
+    """Returns the words of the correct answer to a question, for evaluation."""
     return answer_words(work_out(question)[1])
 
 
 def work_out(question: Sequence[str]) -> tuple[list[tuple[int, list[str]]], int]:
-    """Returns the thoughts about a question, (index of the word answered, words), and the result.
+    """Returns (thoughts, result) of a question.
 
-    Raises ValueError if the words are no calculation of this kind.
+    A thought is (index of the word that it answers, words).
+
+    Raises ValueError if the words hold no calculation.
     """
     thoughts: list[tuple[int, list[str]]] = []
     values: list[int] = []  # after each step
@@ -95,8 +97,8 @@ def work_out(question: Sequence[str]) -> tuple[list[tuple[int, list[str]]], int]
 def question_end(tokens: np.ndarray, end_id: int) -> int:
     """Returns the row of the question mark (id `end_id`) in one stream's tokens [T], or -1.
 
-    The stream is the user's, or the only one of the single layout. In the single layout the prompt
-    ends with that row.
+    The stream is the user's or, in the single layout, the only one. In the single layout the prompt
+    ends with the row of the question mark.
     """
     rows = np.flatnonzero(np.asarray(tokens) == end_id)
     return int(rows[0]) if len(rows) else -1
@@ -129,6 +131,7 @@ def _instruction(rng: random.Random, value: int) -> tuple[list[str], int]:
 def _pick(rng: random.Random, items: Sequence[Any]) -> Any:
     """Returns a random item.
 
-    Of the methods of `random`, only random() is promised to give the same numbers in every Python.
+    Of the methods of `random`, Python guarantees only random() to return the same numbers in every
+    version.
     """
     return items[int(rng.random() * len(items))]

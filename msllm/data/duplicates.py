@@ -14,9 +14,9 @@ _IDS = 1 << 64  # number of possible ids
 
 
 class Ids:
-    """Writes the ids of examples to files NAME.0000.npy, ... of a folder.
+    """Writes the ids of examples to the files NAME.0000.npy, NAME.0001.npy, ... of a folder.
 
-    An id is a string of hex digits, of which the last 16 count.
+    An id is a string of hex digits, of which the last 16 are used.
     """
 
     def __init__(self, folder: pathlib.Path, name: str):
@@ -30,7 +30,7 @@ class Ids:
             self.close()
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes the remaining ids."""
         path = self._folder / f"{self._name}.{self._files:04d}.npy"
         np.save(path, np.unique(np.array(self._ids, np.uint64)))
         self._files += 1
@@ -43,12 +43,12 @@ def count_duplicates(
     """Counts duplicate examples.
 
     Args:
-      files: the files of `Ids` of each of the two splits.
+      files: the files that `Ids` wrote for each of the two splits.
       examples: the number of examples of each split.
 
     Returns:
-      For each split, the number of examples that came before in the same split; under
-      "train_and_eval", the number of different examples that are in both splits.
+      For each split, the number of examples that repeat an earlier one of the same split; under
+      "train_and_eval", the number of distinct examples that are in both splits.
     """
     distinct, both = dict.fromkeys(files, 0), 0
     for first, last in _ranges(files):
@@ -63,7 +63,7 @@ def count_duplicates(
 def _ranges(files: Mapping[str, Sequence[pathlib.Path]]) -> list[tuple[int, int]]:
     """Returns ranges (first id, last id) that hold about BLOCK_IDS ids each.
 
-    Ids are hashes, so that ranges of equal size hold about equally many.
+    Ids are hashes, so ranges of equal size hold about the same number of ids.
     """
     ids = sum(len(np.load(path, mmap_mode="r")) for paths in files.values() for path in paths)
     count = ids // BLOCK_IDS + 1
@@ -72,7 +72,7 @@ def _ranges(files: Mapping[str, Sequence[pathlib.Path]]) -> list[tuple[int, int]
 
 
 def _between(paths: Sequence[pathlib.Path], first: int, last: int) -> np.ndarray:
-    """Returns the different ids from `first` to `last` (inclusive), [n] uint64."""
+    """Returns the distinct ids from `first` to `last` (inclusive), [n] uint64."""
     found = [np.zeros(0, np.uint64)]
     for path in paths:
         ids = np.load(path, mmap_mode="r")

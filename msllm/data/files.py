@@ -1,6 +1,6 @@
 """Access to the user's input files: local or remote, plain or compressed.
 
-Every problem with a file becomes a UserError that names it.
+Every problem with a file becomes a UserError that names the file.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from etils import epath
 from msllm.errors import UserError
 
 BLOCK_CHARACTERS = 1 << 16  # of plain text read at a time
+# The scheme, the bucket and the leading folders of a remote path that hold no wildcards.
 _PARTS_WITHOUT_WILDCARDS = re.compile(r"\w+://[^/]*(?:/[^/*?\[]*(?=/|$))*")
 COMPRESSED = re.compile(r"\.(gz|zst)$")
 
@@ -31,8 +32,8 @@ def shared_file(name: str, config_file: str) -> str:
     """Returns the path of a file that the example configs read.
 
     Args:
-      name: relative to the folder that the environment variable MSLLM_SHARED names, or else to the
-        folder `shared` beside the repository.
+      name: the path within the folder that the environment variable MSLLM_SHARED names; by default,
+        the folder `shared` beside the repository.
       config_file: `__file__` of a config in the repository's folder `configs`.
     """
     repository = pathlib.Path(config_file).resolve().parents[1]
@@ -40,14 +41,21 @@ def shared_file(name: str, config_file: str) -> str:
     return str(pathlib.Path(folder) / name)
 
 
-def input_files(path: str) -> list[str]:
-    """Returns the files that a path or glob names, sorted. Raises UserError if there are none."""
+def input_files(path: str, setting: str = "path") -> list[str]:
+    """Returns the files that a path or glob names, sorted.
+
+    Args:
+      path: the path or glob, local or remote.
+      setting: the field of `config.data` that holds it, for messages.
+
+    Raises UserError if there is no such file.
+    """
     files = _remote_files(path) if "://" in path else glob.glob(path, recursive=True)
     if not files:
         raise UserError(
-            f"config.data.path is {path!r}: there is no such file; give one with"
-            " --config.data.path=... (the configs of this project read the folder named by"
-            " MSLLM_SHARED, else the folder `shared` beside the repository)"
+            f"config.data.{setting} is {path!r}: there is no such file; name one with"
+            f" --config.data.{setting}=... (the example configs read the folder that MSLLM_SHARED"
+            " names, by default the folder `shared` beside the repository)"
         )
     return sorted(files)
 
@@ -77,10 +85,12 @@ def file_size(file: str) -> int:
 def lines(
     file: str, index: int = 0, count: int = 1, before: int = 0
 ) -> Iterator[tuple[int, bytes]]:
-    """Yields (number from 1, line) of the lines that begin in part `index` of `count` equal ones.
+    """Yields (number from 1, line) of the lines that begin in part `index` of `count` equal parts.
 
     Args:
-      before: the number of lines that begin before this part (`lines_before`).
+      file: the path of the file.
+      index, count: the part, counted in decompressed bytes.
+      before: the number of lines that begin before the part (`lines_before`).
     """
     with readable(file), open_file(file) as stream:
         if count == 1:
@@ -155,7 +165,7 @@ def open_file(file: str) -> Iterator[io.BufferedIOBase]:
 
 @contextlib.contextmanager
 def readable(file: str) -> Iterator[None]:
-    """Turns what may go wrong with a file inside the `with` block into a UserError."""
+    """Turns errors of reading a file inside the `with` block into UserErrors that name the file."""
     try:
         yield
     except (EOFError, OSError, zlib.error) as error:
@@ -163,25 +173,26 @@ def readable(file: str) -> Iterator[None]:
         raise UserError(f"{file}: cannot be read ({what}): correct config.data.path") from error
     except ImportError as error:
         raise UserError(
-            f"{file}: cannot be read ({error}): install the package that is named there"
+            f"{file}: cannot be read ({error}): install the package that this error names"
         ) from error
 
 
 def import_optional(module: str, file: str) -> Any:
-    """Imports a module that only some files need. Raises UserError if it is not installed."""
+    """Returns a module that only some files need. Raises UserError if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
         raise UserError(
-            f"{file}: needs the package {package}: `pip install {package}`, or msllm[data]"
+            f"{file}: needs the package {package}: install it with `pip install {package}`, or"
+            " install msllm[data]"
         ) from error
 
 
 def _decompress_zst(raw: io.BufferedIOBase, file: str) -> Iterator[bytes]:
     """Yields the decompressed bytes of a .zst file.
 
-    The library's own reader is not used: it takes a file that was cut off for a complete one.
+    The reader of the zstandard package is not used because it accepts truncated files.
     """
     zstandard = import_optional("zstandard", file)
     frame = None
@@ -195,11 +206,11 @@ def _decompress_zst(raw: io.BufferedIOBase, file: str) -> Iterator[bytes]:
     except zstandard.ZstdError as error:
         raise UserError(f"{file}: cannot be read ({error}): correct config.data.path") from error
     if frame is not None:
-        raise EOFError("it ends in the middle of a frame")
+        raise EOFError("the file ends in the middle of a frame")
 
 
 class _BlockStream(io.RawIOBase):
-    """Presents blocks of bytes as a file."""
+    """A file whose content is a sequence of blocks of bytes."""
 
     def __init__(self, blocks: Iterator[bytes]):
         self._blocks, self._rest = blocks, memoryview(b"")

@@ -1,4 +1,4 @@
-"""Batches on the devices of a mesh: each host reads its tables, and all together form one array."""
+"""Batches on the devices of a mesh, as global arrays: each host reads only its own tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ AbstractBatch = Mapping[str, jax.ShapeDtypeStruct]  # shapes and shardings: `Pro
 
 
 def host_rows(abstract: AbstractBatch) -> range:
-    """The tables of a batch of which this host's devices hold a part."""
+    """Returns the range of a batch's tables of which this host's devices hold a part."""
     segment = abstract["segment"]
     indices = segment.sharding.addressable_devices_indices_map(segment.shape).values()
     parts = [index[0].indices(segment.shape[0]) for index in indices]
@@ -24,34 +24,34 @@ def host_rows(abstract: AbstractBatch) -> range:
 def to_devices(
     abstract: AbstractBatch, tables: Mapping[str, np.ndarray], first_row: int = 0
 ) -> dict[str, jax.Array]:
-    """Global arrays from this host's tables of a batch.
+    """Returns global arrays made from this host's tables of a batch.
 
     Args:
-      abstract: shapes and shardings of the arrays. They may have more streams than the tables: the
-        further ones are absent.
-      tables: tokens and present [b, T, S], segment [b, T]: rows first_row .. first_row + b - 1 of
-        the batch, which must include `host_rows(abstract)`.
-      first_row: see `tables`.
+      abstract: shapes and shardings of the arrays. They may have more streams than the tables; the
+        additional streams are absent.
+      tables: tokens and present [b, T, S], segment [b, T]. They are the tables first_row ..
+        first_row + b - 1 of the batch, which must include `host_rows(abstract)`.
+      first_row: the place of the first of `tables` in the batch.
     """
 
-    def place(array: np.ndarray, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+    def place(array: np.ndarray, target: jax.ShapeDtypeStruct) -> jax.Array:
         if array.ndim == 3:
-            array = np.pad(array, [(0, 0), (0, 0), (0, abstract.shape[2] - array.shape[2])])
+            array = np.pad(array, [(0, 0), (0, 0), (0, target.shape[2] - array.shape[2])])
 
         def shard(index: Any) -> np.ndarray:
             rows, *rest = index
-            begin, end, _ = rows.indices(abstract.shape[0])
+            begin, end, _ = rows.indices(target.shape[0])
             return array[(slice(begin - first_row, end - first_row), *rest)]
 
-        return jax.make_array_from_callback(abstract.shape, abstract.sharding, shard)
+        return jax.make_array_from_callback(target.shape, target.sharding, shard)
 
-    return {name: place(tables[name], shape) for name, shape in abstract.items()}
+    return {name: place(tables[name], target) for name, target in abstract.items()}
 
 
 def global_batches(
     loader: Loader, abstract: AbstractBatch, steps: Sequence[int]
 ) -> Iterator[tuple[Batch, dict[str, jax.Array]]]:
-    """(this host's tables, global arrays) of each step. The tables are read ahead of time."""
+    """Yields (this host's tables, global arrays) of each step. Tables are read ahead of time."""
     rows = host_rows(abstract)
     for tables in loader.iterate(steps, rows):
         yield tables, to_devices(abstract, tables, rows.start)

@@ -1,12 +1,12 @@
-"""What the bytes of prepared data depend on, and whether two runs of `prepare` have it in common.
+"""The settings that identify prepared data: everything that its bytes depend on.
 
 `prepare` stores these settings in the manifest. It compares them before it accepts a directory as
-prepared already, and before it continues an unfinished run. An input file counts by its name and
-content, not by the folder that it lies in.
+already prepared, and before it continues an unfinished run. An input file is identified by its name
+and content, but not by its folder.
 
-A reader or converter of msllm itself counts by its name, so that an edit of a comment in msllm
-leaves prepared data valid. One of the user's own counts by its name and by the content of its
-module.
+A reader or converter of msllm is identified by its name alone, so that editing a comment in msllm
+leaves prepared data valid. A user's reader or converter is identified by its name and by the
+content of its module.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from msllm.errors import UserError
 from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
 
-# {name of a converter, or path of a reader, of msllm: number of its output's version}, from 2 on.
-# Whoever changes what one of them yields for the same input adds it here, or its number plus one:
-# data that were prepared before are then refused.
+# The output versions of msllm's converters (by name) and readers (by import path); 1 if not listed.
+# If you change what one of them yields for the same input, increase its version here. Data that was
+# prepared with another version is then refused.
 REVISIONS: Mapping[str, int] = {}
 
 _ALWAYS_STORED = ("converter", "rows", "eval_percent", "split", "max_examples", "shards")
-# These came later. They are stored only where they differ from their defaults, so that data
-# prepared before they existed still have equal settings.
+# Settings that were added later. They are stored only if they differ from their defaults, so that
+# data prepared before they existed still has equal settings.
 _STORED_IF_SET = ("format", "bad_percent", "streams", "vary", "eval_format")
 
 
 def get_settings(config: Config, spec: StreamSpec) -> dict[str, Any]:
     """Returns everything that the bytes of prepared data depend on, as JSON values.
 
-    Raises UserError if an input file cannot be read or an import path cannot be imported.
+    Raises UserError if an input file cannot be read, or a reader or converter cannot be imported.
     """
     data = config.data
     converter, options = converters.get_converter(data.converter, data.options)
@@ -48,7 +48,7 @@ def get_settings(config: Config, spec: StreamSpec) -> dict[str, Any]:
     settings["streams"] = [spec.names, spec.kinds, spec.delays]
     settings["inputs"] = _names_and_hashes(files.input_files(data.path) if converter.reads else [])
     if data.eval_path:
-        settings["eval_inputs"] = _names_and_hashes(files.input_files(data.eval_path))
+        settings["eval_inputs"] = _names_and_hashes(files.input_files(data.eval_path, "eval_path"))
     values, defaults = dataclasses.asdict(data), dataclasses.asdict(DataConfig())
     for name in _STORED_IF_SET:
         if values[name] != defaults[name]:
@@ -57,7 +57,7 @@ def get_settings(config: Config, spec: StreamSpec) -> dict[str, Any]:
 
 
 def different_settings(settings: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
-    """Returns the names of the settings that are not as those stored by another run."""
+    """Returns the names of the settings that differ from those that another run stored."""
     settings, stored = _comparable(settings), _comparable(stored)
     return [name for name in {**settings, **stored} if settings.get(name) != stored.get(name)]
 
@@ -68,7 +68,7 @@ def _tokenizer_settings(data: DataConfig) -> dict[str, Any]:
         return {"sha256": given.hash, "silence": data.tokenizer.silence}
     settings = dataclasses.asdict(data.tokenizer)
     if not data.tokenizer.reserved:
-        del settings["reserved"]  # came later, as the settings in _STORED_IF_SET
+        del settings["reserved"]  # was added later, like the settings in _STORED_IF_SET
     return settings
 
 
@@ -96,8 +96,8 @@ def _module_hash(path: str, setting: str) -> str:
     file = getattr(module, "__file__", None)
     if file is None:
         raise UserError(
-            f"{setting} is {path!r}: the module has no file, whose content prepared data depend"
-            " on; put the function into one"
+            f"{setting} is {path!r}: the module has no file to identify prepared data by; define"
+            " the function in a file"
         )
     return files.file_hash(file)
 
@@ -107,7 +107,7 @@ def _belongs_to_msllm(path: str) -> bool:
 
 
 def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings without the hashes that manifests once held of msllm's own modules."""
+    """Returns settings without the hashes of msllm's own modules, which older manifests hold."""
     paths = {
         "converter_code": settings.get("converter", ""),
         "format_code": settings.get("data.format", ""),

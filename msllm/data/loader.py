@@ -1,4 +1,4 @@
-"""Batches as a pure function of the step: no state, and any host computes any part of any batch."""
+"""Batches as a pure function of the step: any host can compute any part of any batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ Batch = dict[str, np.ndarray]
 def spread(total: int, count: int) -> list[int]:
     """Returns at most `count` of the numbers below `total`, evenly spread.
 
-    The first batches of a split would not represent it: packing puts the longest examples there.
+    Evaluation on a part of a split uses such numbers, because the first batches do not represent
+    the split: packing puts the longest examples there.
     """
     return [i * total // count for i in range(count)] if count < total else list(range(total))
 
@@ -30,19 +31,19 @@ def spread(total: int, count: int) -> list[int]:
 class Loader:
     """Reads one split of a prepared directory, or the training tables of a mixture of them.
 
-    Row i of batch `step` has the flat index `step * B + i`. In the split `train`, every run of N
-    indices that starts at a multiple of N (an epoch) is a permutation of the N tables, a different
-    one in each epoch, given by `config.seed`. In a mixture this holds for each source and the
-    indices of its own tables; `plan` says which indices these are. Other splits have their tables
-    once, as stored; the last batch is filled up with empty tables (segment 0).
+    Table i of batch `step` has the flat index `step * B + i`. In the split `train`, an epoch is N
+    consecutive indices that start at a multiple of N. Each epoch is another permutation of the N
+    tables, given by `config.seed`. In a mixture this holds for each source and its own tables;
+    `plan` says which indices belong to which source. Other splits have each table once, in stored
+    order, and their last batch is filled up with empty tables (segment 0).
 
     Attributes:
       manifests: {name: manifest} of each source; without a mixture the name is "".
-      manifest: the first of them.
-      plan: the source of every index of a mixture; None without one.
+      manifest: the first of `manifests`.
+      plan: the `mixture.Plan` of a mixture; None without a mixture.
       tokenizer: the tokenizer of all sources.
       num_tables: N, over all sources.
-      num_batches: the number of batches that hold N tables; the last may be partly filled.
+      num_batches: the number of batches that N tables fill; the last may be partly filled.
     """
 
     def __init__(
@@ -51,13 +52,17 @@ class Loader:
         """Opens and checks the data.
 
         Args:
-          part: (i, n) of a process that shares the checking with others (`records.open_prepared`).
+          config: the settings of the data.
+          split: the name of the split.
+          spec: the streams that the data must have.
+          part: (i, n) for process i of n that share the checking (`records.open_prepared`).
 
         Raises UserError if the data is damaged, empty, or does not fit the config.
         """
         if config.mixture.dirs and split != "train":
             raise ValueError(
-                f"split {split!r} of a mixture: open it for each source alone (mixture.by_source)"
+                f"split is {split!r}: a mixture has only the split 'train'; open the split of each"
+                " source (mixture.by_source)"
             )
         self._config, self._split, self._streams = config, split, spec.size
         sources = {
@@ -67,7 +72,7 @@ class Loader:
         self._sources = list(sources.values())
         self.manifests = {name: source.manifest for name, source in sources.items()}
         self.manifest = self._sources[0].manifest
-        mixture.check_alike({source.directory: source.manifest for source in self._sources})
+        mixture.check_tokenizers({source.directory: source.manifest for source in self._sources})
         self.plan = mixture.Plan(config, self.manifests) if config.mixture.dirs else None
         stored = self.manifest["tokenizer"]
         self.tokenizer = Tokenizer.load(
@@ -77,7 +82,7 @@ class Loader:
         self.num_batches = -(-self.num_tables // config.batch_size)
 
     def batch(self, step: int, rows: range | slice | None = None) -> Batch:
-        """Returns the batch of a step, or the part `rows` of it (within 0..B, of step 1).
+        """Returns the batch of a step, or its tables `rows` (within 0..B, with step 1).
 
         Returns:
           tokens: [b, T, S] int32, 0 where absent.
@@ -111,7 +116,7 @@ class Loader:
     def iterate(self, steps: Sequence[int], rows: range | slice | None = None) -> Iterator[Batch]:
         """Yields `batch(step, rows)` for each step.
 
-        Batches are made ahead of time in a thread, which ends if the iterator is abandoned.
+        A thread makes batches ahead of time. It ends when the iterator is exhausted or closed.
         """
         if not steps:
             return
@@ -120,7 +125,7 @@ class Loader:
             return self.batch(step, rows)
 
         ahead = self._config.prefetch
-        # One thread: more of them only wait for the interpreter's lock, at twice the CPU time.
+        # One thread: more threads only wait for the interpreter's lock, at twice the CPU time.
         options = grain.ReadOptions(num_threads=min(ahead, 1), prefetch_buffer_size=ahead)
         batches = iter(grain.MapDataset.source(steps).map(make).to_iter_dataset(options))
         try:
@@ -147,7 +152,7 @@ class Loader:
         return self._split == "train" or index < self.num_tables
 
     def _place(self, index: int) -> tuple[int, int]:
-        """Returns (the source of a flat index, the index among the tables of that source)."""
+        """Returns (source, index among the tables of that source) of a flat index."""
         return self.plan.place(index) if self.plan else (0, index)
 
     def _read(self, index: int) -> Packed:
@@ -156,7 +161,7 @@ class Loader:
 
 
 class _Source:
-    """The tables of one split of a prepared directory, in the order in which they are read."""
+    """The tables of one split of a prepared directory, in reading order."""
 
     def __init__(self, config: DataConfig, split: str, spec: StreamSpec, part: tuple[int, int]):
         self.directory, self._streams = config.dir, spec.size
@@ -167,7 +172,7 @@ class _Source:
             percent = self.manifest["settings"]["eval_percent"]
             raise UserError(
                 f"split {split!r} of {config.dir} holds no table: prepare more examples, or change"
-                f" config.data.eval_percent ({percent} held out)"
+                f" config.data.eval_percent (it was {percent})"
             )
         self._vocab_size = self.manifest["tokenizer"]["vocab_size"]
         self._records = records.Reader(paths)
@@ -175,13 +180,13 @@ class _Source:
         self._order = order.shuffle(seed=config.seed).repeat() if split == "train" else order
 
     def read(self, rank: int) -> Packed:
-        """Returns the table that is read after `rank` others, over all epochs."""
+        """Returns table number `rank` in reading order, counted over all epochs."""
         record = self._records[self._order[rank]]
         return records.decode_record(record, self._streams, self._vocab_size)
 
 
 def _check(config: DataConfig, manifest: Mapping[str, Any], spec: StreamSpec) -> None:
-    """Raises UserError if the config is not the one that the data was prepared with."""
+    """Raises UserError if the data was prepared with other rows or streams than the config's."""
     wanted: dict[str, Any] = {"data.rows": config.rows}
     stored: dict[str, Any] = {"data.rows": manifest["rows"]}
     for field in ("names", "kinds", "delays"):
@@ -191,5 +196,5 @@ def _check(config: DataConfig, manifest: Mapping[str, Any], spec: StreamSpec) ->
         if wanted[name] != value:
             raise UserError(
                 f"config.{name} is {wanted[name]}, but {config.dir} was prepared with {value}:"
-                " change it, or prepare into another config.data.dir"
+                " change it, or prepare the data again, into another config.data.dir"
             )

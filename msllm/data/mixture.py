@@ -1,8 +1,8 @@
-"""Mixtures: which source gives each table of a run, as a pure function of the table's index.
+"""Mixtures: the source of each table of a run, as a pure function of the table's index.
 
-grain's own mix is not used. It rounds the shares down to whole percents of the smallest one, so
-that 0.7 and 0.3 become 233 and 100. It can neither leave a source out nor change shares at a step,
-and it strays by up to three tables among six sources.
+`grain.MapDataset.mix` is not used for three reasons. It rounds shares down to whole percents of the
+smallest share, so that 0.7 and 0.3 become 233 and 100. It can neither leave out a source nor change
+shares at a step. With six sources, it deviates from their shares by up to three tables.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from msllm.config import DataConfig, MixtureConfig
@@ -25,8 +26,8 @@ Manifest = Mapping[str, Any]
 def by_source(config: DataConfig) -> dict[str, DataConfig]:
     """Returns {name: the config of that source alone}.
 
-    Without a mixture there is one source, whose name is empty. Each source of a mixture has a seed
-    of its own, which depends on its name and not on the other sources.
+    Without a mixture there is one source, and its name is empty. The seed of a source in a mixture
+    depends on its name, but not on the other sources.
     """
     mixture = config.mixture
     if not mixture.dirs:
@@ -44,7 +45,7 @@ def _seed(seed: int, name: str) -> int:
     return int.from_bytes(digest[:4], "little")
 
 
-def check_alike(manifests: Mapping[str, Manifest]) -> None:
+def check_tokenizers(manifests: Mapping[str, Manifest]) -> None:
     """Raises UserError unless all prepared directories {path: manifest} have the same tokenizer."""
     (first, expected), *others = [
         (path, manifest["tokenizer"]) for path, manifest in manifests.items()
@@ -61,32 +62,33 @@ def check_alike(manifests: Mapping[str, Manifest]) -> None:
                 )
 
 
-def chosen_tokens(manifest: Manifest, streams: Sequence[str]) -> int:
+def count_tokens(manifest: Manifest, streams: Sequence[str]) -> int:
     """Returns the number of tokens in a prepared directory's training tables, without silence.
 
     Args:
-      streams: those to count; empty: all.
+      manifest: the manifest of the directory.
+      streams: the names of the streams to count; empty: all.
     """
     tokens = manifest["splits"]["train"]["tokens"]
     return sum(tokens[name] for name in streams or tokens)
 
 
 class Turns:
-    """An endless sequence of n sources with given shares.
+    """An endless sequence of turns among n sources with given shares.
 
-    Each half of the sources, in their order, takes its share of the turns, rounded to whole turns.
-    Within its turns each half of that half does the same, and so on. So of any number of first
-    turns a source has its exact share to within half a turn for each of the ceil(log2 n) halvings:
-    to within one turn for up to four sources.
+    The sources are divided into a first and a second half. Each half takes its share of the turns,
+    rounded to whole turns, and divides them in the same way among its own halves, down to single
+    sources. Among the first k turns, for any k, a source therefore has its exact share to within
+    half a turn for each of the ceil(log2 n) halvings: within one turn for up to four sources.
     """
 
     def __init__(self, shares: Sequence[Fraction]):
-        """`shares`: not negative, and not all 0. They may have any sum."""
+        """Takes the share of each source: not negative, not all 0, and with any sum."""
         scale = math.lcm(*(share.denominator for share in shares))
         self._sums = list(itertools.accumulate((int(share * scale) for share in shares), initial=0))
 
     def turn(self, index: int) -> tuple[int, int]:
-        """Returns (the source that has turn `index`, the number of turns it had before)."""
+        """Returns (the source that has turn `index`, the number of its turns before that)."""
         first, last = 0, len(self._sums) - 1
         while last - first > 1:
             middle = (first + last + 1) // 2
@@ -98,11 +100,11 @@ class Turns:
         return first, index
 
     def counts(self, index: int) -> list[int]:
-        """Returns how many of the first `index` turns each source has."""
+        """Returns the number of turns of each source among the first `index` turns."""
         return self._split(index, 0, len(self._sums) - 1)
 
     def _split(self, count: int, first: int, last: int) -> list[int]:
-        """Divides `count` turns among the sources first..last (exclusive)."""
+        """Returns the turns of each of the sources first..last (exclusive), of `count` turns."""
         if last - first == 1 or not count:
             return [count] + [0] * (last - first - 1)
         middle = (first + last + 1) // 2
@@ -110,7 +112,7 @@ class Turns:
         return self._split(left, first, middle) + self._split(count - left, middle, last)
 
     def _left(self, count: int, first: int, middle: int, last: int) -> int:
-        """Of `count` turns of first..last, returns those of first..middle, rounded."""
+        """Returns how many of the `count` turns of first..last belong to first..middle, rounded."""
         part, whole = self._sums[middle] - self._sums[first], self._sums[last] - self._sums[first]
         return (2 * count * part + whole) // (2 * whole)
 
@@ -118,22 +120,18 @@ class Turns:
 class _Phase(NamedTuple):
     """A part of the run with constant weights."""
 
-    start: int  # index of its first table
-    before: list[int]  # number of tables of each source before it
+    start: int  # index of the first table of the phase
+    before: list[int]  # number of tables of each source before the phase
     turns: Turns
     targets: list[float]  # shares of the counted tokens; their sum is 1
 
 
-def _start(phase: _Phase) -> int:
-    return phase.start
-
-
 class Plan:
-    """Which table of which source has which place in a run.
+    """The source of every table of a run, and the table's number in that source.
 
-    A table belongs to one source. For a source to have its weight of the counted tokens, its share
-    of the tables is weight / (counted tokens per table of the source, on average). When the weights
-    change, each source continues where it was.
+    The weights of sources are shares of the counted tokens, but every table belongs to one source.
+    So the share of a source in the tables is its weight / (average counted tokens per table of the
+    source). When the weights change, each source continues where it stopped.
 
     Attributes:
       names: the names of the sources.
@@ -142,12 +140,12 @@ class Plan:
     def __init__(self, config: DataConfig, manifests: Mapping[str, Manifest]):
         """Takes the manifest of each source, by name.
 
-        Raises UserError if a source has a weight, but no tokens to count.
+        Raises UserError if a source has a positive weight but no tokens to count.
         """
         mixture, self.names = config.mixture, tuple(manifests)
         self._batch_size = config.batch_size
         self._tables = [manifest["splits"]["train"]["tables"] for manifest in manifests.values()]
-        tokens = [chosen_tokens(manifest, mixture.streams) for manifest in manifests.values()]
+        tokens = [count_tokens(manifest, mixture.streams) for manifest in manifests.values()]
         self._phases: list[_Phase] = []
         for step, weights in ((0, mixture.weights), *mixture.schedule):
             start = step * config.batch_size
@@ -159,7 +157,7 @@ class Plan:
     def _shares(
         self, mixture: MixtureConfig, weights: Sequence[float], tokens: Sequence[int]
     ) -> list[Fraction]:
-        """Returns the share of each source of the tables, of any sum."""
+        """Returns the share of each source in the tables. Their sum is arbitrary."""
         shares = []
         for i, (weight, count) in enumerate(zip(weights, tokens)):
             if not weight:
@@ -170,9 +168,9 @@ class Plan:
                 where = f"config.data.mixture.streams {chosen}" if chosen else "all streams"
                 raise UserError(
                     f"source {self.names[i]!r} ({mixture.dirs[i]}) has weight {weight} and only"
-                    f" silence in {where}: set it to 0"
+                    f" silence in {where}: set its weight to 0"
                 )
-            # repr: the decimal number that was written, not its binary approximation.
+            # repr gives the decimal number of the config, not its binary approximation.
             shares.append(Fraction(repr(weight)) * self._tables[i] / count)
         return shares
 
@@ -186,7 +184,7 @@ class Plan:
         return source, phase.before[source] + count
 
     def counts(self, index: int) -> list[int]:
-        """Returns how many of the run's first `index` tables are of each source."""
+        """Returns the number of tables of each source among the run's first `index` tables."""
         phase = self._phase(index)
         counts = phase.turns.counts(index - phase.start)
         return [before + count for before, count in zip(phase.before, counts)]
@@ -196,9 +194,9 @@ class Plan:
         return self._phase(step * self._batch_size).targets
 
     def epochs(self, steps: int) -> list[float]:
-        """Returns how often each source has been read after this many steps."""
+        """Returns how many times each source has been read after this many steps."""
         counts = self.counts(steps * self._batch_size)
         return [count / tables for count, tables in zip(counts, self._tables)]
 
     def _phase(self, index: int) -> _Phase:
-        return self._phases[bisect.bisect_right(self._phases, index, key=_start) - 1]
+        return self._phases[bisect.bisect_right(self._phases, index, key=attrgetter("start")) - 1]

@@ -1,4 +1,4 @@
-"""Packs examples into tables of T rows: best fit, in windows, so that memory stays bounded."""
+"""Packs examples into tables of T rows by best fit, in windows that bound the memory."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 
 from msllm.data.tables import Table
 
-WINDOW = 2000  # examples sorted at a time: a smaller window wastes more rows
-WINDOW_CELLS = 1 << 25  # a window is packed earlier if it has this many cells
-OPEN_BINS = 64  # unfinished tables that wait for the next window
+WINDOW = 2000  # examples sorted at a time; a smaller window wastes more rows
+WINDOW_CELLS = 1 << 25  # a window with this many cells is packed early
+OPEN_BINS = 64  # partly filled tables that stay open for the next window
 
 
 class Packed(NamedTuple):
@@ -20,23 +20,23 @@ class Packed(NamedTuple):
 
     tokens: np.ndarray  # [T, S] int32; 0 where absent
     present: np.ndarray  # [T, S] bool
-    segment: np.ndarray  # [T] int32: 1, 2, ... in order; 0: an empty row
+    segment: np.ndarray  # [T] int32: 1, 2, ... in order; 0 in empty rows
     examples: list[str]  # ids, in the order of the segments
 
 
 class Packer:
-    """Collects examples and returns packed tables: `add` as they fill up, `finish` the rest.
+    """Packs examples: `add` returns tables as they fill up, `finish` the remaining ones.
 
     Attributes:
       examples: the number of examples packed.
       rows: the number of their rows.
-      cut: the number of examples longer than T, of which only the first T rows are kept.
-      cut_rows: the number of rows lost by that.
-      dropped: the number of examples of fewer than 2 rows, which predict nothing.
+      cut: the number of examples longer than T. Only their first T rows are packed.
+      cut_rows: the number of their rows that are lost.
+      dropped: the number of examples with fewer than 2 rows, in which there is nothing to predict.
     """
 
     def __init__(self, rows: int):
-        """`rows`: T."""
+        """Takes the number of rows T of the packed tables."""
         self.table_rows = rows
         self._window: list[Table] = []
         self._cells = 0  # of the tables in the window
@@ -46,7 +46,7 @@ class Packer:
         self.examples = self.rows = self.cut = self.cut_rows = self.dropped = 0
 
     def add(self, table: Table) -> list[Packed]:
-        """Adds one example and returns the tables that are finished now."""
+        """Adds one example, and returns the tables that this finishes."""
         length = len(table.tokens)
         if length < 2:
             self.dropped += 1
@@ -66,13 +66,13 @@ class Packer:
         return self._pack(OPEN_BINS)
 
     def finish(self) -> list[Packed]:
-        """Returns all tables that are left."""
+        """Returns all remaining tables."""
         return self._pack(0)
 
     def _pack(self, keep: int) -> list[Packed]:
-        """Packs the window, longest example first, each into the fullest table with room.
+        """Packs the window, longest example first, each into the fullest table that has room.
 
-        Returns the finished tables. The `keep` emptiest tables stay open.
+        Returns the finished tables. The `keep` tables with the most free rows stay open.
         """
         for table in sorted(self._window, key=_length, reverse=True):
             self._place(table)

@@ -1,8 +1,8 @@
-"""Makes the data that training reads: `msllm prepare --config=configs/gsm8k.py [--out=DIR]`.
+"""Prepares data for training: `msllm prepare --config=configs/gsm8k.py [--out=DIR]`.
 
-Reads or generates examples, trains or loads a tokenizer, splits, packs, and writes shards and a
-manifest (docs/data.md). Equal settings and inputs give equal bytes, for any number of processes. A
-run that was stopped continues when the same command is given again.
+`prepare` reads or generates examples, trains or loads a tokenizer, splits and packs the examples,
+and writes shards and a manifest (docs/data.md). Equal settings and inputs give equal bytes, for any
+number of processes. The same command continues a run that was stopped.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def prepare(config: Config, out: str | pathlib.Path, processes: int = 1) -> dict
     """Prepares the data of a config in the directory `out` and returns its manifest.
 
     If `out` already holds data of the same settings and inputs, nothing is done. If it holds a part
-    of them, only the rest is made. With several processes a script needs the usual
+    of this data, only the rest is prepared. With several processes, a script needs the usual
     `if __name__ == "__main__":`, because each process imports it.
 
     Raises UserError for bad input, or if `out` holds other data; RunError if a process dies.
@@ -57,7 +57,7 @@ def prepare(config: Config, out: str | pathlib.Path, processes: int = 1) -> dict
     reports = [build.read_report(out, portion) for portion in selected]
     bad = _sum_bad_records(reports, config.data.bad_percent)
     if len(selected) == len(portions) and all(p.examples is None for p in selected):
-        bad.finish()  # only if all of the input was read: the limit is a share of all records
+        bad.finish()  # only if all input was read: the limit is a share of all records
     splits = {
         split: sum_portions([report["splits"][split] for report in reports], config, spec)
         for split in SPLITS
@@ -65,18 +65,19 @@ def prepare(config: Config, out: str | pathlib.Path, processes: int = 1) -> dict
     if not any(part["tables"] for part in splits.values()):
         shutil.rmtree(out / build.WORK)  # there is nothing to continue
         raise UserError(
-            f"config.data.path is {config.data.path!r}: it gave no example of at least 2 rows"
+            f"config.data.path is {config.data.path!r}: it gave no example of at least 2 rows;"
+            " name other files, or another config.data.converter"
         )
     manifest = make_manifest(config, spec, tokenizer, settings, out, splits, bad)
     records.write_manifest(out, manifest)
     shutil.rmtree(out / build.WORK)
-    return records.read_manifest(out)  # as every reader sees it: with lists in place of tuples
+    return records.read_manifest(out)  # as readers get it: with lists in place of tuples
 
 
 def _check_finished(out: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the manifest of prepared data after checking its settings and all of its files."""
     manifest = records.read_manifest(out)
-    _refuse_others(out, "data", settings, manifest["settings"])
+    _check_settings(out, "data", settings, manifest["settings"])
     for split in SPLITS:
         records.open_prepared(out, split)
     shutil.rmtree(out / build.WORK, ignore_errors=True)
@@ -84,9 +85,10 @@ def _check_finished(out: pathlib.Path, settings: Mapping[str, Any]) -> dict[str,
     return manifest
 
 
-def _refuse_others(
+def _check_settings(
     out: pathlib.Path, what: str, settings: Mapping[str, Any], stored: Mapping[str, Any]
 ) -> None:
+    """Raises UserError if the settings stored in `out` differ. `what` says what it holds."""
     different = identity.different_settings(settings, stored)
     if different:
         raise UserError(
@@ -96,16 +98,16 @@ def _refuse_others(
 
 
 def _begin(out: pathlib.Path, state: Mapping[str, Any]) -> None:
-    """Makes the folder of an unfinished run, or accepts the folder of a run that was stopped.
+    """Makes the folder of an unfinished run, or keeps the folder of a run that was stopped.
 
-    Raises UserError if the latter had other settings and finished some portions, which may be
-    hours of work.
+    The folder of a run with other settings is replaced. If that run had finished any portions,
+    which may be hours of work, UserError is raised instead.
     """
     work = out / build.WORK
     stored = json.loads((work / STATE).read_text()) if (work / STATE).exists() else {}
     if identity.different_settings(state, stored):
         if stored and list(work.glob("*-*.json")):  # reports of finished portions
-            _refuse_others(out, "an unfinished run", state, stored)
+            _check_settings(out, "an unfinished run", state, stored)
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         write_atomically(work / STATE, json.dumps(state))
@@ -116,9 +118,10 @@ def _begin(out: pathlib.Path, state: Mapping[str, Any]) -> None:
 def _get_tokenizer(
     config: Config, spec: StreamSpec, out: pathlib.Path, portions: Sequence[Portion]
 ) -> Tokenizer:
-    """Loads the tokenizer that the config names, or that this run trained before it was stopped.
+    """Returns the tokenizer that the config names or, if it names none, a trained one.
 
-    Without either, trains one. Saves it in `out`.
+    A tokenizer that this run trained before it was stopped is not trained again. Either is saved in
+    `out`.
     """
     settings = config.data.tokenizer
     trained = out / build.WORK / tokenizer_lib.FILE_NAMES["sentencepiece"]
@@ -150,10 +153,10 @@ def _select_examples(
     portions: list[Portion],
     processes: int,
 ) -> list[Portion]:
-    """Returns the portions to build: without what `max_examples` leaves out, with the tail marked.
+    """Returns the portions to build, limited to `max_examples` and with the held-out tail marked.
 
-    Both of these depend on an example's place in the whole input, so that the examples of the
-    portions have to be counted first.
+    Both depend on an example's position in the whole input, so the examples of the portions are
+    counted first.
     """
     data = config.data
     if not data.max_examples and (data.split != "tail" or data.eval_path):
@@ -192,12 +195,12 @@ def _count_split(
     processes: int,
     limit: int,
 ) -> dict[int, int]:
-    """Counts the examples of portions until the leading ones hold `limit` (0: no limit).
+    """Counts the examples of portions until the first portions hold `limit` (0: no limit).
 
     Returns {index of a portion: its number of examples} of the portions that were counted.
     """
     counts: dict[int, int] = {}
-    so_far: dict[int, int] = {}  # also of portions that are being counted
+    so_far: dict[int, int] = {}  # includes the portions that are still being counted
     events = workers.run(work, portions, processes)
     with Progress("prepare: portions counted", len(portions)) as progress:
         for event in events:
@@ -220,13 +223,13 @@ def _build(
     processes: int,
     bad_percent: float,
 ) -> None:
-    """Builds the portions that are not finished yet; shows the progress and what the work cost."""
+    """Builds the portions that are not finished yet. Shows the progress and the CPU time."""
     left = [portion for portion in portions if not build.is_finished(out, portion)]
     finished = len(portions) - len(left)
     if finished:
-        print(f"{out} holds {finished} of {len(portions)} portions: making the rest")
+        print(f"{out} holds {finished} of {len(portions)} portions: preparing the rest")
     shown = BadRecords(bad_percent, show=True)
-    status: dict[int, Status] = {}  # the latest of every portion
+    status: dict[int, Status] = {}  # the latest status of every portion
     examples = tokens = 0
     cpu = _cpu_seconds()
     with Progress("prepare: portions", len(portions), finished) as progress:
@@ -255,8 +258,8 @@ def _build(
 
 def _cpu_seconds() -> float:
     """Returns the CPU time of this process and of its children that have ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def _sum_bad_records(reports: Sequence[Mapping[str, Any]], percent: float) -> BadRecords:

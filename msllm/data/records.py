@@ -3,12 +3,12 @@
 A record is a msgpack map of one packed table:
 
 - `tokens`: the bytes of [T, S], uint16 where V <= 65536, else int32.
-- `present`: the bits of [T, S], as numpy.packbits makes them.
+- `present`: the bits of [T, S], as packed by numpy.packbits.
 - `segment`: the bytes of [T] int32.
 - `examples`: the ids of the examples, in the order of their segments.
 
-The manifest describes the data (docs/data.md). It is written last: a directory without one is
-unfinished.
+The manifest describes the data (docs/data.md). It is written last, so a directory without a
+manifest is unfinished.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from msllm.runtime.files import write_atomically
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-WRITER_OPTIONS = "group_size:1,zstd:1"  # one record per chunk, so that any record is read alone
-_AGAIN = "run `msllm prepare` again into an empty directory"
+WRITER_OPTIONS = "group_size:1,zstd:1"  # one record per chunk: any record can be read alone
+_PREPARE_AGAIN = "run `msllm prepare` again into an empty directory"
 
 
 def token_dtype(vocab_size: int) -> type:
@@ -78,7 +78,8 @@ def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
     """Reads the manifest of a prepared directory. Raises UserError."""
     path = pathlib.Path(directory) / MANIFEST
     if not path.is_file():
-        what = "is unfinished or no prepared data" if path.parent.is_dir() else "does not exist"
+        exists = path.parent.is_dir()
+        what = "is unfinished or holds no prepared data" if exists else "does not exist"
         raise UserError(
             f"{path.parent} {what} (no {MANIFEST}): run `msllm prepare --config=...`, or correct"
             " config.data.dir"
@@ -87,9 +88,12 @@ def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
         version = manifest["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}): {_AGAIN}") from error
+        raise UserError(f"{path} is damaged ({error!r}): {_PREPARE_AGAIN}") from error
     if version != FORMAT:
-        raise UserError(f"{path} has format {version}, this version reads {FORMAT}: {_AGAIN}")
+        raise UserError(
+            f"{path} has format {version}, but this version of msllm reads format {FORMAT}:"
+            f" {_PREPARE_AGAIN}"
+        )
     return manifest
 
 
@@ -104,12 +108,14 @@ def open_prepared(
 ) -> tuple[dict[str, Any], list[str]]:
     """Checks the tokenizer and shards of a split; returns the manifest and the shards' paths.
 
-    Raises UserError naming the file if something is missing, damaged or of another run.
-
     Args:
-      part: (i, n) of one of n processes that share the work. It reads every n-th shard from i on,
-        byte by byte, and checks the size of the others. Damage in those is still found when they
-        are used, because records have checksums. None: check no shard; `check_shard` does it.
+      directory: the prepared directory.
+      split: the name of the split.
+      part: (i, n) for process i of n that share the work. It hashes every n-th shard from shard i
+        on, and compares only the sizes of the others. Damage in the others is still found when they
+        are read, because records have checksums. None: check no shard (see `check_shard`).
+
+    Raises UserError, naming the file, if a file is missing, damaged or from another run.
     """
     directory = pathlib.Path(directory)
     manifest = read_manifest(directory)
@@ -128,11 +134,12 @@ def _check_tokenizer(directory: pathlib.Path, stored: Mapping[str, Any]) -> None
     path = directory / stored["file"]
     if not path.is_file():
         raise UserError(
-            f"{path} is missing: restore the tokenizer that {MANIFEST} names, or {_AGAIN}"
+            f"{path} is missing: restore the tokenizer that {MANIFEST} names, or {_PREPARE_AGAIN}"
         )
     if file_hash(path) != stored["sha256"]:
         raise UserError(
-            f"{path} is not the tokenizer of this data (sha256 differs): restore it, or {_AGAIN}"
+            f"{path} is not the tokenizer of this data (sha256 differs): restore it, or"
+            f" {_PREPARE_AGAIN}"
         )
 
 
@@ -150,27 +157,34 @@ def _check_shards(
 
 
 def check_shard(directory: pathlib.Path, shard: Mapping[str, Any], read: bool = True) -> None:
-    """Raises UserError unless a shard is as the manifest says; without `read`, by its size."""
+    """Raises UserError unless a shard is as the manifest says.
+
+    Args:
+      directory: the prepared directory.
+      shard: the manifest's entry of the shard.
+      read: read and hash the file; otherwise compare only its size.
+    """
     path = directory / shard["file"]
     if not path.is_file():
-        raise UserError(f"{path} is missing ({MANIFEST} lists it): restore it, or {_AGAIN}")
+        raise UserError(f"{path} is missing ({MANIFEST} lists it): restore it, or {_PREPARE_AGAIN}")
     size = path.stat().st_size
     if size != shard["bytes"]:
         raise UserError(
-            f"{path} has {size} bytes, {MANIFEST} says {shard['bytes']}: restore it, or {_AGAIN}"
+            f"{path} has {size} bytes, {MANIFEST} says {shard['bytes']}: restore it, or"
+            f" {_PREPARE_AGAIN}"
         )
     if read and file_hash(path) != shard["sha256"]:
         raise UserError(
-            f"{path} is corrupt (sha256 differs from {MANIFEST}): restore it, or {_AGAIN}"
+            f"{path} is corrupt (sha256 differs from {MANIFEST}): restore it, or {_PREPARE_AGAIN}"
         )
 
 
 class Reader:
-    """Reads the records of several shards, one after the other, by number, from any thread.
+    """Reads records by number from the concatenation of several shards, in any thread.
 
-    Each record is read as a range of one, without the library's threads. To read a list of records,
-    as `grain.sources.ArrayRecordDataSource` does, takes time in proportion to the number of records
-    in the shard (2.9 ms of CPU per record in a shard of 1,000,000, instead of 6 us).
+    Each record is read as a range of one record, without ArrayRecord's threads, in 6 us of CPU.
+    Reading a list of records, as `grain.sources.ArrayRecordDataSource` does, takes time in
+    proportion to the number of records in the shard: 2.9 ms per record for 1,000,000 records.
     """
 
     _OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
@@ -198,5 +212,5 @@ class Reader:
         except (ValueError, RuntimeError, IndexError) as error:
             raise UserError(
                 f"{self._paths[shard]} is corrupt at record {place} ({error}): restore it, or"
-                f" {_AGAIN}"
+                f" {_PREPARE_AGAIN}"
             ) from error

@@ -1,4 +1,4 @@
-"""The manifest of prepared data: made from what the portions counted, and described for people."""
+"""Makes the manifest of prepared data from the reports of the portions, and describes it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from msllm.data.sources import BadRecords
 from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
 
-# The folder in "folder/file:line", which a manifest does not repeat: it would differ by machine.
+# The folder in "folder/file:line". Manifests leave it out because it differs between machines.
 _FOLDER = re.compile(r"^.*/(?=[^/]*?:\d)")
 _SUMMED = ("tables", "examples", "rows", "cut", "cut_rows", "dropped")
 
@@ -33,8 +33,10 @@ def make_manifest(
     """Returns the manifest of the data in `out`.
 
     Args:
-      settings: what the data depend on (msllm/data/identity.py).
-      splits: the `sum_portions` of each split.
+      config, spec, tokenizer: the settings, streams and tokenizer of the data.
+      settings: everything that the data depends on (msllm/data/identity.py).
+      out: the folder of the data.
+      splits: the result of `sum_portions` for each split.
       bad: the counts of bad and empty records of all portions.
     """
     examples = {split: part["examples"] for split, part in splits.items()}
@@ -107,7 +109,7 @@ def describe(manifest: Mapping[str, Any]) -> str:
     if any(duplicates.values()):
         counts = " and ".join(f"{duplicates[split]:,} examples of {split}" for split in SPLITS)
         both = duplicates["train_and_eval"]
-        lines.append(f"duplicates: {counts} came before; {both:,} are in both")
+        lines.append(f"duplicates: {counts} repeat earlier ones; {both:,} are in both splits")
     empty = manifest.get("empty", {})
     if empty.get("records"):
         lines.append(f"gave no table: {empty['records']:,} records ({empty['reason']})")

@@ -1,4 +1,4 @@
-"""Sources: from a path or glob to records, each of a known file and line.
+"""Sources: the records of the files that a path or glob names, each with its file and line.
 
 The formats, their file names, and what a record is:
 
@@ -7,12 +7,13 @@ The formats, their file names, and what a record is:
   values is read as `jsonl`.
 - `parquet` (`.parquet`): a row.
 - `array_record` (`.array_record`, `.arrayrecord`): a record that holds a JSON object.
-- `text`: the whole file, a text (`texts` reads it without keeping it in memory).
+- `text`: the whole file, as a string (`texts` reads it without keeping it in memory).
 
-A file of another name is `text` where the converter reads texts, else `jsonl`. `config.data.format`
-overrides the name. It may also be the import path `package.module:function` of a reader, a function
-from a file's path to its records. `jsonl`, `json` and `text` may be compressed (`.gz` or `.zst`
-after the name); all formats but `array_record` may be remote (`gs://`, through etils).
+A file with any other name is `text` if the converter reads texts, and `jsonl` otherwise.
+`config.data.format` overrides the name. It may also be the import path `package.module:function` of
+a reader, a function from a file's path to its records. `jsonl`, `json` and `text` may be compressed
+(`.gz` or `.zst` after the name). All formats but `array_record` may be remote (`gs://`, through
+etils).
 """
 
 from __future__ import annotations
@@ -31,37 +32,37 @@ from msllm.data import files
 from msllm.errors import UserError
 
 PORTION_BYTES = 32 << 20  # of input that one process works on at a time
-MAX_PORTIONS = 1024  # of an input; the portions of a very large one are larger
+MAX_PORTIONS = 1024  # of an input; a very large input has larger portions
 MAX_SHOWN = 5  # bad records whose messages are shown
-MIN_RECORDS = 1000  # below this number, a share of bad records says little
+MIN_RECORDS = 1000  # with fewer records, the share of bad ones says little
 FORMATS = ("jsonl", "json", "parquet", "array_record", "text")
 _FORMAT_OF_ENDING = {name: name for name in FORMATS} | {
     "ndjson": "jsonl",
     "arrayrecord": "array_record",
 }
 _DIVISIBLE = ("jsonl", "parquet", "array_record")
-_BATCH = 256  # records read at a time, of the formats that are read in batches
+_BATCH = 256  # records read at a time from parquet and ArrayRecord files
 
 
 class BadRecord(UserError):
-    """A record that cannot be used. `config.data.bad_percent` says how many may be left out."""
+    """A record that cannot be used. `config.data.bad_percent` limits how many are left out."""
 
 
 class BadRecords:
-    """Counts records and the bad ones among them; raises UserError when there are too many.
+    """Counts records and the bad ones among them; raises UserError if too many are bad.
 
     Attributes:
       records: the number of records read so far.
-      bad: how many of them were left out.
-      shown: the messages of the first of those.
-      empty: the number of good records that hold nothing to make a table of.
+      bad: the number of records left out because they are bad.
+      shown: the messages of the first MAX_SHOWN bad records.
+      empty: the number of good records that gave no table.
     """
 
     def __init__(self, percent: float = 0.0, show: bool = False):
         """Starts with all counts at 0.
 
         Args:
-          percent: how many percent of all records may be bad.
+          percent: the percentage of all records that may be bad.
           show: print the messages of the first bad records to stderr as they come.
         """
         self._percent, self._show = percent, show
@@ -69,13 +70,13 @@ class BadRecords:
         self.shown: list[str] = []
 
     def add(self, error: BadRecord) -> None:
-        """Counts a bad record. Raises `error` if none may be bad, UserError if too many are."""
+        """Counts a bad record. Raises `error` if none is allowed, UserError if too many are bad."""
         self.bad += 1
         self.note(str(error))
         self._check(MIN_RECORDS, error)
 
     def note(self, message: str) -> None:
-        """Keeps the message of a bad record, and may print it, if it is one of the first."""
+        """Keeps, and may print, the message of a bad record if it is one of the first MAX_SHOWN."""
         if len(self.shown) < MAX_SHOWN:
             self.shown.append(message)
             if self._show and self._percent:
@@ -99,18 +100,18 @@ class BadRecords:
             self.note(message)
 
     def finish(self) -> None:
-        """Raises UserError if too many were bad. To be called when all records have been read."""
+        """Raises UserError if too many records are bad. Call it when all have been read."""
         self._check(0, None)
 
     def _check(self, least: int, error: BadRecord | None) -> None:
-        """Compares the number of bad records with the share that may be bad of at least `least`."""
+        """Raises if more records are bad than are allowed among `least` records or more."""
         if self.bad <= max(self.records, least) * self._percent / 100:
             return
         if error is not None and not self._percent:
             raise error
         raise UserError(
             f"{self.bad} of {self.records} records are bad, more than"
-            f" config.data.bad_percent={self._percent} allows: correct them, or allow more."
+            f" config.data.bad_percent={self._percent} allows: correct them, or increase it."
             f" The first: {'; '.join(self.shown)}"
         )
 
@@ -128,11 +129,11 @@ class Record(NamedTuple):
         return f"{self.file}:{self.number}"
 
     def get(self, key: str) -> Any:
-        """Returns the value under `key`; None if there is none, or the record is no JSON object."""
+        """Returns the value of `key`; None without one, or if the record is no JSON object."""
         return self.value.get(key) if isinstance(self.value, dict) else None
 
     def text(self, key: str) -> str:
-        """Returns the text that the record holds under `key`. Raises BadRecord."""
+        """Returns the string that the record holds under `key`. Raises BadRecord."""
         return text_of(self.value, key, self.where)
 
 
@@ -148,7 +149,7 @@ class Part:
 
 
 def text_of(value: Any, key: str, where: str) -> str:
-    """Returns value[key], which must be a text. Raises BadRecord."""
+    """Returns value[key]. Raises BadRecord, naming `where`, if it is not a string."""
     text = value.get(key) if isinstance(value, dict) else None
     if isinstance(text, str):
         return text
@@ -156,17 +157,19 @@ def text_of(value: Any, key: str, where: str) -> str:
         found = f"the record's keys: {sorted(value)}"
     else:
         found = f"the record is {_short(value)}"
-    raise BadRecord(f"{where}: {key!r} is {text!r}: must be a text ({found})")
+    raise BadRecord(f"{where}: {key!r} is {text!r}: must be a string ({found})")
 
 
 def parts(path: str, format: str = "", other: str = "jsonl", count: int = 1) -> list[Part]:
     """Divides each file that a path or glob names into `count` parts, in the order of the records.
 
-    Compressed files, `json`, `text`, and files with a reader of the user's own stay whole.
+    Compressed files, `json`, `text`, and files for a user's reader are not divided.
 
     Args:
+      path: the path or glob.
       format: `config.data.format`.
-      other: the format of files whose names do not tell it.
+      other: the format of files whose names do not determine it.
+      count: the number of parts of each file.
 
     Raises UserError if there is no such file, or the format is unknown.
     """
@@ -174,10 +177,11 @@ def parts(path: str, format: str = "", other: str = "jsonl", count: int = 1) -> 
 
 
 def portions(path: str, format: str = "", other: str = "jsonl") -> list[list[Part]]:
-    """Divides the input into portions of about PORTION_BYTES, each of one part or more.
+    """Divides the input into portions of about PORTION_BYTES, each with one or more parts.
 
     Together the portions hold all parts, in order. They depend on the sizes of the files alone. A
-    file that stays whole (see `parts`) may make a portion larger.
+    file that is not divided (see `parts`) may make a portion larger. The arguments and errors are
+    those of `parts`.
     """
     sizes = {file: files.file_size(file) for file in files.input_files(path)}
     total = sum(sizes.values())
@@ -189,7 +193,7 @@ def portions(path: str, format: str = "", other: str = "jsonl") -> list[list[Par
         count = max(round(length / size), 1) if size else 1
         for part in _parts(file, format, other, count):
             end += length / part.count
-            middle = end - length / part.count / 2
+            middle = end - length / part.count / 2  # decides which portion takes the part
             found.setdefault(int(middle / size) if size else 0, []).append(part)
     return list(found.values())
 
@@ -212,10 +216,11 @@ def read(part: Part, bad: BadRecords | None = None) -> Iterator[Record]:
     """Yields the records of a part, in order. Raises UserError.
 
     Args:
-      bad: counts the records, and decides how many may be bad; None: no record may be.
+      part: the part of a file to read.
+      bad: counts the records, and limits the bad ones; None: no bad record is allowed.
     """
     bad = bad or BadRecords()
-    for number, value in _READERS.get(part.format, _read_own)(part):
+    for number, value in _READERS.get(part.format, _read_with_function)(part):
         bad.records += 1
         if isinstance(value, BadRecord):
             bad.add(value)
@@ -224,9 +229,9 @@ def read(part: Part, bad: BadRecords | None = None) -> Iterator[Record]:
 
 
 def texts(part: Part, key: str, bad: BadRecords) -> Iterator[tuple[str, Iterator[str]]]:
-    """Yields ("file:line", blocks of text) of every document of a part.
+    """Yields ("file:line", blocks of text) for every document of a part.
 
-    A document is a plain text file, or the text that a record holds under `key`.
+    A document is a plain text file, or the string that a record holds under `key`.
     """
     if part.format == "text":
         bad.records += 1
@@ -241,8 +246,8 @@ def texts(part: Part, key: str, bad: BadRecords) -> Iterator[tuple[str, Iterator
         yield record.where, iter([text])
 
 
-# Readers yield (number, value) of every record of a part. A value that could not be read is a
-# BadRecord.
+# Readers yield (number, value) for every record of a part. The value of a record that cannot be
+# parsed is a BadRecord.
 
 
 def _read_json_lines(part: Part) -> Iterator[tuple[int, Any]]:
@@ -271,7 +276,7 @@ def _read_parquet(part: Part) -> Iterator[tuple[int, Any]]:
     with files.readable(part.file), files.open_raw(part.file) as stream:
         try:
             file = parquet.ParquetFile(stream)
-        except ValueError as error:  # pyarrow.ArrowInvalid is one
+        except ValueError as error:  # includes pyarrow.ArrowInvalid
             raise UserError(
                 f"{part.file} is no parquet file ({error}): correct config.data.path"
             ) from error
@@ -289,8 +294,8 @@ def _read_parquet(part: Part) -> Iterator[tuple[int, Any]]:
 def _read_array_record(part: Part) -> Iterator[tuple[int, Any]]:
     if "://" in part.file:
         raise UserError(
-            f"{part.file}: ArrayRecord files are read from disk only: copy it, or use jsonl or"
-            " parquet"
+            f"{part.file}: ArrayRecord files are read from disk only: copy the file, or use jsonl"
+            " or parquet"
         )
     try:
         reader = array_record_module.ArrayRecordReader(part.file)
@@ -300,13 +305,13 @@ def _read_array_record(part: Part) -> Iterator[tuple[int, Any]]:
             for number, content in enumerate(reader.read(start, stop), start + 1):
                 yield number, _parse(content, f"{part.file}:{number}")
         reader.close()  # raises if the file seemed empty because it is damaged
-    except Exception as error:  # the library's errors have no common class
+    except Exception as error:  # the library's errors have no common base class
         raise UserError(
             f"{part.file}: cannot be read ({error}): correct config.data.path"
         ) from error
 
 
-def _read_own(part: Part) -> Iterator[tuple[int, Any]]:
+def _read_with_function(part: Part) -> Iterator[tuple[int, Any]]:
     reader = import_object(part.format, "config.data.format")
     yield from enumerate(reader(part.file), 1)
 
@@ -321,7 +326,7 @@ _READERS = {
 
 
 def _parse(content: bytes, where: str) -> Any:
-    """Returns the JSON object of a line or record, or a BadRecord if it holds none."""
+    """Returns the JSON object of a line or record, or a BadRecord if there is none."""
     try:
         value = json.loads(content.decode())
     except UnicodeDecodeError as error:
@@ -335,7 +340,7 @@ def _parse(content: bytes, where: str) -> Any:
 
 
 def _share(total: int, part: Part) -> range:
-    """Returns those of `total` indices that belong to a part."""
+    """Returns the range of the `total` indices of a file that belong to a part."""
     return range(total * part.index // part.count, total * (part.index + 1) // part.count)
 
 

@@ -1,4 +1,4 @@
-"""Tables: one example as cells [T, S], text placed in them, and packed tables taken apart again."""
+"""Tables: the cells [T, S] of one example, placing text in them, and unpacking packed tables."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 
 
 class Table(NamedTuple):
-    """One example, or several packed ones."""
+    """One example, or several packed examples."""
 
     tokens: np.ndarray  # [T, S] int32; 0 where absent
     present: np.ndarray  # [T, S] bool: False where the cell is absent
-    example: str = ""  # id of the example: example_hash of what it was made from
-    source: str = ""  # "file:line" of the record it was made from
+    example: str = ""  # id of the example, see example_hash
+    source: str = ""  # "file:line" of the record that the example was made from
 
 
 class Placement(NamedTuple):
-    """Tokens of one stream, one per row, from row `start` on."""
+    """Tokens placed in one stream, one per row, from row `start` on."""
 
     stream: int
     start: int
@@ -40,7 +40,7 @@ def example_hash(key: str) -> str:
 
 
 def held_out(example: str, percent: float) -> bool:
-    """Whether an example is among the `percent` of all that are held out, by its id alone."""
+    """Returns whether an example is among the `percent` held out. It depends on the id alone."""
     return int(example, 16) < percent / 100 * 16 ** len(example)
 
 
@@ -57,8 +57,7 @@ def make_table(
 def shift(table: Table, delays: Sequence[int]) -> Table:
     """Moves stream s down by delays[s] rows: [T, S] -> [T + max(delays), S]. No cell is lost.
 
-    The new cells are absent: above a stream, which has not begun there, and below it, where it has
-    ended.
+    The new cells above and below each stream are absent.
     """
     rows, longest = len(table.tokens), max(delays, default=0)
     if longest == 0:
@@ -74,9 +73,9 @@ def shift(table: Table, delays: Sequence[int]) -> Table:
 def unshift(table: Table, delays: Sequence[int]) -> Table:
     """Undoes `shift`: [T + max(delays), S] -> [T, S]."""
     rows = len(table.tokens) - max(delays, default=0)
-    columns = [slice(delay, delay + rows) for delay in delays]
-    tokens = np.stack([table.tokens[rows, s] for s, rows in enumerate(columns)], axis=1)
-    present = np.stack([table.present[rows, s] for s, rows in enumerate(columns)], axis=1)
+    columns = [(slice(delay, delay + rows), stream) for stream, delay in enumerate(delays)]
+    tokens = np.stack([table.tokens[column] for column in columns], axis=1)
+    present = np.stack([table.present[column] for column in columns], axis=1)
     return Table(tokens, present, table.example)
 
 
@@ -84,10 +83,10 @@ def unpack(batch: Mapping[str, np.ndarray], examples: Sequence | None = None) ->
     """Returns the single examples of packed tables, in order.
 
     Args:
-      batch: tokens [B, T, S] int32, present [B, T, S] bool, segment [B, T] int32. All three may be
-        without B: one packed table.
-      examples: the ids of the examples of each table, in the order of their segments: B lists, or
-        one list if there is no B. None: the ids are empty.
+      batch: tokens [B, T, S] int32, present [B, T, S] bool, segment [B, T] int32. One packed table
+        is without B in all three.
+      examples: B lists with the ids of each table's examples, in the order of their segments; one
+        list for one packed table. None: the ids are empty.
     """
     if batch["tokens"].ndim == 2:
         batch = {name: batch[name][None] for name in ("tokens", "present", "segment")}

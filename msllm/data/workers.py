@@ -1,6 +1,6 @@
-"""Applies one generator function to many items in several processes.
+"""Runs one generator function on many items in several processes.
 
-The processes report how far they are. One that dies is named in an error, and not waited for.
+The processes report their progress. If a process dies, an error names the item that it worked on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Work = Callable[[Any], Iterator[Any]]
 
 
 class Event(NamedTuple):
-    """What the work on an item yielded or, if `done`, returned."""
+    """A value that the work on an item yielded or, if `done`, returned."""
 
     item: int  # the item's index
     value: Any
@@ -38,10 +38,10 @@ def run(work: Work, items: Sequence, processes: int) -> Generator[Event]:
     """Runs the generator function `work` on each item and yields events as they happen.
 
     With one process or item, everything happens in this process and in order. Otherwise new
-    processes receive `work` and the items. They import the modules of these anew, so that a script
-    needs the usual `if __name__ == "__main__":`.
+    processes receive `work` and the items, and import the modules that define them. A script
+    therefore needs the usual `if __name__ == "__main__":`.
 
-    An exception that `work` raises is raised here, and ends all processes; so does abandoning the
+    An exception that `work` raises is raised here. It ends all processes, as does closing the
     iterator. Raises RunError if a process dies.
     """
     processes = min(processes, len(items))
@@ -92,7 +92,7 @@ class _Pool:
             self._busy[pipe] = process, index
         try:
             pipe.send(None if index is None else (index, self._items[index]))
-        except OSError:  # the process is dead, which `_receive` will find
+        except OSError:  # the process is dead: `_receive` raises the error
             pass
 
     def _receive(self, pipe: Connection) -> Event:
@@ -122,7 +122,7 @@ def _events(work: Work, index: int, item: Any) -> Iterator[Event]:
 
 
 def _serve(pipe: Connection, work: Work) -> None:
-    """The main function of a process: works on items until None comes or the pipe is closed."""
+    """The main function of a process: works on items until it receives None or the pipe closes."""
     # Ctrl-C reaches all processes; the first process ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -134,7 +134,7 @@ def _serve(pipe: Connection, work: Work) -> None:
 
 
 def _events_or_error(events: Iterator[Event]) -> Iterator[Event | Exception]:
-    """Yields events and, instead of raising an exception, yields it."""
+    """Yields events, and an exception as the last item instead of raising it."""
     try:
         yield from events
     except Exception as error:
@@ -144,7 +144,7 @@ def _events_or_error(events: Iterator[Event]) -> Iterator[Event | Exception]:
 def _make_portable(error: Exception) -> Exception:
     """Returns an exception that can be sent to another process.
 
-    It notes where it was raised, unless its message is meant for the user.
+    A note says where it was raised, unless the message is meant for the user.
     """
     if not isinstance(error, (UserError, RunError)):
         error.add_note(f"in a worker process:\n{''.join(traceback.format_tb(error.__traceback__))}")
@@ -160,9 +160,9 @@ def _describe_death(status: int | None, item: Any) -> str:
     if status is not None and status < 0:
         how = f"was killed ({signal.Signals(-status).name}"
         if -status == signal.SIGKILL:
-            how += "; the system does that where memory runs out: try fewer --processes"
+            how += "; the system does this when memory runs out: try fewer --processes"
         how += ")"
     return (
-        f"the process that worked on {item} {how}; what is finished is kept, the same command"
+        f"the process that worked on {item} {how}; finished work is kept, the same command"
         " continues"
     )
