@@ -327,7 +327,7 @@ def test_inputs_of_layers_wait_in_the_host_s_memory(tmp_path):
     )  # memory space 5
     sizes = {math.prod(map(int, shape.split(","))) for shape in on_host}
     assert sizes == {json.loads(files["json"].read_text())["estimate"]["host_bytes"] / 2}
-    assert "to the host, and back" in done.stdout
+    assert "to the host and back" in done.stdout
 
 
 def test_a_sweep_goes_on_after_what_does_not_fit(monkeypatch):
@@ -341,7 +341,7 @@ def test_a_sweep_goes_on_after_what_does_not_fit(monkeypatch):
 
     monkeypatch.setattr(aot, "analyse", analyse)
     said = []
-    rows = aot.sweep(four_streams(), [], say=said.append)
+    rows = aot.sweep(four_streams(), [], on_row=said.append)
     assert said == rows and [(row["remat"], row["batch_size"], row["fits"]) for row in rows] == [
         *(("none", 8, False), ("none", 16, False), ("none", 32, False)),
         *(("dots", 8, True), ("dots", 16, True), ("dots", 32, False)),

@@ -92,7 +92,7 @@ def run(flags: argparse.Namespace) -> int:
     if flags.sweep:
         print(pages.sweep_header())
         rows = aot.sweep(
-            flags.config, devices, say=lambda row: print(pages.sweep_line(row), flush=True)
+            flags.config, devices, on_row=lambda row: print(pages.sweep_line(row), flush=True)
         )
         write_json(flags.json, aot.finite(rows))
         return 0 if any(row["fits"] for row in rows) else 1

@@ -1,1 +1,1 @@
-"""Ahead-of-time reports for pods: memory, collectives, estimated step time."""
+"""Ahead-of-time reports for pods: memory, collectives and estimated step time."""

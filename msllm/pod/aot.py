@@ -1,8 +1,7 @@
-"""Compiles the train step for a TPU pod on a machine without one, and reports whether it fits and
-what it moves.
+"""Compiles the train step for a TPU pod on a CPU machine and reports memory and collectives.
 
-The step is the one that trains, and the compiler is the real one (libtpu). docs/aot.md explains the
-report.
+The step is the function that training runs, and the compiler is libtpu, as on a TPU. docs/aot.md
+explains the report.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ from msllm.streams import StreamSpec, resolve_visibility
 
 GIB = 2**30
 EXAMPLES = "v5e:2x2, v5e:4x4, v5e:16x16, v6e:8x8, v5p:4x4x4, v4:4x4x4, tpu7x:4x4x4"
-EXCESS = 0.02  # by which a program may exceed its budget
-SHOWN_SHAPES = 8  # of a collective with many operands
-# libtpu reads these when it is loaded. Otherwise it looks for a TPU, and for other processes that
-# use one.
+BUDGET_TOLERANCE = 0.02  # share by which a program may exceed its budget
+SHOWN_SHAPES = 8  # operands that the report lists for one collective
+# libtpu reads these variables when it is loaded. Without them it looks for a TPU and for other
+# processes that use one.
 _LIBTPU_VARIABLES = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -43,14 +42,14 @@ _LIBTPU_VARIABLES = {
 
 
 def topology_devices(name: str, num_slices: int = 1) -> list[Any]:
-    """The devices of a TPU topology, none of which need exist.
+    """Returns the devices of a TPU topology for compilation. No TPU is needed.
 
     Args:
-      name: such as "v5e:16x16".
-      num_slices: slices of that topology, joined by the network of the data centre.
+      name: the topology of a slice, such as "v5e:16x16".
+      num_slices: number of such slices, connected by the data centre network.
 
     Raises:
-      UserError: libtpu is not installed, or it does not know the topology.
+      UserError: libtpu is not installed or does not know the topology.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
@@ -64,32 +63,42 @@ def topology_devices(name: str, num_slices: int = 1) -> list[Any]:
 
     options: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
     if name.startswith("v4:"):
-        options["chip_config_name"] = "megacore"  # a chip is one device, as on a TPU VM
+        # Both cores of a chip form one device, as on a TPU VM.
+        options["chip_config_name"] = "megacore"
     if re.fullmatch(r"\w+:1x1", name):
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
         return list(topology.devices)
-    except Exception as error:  # jaxlib raises its own type for bad names, others for bad options
+    except Exception as error:  # the type depends on what is wrong with the name
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--topology is {name!r}: {first}; examples: {EXAMPLES}") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """What is known of a step after it was compiled, or after the compiler refused it."""
+    """The result of compiling a step, whether or not the compiler accepted it.
 
-    report: dict[str, Any]  # in JSON's types
-    hlo: str  # the compiled program; "" if there is none
+    Attributes:
+      report: all figures, as JSON values.
+      hlo: the text of the compiled program; "" if the compiler refused it.
+    """
+
+    report: dict[str, Any]
+    hlo: str
 
     @property
     def fits(self) -> bool:
-        """Whether the program fits into the memory of a device."""
+        """Whether the program fits in the memory of a device."""
         return self.report["memory"]["fits"]
 
 
 def analyse(config: Config, devices: Sequence[Any]) -> Analysis:
-    """Compiles the train step of `config` for `devices` and reports.
+    """Compiles the train step of a config and analyses the program.
+
+    Args:
+      config: the run to analyse. Its `model.vocab_size` must not be 0.
+      devices: the devices to compile for, e.g. those of `topology_devices`.
 
     Raises:
       UserError: the config cannot be compiled for these devices.
@@ -123,28 +132,28 @@ def analyse(config: Config, devices: Sequence[Any]) -> Analysis:
 def _checked_hardware(config: Config, devices: Sequence[Any]) -> Hardware:
     if config.model.vocab_size == 0:
         raise UserError(
-            "config.model.vocab_size is 0 (the tokenizer's size): aot reads no data, give a "
-            "number, e.g. --config.model.vocab_size=32000"
+            "config.model.vocab_size is 0, which means the size of the tokenizer: aot reads no "
+            "tokenizer, so give a number, e.g. --config.model.vocab_size=32000"
         )
     kind = devices[0].device_kind
     hardware = lookup(kind)
     if hardware is None:
         raise UserError(
-            f"no figures for the device {kind!r}: msllm/runtime/hardware.py knows "
+            f"no figures for the device {kind!r}: add it to msllm/runtime/hardware.py, which has "
             f"{', '.join(TABLE)}"
         )
     return hardware
 
 
 def _local_bytes(leaf: Any) -> int:
-    """Bytes of an abstract array on one device."""
+    """Returns the bytes of an abstract array on one device."""
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def _facts(
     program: Program, shape: roofline.Shape, devices: Sequence[Any], hardware: Hardware
 ) -> dict[str, Any]:
-    """What is known before the step is compiled."""
+    """Returns the part of the report that needs no compilation."""
     config, parameters = program.config, jax.tree.leaves(program.abstract_state.parameters)
     return {
         "device_kind": devices[0].device_kind,
@@ -166,7 +175,7 @@ def _facts(
 
 
 def _compile(program: Program) -> tuple[jax.stages.Compiled | None, str]:
-    """The compiled step and ""; or None and what the compiler says if it does not fit."""
+    """Compiles the step. Returns (step, ""), or (None, the compiler's message) if out of memory."""
     lowered = program.step.lower(program.abstract_state, program.abstract_batch)
     try:
         return lowered.compile(), ""
@@ -179,15 +188,15 @@ def _compile(program: Program) -> tuple[jax.stages.Compiled | None, str]:
 def _memory(
     compiled: jax.stages.Compiled | None, refusal: str, hardware: Hardware
 ) -> dict[str, Any]:
-    """Bytes on one device by use, and whether they fit.
+    """Returns the bytes on one device by use, and whether they fit.
 
-    The compiler places every buffer, and refuses a program that does not fit.
+    The compiler places every buffer and refuses a program that does not fit.
     """
     limit = hardware.hbm_gib * GIB
     if compiled is None:
         return {"fits": False, "limit": limit, "compiler_says": refusal}
     stats = compiled.memory_analysis()
-    assert stats is not None, "the compiler gives no memory analysis"
+    assert stats is not None, "the compiler returned no memory analysis"
     sizes = {
         "arguments": stats.argument_size_in_bytes,
         "outputs": stats.output_size_in_bytes,
@@ -195,14 +204,14 @@ def _memory(
         "temporaries": stats.temp_size_in_bytes,
         "code": stats.generated_code_size_in_bytes,
     }
-    # Aliased outputs reuse the memory of donated arguments.
+    # Aliased outputs reuse the memory of donated arguments, so the sum counts that memory twice.
     total = sum(sizes.values()) - 2 * sizes["aliased"]
     peak = stats.peak_memory_in_bytes
     return {"fits": True, "limit": limit, **sizes, "total": total, "peak": peak}
 
 
 def _collectives(found: collectives.Program, shape: roofline.Shape) -> dict[str, Any]:
-    """Sums by kind, network and mesh axes, and what stands out."""
+    """Sums up the collectives by kind, network and mesh axes, and lists notable ones."""
     rows: dict[tuple, dict[str, Any]] = {}
     by_kind: dict[str, int] = {}
     whole_tables, largest = [], None
@@ -224,9 +233,10 @@ def _collectives(found: collectives.Program, shape: roofline.Shape) -> dict[str,
         if _holds_whole_table(collective, shape):
             whole_tables.append(single)
         if collective.kind == "all-reduce":
-            largest = max(largest or single, single, key=lambda one: one["bytes"])
+            if largest is None or single["bytes"] > largest["bytes"]:
+                largest = single
     return {
-        "definition": "bytes of the larger side (operands or result) on one device, times "
+        "definition": "bytes of the larger side, operands or result, on one device, times "
         "executions per step",
         "rows": sorted(rows.values(), key=lambda row: -row["bytes"]),
         "bytes_by_kind": dict(sorted(by_kind.items(), key=lambda item: -item[1])),
@@ -247,7 +257,7 @@ def _described(collective: Collective, shape: roofline.Shape) -> dict[str, Any]:
 
 
 def _holds_whole_table(collective: Collective, shape: roofline.Shape) -> bool:
-    """Whether it moves an embedding or a head that is not spread along d_model."""
+    """Whether a collective moves an embedding or a head with its full d_model."""
     model = shape.config.model
     table = sorted((model.vocab_size // shape.parts("vocab"), model.d_model))
     arrays = [array for text in collective.shapes for array in hlo.shapes_of(text)]
@@ -255,7 +265,7 @@ def _holds_whole_table(collective: Collective, shape: roofline.Shape) -> bool:
 
 
 def finite(value: Any) -> Any:
-    """The value in JSON's types: null for what is not a finite number, lists for tuples."""
+    """Converts a value to JSON values: None for infinities and nan, lists for tuples."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -269,19 +279,19 @@ def sweep(
     config: Config,
     devices: Sequence[Any],
     multiples: Sequence[int] = (1, 2, 4),
-    say: Callable[[dict[str, Any]], None] | None = None,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Analyses every remat policy with several batch sizes.
 
     Args:
-      config: what to vary.
-      devices: what to compile for.
-      multiples: factors on the batch size, ascending. After one that does not fit, larger ones are
-        not tried.
-      say: called with each row as soon as it is known.
+      config: the run to vary.
+      devices: the devices to compile for.
+      multiples: factors for the batch size, in ascending order. After one that does not fit, larger
+        ones are not tried.
+      on_row: called with each row as soon as it is known.
 
     Returns:
-      A row for each combination. `error` says why there are no figures.
+      One row per combination. A row without figures has the reason in `error`.
     """
     rows = []
     for remat in ("none", "dots", "full", "offload"):
@@ -295,13 +305,13 @@ def sweep(
                 row["error"] = "not tried: a smaller batch does not fit"
             fits = row["fits"]
             rows.append(row)
-            if say is not None:
-                say(row)
+            if on_row is not None:
+                on_row(row)
     return rows
 
 
 def _figures(config: Config, devices: Sequence[Any]) -> dict[str, Any]:
-    """What a row of a sweep says about a config, or the error that it gives."""
+    """Returns the figures of one sweep row, or the error that compiling its config raised."""
     try:
         report = analyse(config, devices).report
     except (UserError, jax.errors.JaxRuntimeError) as error:
@@ -319,7 +329,7 @@ def _figures(config: Config, devices: Sequence[Any]) -> dict[str, Any]:
 
 
 def budget_of(report: dict[str, Any], topology: str) -> dict[str, Any]:
-    """The content of a budget file for a report."""
+    """Returns the content of a budget file for a report."""
     return {
         "topology": topology,
         "num_slices": report["slices"],
@@ -330,7 +340,12 @@ def budget_of(report: dict[str, Any], topology: str) -> dict[str, Any]:
 
 
 def over_budget(report: dict[str, Any], topology: str, budget: dict[str, Any]) -> list[str]:
-    """What exceeds the budget by more than EXCESS, one line each.
+    """Returns one line for each figure that exceeds its budget by more than BUDGET_TOLERANCE.
+
+    Args:
+      report: the report of the program.
+      topology: the topology that it was compiled for.
+      budget: the content of a budget file.
 
     Raises:
       UserError: the budget is for another topology or another number of slices.
@@ -339,17 +354,17 @@ def over_budget(report: dict[str, Any], topology: str, budget: dict[str, Any]) -
     for key in ("topology", "num_slices"):
         if budget.get(key) != now[key]:
             raise UserError(
-                f"the budget is for {key} {budget.get(key)!r}: this is {now[key]!r}; "
-                "use its own or --write_budget"
+                f"the budget is for {key} {budget.get(key)!r}, but the program is for "
+                f"{now[key]!r}: give a budget for the same {key}, or write one with --write_budget"
             )
     lines = []
     for name in ("peak", "sum"):
         size, allowed = now[f"{name}_gib"], budget[f"{name}_gib"]
-        if size > allowed * (1 + EXCESS):
+        if size > allowed * (1 + BUDGET_TOLERANCE):
             lines.append(f"memory, {name}: {size:.3f} GiB, the budget is {allowed:.3f} GiB")
     for kind, size in now["collective_bytes"].items():
         allowed = budget["collective_bytes"].get(kind, 0)
-        if size > allowed * (1 + EXCESS):
+        if size > allowed * (1 + BUDGET_TOLERANCE):
             now_gib, budget_gib = size / GIB, allowed / GIB
             lines.append(f"{kind}: {now_gib:.3f} GiB a step, the budget is {budget_gib:.3f} GiB")
     return lines

@@ -1,13 +1,13 @@
-"""The collectives of a compiled program: what moves, how often, along which mesh axes.
+"""Finds the collectives of a compiled program: their bytes, counts and mesh axes.
 
-The bytes of a collective are those of the larger side, operands or result, on one device: of an
-all-gather the gathered array, of a reduce-scatter the array before it is scattered, otherwise the
-operands. They are computed from the operands, so a synchronous, an asynchronous and a fused form of
-the same collective give the same number.
+The bytes of a collective are those of its larger side, operands or result, on one device: the
+gathered array of an all-gather, the array before the scatter of a reduce-scatter, and the operands
+of all others. They are computed from the operands, so the synchronous, asynchronous and fused forms
+of a collective give the same number.
 
-A program for several TPU slices is the program of one slice. Its groups number the devices of that
-slice. What goes to other slices, over the network of the data centre (DCN), is a pair of `send` and
-`recv` whose attributes say what it is.
+A program for several TPU slices is the program of one slice, and its groups number the devices of
+that slice. Traffic to other slices over the data centre network (DCN) is a pair of `send` and
+`recv` instructions, whose attributes describe the collective.
 """
 
 from __future__ import annotations
@@ -45,16 +45,27 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One logical collective."""
+    """One logical collective.
 
-    kind: str  # one of KINDS
-    bytes: int  # of one execution on one device
-    shapes: tuple[str, ...]  # of the larger side, such as bf16[4096,512]
-    groups: np.ndarray  # [groups, devices] int, positions in the mesh; of a permute: [pairs, 2]
-    count: int  # executions per run of the program
+    Attributes:
+      kind: one of KINDS.
+      bytes: bytes of one execution on one device.
+      shapes: arrays of the larger side, such as bf16[4096,512].
+      groups: [groups, devices] int, positions in the mesh; [pairs, 2] for a permute.
+      count: executions per run of the program.
+      asynchronous: whether other operations can run at the same time.
+      dcn: whether it is the part between slices; `bytes` and `groups` describe only that part.
+      source: the JAX operation that it comes from, if the compiler kept its name.
+    """
+
+    kind: str
+    bytes: int
+    shapes: tuple[str, ...]
+    groups: np.ndarray
+    count: int
     asynchronous: bool
-    dcn: bool = False  # between slices; `bytes` and `groups` are those of that part alone
-    source: str = ""  # the JAX operation that it comes from, if the compiler kept its name
+    dcn: bool = False
+    source: str = ""
 
     @property
     def total_bytes(self) -> int:
@@ -63,23 +74,28 @@ class Collective:
 
 
 class Program(NamedTuple):
-    """What `read` finds."""
+    """The result of `read`.
+
+    Attributes:
+      collectives: all collectives of the program.
+      unknown_loops: bodies of loops with collectives whose trip count is unknown; they count once.
+      unreached: computations with collectives but without a known caller; they are not counted.
+    """
 
     collectives: list[Collective]
-    unknown_loops: list[str]  # loops of unknown length with collectives, which count once
-    unreached: list[str]  # computations with collectives for which no caller was found: not counted
+    unknown_loops: list[str]
+    unreached: list[str]
 
 
 def read(text: str, devices: Sequence[Any]) -> Program:
     """Finds the collectives that one run of a compiled program executes on each device.
 
-    A collective that the compiler cut into asynchronous pieces counts once. What a loop holds
-    counts as often as the loop runs. Of the branches of a conditional, the one with the most bytes
-    counts.
+    A collective that the compiler cut into asynchronous pieces counts once. A collective in a loop
+    counts once per iteration. Of a conditional, only the branch with the most bytes counts.
 
     Args:
-      text: HLO of the compiled program.
-      devices: those of the mesh, in its order. Uses their `id` and, if present, `slice_index`.
+      text: HLO text of the compiled program.
+      devices: the devices of the mesh, in mesh order, with `id` and optionally `slice_index`.
     """
     reader = _Reader(text, devices)
     result: list[Collective] = []
@@ -88,7 +104,7 @@ def read(text: str, devices: Sequence[Any]) -> Program:
         if chain is None:
             result.append(collective)
         else:
-            # The first piece starts the collective; later ones may lie in an inner loop.
+            # The first piece starts the collective. Later pieces may be in an inner loop.
             chains.setdefault(chain, collective)
     unreached = []
     for name, computation in reader.module.computations.items():
@@ -98,11 +114,11 @@ def read(text: str, devices: Sequence[Any]) -> Program:
 
 
 def axes_of(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """The mesh axes along which the devices of a group differ.
+    """Returns the mesh axes along which the devices of a group differ.
 
     Args:
       groups: [groups, devices] int, positions in the mesh.
-      mesh: {axis: size}, in the order of the mesh.
+      mesh: {axis: size}, in mesh order.
     """
     places = np.stack(np.unravel_index(groups, tuple(mesh.values())))  # [axes, groups, devices]
     return tuple(
@@ -110,28 +126,28 @@ def axes_of(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
     )
 
 
-# Walking through a program
+# Traversal of a program
 
-# A collective, and a name that all pieces of the same collective share; None: it is not in pieces.
+# A collective, and a name that all its pieces share, or None if it is not in pieces.
 _Found = tuple[Collective, str | None]
 
 
 class _Reader:
-    """Visits the computations of a program in the order in which they are called."""
+    """Visits the computations of a program in call order."""
 
-    def __init__(self, text: str, devices: Sequence[Any]):
+    def __init__(self, text: str, devices: Sequence[Any]) -> None:
         self.module = parse(text)
         self.unknown_loops: list[str] = []
         self.reached: set[str] = set()
         self._positions = _Positions(devices)
 
     def visit(self, name: str, count: int, caller: Instruction | None) -> list[_Found]:
-        """The collectives of a computation and of those that it calls.
+        """Returns the collectives of a computation and of all computations that it calls.
 
         Args:
-          name: of the computation.
-          count: how often it runs.
-          caller: the instruction that calls it; None for the entry.
+          name: name of the computation.
+          count: how often the computation runs.
+          caller: the instruction that calls it, or None for the entry.
         """
         self.reached.add(name)
         computation = self.module.computations.get(name, {})
@@ -182,13 +198,13 @@ class _Reader:
             axis = int(first_group(r"\bdimensions=\{(\d+)\}", attributes))
             arrays = [_gathered(array, axis, groups.shape[1]) for array in arrays]
         context = f"{name} {caller.name if caller else ''}"
-        # XLA:TPU writes some reduce-scatters as a fused kernel whose body shows an all-reduce.
+        # XLA:TPU writes some reduce-scatters as a fused kernel whose body has an all-reduce.
         if kind == "all-reduce" and "all-reduce-scatter" in context:
             kind = "reduce-scatter"
         chain = first_group(r'chain_id="(\w+)"', attributes) or None
         if chain is None and re.search(r"async[_-]collective", context):
-            # Pieces without a chain id have channel, groups and types in common. The channel alone
-            # does not tell collectives apart: most of those inside a `shard_map` have number 1.
+            # Pieces without a chain id share channel, groups and types. The channel alone does not
+            # identify a collective: inside a `shard_map`, most have channel 1.
             channel = first_group(r"channel_id=(\d+)", attributes)
             chain = str((channel, kind, arrays, groups.tolist()))
         asynchronous = (
@@ -208,9 +224,9 @@ class _Reader:
         return collective, chain
 
     def _transfer(self, computation: Computation, send: Instruction, count: int) -> Collective:
-        """The part of a collective that goes to other slices.
+        """Returns the part of a collective between slices.
 
-        It is described by its `send` and the `recv` of the same rendezvous.
+        Its `send` and the `recv` with the same rendezvous describe it.
         """
         rendezvous = _rendezvous(send)
         arrays = [
@@ -223,7 +239,7 @@ class _Reader:
         kind = kind.lower().replace("_", "-")
         target = first_group(r'_xla_megascale_target="?(\{.*?\})"?,_xla', send.attributes)
         return Collective(
-            kind=kind if kind in KINDS else "collective-permute",  # ONE_TO_ONE
+            kind=kind if kind in KINDS else "collective-permute",  # the type is ONE_TO_ONE
             bytes=size_of(larger),
             shapes=(_shape_text(larger),),
             groups=self._positions.across(target),
@@ -239,9 +255,9 @@ def _is_collective(instruction: Instruction) -> bool:
 
 
 def _called(instruction: Instruction) -> list[str]:
-    """The computations that an instruction runs, once each.
+    """Returns the computations that an instruction runs once.
 
-    With `-start` they run beside the computation, for instance on the sparse cores of a TPU.
+    After a `-start` instruction they run concurrently, e.g. on the sparse cores of a TPU.
     """
     opcode = instruction.opcode.removesuffix("-start")
     if opcode not in ("fusion", "call", "custom-call", "async"):
@@ -255,7 +271,7 @@ def _total_bytes(found: list[_Found]) -> int:
 
 
 def _gathered(array: Array, axis: int, devices: int) -> Array:
-    """The result of an all-gather of the array."""
+    """Returns the result of an all-gather of an array over `devices` devices."""
     element, dims = array
     return element, (*dims[:axis], dims[axis] * devices, *dims[axis + 1 :])
 
@@ -273,16 +289,16 @@ def _rendezvous(instruction: Instruction) -> str:
 
 
 class _Positions:
-    """The positions in the mesh of devices that the text names by a number or by their id."""
+    """Maps devices, which the text names by number or by id, to positions in the mesh."""
 
-    def __init__(self, devices: Sequence[Any]):
+    def __init__(self, devices: Sequence[Any]) -> None:
         slices = np.array([getattr(device, "slice_index", None) or 0 for device in devices])
         # [slices, devices of a slice]
         self._of_slice = np.stack([np.flatnonzero(slices == which) for which in np.unique(slices)])
         self._of_id = {device.id: position for position, device in enumerate(devices)}
 
     def inside(self, attributes: str) -> np.ndarray:
-        """[groups, devices] of a collective inside a slice."""
+        """Returns the groups [groups, devices] of a collective inside a slice."""
         if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes):
             groups = np.array(re.findall(r"(\d+),(\d+)", pairs[1]), int).reshape(-1, 2)
         else:
@@ -290,9 +306,10 @@ class _Positions:
         return self._of_slice[0][groups]
 
     def across(self, target: str) -> np.ndarray:
-        """[groups, devices] of a transfer between slices.
+        """Returns the groups [groups, devices] of a transfer between slices.
 
-        `target` is `{1,2}x{0:7}`, or lists or pairs of the devices' ids.
+        Args:
+          target: `{1,2}x{0:7}`, or lists or pairs of device ids.
         """
         if "x{" in target:
             return self._of_slice.T
@@ -301,15 +318,18 @@ class _Positions:
 
 
 def replica_groups(attributes: str, devices: int) -> np.ndarray:
-    """The groups of a collective as [groups, devices of a group] int.
+    """Parses the groups of a collective into [groups, devices of a group] int.
 
-    Reads every form that XLA writes: lists `{{0,2},{1,3}}` (`{}`: all devices in one group), iota
-    `[2,4]<=[4,2]T(1,0)`, and mesh axes `mesh['a'=2,'b'=4] {'a'}`, also with `device_ids=...` and
-    with parts of axes `'b':(1)2`.
+    Reads every form that XLA writes:
+
+    - lists: `{{0,2},{1,3}}`, where `{}` means all devices in one group;
+    - iota: `[2,4]<=[4,2]T(1,0)`;
+    - mesh axes: `mesh['a'=2,'b'=4] {'a'}`, optionally with `device_ids=...` and with parts of axes
+      such as `'b':(1)2`.
 
     Args:
-      attributes: of the instruction.
-      devices: number of devices.
+      attributes: attributes of the instruction.
+      devices: number of devices of the program.
 
     Raises:
       ValueError: the form is not known.
@@ -325,7 +345,7 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray:
     if match := re.match(r"\{((?:\{[\d,]*\},?)*)\}", text):
         groups = [_numbers(group) for group in re.findall(r"\{([\d,]*)\}", match[1])]
         return np.array(groups) if groups else everything
-    raise ValueError(f"replica groups of a form that is not known: {text[:200]}")
+    raise ValueError(f"the form of these replica groups is not known: {text[:200]}")
 
 
 def _numbers(text: str) -> list[int]:
@@ -333,7 +353,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """The numbers of `[4,2]T(1,0)`: counted in that shape, transposed, and made flat."""
+    """Returns the ids of `[4,2]T(1,0)`: an iota of that shape, transposed and flattened."""
     shape = _numbers(first_group(r"^\[([\d,]+)\]", text))
     order = _numbers(first_group(r"\]T\(([\d,]+)\)", text))
     ids = np.arange(math.prod(shape)).reshape(shape)
@@ -341,20 +361,20 @@ def _iota(text: str) -> np.ndarray:
 
 
 def _mesh_groups(axes: str, device_ids: str | None, over: str) -> np.ndarray:
-    """The groups along some axes of a mesh.
+    """Returns the groups along some axes of a mesh as [groups, devices of a group] int.
 
     Args:
-      axes: `'a'=2,'b'=4`.
-      device_ids: order of the devices, as iota or as a list; None: counted.
-      over: axes that a group extends over, `'a'`, or parts of them, `'b':(1)2`: of the axis b, the
-        2 devices behind the first 1.
+      axes: names and sizes of all axes, such as `'a'=2,'b'=4`.
+      device_ids: ids of the devices in mesh order, as iota or as a list. None means 0, 1, 2, ...
+      over: the axes within a group, such as `'a'`, or parts of axes. The part `'b':(1)2` is the
+        factor 2 of the axis b that follows a factor 1.
     """
     sizes = {name: int(size) for name, size in re.findall(r"'?([\w.\-]+)'?=(\d+)", axes)}
-    parts = []  # (axis, first divisor, divisor behind it) of what a group extends over
+    parts = []  # of each (part of an) axis within a group: name, product before it, product with it
     for name, before, size in re.findall(r"'?([\w.\-]+)'?(?::\((\d+)\)(\d+))?", over):
         low = int(before) if before else 1
         parts.append((name, low, low * int(size) if before else sizes[name]))
-    # An axis that is used in part is cut into factors: before the part, the part, and behind it.
+    # Split an axis that is used in part into factors: before the part, the part, and after it.
     factors, shape = [], []
     for name, size in sizes.items():
         cuts = {1, size}

@@ -1,4 +1,4 @@
-"""Reads the HLO text of a compiled program: instructions, array sizes, how often loops run."""
+"""Parses the HLO text of a compiled program: instructions, array sizes and loop trip counts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
-# Other element types have their bits in the name: f32, u8, s4, c64.
+# Bits of an element. The names of all other types contain their bits: f32, u8, s4, c64.
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
 _MIRRORED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}
 _MOVES = ("copy", "bitcast", "convert")  # these do not change the value of a loop counter
@@ -17,38 +17,48 @@ Array = tuple[str, tuple[int, ...]]  # element type and dimensions
 
 
 class Instruction(NamedTuple):
-    """One line of a computation."""
+    """One line of a computation.
+
+    Attributes:
+      name: its name.
+      type: the text of its result type, such as bf16[4,8].
+      opcode: the operation, such as all-gather.
+      operands: names of the instructions whose results it takes.
+      attributes: the text after the parentheses.
+      arguments: the text between the parentheses; for a constant, its value.
+      root: whether its result is that of the computation.
+    """
 
     name: str
     type: str
     opcode: str
     operands: tuple[str, ...]
-    attributes: str  # the text after the parentheses
-    arguments: str  # the text between the parentheses; for a constant, its value
+    attributes: str
+    arguments: str
     root: bool
 
     def attribute(self, name: str) -> list[str]:
-        """The values of attributes `name=value` that are names, such as called computations."""
+        """Returns the names in attributes `name=value`, such as called computations."""
         return re.findall(rf"\b{name}=%?([\w.\-]+)", self.attributes)
 
     def names_in(self, name: str) -> list[str]:
-        """The names in an attribute `name={a, b, ...}`."""
+        """Returns the names in an attribute `name={a, b, ...}`."""
         listed = first_group(rf"{name}=\{{(.*?)\}}", self.attributes)
         return re.findall(r"%?([\w.\-]+)", listed)
 
 
-Computation = dict[str, Instruction]  # by name, in the order of the text
+Computation = dict[str, Instruction]  # by name, in program order
 
 
 class Module(NamedTuple):
-    """A program."""
+    """A program: its computations by name, and the name of the one that runs first."""
 
     computations: dict[str, Computation]
-    entry: str  # name of the computation that runs
+    entry: str
 
 
 def parse(text: str) -> Module:
-    """Reads the text of a module."""
+    """Parses the text of a module."""
     computations: dict[str, Computation] = {}
     entry, current = "", {}
     for line in text.splitlines():
@@ -68,7 +78,7 @@ def parse(text: str) -> Module:
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis closes that was opened just before the text."""
+    """Returns the index of the parenthesis that closes the one opened just before the text."""
     depth = 1
     for match in re.finditer(r"[()]", text):
         depth += 1 if match[0] == "(" else -1
@@ -78,13 +88,13 @@ def _closing(text: str) -> int:
 
 
 def first_group(pattern: str, text: str) -> str:
-    """What the first group of a pattern matches in the text; empty if it does not match."""
+    """Returns what the first group of a pattern matches in the text, or "" without a match."""
     match = re.search(pattern, text)
     return match[1] if match else ""
 
 
 def shapes_of(kind: str) -> list[Array]:
-    """The arrays in the text of a type, which may be a tuple."""
+    """Returns the arrays in the text of a type, which may be a tuple."""
     arrays = re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\]", kind)
     return [
         (name, tuple(int(n.strip("<=")) for n in dims.split(",") if n)) for name, dims in arrays
@@ -92,17 +102,17 @@ def shapes_of(kind: str) -> list[Array]:
 
 
 def size_of(array: Array) -> int:
-    """The bytes of an array."""
+    """Returns the size of an array in bytes."""
     name, dims = array
     bits = _BITS[name] if name in _BITS else int(first_group(r"^[a-z]+(\d+)", name))
     return math.prod(dims) * bits // 8
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """How often a while loop runs, or None if the text does not tell.
+    """Returns how often a while loop runs, or None if the text does not say.
 
-    The number is in the backend config, or follows from a counter that begins at a constant, grows
-    by a constant and is compared with a constant.
+    Reads the number from the backend config, or derives it from a counter that starts at a
+    constant, grows by a constant and is compared with a constant.
     """
     if known := first_group(r'known_trip_count[^}]*?"?n"?:\s*"?(\d+)', loop.attributes):
         return int(known)
@@ -118,11 +128,13 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
     start, step = _start(computation, loop, index), _step(body, index)
     if step <= 0:
         return None
-    return max(0, -(-(limit + (direction == "LE") - start) // step))
+    if direction == "LE":
+        limit += 1
+    return max(0, -(-(limit - start) // step))  # rounded up
 
 
 def _comparison(condition: Computation) -> tuple[str, str, int] | None:
-    """(counter, direction, limit) of a condition that compares a counter with a constant."""
+    """Returns (counter, direction, limit) if the condition compares a counter with a constant."""
     test = _root(condition)
     if test is None or len(test.operands) != 2:
         return None
@@ -143,7 +155,7 @@ def _root(computation: Computation) -> Instruction | None:
 def _source(
     computation: Computation, name: str, through: tuple[str, ...] = _MOVES
 ) -> Instruction | None:
-    """The instruction whose value `name` has, possibly copied."""
+    """Follows copies and conversions from `name` to the instruction that produced its value."""
     instruction = computation.get(name)
     while instruction and instruction.opcode in through:
         instruction = computation.get(instruction.operands[0])
@@ -158,7 +170,7 @@ def _constant(computation: Computation, name: str) -> int | None:
 
 
 def _tuple_index(computation: Computation, name: str) -> int | None:
-    """Which element of the loop's tuple a value is."""
+    """Returns the index of a value in the loop's tuple, or None if it is not an element."""
     source = _source(computation, name)
     if source is None or source.opcode != "get-tuple-element":
         return None
@@ -167,7 +179,7 @@ def _tuple_index(computation: Computation, name: str) -> int | None:
 
 
 def _start(computation: Computation, loop: Instruction, index: int) -> int:
-    """The start of the counter: 0, as in every `scan`, unless the text shows another value."""
+    """Returns the start of the counter. Without a constant in the text it is 0, as in `scan`."""
     operand = computation.get(loop.operands[0])
     value = None
     if operand and operand.opcode == "tuple":
@@ -176,7 +188,7 @@ def _start(computation: Computation, loop: Instruction, index: int) -> int:
 
 
 def _step(body: Computation, index: int) -> int:
-    """The step of the counter: 1, as in every `scan`, unless the text shows another value."""
+    """Returns the step of the counter. Without a constant in the text it is 1, as in `scan`."""
     root = _root(body)
     if root is None or root.opcode != "tuple":
         return 1

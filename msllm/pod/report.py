@@ -1,4 +1,4 @@
-"""The report of `msllm aot`: as text for a terminal, and as a self-contained page of HTML."""
+"""Renders the report of `msllm aot` as text for a terminal and as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -8,41 +8,48 @@ from typing import Any, NamedTuple
 from msllm.view.pages import aligned, render, size_text
 
 GIB = 2**30
-SMALLEST = 1 / 500  # collectives with a smaller share of the largest get no bar
+SMALLEST = 1 / 500  # share of the largest collective below which one gets no bar
 _PARTS = {
     "state": "parameters and moments",
     "gradients": "gradients",
-    "kept_activations": "activations kept for the backward pass",
-    "one_layer": "one layer at work",
+    "kept_activations": "activations saved for the backward pass",
+    "one_layer": "activations of the current layer",
     "gathered_keys": "gathered keys and values",
     "gathered_weights": "gathered weights",
-    "logits": "logits of one chunk",
+    "logits": "logits of one loss chunk",
     "tables": "embedding and head",
 }
 _EXTRA_WORK = {
-    "remat": "recomputed: remat",
-    "attention_scores_again": "recomputed: attention scores",
-    "logits_again": "recomputed: logits",
-    "head_without_weight": "head of streams without weight",
-    "absent_streams": "streams that fill up the mesh axis",
+    "remat": "recomputation: remat",
+    "attention_scores_again": "recomputation: attention scores",
+    "logits_again": "recomputation: logits",
+    "head_without_weight": "head of streams without loss weight",
+    "absent_streams": "padding of the stream axis",
 }
 _COLLECTIVE_COLUMNS = ("kind", "mesh axes", "network", "times", "bytes")
-_NUMBERS = (3, 4)  # columns of these that hold numbers
-# Colours of page.html.
+_NUMBERS = (3, 4)  # the columns with numbers
+# CSS classes of the colours in view/page.html.
 _BLUE, _GREEN, _YELLOW, _RED, _VIOLET = "c1", "c2", "c3", "c4", "c5"
 
 
 class Bar(NamedTuple):
-    """One bar of a chart."""
+    """One bar of a chart.
+
+    Attributes:
+      name: the label.
+      size: the length, relative to the other bars.
+      text: the size with its unit.
+      color: a CSS class.
+    """
 
     name: str
     size: float
-    text: str  # the size with its unit
+    text: str
     color: str = _BLUE
 
 
 def text(report: Mapping[str, Any]) -> str:
-    """The report for a terminal."""
+    """Renders a report as text for a terminal."""
     lines = [_title(report), *_indented(_facts(report)), "", *_memory_lines(report["memory"])]
     if "collectives" in report:
         lines += ["", *_collective_lines(report["collectives"])]
@@ -52,7 +59,7 @@ def text(report: Mapping[str, Any]) -> str:
 
 
 def html(report: Mapping[str, Any]) -> str:
-    """The report as a page that has no scripts and loads nothing."""
+    """Renders a report as an HTML page without scripts or external resources."""
     memory = report["memory"]
     values = {
         "title": _title(report),
@@ -73,16 +80,16 @@ def html(report: Mapping[str, Any]) -> str:
         moved = sum(collectives["bytes_by_kind"].values())
         values |= {
             "figures": {
-                "GiB of memory at the peak": f"{_gib(memory['peak'])} / {_gib(memory['limit'])}",
+                "GiB of memory at peak": f"{_gib(memory['peak'])} / {_gib(memory['limit'])}",
                 "GiB in collectives": _gib(moved),
-                "ms a step, estimated": _ms(estimate["step_seconds"]),
+                "ms per step, estimated": _ms(estimate["step_seconds"]),
                 "MFU, estimated": _percent(estimate["mfu"]),
             },
             "collectives": _collective_bars(collectives["rows"]),
             "collective_columns": _COLLECTIVE_COLUMNS,
             "collective_rows": _collective_rows(collectives["rows"]),
             "numbers": _NUMBERS,
-            "notes": [*_notes(collectives), f"Counted are {collectives['definition']}."],
+            "notes": [*_notes(collectives), f"Bytes are {collectives['definition']}."],
             "times": _times(estimate),
             "estimate_rows": _estimate_rows(estimate),
             "assumptions": report["assumptions"],
@@ -91,12 +98,12 @@ def html(report: Mapping[str, Any]) -> str:
 
 
 def sweep_header() -> str:
-    """The column names of `sweep_line`."""
+    """Returns the column names of `sweep_line`."""
     return "remat    tables  fits   peak  step ms    MFU  compile s"
 
 
 def sweep_line(row: Mapping[str, Any]) -> str:
-    """One row of a sweep."""
+    """Renders one row of a sweep."""
     line = f"{row['remat']:<7}  {row['batch_size']:>6}  {'yes' if row['fits'] else 'no':<4}"
     if row.get("bytes") is None:
         return f"{line}  {' '.join(row['error'].split())[:160]}"
@@ -131,8 +138,8 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
         f"{report['devices']} devices ({report['device_kind']}), mesh {mesh}",
         f"{report['parameters'] / 1e6:,.1f} M parameters; "
         f"{report['batch_size']} tables of {report['rows']} rows x {report['streams']} streams "
-        f"a step in {report['accumulate']} part(s): {report['cells_per_device']:,.0f} cells a "
-        f"device; remat {report['remat']}, attention {report['attention']}",
+        f"per step in {report['accumulate']} micro-batch(es): {report['cells_per_device']:,.0f} "
+        f"cells per device; remat {report['remat']}, attention {report['attention']}",
         f"compiled in {report['compile_seconds']:.0f} s ({report['compile_cpu_seconds']:.0f} "
         f"CPU-s) by libtpu {report['libtpu']}, jax {report['jax']}",
     ]
@@ -148,8 +155,9 @@ def _memory_lines(memory: Mapping[str, Any]) -> list[str]:
     lines += _indented([_verdict(memory)])
     if "compiler_says" in memory:
         lines += ["", *_indented(memory["compiler_says"].splitlines())]
-    uses = ", ".join(f"{name} {size_text(size)}" for name, size in _uses(memory))
-    return [*lines, f"  by formula: {uses}", *_indented(_remedies(memory))]
+    uses = aligned(_size_texts(_uses(memory)), (1,))
+    lines += ["", "Memory by formula, largest use first", *uses]
+    return [*lines, *_indented(_remedies(memory))]
 
 
 def _memory_rows(memory: Mapping[str, Any]) -> list[tuple[str, float]]:
@@ -159,17 +167,17 @@ def _memory_rows(memory: Mapping[str, Any]) -> list[tuple[str, float]]:
         ("aliased (donated)", -memory["aliased"]),
         ("temporaries", memory["temporaries"]),
         ("code", memory["code"]),
-        ("sum of these", memory["total"]),
+        ("sum", memory["total"]),
         ("peak", memory["peak"]),
     ]
 
 
 def _memory_parts(memory: Mapping[str, Any]) -> list[Bar]:
-    """The parts of the sum, without outputs that reuse the memory of arguments."""
+    """Returns the parts of the sum, without outputs that reuse the memory of arguments."""
     beyond = max(memory["outputs"] - memory["aliased"], 0)
     parts = [
         ("arguments (state, batch)", memory["arguments"], _BLUE),
-        ("outputs beyond them", beyond, _VIOLET),
+        ("other outputs", beyond, _VIOLET),
         ("temporaries", memory["temporaries"], _YELLOW),
         ("code", memory["code"], _GREEN),
     ]
@@ -184,15 +192,15 @@ def _verdict(memory: Mapping[str, Any]) -> str:
     limit = _gib(memory["limit"])
     if "total" not in memory:
         return f"does not fit: the compiler refused it (HBM for a program: {limit} GiB)"
-    verdict = f"fits: at most {_gib(memory['peak'])} of {limit} GiB at a time"
+    verdict = f"fits: {_gib(memory['peak'])} of {limit} GiB at peak"
     over = memory["total"] - memory["limit"]
     if over > 0:
-        verdict += f", but without room for fragments: the sum is {_gib(over)} GiB more"
+        verdict += f", but with no room for fragmentation: the sum exceeds HBM by {_gib(over)} GiB"
     return verdict
 
 
 def _uses(memory: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """(use, bytes) by formula, the largest first."""
+    """Returns (use, bytes) by formula, largest first."""
     parts = memory["parts_by_formula"]
     return [(_PARTS[part], parts[part]) for part in sorted(parts, key=parts.get, reverse=True)]
 
@@ -215,7 +223,7 @@ def _collective_lines(collectives: Mapping[str, Any]) -> list[str]:
 
 
 def _collective_rows(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Rows of _COLLECTIVE_COLUMNS."""
+    """Returns table rows with the columns _COLLECTIVE_COLUMNS."""
     texts: list[tuple[str, ...]] = []
     for row in rows:
         network = f"{row['network']}, {_hiding(row['asynchronous'])}"
@@ -247,12 +255,12 @@ def _notes(collectives: Mapping[str, Any]) -> list[str]:
         notes.append(f"whole embedding table or head: {_collective(table)}")
     for loop in collectives["loops_of_unknown_length"]:
         notes.append(
-            f"the length of the loop {loop} depends on the data: what it holds counts once"
+            f"the trip count of the loop {loop} depends on the data: its collectives count once"
         )
     for name in collectives["not_counted"]:
         notes.append(
-            f"NOT COUNTED: collectives in {name}, which is called in a way that "
-            "msllm/pod/collectives.py does not know"
+            f"NOT COUNTED: collectives in {name}, because msllm/pod/collectives.py does not know "
+            "how it is called"
         )
     return notes
 
@@ -268,7 +276,7 @@ def _collective(one: Mapping[str, Any]) -> str:
 def _estimate_lines(estimate: Mapping[str, Any]) -> list[str]:
     times = [(bar.name, bar.text) for bar in _times(estimate)]
     return [
-        "Estimate for one device and step (lower and upper bound)",
+        "Estimate for one device and step (in parentheses: lower to upper bound)",
         *aligned(_estimate_rows(estimate)),
         *aligned(times, (1,)),
     ]
@@ -283,13 +291,13 @@ def _estimate_rows(estimate: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows.append(("hardware TFLOP", f"{work['hardware'] / 1e12:,.3g}"))
     rows.append(("HBM traffic", size_text(estimate["hbm_bytes"]["total"])))
     if estimate["host_bytes"]:
-        rows.append(("to the host, and back", size_text(estimate["host_bytes"])))
+        rows.append(("to the host and back", size_text(estimate["host_bytes"])))
     intensity, balance = estimate["arithmetic_intensity"], estimate["intensity_of_the_hardware"]
     seconds = " to ".join(map(_ms, estimate["step_seconds_bounds"]))
     mfu = " to ".join(map(_percent, estimate["mfu_bounds"]))
     return [
         *rows,
-        ("FLOP per byte", f"{intensity:,.0f} (of the hardware: {balance:,.0f})"),
+        ("FLOP per byte", f"{intensity:,.0f} (hardware: {balance:,.0f})"),
         ("step time, ms", f"{_ms(estimate['step_seconds'])} ({seconds})"),
         ("MFU", f"{_percent(estimate['mfu'])} ({mfu})"),
         ("cells per second and device", "?" if speed is None else f"{speed:,.0f}"),
@@ -297,7 +305,7 @@ def _estimate_rows(estimate: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _times(estimate: Mapping[str, Any]) -> list[Bar]:
-    """Everything that takes time, in seconds; 0 where a figure of the hardware is not known."""
+    """Returns a bar for each resource, in seconds; 0 where a hardware figure is unknown."""
     times = [
         ("compute at peak", estimate["compute_seconds"], _BLUE),
         ("HBM", estimate["hbm_seconds"], _GREEN),

@@ -1,9 +1,8 @@
-"""The cost of a step by formula: FLOPs, memory traffic, use of memory, and the time at the peaks of
-the hardware.
+"""Estimates the cost of a step by formula: FLOPs, HBM traffic, memory use and step time.
 
-Everything is per device and per step. An estimate says what the peaks allow; it is not a
-prediction: no product reaches the peak, and no kernel is charged for its launch. ASSUMPTIONS lists
-every assumption, and reports print it.
+All figures are for one device and one step. An estimate says what the hardware's peaks allow. It is
+not a prediction: matrix products do not reach the peak, and the estimate ignores the launch time of
+kernels. ASSUMPTIONS lists all assumptions, and reports print them.
 """
 
 from __future__ import annotations
@@ -24,50 +23,58 @@ from msllm.streams import StreamSpec
 
 ASSUMPTIONS = (
     "Useful FLOPs are what the visibility rule needs for full tables (msllm/runtime/flops.py). MFU "
-    "is their share of the peak.",
-    "Hardware FLOPs add what is computed again or without use: the layer under remat=full and "
-    "offload (all but its last product), scores in the backward pass of blockwise attention (the "
-    "kernels of splash: once more, and the gradients of the softmax's weights twice), logits twice "
-    "where the head comes in parts, the head for streams without weight that share a program with "
-    "others, all products for streams that only fill up the mesh axis. Masked pairs inside an "
-    "attention block are not counted.",
-    "Compute runs at the dense bfloat16 peak, also where an operand is float32.",
-    "HBM traffic: state read and written once, gradients once per micro-batch; gathered weights "
-    "written and read once per pass; operands and results of each product once per pass; logits "
-    "five times and the head once per chunk of the loss, both more often where the head comes in "
-    "parts. The rows of the embedding are not counted.",
-    "ICI: every mesh axis is a ring on one axis of the torus with both directions in use; "
-    "different axes do not disturb each other. All-gather and reduce-scatter move (n-1)/n of their "
-    "bytes, all-reduce twice that, all-to-all a quarter of a ring's length times its bytes per "
-    "torus axis, a permute its bytes over one link.",
-    "With remat=offload the input of each layer goes to the memory of the host and comes back "
-    "while other layers are computed: its time is not counted.",
-    "DCN: what the compiler sends between slices, at each device's share of the network.",
-    "Step time: asynchronous collectives hide behind compute and HBM traffic, which hide behind "
-    "each other; synchronous ones add to it. The bounds are everything hidden, and nothing hidden.",
-    "A loop whose length depends on the data counts once.",
+    "is useful FLOPs per second divided by the peak.",
+    "Hardware FLOPs add recomputed and unused work: each layer except its last product with "
+    "remat=full or offload; the scores in the backward pass of blockwise attention (splash "
+    "computes both the scores and the gradients of the softmax weights twice there); a second pass "
+    "over the logits if loss.vocab_chunks > 1; the head of streams without loss weight that share "
+    "a program with other streams; all products of streams that only pad the mesh axis. Masked "
+    "pairs inside an attention block are not counted.",
+    "Compute runs at the dense bfloat16 peak, even with float32 operands.",
+    "HBM traffic: the state is read and written once, and gradients once per micro-batch; gathered "
+    "weights are written and read once per pass, as are the operands and results of each product; "
+    "logits move five times and the head once per loss chunk, and more often if loss.vocab_chunks "
+    "> 1. Embedding rows are not counted.",
+    "ICI: every mesh axis is a ring along one torus axis and uses both directions; mesh axes do "
+    "not share links. Each device moves (n-1)/n of the bytes in an all-gather or reduce-scatter "
+    "over n devices, and twice that in an all-reduce. An all-to-all moves a quarter of the ring "
+    "length times its bytes per torus axis. A permute moves its bytes over one link.",
+    "With remat=offload, layer inputs move to host memory and back while other layers compute. The "
+    "estimate does not include the time of these transfers.",
+    "DCN: the bytes that the compiler sends between slices, at each device's share of the network.",
+    "Step time: asynchronous collectives overlap with compute and HBM traffic, which overlap with "
+    "each other; synchronous collectives add to the step time. For the lower bound everything "
+    "overlaps, for the upper bound nothing does.",
+    "A loop whose trip count depends on the data counts once.",
 )
-# Products of the size of the attention scores that the backward pass computes again.
-_SCORES_AGAIN = {"reference": 0, "splash": 3}
-_BLOCKWISE = 1  # the same for other backends
+# How many products of the size of the attention scores the backward pass recomputes.
+_RECOMPUTED_SCORES = {"reference": 0, "splash": 3}
+_RECOMPUTED_SCORES_BLOCKWISE = 1  # for all other backends
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What one device holds of a model and a batch."""
+    """The sizes of one device's share of a model and a batch.
+
+    Attributes:
+      config: the config of the run.
+      streams: the streams of the model.
+      mesh: {axis: size}.
+      attention: name of the attention backend.
+    """
 
     config: Config
     streams: StreamSpec
     mesh: Mapping[str, int]
-    attention: str  # name of the attention backend
+    attention: str
 
     def parts(self, axis: str) -> int:
-        """The number of devices that a logical axis is spread over."""
+        """Returns the number of devices that a logical axis is sharded over."""
         return math.prod(self.mesh.get(name, 1) for name in mesh_axes(axis))
 
     @property
     def devices(self) -> int:
-        """All devices of the mesh."""
+        """Number of devices of the mesh."""
         return math.prod(self.mesh.values())
 
     @property
@@ -82,19 +89,19 @@ class Shape:
 
     @property
     def streams_per_device(self) -> int:
-        """Streams on one device, with the absent ones that fill up the mesh axis."""
+        """Streams on one device, including absent streams that pad the mesh axis."""
         return -(-self.streams.size // self.parts("stream"))
 
     @property
     def head_streams(self) -> int:
-        """Streams that the head is computed for: all devices of the stream axis run one program."""
+        """Streams for which the head runs: all devices of the stream axis run the same program."""
         size = self.streams_per_device
         computed = sum(any(self.streams.loss_weights[s::size]) for s in range(size))
         return computed * self.parts("stream")
 
     @property
     def head_cells(self) -> float:
-        """Cells of one micro-batch on one device that the head is computed for."""
+        """Cells of one micro-batch on one device for which the head runs."""
         return self.tables * self.config.data.rows * self.head_streams / self.parts("stream")
 
     @property
@@ -104,66 +111,58 @@ class Shape:
 
     @property
     def query_width(self) -> float:
-        """Query values of a cell on one device."""
+        """Width of a cell's query on one device."""
         return self.config.model.num_heads * self.config.model.head_dim / self.parts("heads")
 
     @property
     def kv_width(self) -> float:
-        """Key and value values of a cell on one device."""
+        """Width of a cell's key and value together on one device."""
         return 2 * self.config.model.num_kv_heads * self.config.model.head_dim / self.parts("heads")
 
     @property
     def ffn_width(self) -> float:
-        """Values of a cell between the products of the MLP, on one device."""
+        """Width of a cell inside the MLP on one device."""
         return self.config.model.d_ff / self.parts("mlp")
 
     @property
     def vocab_width(self) -> float:
-        """Logits of a cell on one device."""
+        """Number of logits of a cell on one device."""
         return self.config.model.vocab_size / self.parts("vocab")
 
     @property
     def layer_weights(self) -> float:
-        """Values of one layer's matrices after they are gathered."""
+        """Number of values in one layer's matrices on one device after the gather."""
         attention = 2 * self.query_width + self.kv_width
         return self.config.model.d_model * (attention + 3 * self.ffn_width)
 
     @property
     def table(self) -> float:
-        """Values of the embedding (or the head) on one device when d_model is gathered."""
+        """Number of values in the embedding (or the head) on one device after the gather."""
         return self.config.model.vocab_size * self.config.model.d_model / self.parts("vocab")
 
     @property
     def layer_values(self) -> float:
-        """Values per cell that the products and norms of one layer read and write on one device."""
-        d, q, kv, f = (
-            self.config.model.d_model,
-            self.query_width,
-            self.kv_width,
-            self.ffn_width,
-        )
-        return sum(
-            (
-                4 * d,  # norms
-                d + q + kv,  # projections
-                2 * q + kv,  # attention
-                q + d,  # its output
-                d + 2 * f,  # gate and up
-                3 * f + d,  # down
-            )
-        )
+        """Values per cell that one layer's products and norms read and write on one device."""
+        d, q, kv, f = self.config.model.d_model, self.query_width, self.kv_width, self.ffn_width
+        norms = 4 * d
+        projections = d + q + kv
+        attention = 2 * q + kv
+        output_projection = q + d
+        gate_and_up = d + 2 * f
+        down = 3 * f + d
+        return norms + projections + attention + output_projection + gate_and_up + down
 
 
 def flops(shape: Shape) -> dict[str, float]:
-    """FLOPs of a step on one device.
+    """Returns the FLOPs of a step on one device.
 
     Returns:
-      `useful`, what each kind of extra work adds, and `hardware`, the sum of all.
+      `useful`, the FLOPs of each kind of extra work, and `hardware`, the sum of all.
     """
     model, data, streams = shape.config.model, shape.config.data, shape.streams
     rows = data.batch_size * data.rows
     pairs = data.batch_size * visible_pairs(streams.lag_array, data.rows)
-    # Forward passes: of attention over all streams, of one stream's layer, of one stream's head.
+    # Forward FLOPs of attention over all streams, and of the layer and the head for one stream.
     attention = attention_flops(model.num_heads, model.head_dim, pairs)
     heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     all_but_down = 2 * rows * model.d_model * (heads + 2 * model.d_ff)
@@ -172,7 +171,7 @@ def flops(shape: Shape) -> dict[str, float]:
 
     recomputed = all_but_down if model.remat in INPUT_ONLY else 0
     remat = streams.size * all_but_down + attention if model.remat in INPUT_ONLY else 0
-    again = _SCORES_AGAIN.get(shape.attention, _BLOCKWISE)
+    again = _RECOMPUTED_SCORES.get(shape.attention, _RECOMPUTED_SCORES_BLOCKWISE)
     trained = sum(weight > 0 for weight in streams.loss_weights)
     absent = shape.streams_per_device * shape.parts("stream") - streams.size
     total = {
@@ -188,40 +187,42 @@ def flops(shape: Shape) -> dict[str, float]:
 
 
 def hbm_bytes(shape: Shape, state_bytes: float) -> dict[str, float]:
-    """Bytes that a step moves between the memory and the cores of one device, by use.
+    """Returns the HBM traffic of a step on one device in bytes, by use.
 
-    `state_bytes`: parameters and moments on one device.
+    Args:
+      shape: sizes of the model and the batch.
+      state_bytes: bytes of parameters and moments on one device.
     """
     config, model, item = shape.config, shape.config.model, shape.item
-    micro, again = config.optim.accumulate, model.remat in INPUT_ONLY
-    gradients = state_bytes / 3  # as many as parameters, which are a third of the state
+    micro, recomputed = config.optim.accumulate, model.remat in INPUT_ONLY
+    gradients = state_bytes / 3  # the size of the parameters; the state adds two moments
     weights = model.num_layers * shape.layer_weights * item
     activations = model.num_layers * shape.layer_values * shape.cells * item
     return {
         "state": 2 * state_bytes + 2 * micro * gradients,
-        "weights": micro * (6 + 2 * again) * weights,
-        "activations": micro * (3 + again) * activations,
+        "weights": micro * (6 + 2 * recomputed) * weights,
+        "activations": micro * (3 + recomputed) * activations,
         "head": micro * _head_bytes(shape),
     }
 
 
 def _head_bytes(shape: Shape) -> float:
-    """HBM traffic of the head and the loss in one micro-batch."""
+    """Returns the HBM traffic of the head and the loss in one micro-batch, in bytes."""
     cells, item, parts = shape.head_cells, shape.item, shape.config.loss.vocab_chunks
     chunks = math.ceil(cells / min(shape.config.loss.chunk_tokens, cells))
     # Each logit moves four times in float32 and once in the compute dtype.
     logits = cells * shape.vocab_width * (4 * 4 + item)
     traffic = logits + chunks * shape.table * (3 * item + 8)
     if parts > 1:
-        # The logits once more, and for each part the hidden states twice and their gradient in
-        # float32.
+        # The logits move once more. For each part, the hidden states move twice, and their float32
+        # gradient is read and written.
         traffic += cells * shape.vocab_width * 8 + chunks * shape.table * item
         traffic += parts * cells * shape.config.model.d_model * (2 * item + 8)
     return traffic
 
 
 def host_bytes(shape: Shape) -> float:
-    """Bytes that a step with remat=offload moves to the memory of the host; as many come back."""
+    """Returns the bytes that a step moves to host memory with remat=offload, and again back."""
     model = shape.config.model
     if model.remat != "offload":
         return 0
@@ -230,32 +231,40 @@ def host_bytes(shape: Shape) -> float:
 
 
 def memory_parts(shape: Shape, state_bytes: float) -> dict[str, float]:
-    """Bytes of memory by use and formula: not exact, but they say what to change first."""
+    """Returns approximate bytes of memory by use, which show what to change first.
+
+    Args:
+      shape: sizes of the model and the batch.
+      state_bytes: bytes of parameters and moments on one device.
+    """
     config, model, item, cells = shape.config, shape.config.model, shape.item, shape.cells
     q, kv, f = shape.query_width, shape.kv_width, shape.ffn_width
-    kept = {
+    saved = {
         "offload": 0,
         "full": model.d_model,
         "dots": 2 * model.d_model + 2 * q + kv + 2 * f,
         "none": shape.layer_values,
     }
     if model.kv_ring:
-        keys = 2 * cells * kv * (item + 4)  # of two devices, the gradients in float32
+        # Keys and values of two devices, with float32 gradients.
+        keys = 2 * cells * kv * (item + 4)
     else:
-        # Keys and values of all devices of the stream axis, and their gradients.
+        # Keys and values of all devices of the stream axis, with gradients.
         keys = 2 * cells * shape.parts("stream") * kv * item
-    # With remat=none, what one layer has gathered is kept until its backward pass.
+    # With remat=none, gathered arrays of a layer stay in memory until its backward pass.
     every_layer = model.remat == "none"
     layers_of_keys = model.num_layers if every_layer and model.kv_parts == 1 else 1
-    layers_of_weights = model.num_layers if every_layer else 2  # in use, and on their way
-    # The head: gathered, its gradient in float32, and that in the compute dtype on its way.
+    # Otherwise: the weights of the current layer, and those of the next one, in transfer.
+    layers_of_weights = model.num_layers if every_layer else 2
+    # The gathered head, its gradient in float32, and the gradient in the compute dtype in transfer.
     head = shape.table / config.loss.vocab_chunks * (2 * item + 4)
-    embedding = cells * model.d_model * (2 * item + 4)  # its rows
+    # The same for the looked-up rows of the embedding.
+    embedding = cells * model.d_model * (2 * item + 4)
     logits = min(config.loss.chunk_tokens, shape.head_cells) * shape.vocab_width
     return {
         "state": state_bytes,
         "gradients": state_bytes / 3,
-        "kept_activations": model.num_layers * kept[model.remat] * cells * item,
+        "kept_activations": model.num_layers * saved[model.remat] * cells * item,
         "one_layer": shape.layer_values * cells * item,
         "gathered_keys": layers_of_keys * keys / model.kv_parts,
         "gathered_weights": layers_of_weights * shape.layer_weights * item,
@@ -264,27 +273,32 @@ def memory_parts(shape: Shape, state_bytes: float) -> dict[str, float]:
     }
 
 
+# The change that reduces each use in `memory_parts`.
 REMEDIES = {
-    "state": "more devices along mesh.fsdp (or mesh.stream): state is spread over them",
-    "gradients": "more devices along mesh.fsdp (or mesh.stream): gradients are spread over them",
-    "kept_activations": "config.model.remat='full', or 'offload', which keeps them in the memory "
-    "of the host",
-    "one_layer": "fewer tables a device: a smaller data.batch_size or a larger optim.accumulate",
-    "gathered_keys": "a larger config.model.kv_parts: keys and values are gathered in that many "
-    "parts; or config.model.kv_ring",
-    "gathered_weights": "more devices along mesh.tensor: it divides heads and ffn",
+    "state": "more devices along mesh.fsdp or mesh.stream, which shard the state",
+    "gradients": "more devices along mesh.fsdp or mesh.stream, which shard the gradients",
+    "kept_activations": "config.model.remat='full', or 'offload', which saves them in host memory",
+    "one_layer": "fewer tables per device: a smaller data.batch_size or a larger optim.accumulate",
+    "gathered_keys": "a larger config.model.kv_parts, which gathers keys and values in more parts; "
+    "or config.model.kv_ring",
+    "gathered_weights": "more devices along mesh.tensor, which shards heads and ffn",
     "logits": "a smaller config.loss.chunk_tokens",
-    "tables": "a larger config.loss.vocab_chunks: the head is gathered in that many parts",
+    "tables": "a larger config.loss.vocab_chunks, which gathers the head in more parts",
 }
 
 
 def remedies(shape: Shape, state_bytes: float) -> list[str]:
-    """At most three changes that save memory, that of the largest part first."""
+    """Returns up to three changes that save memory, for the largest uses first.
+
+    Args:
+      shape: sizes of the model and the batch.
+      state_bytes: bytes of parameters and moments on one device.
+    """
     parts = memory_parts(shape, state_bytes)
     remedy, model = dict(REMEDIES), shape.config.model
     if model.remat == "full":
         remedy["kept_activations"] = (
-            "config.model.remat='offload': layer inputs wait in the memory of the host"
+            "config.model.remat='offload', which saves layer inputs in host memory"
         )
     if model.kv_ring:
         remedy["gathered_keys"] = remedy["one_layer"]
@@ -298,12 +312,12 @@ def remedies(shape: Shape, state_bytes: float) -> list[str]:
 
 
 def transfer_seconds(collective: Collective, devices: Sequence[Any], hardware: Hardware) -> float:
-    """Seconds that all executions of a collective take on its network.
+    """Returns the seconds that all executions of a collective take on its network.
 
     Args:
-      collective: what is moved.
-      devices: those of the mesh, in its order.
-      hardware: its bandwidths; the result is nan where one is not known.
+      collective: the collective.
+      devices: the devices of the mesh, in mesh order.
+      hardware: the bandwidths. The result is nan if the one it needs is unknown.
     """
     group = [devices[i] for i in collective.groups[0]]
     if collective.dcn:
@@ -314,19 +328,22 @@ def transfer_seconds(collective: Collective, devices: Sequence[Any], hardware: H
 
 
 def _around(collective: Collective, size: int) -> float:
-    """Bytes that a device of a ring passes on in an all-gather or a reduce-scatter."""
+    """Returns the bytes that a device in a ring sends in an all-gather or a reduce-scatter."""
     return (size - 1) / size * collective.bytes
 
 
 def _dcn_bytes(collective: Collective, slices: int) -> float:
-    """Bytes of one execution that a device sends to other slices."""
+    """Returns the bytes that a device sends to other slices in one execution."""
     if collective.kind == "collective-permute":
         return collective.bytes
     return (2 if collective.kind == "all-reduce" else 1) * _around(collective, slices)
 
 
 def _link_bytes(collective: Collective, group: Sequence[Any]) -> float:
-    """Bytes of one execution that cross the busiest ICI link, both of a ring's directions used."""
+    """Returns the bytes that cross the busiest ICI link in one execution.
+
+    Collectives on a ring use both of its directions.
+    """
     if collective.kind == "collective-permute":
         return collective.bytes
     if collective.kind in ("all-to-all", "ragged-all-to-all"):
@@ -345,13 +362,13 @@ def estimate(
     devices: Sequence[Any],
     hardware: Hardware,
 ) -> dict[str, Any]:
-    """Times in seconds, MFU and arithmetic intensity of a step, as a dict for JSON.
+    """Estimates the times (in seconds), MFU and arithmetic intensity of a step.
 
     Args:
-      shape: the model and the batch.
-      state_bytes: parameters and moments on one device.
-      collectives: those of the compiled step.
-      devices: those of the mesh, in its order.
+      shape: sizes of the model and the batch.
+      state_bytes: bytes of parameters and moments on one device.
+      collectives: the collectives of the compiled step.
+      devices: the devices of the mesh, in mesh order.
       hardware: the peaks of a device.
     """
     work, traffic = flops(shape), hbm_bytes(shape, state_bytes)
@@ -361,7 +378,7 @@ def estimate(
     hidden = [network["asynchronous"] for network in networks.values()]
     exposed = sum(network["synchronous"] for network in networks.values())
     links = [sum(network.values()) for network in networks.values()]
-    # np.max keeps nan, where a figure of the hardware is not known.
+    # A time is nan if its hardware figure is unknown. np.max propagates nan.
     seconds = float(np.max([compute, hbm, *hidden])) + exposed
     shortest, longest = float(np.max([compute, hbm, *links])), compute + hbm + sum(links)
     useful = work["useful"] / hardware.flops
@@ -385,7 +402,7 @@ def estimate(
 def _network_seconds(
     shape: Shape, collectives: Sequence[Collective], devices: Sequence[Any], hardware: Hardware
 ) -> dict[str, dict[str, float]]:
-    """{network: {"asynchronous": seconds, "synchronous": seconds}}; each mesh axis is a network."""
+    """Returns seconds by network and kind. DCN and each (combination of) mesh axes is a network."""
     networks: dict[str, dict[str, float]] = {}
     for collective in collectives:
         axes = "+".join(axes_of(collective.groups, shape.mesh)) or "none"
