@@ -332,7 +332,7 @@ BAD = [
         [{"messages": [{"role": "bot", "content": "a"}]}],
         r"jsonl:1: role 'bot' .*options.roles",
     ),
-    ("single", ["a"], r"exactly one stream; config.data.options.stream names"),
+    ("single", ["a"], r"exactly one stream; of several streams, name the one for the text"),
 ]
 
 
@@ -350,7 +350,7 @@ def test_bad_records_are_named(tmp_path, converter, records, message):
             "config.data.converter is 'gsm9k': must be one of chat, .*package.module:function",
         ),
         ({"converter": "single", "options": {"stream": "outptu"}}, "there is no stream 'outptu'"),
-        ({"options": {"think": 1}}, "config.data.options.think: gsm8k knows think_after"),
+        ({"options": {"think": 1}}, "options.think: the options of gsm8k are: think_after"),
         ({"options": {"think_after": "1"}}, "think_after is '1': expected int"),
         ({"options": {"think_after": -2}}, "think_after is -2"),
         ({"path": "/nowhere/*.jsonl"}, "/nowhere/.*--config.data.path=.*MSLLM_SHARED"),

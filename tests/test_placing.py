@@ -413,7 +413,7 @@ def test_bad_records_are_named(run, converter, record, message):
         ("wait_k", {"unit": "letter"}, "unit is 'letter': must be token or word"),
         ("wait_k", {"target_stream": "speech"}, "no stream 'speech'"),
         ("timed", {"row_seconds": 0}, "row_seconds is 0.0: must be positive"),
-        ("tools", {"calls": ["output"], "results": []}, "must be equally many"),
+        ("tools", {"calls": ["output"], "results": []}, "both must have the same number"),
         ("tools", {}, "no stream 'call'"),
     ],
 )

@@ -1,9 +1,9 @@
-"""Converters: from files (or a generator) to tables. `config.data.converter` names one.
+"""Converters: functions that make tables from files or generate them. See `config.data.converter`.
 
-A converter is a function (layout, part of the input) -> tables. It works lazily, before delays are
-applied. It encodes text only through its layout, so that the same function also yields the texts
-that a tokenizer is trained on. Most converters are functions of one record, made converters by
-`each_record`; so is a converter of the user's own (docs/extending/converter.md).
+A converter takes a layout and a part of the input, and yields tables lazily, before delays are
+applied. It encodes text only through the layout, so that the same function also yields the texts
+that a tokenizer is trained on. Most converters are functions of one record, as are those that users
+write (docs/extending/converter.md); `each_record` turns such a function into a converter.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from msllm.tokenizer import Tokenizer
 
 
 class Converter(NamedTuple):
-    """A converter, its options with their defaults, and what it makes of its input."""
+    """A converter, its options with their defaults, and how its input and tables are treated."""
 
     function: Convert
     options: Mapping[str, Any] | None  # None: any options
-    reads: str = "jsonl"  # format of files whose names do not tell it; "": it reads no files
-    pieces: bool = False  # a table of more than T rows is continued in the next one, not cut
+    reads: str = "jsonl"  # the format of files whose names do not determine it; "": reads no files
+    pieces: bool = False  # divide tables of more than T rows into pieces instead of cutting them
 
 
 CONVERTERS = {
@@ -79,7 +79,9 @@ def get_converter(name: str, options: Mapping[str, Any]) -> tuple[Converter, dic
     for key in options:
         if key not in known:
             names = ", ".join(known) or "none"
-            raise UserError(f"unknown option config.data.options.{key}: {name} knows {names}")
+            raise UserError(
+                f"unknown option config.data.options.{key}: the options of {name} are: {names}"
+            )
     values = {
         key: _check_option(key, options.get(key, default), default)
         for key, default in known.items()
@@ -88,7 +90,7 @@ def get_converter(name: str, options: Mapping[str, Any]) -> tuple[Converter, dic
 
 
 def _check_option(key: str, value: Any, default: Any) -> Any:
-    """Returns the value of an option as a JSON value; its default says what it may be."""
+    """Returns an option as a JSON value, after checking it against the type of its default."""
     if isinstance(default, Choice):
         return default.default if value is default else _check_choice(key, value, default.least)
     if isinstance(value, tuple):
@@ -103,13 +105,13 @@ def _check_option(key: str, value: Any, default: Any) -> Any:
 
 
 def _check_choice(key: str, value: Any, least: int) -> Any:
-    """Returns the value of a `Choice`: an int, or a list of them."""
+    """Returns the value of a `Choice`: an int or a list of ints. Raises UserError."""
     if isinstance(value, tuple):
         value = list(value)
     for item in value if isinstance(value, list) and value else [value]:
         if type(item) is not int:
             raise UserError(
-                f"config.data.options.{key} is {value!r}: expected int, or a list of them to draw"
+                f"config.data.options.{key} is {value!r}: expected int, or a list of ints to draw"
                 " from"
             )
         if item < least:
@@ -129,7 +131,10 @@ def input_parts(config: Config) -> Sequence[Part | None]:
 
 
 def input_portions(config: Config) -> Sequence[Sequence[Part | None]]:
-    """Returns the same input in portions, each for one process; they depend on the input alone."""
+    """Returns the parts of the input in portions, each for one process.
+
+    The portions depend on the settings and the input, but not on the number of processes.
+    """
     converter, _ = get_converter(config.data.converter, config.data.options)
     if not converter.reads:
         return [[None]]
@@ -142,7 +147,8 @@ def convert(
     """Yields the tables of `config.data`, in the order of the input, with delays. Raises UserError.
 
     Args:
-      bad: counts the records; None: a new one, with `config.data.bad_percent`.
+      config, spec, tokenizer: the settings, the streams of the model and the tokenizer.
+      bad: counts the records; None: a new counter that allows `config.data.bad_percent`.
     """
     bad = bad or BadRecords(config.data.bad_percent)
     number = 0
@@ -169,7 +175,8 @@ def convert_part(
     rows = data.rows - max(map(max, delays))
     if rows < 2:
         raise UserError(
-            f"config.data.rows is {data.rows}: delays of {delays} rows leave none of it"
+            f"config.data.rows is {data.rows}: delays of {delays} rows leave none or one for an"
+            " example; increase it, or use shorter delays"
         )
     written = data_spec(config, spec)
     layout = Layout(written, tokenizer, rows, options, bad)
@@ -199,7 +206,7 @@ def data_spec(config: Config, spec: StreamSpec) -> StreamSpec:
     if missing:
         raise UserError(
             f"config.data.streams is {names}: it lacks {', '.join(missing)} of"
-            " config.streams.names; add those (a stream that the converter does not write to is"
+            " config.streams.names; add them (streams to which the converter does not write are"
             " silent)"
         )
     kinds = tuple(spec.kinds[spec.index(name)] if name in spec.names else "input" for name in names)
@@ -213,12 +220,14 @@ def texts(
     portions: Sequence[Sequence[Part | None]] = (),
     characters: float = math.inf,
 ) -> Iterator[str]:
-    """Yields the texts of `config.data`: what its tokenizer is trained on.
+    """Yields the texts of `config.data`, on which its tokenizer is trained.
 
     Args:
-      portions: of the input. Without them, and with `config.data.max_examples`, the input is one.
-      characters: the number of characters to stop at. An equal share of them comes from the
-        beginning of every portion.
+      config, spec: the settings, and the streams of the model.
+      portions: the input in portions. If it is empty, or with `config.data.max_examples`, all input
+        is one portion.
+      characters: the number of characters to stop at. Each portion gives an equal share of them,
+        from its beginning.
     """
     if not portions or config.data.max_examples:
         portions = [input_parts(config)]
@@ -241,4 +250,4 @@ def _portion_texts(
     )
     for _ in itertools.islice(tables, config.data.max_examples or None):
         yield from recorder.take()
-    yield from recorder.take()  # the texts of records at the end that gave no table
+    yield from recorder.take()  # texts of records at the end that gave no table

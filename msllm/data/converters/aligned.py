@@ -1,4 +1,4 @@
-"""Data that is a table already: all streams in step, such as the voices of a score."""
+"""Data that is already aligned in rows, such as the voices of a score."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OPTIONS = {"key": "rows", "silence": [-1]}
 def convert(layout: Layout, record: Record) -> Iterator[Table]:
     """From {"rows": [[an item per stream], ...]}.
 
-    An item is a number or a word, and must be one token as written. "" and the items listed in the
+    An item is a number or a word, and must be one token as it is written. "" and the items in the
     option `silence` are silence; null is absent. The option `key` is the key of the rows.
     """
     rows = _rows_of(layout, record)
@@ -46,7 +46,7 @@ def _rows_of(layout: Layout, record: Record) -> list[list[Any]]:
 
 
 def _token(layout: Layout, item: Any, ids: dict[Any, int], where: str) -> int:
-    """Returns the token of an item, 0 if it is absent; `ids` remembers the tokens of items."""
+    """Returns the token of an item, or 0 if it is absent. `ids` caches the tokens of items."""
     if item is None:
         return 0
     if not isinstance(item, (int, float, str)):

@@ -1,4 +1,4 @@
-"""Chats: turns that follow one another, or overlap."""
+"""Chats: turns that follow one another or overlap."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ OPTIONS = {
 def convert(layout: Layout, record: Record) -> Iterator[Table]:
     """From {"messages": [{"role", "content"}, ...]}.
 
-    A turn of an input stream starts when all turns before it have ended, any other turn when the
-    one before it has ended. The latter may start earlier, though never before the turn that it
-    follows starts. Options:
+    A turn of an input stream starts when all previous turns have ended. Any other turn starts when
+    the turn before it has ended; with the options it may start earlier, but not before the start of
+    the turn before it.
+
+    Options:
 
     - `roles`: maps roles to streams, as in `Layout.stream_of`.
-    - `overlap`: start this many rows before the end of the turn before.
-    - `wait`: if the turn before is of an input stream, start this many rows after its start, at the
-      latest at its end; -1: off.
-    - `thoughts`: "before": a thought is a turn like others; "beside": the turn after a thought
+    - `overlap`: start a turn this many rows before the end of the turn before it.
+    - `wait`: start a turn that follows a turn of an input stream this many rows after the start of
+      that turn, and at its end at the latest; -1: off.
+    - `thoughts`: "before": a thought is a turn like any other; "beside": the turn after a thought
       starts as if the thought were not there.
     """
     thoughts, spec = layout.options["thoughts"], layout.spec
@@ -40,7 +42,7 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     key = json.dumps(messages, sort_keys=True)
     overlap, wait = layout.draw("overlap", key), layout.draw("wait", key)
     turns, ends = [], dict.fromkeys(spec.names, 0)
-    before = None  # the turn that the next one follows
+    before = None  # the turn that the next turn follows
     for message in messages:
         role = text_of(message, "role", record.where)
         content = text_of(message, "content", record.where)

@@ -1,4 +1,4 @@
-"""GSM8K: the user asks, the thought works, the output gives the number."""
+"""GSM8K: the user asks the question, the thought solves it, and the output gives the number."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _CALCULATOR = re.compile(r"<<[^>]*>>")
 def convert(layout: Layout, record: Record) -> Iterator[Table]:
     """From {"question", "answer"}.
 
-    The thought starts `think_after` rows after the question starts (-1: when it has ended). The
-    output starts when question and thought have both ended. Without a stream `thought` the output
-    says all of it, from the row in which the thought would start: the worked answer and a last line
+    The thought starts `think_after` rows after the start of the question (-1: after its end). The
+    output starts when the question and the thought have ended. Without a stream `thought`, the
+    output starts where the thought would, and says the worked answer with a last line
     "#### number", as in the file.
     """
     question, answer = record.text("question"), record.text("answer")
     worked, mark, number = answer.rpartition("####")
     if not mark:
         raise BadRecord(
-            f"{record.where}: the answer has no last line '#### number': correct the record"
+            f"{record.where}: 'answer' has no last line '#### number': correct the record"
         )
     worked, number = _CALCULATOR.sub("", worked).rstrip("\n"), number.strip()
     asked = layout.say("user", 0, question)

@@ -1,4 +1,4 @@
-"""What converters share: placing text in streams, drawing options, reading record by record."""
+"""Helpers for converters: placing text in streams, drawing options, reading records."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _Item = TypeVar("_Item")
 
 
 class Choice(NamedTuple):
-    """An option that is an int, or a list of ints of which every example draws one, by its id."""
+    """An option that is an int, or a list of ints from which each example draws one."""
 
     default: int
-    least: int  # smallest value allowed
+    least: int  # the smallest allowed value
 
 
 class Layout(NamedTuple):
@@ -31,7 +31,7 @@ class Layout(NamedTuple):
 
     spec: StreamSpec
     tokenizer: Tokenizer | Recorder
-    rows: int  # T, less the rows that delays need
+    rows: int  # T minus the rows that delays need
     options: Mapping[str, Any]
     bad: BadRecords  # counts the records that cannot be used
 
@@ -47,7 +47,7 @@ class Layout(NamedTuple):
         return ids[0]
 
     def words(self, text: str) -> list[Sequence[int]]:
-        """Returns the tokens of each word of a text; a space belongs to the word after it."""
+        """Returns the tokens of each word of a text. White space belongs to the word after it."""
         return [self.tokenizer.encode_word(word) for word in _WORD.findall(text)]
 
     def say(self, stream: str, start: int, text: str) -> Placement:
@@ -55,15 +55,15 @@ class Layout(NamedTuple):
         return Placement(self.spec.index(stream), start, self.tokenizer.encode(text))
 
     def say_words(self, stream: int, start: int, words: Sequence[str]) -> Placement:
-        """Places words, of one token each, in stream number `stream`, one word per row."""
+        """Places words, each of one token, in stream number `stream` from row `start` on."""
         name = self.spec.names[stream]
         return Placement(stream, start, [self.one_token(word, name) for word in words])
 
     def stream_of(self, role: str, where: str) -> str:
-        """Returns the name of the stream in which a role speaks. Raises BadRecord.
+        """Returns the name of the stream for a role. Raises BadRecord.
 
-        The option `roles` maps roles to streams; its key "*" stands for all other roles. A role
-        without an entry may be the name of a stream.
+        The option `roles` maps roles to streams. A role that is not in it may be the name of a
+        stream. The entry "*" of the option stands for all other roles.
         """
         roles, names = self.options["roles"], self.spec.names
         name = roles.get(role) or (role if role in names else roles.get("*", role))
@@ -76,7 +76,7 @@ class Layout(NamedTuple):
     def draw(self, option: str, key: str) -> int:
         """Returns the value of an option (a Choice) for the example of `key`.
 
-        It is the same in every run and for any order of the examples.
+        The value is the same in every run and for any order of the examples.
         """
         value = self.options[option]
         if isinstance(value, int):
@@ -84,7 +84,7 @@ class Layout(NamedTuple):
         return value[int(example_hash(f"{option} {key}"), 16) % len(value)]
 
     def count_empty(self, items: Iterable[_Item]) -> Iterator[_Item]:
-        """Yields what a record gave. If it gave nothing, counts it as empty."""
+        """Yields the items of a record, and counts the record as empty if there are none."""
         empty = True
         for item in items:
             empty = False
@@ -92,11 +92,13 @@ class Layout(NamedTuple):
         self.bad.empty += empty
 
     def table(self, placements: Sequence[Placement], key: str, closed: bool = True) -> Table:
-        """Returns the table of placements. Its example's id is a hash of `key`.
+        """Returns the table of placements.
 
         Args:
-          closed: add silent rows at the end, so that the model learns to stop and to stay silent.
-            Their number is drawn by the example's hash; a fixed number would teach the model to
+          placements: the tokens of the table. All other cells are silence.
+          key: identifies the example; the id of the example is a hash of it.
+          closed: add silent rows at the end, from which the model learns to stop and stay silent.
+            Their number is drawn for each example. From a fixed number, the model would learn to
             start again after that many rows.
         """
         example = example_hash(key)
@@ -106,7 +108,7 @@ class Layout(NamedTuple):
 
 
 class Recorder:
-    """Stands in for a tokenizer that is not trained yet, and records the texts it is given."""
+    """Replaces a tokenizer that is not trained yet, and records the texts that it would encode."""
 
     silence_id, unknown_id, vocab_size = 0, None, 1 << 31
 
@@ -115,7 +117,7 @@ class Recorder:
         self.control: Mapping[str, int] = collections.defaultdict(int)
 
     def encode(self, text: str) -> list[int]:
-        """Records a text."""
+        """Records a text and returns one arbitrary token."""
         self._texts.append(text)
         return [1]
 
@@ -127,15 +129,15 @@ class Recorder:
         return texts
 
 
-# From a layout and a part of the input, which is None for a converter that reads no files.
+# The arguments are a layout and a part of the input, or None for a converter that reads no files.
 Convert = Callable[[Layout, Any], Iterator[Table]]
 
 
 def each_record(function: Callable[[Layout, Record], Iterable[Table]]) -> Convert:
-    """Makes a converter of a function from one record to its tables.
+    """Turns a function from one record to its tables into a converter.
 
     A record for which the function raises BadRecord is counted and left out. Any other exception
-    gets a note that names the record.
+    but UserError gets a note that names the record.
     """
 
     @functools.wraps(function)
@@ -168,7 +170,7 @@ def messages_of(record: Record) -> list[dict[str, Any]]:
 
 
 def require_one_stream(layout: Layout, converter: str, remedy: str = "") -> None:
-    """Raises UserError, with the remedy if there is another one, unless there is one stream."""
+    """Raises UserError unless there is exactly one stream. `remedy` is added to its message."""
     if layout.spec.size != 1:
         raise UserError(
             f"config.streams.names is {layout.spec.names}: {converter!r} takes exactly one"

@@ -1,4 +1,4 @@
-"""Plain text in all streams at once, each stream with documents of its own."""
+"""Plain text in all streams at once, with different documents in each stream."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ _Item = TypeVar("_Item")
 
 
 def convert(layout: Layout, part: Part) -> Iterator[Table]:
-    """From documents (plain text files, or the text under `key` of records), cut as by `single`.
+    """From documents (text files, or the text under `key` of records).
 
-    Every piece goes to the fullest stream that has room for it in T rows. A row of silence follows
-    the end of a document where there is room; cells below the last document of a stream are absent.
+    Documents are cut to pieces as by `single`. Each piece goes to the fullest stream that has room
+    for it in T rows. A row of silence follows the end of a document if there is room. Cells below
+    the last document of a stream are absent.
 
-    With `shuffle`, pieces come in random order from a buffer of that size. Otherwise the streams of
-    a table hold neighbouring pieces of a text, and a batch of them teaches less than a batch of
-    unrelated pieces.
+    With `shuffle`, pieces are drawn at random from a buffer of that size. Without it, the streams
+    of a table hold neighbouring pieces of a text, and a batch of such pieces teaches less than a
+    batch of unrelated ones.
     """
     columns: list[list[int]] = [[] for _ in layout.spec.names]
     source = ""
@@ -43,7 +44,7 @@ def convert(layout: Layout, part: Part) -> Iterator[Table]:
 
 
 def _pieces(layout: Layout, part: Part) -> Iterator[tuple[str, Sequence[int], bool]]:
-    """Yields (where its document is, a piece, whether it is the document's last)."""
+    """Yields (place of the document, piece, whether it is the last piece of the document)."""
     for where, blocks in texts(part, layout.options["key"], layout.bad):
         before = None
         for piece in layout.count_empty(pieces(layout, blocks)):
@@ -56,7 +57,7 @@ def _pieces(layout: Layout, part: Part) -> Iterator[tuple[str, Sequence[int], bo
 
 def _shuffled(items: Iterable[_Item], size: int) -> Iterator[_Item]:
     """Yields items in random order, the same in every run, each at most `size` places early."""
-    # Of the methods of `random`, only random() is promised to be the same in every Python.
+    # Python guarantees the same numbers in every version only for random(), not for shuffle().
     rng, waiting = random.Random(0), []
     for item in items:
         waiting.append(item)

@@ -1,4 +1,4 @@
-"""Plain text in one stream. There may be others, which are silent."""
+"""Plain text in one stream. Other streams, if there are any, are silent."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ OPTIONS = {"key": "text", "stream": ""}
 
 
 def convert(layout: Layout, part: Part) -> Iterator[Table]:
-    """From texts (plain text files, or the text under `key` of records), cut to pieces of T rows.
+    """From texts (text files, or the text under `key` of records), cut to pieces of T rows.
 
     A piece begins with the last token of the piece before it, so that every token but the first of
-    a text is predicted once. `stream` names the stream that says the text; empty: the only one.
+    a text is predicted once. `stream` names the stream for the text; empty: the only stream.
     """
     name = layout.options["stream"]
     if not name:
-        remedy = "; config.data.options.stream names the one of several that says the text"
+        remedy = "; of several streams, name the one for the text in config.data.options.stream"
         require_one_stream(layout, "single", remedy)
     stream = layout.spec.index(name) if name else 0
     for where, blocks in texts(part, layout.options["key"], layout.bad):

@@ -1,4 +1,4 @@
-"""Ready tables: a list of cells or a text for every stream."""
+"""Ready-made tables: a list of cells or a text for every stream."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def _check_lengths(
     rows = max(lengths.values(), default=0)
     if any(isinstance(streams[name], list) and n < rows for name, n in lengths.items()):
         raise BadRecord(
-            f"{where}: lengths in rows are {lengths}: lists must be equally long; pad with"
+            f"{where}: lengths in rows are {lengths}: lists must be equally long; pad them with"
             ' "" or null'
         )
 
 
 def _cell(layout: Layout, item: Any, where: str) -> int | None:
-    """Returns the token of an item; None: absent. Raises BadRecord."""
+    """Returns the token of an item, or None if it is absent. Raises BadRecord."""
     if item is None:
         return None
     if item == "":

@@ -1,4 +1,4 @@
-"""Words or utterances with the times at which they were said: overlaps in time stay overlaps."""
+"""Words or utterances with their times: what overlaps in time overlaps in rows."""
 
 from __future__ import annotations
 
@@ -26,15 +26,17 @@ class _Utterance(NamedTuple):
 def convert(layout: Layout, record: Record) -> Iterator[Table]:
     """From {"utterances": [{"start": s, "end": s, "speaker": role, "text": text}, ...]}.
 
-    A record is a recording; its times are in seconds. Row r is the time from r * `row_seconds` to
-    (r + 1) * `row_seconds` after the start of the first utterance. The n tokens of an utterance are
-    spread evenly over its time, each in the row in which its n-th part of the time ends. Where that
-    row is taken, the token goes into the next free one: a stream with more tokens than rows falls
-    behind, and catches up in a silence.
+    A record is a recording, with times in seconds. Row r covers the time from r * `row_seconds` to
+    (r + 1) * `row_seconds` after the start of the first utterance. The time of an utterance with n
+    tokens is divided into n equal parts, and each token goes into the row in which its part ends.
+    If that row is taken, the token goes into the next free row: a stream with more tokens than rows
+    falls behind, and catches up during a silence.
 
-    - `roles`: maps speakers to streams, as in `Layout.stream_of`; several may share a stream.
-    - `longest_silence`: rows that remain of a longer time in which no stream says anything; 0: all.
-    - `ignored`: texts that are left out, such as "[silence]".
+    Options:
+
+    - `roles`: maps speakers to streams, as in `Layout.stream_of`. Speakers may share a stream.
+    - `longest_silence`: shorten each silence of all streams to at most this many rows; 0: off.
+    - `ignored`: utterances with these texts are left out, such as "[silence]".
     """
     seconds = layout.options["row_seconds"]
     if not seconds > 0:
@@ -74,7 +76,7 @@ def _utterances(layout: Layout, recording: list[Any], where: str) -> list[_Utter
             )
         if text not in layout.options["ignored"]:
             found.append(_Utterance(start, end, stream, text))
-    # A stable sort: utterances of the same times stay in the order of the record.
+    # The sort is stable: utterances of the same times stay in the order of the record.
     return sorted(found, key=lambda utterance: utterance[:2])
 
 
@@ -101,9 +103,9 @@ def _spread(
 
 
 def _shorten(rows: list[int], longest: int) -> list[int]:
-    """Returns new numbers for the rows in which anything is said.
+    """Returns new numbers for the rows that hold tokens.
 
-    Every silence between them is cut to `longest` rows (0: none is cut).
+    Every silence between them is shortened to at most `longest` rows; 0: off.
     """
     if longest <= 0:
         return rows

@@ -1,4 +1,4 @@
-"""Tool traces: speech, calls and results in separate streams; calls made at once run at once."""
+"""Tool traces: speech, calls and results in separate streams, with calls that run in parallel."""
 
 from __future__ import annotations
 
@@ -26,17 +26,19 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
 
     A message has a "role" and a "content" (speech; may be null). A message of role "assistant" may
     have "tool_calls", [{"id", "function": {"name", "arguments"}}, ...]. The content of a message
-    of role "tool" is the result of the call with its "tool_call_id". A call is said as
+    of role "tool" is the result of the call with its "tool_call_id". The text of a call is
     `name arguments`.
 
-    Speech starts when all before it has ended. Options:
+    Speech starts when everything before it has ended.
+
+    Options:
 
     - `roles`: maps the roles of speech to streams, as in `Layout.stream_of`.
-    - `calls`, `results`: streams. Every call of a message goes to the stream of `calls` that is
-      free first, and its result to the stream at the same place of `results`.
-    - `call_after`: start calls this many rows after the start of the last speech of an input, but
-      not before the results that were there when the calls were made; -1: together with the speech
-      of their message, when all before them has ended.
+    - `calls`, `results`: lists of streams. Each call of a message goes to the stream of `calls`
+      that is free first, and its result to the stream at the same index of `results`.
+    - `call_after`: start calls this many rows after the start of the last speech of an input
+      stream, but not before the end of the results of earlier messages. -1: start them together
+      with the speech of their message, when everything before it has ended.
     - `latency`: start a result this many rows after the end of its call.
     """
     _check_streams(layout)
@@ -54,12 +56,12 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
 
 
 class _Call(NamedTuple):
-    place: int  # in the options `calls` and `results`
+    place: int  # index in the options `calls` and `results`
     end: int  # the row after its last token
 
 
 class _Trace:
-    """The placements of one record, message after message."""
+    """Collects the placements of one record, message by message."""
 
     def __init__(self, layout: Layout, key: str):
         self.key = key
@@ -70,7 +72,7 @@ class _Trace:
         self._latency = layout.draw("latency", key)
         self._free = dict.fromkeys(layout.spec.names, 0)  # per stream, the row after its last token
         self._made: dict[str, _Call] = {}  # by id
-        self._input_start = 0  # the row in which the last speech of an input started
+        self._input_start = 0  # the row in which the last speech of an input stream started
         self._results_end = 0  # the row after the results so far
 
     def add_result(self, message: Mapping[str, Any], where: str) -> None:
@@ -110,11 +112,11 @@ def _check_streams(layout: Layout) -> None:
     calls, results = layout.options["calls"], layout.options["results"]
     if len(calls) != len(results) or not calls:
         raise UserError(
-            f"config.data.options.calls is {calls}, results is {results}: must be equally many, at"
-            " least one"
+            f"config.data.options.calls is {calls}, results is {results}: both must have the same"
+            " number of streams, at least one"
         )
     for name in (*calls, *results):
-        layout.spec.index(name)  # raises UserError
+        layout.spec.index(name)  # raises UserError for an unknown stream
 
 
 def _calls_of(message: Mapping[str, Any], where: str) -> Iterator[tuple[str, str, str]]:
@@ -131,11 +133,11 @@ def _calls_of(message: Mapping[str, Any], where: str) -> Iterator[tuple[str, str
 
 
 def _find_call(made: Mapping[str, _Call], message: Mapping[str, Any], where: str) -> _Call:
-    """Returns the call whose result a message is. Raises BadRecord."""
+    """Returns the call that a message is the result of. Raises BadRecord."""
     identity = str(message.get("tool_call_id", ""))
     if identity not in made:
         known = ", ".join(made) or "none"
         raise BadRecord(
-            f"{where}: 'tool_call_id' is {identity!r}: must be the id of a call before it ({known})"
+            f"{where}: 'tool_call_id' is {identity!r}: must be the id of an earlier call ({known})"
         )
     return made[identity]

@@ -1,7 +1,7 @@
-"""Variations of a table after its converter, whichever that was.
+"""Variations of the tables of any converter.
 
-Streams are selected or exchanged, silence is inserted, and long tables are cut to pieces. All draws
-depend on the example's id alone. Nothing changes the order inside a stream or moves a cell up.
+These functions select or exchange streams, insert silence and cut long tables to pieces. All draws
+depend on the example's id alone. No function changes the order within a stream or moves a cell up.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ _Value = TypeVar("_Value")
 
 
 def draw(values: Sequence[_Value], what: str, example: str) -> _Value:
-    """Draws one of `values` for an example: the same in every run and for any order of examples.
+    """Draws one of `values` for an example, the same in every run and for any order of examples.
 
     Args:
-      what: names the draw. Draws of different names are independent.
+      values: the values to draw from.
+      what: the name of the draw. Draws with different names are independent.
       example: the example's id.
     """
     return random.Random(f"{what} {example}").choice(values) if len(values) > 1 else values[0]
@@ -34,7 +35,7 @@ def select(table: Table, columns: Sequence[int]) -> Table:
 
 
 def permute(table: Table, columns: Sequence[int]) -> Table:
-    """Exchanges the contents of the given streams at random."""
+    """Permutes the contents of the given streams at random."""
     order = list(range(table.tokens.shape[1]))
     drawn = list(columns)
     random.Random(f"permute {table.example}").shuffle(drawn)
@@ -44,16 +45,16 @@ def permute(table: Table, columns: Sequence[int]) -> Table:
 
 
 def insert_silence(table: Table, vary: VaryConfig, silence_id: int) -> Table:
-    """Inserts rows in which all streams are silent: `lead` rows at the beginning, and pauses.
+    """Inserts rows in which all streams are silent: `vary.lead` rows at the beginning, and pauses.
 
-    A stream that is absent above or below a pause is absent in it.
+    A stream that is absent in the row above or below a pause is absent in the pause.
     """
     rows = len(table.tokens)
     inserted = _count_inserted(rows, vary, table.example)
     if not inserted.any():
         return table
     place = np.arange(rows) + np.cumsum(inserted)  # where each row goes
-    below = np.repeat(np.arange(rows), inserted + 1)  # per new row: the old row at or below it
+    below = np.repeat(np.arange(rows), inserted + 1)  # the old row at or below each new row
     present = table.present[below] & table.present[np.maximum(below - 1, 0)]
     tokens = np.where(present, silence_id, 0).astype(np.int32)
     tokens[place], present[place] = table.tokens, table.present
@@ -74,10 +75,10 @@ def _count_inserted(rows: int, vary: VaryConfig, example: str) -> np.ndarray:
 
 
 def pieces(table: Table, rows: int) -> Iterator[Table]:
-    """Cuts a long table to pieces of `rows` rows; each begins with the last row of the one before.
+    """Cuts a long table to pieces of `rows` rows that overlap by one row.
 
-    So every row but the first is predicted once. The ids of the pieces begin alike, so that all of
-    them are held out, or none.
+    The overlap makes the model predict every row but the first exactly once. The ids of the pieces
+    have the same beginning, so that either all pieces are held out or none.
     """
     if len(table.tokens) <= rows:
         yield table

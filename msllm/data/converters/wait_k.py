@@ -1,4 +1,4 @@
-"""Pairs of source and target (translations, questions and solutions), the target k behind."""
+"""Pairs of source and target, such as translations, with the target k tokens or words behind."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ OPTIONS = {
 def convert(layout: Layout, record: Record) -> Iterator[Table]:
     """From {"source": text, "target": text}; the options `source` and `target` are their keys.
 
-    With `unit` "token", the target starts `k` rows after the source, at the latest in the row after
-    its end. With "word", word i of the target (from 0) starts when word i + k - 1 of the source has
-    ended. With k = -1, the target starts when the source has ended.
+    With `unit` "token", the target starts `k` rows after the start of the source, and in the row
+    after its end at the latest. With `unit` "word", word i of the target (from 0) starts when word
+    i + k - 1 of the source has ended. With k = -1, the target starts when the source has ended.
     """
     options = layout.options
     source, target = record.text(options["source"]), record.text(options["target"])
