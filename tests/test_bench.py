@@ -11,6 +11,7 @@ import pytest
 
 from msllm.bench import attention as bench_attention
 from msllm.bench import loader as bench_loader
+from msllm.bench.timing import Times
 from msllm.bench.train import accelerator_rates
 from msllm.kernels import cpu as cpu_kernels
 from msllm.runtime.flops import attention_flops, visible_pairs
@@ -67,7 +68,7 @@ CASE = {
 def test_what_does_not_fit_is_compiled_and_not_run():
     dense, chunked = bench_attention.attention_case(CASE | {"rows": 512, "memory_gib": 0.015})
     assert (dense["backend"], chunked["backend"]) == ("reference", "chunked")
-    assert dense["not_run"] == "its temporaries take more than --memory_gib=0.015"
+    assert dense["not_run"] == "temporary buffers exceed --memory_gib=0.015"
     assert dense["both_temporary_mib"] > 15.4 > chunked["both_temporary_mib"]
     assert "both_wall_seconds" in chunked and "both_wall_seconds" not in dense
     assert "both_speedup" not in chunked  # there is nothing to compare it with
@@ -85,8 +86,8 @@ def test_rates_are_useful_work_by_time_and_peak(monkeypatch):
         return {"forward": nothing, "both": nothing}
 
     monkeypatch.setattr(bench_attention, "_compiled", compiled)
-    times = {("reference", "forward"): (4e-3, 1.0), ("gpu", "forward"): (1e-3, 1.0)}
-    times |= {("reference", "both"): (9e-3, 1.0), ("gpu", "both"): (2e-3, 1.0)}
+    times = {("reference", "forward"): Times(1.0, 4e-3), ("gpu", "forward"): Times(1.0, 1e-3)}
+    times |= {("reference", "both"): Times(1.0, 9e-3), ("gpu", "both"): Times(1.0, 2e-3)}
     monkeypatch.setattr(bench_attention, "_interleaved", lambda *_: times)
     monkeypatch.setattr(bench_attention, "_device", lambda: card)
     _, line = bench_attention.attention_case(CASE)

@@ -1,1 +1,1 @@
-"""Benchmarks, one module each: `msllm bench NAME`. docs/benchmarks.md has results."""
+"""Benchmarks, one module for each `msllm bench NAME`. docs/benchmarks.md has results."""

@@ -1,10 +1,10 @@
-"""Decoding, row by row: S streams against one stream of the same model.
+"""Measures decoding row by row, with S streams and with one stream of the same model.
 
-Each model has one greedy session, whose window holds all rows; sessions are repeated PASSES times.
-A row is `session.step()`. The host's share is the part of a row in which the device has nothing to
-do: before the compiled call, and after its results are there. Rows at the start and at the end of a
-session are compared, because attention reads more and more rows. With `torch`, the same model in
-torch decodes beside them.
+Each model has one greedy session, whose window holds all rows. The benchmark repeats the sessions
+PASSES times and times each `session.step()`. The host share of a row is the time before the
+compiled call and after its results are ready, while the device is idle. The benchmark compares rows
+at the start and at the end of a session, because attention reads more rows towards the end. With
+`torch`, the same model in torch decodes in turn with them.
 """
 
 from __future__ import annotations
@@ -29,37 +29,47 @@ from msllm.weights.load import LoadedModel
 if TYPE_CHECKING:
     from msllm.bench import torch_reference
 
-EDGE = 50  # rows at either end of a session that are compared
-PASSES = (
-    3  # sessions of each model, in turn: medians over them show less of the machine's other work
-)
+EDGE = 50  # rows at each end of a session to compare
+# Sessions of each model. They alternate, and the medians over them depend less on other work on the
+# machine.
+PASSES = 3
 
 
 class _RowTimes(NamedTuple):
-    """How long a row took, in seconds."""
+    """Times of a row in seconds.
+
+    Attributes:
+      cpu: CPU time of this process.
+      wall: wall time.
+      device: wall time from the compiled call until its results are ready.
+    """
 
     cpu: float
     wall: float
-    device: float  # wall time from the compiled call until its results are there
+    device: float
 
 
 class _Measured:
-    """One model, and what is measured of it."""
+    """A model and its measurements.
 
-    def __init__(self, model: LoadedModel, case: dict[str, Any]):
+    Attributes:
+      rows: times of each row, for each pass.
+      torch_rows: the same for the model in torch.
+      runs: times per row of `session.run`, for each pass.
+      same_rows: number of rows before the first one that differs from torch, for each pass.
+    """
+
+    def __init__(self, model: LoadedModel, case: dict[str, Any]) -> None:
         self._model, self._case = model, case
         self._engine = _warm_engine(model, case)
         self._other = _torch_model(model) if case["torch"] else None
-        # Of every pass: the times of every row.
         self.rows: list[list[_RowTimes]] = []
         self.torch_rows: list[list[Times]] = []
-        self.runs: list[Times] = []  # of every pass, per row of `session.run`
-        self.same_rows: list[
-            int
-        ] = []  # of every pass, rows equal to torch's before the first other
+        self.runs: list[Times] = []
+        self.same_rows: list[int] = []
 
     def begin_pass(self) -> None:
-        """Opens a session, and one in torch."""
+        """Opens a session, and with `torch` a second one in torch."""
         prefill = _prefill(self._model, self._case)
         self._session = self._engine.open(prefill=prefill)
         self._session.step()
@@ -70,7 +80,7 @@ class _Measured:
             self._torch_session = torch_reference.Session(self._other, prefill)
             self._torch_session.step()
             self.torch_rows.append([])
-            self._torch_said: list[np.ndarray] = []
+            self._torch_tokens: list[np.ndarray] = []
 
     def step(self) -> None:
         """Decodes and times one row."""
@@ -78,10 +88,10 @@ class _Measured:
         if self._other:
             row, *times = timed(self._torch_session.step)
             self.torch_rows[-1].append(Times(*times))
-            self._torch_said.append(row)
+            self._torch_tokens.append(row)
 
     def end_pass(self) -> None:
-        """Times `session.run`, in which rows may fall out of the window, and closes the session."""
+        """Times `session.run`, during which rows may leave the window, and closes the session."""
         if self._other:
             self.same_rows.append(self._count_same_rows())
         steps = self._case["steps"]
@@ -90,20 +100,20 @@ class _Measured:
         self._session.close()
 
     def _count_same_rows(self) -> int:
-        """Returns how many rows are the same as in torch before the first one that is not."""
-        theirs = np.array(self._torch_said)
+        """Returns the number of rows before the first one that differs from torch."""
+        theirs = np.array(self._torch_tokens)
         ours = self._session.transcript().tokens[self._case["prefill"] + 1 :][: len(theirs)]
         differs = (ours != theirs).any(axis=1)
         return int(differs.argmax()) if differs.any() else len(theirs)
 
 
 def decode_case(case: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measures one case: one line for `streams` streams and one for a single stream.
+    """Measures one case and returns a result for `streams` streams and one for a single stream.
 
     Args:
       case: the settings of `runner.SETTINGS["decode"]`, with one value of rows, batch and
-        cache_dtype. `rows` is the number of rows at the end, of which the first `prefill` are read
-        in one pass.
+        cache_dtype. `rows` is the total number of rows. The model reads the first `prefill` rows in
+        one pass.
     """
     fields = ModelConfig.__dataclass_fields__
     config = ModelConfig(**{name: value for name, value in case.items() if name in fields})
@@ -116,7 +126,7 @@ def decode_case(case: dict[str, Any]) -> list[dict[str, Any]]:
         for one in measured.values():
             one.begin_pass()
         for _ in range(case["rows"] - case["prefill"]):
-            for one in measured.values():  # in turn, so that all see the same machine
+            for one in measured.values():  # in turn, so that other work affects all of them
                 one.step()
         for one in measured.values():
             one.end_pass()
@@ -143,8 +153,8 @@ def _prefill(model: LoadedModel, case: dict[str, Any]) -> np.ndarray:
 
 
 def _warm_engine(model: LoadedModel, case: dict[str, Any]) -> Engine:
-    """Returns an engine that has compiled all that a session needs."""
-    window = case["rows"] + case["steps"]  # rows of `run` come after those that are stepped
+    """Returns an engine whose compiled functions include all that a session needs."""
+    window = case["rows"] + case["steps"]  # `run` adds `steps` rows
     engine = Engine(model, window=window, cache_dtype=case["cache_dtype"], silence_id=0)
     with engine.open(prefill=_prefill(model, case)) as session:
         session.force(0, [FREE, 1])
@@ -160,7 +170,7 @@ def _torch_model(model: LoadedModel) -> torch_reference.Model:
 
 
 def _timed_step(session: Session) -> _RowTimes:
-    """Times `session.step()`, and in it the compiled call until its results are there."""
+    """Times `session.step()`, and within it the compiled call until its results are ready."""
     engine, marks = session._engine, []
     advance, collect = engine._program.advance, engine._collect
 
@@ -217,7 +227,7 @@ def _line(case: dict[str, Any], size: int, measured: _Measured) -> dict[str, Any
 
 
 def _milliseconds(passes: Sequence[Sequence[tuple[float, ...]]]) -> np.ndarray:
-    """Returns the times of all rows, [what is measured, passes, rows], from seconds."""
+    """Converts times in seconds to milliseconds in an array [fields, passes, rows]."""
     return 1e3 * np.moveaxis(np.array(passes), 2, 0)
 
 
@@ -226,14 +236,14 @@ def _median(times: np.ndarray) -> float:
 
 
 def _last_to_first(times: np.ndarray) -> float:
-    """Returns how much longer the last rows take than the first; times: [passes, rows]."""
+    """Returns the ratio of the last rows' time to that of the first, from times [passes, rows]."""
     return _median(np.median(times[:, -EDGE:]) / np.median(times[:, :EDGE]))
 
 
 class _Compilations:
-    """Counts the programs that are compiled from now on."""
+    """Counts compilations from its creation on."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 

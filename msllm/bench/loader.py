@@ -1,12 +1,13 @@
-"""The loader alone: packed tables from disk to batches.
+"""Measures the loader alone: reading packed tables from disk into batches.
 
-Measures the CPU time of the whole process, and the memory that it holds.
+Reports the CPU time and the resident memory of the process.
 """
 
 from __future__ import annotations
 
 import collections
 import pathlib
+import resource
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -26,11 +27,12 @@ SHARDS = 4
 
 
 def loader_case(case: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measures `epochs` epochs of `Loader.iterate`, after one that warms up.
+    """Measures `epochs` epochs of `Loader.iterate` after a warm-up epoch.
 
     Args:
-      case: rows (T), batch (B), streams (S), tables (of each source), sources, silence (percent of
-        the cells; there is none in a single stream), epochs.
+      case: the settings of `runner.SETTINGS["loader"]`, with rows (T), batch (B) and streams (S).
+        `tables` is the number per source, and `silence` the percentage of silent cells (none with a
+        single stream).
     """
     size, epochs = case["streams"], case["epochs"]
     config = StreamsConfig(names=tuple(f"s{i}" for i in range(size)), kinds=("output",) * size)
@@ -71,23 +73,24 @@ def _exhaust(batches: Iterator[Any]) -> None:
 
 
 def _resident_mib() -> float:
-    """Returns the memory of this process. Linux only."""
-    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4 / 1024
+    """Returns the resident memory of this process in MiB. Works on Linux only."""
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
 
 
 def _count_cells(loader: Loader, steps: range) -> tuple[int, int]:
-    """Returns the number of present cells, and of those that are not silence, in batches."""
+    """Returns the number of present cells, and of present cells without silence, in batches."""
     cells = spoken = 0
     for step in steps:
         batch = loader.batch(step)
         cells += int(batch["present"].sum())
-        said = batch["present"] & (batch["tokens"] != loader.tokenizer.silence_id)
-        spoken += int(said.sum())
+        is_spoken = batch["present"] & (batch["tokens"] != loader.tokenizer.silence_id)
+        spoken += int(is_spoken.sum())
     return cells, spoken
 
 
 def _write_sources(folder: pathlib.Path, case: dict[str, Any], spec: StreamSpec) -> DataConfig:
-    """Writes the prepared directories of a case and returns the config that reads them."""
+    """Writes prepared directories for a case and returns a config that reads them."""
     directories = [folder / f"source_{i}" for i in range(case["sources"])]
     for seed, directory in enumerate(directories):
         _write_prepared(directory, case, spec, seed)
@@ -102,7 +105,7 @@ def _write_sources(folder: pathlib.Path, case: dict[str, Any], spec: StreamSpec)
 def _write_prepared(
     directory: pathlib.Path, case: dict[str, Any], spec: StreamSpec, seed: int
 ) -> None:
-    """Writes a prepared directory of packed tables of random tokens, as frequent as words are."""
+    """Writes a prepared directory of packed random tables, with Zipf-distributed tokens."""
     (directory / build.WORK).mkdir(parents=True)
     words = " ".join(f"w{i}" for i in range(4000))
     tokenizer = train([words], TokenizerConfig(model_type="word", vocab_size=4096))

@@ -1,4 +1,4 @@
-"""Preparing data, on a synthetic corpus: time, memory and bytes."""
+"""Measures data preparation on a synthetic corpus: time, memory and bytes."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from msllm.bench.timing import timed
 from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
 from msllm.data.prepare import prepare
 
-WORDS = 40_000  # of the synthetic language
+WORDS = 40_000  # number of words in the synthetic language
 VOCAB_SIZE = 8192
-SAMPLE_BYTES = 1 << 19  # of the corpus that the tokenizer is trained on
-SAMPLE_SECONDS = 0.1  # between two measurements of the workers' memory
+SAMPLE_BYTES = 1 << 19  # part of the corpus that trains the tokenizer
+POLL_SECONDS = 0.1  # time between two measurements of the workers' memory
 
 
 class _Form(NamedTuple):
-    """The data that a converter reads and writes."""
+    """The streams that a converter writes, and a function that makes its records from two texts."""
 
     streams: StreamsConfig
-    record: Callable[[str, str], dict[str, Any]]  # from two texts
+    record: Callable[[str, str], dict[str, Any]]
 
 
 def _chat_record(a: str, b: str) -> dict[str, Any]:
@@ -57,11 +57,14 @@ FORMS = {
 
 
 def prepare_case(case: dict[str, Any]) -> list[dict[str, Any]]:
-    """Makes a corpus of `size_mb` MB and prepares it with a given unigram tokenizer.
+    """Writes a synthetic corpus and measures its preparation with a given unigram tokenizer.
 
-    CPU-seconds are those of all processes, hashing of input and output included. Tokens do not
-    include silence. Memory is the most that the first process, and the largest of the others, held
-    at any time.
+    CPU-seconds are those of all processes and include hashing the input and output. Token counts
+    exclude silence. The memory figures are the peaks of the first process and of the largest
+    worker.
+
+    Args:
+      case: the settings of `runner.SETTINGS["prepare"]`, with one value of size_mb.
     """
     with tempfile.TemporaryDirectory(prefix="msllm-bench-") as name:
         folder = pathlib.Path(name)
@@ -100,7 +103,7 @@ def prepare_case(case: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _make_corpus_in_new_process(folder: pathlib.Path, case: dict[str, Any]) -> None:
-    """Calls `make_corpus` in a process of its own, whose time and memory are not measured."""
+    """Calls `make_corpus` in a new process, so that its time and memory are not measured."""
     code = (
         "import json, sys; from msllm.bench.prepare import make_corpus; "
         "make_corpus(sys.argv[1], json.loads(sys.argv[2]))"
@@ -109,9 +112,11 @@ def _make_corpus_in_new_process(folder: pathlib.Path, case: dict[str, Any]) -> N
 
 
 def make_corpus(folder: str, case: dict[str, Any]) -> None:
-    """Writes a corpus and a tokenizer trained on its beginning.
+    """Writes a corpus, and a tokenizer trained on its beginning.
 
-    The files in `folder` are corpus.jsonl, of `size_mb` MB, and tokenizer.model.
+    Args:
+      folder: where to write corpus.jsonl and tokenizer.model.
+      case: the settings of the benchmark. The corpus has `size_mb` MB.
     """
     path = pathlib.Path(folder) / "corpus.jsonl"
     record = FORMS[case["converter"]].record
@@ -125,9 +130,9 @@ def make_corpus(folder: str, case: dict[str, Any]) -> None:
 
 
 def _texts(rng: np.random.Generator) -> Iterator[str]:
-    """Yields texts of 10 to 200 words, with sentences and numbers.
+    """Yields texts of 10 to 200 words, with punctuation and numbers.
 
-    The words are as frequent as those of a natural language (Zipf's law).
+    The frequencies of words follow Zipf's law, as in a natural language.
     """
     words = _words(rng)
     frequency = np.repeat(1 / np.arange(10, WORDS + 10), len(words) // WORDS)
@@ -143,7 +148,7 @@ def _texts(rng: np.random.Generator) -> Iterator[str]:
 
 
 def _words(rng: np.random.Generator) -> np.ndarray:
-    """Returns WORDS random words, each of them several times, with and without a mark after it."""
+    """Returns WORDS random words, each several times, with and without a punctuation mark."""
     starts = "b c d f g l m n p r s t v th st".split()
     syllables = [
         start + vowel + end for start in starts for vowel in "aeiou" for end in ("", "n", "r", "s")
@@ -154,7 +159,7 @@ def _words(rng: np.random.Generator) -> np.ndarray:
 
 
 def _sample(path: pathlib.Path) -> Iterator[str]:
-    """Yields the texts of the first SAMPLE_BYTES of a corpus."""
+    """Yields the texts in the first SAMPLE_BYTES of a corpus."""
     with path.open() as file:
         read = 0
         for line in file:
@@ -169,17 +174,17 @@ def _sample(path: pathlib.Path) -> Iterator[str]:
 
 
 def _cpu_seconds() -> float:
-    """Returns the CPU time of this process and of its children that have ended."""
+    """Returns the CPU time of this process and of its finished children, in seconds."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 class _Memory:
-    """Watches memory while the `with` block runs. Needs /proc.
+    """Measures peak resident memory during a `with` block. Needs /proc.
 
     Attributes:
-      own: the most resident memory that this process held, in MiB.
-      worker: the same of the largest of its workers.
+      own: peak of this process in MiB.
+      worker: peak of its largest worker in MiB.
     """
 
     def __enter__(self) -> _Memory:
@@ -195,14 +200,15 @@ class _Memory:
         self.own = _peak_mib(os.getpid())
 
     def _watch(self) -> None:
-        while not self._end.wait(SAMPLE_SECONDS):
+        while not self._end.wait(POLL_SECONDS):
             for process in multiprocessing.active_children():
                 self.worker = max(self.worker, _peak_mib(process.pid))
 
 
 def _peak_mib(pid: int | None) -> float:
+    """Returns the peak resident memory of a process in MiB, or 0 if it has ended."""
     try:
         found = re.search(r"VmHWM:\s*(\d+) kB", pathlib.Path(f"/proc/{pid}/status").read_text())
-    except OSError:  # the process has ended
+    except OSError:
         return 0.0
     return int(found[1]) / 1024 if found else 0.0

@@ -1,4 +1,4 @@
-"""The benchmarks and their settings. Each case runs in a new process, which prints JSON lines."""
+"""Runs benchmarks. Each case runs in a new process, which prints its results as JSON lines."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ _TABLES = {"rows": [102, 512], "batch": [4, 1], "streams": 10, "steps": 5}
 _HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "compute_dtype": "float32"}
 _SIZES = {"vocab_size": 8192, "d_model": 256, "d_ff": 768, "num_layers": 4, **_HEADS}
 
-# The function that measures a case of each benchmark and returns its results. Only the one that is
-# needed is imported, because the time to the first train step begins with the process.
+# For each benchmark, the function that measures a case and returns its results. The case's process
+# imports only the function that it needs, because imports count towards the time to the first train
+# step.
 _MEASURE = {
     "train": "msllm.bench.train:train_case",
     "attention": "msllm.bench.attention:attention_case",
@@ -29,7 +30,7 @@ _MEASURE = {
     "prepare": "msllm.bench.prepare:prepare_case",
     "loader": "msllm.bench.loader:loader_case",
 }
-# The settings of each benchmark with their defaults. A list holds one value for each case.
+# The settings of each benchmark and their defaults. A list has one value for each case.
 SETTINGS: dict[str, dict[str, Any]] = {
     "train": {
         **_TABLES,
@@ -56,12 +57,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def make_cases(benchmark: str, given: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the cases of a benchmark, each a dictionary of settings.
+    """Returns the cases of a benchmark. Each case is a dictionary of settings.
 
     Args:
-      given: settings other than the defaults in `SETTINGS`.
+      benchmark: name of the benchmark.
+      given: settings that replace the defaults in `SETTINGS`.
 
-    Raises UserError if settings do not fit together.
+    Raises:
+      UserError: the settings contradict each other.
     """
     settings = {**SETTINGS[benchmark], **given}
     if settings.get("torch"):
@@ -73,7 +76,8 @@ def make_cases(benchmark: str, given: Mapping[str, Any]) -> list[dict[str, Any]]
     rows, batches = settings["rows"], settings["batch"]
     if len(rows) != len(batches):
         raise UserError(
-            f"--rows is {rows} and --batch is {batches}: both need one number for each case"
+            f"--rows has {len(rows)} numbers and --batch has {len(batches)}: both need one "
+            "number for each case"
         )
     cases = [
         {**settings, "rows": row, "batch": batch} for row, batch in zip(rows, batches, strict=True)
@@ -87,13 +91,15 @@ def make_cases(benchmark: str, given: Mapping[str, Any]) -> list[dict[str, Any]]
 
 
 def run_case(benchmark: str, case: dict[str, Any]) -> None:
-    """Runs a case in a process of its own, with the settings of launch/env.sh.
+    """Runs a case in a new process, with the memory allocator settings of launch/env.sh.
 
-    Raises UserError if the process fails.
+    Raises:
+      UserError: the process failed.
     """
     defaults = {
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1",
-        "OMP_WAIT_POLICY": "passive",  # torch's threads do not spin while those of jax work
+        # Without this setting, idle threads of torch spin while jax works.
+        "OMP_WAIT_POLICY": "passive",
     }
     code = (
         "import json, sys; from msllm.bench.runner import measure; "
@@ -102,14 +108,14 @@ def run_case(benchmark: str, case: dict[str, Any]) -> None:
     command = [sys.executable, "-c", code, benchmark, json.dumps(case)]
     status = subprocess.run(command, env=defaults | dict(os.environ)).returncode
     if status:
-        raise UserError(f"the case {case} ended with status {status}: see above")
+        raise UserError(f"the case {case} exited with status {status}: see its output above")
 
 
 def measure(benchmark: str, case: dict[str, Any]) -> None:
     """Measures one case in this process, which should be new, and prints its results."""
     environment.configure_jax()
     if benchmark == "train":
-        gc.disable()  # until the step is compiled, as in the command `msllm train`
+        gc.disable()  # until the step is compiled, as `msllm train` does
     for result in import_object(_MEASURE[benchmark], f"bench {benchmark}")(case):
         print(json.dumps(result), flush=True)
 

@@ -11,14 +11,14 @@ _Result = TypeVar("_Result")
 
 
 class Times(NamedTuple):
-    """How long something took, in seconds."""
+    """Times in seconds: CPU time of this process (user and system), and wall time."""
 
-    cpu: float  # CPU time of this process, user and system
+    cpu: float
     wall: float
 
 
 def timed(call: Callable[..., _Result], *arguments: Any) -> tuple[_Result, float, float]:
-    """Returns (what `call` returns, CPU-seconds of this process, seconds that passed)."""
+    """Returns the result of `call(*arguments)`, its CPU-seconds and its wall seconds."""
     begin_cpu, begin = time.process_time(), time.perf_counter()
     result = call(*arguments)
     return result, time.process_time() - begin_cpu, time.perf_counter() - begin

@@ -1,10 +1,10 @@
-"""The same model in torch, to compare with: transformers' Qwen3 with a dense mask, float32, on CPU.
+"""The same model in torch for comparison: transformers' Qwen3 with a dense mask in float32 on CPU.
 
-This is the form in which multi-stream models were published. A table read row by row is one
-sequence of T x S tokens. A mask [L, L] of 0 and -10,000 says which cells see each other, attention
-is `scaled_dot_product_attention`, and decoding calls the model with one row of S tokens and the
-cache of `transformers`. The weights are those of msllm, so loss, gradient norm and decoded tokens
-must be the same. Needs torch and transformers (`pip install torch transformers`), which msllm
+Multi-stream models were published in this form. A table becomes one sequence of L = T x S tokens,
+row by row. A mask [L, L] of 0 and -10,000 defines which cells see each other. Attention is
+`scaled_dot_product_attention`. Decoding calls the model with one row of S tokens and the cache of
+`transformers`. The weights are those of msllm, so loss, gradient norm and decoded tokens must
+agree. This module needs torch and transformers (`pip install torch transformers`), which msllm
 itself does not need.
 """
 
@@ -22,21 +22,27 @@ from msllm.errors import UserError
 from msllm.weights import hf_config
 from msllm.weights.hf_tensors import to_hf
 
-BLOCKED = -10_000.0
+BLOCKED = -10_000.0  # mask value between cells that do not see each other
 
 
 class Model:
-    """Qwen3 that reads tables."""
+    """Qwen3 on tables."""
 
-    def __init__(self, config: ModelConfig, size: int, parameters: dict[str, Any]):
-        """Takes the parameters of a model of msllm with `size` streams.
+    def __init__(self, config: ModelConfig, size: int, parameters: dict[str, Any]) -> None:
+        """Creates the model from parameters of msllm.
 
-        Raises UserError if jax does not run on CPU: the comparison would be unfair.
+        Args:
+          config: sizes of the model.
+          size: number of streams.
+          parameters: parameters of the model of msllm.
+
+        Raises:
+          UserError: jax does not run on CPU, so the comparison would be unfair.
         """
         if jax.default_backend() != "cpu":
             raise UserError(
-                f"--torch runs on CPU and msllm on {jax.default_backend()}: set JAX_PLATFORMS=cpu"
-                " to compare them"
+                f"--torch runs on CPU and msllm on {jax.default_backend()}: set JAX_PLATFORMS=cpu "
+                "to compare them"
             )
         self.size = size
         settings = transformers.Qwen3Config(
@@ -57,15 +63,19 @@ class Model:
         self.parameters = [*self.qwen.parameters(), *self.stream_embedding.parameters()]
 
     def logits(
-        self, tokens: torch.Tensor, mask: torch.Tensor, first_row: int = 0, cache=None
+        self,
+        tokens: torch.Tensor,
+        mask: torch.Tensor,
+        first_row: int = 0,
+        cache: transformers.Cache | None = None,
     ) -> torch.Tensor:
-        """Returns the logits [B, rows x S, V] of `rows` rows.
+        """Returns the logits [B, rows x S, V] of the given rows.
 
         Args:
           tokens: [B, rows, S].
           mask: [B, 1, rows x S, (first_row + rows) x S].
-          first_row: the number of rows before these.
-          cache: the keys and values of those rows.
+          first_row: number of earlier rows.
+          cache: keys and values of the earlier rows.
         """
         batch, rows, size = tokens.shape
         embedded = self.qwen.model.embed_tokens(tokens) + self.stream_embedding.weight
@@ -82,10 +92,14 @@ class Model:
 
 
 def dense_mask(rows: int, size: int, first_row: int = 0) -> torch.Tensor:
-    """Returns the mask of `rows` rows of `size` streams after `first_row` others.
+    """Returns the mask [1, 1, rows x S, (first_row + rows) x S] of block-causal visibility.
 
-    Its shape is [1, 1, rows x S, (first_row + rows) x S]; it is 0 where a cell sees a cell of an
-    earlier row or itself, else BLOCKED.
+    It is 0 where a cell sees a cell of an earlier row or itself, and BLOCKED elsewhere.
+
+    Args:
+      rows: number of rows.
+      size: number of streams S.
+      first_row: number of earlier rows.
     """
     keys = torch.arange((first_row + rows) * size)
     queries = torch.arange(first_row * size, (first_row + rows) * size)
@@ -94,10 +108,15 @@ def dense_mask(rows: int, size: int, first_row: int = 0) -> torch.Tensor:
 
 
 class Trainer:
-    """Forward, backward and AdamW on one batch of full tables, in which all streams are learned."""
+    """Trains with AdamW on one batch of tables without absent cells, with loss on all streams."""
 
-    def __init__(self, model: Model, tokens: np.ndarray):
-        """`tokens`: [B, T, S]."""
+    def __init__(self, model: Model, tokens: np.ndarray) -> None:
+        """Creates the optimizer.
+
+        Args:
+          model: the model to train.
+          tokens: [B, T, S], the batch.
+        """
         batch, rows, size = tokens.shape
         self._model, self._tokens = model, torch.from_numpy(tokens).long()
         self._labels = torch.full(tokens.shape, -100)
@@ -108,7 +127,7 @@ class Trainer:
         )
 
     def step(self) -> tuple[float, float]:
-        """Takes a step and returns (loss, gradient norm) before its update."""
+        """Runs a step and returns its loss and gradient norm before the update."""
         logits = self._model.logits(self._tokens, self._mask)
         loss = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), self._labels.flatten(), ignore_index=-100
@@ -121,15 +140,20 @@ class Trainer:
 
 
 class Session:
-    """Greedy decoding of one table with the cache of `transformers`."""
+    """Decodes one table greedily with the cache of `transformers`."""
 
-    def __init__(self, model: Model, prefill: np.ndarray):
-        """`prefill`: [rows, S], the rows before the first that is decoded."""
+    def __init__(self, model: Model, prefill: np.ndarray) -> None:
+        """Reads the given rows.
+
+        Args:
+          model: the model.
+          prefill: [rows, S], the rows before the first decoded row.
+        """
         self._model, self._cache, self._rows = model, transformers.DynamicCache(), 0
         self._next = self._feed(torch.from_numpy(prefill).long())
 
     def step(self) -> np.ndarray:
-        """Returns the next row, [S], and feeds it."""
+        """Returns the next row [S] and feeds it to the model."""
         row = self._next
         self._next = self._feed(row[None])
         return row.numpy()

@@ -1,4 +1,4 @@
-"""The train step: forward, backward and AdamW on random tokens."""
+"""Measures the train step (forward, backward and AdamW) on random tokens."""
 
 from __future__ import annotations
 
@@ -31,11 +31,17 @@ _MODEL = (
 
 
 class _TorchStep(NamedTuple):
-    """A step of the model in torch, and how far it is from ours."""
+    """A step of the model in torch.
+
+    Attributes:
+      times: its times.
+      loss_difference: absolute difference to the loss of msllm.
+      norm_difference: relative difference to the gradient norm of msllm.
+    """
 
     times: Times
     loss_difference: float
-    norm_difference: float  # of the gradient norm, relative to ours
+    norm_difference: float
 
 
 def train_case(case: dict[str, Any]) -> list[dict[str, Any]]:
@@ -94,7 +100,9 @@ def train_case(case: dict[str, Any]) -> list[dict[str, Any]]:
     return [line]
 
 
-def _run_step(step: Callable, state: TrainState, batch: dict[str, jax.Array]):
+def _run_step(
+    step: Callable, state: TrainState, batch: dict[str, jax.Array]
+) -> tuple[TrainState, dict[str, jax.Array]]:
     return jax.block_until_ready(step(state, batch))
 
 
@@ -110,7 +118,10 @@ def _make_program(case: dict[str, Any]) -> Program:
 
 
 def _random_tables(case: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Returns full tables of random tokens: tokens and present [B, T, S], segment [B, T]."""
+    """Returns tables of random tokens without absent cells.
+
+    The arrays are tokens and present, [B, T, S], and segment, [B, T].
+    """
     shape = (case["batch"], case["rows"], case["streams"])
     return {
         "tokens": np.random.default_rng(0).integers(0, case["vocab_size"], shape).astype(np.int32),
@@ -120,9 +131,9 @@ def _random_tables(case: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def matmul_flops_per_cpu_second(size: int = 2048, repeats: int = 5) -> float:
-    """Measures this machine's rate for a float32 product [size, size] x [size, size].
+    """Measures the FLOPs per CPU-second of a float32 product [size, size] x [size, size].
 
-    Returns the best of `repeats`.
+    Returns the best of `repeats` measurements.
     """
     product = jax.jit(jnp.matmul)
     a = jnp.ones((size, size), jnp.float32)
@@ -137,9 +148,14 @@ def matmul_flops_per_cpu_second(size: int = 2048, repeats: int = 5) -> float:
 def accelerator_rates(
     device: jax.Device, flops_per_second: float, compute_dtype: str
 ) -> dict[str, float]:
-    """Returns what a device reaches and, where its peak is known, its share of the peak (MFU).
+    """Returns the rate of a device and, if its peak is known, its share of the peak (MFU).
 
-    MFU is defined in PaLM (arXiv 2204.02311), appendix B.
+    PaLM (arXiv 2204.02311), appendix B, defines MFU.
+
+    Args:
+      device: the device.
+      flops_per_second: useful FLOPs per second that it reached.
+      compute_dtype: the data type of the matrix products. Peaks are known for bfloat16 only.
     """
     rates = {"tflop_per_second_per_device": round(flops_per_second / 1e12, 2)}
     hardware = lookup(device.device_kind)
@@ -149,7 +165,7 @@ def accelerator_rates(
 
 
 def _rates(device: jax.Device, flops: float, times: Times, compute_dtype: str) -> dict[str, float]:
-    """Returns what was reached with `flops` per step."""
+    """Returns the rates of a step with `flops` useful FLOPs."""
     if device.platform == "cpu":
         return _cpu_rates(flops / times.cpu)
     return accelerator_rates(device, flops / times.wall / jax.device_count(), compute_dtype)
@@ -174,7 +190,7 @@ def _torch_trainer(
 
 
 def _torch_step(other: torch_reference.Trainer, metrics: dict[str, jax.Array]) -> _TorchStep:
-    """Takes a step in torch and compares it with the metrics of ours."""
+    """Runs a step in torch and compares it with the metrics of msllm."""
     (loss, norm), *times = timed(other.step)
     return _TorchStep(
         Times(*times),
@@ -185,7 +201,7 @@ def _torch_step(other: torch_reference.Trainer, metrics: dict[str, jax.Array]) -
 
 def _torch_results(steps: Sequence[_TorchStep], ours: Times, cells: int) -> dict[str, float]:
     cpu, wall = median_times([step.times for step in steps])
-    first = steps[0]  # the step that both take from the same parameters
+    first = steps[0]  # both start this step with the same parameters
     return {
         "torch_cpu_seconds_per_step": round(cpu, 4),
         "torch_wall_seconds_per_step": round(wall, 4),
