@@ -511,7 +511,7 @@ def test_server_of_the_document(engine):
         writer.write(b'{"stream": "output", "text": "a"}\n')
         while "error" not in got[-1]:
             got.append(json.loads(await line()))
-        assert "'output' is no input" in got.pop()["error"]
+        assert "'output' is not an input" in got.pop()["error"]
         writer.close()
         assert [row["row"] for row in got] == list(range(len(got)))
         assert set(got[0]["text"]) == set(engine.streams.names)

@@ -236,7 +236,8 @@ def test_awaited_rows_share_a_step(engine):
         return await asyncio.gather(session.next(), session.next(), return_exceptions=True)
 
     row, error = asyncio.run(twice())
-    assert row.index == 9 and isinstance(error, UserError) and "on its way" in str(error)
+    assert row.index == 9
+    assert isinstance(error, UserError) and "already being computed" in str(error)
 
 
 def test_text_of_each_stream(make_model):
@@ -272,17 +273,17 @@ def test_errors_name_what_is_wrong(engine):
     closed.close()
     for message, bad in {
         "no stream 'usr'": lambda: session.feed("usr", [1]),
-        "'output' is no input": lambda: session.feed("output", [1]),
+        "'output' is not an input": lambda: session.feed("output", [1]),
         "holds token 99": lambda: session.feed("user", [99]),
         "holds token -2": lambda: session.force("output", [-2]),
         "must be integers": lambda: session.feed("user", [1.5]),
-        "is text and the model came without": lambda: session.feed("user", "hello"),
+        "is text, and the model has no tokenizer": lambda: session.feed("user", "hello"),
         "stream 3: the model has streams 0 to 2": lambda: session.force(3, [1]),
         "is allowed no token": lambda: session.allow("output", []),
         "top_p is 0.0": lambda: engine.open(DecodeOptions(top_p=0.0)),
         "temperature is": lambda: engine.open(DecodeOptions(temperature=(1.0, 1.0))),
         "penalty_ramp is 0": lambda: engine.open(DecodeOptions(penalty_ramp=0)),
-        "which token means silence": lambda: Engine(model),
+        "token that means silence": lambda: Engine(model),
         "must be .rows, 3.": lambda: engine.open(prefill=np.zeros((2, 4), int)),
         "has 17 rows and the window 16": lambda: engine.open(prefill=np.zeros((17, 3), int)),
         "keep is 15": lambda: engine.open(keep=15),

@@ -49,7 +49,7 @@ def test_arguments(model):
         "no stream 'usr'": lambda: parse_inputs(["usr=a"], streams),
         "output is generated; inputs are user": lambda: parse_inputs(["output=a"], streams),
         "write it as stream=text": lambda: parse_inputs(["hello"], streams),
-        "'x' is no number": lambda: parse_values("top_k", ["output=x"], streams, int, 0),
+        "'x' is not a number": lambda: parse_values("top_k", ["output=x"], streams, int, 0),
         "--rows=0": lambda: printed(model, {}, 0, DecodeOptions()),
         "no tokenizer": lambda: printed(
             dataclasses.replace(model, tokenizer=None), {}, 1, DecodeOptions()

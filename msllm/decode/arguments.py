@@ -1,4 +1,4 @@
-"""Inputs and options of decoding as text: `stream=text`, and `value` or `stream=value`."""
+"""Parses inputs ("stream=text") and per-stream options ("value" or "stream=value") of decoding."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def parse_values(
             value = kind(number)
         except ValueError as error:
             raise UserError(
-                f"--{flag}={argument}: {number!r} is no number; write a value, or stream=value"
+                f"--{flag}={argument}: {number!r} is not a number; write a value, or stream=value"
             ) from error
         if separator:
             values[streams.index(name)] = value

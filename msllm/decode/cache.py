@@ -1,12 +1,12 @@
-"""The key-value cache of sessions: where a row lies, how it is stored, and attention over it.
+"""The key-value cache of sessions: its layout in memory, and attention over it.
 
-Each session has a window of W rows. The first rows of a session are kept for good, if it asks for
-that. In the rest of the window a new row takes the place of the oldest. Which cells a query sees
-follows from the row numbers that are stored beside the keys, by the one rule of `streams.py`, and
-never from places in the window: rows that fell out are not there to be seen.
+Each session has a window of W rows. A session may keep its first rows for good. In the rest of the
+window, a new row replaces the oldest one. The cache stores the number of each row beside its keys,
+and `streams.Visibility` decides from these numbers which cells a query sees. A row that fell out of
+the window is no longer stored, so no query sees it.
 
-Every block of rows of every layer has its own arrays, because a matrix product reads a whole array
-and would first copy a slice of a larger one.
+Every block of rows of every layer has its own arrays. A matrix product reads a whole array, and XLA
+would first copy a slice of a larger one.
 """
 
 from __future__ import annotations
@@ -24,23 +24,22 @@ from msllm.kernels.cpu import PANEL
 from msllm.sharding import axis_index, axis_size, gather_streams, psum
 from msllm.streams import Cells, Visibility
 
-UNREAD = -1  # the number of a row that has not been read; no query has it
-# The score of a pair that is not visible. It is finite because a device may hold no key that a
-# query sees.
+UNREAD = -1  # the row number of a place in the window that holds no row
+# The score of an invisible pair. It is finite because a device may hold no key that a query sees:
+# with -inf, the softmax over that device's keys would be nan.
 MASKED = -1e30
-BLOCK_ROWS = (
-    512  # rows that attention reads at a time; blocks that no session has reached are skipped
-)
+# Attention reads this many rows at a time, and skips blocks that no session has reached.
+BLOCK_ROWS = 512
 DTYPES = ("float32", "bfloat16", "int8")
-# On CPUs a bfloat16 cache is stored as its bits. XLA:CPU computes in float32, and would convert
-# the whole cache to write one row.
+# On CPUs a bfloat16 cache is stored as raw bits. XLA:CPU computes in float32 and would convert the
+# whole cache to write one row.
 BITS = "uint16"
 
 
 class Layout(NamedTuple):
-    """The order of the dimensions of keys and of values, by the names of their logical axes.
+    """The order of the dimensions of keys and of values, as names of logical axes.
 
-    With the axis "panel", the axis "row" is that of PANEL rows inside a panel.
+    In a layout with an axis "panel", the axis "row" counts the PANEL rows within a panel.
     """
 
     keys: tuple[str, ...]
@@ -51,16 +50,11 @@ class Layout(NamedTuple):
         return "panel" in self.keys
 
 
-CELLS = (
-    "batch",
-    "row",
-    "stream",
-    "kv_heads",
-    "head_dim",
-)  # the order in which the model makes them
-# Fastest for attention by XLA on CPUs. On TPUs it pads nothing to the lanes.
+# The order in which the model computes keys and values.
+CELLS = ("batch", "row", "stream", "kv_heads", "head_dim")
+# The fastest order for attention by XLA on CPUs. On TPUs, rows need no padding to the lane width.
 ROWS_LAST = Layout(*[("batch", "kv_heads", "head_dim", "stream", "row")] * 2)
-# The order in which `cpu_kernels.attend_row` reads them.
+# The order in which `cpu_kernels.attend_row` reads keys and values.
 PANELS = Layout(
     ("batch", "kv_heads", "stream", "panel", "head_dim", "row"),
     ("batch", "kv_heads", "stream", "panel", "row", "head_dim"),
@@ -68,13 +62,16 @@ PANELS = Layout(
 
 
 class Stored(NamedTuple):
-    """Keys or values of R rows in one layer by a Layout: [B, K, H, S, R] or panels."""
+    """Keys or values of R rows in one layer, in the order of a Layout: [B, K, H, S, R] or panels.
 
-    data: Any  # array, or its sharding: float32, bfloat16, BITS or int8
-    scale: Any  # int8: float32, the unit of each head's vector, with H = 1; else None
+    The fields are arrays, or their shardings.
+    """
+
+    data: Any  # float32, bfloat16, BITS or int8
+    scale: Any  # for int8: float32, one scale for each head's vector (H = 1); else None
 
     def unscaled(self, dtype: jax.typing.DTypeLike) -> jax.Array:
-        """The numbers in another type, not multiplied by the scale."""
+        """The data as `dtype`, not multiplied by the scale."""
         data = self.data
         if data.dtype == BITS:
             data = jax.lax.bitcast_convert_type(data, jnp.bfloat16)
@@ -85,34 +82,34 @@ Blocks = list[Stored]  # the blocks of one layer's keys or values, in the order 
 
 
 class Cache(NamedTuple):
-    """All that attention needs of earlier rows."""
+    """Everything that attention needs from earlier rows."""
 
     keys: list[Blocks]  # per layer
     values: list[Blocks]
-    cells: Cells  # [B, W] and [B, W, S]; rows that have not been read are not seen
+    cells: Cells  # [B, W] and [B, W, S]; places without a row are not seen
 
 
 def block_sizes(window: int, layout: Layout = ROWS_LAST) -> tuple[int, int]:
-    """(number of blocks, rows of each) for a window; together they hold at least its rows."""
+    """(number of blocks, rows per block) for a window. The blocks hold at least its rows."""
     number, unit = -(-window // BLOCK_ROWS), _unit(layout.keys)
     return number, -(-window // (number * unit)) * unit
 
 
 def _unit(axes: tuple[str, ...]) -> int:
-    """The rows of a block are a multiple of this."""
+    """The number that the rows of a block are a multiple of."""
     return PANEL if "panel" in axes else 1
 
 
 def empty_cache(
     config: ModelConfig, batch: int, window: int, streams: int, dtype: str, layout: Layout
 ) -> Cache:
-    """A cache of `window` rows for each of `batch` sessions, without any row.
+    """An empty cache with a window of `window` rows for each of `batch` sessions.
 
     Args:
       dtype: one of DTYPES, or BITS.
     """
     number, rows = block_sizes(window, layout)
-    window = number * rows  # the last places may stay empty
+    window = number * rows  # rounded up to full blocks; the places beyond the window stay empty
 
     def stored(axes: tuple[str, ...]) -> Stored:
         unit = _unit(axes)
@@ -142,19 +139,19 @@ def empty_cache(
     return Cache(layers(layout.keys), layers(layout.values), cells)
 
 
-def place(row, keep, window: int) -> jax.Array:
-    """The place of a row in a window whose first `keep` rows never fall out.
-
-    Args:
-      row, keep: integers or arrays of them.
-    """
+def place(row: jax.typing.ArrayLike, keep: jax.typing.ArrayLike, window: int) -> jax.Array:
+    """The place of a row in a window whose first `keep` rows never fall out."""
     return jnp.where(row < keep, row, keep + (row - keep) % (window - keep))
 
 
 def store(x: jax.Array, dtype: jax.typing.DTypeLike, axes: tuple[str, ...]) -> Stored:
-    """Keys or values [B, T, S, K, H] as the cache stores them.
+    """Converts keys or values [B, T, S, K, H] to the form in which the cache stores them.
 
-    int8 gets a scale for each vector of H numbers. Zeros fill up the last panel.
+    With int8, each vector of H numbers has its own scale. Zeros fill up the last panel.
+
+    Args:
+      dtype: one of DTYPES, or BITS.
+      axes: the order of the dimensions, from a Layout.
     """
     names = CELLS
     if "panel" in axes:
@@ -185,7 +182,7 @@ def write_row(
     Args:
       keys, values: the layer's blocks, of `rows` rows each.
       k, v: [B, 1, S, K, H].
-      at: [B] int32, places in the window; a place beyond the window writes nothing.
+      at: [B] int32, places in the window. A place beyond the window stores nothing.
 
     Returns: the new keys and values.
     """
@@ -200,7 +197,7 @@ def write_row(
 def _write_row_by_kernel(
     block: tuple[Stored, Stored], k, v, at: jax.Array, layout: Layout, rows: int
 ) -> tuple[Stored, Stored]:
-    """`write_row` for one block, in its memory."""
+    """`write_row` for one block, in place."""
     del layout, rows
     leaves, tree = jax.tree.flatten(block)
     k, v = k.astype(jnp.float32), v.astype(jnp.float32)
@@ -210,15 +207,15 @@ def _write_row_by_kernel(
 def _write_row_by_xla(
     block: tuple[Stored, Stored], k, v, at: jax.Array, layout: Layout, rows: int
 ) -> tuple[Stored, Stored]:
-    """`write_row` for one block, as a loop over the sessions that write here.
+    """`write_row` for one block, as a loop over the sessions that write to it.
 
-    XLA:CPU would merge a scatter, or slices one after the other, into the products that follow, and
-    write to copies of the cache.
+    XLA:CPU would fuse a scatter, or a sequence of slice updates, into the matrix products that
+    follow, and write to copies of the cache.
     """
     dtype = block[0].data.dtype
     new = [store(k, dtype, layout.keys), store(v, dtype, layout.values)]
     elsewhere = (at < 0) | (at >= rows)
-    order = jnp.argsort(elsewhere)  # the sessions that write here come first
+    order = jnp.argsort(elsewhere)  # the sessions that write to this block come first
 
     def write_session(i, block):
         session = order[i]
@@ -239,12 +236,12 @@ def _write_row_by_xla(
 def write_table(
     blocks: Blocks, x: jax.Array, slot: jax.Array, axes: tuple[str, ...], rows: int
 ) -> Blocks:
-    """Stores rows at the first places of one session, in one layer.
+    """Stores rows at the beginning of one session's window, in one layer.
 
     Args:
-      blocks: the layer's keys or values, `rows` rows each.
+      blocks: the layer's keys or values, in blocks of `rows` rows.
       x: [1, T, S, K, H].
-      slot: [] int32, the session; one beyond all sessions stores nothing.
+      slot: [] int32, the session. A slot beyond all sessions stores nothing.
       axes: the order of the dimensions of the blocks.
     """
     unit, new = _unit(axes), store(x, blocks[0].data.dtype, axes)
@@ -268,14 +265,14 @@ def write_cells(old: Cells, new: Cells, at: jax.Array) -> Cells:
 
 
 def visible_keys(queries: Cells, keys: Cells, lag: np.ndarray, streams: int) -> jax.Array:
-    """Which of this device's keys are visible to the queries of one row of each session.
+    """The mask of one row's queries, in each session, over the keys of this device.
 
     Args:
       queries: [B, 1] and [B, 1, S].
       keys: [B, W] and [B, W, S].
       streams: the number of streams whose keys this device holds.
 
-    Returns: [B, S, streams, W] bool.
+    Returns: [B, S, streams, W] bool, True where the query sees the key.
     """
     mask = Visibility(queries, keys, jnp.asarray(lag), jnp.arange(lag.shape[0])).mask()[:, 0]
     mask = jax.lax.dynamic_slice_in_dim(mask, axis_index("stream") * streams, streams, axis=3)
@@ -283,14 +280,17 @@ def visible_keys(queries: Cells, keys: Cells, lag: np.ndarray, streams: int) -> 
 
 
 class _Softmax(NamedTuple):
-    """Attention over some of the keys, for each query [B, K, N / K, S] (arXiv 2205.14135)."""
+    """Partial attention over some of the keys, for each query [B, K, N / K, S].
+
+    See FlashAttention, arXiv 2205.14135.
+    """
 
     top: jax.Array  # [..., 1] the highest score
     norm: jax.Array  # [..., 1] the sum of e^(score - top)
-    out: jax.Array  # [..., H] the values, weighted by e^(score - top)
+    out: jax.Array  # [..., H] the sum of the values, weighted by e^(score - top)
 
     def merge(self, other: _Softmax) -> _Softmax:
-        """Over the keys of both."""
+        """The partial attention over the keys of both."""
         top = jnp.maximum(self.top, other.top)
         parts = []
         for part in (self, other):
@@ -310,17 +310,17 @@ def attend(
 ) -> jax.Array:
     """Attention of one row over the cache, with an online softmax over its blocks.
 
-    Inside `shard_map` each device has the keys of its own streams. All queries are sent to all
-    keys, which is far less than the reverse, and the softmax is combined over the mesh axis
-    `stream`.
+    Inside `shard_map`, each device holds the keys of its own streams. Every device receives the
+    queries of all streams, which are far smaller than the keys. The softmax is combined over the
+    mesh axis `stream`.
 
     Args:
       q: [B, 1, S of this device, N, H].
       keys, values: one layer's blocks.
       mask: from `visible_keys`.
-      filled: [] int32, no session that matters has written places from here on.
-      kernel: attention over one block in panels (`cpu_kernels.attend_row`); None: by XLA, over
-        blocks with rows last.
+      filled: [] int32. No session that advances has written a place from `filled` on.
+      kernel: attention over one block in panels (`cpu_kernels.attend_row`). None: use XLA, with
+        blocks that have the rows last.
 
     Returns: the same shape and dtype as q.
     """

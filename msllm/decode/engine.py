@@ -1,4 +1,4 @@
-"""Live decoding: sessions that advance row by row, with input that may arrive at any time.
+"""Live decoding: sessions that advance row by row while input arrives at any time.
 
 For example::
 
@@ -8,9 +8,9 @@ For example::
     for row in session:
         print(row.text)
 
-An engine holds the caches of its sessions on the device. One compiled step advances any of them by
-one row, each at its own row. A session goes on for as long as it is asked to: when its window is
-full, its oldest rows fall out. docs/decoding.md is the guide.
+An engine holds the caches of its sessions on the device. One compiled step advances any subset of
+them by one row, and the sessions may be at different rows. The length of a session is not limited:
+when its window is full, its oldest rows fall out. docs/decoding.md is the guide.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ __all__ = [
     "generate",
 ]
 
-_ON_ITS_WAY = "a session's next row is on its way already: await it before asking for another"
+_ROW_PENDING = "a session's next row is already being computed: await it before you ask for another"
 
 
 class Engine:
@@ -71,25 +71,26 @@ class Engine:
         all_logits: bool = False,
         silence_id: int | None = None,
     ):
-        """Allocates all memory; functions are compiled when they are first used, or in `warm_up`.
+        """Allocates all memory. Functions are compiled on first use, or by `warm_up`.
 
         Args:
-          sessions: how many sessions can be open at a time.
-          window: rows that a session sees at most. Memory is allocated for all of them.
-          mesh: from `sharding.make_mesh`: sessions over `data` and `fsdp`, streams over `stream`,
-            heads over `tensor`; None: the default device.
-          cache_dtype: of keys and values: float32, bfloat16 or int8; empty: the model's compute
-            dtype.
-          all_logits: return the logits of all streams with each row. Without it, input streams
-            compute none.
-          silence_id: the silence token, if the model came without a tokenizer.
+          model: the model and its streams.
+          sessions: the most sessions that can be open at a time.
+          window: the most rows that a session sees. Memory is allocated for all of them.
+          mesh: from `sharding.make_mesh`. Sessions are sharded over `data` and `fsdp`, streams over
+            `stream`, heads over `tensor`. None: the default device.
+          cache_dtype: dtype of the keys and values: float32, bfloat16 or int8. Empty: the model's
+            compute dtype.
+          all_logits: return the logits of all streams with each row. Without it, the logits of
+            input streams are not computed.
+          silence_id: the silence token, if the model has no tokenizer.
 
         Raises UserError.
         """
         if sessions < 1 or window < 2:
             raise UserError(
-                f"sessions is {sessions} and window is {window}: needs at least one session and"
-                " two rows"
+                f"sessions is {sessions} and window is {window}: must be at least 1 session and 2"
+                " rows"
             )
         cache_dtype = cache_dtype or model.config.compute_dtype
         if cache_dtype not in DTYPES:
@@ -116,19 +117,19 @@ class Engine:
         devices = jax.tree.leaves(self._weights)[0].devices()
         if mesh is None and len(devices) == 1:
             # Commit both to the device from the start. The weights of a checkpoint are committed,
-            # and so is what is computed from them: after the first row everything would be
-            # compiled once more for a committed state.
+            # so the state would be committed after the first row, and every function would be
+            # compiled again for it.
             self._weights, self._state = jax.device_put((self._weights, self._state), *devices)
 
         self._slots: list[Session | None] = [None] * sessions
         self._controls = _neutral_controls(sessions, self._program.streams)
-        self._device_controls: Controls | None = None  # a copy of `_controls`; None: it is outdated
+        self._device_controls: Controls | None = None  # a copy of `_controls`; None: outdated
         self._waiting: dict[Session, asyncio.Future] = {}
         self._driver: asyncio.Task | None = None
 
     @property
     def free(self) -> int:
-        """How many more sessions can be opened."""
+        """The number of sessions that can still be opened."""
         return self._slots.count(None)
 
     def open(
@@ -145,19 +146,20 @@ class Engine:
 
         Args:
           options: None: the defaults of `DecodeOptions`.
-          prefill: the first rows [P, S], read in one pass; None: the first row is silence, or what
-            is fed or forced before it is asked for.
+          prefill: the first rows [P, S], read in one pass. None: the first row holds the tokens
+            that are fed or forced before the first step, and silence elsewhere.
           present: [P, S] bool, which cells of the prefill are not absent; None: all.
-          keep: the first rows, this many, never fall out of the window.
-          stop: None: never.
-          allowed: {stream: tokens that the model may choose}; streams not named: all.
+          keep: the number of first rows that never fall out of the window.
+          stop: when iteration ends; None: never.
+          allowed: {stream: tokens that the model may sample}. Other streams may sample all tokens.
 
-        Raises UserError where there is no room for the session or its prefill.
+        Raises UserError if there is no room for the session or its prefill.
         """
         slot = self._free_slot()
         if not 0 <= keep < self.window - 1:
             raise UserError(
-                f"keep is {keep}: must leave at least two of the window's {self.window} rows"
+                f"keep is {keep}: must be at least 0 and leave two of the window's {self.window}"
+                " rows"
             )
         options, stop = options or DecodeOptions(), stop or Stop()
         script = Script(self.model, self.silence_id, options, stop, keep, self.window)
@@ -175,13 +177,17 @@ class Engine:
         return session
 
     def step(self, sessions: Sequence[Session] | None = None) -> list[Row]:
-        """The next row of each session, all in one step on the device; None: of all open ones."""
+        """Computes the next row of each session in one step on the device.
+
+        `sessions` is None for all open sessions. Raises UserError.
+        """
         return self._collect(self._dispatch(self._checked_sessions(sessions)))
 
     def run(self, rows: int, sessions: Sequence[Session] | None = None) -> list[list[Row]]:
-        """The next `rows` rows of each session, without returning to the host in between.
+        """Computes the next `rows` rows of each session without returning to the host in between.
 
-        Stop conditions end nothing here, and rows come without logits. Raises UserError.
+        One call to the device computes up to 32 rows. Stop conditions are ignored, and the rows
+        have no logits. Raises UserError.
         """
         if rows < 1:
             raise UserError(f"rows is {rows}: must be at least 1")
@@ -198,7 +204,7 @@ class Engine:
                 shown[session] += new
 
     def warm_up(self) -> None:
-        """Compiles everything that sessions can ask for. Needs a free slot."""
+        """Compiles every function that sessions use. Needs a free slot."""
         session = self.open(allowed={name: [0] for name in self.streams.names})
         session.force(self.streams.names[0], [0])
         session.run(3)
@@ -214,17 +220,17 @@ class Engine:
         self.restore(snapshot).close()
 
     def restore(self, snapshot: Snapshot) -> Session:
-        """A session that goes on from a snapshot.
+        """Opens a session that continues from a snapshot.
 
         The snapshot may come from another engine with the same model, window and cache. Raises
-        UserError if they differ.
+        UserError if they differ, or if no slot is free.
         """
         if snapshot.kind != self._kind:
             ours, theirs = self._kind, snapshot.kind
             raise UserError(
-                "the snapshot is of an engine with another model, window or cache (window and cache"
-                f" {(theirs.window, theirs.cache)}, here {(ours.window, ours.cache)}): restore it"
-                " in an engine with the same"
+                "the snapshot is from an engine with another model, window or cache (its window is"
+                f" {theirs.window} and its cache {theirs.cache}; here they are {ours.window} and"
+                f" {ours.cache}): restore it in an engine with the same model, window and cache"
             )
         slot = self._free_slot()
         self._state = self._program.put(self._state, np.int32(slot), snapshot.state)
@@ -256,14 +262,14 @@ class Engine:
     def _free_slot(self) -> int:
         if None not in self._slots:
             raise UserError(
-                f"all {len(self._slots)} sessions are open: close one, or make the engine with more"
+                f"all {len(self._slots)} sessions are open: close one, or make an engine with more"
             )
         return self._slots.index(None)
 
     def _checked_prefill(
         self, tokens: np.ndarray, present: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens int32, present bool), [P, S] each."""
+        """(tokens int32, present bool), [P, S] each. Raises UserError."""
         tokens, size = np.asarray(tokens), self.streams.size
         if tokens.ndim != 2 or tokens.shape[1] != size or not len(tokens):
             raise UserError(
@@ -272,22 +278,24 @@ class Engine:
             )
         if len(tokens) > self.window:
             raise UserError(
-                f"the prefill has {len(tokens)} rows and the window {self.window}: make it larger"
+                f"the prefill has {len(tokens)} rows and the window {self.window}: enlarge the"
+                " window"
             )
-        here = np.broadcast_to(True if present is None else present, tokens.shape)
-        here = np.array(here, bool)
-        check_tokens("the prefill", tokens[here], self.model.config.vocab_size)
-        return np.where(here, tokens, 0).astype(np.int32), here
+        mask = np.ones(tokens.shape, bool)
+        if present is not None:
+            mask[:] = present
+        check_tokens("the prefill", tokens[mask], self.model.config.vocab_size)
+        return np.where(mask, tokens, 0).astype(np.int32), mask
 
     def _read(self, slot: int, tokens: np.ndarray, present: np.ndarray) -> None:
         """Reads rows [P, S] into an empty slot.
 
-        Fills them up to a power of two, so that few lengths are compiled.
+        Pads them to a power of two, so that only a few lengths are compiled.
         """
         rows = len(tokens)
         length = min(1 << (rows - 1).bit_length(), self.window)
-        fill = ((0, length - rows), (0, self._program.streams - self.streams.size))
-        table = (np.pad(x, fill)[None] for x in (tokens, present))
+        padding = ((0, length - rows), (0, self._program.streams - self.streams.size))
+        table = (np.pad(x, padding)[None] for x in (tokens, present))
         self._state = self._program.read(
             self._weights, self._state, np.int32(slot), *table, np.int32(rows)
         )
@@ -299,16 +307,16 @@ class Engine:
         for session in sessions:
             if session.closed or session._engine is not self:
                 raise UserError(
-                    "a session is closed, or another engine's: open one with engine.open()"
+                    "a session is closed or belongs to another engine: open one with engine.open()"
                 )
             if session._in_flight:
-                raise UserError(_ON_ITS_WAY)
+                raise UserError(_ROW_PENDING)
         if len(set(sessions)) < len(sessions):
-            raise UserError("a session is named twice: name each once")
+            raise UserError("a session is named twice: name each session once")
         return list(sessions)
 
     def _empty_inputs(self, *rows: int) -> RowInputs:
-        """Inputs of one row, or of several, in which no session advances."""
+        """Inputs of one row, or of `rows` rows, in which no session advances."""
         sessions = (*rows, len(self._slots))
         cells = (*sessions, self._program.streams)
         return RowInputs(
@@ -361,7 +369,11 @@ class Engine:
         return rows
 
     def _run(self, wanted: Mapping[Session, int]) -> dict[Session, list[Row]]:
-        """The next rows of each session, at most RUN_ROWS, in one call to the device."""
+        """Computes up to RUN_ROWS next rows of each session in one call to the device.
+
+        Args:
+          wanted: {session: number of rows}.
+        """
         inputs, size = self._empty_inputs(RUN_ROWS), self.streams.size
         inputs.read[1:] = FREE
         present: dict[Session, list[np.ndarray]] = {}
@@ -390,17 +402,18 @@ class Engine:
         }
 
     def _placed_controls(self) -> Controls:
-        """The controls on the device; they change seldom."""
+        """The controls on the device. They are transferred only after a change."""
         if self._device_controls is None:
-            # A copy: on a CPU the device may read the host's arrays, which the next change writes.
+            # On a CPU the device may read the host's arrays in place. Copy them, because the next
+            # change of an option writes to them.
             self._device_controls = jax.device_put(jax.tree.map(np.copy, self._controls))
         return self._device_controls
 
     async def _next(self, session: Session) -> Row:
-        """The session's next row, in one step with all other rows that are awaited by then."""
+        """The session's next row, computed in one step with all other rows awaited by then."""
         self._checked_sessions([session])
         if session in self._waiting:
-            raise UserError(_ON_ITS_WAY)
+            raise UserError(_ROW_PENDING)
         loop = asyncio.get_running_loop()
         future = self._waiting[session] = loop.create_future()
         if self._driver is None or self._driver.done():
@@ -408,16 +421,16 @@ class Engine:
         return await future
 
     async def _drive(self) -> None:
-        """Steps for as long as rows are awaited."""
+        """Advances sessions while rows are awaited."""
         while self._waiting:
-            await asyncio.sleep(0)  # lets all tasks that are ready ask for their next row
+            await asyncio.sleep(0)  # let all tasks that are ready ask for their next row
             waiting, self._waiting = self._waiting, {}
             waiting = {session: future for session, future in waiting.items() if not session.closed}
             try:
                 pending = self._dispatch(list(waiting))
                 await asyncio.to_thread(jax.block_until_ready, pending.out)
                 rows = self._collect(pending)
-            except Exception as error:  # raised where the rows are awaited
+            except Exception as error:  # raise it where the rows are awaited
                 for future in waiting.values():
                     if not future.done():
                         future.set_exception(error)
@@ -432,22 +445,22 @@ class Session:
 
     def __init__(self, engine: Engine, slot: int, script: Script):
         self._engine, self._slot, self._script = engine, slot, script
-        self._in_flight = False  # the device computes its next row
+        self._in_flight = False  # the device is computing its next row
         self.closed = False
 
     @property
     def options(self) -> DecodeOptions:
-        """May be set at any time; holds from the next row on."""
+        """The options of decoding. Set them at any time; they apply from the next row on."""
         return self._script.options
 
     @options.setter
     def options(self, options: DecodeOptions) -> None:
-        self._open()._script.set_options(options)
+        self._require_open()._script.set_options(options)
         self._engine._set_options(self)
 
     @property
     def rows(self) -> int:
-        """The number of rows so far, the prefill included."""
+        """The number of rows so far, including the prefill."""
         return self._script.rows
 
     @property
@@ -456,50 +469,50 @@ class Session:
         return self._script.finished
 
     def feed(self, stream: str | int, tokens: Sequence[int] | str) -> None:
-        """Appends tokens, or a text, to the input of a stream: one token per row.
+        """Appends tokens or a text to the input of a stream, which holds one token per row.
 
         The first token goes into the next row that the model reads. That is the row shown last,
-        unless its cell already holds something that was fed. Raises UserError.
+        unless its cell already holds a token that was fed. Raises UserError.
         """
-        self._open()._script.feed(stream, tokens)
+        self._require_open()._script.feed(stream, tokens)
 
     def force(self, stream: str | int, tokens: Sequence[int] | str) -> None:
-        """Appends tokens, or a text, that a stream of any kind must say from the next row on.
+        """Appends tokens or a text that a stream of any kind must say, from the next row on.
 
-        FREE in place of a token leaves a row to the model. Raises UserError.
+        FREE in place of a token lets the model sample that cell. Raises UserError.
         """
-        self._open()._script.force(stream, tokens)
+        self._require_open()._script.force(stream, tokens)
 
     def allow(self, stream: str | int, tokens: Sequence[int] | str | None) -> None:
         """Restricts a stream to these tokens from the next row on; None: all. Raises UserError."""
-        self._open()._script.allow(stream, tokens)
+        self._require_open()._script.allow(stream, tokens)
         self._engine._set_allowed(self)
 
     def step(self) -> Row:
-        """The next row of this session. `Engine.step` advances many at the same cost."""
+        """Computes the next row. `Engine.step` advances many sessions at the same cost."""
         return self._engine.step([self])[0]
 
     async def next(self) -> Row:
-        """The next row. Rows of several sessions awaited at a time are one step on the device."""
+        """The next row. Rows of sessions that are awaited together share a step on the device."""
         return await self._engine._next(self)
 
     def run(self, rows: int) -> list[Row]:
-        """The next `rows` rows, in as few calls to the device as possible."""
+        """Computes the next `rows` rows in as few calls to the device as possible."""
         return self._engine.run(rows, [self])[0]
 
     def __iter__(self) -> Iterator[Row]:
-        """Rows until a stop condition holds."""
+        """Yields rows from `step` until a stop condition holds."""
         while self.finished is None:
             yield self.step()
 
     async def __aiter__(self) -> AsyncIterator[Row]:
-        """Rows until a stop condition holds, by `next`."""
+        """Yields rows from `next` until a stop condition holds."""
         while self.finished is None:
             yield await self.next()
 
     @property
     def waiting(self) -> dict[str, int]:
-        """{input stream: number of tokens that were fed and not yet shown}."""
+        """{input stream: number of fed tokens that are not in a row yet}."""
         return self._script.waiting()
 
     def transcript(self, last: int | None = None) -> Transcript:
@@ -507,12 +520,12 @@ class Session:
         return self._script.transcript(last)
 
     def fork(self, seed: int | None = None) -> Session:
-        """Another session of this engine that goes on from here.
+        """Opens another session of this engine that continues from this one's last row.
 
-        It samples what this one would, unless it gets another seed. Raises UserError if all
-        sessions are open.
+        It samples the same tokens as this session, unless it gets another seed. Raises UserError if
+        no slot is free.
         """
-        engine, slot = self._open()._engine, self._engine._free_slot()
+        engine, slot = self._require_open()._engine, self._engine._free_slot()
         engine._checked_sessions([self])
         engine._state = engine._program.copy(engine._state, np.int32(self._slot), np.int32(slot))
         session = engine._add_session(slot, self._script.copy())
@@ -521,8 +534,8 @@ class Session:
         return session
 
     def snapshot(self) -> Snapshot:
-        """All of the session, on the host; `Engine.restore` goes on from it."""
-        engine = self._open()._engine
+        """A copy of the session on the host, from which `Engine.restore` continues."""
+        engine = self._require_open()._engine
         engine._checked_sessions([self])
         state = jax.device_get(engine._program.take(engine._state, np.int32(self._slot)))
         return Snapshot(engine._kind, self._script.copy(), state)
@@ -538,15 +551,15 @@ class Session:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _open(self) -> Session:
-        """This session, if it is open. Raises UserError."""
+    def _require_open(self) -> Session:
+        """This session. Raises UserError if it is closed."""
         if self.closed:
             raise UserError("the session is closed: open another with engine.open()")
         return self
 
 
 class _Kind(NamedTuple):
-    """What engines must have in common to exchange snapshots."""
+    """The properties of an engine that must match to restore a snapshot."""
 
     config: ModelConfig
     streams: StreamSpec
@@ -557,30 +570,30 @@ class _Kind(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """A session on the host, from `Session.snapshot`."""
+    """A copy of a session on the host, from `Session.snapshot`."""
 
     kind: _Kind
     script: Script
-    state: State  # of one session, numpy arrays
+    state: State  # NumPy arrays, with B = 1
 
 
 class _PendingStep(NamedTuple):
     """A step that the device is computing."""
 
     sessions: Sequence[Session]
-    first_rows: Mapping[Session, Row]  # of sessions without rows: they need no device
-    present: dict[Session, np.ndarray]  # [S] of the row that is sampled
+    first_rows: Mapping[Session, Row]  # the first row of a session is computed on the host
+    present: dict[Session, np.ndarray]  # [S], the present cells of the row that is sampled
     out: Any  # [packed Sampled, logits]; None: no session needs the device
 
 
 class Generated(NamedTuple):
-    """All rows of several tables, from `generate`; the prefill comes first."""
+    """All rows of several tables, from `generate`. The prefill comes first."""
 
-    shown: np.ndarray  # [B, R, S] int32, as they were shown
-    # [B, R, S] int32, as the model read them: with tokens that were fed after a row was shown
+    shown: np.ndarray  # [B, R, S] int32, the rows as they were shown
+    # [B, R, S] int32, the rows as the model read them, with tokens fed after a row was shown
     read: np.ndarray
     present: np.ndarray  # [B, R, S] bool
-    logits: list[np.ndarray]  # [B, S, V] per sampled row; empty unless asked for
+    logits: list[np.ndarray]  # [B, S, V] per sampled row; empty without `keep_logits`
 
 
 def generate(
@@ -597,21 +610,22 @@ def generate(
     batch: int = 1,
     silence_id: int | None = None,
 ) -> Generated:
-    """Generates `rows` rows of several tables in step.
+    """Generates `rows` rows of each of several tables.
 
     Args:
-      options: None: the defaults. Each table has a seed of its own, made from that of the options.
+      model: the model and its streams.
+      rows: the number of rows to generate, without the prefill.
+      options: None: the defaults. The seed of each table is derived from that of the options.
       prefill: the first rows [B, P, S], or [P, S]; None: the first row is silence.
       present: which cells of the prefill are not absent; None: all.
-      forced: [rows, S] or [B, rows, S] int32, tokens known beforehand, of any stream; FREE
-        elsewhere.
-      fed: (row, stream, token), in the order of rows: input that arrives after this row of the
-        table was shown.
+      forced: [rows, S] or [B, rows, S] int32, tokens that are known beforehand, of streams of any
+        kind; FREE elsewhere.
+      fed: (row, stream, token) of input that arrives after this row of each table was shown.
       silent_rows_to_stop: stop after this many successive rows that are silent in all streams of
         all tables; 0: never.
       keep_logits: return the logits of every row.
       batch: the number of tables, if there is no prefill.
-      silence_id: the silence token, if the model came without a tokenizer.
+      silence_id: the silence token, if the model has no tokenizer.
 
     Raises UserError.
     """
@@ -652,9 +666,10 @@ def generate(
             shown.append(np.array([[row.tokens] for row in last]))
             if last[0].logits is not None:
                 logits.append(np.array([row.logits for row in last]))
-            for _, stream, token in (item for item in fed if item[0] == number):
-                for session in sessions:
-                    session.feed(stream, [token])
+            for row, stream, token in fed:
+                if row == number:
+                    for session in sessions:
+                        session.feed(stream, [token])
             silent_rows = min(session._script.silent_rows for session in sessions)
             if silent_rows_to_stop and silent_rows >= silent_rows_to_stop:
                 break
@@ -673,8 +688,8 @@ def _checked_tables(prefill: np.ndarray, streams: int) -> np.ndarray:
     prefill = prefill[None] if prefill.ndim == 2 else prefill
     if prefill.ndim != 3:
         raise UserError(
-            f"the prefill has shape {prefill.shape}: must be [tables, rows, {streams}], or that of"
-            " one table"
+            f"the prefill has shape {prefill.shape}: must be [tables, rows, {streams}], or [rows,"
+            f" {streams}] for one table"
         )
     return prefill
 
@@ -684,26 +699,27 @@ def _checked_forced(forced: np.ndarray, shape: tuple[int, int, int]) -> np.ndarr
     forced = np.asarray(forced)
     if forced.shape not in (shape[1:], shape):
         raise UserError(
-            f"forced has shape {forced.shape}: must be {list(shape[1:])}, or that of each table"
+            f"forced has shape {forced.shape}: must be {list(shape[1:])}, or {list(shape)} with a"
+            " table each"
         )
     return np.broadcast_to(forced, shape)
 
 
 def _silence_of(model: LoadedModel, silence_id: int | None) -> int | None:
-    """The silence token: given, or of the tokenizer. Raises UserError if it is unknown."""
+    """`silence_id`, or else the tokenizer's. Raises UserError if it is needed and unknown."""
     if silence_id is None and model.tokenizer:
         silence_id = model.tokenizer.silence_id
     streams = model.streams
     needed = "input" in streams.kinds or streams.skip_silence or any(streams.delays)
     if silence_id is None and needed:
         raise UserError(
-            "the model came without a tokenizer: say which token means silence, silence_id=..."
+            "the model has no tokenizer: pass the token that means silence as silence_id=..."
         )
     return silence_id
 
 
 def _neutral_controls(sessions: int, streams: int) -> Controls:
-    """Controls that change nothing."""
+    """Controls without penalties and filters, which pick the most likely token."""
     cells = (sessions, streams)
     return Controls(
         Sampling(
@@ -721,7 +737,7 @@ def _neutral_controls(sessions: int, streams: int) -> Controls:
 
 
 def _check_mesh(config: ModelConfig, sessions: int, mesh: Mesh) -> None:
-    """Raises UserError when an axis of the mesh does not divide what lies along it."""
+    """Raises UserError if the size of a mesh axis does not divide an array dimension along it."""
     lengths = {
         "batch": (sessions, "sessions"),
         "heads": (config.num_heads, "model.num_heads"),

@@ -1,9 +1,9 @@
 """The compiled functions of an engine.
 
-They read a table, advance all sessions by one row or by several, and copy sessions. Everything that
-a user may change while sessions run enters as arrays, so no change recompiles. On a mesh the
-functions that run the model are one `shard_map`, as in training; sessions lie along the mesh axes
-of `batch`.
+They read a table, advance all sessions by one or several rows, and copy sessions. All settings that
+a user may change while sessions run are arrays, so changing them does not recompile. On a mesh,
+each function that runs the model is one `shard_map`, as in training, and sessions are sharded over
+the mesh axes of `batch`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ from msllm.decode.cache import (
     write_row,
     write_table,
 )
-from msllm.decode.sampling import FREE, Sampled, Sampling, row_keys, sample
+from msllm.decode.sampling import FREE, Array, Sampled, Sampling, row_keys, sample
 from msllm.kernels import cpu as cpu_kernels
 from msllm.model.attention.backend import Backend
 from msllm.model.attention.dispatch import get_backend, portable_backend
@@ -56,18 +56,16 @@ from msllm.sharding import (
 from msllm.streams import Cells, StreamSpec, Visibility, pad_lag
 
 NOWHERE = 1 << 30  # a place beyond any window
-RUN_ROWS = 32  # rows that one call of `run` advances at most
+RUN_ROWS = 32  # the most rows that one call of `run` advances
 
 log = logging.getLogger("msllm")
 
-# jax.Array, np.ndarray, or what stands for an array in a tree of the same type, e.g. its sharding.
-Array: TypeAlias = Any
 Parameters = dict[str, Any]  # nested dicts of arrays
 Weights = dict[str, Any]  # from `DecodeProgram.prepare`; "blocks" is a list of layers
 
 
 class State(NamedTuple):
-    """What the device holds for B sessions."""
+    """The device's state of B sessions."""
 
     cache: Cache
     said: Array  # [B, S, V] bool: tokens that the stream has held, except silence
@@ -75,25 +73,26 @@ class State(NamedTuple):
 
 
 class Controls(NamedTuple):
-    """Settings of each session, until the user changes them; [B, S] unless noted."""
+    """Settings of each session that hold until the user changes them; [B, S] unless noted."""
 
     sampling: Sampling
     presence_penalty: Array  # float32
     seed: Array  # [B] uint32
-    keep: Array  # [B] int32: the first rows, this many, never fall out of the window
+    keep: Array  # [B] int32: the number of first rows that never fall out of the window
 
 
 class RowInputs(NamedTuple):
-    """What the host says about one row of each session; [B, S] unless noted.
+    """The host's inputs for one row of each session; [B, S] unless noted.
 
-    `run` takes several rows, as a first axis.
+    For `run`, every field has a leading axis of rows.
     """
 
     active: Array  # [B] bool: the session advances
-    row: Array  # [B] int32: the number of the row that is read; the next one is sampled
-    read: Array  # int32: its tokens; FREE (in `run`, after the first row): as they were sampled
-    read_present: Array  # bool: its cells that are not absent
-    given: Array  # int32: tokens of the next row that are not sampled but given; else FREE
+    row: Array  # [B] int32: the number of the row that is read; the row after it is sampled
+    # int32: the tokens that are read. In `run`, FREE after the first row means the sampled token.
+    read: Array
+    read_present: Array  # bool: the cells of the row that are not absent
+    given: Array  # int32: tokens of the next row that are set and not sampled; FREE elsewhere
     penalty: Array  # float32: subtracted from the next row's logit of silence
 
 
@@ -101,10 +100,11 @@ class Kernels(NamedTuple):
     """The implementations that a program uses.
 
     Attributes:
-      attention: the backend for tables.
+      attention: the attention backend for tables.
       packed: whether weights are stored in the types that the CPU kernels multiply
         (msllm/model/linear.py).
-      attend_row: attention of a row over a block of the cache, see `cache.attend`; None: by XLA.
+      attend_row: the kernel for attention of a row over a block of the cache (see
+        `cache.attend`); None: use XLA.
     """
 
     attention: Backend
@@ -112,8 +112,8 @@ class Kernels(NamedTuple):
     attend_row: Callable | None = None
 
     @classmethod
-    def choose(cls, platform: str, config: ModelConfig, one_device: bool) -> Kernels:
-        """The fastest ones for a platform (cpu, gpu, tpu)."""
+    def fastest(cls, platform: str, config: ModelConfig, one_device: bool) -> Kernels:
+        """The fastest implementations on a platform (cpu, gpu, tpu)."""
         portable = cls(portable_backend(config))
         if platform != "cpu":
             return portable
@@ -122,12 +122,12 @@ class Kernels(NamedTuple):
             return portable
         suits = config.compute_dtype == "float32" and config.attention in ("auto", "cpu")
         attention = get_backend("cpu") if suits else portable.attention
-        # Weights are packed as a whole, and one of several devices holds only a part.
+        # Packing needs the full weight, and each of several devices holds only a part of it.
         return cls(attention, packed=one_device, attend_row=cpu_kernels.attend_row)
 
 
 class _Specs(NamedTuple):
-    """PartitionSpecs of what passes through `shard_map`."""
+    """PartitionSpecs of the arguments and results of the compiled functions."""
 
     weights: Any
     state: Any
@@ -137,27 +137,29 @@ class _Specs(NamedTuple):
 
 
 class DecodeProgram:
-    """The compiled functions for B sessions of one kind of model. `decode_program` makes it.
+    """The compiled functions for B sessions of one kind of model.
 
-    The functions donate the state that goes in.
+    Make programs with `decode_program`, which lets engines share them. The functions donate the
+    state that they receive, except `take`.
 
     Attributes:
-      streams: S', which is S and the absent streams that make it a multiple of the mesh axis
-        `stream`.
+      streams: S', the number of streams S plus the absent streams that make it a multiple of the
+        size of the mesh axis `stream`.
       layout: the order of the dimensions of keys and values in the cache.
-      prepare: (parameters) -> weights, by layer, in the compute dtype where they are used in it.
-      empty: () -> State.
+      prepare: (parameters) -> weights by layer. Weights of matrix products are in the compute
+        dtype.
+      empty: () -> State without any row.
       read: (weights, state, slot, tokens, present, rows) -> State. Reads a table of `rows` rows,
-        filled up to [1, T, S'], at the beginning of a session.
-      advance: (weights, state, controls, inputs) -> (State, packed Sampled, logits or None). One
-        row.
+        padded to [1, T, S'], into an empty session.
+      advance: (weights, state, controls, inputs) -> (State, packed Sampled, logits or None).
+        Advances by one row.
       run: (weights, state, controls, inputs, rows) -> (State, packed Sampled of [RUN_ROWS, B, S]).
-        `rows` rows.
-      clear: (state, slot) -> State. Makes a session empty.
+        Advances by `rows` rows.
+      clear: (state, slot) -> State. Empties a session.
       copy: (state, source, target) -> State. Copies a session.
-      allow: (state, slot, allowed [S', V]) -> State.
+      allow: (state, slot, allowed [S', V]) -> State. Sets the tokens that a session may sample.
       take: (state, slot) -> the State of one session, with B = 1.
-      put: (state, slot, session) -> State.
+      put: (state, slot, session) -> State. Replaces a session by the result of `take`.
     """
 
     def __init__(
@@ -171,7 +173,20 @@ class DecodeProgram:
         all_logits: bool,
         silence_id: int,
     ):
-        """See `decode_program`."""
+        """Builds the functions. jax compiles each of them when it is first called.
+
+        Args:
+          config: the model's architecture.
+          streams: the model's streams.
+          sessions: B.
+          window: the most rows that a session sees.
+          mesh: None: the default device.
+          cache_dtype: one of `cache.DTYPES`.
+          all_logits: compute and return the logits of all streams, inputs included.
+          silence_id: the silence token; -1 if there is none.
+
+        Raises UserError if `config.block` is a user's class that keeps a state besides the cache.
+        """
         check_block(config, streams.size, cached=True)
         self.config, self.spec, self.mesh, self.window = config, streams, mesh, window
         self.sessions, self.all_logits, self.silence_id = sessions, all_logits, silence_id
@@ -182,23 +197,23 @@ class DecodeProgram:
         self._axes = {**axes, "blocks": [layer_axes] * config.num_layers}
 
         platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
-        self._kernels = Kernels.choose(platform, config, mesh is None or mesh.size == 1)
+        self._kernels = Kernels.fastest(platform, config, mesh is None or mesh.size == 1)
         self.layout = PANELS if self._kernels.attend_row else ROWS_LAST
         self._block_rows = block_sizes(window, self.layout)[1]
         in_bits = cache_dtype == "bfloat16" and platform == "cpu"
         self._cache_dtype = BITS if in_bits else cache_dtype
-        self._compile_functions(platform)
+        self._jit_functions(platform)
 
-    def _compile_functions(self, platform: str) -> None:
+    def _jit_functions(self, platform: str) -> None:
         specs = self._specs()
         jit = functools.partial(jax.jit, compiler_options=compiler_options(platform))
 
         def on_mesh(spec) -> dict[str, Any]:
-            """Arguments of `jit`."""
+            """The arguments of `jit` that shard the result."""
             return {"out_shardings": _named_shardings(self.mesh, spec)} if self.mesh else {}
 
-        def run_model(function, in_specs, out_specs):
-            """`function(weights, state, ...)`."""
+        def jit_on_shards(function, in_specs, out_specs):
+            """Compiles `function(weights, state, ...)`, which runs the model."""
             if self.mesh is not None:
                 function = jax.shard_map(
                     function,
@@ -210,25 +225,25 @@ class DecodeProgram:
             return jit(function, donate_argnums=1)
 
         def of_rows(spec: PartitionSpec) -> PartitionSpec:
-            """With a first axis of rows."""
+            """The spec with a leading axis of rows."""
             return PartitionSpec(None, *spec)
 
         scalar, table = PartitionSpec(), PartitionSpec(None, None, *partition_spec("stream"))
         logits = partition_spec("batch", "stream", "replicated") if self.all_logits else None
-        before = (specs.weights, specs.state)
+        model_specs = (specs.weights, specs.state)
         self.prepare = jit(self._prepare, **on_mesh(specs.weights))
         self.empty = jit(self._empty, **on_mesh(specs.state))
-        self.read = run_model(
-            self._read, (*before, scalar, table, table, scalar), out_specs=specs.state
+        self.read = jit_on_shards(
+            self._read, (*model_specs, scalar, table, table, scalar), out_specs=specs.state
         )
-        self.advance = run_model(
+        self.advance = jit_on_shards(
             self._advance,
-            (*before, specs.controls, specs.inputs),
+            (*model_specs, specs.controls, specs.inputs),
             out_specs=(specs.state, specs.sampled, logits),
         )
-        self.run = run_model(
+        self.run = jit_on_shards(
             self._run,
-            (*before, specs.controls, RowInputs(*map(of_rows, specs.inputs)), scalar),
+            (*model_specs, specs.controls, RowInputs(*map(of_rows, specs.inputs)), scalar),
             out_specs=(specs.state, of_rows(specs.sampled)),
         )
         self.clear = jit(self._clear, donate_argnums=0, **on_mesh(specs.state))
@@ -238,11 +253,10 @@ class DecodeProgram:
         self.take = jit(self._take, **on_mesh(jax.tree.map(lambda _: scalar, specs.state)))
 
     def _specs(self) -> _Specs:
-        """How everything lies on the mesh."""
         cells, per_session = partition_spec("batch", "stream"), partition_spec("batch")
 
         def weight_spec(axes):
-            # Packed weights have other dimensions, and are on one device.
+            # Packed weights have other dimensions, and are used on a single device only.
             return PartitionSpec() if self._kernels.packed else partition_spec(*axes)
 
         def blocks_spec(axes, layers: list[Blocks]):
@@ -256,8 +270,8 @@ class DecodeProgram:
         cache_spec = Cache(
             blocks_spec(self.layout.keys, cache.keys),
             blocks_spec(self.layout.values, cache.values),
-            # All queries come to all keys, so every device of the mesh axis `stream` knows which
-            # cells are present.
+            # The queries of all streams attend to the keys of each device, so every device along
+            # the mesh axis `stream` holds the cells of all streams.
             Cells(*[per_session] * 4),
         )
         vocabulary = PartitionSpec(*cells, None)
@@ -284,15 +298,15 @@ class DecodeProgram:
         return State(cache, jnp.full(tokens, False), jnp.full(tokens, True))
 
     def _prepare(self, parameters: Parameters) -> Weights:
-        """Weights as every row uses them, so that no row converts them.
+        """Converts the weights once to the form in which every row uses them.
 
-        Weights of matrix products are in the compute dtype, and in the types that the kernels
-        multiply. Each layer has its own arrays.
+        The weights of matrix products get the compute dtype, and are packed if the kernels need
+        that. Each layer has its own arrays.
         """
         dtype = self.config.compute_dtype
 
         def cast(x):
-            # Norms stay float32: they have two dimensions, one of them the layers.
+            # The scales of norms stay float32. They have two dimensions: layers and features.
             return x.astype(dtype) if x.ndim > 2 else x
 
         blocks = jax.tree.map(cast, parameters["blocks"])
@@ -312,7 +326,7 @@ class DecodeProgram:
         return {**parameters, **tables, "blocks": layers}
 
     def _pack(self, parameters: Parameters) -> dict[str, Any]:
-        """The blocks, with the weights that `linear` and `linear_back` multiply packed."""
+        """The blocks, in which the weights of `linear` and `linear_back` are packed."""
 
         def pack(variable: nnx.Variable):
             weight = variable.get_value()
@@ -325,16 +339,16 @@ class DecodeProgram:
         return nnx.to_pure_dict(variables, extract_fn=pack)
 
     def _layers(self, weights: Weights) -> list[MultiStreamLM]:
-        """The model, once per layer: `blocks` of the i-th model has the weights of layer i."""
+        """One model per layer: `blocks` of the i-th model has the weights of layer i."""
         return [bind(self.graph, {**weights, "blocks": layer}) for layer in weights["blocks"]]
 
     def _apply_blocks(
         self, layers: Sequence[MultiStreamLM], x: jax.Array, angles: Angles, cache: Cache, attend
     ) -> tuple[jax.Array, list[Blocks], list[Blocks]]:
-        """All layers in turn, each with its part of the cache.
+        """Applies all layers, each with its own part of the cache.
 
         Args:
-          attend: (q, k, v, keys, values) -> (output, new keys, new values), of one layer.
+          attend: (q, k, v, keys, values) -> (output, new keys, new values), for one layer.
 
         Returns: the last layer's output, and the new keys and values of the cache.
         """
@@ -351,7 +365,7 @@ class DecodeProgram:
         return x, all_keys, all_values
 
     def _cells(self, row: jax.Array, tokens: jax.Array, present: jax.Array) -> Cells:
-        """Cells of rows [B, T] with tokens and present [B, T, streams of this device]."""
+        """The cells of rows [B, T], from tokens and present [B, T, streams of this device]."""
         seen = present & (tokens != self.silence_id) if self.spec.skip_silence else present
         return Cells(row, jnp.ones_like(row), present, seen)
 
@@ -363,12 +377,15 @@ class DecodeProgram:
         inputs: RowInputs,
         tokens: jax.Array,
     ) -> tuple[State, Sampled, jax.Array | None]:
-        """Reads a row of `tokens` [B, S] and samples the next one; logits are [B, S, V] or None."""
+        """Reads a row of `tokens` [B, S] and samples the next row.
+
+        Returns: the new state, the sampled row, and its logits [B, S, V] or None.
+        """
         layers, size = self._layers(weights), tokens.shape[1]
         streams = axis_index("stream") * size + jnp.arange(size)
         cells = self._cells(inputs.row[:, None], tokens[:, None], inputs.read_present[:, None])
         all_cells = _of_all_streams(cells)
-        # A session that does not advance writes beyond its window, which stores nothing.
+        # A session that does not advance writes to a place beyond its window: nothing is stored.
         at = jnp.where(inputs.active, place(inputs.row, controls.keep, self.window), NOWHERE)
         read_rows = jnp.minimum(inputs.row + 1, self.window)
         filled = jnp.max(jnp.where(inputs.active, read_rows, 1))
@@ -399,8 +416,8 @@ class DecodeProgram:
         def zeros():
             return jax.tree.map(jnp.zeros_like, angles())
 
-        # A condition keeps XLA:CPU from fusing the angles, with their cosines, into the rotations
-        # of every layer.
+        # The conditional keeps XLA:CPU from fusing the angles into the rotations of every layer,
+        # which would compute the cosines again in each of them.
         return jax.lax.cond(jnp.any(inputs.active), angles, zeros)
 
     def _sample(
@@ -414,7 +431,8 @@ class DecodeProgram:
     ) -> tuple[Sampled, jax.Array | None]:
         """Samples the next row from the last block's output x [B, S, D].
 
-        Streams that are inputs on all devices need no logits: their tokens are given.
+        Input streams need no logits, because their tokens are given. Their logits are left out
+        where that holds for the same places on all devices.
         """
         needed = [self.all_logits or kind != "input" for kind in self.spec.kinds]
         subset = StreamSubset.of(needed, x.shape[1])
@@ -476,7 +494,10 @@ class DecodeProgram:
         present: jax.Array,
         rows: jax.Array,
     ) -> State:
-        """Reads a table [1, T, S] with `rows` real rows into an empty slot; T <= the window."""
+        """Reads a table [1, T, S], whose first `rows` rows are real, into an empty slot.
+
+        T is at most the window.
+        """
         layers, size = self._layers(weights), tokens.shape[2]
         row = jnp.arange(tokens.shape[1])[None]
         is_real = row < rows
@@ -507,15 +528,15 @@ class DecodeProgram:
         return State(Cache(keys, values, known_cells), said, state.allowed)
 
     def _local_slot(self, slot: jax.Array, sessions: int) -> jax.Array:
-        """The slot among the `sessions` of this device; beyond them if another device holds it."""
-        device = 0  # the place of this device along the mesh axes of `batch`
+        """The slot among the `sessions` of this device; `sessions` if another device holds it."""
+        device = 0  # the index of this device along the mesh axes of `batch`
         for axis in mesh_axes("batch"):
             device = device * axis_size(axis) + axis_index(axis)
         local = slot - device * sessions
         return jnp.where((local >= 0) & (local < sessions), local, sessions)
 
     def _clear(self, state: State, slot: jax.Array) -> State:
-        """Keys and values stay where they are: no query sees them, since no cell is seen."""
+        # The keys and values stay in memory. No query sees them, because no cell is present.
         cells = state.cache.cells
         cells = cells._replace(
             row=cells.row.at[slot].set(UNREAD),
@@ -540,36 +561,12 @@ class DecodeProgram:
         )
 
 
-@functools.lru_cache(maxsize=16)
-def decode_program(
-    config: ModelConfig,
-    streams: StreamSpec,
-    sessions: int,
-    window: int,
-    mesh: Mesh | None,
-    cache_dtype: str,
-    all_logits: bool,
-    silence_id: int,
-) -> DecodeProgram:
-    """The program for engines of one kind, which share it.
-
-    Args:
-      sessions: B.
-      window: rows that a session sees at most.
-      mesh: None: the default device.
-      cache_dtype: one of `cache.DTYPES`.
-      all_logits: compute and return the logits of all streams, those of inputs included.
-      silence_id: -1 if there is none.
-
-    Raises UserError if `config.block` is a class of the user that keeps a state besides the cache.
-    """
-    return DecodeProgram(
-        config, streams, sessions, window, mesh, cache_dtype, all_logits, silence_id
-    )
+# Engines with the same arguments share a program, and with it the compiled functions.
+decode_program = functools.lru_cache(maxsize=16)(DecodeProgram)
 
 
 def _of_all_streams(cells: Cells) -> Cells:
-    """The cells of this device's streams and of those of all others."""
+    """The cells of the streams of all devices, from those of this device's streams."""
     return cells._replace(present=gather_streams(cells.present), seen=gather_streams(cells.seen))
 
 

@@ -1,6 +1,6 @@
-"""From logits to tokens, on the device: penalties, filters, draws.
+"""Samples tokens from logits on the device, with penalties and filters.
 
-All settings are arrays, so no change of a setting recompiles.
+All settings are arrays, so changing them does not recompile.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ import numpy as np
 # jax.Array, np.ndarray, or what stands for an array in a tree of the same type, e.g. its sharding.
 Array: TypeAlias = Any
 
-FREE = -1  # in an array of given tokens: the model chooses
+FREE = -1  # in an array of given tokens: the model samples this cell
 
 
 class Sampling(NamedTuple):
-    """Settings of sampling, one array [...] each; an engine has [B, S]."""
+    """Sampling settings as arrays of one shape [...]; an engine has [B, S]."""
 
     temperature: Array  # float32; 0: the most likely token
     top_k: Array  # int32; 0: all
     top_p: Array  # float32
-    top_p_inside: Array  # bool: drop the token that crosses top_p as well
+    top_p_inside: Array  # bool: also drop the token that crosses top_p
     min_p: Array  # float32
     min_probability: Array  # float32
 
 
 class Sampled(NamedTuple):
-    """The tokens of one row, [B, S] each, with measures of the unmodified distribution.
+    """The tokens of one row, and measures of the unmodified distribution; [B, S] each.
 
-    The unmodified distribution is the model's own, without penalties and filters.
+    The unmodified distribution is the model's own, before penalties and filters.
     """
 
     tokens: Array  # int32
-    logprob: Array  # float32, nats: of the token
+    logprob: Array  # float32, nats: the log-probability of the token
     entropy: Array  # float32, nats
 
     def packed(self) -> jax.Array:
@@ -51,10 +51,10 @@ class Sampled(NamedTuple):
 
 
 def filtered_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits [..., V] float32 over the temperature, -inf where a filter drops the token.
+    """Logits [..., V] float32 divided by the temperature, -inf where a filter drops the token.
 
-    The filters follow each other, and each sees the probabilities that the one before it left,
-    normalised. The most likely token always stays.
+    The filters apply in the order below. Each one sees the normalised probabilities of the tokens
+    that the previous filters kept. The most likely token is always kept.
 
     - top_k: the k most likely tokens (0: all).
     - top_p: in descending order, tokens whose predecessors' probabilities sum to at most p (nucleus
@@ -72,7 +72,7 @@ def filtered_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
     probability = jax.nn.softmax(jnp.where(keep, ranked, -jnp.inf), axis=-1)
     through = jnp.cumsum(probability, axis=-1)
     before = jnp.concatenate([jnp.zeros_like(through[..., :1]), through[..., :-1]], axis=-1)
-    # Rounding may take a sum above 1: top_p = 1 must drop nothing.
+    # Rounding may lift a sum above 1, and top_p = 1 must drop nothing.
     keep &= (jnp.where(each.top_p_inside, through, before) <= each.top_p) | (each.top_p >= 1)
     keep &= probability >= each.min_p * probability[..., :1]
     left = jnp.sum(jnp.where(keep | (rank == 0), probability, 0.0), axis=-1, keepdims=True)
@@ -82,10 +82,12 @@ def filtered_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def row_keys(seed: jax.Array, row: jax.Array, streams: jax.Array) -> jax.Array:
-    """Random keys [B, S]: a draw depends on its session's seed, its row and its stream alone.
+    """Random keys [B, S]. A draw depends only on its session's seed, its row and its stream.
 
     Args:
-      seed: [B] uint32. row: [B] int32. streams: [S] int32.
+      seed: [B] uint32.
+      row: [B] int32.
+      streams: [S] int32.
     """
 
     def keys_of_session(seed, row):
@@ -104,16 +106,16 @@ def sample(
     keys: jax.Array,
     active: jax.Array,
 ) -> Sampled:
-    """Chooses a token for each cell.
+    """Samples a token for each cell.
 
     Args:
       logits: [B, S, V] float32.
-      bias: [B, S, V] float32, what the penalties add to the logits.
-      allowed: [B, S, V] bool, the tokens that may be chosen.
+      bias: [B, S, V] float32, added to the logits: the negative penalties.
+      allowed: [B, S, V] bool, the tokens that may be sampled.
       sampling: [B, S] each.
-      given: [B, S] int32, tokens that are not chosen but given; FREE elsewhere.
+      given: [B, S] int32, tokens that are set and not sampled; FREE elsewhere.
       keys: [B, S], from `row_keys`.
-      active: [B] bool, the sessions whose tokens are used. The others cause no work.
+      active: [B] bool, the sessions whose tokens are used. Nothing is drawn for the others.
     """
     steered = jnp.where(allowed, logits + bias, -jnp.inf)
     best = _argmax(steered)
@@ -140,28 +142,28 @@ def _draw(logits, draws, best, sampling: Sampling, keys) -> jax.Array:
     def plain():
         return logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[..., None]
 
-    # Sorting the vocabulary costs more than a small model: it is done only where a filter needs it.
+    # Sorting the vocabulary costs more than a small model, so sort only if a filter needs it.
     scaled = jax.lax.cond(jnp.any(draws & ~unfiltered), filtered, plain)
     return jnp.where(draws, jax.vmap(jax.vmap(jax.random.categorical))(keys, scaled), best)
 
 
 def _logprob_and_entropy(logits, tokens) -> tuple[jax.Array, jax.Array]:
-    """Of the softmax of logits [B, S, V]: the log-probability of the tokens, and the entropy."""
+    """The log-probability of the tokens and the entropy, under the softmax of logits [B, S, V]."""
     # log p = z - log(sum(e^z)), entropy = log(sum(e^z)) - sum(e^z z) / sum(e^z).
     top = jnp.max(logits, axis=-1)
     z = logits - top[..., None]
     weights = jnp.exp(z)
     norm = jnp.sum(weights, axis=-1)
     weighted = jnp.where(z > -jnp.inf, weights * z, 0.0)
-    of_token = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    logprob = of_token - top - jnp.log(norm)
+    token_logits = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    logprob = token_logits - top - jnp.log(norm)
     return logprob, jnp.log(norm) - jnp.sum(weighted, axis=-1) / norm
 
 
 def _argmax(x: jax.Array) -> jax.Array:
-    """`argmax` over the last axis; the last index where all are nan.
+    """`argmax` over the last axis; the last index if all entries are nan.
 
-    XLA:CPU vectorizes this form, and not its own argmax.
+    XLA:CPU vectorizes this form, but not its own argmax.
     """
     index = jnp.arange(x.shape[-1])
     return jnp.min(jnp.where(x == jnp.max(x, axis=-1, keepdims=True), index, index[-1]), axis=-1)

@@ -1,4 +1,4 @@
-"""The host's side of one session: options, queues of input, rows so far, and when it ends.
+"""The host side of a session: options, input queues, the rows so far and stop conditions.
 
 Nothing here runs on the device.
 """
@@ -25,52 +25,52 @@ from msllm.weights.load import LoadedModel
 class DecodeOptions:
     """How rows are sampled.
 
-    Where a type allows a tuple, one value is for all streams, and a tuple has one per stream.
+    An option whose type allows a tuple takes one value for all streams, or one value per stream.
     """
 
     temperature: float | tuple[float, ...] = 0.0  # 0: the most likely token
     top_k: int | tuple[int, ...] = 0  # only the k most likely tokens; 0: all
     # only the most likely tokens, until their probabilities exceed p
     top_p: float | tuple[float, ...] = 1.0
-    top_p_inside: bool | tuple[bool, ...] = False  # drop the token that crosses top_p as well
+    top_p_inside: bool | tuple[bool, ...] = False  # also drop the token that crosses top_p
     # only tokens at least min_p times as likely as the most likely one
     min_p: float | tuple[float, ...] = 0.0
     # only tokens of at least this probability, after all other filters
     min_probability: float | tuple[float, ...] = 0.0
     # subtracted once from the logit of every token that the stream has held before, except silence
     presence_penalty: float | tuple[float, ...] = 0.0
-    # subtracted from the logit of silence once the input has ended
+    # subtracted from the logit of silence after the input has ended
     silence_penalty: float | tuple[float, ...] = 0.0
     penalty_ramp: int = 5  # rows over which silence_penalty grows linearly to its full value
-    # The first row with a silence penalty. None: the penalty follows the input; it begins in the
-    # second row after the last token that was fed (silence aside), and is off before the first one.
+    # The first row with a silence penalty. None: the penalty follows the input. It begins in the
+    # second row after the last fed token that is not silence, and is off before the first one.
     penalty_start: int | None = None
-    # streams that are silent whatever the model would sample; what they are fed waits
+    # streams that are forced to be silent; tokens that are fed to them wait in the queue
     ablated: tuple[str, ...] = ()
     seed: int = 0
 
 
-class _Rule(NamedTuple):
-    """What an option must be."""
+class _Constraint(NamedTuple):
+    """The type and the valid values of an option."""
 
     dtype: Any
     holds: Callable[[np.ndarray], Any]
     text: str
 
 
-_NON_NEGATIVE = _Rule(
+_NON_NEGATIVE = _Constraint(
     np.float32, lambda x: (x >= 0) & np.isfinite(x), "must be a number >= 0 (0: the best)"
 )
-_SHARE = _Rule(np.float32, lambda x: (x >= 0) & (x <= 1), "must be in [0, 1]")
-_FINITE = _Rule(np.float32, np.isfinite, "must be a finite number")
+_PROBABILITY = _Constraint(np.float32, lambda x: (x >= 0) & (x <= 1), "must be in [0, 1]")
+_FINITE = _Constraint(np.float32, np.isfinite, "must be a finite number")
 # The options with one value per stream.
-_RULES = {
+_CONSTRAINTS = {
     "temperature": _NON_NEGATIVE,
-    "top_k": _Rule(np.int32, lambda x: x >= 0, "must be >= 0 (0: all tokens)"),
-    "top_p": _Rule(np.float32, lambda x: (x > 0) & (x <= 1), "must be in (0, 1]"),
-    "top_p_inside": _Rule(bool, np.isfinite, "must be true or false"),
-    "min_p": _SHARE,
-    "min_probability": _SHARE,
+    "top_k": _Constraint(np.int32, lambda x: x >= 0, "must be >= 0 (0: all tokens)"),
+    "top_p": _Constraint(np.float32, lambda x: (x > 0) & (x <= 1), "must be in (0, 1]"),
+    "top_p_inside": _Constraint(bool, np.isfinite, "must be true or false"),
+    "min_p": _PROBABILITY,
+    "min_probability": _PROBABILITY,
     "presence_penalty": _FINITE,
     "silence_penalty": _FINITE,
 }
@@ -79,16 +79,16 @@ _RULES = {
 def per_stream(options: DecodeOptions, streams: StreamSpec) -> dict[str, np.ndarray]:
     """The options that have one value per stream, and `ablated`: {name: [S]}. Raises UserError."""
     arrays = {}
-    for name, rule in _RULES.items():
+    for name, constraint in _CONSTRAINTS.items():
         value = getattr(options, name)
-        array = np.asarray(value, rule.dtype)
+        array = np.asarray(value, constraint.dtype)
         if array.shape not in ((), (streams.size,)):
             raise UserError(
                 f"{name} is {value!r}: must be one value, or one for each of the {streams.size}"
                 " streams"
             )
-        if not np.all(rule.holds(array)):
-            raise UserError(f"{name} is {value!r}: {rule.text}")
+        if not np.all(constraint.holds(array)):
+            raise UserError(f"{name} is {value!r}: {constraint.text}")
         arrays[name] = np.broadcast_to(array, (streams.size,))
     if options.penalty_ramp < 1:
         raise UserError(f"penalty_ramp is {options.penalty_ramp}: must be at least one row")
@@ -99,48 +99,48 @@ def per_stream(options: DecodeOptions, streams: StreamSpec) -> dict[str, np.ndar
 
 @dataclasses.dataclass(frozen=True)
 class Stop:
-    """When iterating over a session ends: as soon as one condition holds.
+    """Conditions that end the iteration over a session. One of them is enough.
 
-    `Session.step` goes on whenever it is called.
+    `Session.step` and `Session.run` ignore them.
     """
 
-    rows: int = 0  # the session has this many rows, the prefill included; 0: no limit
+    rows: int = 0  # the session has this many rows, including the prefill; 0: no limit
     silent_rows: int = 0  # this many rows in succession were silent in all streams; 0: no limit
     # {stream: tokens}: the stream shows one of the tokens
     tokens: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
-    when: Callable[[Row], bool] | None = None  # this function returns True for a row
+    when: Callable[[Row], bool] | None = None  # the function returns True for a row
 
 
 class Row(NamedTuple):
-    """One row as it is shown."""
+    """One row as the session shows it."""
 
     index: int  # type: ignore[assignment]  # the number of the row in the session
     tokens: np.ndarray  # [S] int32; 0 where absent
     present: np.ndarray  # [S] bool
-    # [S] float32, nats: of the tokens in the unmodified distribution, without penalties and
-    # filters; nan for inputs and in a first row
+    # [S] float32, nats: the log-probability of the tokens in the unmodified distribution, before
+    # penalties and filters; nan for inputs and in a first row
     logprob: np.ndarray
     entropy: np.ndarray  # [S] float32, nats: of the unmodified distribution; nan as above
-    text: tuple[str, ...] | None  # the text that each stream gained; None without a tokenizer
+    text: tuple[str, ...] | None  # the text that each stream gains; None without a tokenizer
     logits: np.ndarray | None  # [S, V] float32 before penalties, from an engine with all_logits
 
 
 class Transcript(NamedTuple):
     """The rows in a session's window, as the model reads them."""
 
-    row: np.ndarray  # [R] int32: their numbers
+    row: np.ndarray  # [R] int32: the numbers of the rows
     tokens: np.ndarray  # [R, S] int32; 0 where absent
     present: np.ndarray  # [R, S] bool
 
 
 class Script:
-    """All that the host must know about a session to ask for its next row.
+    """The host's record of a session, which determines the inputs of its next row.
 
     Attributes:
-      options: set them by `set_options`.
+      options: change them with `set_options`.
       rows: the number of rows so far.
       tokens, present: [S], the last row.
-      silent_rows: how many of the last rows were silent in all streams.
+      silent_rows: the number of rows at the end that are silent in all streams.
       finished: the condition of `stop` that the last row met; None: none.
       allowed: {stream index: tokens that may be sampled}; streams without an entry: all.
     """
@@ -173,8 +173,10 @@ class Script:
         self._fed: list[collections.deque[int]] = [collections.deque() for _ in range(size)]
         self._forced: list[collections.deque[int]] = [collections.deque() for _ in range(size)]
         self._is_fed = np.zeros(size, bool)  # cells of the last row that were fed or prefilled
-        self._last_fed_row = -1  # the row of the last token that was fed, silence aside
-        self._texts = [_Text(model.tokenizer) for _ in range(size)] if model.tokenizer else None
+        self._last_fed_row = -1  # the row of the last fed token that is not silence
+        self._detokenizers: list[_Detokenizer] | None = None
+        if model.tokenizer:
+            self._detokenizers = [_Detokenizer(model.tokenizer) for _ in range(size)]
         self.set_options(options)
 
     def set_options(self, options: DecodeOptions) -> None:
@@ -183,7 +185,7 @@ class Script:
         ablated, silence_penalty = arrays["ablated"], arrays["silence_penalty"]
         if self.silence_id is None and (ablated.any() or silence_penalty.any()):
             raise UserError(
-                "ablated streams and silence_penalty need silence: say which token it is,"
+                "ablated streams and silence_penalty need a silence token: pass it as"
                 " silence_id=..."
             )
         self.options, self._ablated, self._silence_penalty = options, ablated, silence_penalty
@@ -195,15 +197,15 @@ class Script:
         if not self._is_input[index]:
             names = [n for n, is_input in zip(self.streams.names, self._is_input) if is_input]
             raise UserError(
-                f"stream {name!r} is no input: inputs are {', '.join(names) or 'none'}; `force`"
-                " takes any"
+                f"stream {name!r} is not an input: inputs are {', '.join(names) or 'none'}; use"
+                " `force` for other streams"
             )
         self._fed[index].extend(self._checked(f"input for stream {name!r}", tokens))
 
     def force(self, stream: str | int, tokens: Sequence[int] | str) -> None:
         """See `Session.force`."""
         index = self._index(stream)
-        what = f"what stream {self.streams.names[index]!r} must say"
+        what = f"forced input of stream {self.streams.names[index]!r}"
         self._forced[index].extend(self._checked(what, tokens, least=FREE))
 
     def allow(self, stream: str | int, tokens: Sequence[int] | str | None) -> None:
@@ -216,7 +218,7 @@ class Script:
         tokens = self._checked(f"allowed tokens of stream {name!r}", tokens)
         if not tokens:
             raise UserError(
-                f"stream {name!r} is allowed no token: name at least one, or None for all"
+                f"stream {name!r} is allowed no token: give at least one, or None to allow all"
             )
         self.allowed[index] = np.array(sorted(set(tokens)))
 
@@ -233,19 +235,19 @@ class Script:
             "_fed",
             "_forced",
             "_is_fed",
-            "_texts",
+            "_detokenizers",
         ):
             setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
         return copied
 
     def prefill(self, tokens: np.ndarray, present: np.ndarray) -> None:
-        """Sets the first rows, [P, S]. The model reads the last of them in the next step."""
+        """Sets the first rows, [P, S]. The model reads the last one in the next step."""
         for row in zip(tokens, present):
             self._append(*row)
         self._is_fed = np.ones(self.streams.size, bool)
 
     def first(self) -> Row:
-        """Shows the first row of a session without a prefill, which no row predicts."""
+        """Shows the first row of a session without a prefill. No row predicts it."""
         given, present = self.given()
         nothing = np.full(self.streams.size, np.nan, np.float32)
         tokens = np.where(given == FREE, self._silence(), given)
@@ -254,7 +256,7 @@ class Script:
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """The last row as the model reads it: tokens [S] and present [S].
 
-        It includes what was fed since the row was shown.
+        It includes tokens that were fed after the row was shown.
         """
         for stream, fed in enumerate(self._fed):
             waits = self._ablated[stream] or self._is_fed[stream]
@@ -265,13 +267,14 @@ class Script:
     def given(
         self, row: int | None = None, last_present: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of a row that are not sampled, and which of its cells are present, [S] each.
+        """The given tokens of a row, and which of its cells are present; [S] each.
 
-        The tokens are FREE where the model samples. Removes them from the queues.
+        The tokens are FREE where the model samples. Tokens that come from a queue are removed from
+        it.
 
         Args:
-          row: the number of the row; None: the next one.
-          last_present: which cells of the row before are present; None: those of the last row.
+          row: the number of the row; None: the next row.
+          last_present: which cells of the row before it are present; None: those of the last row.
         """
         row = self.rows if row is None else row
         last_present = self.present if last_present is None else last_present
@@ -306,23 +309,26 @@ class Script:
         entropy: np.ndarray,
         logits: np.ndarray | None = None,
     ) -> Row:
-        """Appends the row that the device sampled; arguments as in `Row`."""
+        """Appends the row that the device sampled. The arguments are as in `Row`."""
         tokens = tokens * present  # absent cells hold token 0
         self._append(tokens, present)
         spoken = present & (tokens != self.silence_id)
         text = None
-        if self._texts is not None:
-            cells = zip(self._texts, tokens, spoken)
-            text = tuple(text.grow(int(token)) if here else "" for text, token, here in cells)
+        if self._detokenizers is not None:
+            cells = zip(self._detokenizers, tokens, spoken)
+            text = tuple(
+                detokenizer.add(int(token)) if is_spoken else ""
+                for detokenizer, token, is_spoken in cells
+            )
         row = Row(self.rows - 1, tokens.copy(), present, logprob, entropy, text, logits)
         self.silent_rows = 0 if np.count_nonzero(spoken) else self.silent_rows + 1
         self.finished = self._stop_reason(row)
         return row
 
     def waiting(self) -> dict[str, int]:
-        """{input stream: number of tokens that were fed and not yet shown}."""
-        sizes = zip(self.streams.names, self._is_input, self._fed)
-        return {name: len(fed) for name, is_input, fed in sizes if is_input}
+        """{input stream: number of fed tokens that are not in a row yet}."""
+        queues = zip(self.streams.names, self._is_input, self._fed)
+        return {name: len(fed) for name, is_input, fed in queues if is_input}
 
     def transcript(self, last: int | None = None) -> Transcript:
         """The rows in the window, or the last `last` of them."""
@@ -338,15 +344,15 @@ class Script:
         return Transcript(number, tokens, present)
 
     def _append(self, tokens: np.ndarray, present: np.ndarray) -> None:
-        # `tokens` and the transcript share the array: a token that is fed before the row is read
-        # appears in both.
+        # `self.tokens` and the transcript share this array, so a token that is fed before the
+        # model reads the row appears in both.
         self.tokens, self.present = tokens, present
         rows = self._kept_rows if self.rows < self.keep else self._recent_rows
         rows.append((tokens, present))
         self.rows += 1
 
     def _take(self, stream: int, tokens: np.ndarray, row: int) -> None:
-        """Moves a token from the stream's queue of input into the tokens of row `row`."""
+        """Moves a token from the stream's input queue into `tokens`, those of row `row`."""
         tokens[stream] = self._fed[stream].popleft()
         self._is_fed[stream] = True
         if tokens[stream] != self.silence_id:
@@ -369,12 +375,10 @@ class Script:
         return index
 
     def _checked(self, what: str, tokens: Sequence[int] | str, least: int = 0) -> list[int]:
-        """Token ids of tokens or a text. Raises UserError; `what` names them in its message."""
+        """The ids of tokens or of a text. Raises UserError, in which `what` names the argument."""
         if isinstance(tokens, str):
             if self._tokenizer is None:
-                raise UserError(
-                    f"{what} is text and the model came without a tokenizer: give token ids"
-                )
+                raise UserError(f"{what} is text, and the model has no tokenizer: give token ids")
             tokens = self._tokenizer.encode(tokens)
         array = np.asarray(tokens)
         check_tokens(what, array, self._vocab_size, least)
@@ -383,14 +387,14 @@ class Script:
     def _silence(self) -> int:
         if self.silence_id is None:
             raise UserError(
-                "a cell must be silent and the model has no tokenizer: prefill, or give"
-                " silence_id=..."
+                "a cell must be silent, and the model has no tokenizer: pass the silence token as"
+                " silence_id=..., or a prefill"
             )
         return self.silence_id
 
 
 def check_tokens(what: str, tokens: np.ndarray, vocab_size: int, least: int = 0) -> None:
-    """Raises UserError unless all tokens are integers from `least` on, and in the vocabulary."""
+    """Raises UserError unless all tokens are integers from `least` to `vocab_size - 1`."""
     if tokens.size and not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"{what} has type {tokens.dtype}: must be integers")
     if tokens.size and not (least <= tokens.min() and tokens.max() < vocab_size):
@@ -398,17 +402,18 @@ def check_tokens(what: str, tokens: np.ndarray, vocab_size: int, least: int = 0)
         raise UserError(f"{what} holds token {bad}: the vocabulary has ids 0 to {vocab_size - 1}")
 
 
-class _Text:
-    """The text of one stream, token by token.
+class _Detokenizer:
+    """Decodes the tokens of one stream one at a time.
 
-    The text of a token may depend on the tokens before it, or wait for the next one.
+    The text of a token may depend on the tokens before it. A token that ends inside a character
+    has no text until the next tokens complete the character.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer, self._shown = tokenizer, ""
         self._tokens: list[int] = []
 
-    def grow(self, token: int) -> str:
+    def add(self, token: int) -> str:
         """The text that this token adds."""
         self._tokens.append(token)
         text = self._tokenizer.decode(self._tokens)
@@ -421,7 +426,7 @@ class _Text:
             self._shown = self._tokenizer.decode(self._tokens)
         return new
 
-    def __deepcopy__(self, memo: dict) -> _Text:
-        copied = _Text(self._tokenizer)
+    def __deepcopy__(self, memo: dict) -> _Detokenizer:
+        copied = _Detokenizer(self._tokenizer)
         copied._tokens, copied._shown = list(self._tokens), self._shown
         return copied
