@@ -8,8 +8,8 @@
         session.feed("user", "hello")
         rows = session.run(24)
 
-Names are loaded when they are first used. So `import msllm` is quick, does not import jax, and
-changes nothing in the process.
+Names are imported on first use. `import msllm` is therefore fast, does not import jax and has no
+side effects.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ __all__ = [
     "train",
 ]
 
-# The module that each of these names comes from.
+# {module: the public names that it defines}
 _MODULES = {
     "config": ("Config", "default_config", "from_config_dict"),
     "data.prepare": ("prepare",),

@@ -1,4 +1,4 @@
-"""`python -m msllm COMMAND` is the command `msllm COMMAND`."""
+"""`python -m msllm COMMAND` runs the command `msllm COMMAND`."""
 
 import sys
 

@@ -1,9 +1,9 @@
 """Every setting of msllm: frozen dataclasses for the program, a ConfigDict for people.
 
 A file in `configs/` calls `default_config()`, changes values and returns the ConfigDict (of
-ml_collections). The command line may override any of them (`--config.optim.lr=1e-3`). Then
-`from_config_dict` turns the ConfigDict, once, into a `Config`. The dataclasses below are the only
-place where a setting, its default and its meaning are written.
+ml_collections). The command line may override any value (`--config.optim.lr=1e-3`).
+`from_config_dict` then converts the ConfigDict to a `Config`. The dataclasses below are the only
+place that defines the settings, their defaults and their meaning.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from msllm.errors import UserError
 
 
 def _import_path(default: Any = "") -> Any:
-    """A setting, or a tuple of settings, that may name code by its import path."""
+    """A setting that may name code by its import path, or a tuple of such names."""
     return dataclasses.field(default=default, metadata={"import_path": True})
 
 
-INPUT_ONLY = ("full", "offload")  # remat policies that save nothing of a layer but its input
+INPUT_ONLY = ("full", "offload")  # remat policies that save only a layer's input
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScalingConfig:
-    """Change of the rotary frequencies for contexts longer than those trained on."""
+    """Scaling of the rotary frequencies for contexts longer than those trained on."""
 
     # none | linear (all frequencies / factor) | llama3, yarn (only low frequencies / factor)
     kind: str = "none"
@@ -52,7 +52,7 @@ class RopeScalingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the decoder. It has the form of Qwen3; options turn it into Llama or Qwen2.5."""
+    """Architecture of the decoder: Qwen3 by default; options turn it into Llama or Qwen2.5."""
 
     vocab_size: int = 0  # V; 0: the tokenizer's size
     d_model: int = 256  # D: width of the hidden states
@@ -68,16 +68,16 @@ class ModelConfig:
     norm_eps: float = 1e-6  # added to the mean square inside RMSNorm
     rope_theta: float = 1e6  # base of the rotary frequencies
     rope_scaling: RopeScalingConfig = RopeScalingConfig()
-    # the layers: empty = attention and MLP as in Qwen3; or package.module:Class
-    # (docs/extending/layer.md)
+    # the class of the layers: package.module:Class (docs/extending/layer.md); empty: attention and
+    # MLP as in Qwen3
     block: str = _import_path()
-    # float32 | bfloat16: of activations and matrix products; parameters are always float32
+    # dtype of activations and matrix products: float32 | bfloat16; parameters are always float32
     compute_dtype: str = "float32"
     # auto (chosen for the device) | splash (TPU) | gpu | cpu | chunked (any device) |
     # reference (any device; memory O(L^2), for tests)
     attention: str = "auto"
-    # gather keys and values over the stream axis in this many parts of the kv heads; more parts
-    # take less memory; must divide num_kv_heads
+    # number of parts, along the kv heads, in which keys and values are gathered over the stream
+    # axis; more parts need less memory; must divide num_kv_heads
     kv_parts: int = 1
     # pass keys and values around the devices of the stream axis instead of gathering them
     kv_ring: bool = False
@@ -99,7 +99,7 @@ class StreamsConfig:
     visibility: str = _import_path("block_causal")
     # edges that differ from `visibility`, as (reader, source, lag); lag: "3" (rows) or "never"
     lags: tuple[tuple[str, str, str], ...] = ()
-    skip_silence: bool = False  # cells that are silent are not seen by other cells
+    skip_silence: bool = False  # other cells do not see silent cells
     # per stream, the number of rows by which the data is shifted down; empty: 0
     delays: tuple[int, ...] = ()
 
@@ -113,19 +113,19 @@ class TokenizerConfig:
     model_type: str = "unigram"  # of a trained tokenizer: unigram | bpe | word | char
     vocab_size: int = 4096  # of a trained tokenizer: at most this many pieces
     silence: str = "<silence>"  # the piece that means "this stream says nothing now"
-    # of a trained tokenizer: further control pieces, to which no text encodes
+    # of a trained tokenizer: further control pieces; no text encodes to them
     reserved: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class VaryConfig:
-    """Changes of every table after its converter. Of several values each example draws one."""
+    """Random changes to converted examples. Each example draws one of the values of a setting."""
 
     lead: tuple[int, ...] = (0,)  # silent rows before the example
     pause_percent: float = 0.0  # percent of the rows before which all streams pause
     pause_rows: tuple[int, ...] = (1,)  # lengths of a pause, in rows
-    permute: tuple[str, ...] = ()  # streams whose contents are exchanged at random
-    # alternatives to streams.delays, each with one number of rows per stream
+    permute: tuple[str, ...] = ()  # streams whose contents change places at random
+    # values to draw in place of streams.delays, each with one number of rows per stream
     delays: tuple[tuple[int, ...], ...] = ()
 
 
@@ -134,17 +134,17 @@ class MixtureConfig:
     """Several prepared directories to train on, with the same streams, rows and tokenizer."""
 
     dirs: tuple[str, ...] = ()  # one directory per source; empty: data.dir alone
-    names: tuple[str, ...] = ()  # of the sources, in metrics; empty: the directories' names
-    # per source, its share of the tokens counted; the shares may have any sum
+    names: tuple[str, ...] = ()  # names of the sources in metrics; empty: the directories' names
+    # per source, its share of the counted tokens; the shares need not sum to 1
     weights: tuple[float, ...] = ()
-    # other weights from a step on: (step, weights), ...
+    # new weights from a step on, as (step, weights) pairs
     schedule: tuple[tuple[int, tuple[float, ...]], ...] = ()
-    # streams whose tokens are counted, without silence; empty: all streams
+    # streams whose tokens count, silence excepted; empty: all streams
     streams: tuple[str, ...] = ()
 
     @property
     def source_names(self) -> tuple[str, ...]:
-        """The name of each source, given or from its directory."""
+        """The name of each source: as given, or the name of its directory."""
         return self.names or tuple(pathlib.PurePath(path).name for path in self.dirs)
 
 
@@ -152,20 +152,20 @@ class MixtureConfig:
 class DataConfig:
     """Where tables come from and how they are packed and batched (docs/data.md)."""
 
-    dir: str = ""  # prepared data: `prepare` writes it, and `train` reads it if there is no mixture
+    dir: str = ""  # prepared data: `prepare` writes it; `train` reads it unless there is a mixture
     mixture: MixtureConfig = MixtureConfig()
     converter: str = _import_path()  # a name from docs/data.md, or package.module:function
     path: str = ""  # input of the converter: a file or a glob
     # format of the input (msllm/data/sources.py), or package.module:function of a reader; empty:
-    # by the names of the files
+    # inferred from the file names
     format: str = _import_path()
-    # input of the held-out split, if it has its own; `path` is then training data only
+    # input of the held-out split; `path` is then training data only; empty: part of `path`
     eval_path: str = ""
-    eval_format: str = _import_path()  # format of eval_path, as `format`
-    bad_percent: float = 0.0  # percent of the records that may be bad, and are then left out
+    eval_format: str = _import_path()  # format of eval_path, like `format`
+    bad_percent: float = 0.0  # skip bad records up to this percentage; more are an error
     # options of the converter
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    # streams that the converter writes, among them those of streams.names; empty: the same
+    # streams that the converter writes, which include streams.names; empty: exactly those
     streams: tuple[str, ...] = ()
     vary: VaryConfig = VaryConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -173,38 +173,37 @@ class DataConfig:
     batch_size: int = 8  # B: tables per step, over all hosts
     eval_percent: float = 5.0  # percent of the examples that are held out
     split: str = "hash"  # hold out by: hash (of each example) | tail (the end of the input)
-    max_examples: int = 0  # use only this many examples, the first ones; 0: all
-    shards: int = 4  # files per split; a large input makes more
-    seed: int = 0  # of the order of the tables
-    prefetch: int = 4  # batches that the loader makes ahead; 0: none
+    max_examples: int = 0  # use only this many examples, from the start; 0: all
+    shards: int = 4  # files per split; a large input gets more
+    seed: int = 0  # seed of the order of the tables
+    prefetch: int = 4  # batches that the loader prepares ahead; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
     """The optimizer and its learning rate schedule."""
 
-    optimizer: str = _import_path(
-        "adamw"
-    )  # or package.module:function (docs/extending/optimizer.md)
+    # adamw, or package.module:function (docs/extending/optimizer.md)
+    optimizer: str = _import_path("adamw")
     lr: float = 1e-3  # peak learning rate
     # after the warm-up: cosine | wsd (constant, then linear decay) | constant
     schedule: str = "cosine"
     warmup_steps: int = 100  # steps of linear warm-up
-    decay_fraction: float = 0.2  # wsd: the fraction of all steps that decays
-    final_lr_ratio: float = 0.1  # cosine, wsd: the last learning rate as a fraction of lr
+    decay_fraction: float = 0.2  # wsd: the fraction of the steps in which it decays
+    final_lr_ratio: float = 0.1  # cosine, wsd: the final learning rate as a fraction of lr
     b1: float = 0.9  # decay of Adam's first moment
     b2: float = 0.95  # decay of Adam's second moment
-    eps: float = 1e-8  # added to the root of the second moment
+    eps: float = 1e-8  # added to the square root of the second moment
     weight_decay: float = 0.1
     # no weight decay for parameters whose path contains one of these
     no_decay: tuple[str, ...] = ("norm", "bias", "stream_embedding")
     # learning rate of the stream embedding, as a multiple of lr
     stream_embedding_lr: float = 5.0
-    # learning rate of the silence token's rows in embedding and head, as a multiple of lr
+    # learning rate of the silence token's rows in the embedding and the head, as a multiple of lr
     silence_lr: float = 1.0
     clip_norm: float = 1.0  # clip the gradient to this global norm; 0: no clipping
     accumulate: int = 1  # micro-batches per step; must divide data.batch_size
-    # stop after this many updates in a row were skipped because loss or gradient was not finite
+    # stop after this many skipped updates in a row (loss or gradient not finite)
     max_skipped: int = 10
 
 
@@ -217,32 +216,33 @@ class LossConfig:
     objective: str = _import_path()
     label_smoothing: float = 0.0  # probability spread evenly over the vocabulary
     z_loss: float = 0.0  # weight of logsumexp(logits)^2
-    chunk_tokens: int = 2048  # number of cells whose logits exist at the same time
-    # gather the head in this many parts; more than 1 takes less memory and computes logits twice
+    chunk_tokens: int = 2048  # number of cells whose logits exist at a time
+    # number of parts in which the head is gathered; more than 1 needs less memory, but computes
+    # the logits twice
     vocab_chunks: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis. One axis may be -1: all devices that remain."""
+    """Devices along each mesh axis. One axis may be -1: all remaining devices."""
 
     data: int = -1  # replicas
-    fsdp: int = 1  # parameters and optimizer state are sharded
-    stream: int = 1  # activations are sharded by stream
-    tensor: int = 1  # heads, ffn and vocabulary are sharded
+    fsdp: int = 1  # shards parameters and optimizer state
+    stream: int = 1  # shards activations by stream
+    tensor: int = 1  # shards heads, ffn and vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When checkpoints are saved, and which ones are kept."""
+    """When checkpoints are saved, and which are kept."""
 
     every: int = 1000  # steps between checkpoints; 0: only at the end
     every_minutes: float = 0.0  # also save after this many minutes; 0: off
     # a directory on each host's own disk, such as /mnt/ssd, for additional, faster checkpoints;
     # empty: none
     local_dir: str = ""
-    local_every: int = 100  # steps between checkpoints in local_dir, of which two are kept
-    keep_last: int = 3  # number of latest checkpoints to keep
+    local_every: int = 100  # steps between checkpoints in local_dir; the last two are kept
+    keep_last: int = 3  # number of most recent checkpoints to keep
     keep_every: int = 0  # also keep every checkpoint at a multiple of this step; 0: none
 
 
@@ -250,7 +250,7 @@ class CheckpointConfig:
 class MonitorConfig:
     """Logging and profiling options."""
 
-    # report steps slower than this multiple of the median, and the process that was late
+    # report steps slower than this multiple of the median, with the process that was late
     slow_step: float = 5.0
     examples: bool = False  # log the ids of every step's examples in WORKDIR/examples
     # first step of a profiler trace (XProf), written to WORKDIR/profile; 0: no trace
@@ -267,8 +267,8 @@ class Config:
     """Everything that a run depends on."""
 
     steps: int = 1000  # optimizer steps
-    seed: int = 0  # of the initial parameters
-    # a checkpoint whose parameters a new run starts from (docs/weights.md); empty: random
+    seed: int = 0  # seed of the initial parameters
+    # a checkpoint to take the initial parameters from (docs/weights.md); empty: random parameters
     init_from: str = ""
     log_every: int = 10  # steps between lines of metrics
     eval_every: int = 500  # steps between evaluations; 0: never
@@ -292,12 +292,12 @@ class Config:
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Returns all settings at their defaults, as a locked ConfigDict: a misspelt key raises."""
+    """Returns all defaults as a locked ConfigDict, in which a misspelt key raises an error."""
     return to_config_dict(Config())
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
-    """Returns the ConfigDict of a Config: what people edit, and what a checkpoint stores."""
+    """Converts a Config to a ConfigDict, the form that people edit."""
 
     def convert(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
@@ -311,9 +311,9 @@ def to_config_dict(config: Config) -> ml_collections.ConfigDict:
 
 
 def from_config_dict(settings: Mapping[str, Any]) -> Config:
-    """Returns the frozen, validated Config of a ConfigDict or of nested dicts.
+    """Converts a ConfigDict or nested dicts to a frozen, validated Config.
 
-    Raises UserError naming the key, the value and the rule that it breaks.
+    Raises UserError, which names the key, the value and the rule that it breaks.
     """
     if isinstance(settings, ml_collections.ConfigDict):
         settings = settings.to_dict()
@@ -329,9 +329,10 @@ def import_object(path: str, setting: str) -> Any:
     """Imports the class or function that `package.module:name` names.
 
     Args:
+      path: the import path.
       setting: the name of the setting that holds the path, for messages.
 
-    Raises UserError if it cannot be imported or called.
+    Raises UserError if the object cannot be imported, or is not callable.
     """
     module, _, name = path.partition(":")
     try:
@@ -346,9 +347,9 @@ def import_object(path: str, setting: str) -> Any:
 
 
 def find_object(name: str, built_in: Mapping[str, Any], setting: str) -> Any:
-    """The entry `name` of a table of built-in objects, or what `package.module:name` names.
+    """Returns the entry `name` of a table of built-in objects, or imports `package.module:name`.
 
-    Raises UserError, naming the setting and the entries, if there is neither.
+    Raises UserError, which names the setting and the entries, if there is neither.
     """
     if ":" in name:
         return import_object(name, setting)
@@ -359,18 +360,18 @@ def find_object(name: str, built_in: Mapping[str, Any], setting: str) -> Any:
     return built_in[name]
 
 
-# Former names of values, which configs, checkpoints and exports on disk may still hold.
+# Former names of values, which existing configs, checkpoints and exports may still hold.
 _FORMER_VALUES = {"config.model.attention": {"native": "cpu"}}
 
 
 def code_named_by(config: Any, setting: str = "config") -> dict[str, str]:
-    """The code outside of msllm that a config names.
+    """Returns the import paths in a config that point outside of msllm.
 
-    Reading somebody else's config must execute none of it. So readers ask this function before they
+    Reading someone else's config must not run such code. Readers call this function before they
     import what a setting names.
 
     Args:
-      config: a `Config`, or a section of it.
+      config: a `Config` or a section of one.
       setting: the name of the section, for the result.
 
     Returns: {setting: import path}, e.g. {"config.model.block": "mine:Block"}.
@@ -399,7 +400,7 @@ def _from_dict(cls: type, values: Mapping[str, Any], path: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    """Returns the value as the type that its field declares. Raises UserError."""
+    """Converts a value to the type that its field declares. Raises UserError if it cannot."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise UserError(f"{path} is {value!r}: it is a section, set its keys instead")
@@ -494,7 +495,7 @@ def _validate_model(config: Config) -> None:
     _require(config, "model.num_kv_heads", heads % kv_heads == 0, rule)
     rule = f"must divide model.num_kv_heads={kv_heads}"
     _require(config, "model.kv_parts", kv_heads % model.kv_parts == 0, rule)
-    rule = "must be 1 with model.kv_ring: nothing is gathered"
+    rule = "must be 1 with model.kv_ring, which gathers nothing"
     _require(config, "model.kv_parts", model.kv_parts == 1 or not model.kv_ring, rule)
     rule = "low_freq_factor must be less than high_freq_factor"
     _require(config, "model.rope_scaling", scaling.low_freq_factor < scaling.high_freq_factor, rule)
@@ -507,7 +508,7 @@ def _validate_data(config: Config) -> None:
     data = config.data
     _require(config, "data.rows", data.rows > 1, "must be at least 2 (each row predicts the next)")
     _require(config, "data.eval_percent", 0 <= data.eval_percent < 100, "must be in [0, 100)")
-    rule = "needs data.eval_path: which file to read"
+    rule = "needs data.eval_path, the file to read"
     _require(config, "data.eval_format", data.eval_path or not data.eval_format, rule)
     _require(config, "data.bad_percent", 0 <= data.bad_percent < 100, "must be in [0, 100)")
 
@@ -519,21 +520,21 @@ def _validate_tokenizer(config: Config) -> None:
     pieces = [*tokenizer.reserved, tokenizer.silence, "\n"]
     different = all(tokenizer.reserved) and len(set(pieces)) == len(pieces)
     rule = (
-        "must be different pieces, none that of silence, of a tokenizer that is trained"
-        " (data.tokenizer.path empty)"
+        "must be different pieces other than silence and newline, and only with a tokenizer that"
+        " is trained here (data.tokenizer.path empty)"
     )
     _require(config, "data.tokenizer.reserved", different and not tokenizer.path, rule)
 
 
 def _validate_vary(config: Config) -> None:
     vary, names = config.data.vary, config.streams.names
-    rule = "must be one number of rows >= 0, or more"
+    rule = "must be one or more numbers of rows >= 0"
     _require(config, "data.vary.lead", vary.lead and min(vary.lead) >= 0, rule)
     _require(config, "data.vary.pause_rows", vary.pause_rows and min(vary.pause_rows) >= 0, rule)
     _require(
         config, "data.vary.pause_percent", 0 <= vary.pause_percent <= 100, "must be in [0, 100]"
     )
-    rule = f"must be of streams.names={names}"
+    rule = f"must be among streams.names={names}"
     _require(config, "data.vary.permute", set(vary.permute) <= set(names), rule)
     fit = all(len(delays) == len(names) and min(delays) >= 0 for delays in vary.delays)
     rule = f"each must be {len(names)} numbers of rows >= 0, one per stream"
@@ -545,7 +546,7 @@ def _validate_mixture(config: Config) -> None:
     size = len(mixture.dirs)
     if not size:
         for field in ("names", "weights", "schedule", "streams"):
-            rule = "needs data.mixture.dirs: the sources"
+            rule = "needs data.mixture.dirs, the sources"
             _require(config, f"{path}.{field}", not getattr(mixture, field), rule)
         return
     _validate_source_names(config)
@@ -555,10 +556,10 @@ def _validate_mixture(config: Config) -> None:
     fit = all(_are_weights(weights, size) for weights in scheduled)
     _require(config, f"{path}.schedule", fit, rule)
     steps = [0, *(step for step, _ in mixture.schedule)]
-    grow = all(a < b for a, b in itertools.pairwise(steps))
-    _require(config, f"{path}.schedule", grow, "its steps must be positive and grow")
+    increasing = all(a < b for a, b in itertools.pairwise(steps))
+    _require(config, f"{path}.schedule", increasing, "its steps must be positive and increase")
     names = config.streams.names
-    rule = f"must be of streams.names={names}"
+    rule = f"must be among streams.names={names}"
     _require(config, f"{path}.streams", set(mixture.streams) <= set(names), rule)
 
 
@@ -569,15 +570,15 @@ def _are_weights(weights: Sequence[float], size: int) -> bool:
 def _validate_source_names(config: Config) -> None:
     mixture = config.data.mixture
     names, size = mixture.source_names, len(mixture.dirs)
-    rule = f"must be one per directory, of which there are {size}"
+    rule = f"must be {size} names, one per directory of data.mixture.dirs"
     _require(config, "data.mixture.names", len(names) == size, rule)
-    # A name becomes part of a metric's: eval/NAME/loss must not be that of a stream.
+    # The metric eval/NAME/loss of a source must not be eval/nll/STREAM of a stream.
     fit = all(re.fullmatch(r"[\w.-]+", n) and n not in ("nll", "nll_spoken") for n in names)
     path = "data.mixture.names"
-    rule = "must be different, of letters, digits and _ . -, and not nll or nll_spoken"
+    rule = "must be different names of letters, digits and _ . -, other than nll and nll_spoken"
     if not mixture.names:
         path = "data.mixture.source_names"
-        rule += " (they are those of data.mixture.dirs: set data.mixture.names)"
+        rule += " (they come from data.mixture.dirs: set data.mixture.names)"
     _require(config, path, fit and len(set(names)) == size, rule)
 
 
@@ -591,15 +592,15 @@ def _validate_training(config: Config) -> None:
     objective, parts = config.loss.objective, config.loss.vocab_chunks
     rule = "must be package.module:function, or empty"
     _require(config, "loss.objective", not objective or ":" in objective, rule)
-    rule = "must be 1 with loss.objective, which gets the whole head"
+    rule = "must be 1 with loss.objective, which needs the whole head"
     _require(config, "loss.vocab_chunks", not objective or parts == 1, rule)
     minutes = config.checkpoint.every_minutes
     _require(config, "checkpoint.every_minutes", minutes >= 0, "must be >= 0")
-    _require(config, "monitor.slow_step", config.monitor.slow_step > 1, "must be over 1")
+    _require(config, "monitor.slow_step", config.monitor.slow_step > 1, "must be greater than 1")
 
 
 def _validate_mesh(config: Config) -> None:
     sizes = dataclasses.astuple(config.mesh)
-    rule = "axes must be positive, or -1 for all that remain"
+    rule = "axes must be positive, or -1 for all remaining devices"
     _require(config, "mesh", all(size > 0 or size == -1 for size in sizes), rule)
     _require(config, "mesh", sizes.count(-1) <= 1, "only one axis may be -1")

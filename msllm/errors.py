@@ -2,11 +2,11 @@
 
 
 class UserError(ValueError):
-    """Bad input. The message names the value, the rule that it breaks and the remedy."""
+    """Invalid input. The message names the value, the rule that it breaks and the remedy."""
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on although its input is good.
+    """A run cannot continue although its input is valid.
 
     The message says what happened and how to continue.
     """

@@ -1,8 +1,8 @@
-"""The next-row loss, computed without ever holding the logits [B, T, S, V].
+"""The next-row loss, computed without materialising the logits [B, T, S, V].
 
-The logits of one chunk of cells exist at a time. On a mesh the head need not exist as a whole
-either. With `vocab_chunks` > 1 only one part of its rows is gathered at a time, at the price of
-computing the logits twice: once for the denominator of the softmax, and once for the gradient.
+Only the logits of one chunk of cells exist at a time. On a mesh, `vocab_chunks` > 1 also gathers
+the head one part of its rows at a time. The logits are then computed twice: once for the
+denominator of the softmax, and once for the gradient.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from msllm.errors import UserError
 from msllm.sharding import axis_index, axis_size, gather, psum
 from msllm.streams import target_mask
 
-TILE = 128  # lanes of a TPU's registers
-MASKED = -1e30  # the logit of a row that only fills up the last part of the head
+TILE = 128  # lanes of a TPU register
+MASKED = -1e30  # the logit of a padding row in the last part of the head
 
 GatherRows = Callable[[jax.Array], jax.Array]  # see `next_row_loss`
 # (hidden [N, D], head [V, D], targets [N] int32, options) -> loss of each cell [N]
@@ -32,15 +32,16 @@ Objective = Callable[[jax.Array, jax.Array, jax.Array, LossConfig], jax.Array]
 def targets_and_weights(
     batch: Mapping[str, Any], stream_weights: Sequence[float] | jax.Array, loss_mask: Any = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What the cells of a batch of tables predict: the cell (t, s) predicts the cell (t + 1, s).
+    """Targets and weights of a batch. The cell (t, s) predicts the token of the cell (t + 1, s).
 
     Args:
       batch: tokens [B, T, S], present [B, T, S] and segment [B, T].
       stream_weights: [S], the loss weight of each stream.
       loss_mask: [B, T, S] bool, which cells may predict; None: all.
 
-    Returns: targets [B, T, S] int32; counted [B, T, S] bool, which cells predict; weights
-      [B, T, S] float32, the stream weights of the counted cells, else 0.
+    Returns:
+      targets [B, T, S] int32; counted [B, T, S] bool, which cells predict; and weights [B, T, S]
+      float32, the stream's weight for counted cells, otherwise 0.
     """
     tokens = batch["tokens"]
     targets = jnp.concatenate([tokens[:, 1:], jnp.zeros_like(tokens[:, :1])], axis=1)
@@ -67,16 +68,17 @@ def next_row_loss(
 
     loss(cell) = (1 - e) nll + e mean_v(-log p_v) + z logsumexp(logits)^2, with
     e = options.label_smoothing and z = options.z_loss (Chowdhery et al. 2022, arXiv 2204.02311,
-    section 5). The gradient is computed together with the value, chunk by chunk, so that no more
-    logits than those of a chunk are held (as in Liger kernel, Hsu et al. 2024, arXiv 2410.10989).
+    section 5). The gradient is computed together with the value, chunk by chunk, so that only the
+    logits of one chunk exist at a time (as in Liger kernel, Hsu et al. 2024, arXiv 2410.10989).
 
     Args:
       hidden: [..., D] in the compute dtype.
-      head: [V, D] float32; inside `shard_map` the part of this device.
+      head: [V, D] float32; inside `shard_map` the shard of this device.
       targets: [...] int32.
       weights: [...] float32; has no gradient.
-      gather_rows: makes rows of the head complete along D and casts them to the compute dtype; its
-        transpose does the reverse with their gradient.
+      options: label smoothing, z-loss and chunk sizes.
+      gather_rows: gathers rows of the head along D and casts them to the compute dtype. Its
+        transpose scatters their gradient.
 
     Returns: sum(weights * loss), float32, and nll [...] float32, which carries no gradient.
     """
@@ -93,7 +95,7 @@ def _forward(hidden, head, targets, weights, options, gather_rows):
 
 def _backward(options, gather_rows, saved, cotangents):
     hidden, d_hidden, d_head = saved
-    # These gradients pass through this device's part of the vocabulary; the loss is that of all.
+    # The loss is replicated over `tensor`. `shard_map` splits its cotangent among these devices.
     scale = psum(cotangents[0], "tensor")
     d_hidden = (d_hidden * scale).astype(hidden.dtype)
     d_head = (d_head * scale).astype(d_head.dtype)
@@ -112,15 +114,16 @@ def objective_loss(
     options: LossConfig,
     gather_rows: GatherRows = _identity,
 ) -> tuple[jax.Array, jax.Array]:
-    """`next_row_loss` with an objective of the user in place of the cross-entropy.
+    """`next_row_loss` with a user-defined objective in place of the cross-entropy.
 
-    The objective sees a chunk of cells at a time, and the whole head; the backward pass calls it
+    The objective gets one chunk of cells at a time, and the whole head. The backward pass calls it
     again. Cells of weight 0 contribute nothing, whatever their loss is.
 
-    Returns: sum(weights * loss), float32, and the plain nll [...] float32 without a gradient.
+    Returns: sum(weights * loss), float32, and nll [...] float32, which carries no gradient.
     """
     table = gather(gather_rows(head), 0, ("tensor",))
-    dtype, table = table.dtype, table.astype(jnp.float32)  # sums its gradient in float32
+    dtype = table.dtype
+    table = table.astype(jnp.float32)  # so that its gradient is accumulated in float32
 
     @jax.checkpoint
     def chunk_loss(table, hidden, targets, weights):
@@ -138,20 +141,21 @@ def objective_loss(
         return total + chunk_loss(table, *cells), None
 
     cells = _Cells.of(hidden, targets, weights, options.chunk_tokens)
-    # Cells that fill up the last chunk repeat its last one: hidden states of zeros, which no model
-    # makes, might have no gradient.
-    count = targets.size - (len(cells.hidden) - 1) * cells.hidden.shape[1]
-    place = jnp.minimum(jnp.arange(cells.hidden.shape[1]), count - 1)
-    filled = cells.hidden.at[-1].set(cells.hidden[-1, place])
+    # Pad the last chunk with copies of its last cell. With zeros, which no model produces as hidden
+    # states, the gradient of an objective may not be finite.
+    chunks, size = cells.targets.shape
+    last = targets.size - (chunks - 1) * size - 1
+    source = jnp.minimum(jnp.arange(size), last)
+    padded = cells.hidden.at[-1].set(cells.hidden[-1, source])
     loss, _ = lax.scan(
-        add_chunk, jnp.zeros((), jnp.float32), (filled, cells.targets, cells.weights)
+        add_chunk, jnp.zeros((), jnp.float32), (padded, cells.targets, cells.weights)
     )
     detached = lax.stop_gradient((hidden, head))
     return loss, next_row_loss(*detached, targets, weights, options, gather_rows)[1]
 
 
 class _Sums(NamedTuple):
-    """What the loss needs of a cell's logits, over a part of the vocabulary."""
+    """What the loss needs to know about a cell's logits, over a part of the vocabulary."""
 
     top: jax.Array  # the highest logit
     exp: jax.Array  # sum of exp(logit - top)
@@ -159,12 +163,13 @@ class _Sums(NamedTuple):
     logits: jax.Array  # sum of the logits
 
     def merge(self, other: _Sums) -> _Sums:
+        """Merges two parts of the vocabulary."""
         top = jnp.maximum(self.top, other.top)
         exp = self.exp * jnp.exp(self.top - top) + other.exp * jnp.exp(other.top - top)
         return _Sums(top, exp, self.target + other.target, self.logits + other.logits)
 
     def over_devices(self) -> _Sums:
-        """Over the parts of the vocabulary on all devices."""
+        """Merges the parts of the vocabulary on all devices."""
         top = lax.pmax(self.top, "tensor") if axis_size("tensor") > 1 else self.top
         exp, target, logits = psum(
             (self.exp * jnp.exp(self.top - top), self.target, self.logits), "tensor"
@@ -178,24 +183,24 @@ class _Sums(NamedTuple):
 
 
 class _Cells(NamedTuple):
-    """Cells in chunks of equal size, the last one filled up by cells of weight 0."""
+    """Cells in chunks of equal size. The last chunk is padded with cells of weight 0."""
 
     hidden: jax.Array  # [chunks, n, D]
     targets: jax.Array  # [chunks, n]
     weights: jax.Array  # [chunks, n]
-    # hidden as [chunks, D, n]. Without it XLA:CPU transposes the much larger gradient of the logits
-    # in memory.
+    # `hidden` as [chunks, D, n]. Without it XLA:CPU transposes the gradient of the logits, which is
+    # much larger, in memory.
     transposed: jax.Array
 
     @classmethod
     def of(cls, hidden, targets, weights, chunk_tokens: int) -> _Cells:
         count = -(-targets.size // min(chunk_tokens, targets.size))
-        size = -(-targets.size // count)  # the chunks are filled evenly
+        size = -(-targets.size // count)  # fills the chunks evenly
 
         def chunks(x, *inner):
             x = x.reshape(targets.size, *inner)
-            fill = [(0, count * size - targets.size)] + [(0, 0)] * len(inner)
-            return jnp.pad(x, fill).reshape(count, size, *inner)
+            padding = [(0, count * size - targets.size)] + [(0, 0)] * len(inner)
+            return jnp.pad(x, padding).reshape(count, size, *inner)
 
         hidden = chunks(hidden, hidden.shape[-1])
         return cls(hidden, chunks(targets), chunks(weights), hidden.swapaxes(1, 2))
@@ -204,14 +209,14 @@ class _Cells(NamedTuple):
 class _HeadPart(NamedTuple):
     """Some rows of this device's part of the head."""
 
-    rows: jax.Array  # [v, columns] float32: not gathered along D
-    start: jax.Array | int  # the place of the first one among the rows of this device
+    rows: jax.Array  # [v, columns of this device] float32
+    start: jax.Array | int  # index of the first row among the rows of this device
 
 
 def _losses(hidden, head, targets, weights, options, gather_rows, with_gradient: bool):
-    """(loss, nll [...], gradients); arguments as in `next_row_loss`.
+    """(loss, nll [...], gradients), with the arguments of `next_row_loss`.
 
-    The gradients are those of the loss by hidden and by head; None without `with_gradient`.
+    The gradients are those with respect to hidden and head; None without `with_gradient`.
     """
     cells = _Cells.of(hidden, targets, weights, options.chunk_tokens)
     losses = _ChunkedLoss(options, gather_rows, with_gradient, cells, len(head))
@@ -242,16 +247,17 @@ class _ChunkedLoss:
         return self.head_rows * axis_size("tensor")
 
     def one_part(self, head):
-        """(loss, nll, d_hidden, d_head) with the head gathered as a whole."""
+        """(loss, nll, d_hidden, d_head), with the whole head gathered at once."""
         return self._part_losses(_HeadPart(head, 0), None)
 
     def many_parts(self, head):
-        """The same with `vocab_chunks` parts of the head, one after the other."""
+        """(loss, nll, d_hidden, d_head), with `vocab_chunks` parts of the head gathered in turn."""
         parts = self.options.vocab_chunks
-        # Whole tiles: XLA:TPU lays out the gradient of other parts so that it cannot scatter it.
+        # Each part is a multiple of TILE rows. Otherwise XLA:TPU lays out the gradient in a way
+        # that it cannot scatter.
         size = -(-self.head_rows // (parts * TILE)) * TILE
-        added = parts * size - self.head_rows
-        rows = jnp.pad(head, ((0, added), (0, 0))).reshape(parts, size, -1)
+        padding = parts * size - self.head_rows
+        rows = jnp.pad(head, ((0, padding), (0, 0))).reshape(parts, size, -1)
         head_parts = _HeadPart(rows, size * jnp.arange(parts))
 
         def add_sums(sums, part):
@@ -262,8 +268,8 @@ class _ChunkedLoss:
             return d_hidden + more, d_rows
 
         shape = self.cells.targets.shape
-        nothing = _Sums(jnp.full(shape, MASKED), *(jnp.zeros(shape) for _ in range(3)))
-        sums = lax.scan(add_sums, nothing, head_parts)[0].over_devices()
+        empty = _Sums(jnp.full(shape, MASKED), *(jnp.zeros(shape) for _ in range(3)))
+        sums = lax.scan(add_sums, empty, head_parts)[0].over_devices()
         loss, nll = self._values(sums, self.cells.weights)
         if not self.with_gradient:
             return loss, nll, None, None
@@ -272,7 +278,7 @@ class _ChunkedLoss:
         return loss, nll, d_hidden, d_head.reshape(parts * size, -1)[: self.head_rows]
 
     def _part_sums(self, part: _HeadPart) -> _Sums:
-        """_Sums [chunks, n] of one part of the head."""
+        """The _Sums [chunks, n] of one part of the head."""
         table = self.gather_rows(part.rows)
 
         def chunk(xs):
@@ -283,7 +289,7 @@ class _ChunkedLoss:
     def _part_losses(self, part: _HeadPart, sums: _Sums | None):
         """(loss, nll, d_hidden, d_rows) through one part of the head.
 
-        `sums` are those over the whole vocabulary; None: this part is all of this device's rows.
+        `sums` covers the whole vocabulary. None: the part holds all rows of this device.
         """
         table, to_rows = jax.vjp(self.gather_rows, part.rows)
 
@@ -311,15 +317,18 @@ class _ChunkedLoss:
         return loss, nll, d_hidden, d_rows
 
     def _logits_and_sums(self, table, start, hidden, targets):
-        """The logits of some rows of the head, and what the loss needs of them.
+        """The logits of some rows of the head, and their _Sums.
 
         Args:
-          table: [v, D], the rows of this device's head from `start` on, gathered. The last part may
-            reach beyond the head.
-          hidden: [n, D]. targets: [n].
+          table: [v, D], the rows of this device's head from `start` on, gathered along D. The last
+            part may end with padding rows.
+          start: index of the first of these rows.
+          hidden: [n, D].
+          targets: [n].
 
-        Returns: logits [n, v] float32; is_target [n, v], which logit is that of a cell's target;
-          _Sums [n].
+        Returns:
+          logits [n, v] float32; is_target [n, v] bool, whether a logit is that of the cell's
+          target; and the _Sums [n].
         """
         logits = jnp.einsum("nd,vd->nv", hidden, table, preferred_element_type=jnp.float32)
         row = start + jnp.arange(table.shape[0])
@@ -328,7 +337,8 @@ class _ChunkedLoss:
         if len(table) * self.options.vocab_chunks > self.head_rows:
             real = row < self.head_rows
             token = jnp.where(real, token, -1)
-            summed, logits = jnp.where(real, logits, 0.0), jnp.where(real, logits, MASKED)
+            summed = jnp.where(real, logits, 0.0)
+            logits = jnp.where(real, logits, MASKED)
         is_target = targets[:, None] == token
         top, target = logits.max(-1), _target_logits(logits, is_target, targets, token)
         smooth = self.options.label_smoothing
@@ -348,7 +358,7 @@ class _ChunkedLoss:
         return jnp.sum(weights * value), nll
 
     def _d_logits(self, logits, is_target, sums: _Sums, weights) -> jax.Array:
-        """The gradient of the weighted sum of the losses by the logits [n, v]."""
+        """The gradient of the weighted sum of the losses with respect to the logits, [n, v]."""
         smooth, z = self.options.label_smoothing, self.options.z_loss
         scale = weights * (1 + 2 * z * sums.log_total) if z else weights
         d_logits = scale[:, None] * _exp_below(logits, sums.log_total)
@@ -357,23 +367,23 @@ class _ChunkedLoss:
 
 
 def _target_logits(logits, is_target, targets, token) -> jax.Array:
-    """The logit of each cell's target [n]; 0 if it is not among these tokens."""
+    """The logit of each cell's target [n]; 0 if the target is not among the tokens [v]."""
 
     def compare():
-        # Fuses with the other passes over the logits. XLA:CPU would write the products to memory
-        # before it adds them up.
+        # Fuses with the other passes over the logits, except on CPU. XLA:CPU would write the
+        # selected logits to memory before it sums them.
         return jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
 
     def look_up():
-        place = jnp.clip(targets - token[0], 0, len(token) - 1)
-        found = jnp.take_along_axis(logits, place[:, None], axis=1)[:, 0]
-        return jnp.where(token[place] == targets, found, 0.0)
+        index = jnp.clip(targets - token[0], 0, len(token) - 1)
+        found = jnp.take_along_axis(logits, index[:, None], axis=1)[:, 0]
+        return jnp.where(token[index] == targets, found, 0.0)
 
     return lax.platform_dependent(cpu=look_up, default=compare)
 
 
 def _exp_below(logits, log_total) -> jax.Array:
     """exp(logits - log_total): the probabilities [n, v]."""
-    # The column of logits is an operand more, so that XLA:CPU does not overwrite the logits: it
-    # vectorizes no loop that overwrites its operand.
+    # XLA:CPU does not vectorize a loop that overwrites its operand. A column of the logits as a
+    # second operand keeps it from overwriting them.
     return jnp.exp(logits - (log_total[:, None] + 0 * logits[:, :1]))

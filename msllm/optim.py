@@ -1,4 +1,4 @@
-"""The optimizer of a run: AdamW with schedules and masks out of optax, or one of the user's own."""
+"""The optimizer of a run: AdamW, built from parts of optax, or a user-defined one."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ TOKEN_TABLES = ("embedding", "head")  # parameters with a row for each token
 
 
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate by update count: linear warm-up, then cosine, WSD or constant.
+    """Learning rate by number of updates: linear warm-up, then cosine, WSD or constant.
 
     WSD (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395) ends with a linear decay.
 
     Args:
       config: the settings.
-      steps: of the whole run.
+      steps: number of steps in the whole run.
     """
     warmup = min(config.warmup_steps, steps)
     last = config.lr * config.final_lr_ratio
@@ -36,7 +36,7 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
         rest = optax.constant_schedule(config.lr)
     if not warmup:
         return rest
-    # The first update has a rate above zero: otherwise it would be wasted.
+    # The ramp starts above zero: an update with a learning rate of zero would be wasted.
     ramp = optax.linear_schedule(config.lr / warmup, config.lr, max(1, warmup - 1))
     return optax.join_schedules([ramp, rest], [warmup])
 
@@ -47,15 +47,15 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def mask_by_name(parameters: Any, holds: Callable[[str], bool]) -> Any:
-    """A tree like `parameters` of whether `holds(name)` is true, for optax's masks."""
+    """A mask for optax: a tree like `parameters` with `holds(name)` at each leaf."""
     return jax.tree_util.tree_map_with_path(lambda path, _: holds(path_name(path)), parameters)
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformationExtraArgs:
     """The optimizer that `config.optimizer` names.
 
-    Its `update` takes two arguments more: `finite` ([] bool), without which the state stays as it
-    is and the updates mean nothing; and `silence_id`, the token that means silence.
+    Its `update` takes two more arguments. `finite` ([] bool): if it is false, the state does not
+    change and the returned updates are meaningless. `silence_id`: the token that means silence.
 
     Raises UserError if there is no such optimizer.
     """
@@ -67,9 +67,10 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
 def adamw(config: OptimConfig, steps: int) -> optax.GradientTransformationExtraArgs:
     """Clip by global norm, then AdamW (Loshchilov & Hutter 2017) with the schedule of the config.
 
-    Parameters whose path contains one of `config.no_decay` are not decayed. The learning rate of
-    the stream embedding is multiplied by `config.stream_embedding_lr`, that of the rows of the
-    silence token by `config.silence_lr`. `update` takes the arguments of `make_optimizer`.
+    Parameters whose path contains one of `config.no_decay` are not decayed. The learning rate is
+    multiplied by `config.stream_embedding_lr` for the stream embedding, and by `config.silence_lr`
+    for the silence token's rows in embedding and head. `update` takes the extra arguments that
+    `make_optimizer` describes.
     """
 
     def is_decayed(tree: Any) -> Any:
@@ -81,7 +82,7 @@ def adamw(config: OptimConfig, steps: int) -> optax.GradientTransformationExtraA
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
 
     def chain(finite: Any = True, silence_id: int = -1) -> optax.GradientTransformation:
-        # With zero gradients and decay rates of 1, Adam leaves its moments as they are. Choosing
+        # With zero gradients and decay rates of 1, Adam leaves its moments as they are. Selecting
         # between new and old moments would keep both in memory.
         b1, b2 = config.b1, config.b2
         if finite is not True:
@@ -97,7 +98,7 @@ def adamw(config: OptimConfig, steps: int) -> optax.GradientTransformationExtraA
             optax.add_decayed_weights(config.weight_decay, is_decayed),
             optax.masked(optax.scale(config.stream_embedding_lr), is_stream_embedding),
         ]
-        # The state has a place for each part, so a part that does nothing would change the layout
+        # The state has an entry for each part, so a part that does nothing would change the layout
         # of checkpoints.
         if config.silence_lr != 1:
             parts.append(_scale_row(silence_id, config.silence_lr))
@@ -108,7 +109,7 @@ def adamw(config: OptimConfig, steps: int) -> optax.GradientTransformationExtraA
         updates: Any, state: Any, params: Any = None, *, finite: Any = True, silence_id: int = -1
     ) -> tuple[Any, Any]:
         updates, new_state = chain(finite, silence_id).update(updates, state, params)
-        # What remains are the counts of updates.
+        # Without `finite`, `chain` keeps the moments, but not the scalars, which count updates.
         new_state = jax.tree.map(
             lambda new, old: new if new.ndim else jnp.where(finite, new, old), new_state, state
         )
@@ -117,8 +118,8 @@ def adamw(config: OptimConfig, steps: int) -> optax.GradientTransformationExtraA
     return optax.GradientTransformationExtraArgs(chain().init, update)
 
 
-# The updates of these take the arguments of `make_optimizer` themselves. One that does not can be
-# wrapped in `_skip_nonfinite`.
+# These optimizers handle the extra arguments that `make_optimizer` describes. A new entry that does
+# not can be wrapped in `_skip_nonfinite`.
 OPTIMIZERS: dict[str, Callable[[OptimConfig, int], optax.GradientTransformationExtraArgs]] = {
     "adamw": adamw
 }
@@ -127,7 +128,7 @@ OPTIMIZERS: dict[str, Callable[[OptimConfig, int], optax.GradientTransformationE
 def _skip_nonfinite(
     optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds the argument `finite` to the update of any optimizer."""
+    """Adds the argument `finite` of `make_optimizer` to the update of any optimizer."""
     optimizer = optax.with_extra_args_support(optimizer)
 
     def update(
@@ -143,16 +144,16 @@ def _skip_nonfinite(
 def optimizer_shardings(
     state: Any, parameters: Any, shardings: Any, replicated: jax.sharding.Sharding
 ) -> Any:
-    """How an optimizer's state lies on the mesh.
+    """The shardings of an optimizer's state.
 
     An array belongs to a parameter if its path ends with the parameter's path, as in
-    `[1].mu['blocks']['mlp']['gate']`. If it has the shape of the parameter as well, it lies on the
-    mesh as the parameter does.
+    `[1].mu['blocks']['mlp']['gate']`. If it also has the parameter's shape, it gets the parameter's
+    sharding.
 
     Args:
       state: the shapes of the optimizer's state.
       parameters: the shapes of the parameters.
-      shardings: those of the parameters.
+      shardings: the shardings of the parameters.
       replicated: the sharding of everything else, such as counts and factored moments.
     """
     by_path = {
@@ -163,7 +164,7 @@ def optimizer_shardings(
     }
 
     def sharding_of(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
-        for start in range(len(path)):  # the longest ending comes first
+        for start in range(len(path)):  # longest suffix first
             if path[start:] in by_path:
                 shape, sharding = by_path[path[start:]]
                 return sharding if x.shape == shape else replicated
@@ -173,7 +174,7 @@ def optimizer_shardings(
 
 
 def _scale_row(token: int, factor: float) -> optax.GradientTransformation:
-    """Multiplies the updates of one token's rows in the tables [V, D]."""
+    """Multiplies the updates of one token's rows in the TOKEN_TABLES [V, D] by a factor."""
 
     def scale(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
         if path_name(path) not in TOKEN_TABLES:

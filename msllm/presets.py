@@ -1,8 +1,10 @@
 """Settings that configs share, as plain dictionaries for `ConfigDict.update`.
 
-config = default_config()
-config.update(POD)
-config.model.update(QWEN3["8b"])
+For example:
+
+    config = default_config()
+    config.update(POD)
+    config.model.update(QWEN3["8b"])
 """
 
 from __future__ import annotations
@@ -55,14 +57,14 @@ QWEN3: dict[str, dict[str, Any]] = {
     },
 }
 
-# Four inputs, two streams of thoughts and two outputs, for `config.streams`.
+# Four input, two thought and two output streams, for `config.streams`.
 EIGHT_STREAMS: dict[str, Any] = {
     "names": ("system", "user", "tool", "observer", "thought", "plan", "output", "action"),
     "kinds": ("input",) * 4 + ("thought",) * 2 + ("output",) * 2,
 }
 
-# What the pod configs have in common. Each of them adds a model, a batch size, a mesh and how it
-# saves memory (model.remat, loss.vocab_chunks).
+# Settings that the pod configs share. Each config adds a model, a batch size, a mesh and the
+# settings that save memory (model.remat, loss.vocab_chunks).
 POD: dict[str, Any] = {
     "steps": 100_000,
     "model": {"compute_dtype": "bfloat16"},

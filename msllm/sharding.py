@@ -1,9 +1,9 @@
-"""The device mesh, the one table from logical axes to mesh axes, and the collectives between them.
+"""The device mesh, the table from logical axes to mesh axes, and collectives over mesh axes.
 
-Code names axes by what they are (`batch`, `stream`, `heads`, ...). Only this file knows where they
-lie on the mesh. The loss runs inside one `shard_map`, where every array is the part of one device.
-So the code states which collectives a step needs, and no compiler has to infer them. The optimizer
-and everything else outside is plain `jit` with shardings.
+Other modules use logical axes (`batch`, `stream`, `heads`, ...). Only this file maps them to axes
+of the mesh. The loss runs inside one `shard_map`, where every array is the shard of one device. The
+code therefore states the collectives that a step needs, and the compiler does not infer them. The
+optimizer and everything else runs under plain `jit` with shardings.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from msllm.config import Config, MeshConfig
 from msllm.errors import UserError
 
-# The axis `fsdp` of the config is two axes of the mesh. `fsdp_inner` is the part that shares a
+# The config's axis `fsdp` becomes two axes of the mesh. `fsdp_inner` is the part that shares a
 # physical axis of a TPU torus with `stream` and `tensor`. Parameters are gathered, and their
 # gradients scattered, in stages of one physical axis each. Over a group of devices that spans
 # several physical axes, XLA falls back to all-reducing whole gradients.
 AXES = ("data", "fsdp", "fsdp_inner", "stream", "tensor")
 FSDP = ("fsdp", "fsdp_inner")
 
-Stage = str | tuple[str, ...]  # mesh axes over which an array is gathered at a time
+Stage = str | tuple[str, ...]  # mesh axes over which one collective gathers an array
 
 # The mesh axes of each logical axis, in stages.
 RULES: dict[str, tuple[Stage, ...]] = {
@@ -49,13 +49,13 @@ RULES: dict[str, tuple[Stage, ...]] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh `data x fsdp x stream x tensor`, laid along the physical axes of the network.
+    """Makes the mesh `data x fsdp x stream x tensor`, aligned with the axes of the network.
 
-    Several TPU slices lie along `data`, which must be a multiple of their number.
+    TPU slices lie along `data`, whose size must be a multiple of the number of slices.
 
     Args:
       config: the sizes of the axes.
-      devices: None: all devices.
+      devices: the devices to use; None: all devices.
 
     Raises UserError if the sizes do not fit the devices.
     """
@@ -73,7 +73,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     data, fsdp, stream, tensor = sizes
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if data % slices:
-        raise UserError(f"config.mesh.data is {data}: must be a multiple of the {slices} slices")
+        raise UserError(
+            f"config.mesh.data is {data}: must be a multiple of {slices}, the number of TPU slices"
+        )
     inner = _shared_fsdp(devices, fsdp, stream * tensor)
     shape = (data // slices, fsdp // inner, inner, stream, tensor)
     if slices > 1:
@@ -87,10 +89,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def _shared_fsdp(devices: Sequence[Any], fsdp: int, within: int) -> int:
-    """How many of the fsdp parts share a physical axis of the torus with `stream` and `tensor`.
+    """The size of `fsdp_inner`.
+
+    With `stream` and `tensor` it fills a physical axis of the torus. It is 1 if no axis fits.
 
     Args:
-      within: devices along `stream` and `tensor` together. With the result they fill the axis.
+      within: devices along `stream` and `tensor` together.
     """
     if not hasattr(devices[0], "coords"):
         return 1
@@ -103,7 +107,7 @@ def _shared_fsdp(devices: Sequence[Any], fsdp: int, within: int) -> int:
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:
-    """Raises UserError when an axis of the mesh does not divide what lies along it."""
+    """Raises UserError if a mesh axis does not divide a size that is sharded over it."""
     model = config.model
     lengths = {
         "batch": (
@@ -120,10 +124,10 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
 
 
 def check_lengths(lengths: dict[str, tuple[int, str]], mesh: Mesh) -> None:
-    """Raises UserError where the mesh does not divide a length.
+    """Raises UserError if the mesh does not divide a length.
 
     Args:
-      lengths: {logical axis: (length, its name in messages)}.
+      lengths: {logical axis: (length, name of the length in messages)}.
     """
     for axis, (length, name) in lengths.items():
         parts = int(np.prod([mesh.shape[a] for a in mesh_axes(axis)]))
@@ -136,7 +140,7 @@ def check_lengths(lengths: dict[str, tuple[int, str]], mesh: Mesh) -> None:
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
-    """The mesh axes of a logical axis, of all stages."""
+    """The mesh axes of a logical axis, over all stages."""
     return tuple(name for stage in RULES[axis] for name in _names(stage))
 
 
@@ -154,13 +158,13 @@ def named_sharding(mesh: Mesh, *axes: str) -> NamedSharding:
 
 
 def axis_size(axis: str) -> int:
-    """Devices along a mesh axis inside `shard_map`; 1 outside of it, so model code runs in both."""
+    """Devices along a mesh axis inside `shard_map`; 1 outside, so model code runs in both."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape[axis] if axis in mesh.manual_axes else 1
 
 
 def axis_index(axis: str) -> jax.Array | int:
-    """This device's place along a mesh axis inside `shard_map`; 0 outside of it."""
+    """This device's index along a mesh axis inside `shard_map`; 0 outside."""
     return jax.lax.axis_index(axis) if axis_size(axis) > 1 else 0
 
 
@@ -174,15 +178,16 @@ def _used(stage: Stage) -> tuple[str, ...]:
 
 
 def gather(x: jax.Array, axis: int, stages: Sequence[Stage]) -> jax.Array:
-    """The complete array, from this device's part.
+    """Gathers the whole array from the shards of the devices.
 
-    Backward, each stage becomes a reduce-scatter. The dimension is made the first one, in memory as
-    well: if XLA:TPU scatters another dimension, it often falls back to an all-reduce of the whole
-    array.
+    In the backward pass each stage becomes a reduce-scatter. The sharded dimension is moved to the
+    front, in memory as well. For another dimension XLA:TPU often falls back to an all-reduce of the
+    whole array.
 
     Args:
+      x: the shard of this device.
       axis: the dimension that is sharded.
-      stages: over what it is sharded, as in RULES. The last stage is gathered first.
+      stages: the mesh axes over which it is sharded, as in RULES. The last stage is gathered first.
     """
     used = [names for stage in reversed(stages) if (names := _used(stage))]
     if not used:
@@ -199,7 +204,7 @@ def gather(x: jax.Array, axis: int, stages: Sequence[Stage]) -> jax.Array:
 
 @jax.custom_vjp
 def _row_major_gradient(x):
-    """The identity on a matrix, whose gradient is stored row by row."""
+    """The identity on a matrix. Its gradient is laid out row by row in memory."""
     return x
 
 
@@ -215,15 +220,15 @@ _row_major_gradient.defvjp(_row_major_forward, _row_major_backward)
 
 
 def gather_streams(x: jax.Array) -> jax.Array:
-    """[B, T, streams of this device, ...] -> [B, T, S, ...]."""
+    """Gathers all streams: [B, T, streams of this device, ...] -> [B, T, S, ...]."""
     return gather(x, 2, ("stream",))
 
 
 def rows_to_cells(x: jax.Array) -> jax.Array:
-    """From this device's columns of `embed` for the cells of all devices, to its own cells.
+    """Exchanges some columns of all devices' cells for all columns of this device's cells.
 
     Args:
-      x: [B of all devices of `fsdp`, T, S, columns].
+      x: [B of all devices along `fsdp`, T, S, columns of this device along `embed`].
 
     Returns: [B, T, S of this device, D].
     """
@@ -236,14 +241,14 @@ def rows_to_cells(x: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class StreamSubset:
-    """Some of the streams of a device, inside `shard_map`.
+    """A subset of the streams on each device, inside `shard_map`.
 
-    All devices of the mesh axis `stream` run one program. So a place among a device's streams can
-    be left out only if no device needs the stream that it holds there.
+    All devices along the mesh axis `stream` run the same program. So a place in the local stream
+    dimension can be left out only if no device needs the stream that it holds there.
 
     Attributes:
       size: the number of streams on each device.
-      places: which of them are in the subset.
+      places: indices into the local stream dimension that are in the subset.
     """
 
     size: int
@@ -251,7 +256,12 @@ class StreamSubset:
 
     @classmethod
     def of(cls, needed: Sequence[bool], size: int) -> StreamSubset:
-        """The places that are needed on some device, from what is needed for each stream."""
+        """The subset of the places that some device needs.
+
+        Args:
+          needed: [S], whether each stream of all devices is needed.
+          size: the number of streams on each device.
+        """
         return cls(size, tuple(place for place in range(size) if any(needed[place::size])))
 
     def take(self, x: jax.Array, axis: int) -> jax.Array:
@@ -259,7 +269,7 @@ class StreamSubset:
         return x if self._is_all else x[(slice(None),) * axis + (jnp.array(self.places),)]
 
     def put(self, x: jax.Array, into: jax.Array) -> jax.Array:
-        """Sets the places of the subset, in the last dimension of `into`, to x."""
+        """`into` with x at the places of the subset in its last dimension."""
         return x if self._is_all else into.at[..., jnp.array(self.places)].set(x)
 
     @property
@@ -268,7 +278,7 @@ class StreamSubset:
 
 
 def psum(x: Any, *names: str) -> Any:
-    """The sum of a pytree over mesh axes inside `shard_map`; x itself outside of it."""
+    """The sum of a pytree over mesh axes inside `shard_map`; x itself outside."""
     axes = _used(names)
     return jax.lax.psum(x, axes) if axes else x
 

@@ -1,6 +1,6 @@
 """The train step: a pure function of (state, batch), compiled once for a mesh.
 
-`train`, `bench`, the ahead-of-time compilation for pods and the tests all run this one.
+Training, benchmarks, ahead-of-time compilation for pods and the tests all use this step.
 """
 
 from __future__ import annotations
@@ -42,45 +42,48 @@ from msllm.streams import StreamSpec
 
 Parameters = dict[str, Any]  # nested dicts of float32 arrays
 Batch = dict[str, jax.Array]  # the tables of BATCH_AXES
-Sums = dict[str, jax.Array]  # sums over the cells of a batch, by stream or over all streams
+Sums = dict[str, jax.Array]  # sums over the cells of a batch, per stream or over all streams
 PER_STREAM_SUMS = ("nll", "nll_spoken", "targets", "targets_spoken")
 
 
 class TrainState(NamedTuple):
-    """All that changes from step to step."""
+    """Everything that changes from step to step."""
 
-    step: jax.Array  # [] int32: steps done; the next batch is batch(step)
+    step: jax.Array  # [] int32: number of steps done; the next batch is batch(step)
     parameters: Parameters
     opt_state: Any
-    skipped: jax.Array  # [] int32: updates skipped so far because loss or gradient was not finite
-    skipped_in_row: jax.Array  # [] int32: updates skipped since the last one that was not
+    skipped: jax.Array  # [] int32: updates skipped so far (loss or gradient not finite)
+    skipped_in_row: jax.Array  # [] int32: updates skipped in a row up to now
 
 
 class Program:
     """The compiled functions of a run.
 
     Attributes:
-      config, streams, mesh, silence_id: the arguments.
+      config, streams, mesh, silence_id: the arguments of the constructor.
       backend: the attention backend.
       graph: the graphdef of the model.
       parameter_names: paths of the parameters, in the order of the gradient norms.
-      state_shardings, abstract_state: layout and shapes of the TrainState.
-      abstract_batch: shapes and layout of a batch: tables [B, T, S'], where S' is S and the absent
-        streams that make it a multiple of the mesh axis `stream`.
-      init: () -> TrainState. Every device makes its own part.
-      step: (state, batch) -> (state, metrics). Reuses the memory of the old state.
+      state_shardings: shardings of the TrainState.
+      abstract_state: shapes, dtypes and shardings of the TrainState.
+      abstract_batch: shapes, dtypes and shardings of a batch. Its tables are [B, T, S'], where S'
+        is S padded with absent streams to a multiple of the mesh axis `stream`.
+      init: () -> TrainState. Every device initialises its own shards.
+      step: (state, batch) -> (state, metrics). Donates the old state.
       evaluate: (parameters, batch) -> sums over a batch, for all streams.
     """
 
     def __init__(self, config: Config, streams: StreamSpec, mesh: Mesh, silence_id: int = -1):
-        """Prepares the functions; each is compiled when it is first called.
+        """Prepares the functions. Each is compiled on its first call.
 
         Args:
-          config: its `model.vocab_size` must be set.
+          config: all settings; `model.vocab_size` must be set.
+          streams: the streams of the model.
+          mesh: as `make_mesh` returns it.
           silence_id: the silence token; -1 if there is none.
 
-        Raises UserError where the config does not fit the mesh, or where code that it names cannot
-        be used.
+        Raises UserError if the config does not fit the mesh, or if code that it names cannot be
+        used.
         """
         check_mesh(config, mesh)
         check_block(config.model, streams.size, cached=False)
@@ -115,20 +118,25 @@ class Program:
         }
 
     def _abstract_state(self, shapes, axes) -> tuple[TrainState, TrainState]:
-        """(shardings, shapes with these shardings) of the state, from those of the parameters."""
+        """The shardings of the state, and its shapes with these shardings.
+
+        Args:
+          shapes: shapes of the parameters.
+          axes: logical axes of the parameters.
+        """
         # Any: the leaves are shardings or shapes in place of arrays.
         scalar: Any = named_sharding(self.mesh)
         shardings = parameter_shardings(axes, self.mesh)
         count: Any = jax.ShapeDtypeStruct((), jnp.int32)
         moments = jax.eval_shape(self._optimizer.init, shapes)
-        of_moments = optimizer_shardings(moments, shapes, shardings, scalar)
-        layout = TrainState(scalar, shardings, of_moments, scalar, scalar)
+        moment_shardings = optimizer_shardings(moments, shapes, shardings, scalar)
+        state_shardings = TrainState(scalar, shardings, moment_shardings, scalar, scalar)
         state = TrainState(count, shapes, moments, count, count)
 
         def with_sharding(x, sharding):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-        return layout, jax.tree.map(with_sharding, state, layout)
+        return state_shardings, jax.tree.map(with_sharding, state, state_shardings)
 
     def _compile_functions(self) -> None:
         states, scalar = self.state_shardings, named_sharding(self.mesh)
@@ -158,16 +166,16 @@ class Program:
         """The loss and the sums of a batch of tables.
 
         Args:
-          total_weight: the loss is this batch's share of the weighted mean over this weight.
-          all_streams: also compute the head for streams of weight 0, and use the built-in loss in
-            place of `config.loss.objective`: evaluation does both.
+          total_weight: the loss is the weighted sum over the batch, divided by this weight.
+          all_streams: for evaluation: compute the head for streams of weight 0 as well, and use the
+            built-in loss in place of `config.loss.objective`.
         """
         batch_specs = {name: partition_spec(*axes) for name, axes in BATCH_AXES.items()}
         scalar, per_stream = PartitionSpec(), partition_spec("stream")
         sums_specs = dict.fromkeys(PER_STREAM_SUMS, per_stream)
         counts_specs = {"cells": scalar, "spoken": scalar}
-        # The loss defines its own VJP, which does not say over which mesh axes its values vary:
-        # hence no check of that.
+        # No check_vma: the custom VJP of the loss does not declare over which mesh axes its values
+        # vary.
         sharded = jax.shard_map(
             functools.partial(self._losses_of_device, all_streams=all_streams),
             mesh=self.mesh,
@@ -181,10 +189,11 @@ class Program:
     def _losses_of_device(
         self, parameters: Parameters, batch: Batch, total_weight, all_streams: bool
     ) -> tuple[jax.Array, tuple[Sums, Sums]]:
-        """`_losses` of this device's tables and streams, inside `shard_map`; the results are of
-        all.
+        """The part of `_losses` inside `shard_map`, on this device's tables and streams.
 
-        Returns: loss, (sums per stream of this device, counts over all streams).
+        Returns:
+          The loss of the whole batch; and (sums over all tables for each stream of this device,
+          counts over the whole batch).
         """
         model, size = bind(self.graph, parameters), batch["tokens"].shape[2]
         streams = axis_index("stream") * size + jnp.arange(size)
@@ -209,14 +218,15 @@ class Program:
             self.config.loss,
             functools.partial(gather_weight, dtype=hidden.dtype, axis=1),
         )
-        # The reported cells must not depend on which streams share a device.
+        # The subset may hold streams of weight 0. They are not reported, because which ones it
+        # holds depends on the mesh.
         reported = take(counted) if all_streams else take(weights) > 0
         sums = self._sums(nll, reported, reported & (take(targets) != self.silence_id), subset)
         counts = self._counts(model.cells(batch, self.silence_id).present, batch["tokens"])
         return psum(loss, *mesh_axes("batch"), "stream"), (sums, counts)
 
     def _sums(self, nll, reported, spoken, subset: StreamSubset) -> Sums:
-        """PER_STREAM_SUMS of this device's streams over all tables; arguments [B, T, streams]."""
+        """PER_STREAM_SUMS over all tables for this device's streams. Arguments: [B, T, streams]."""
 
         def over_cells(x):
             return psum(subset.put(x.sum((0, 1)), jnp.zeros(subset.size)), *mesh_axes("batch"))
@@ -229,7 +239,7 @@ class Program:
         }
 
     def _counts(self, present, tokens) -> Sums:
-        """Cells that are not absent, and those of them that are not silent, of the whole batch."""
+        """Counts of present cells, and of present cells that are not silent, in the whole batch."""
 
         def count(x):
             return psum(x.sum(dtype=jnp.float32), *mesh_axes("batch"), "stream")
@@ -237,7 +247,7 @@ class Program:
         return {"cells": count(present), "spoken": count(present & (tokens != self.silence_id))}
 
     def _gradients(self, parameters: Parameters, batch: Batch) -> tuple[Parameters, Any, Sums]:
-        """(gradients, loss, sums) of a batch, in micro-batches if the config asks for them."""
+        """(gradients, loss, sums) of a batch, accumulated over `optim.accumulate` micro-batches."""
         weights = targets_and_weights(batch, self._loss_weights)[2]
         total_weight = jnp.maximum(weights.sum(), 1e-9)
 
@@ -250,7 +260,7 @@ class Program:
         if parts == 1:
             return gradients_of(batch)
 
-        # Table b goes to micro-batch b % parts: each of them stays spread over all devices.
+        # Table b goes to micro-batch b % parts: so every micro-batch is spread over all devices.
         micro = jax.tree.map(
             lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch
         )
@@ -287,7 +297,7 @@ class Program:
             "gradient_norm": global_norm(norms),
             "update_norm": global_norm(leaf_norms(updates)),
             "parameter_norm": global_norm(leaf_norms(parameters)),
-            # The schedule counts updates, not steps: a skipped update uses up no learning rate.
+            # The schedule counts updates, not steps: a skipped update does not advance it.
             "learning_rate": schedule(optim, steps)(state.step - state.skipped),
             "skipped": skipped,
             "skipped_in_row": skipped_in_row,

@@ -1,8 +1,8 @@
-"""Streams, and which cells see which: the one visibility rule of msllm (docs/semantics.md).
+"""Streams and the visibility rule, which says which cells see which (docs/semantics.md).
 
-The rule is `visible()`, a predicate on integers that runs on NumPy and on JAX arrays. Every
-attention backend, decoding and every picture of a mask calls it; `Visibility` is the form in which
-attention gets what the predicate needs.
+The rule is `visible()`, a predicate on integers that runs on NumPy and JAX arrays. Every attention
+backend, decoding and every picture of a mask derives from it. `Visibility` holds the arguments of
+the predicate for attention.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from msllm.config import Config, StreamsConfig, import_object
 from msllm.errors import UserError
 
-Array: TypeAlias = Any  # a NumPy array or a jax.Array: everything here runs on both
+Array: TypeAlias = Any  # a NumPy array or a jax.Array: all functions here accept both
 
 NEVER = 1 << 30  # a lag that no row can reach: the reader never sees the source
 KINDS = ("input", "output", "thought")
@@ -36,14 +36,15 @@ def visible(
     """True where the cell (q_row, q_stream) sees the cell (k_row, k_stream).
 
     A cell sees itself, and every present cell of its segment that lies at least `lag` rows back.
-    All arguments are integers unless noted, and broadcast together.
+    The arguments are integers unless noted, and broadcast against each other.
 
     Args:
       q_row, q_stream, q_segment: the query's row in the table, its stream and its segment.
-      q_present: bool, the query's cell is not absent.
-      k_row, k_stream, k_segment: the same of the key.
-      k_seen: bool, the key's cell is not absent (and, with skip_silence, not silence).
-      lag: lag[q_stream, k_stream], looked up by the caller: a gather inside a kernel is slow.
+      q_present: bool, whether the query's cell is present.
+      k_row, k_stream, k_segment: the same for the key.
+      k_seen: bool, whether the key's cell is present (and, with skip_silence, not silent).
+      lag: lag[q_stream, k_stream]. The caller looks it up, because a gather inside a kernel is
+        slow.
 
     Returns: bool, of the broadcast shape.
     """
@@ -53,11 +54,11 @@ def visible(
 
 
 class Cells(NamedTuple):
-    """What attention needs to know about the cells of a batch of tables, besides their contents."""
+    """What attention needs to know about the cells of a batch, apart from their contents."""
 
     row: Array  # [B, T] int32: row in the table
-    segment: Array  # [B, T] int32: packed example; 0: no example, the row is empty
-    present: Array  # [B, T, S] bool: the cell is not absent
+    segment: Array  # [B, T] int32: number of the packed example; 0: an empty row
+    present: Array  # [B, T, S] bool: the cell exists
     seen: Array  # [B, T, S] bool: other cells may see it as a key
 
 
@@ -71,7 +72,8 @@ class Visibility(NamedTuple):
         array.
       query_streams: [Sq] int32, the stream of each column of the queries. May be traced.
       key_offset: [] int32, the stream of the first column of the keys; the others follow in order.
-        None: the keys are those of the queries' own streams, which is known while tracing.
+        None: the keys belong to the queries' own streams. Backends can test for None at trace
+        time.
     """
 
     queries: Cells
@@ -91,9 +93,9 @@ class Visibility(NamedTuple):
         return self.first_key_stream + np.arange(self.keys.seen.shape[2], dtype=np.int32)
 
     def narrowed(self) -> Visibility:
-        """The same with only those columns of `lag` that belong to the keys, [S, Sk].
+        """A copy in which `lag` has only the columns of the keys, [S, Sk].
 
-        `key_offset` becomes a number.
+        Its `key_offset` is not None.
         """
         size = self.keys.seen.shape[2]
         if self.lag.shape[1] == size:
@@ -109,7 +111,7 @@ class Visibility(NamedTuple):
         return _array_module(lag, self.query_streams).asarray(lag)[self.query_streams]
 
     def mask(self) -> Array:
-        """`visible()` of each query and each key, [B, Tq, Sq, Tk, Sk] bool.
+        """`visible()` for each query and each key, [B, Tq, Sq, Tk, Sk] bool.
 
         This materialises all pairs. Backends call it on small blocks only.
         """
@@ -128,23 +130,26 @@ class Visibility(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StreamSpec:
-    """The S streams of a model: names, kinds, loss weights and the lag matrix."""
+    """The S streams of a model: names, kinds, loss weights, lag matrix and delays."""
 
     names: tuple[str, ...]
     kinds: tuple[str, ...]
     loss_weights: tuple[float, ...]
-    lag: tuple[tuple[int, ...], ...]  # lag[reader][source], rows; NEVER: never
+    lag: tuple[tuple[int, ...], ...]  # lag[reader][source] in rows, or NEVER
     skip_silence: bool = False
-    delays: tuple[int, ...] = ()
+    delays: tuple[int, ...] = ()  # rows by which each stream's data is shifted down
 
     @classmethod
     def from_config(cls, config: StreamsConfig) -> StreamSpec:
-        """Checks the settings and resolves presets. Imports nothing. Raises UserError."""
+        """Builds the spec from settings, and resolves the visibility preset. Imports no code.
+
+        Raises UserError if a setting is invalid.
+        """
         names, kinds = config.names, config.kinds
         size = len(names)
         if not names or len(set(names)) != size:
             raise UserError(
-                f"config.streams.names is {names}: needs at least one name, each of them once"
+                f"config.streams.names is {names}: give at least one name, and each name once"
             )
         for field in ("kinds", "loss_weights", "delays"):
             values = getattr(config, field)
@@ -176,6 +181,7 @@ class StreamSpec:
 
     @property
     def size(self) -> int:
+        """S, the number of streams."""
         return len(self.names)
 
     @property
@@ -184,7 +190,7 @@ class StreamSpec:
         return np.array(self.lag, np.int32)
 
     def index(self, name: str) -> int:
-        """Position of the stream `name`. Raises UserError."""
+        """The index of the stream `name`. Raises UserError if there is none."""
         if name not in self.names:
             raise UserError(f"there is no stream {name!r}: the streams are {', '.join(self.names)}")
         return self.names.index(name)
@@ -193,8 +199,10 @@ class StreamSpec:
 def lag_matrix(visibility: str, size: int) -> np.ndarray:
     """The lag matrix [S, S] int32 of a preset.
 
-    `block_causal`: earlier rows of all streams. `same_row`: also the same row of all streams.
-    `isolated`: earlier rows of the own stream only.
+    With `block_causal` a cell sees the earlier rows of all streams, with `same_row` also its own
+    row of all streams, and with `isolated` only the earlier rows of its own stream.
+
+    Raises UserError if there is no such preset.
     """
     if visibility == "block_causal":
         return np.ones((size, size), np.int32)
@@ -206,17 +214,17 @@ def lag_matrix(visibility: str, size: int) -> np.ndarray:
 
 
 def resolve_visibility(config: Config) -> Config:
-    """The config with a visibility that is given as a function written out as a preset and lags.
+    """Replaces a visibility function in a config by a preset and lags.
 
     `config.streams.visibility` may be an import path, `package.module:function`. The function gets
     the names and the kinds of the streams, and returns the lag matrix [S, S] (reader, source):
-    numbers of rows >= 0, or "never". `config.streams.lags` has the last word on the edges that it
-    names.
+    numbers of rows >= 0, or "never". `config.streams.lags` overrides the function for the edges
+    that it lists.
 
     Only `train`, `prepare` and `aot` call this, on the config of a run. The config in a checkpoint
-    is therefore complete without the function, and reading it runs no code.
+    therefore never names a function, and reading it runs no code.
 
-    Raises UserError if the function cannot be imported, or returns something else.
+    Raises UserError if the function cannot be imported, or returns anything else.
     """
     streams = config.streams
     if ":" not in streams.visibility:
@@ -225,6 +233,7 @@ def resolve_visibility(config: Config) -> Config:
     StreamSpec.from_config(dataclasses.replace(streams, visibility=PRESETS[0]))  # checks the rest
     lag = _read_lags(function(streams.names, streams.kinds), streams)
     different = {preset: lag != lag_matrix(preset, len(lag)) for preset in PRESETS}
+    # The preset that leaves the fewest edges to list.
     preset = min(PRESETS, key=lambda preset: different[preset].sum())
     lags = tuple(
         (
@@ -239,7 +248,10 @@ def resolve_visibility(config: Config) -> Config:
 
 
 def _read_lags(matrix: Any, streams: StreamsConfig) -> np.ndarray:
-    """What a visibility function returned, as [S, S] int32. Raises UserError."""
+    """Converts what a visibility function returned to a lag matrix [S, S] int32.
+
+    Raises UserError if it is not one.
+    """
     setting, size = f"config.streams.visibility is {streams.visibility!r}", len(streams.names)
     remedy = f"return {size} x {size} lags (reader, source)"
     try:
@@ -262,15 +274,15 @@ def _read_lags(matrix: Any, streams: StreamsConfig) -> np.ndarray:
 
 
 def _config_lags(config: StreamsConfig) -> np.ndarray:
-    """The lag matrix [S, S] int32 of a preset and of the edges that differ from it.
+    """The lag matrix [S, S] int32 of a preset and the edges that differ from it.
 
-    Raises UserError.
+    Raises UserError if the settings are invalid.
     """
     names = config.names
     if ":" in config.visibility:
         raise UserError(
-            f"config.streams.visibility is {config.visibility!r}: a function, which only a run's "
-            "own config may name; call msllm.streams.resolve_visibility(config) first"
+            f"config.streams.visibility is {config.visibility!r}: a function, which only a run's"
+            " own config may name; call msllm.streams.resolve_visibility(config) first"
         )
     lag = lag_matrix(config.visibility, len(names))
     for reader, source, value in config.lags:
@@ -291,7 +303,7 @@ def _config_lags(config: StreamsConfig) -> np.ndarray:
 
 
 def pad_lag(lag: np.ndarray, size: int) -> np.ndarray:
-    """The lag matrix [size, size] with absent streams at its end.
+    """Appends absent streams to a lag matrix, [size, size].
 
     They see no other stream, and no other stream sees them.
     """
@@ -300,13 +312,13 @@ def pad_lag(lag: np.ndarray, size: int) -> np.ndarray:
 
 
 def make_cells(present: Array, segment: Array, silent: Array | None = None) -> Cells:
-    """Cells of tables that start at row 0.
+    """The Cells of tables that start at row 0.
 
     Args:
       present: [B, T, S] bool.
       segment: [B, T] int32; rows of segment 0 count as absent.
-      silent: [B, T, S] bool or None; cells that others do not see although they are present
-        (skip_silence).
+      silent: [B, T, S] bool, cells that other cells do not see even if they are present
+        (skip_silence); None: no such cells.
     """
     present = present & (segment > 0)[:, :, None]
     rows = np.broadcast_to(np.arange(segment.shape[1], dtype=np.int32), segment.shape)
@@ -314,7 +326,7 @@ def make_cells(present: Array, segment: Array, silent: Array | None = None) -> C
 
 
 def positions(segment: Array) -> Array:
-    """RoPE positions [B, T] int32: the row within its segment, which is a run of equal ids."""
+    """RoPE positions [B, T] int32: the row within its segment. A segment is a run of equal ids."""
     xp = _array_module(segment)
     row = xp.arange(segment.shape[1], dtype=np.int32)[None, :]
     start = xp.concatenate(
@@ -326,7 +338,11 @@ def positions(segment: Array) -> Array:
 def target_mask(present: Array, segment: Array) -> Array:
     """Which cells predict their stream's cell in the next row, [B, T, S] bool.
 
-    A cell does if both are present in one segment. `present` is [B, T, S] bool, `segment` [B, T].
+    A cell does if both cells are present and in the same segment.
+
+    Args:
+      present: [B, T, S] bool.
+      segment: [B, T] int32.
     """
     xp = _array_module(present)
     present = present & (segment > 0)[:, :, None]
@@ -340,17 +356,19 @@ def visibility_table(cells: Cells, lag: np.ndarray, batch: int = 0) -> np.ndarra
     For tests and pictures.
 
     Args:
-      cells: of B tables. lag: [S, S] int. batch: which of the tables.
+      cells: the cells of B tables.
+      lag: [S, S] int.
+      batch: the index of the table.
     """
     table = Cells(*(np.asarray(x)[batch : batch + 1] for x in cells))
     return Visibility(table, table, np.asarray(lag), np.arange(lag.shape[0])).mask()[0]
 
 
 def _array_module(*arrays: Array) -> Any:
-    """numpy if all of these are NumPy arrays, else jax.numpy."""
+    """numpy if all arrays are NumPy arrays, otherwise jax.numpy."""
     if all(isinstance(array, np.ndarray) for array in arrays):
         return np
-    import jax.numpy as jnp  # only where it is needed: data can be prepared without jax
+    import jax.numpy as jnp  # here, because data preparation runs without jax
 
     return jnp
 

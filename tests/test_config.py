@@ -170,8 +170,8 @@ def test_mesh_rules(axes, rule):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"names": ()}, "needs at least one name, each of them once"),
-        ({"names": ("user", "user", "output")}, "needs at least one name, each of them once"),
+        ({"names": ()}, "give at least one name, and each name once"),
+        ({"names": ("user", "user", "output")}, "give at least one name, and each name once"),
         ({"kinds": ("input", "output")}, "config.streams.kinds has 2 items: names has 3"),
         ({"kinds": ()}, "config.streams.kinds has 0 items: names has 3"),
         (

@@ -226,15 +226,18 @@ def test_sources_that_do_not_fit_each_other(directories, tmp_path):
         ({"weights": (1.0, float("nan"))}, "weights must be 2 numbers >= 0"),
         ({"weights": (-1.0, 2.0)}, "weights must be 2 numbers >= 0"),
         ({"schedule": ((3, (1.0,)),)}, "config.data.mixture.schedule .* weights must be 2 numbers"),
-        ({"schedule": ((3, (1.0, 1.0)), (3, (1.0, 1.0)))}, "its steps must be positive and grow"),
-        ({"schedule": ((0, (1.0, 1.0)),)}, "its steps must be positive and grow"),
+        (
+            {"schedule": ((3, (1.0, 1.0)), (3, (1.0, 1.0)))},
+            "its steps must be positive and increase",
+        ),
+        ({"schedule": ((0, (1.0, 1.0)),)}, "its steps must be positive and increase"),
         (
             {"streams": ("output", "speech")},
-            "config.data.mixture.streams .* must be of streams.names",
+            "config.data.mixture.streams .* must be among streams.names",
         ),
-        ({"names": ("a",)}, "must be one per directory, of which there are 2"),
+        ({"names": ("a",)}, "must be 2 names, one per directory"),
         ({"names": ("a", "a")}, "config.data.mixture.names is .*must be different"),
-        ({"names": ("nll", "b")}, "not nll or nll_spoken"),
+        ({"names": ("nll", "b")}, "other than nll and nll_spoken"),
         (
             {"dirs": ("x/a", "y/a")},
             r"names is \('a', 'a'\): must be different.*set data.mixture.names",
