@@ -1,4 +1,4 @@
-"""For tools that look for this file; everything is in pyproject.toml."""
+"""Supports tools that need this file. All settings are in pyproject.toml."""
 
 from setuptools import setup
 
