@@ -168,6 +168,5 @@ def _interleaved(
     times: dict[_Run, list[Times]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, compiled in runs.items():
-            _, cpu, wall = timed(run, compiled)
-            times[name].append(Times(cpu, wall))
+            times[name].append(Times(*timed(run, compiled)[1:]))
     return {name: median_times(measured) for name, measured in times.items()}
