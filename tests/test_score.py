@@ -85,7 +85,7 @@ def test_visibility_is_used(make_model):
         ({"present": np.ones((1, 4, 3), int)}, "present is int64"),
         ({"present": np.ones((1, 3, 3), bool)}, "present is bool"),
         ({"segment": np.ones((1, 3), int)}, "segment is int64"),
-        ({"segment": np.array([[1, 2, 1, 0]])}, "id 1 comes back"),
+        ({"segment": np.array([[1, 2, 1, 0]])}, "id 1 has several runs"),
         ({"segment": np.array([[1, 1, -1, 0]])}, "it holds -1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

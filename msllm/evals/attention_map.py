@@ -1,4 +1,4 @@
-"""Attention weights of a model in one table, layer by layer, to look at: `attention_map`."""
+"""The attention weights of a model on one table, for inspection."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ def attention_map(
     present: np.ndarray | None = None,
     silence_id: int | None = None,
 ) -> np.ndarray:
-    """The attention weights of a model in one table.
-
-    The layers are those of the model, one after another, on the reference backend.
+    """Computes the attention weights of a model on one table, with the reference backend.
 
     Args:
-      tokens: [T, S]. present: [T, S] bool; None: every cell is present.
-      silence_id: needed if silence is not seen as a key and the model came without a tokenizer.
+      loaded: the model.
+      tokens: [T, S].
+      present: [T, S] bool; None: every cell is present.
+      silence_id: the silence token. Needed if silence is not seen as a key and the model has no
+        tokenizer.
 
     Returns: [layers, N, T, S, T, S] float32: query row and stream, key row and stream. The weights
       of a query sum to 1 over the keys, and are 0 for keys that it does not see.
@@ -51,9 +52,9 @@ def attention_map(
     size = loaded.config.num_layers * loaded.config.num_heads * (rows * streams) ** 2
     if size > MAX_WEIGHTS:
         raise UserError(
-            f"the table has {rows} rows x {streams} streams: their attention weights in all layers "
-            f"and heads are {size / 2**28:.1f} GiB, and may be {MAX_WEIGHTS / 2**28:g} GiB; give "
-            "fewer rows"
+            f"the table has {rows} rows x {streams} streams: its attention weights in all layers "
+            f"and heads take {size / 2**28:.1f} GiB, and may take {MAX_WEIGHTS / 2**28:g} GiB; "
+            "give fewer rows"
         )
     silence = silence_of(loaded, silence_id)
     return np.asarray(_attention_map(loaded.graph, silence, loaded.parameters, tables))[:, 0]
@@ -89,13 +90,17 @@ def _attention_map(
 
 
 def between_streams(weights: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """How much attention each stream pays to each stream, [..., S, S] (reader, source).
+    """The share of its attention that each stream pays to each stream.
 
-    The mean over the reader's present cells of their weights on all rows of the source, so that the
-    sum over the sources is 1; nan if no cell of the reader is present.
+    A share is the sum of a cell's weights over all rows of the source, averaged over the reader's
+    present cells.
 
     Args:
-      weights: [..., T, S, T, S], from `attention_map`. present: [T, S] bool.
+      weights: [..., T, S, T, S], from `attention_map`.
+      present: [T, S] bool.
+
+    Returns: [..., S, S] (reader, source). The shares of a reader sum to 1 over the sources. They
+      are nan if no cell of the reader is present.
     """
     taken = np.where(present[:, :, None], weights.sum(-2), 0).sum(-3)
     with np.errstate(invalid="ignore"):

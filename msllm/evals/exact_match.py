@@ -1,9 +1,9 @@
 """Exact match: how often the output streams say exactly what they should, and how soon.
 
 The input streams of each held-out example are given row by row, and the model generates all other
-streams. An example counts as right if the tokens of every output stream, silence left out, are
-those of the example. With a mark only what follows the mark is compared, for answers after some
-working.
+streams. An answer is right if the tokens of every output stream, without silence, equal those of
+the example. If an output holds working before the answer, a mark separates the two, and only the
+tokens after the mark are compared.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
 from msllm.weights.load import LoadedModel
 
-BATCH = 128  # examples decoded together
-SLACK = 8  # rows that an answer may come later than in the example
+BATCH = 128  # examples that are decoded together
+SLACK = 8  # rows by which an answer may come later than in the example
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +35,15 @@ class ExactMatch:
 
     Attributes:
       examples: number of examples.
-      exact_match: share of the examples that were answered exactly.
-      answered: share in which every output stream gave some answer, right or wrong.
+      exact_match: share of the examples with an exact answer.
+      answered: share of the examples in which every output stream gave an answer, right or wrong.
       rows_to_first: median number of rows to the first token of the answer, over exact answers.
-      rows_to_last: the same to its last token.
-      answered_rows: median number of rows to the first token of any answer.
-      one_stream_rows: median number of rows to the first token if each question were read, thought
-        about and answered in one stream.
+      rows_to_last: median number of rows to the last token of the answer, over exact answers.
+      answered_rows: median number of rows to the first token of the answer, over all answers.
+      one_stream_rows: median number of rows to the first token of the answer if a single stream
+        held the question, the thoughts and the answer.
 
-    A median over nothing is nan.
+    A median over no values is nan.
     """
 
     examples: int
@@ -63,9 +63,9 @@ def evaluate(
     Args:
       model: a model with a tokenizer.
       data: the prepared directory. Empty: the one that the model was trained on.
-      examples: number of examples at most, spread evenly over all.
-      after: compare only what an output says after the last occurrence of this text. Empty: all
-        that it says.
+      examples: the most examples to use, spread evenly over the split.
+      after: compare only the tokens of an output after the last occurrence of this text. Empty:
+        compare all of them.
 
     Raises UserError if the data does not fit the model or has no inputs and outputs.
     """
@@ -114,11 +114,11 @@ class Case(NamedTuple):
     """One held-out example as a task.
 
     Attributes:
-      prompt: [T, S] int32, the given tokens; FREE where the model chooses.
+      prompt: [T, S] int32, the given tokens; FREE where the model samples.
       end: the row of the input's last token.
       answer: the tokens of each output stream without silence.
-      one_stream_rows: rows from the end of the question to the answer if the example were told in
-        one stream.
+      one_stream_rows: rows from the end of the question to the first token of the answer if a
+        single stream held the example.
     """
 
     prompt: np.ndarray
@@ -128,12 +128,12 @@ class Case(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """How an example was answered.
+    """The answer of a model to an example.
 
     Attributes:
-      right: whether the answer is exactly that of the example.
+      right: whether the answer equals that of the example.
       first: rows from the end of the input to the first token of the answer; None: no answer.
-      last: the same to its last token.
+      last: rows from the end of the input to the last token of the answer; None: no answer.
     """
 
     right: bool
@@ -151,7 +151,7 @@ def streams_case(table: Table, model: LoadedModel) -> Case:
     if not inputs or not outputs:
         raise UserError(
             f"streams {', '.join(streams.names)} have kinds {', '.join(streams.kinds)}: exact match"
-            " needs an input and an output; for a single stream see `msllm score`"
+            " needs an input and an output; use `msllm score` for a single stream"
         )
     spoken = table.present & (table.tokens != silence)
     prompt = np.full(table.tokens.shape, FREE)
@@ -166,7 +166,7 @@ def streams_case(table: Table, model: LoadedModel) -> Case:
 
 
 def _single_case(table: Table, model: LoadedModel) -> Case:
-    """A dictation in one stream: the question is given, thoughts and answer are free."""
+    """A dictation in one stream as a task: the model generates the thoughts and the answer."""
     text, tokenizer = table.tokens[:, 0], model.require_tokenizer()
     end = question_end(text, tokenizer.encode(QUESTION_END)[0])
     spoken = text[text != tokenizer.silence_id]
@@ -177,7 +177,10 @@ def _single_case(table: Table, model: LoadedModel) -> Case:
 
 
 def _only_after(case: Case, mark: str, tokenizer: Tokenizer) -> Case:
-    """The case with what follows the mark as its answer. Raises UserError if nothing does."""
+    """The case with only the tokens after the mark as its answer.
+
+    Raises UserError if no token follows the mark.
+    """
     answer = [tokens[_end_of_mark(tokens, mark, tokenizer) :] for tokens in case.answer]
     if not all(answer):
         texts = [tokenizer.decode(tokens) for tokens in case.answer]
@@ -192,7 +195,7 @@ def _only_after(case: Case, mark: str, tokenizer: Tokenizer) -> Case:
 def _end_of_mark(tokens: Sequence[int], mark: str, tokenizer: Tokenizer) -> int:
     """The index after the last occurrence of a mark; the number of tokens if there is none.
 
-    The mark may be several tokens, or part of one.
+    The mark may span several tokens, or be a part of one.
     """
     for start in reversed(range(len(tokens))):
         for end in range(start + 1, len(tokens) + 1):
@@ -205,19 +208,29 @@ def _answer(
     cases: Sequence[Case], model: LoadedModel, rows: int, batch: int, mark: str = ""
 ) -> list[Answer]:
     """Generates answers to at most `batch` cases, in tables of `rows` rows."""
-    streams, silence = model.streams, model.require_tokenizer().silence_id
-    forced = np.full((batch, rows, streams.size), FREE)
-    forced[:, :, _streams_of_kind(streams, "input")] = silence
-    for b, case in enumerate(cases):
-        forced[b, : len(case.prompt)] = case.prompt
-    # No row predicts the first one. Its free cells are silence, as in the examples.
-    forced[:, 0] = np.where(forced[:, 0] == FREE, silence, forced[:, 0])
+    forced = forced_tables(cases, model, rows, batch)
     generated = generate(model, rows, forced=forced, batch=batch)
-    spoken = generated.present & (generated.shown != silence)
-    # The rest of the batch is filler.
+    spoken = generated.present & (generated.shown != model.require_tokenizer().silence_id)
     return [
         _judge(case, generated.shown[b], spoken[b], model, mark) for b, case in enumerate(cases)
     ]
+
+
+def forced_tables(cases: Sequence[Case], model: LoadedModel, rows: int, batch: int) -> np.ndarray:
+    """The prompts of at most `batch` cases, as the forced tokens of `generate`.
+
+    Inputs are silent after the prompt. Tables without a case are filler.
+
+    Returns: [batch, rows, S], FREE where the model samples.
+    """
+    streams, silence = model.streams, model.require_tokenizer().silence_id
+    forced = np.full((batch, rows, streams.size), FREE)
+    forced[:, :, _streams_of_kind(streams, "input")] = silence
+    for table, case in zip(forced, cases):
+        table[: len(case.prompt)] = case.prompt
+    # No row predicts the first one. Its free cells are silence, as in the examples.
+    forced[:, 0] = np.where(forced[:, 0] == FREE, silence, forced[:, 0])
+    return forced
 
 
 def _judge(
@@ -226,10 +239,11 @@ def _judge(
     """Compares generated tokens with the answer of a case.
 
     Args:
-      tokens: [T, S]. spoken: [T, S] bool, neither silence nor absent.
+      tokens: [T, S].
+      spoken: [T, S] bool, which cells are neither silent nor absent.
     """
     outputs = _streams_of_kind(model.streams, "output")
-    rows, said = [], []  # of the answer, per output stream
+    rows, said = [], []  # the answer's rows and tokens, per output stream
     for s, answer in zip(outputs, case.answer):
         at = np.flatnonzero(spoken[:, s])
         if len(outputs) == model.streams.size:  # the stream also holds the question and the working

@@ -16,13 +16,13 @@ from msllm.weights.load import LoadedModel
 def open_split(model: LoadedModel, data: str = "", split: str = "eval") -> Loader:
     """Opens a split of prepared data for a model.
 
-    The number of rows and the delays of the streams are those of the data: parameters do not depend
-    on them.
+    The number of rows and the delays of the streams are taken from the data, because parameters do
+    not depend on them.
 
     Args:
       model: a model with a tokenizer.
       data: the prepared directory. Empty: the one that the model was trained on.
-      split: the split of it.
+      split: the split of the data.
 
     Raises UserError if there is no such data, or if it does not fit the streams or the tokenizer of
     the model.
@@ -37,7 +37,7 @@ def open_split(model: LoadedModel, data: str = "", split: str = "eval") -> Loade
     folder = data or trained.dir
     if not folder:
         raise UserError(
-            "the checkpoint was not trained, so it has no data of its own: prepare some, and give"
+            "the checkpoint was not trained, so it has no data of its own: prepare data and pass"
             " --data=DIR"
         )
     manifest = read_manifest(folder)
@@ -46,15 +46,15 @@ def open_split(model: LoadedModel, data: str = "", split: str = "eval") -> Loade
         trained,
         dir=folder,
         rows=manifest["rows"],
-        batch_size=max(1, min(trained.batch_size, tables)),  # no batch that is mostly filler
+        batch_size=max(1, min(trained.batch_size, tables)),  # avoids a batch of mostly filler
         mixture=MixtureConfig(),
     )
     delays = tuple(manifest["streams"]["delays"])
     loader = Loader(config, split, dataclasses.replace(model.streams, delays=delays))
     if loader.tokenizer.hash != tokenizer.hash:
         raise UserError(
-            f"{folder} was prepared with another tokenizer than the checkpoint's: give its data,"
-            " --data=DIR"
+            f"{folder} was prepared with another tokenizer than the checkpoint's: pass data that"
+            " was prepared with the checkpoint's tokenizer, --data=DIR"
         )
     return loader
 

@@ -1,7 +1,7 @@
-"""Corrections midway: does the output follow a user who takes a step back, and how soon?
+"""Interruptions: does the output follow a user who corrects the question, and how soon?
 
-Each held-out dictation with a correction is given to the model twice: as a column that is known
-beforehand, and word by word through a live session, as a user would type it.
+The model gets each held-out dictation with a correction twice. The first time, the user's column is
+known beforehand. The second time, a live session is fed word by word, as a user would type.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import NamedTuple
 import numpy as np
 
 from msllm.data.dictation import BACK, expected_answer
-from msllm.decode.engine import FREE, Engine, generate
+from msllm.decode.engine import Engine, generate
 from msllm.errors import UserError
-from msllm.evals.exact_match import SLACK, Case, streams_case
+from msllm.evals.exact_match import SLACK, Case, forced_tables, streams_case
 from msllm.evals.held_out import examples as held_out_examples
 from msllm.evals.held_out import open_split
 from msllm.weights.load import LoadedModel
 
-BATCH = 64  # sessions at a time
-FIRST, LAST = "no", "wait"  # the words that take a step back
+BATCH = 64  # sessions that are decoded together
+FIRST, LAST = "no", "wait"  # the words of a correction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Reactions:
 
     Attributes:
       cases: number of questions.
-      followed: share of outputs that say exactly the answer to the corrected question.
-      ignored: share of outputs that say the answer to the question without the correction.
-      noticed: share of thoughts that take the step back.
-      rows_to_notice: median number of rows until they do; nan if none does.
-      most_rows_to_notice: the largest number of rows; 0 if none does.
+      followed: share whose output is exactly the answer to the corrected question.
+      ignored: share whose output is the answer to the question without the correction.
+      noticed: share whose thought stream takes a step back after the correction.
+      rows_to_notice: median number of rows until the step back; nan if there is none.
+      most_rows_to_notice: the largest number of rows until the step back; 0 if there is none.
     """
 
     cases: int
@@ -48,7 +48,7 @@ class Reactions:
 
 @dataclasses.dataclass(frozen=True)
 class Interruptions:
-    """The reactions when the user's column is known beforehand, and in live sessions."""
+    """The reactions if the user's column is known beforehand, and in live sessions."""
 
     table: Reactions
     live: Reactions
@@ -60,13 +60,17 @@ def evaluate(model: LoadedModel, data: str = "", examples: int = 500) -> Interru
     Args:
       model: a model that was trained on dictations in several streams.
       data: the prepared directory. Empty: the one that the model was trained on.
-      examples: number of questions at most.
+      examples: the most questions to use.
 
-    Raises UserError if the data is not of that kind or holds no question with a correction.
+    Raises UserError if the model was not trained on dictations, or if the data holds no question
+    with a correction.
     """
     converter = model.run_config.data.converter if model.run_config else ""
     if converter != "dictation":
-        raise UserError(f"the checkpoint's data.converter is {converter!r}: must be 'dictation'")
+        raise UserError(
+            f"the checkpoint's data.converter is {converter!r}: must be 'dictation'; evaluate a"
+            " model that was trained on dictations"
+        )
     cases = list(_corrected(model, data, examples))
     if not cases:
         raise UserError("no held-out question has a correction: prepare more examples")
@@ -94,7 +98,7 @@ def describe(result: Interruptions) -> str:
 class Verdict(NamedTuple):
     """The reaction to one correction, as in `Reactions`.
 
-    `rows_to_notice` is None if no thought took the step back.
+    `rows_to_notice` is None if the thought stream did not take a step back.
     """
 
     followed: bool
@@ -118,7 +122,10 @@ def judge(table: np.ndarray, case: Case, model: LoadedModel) -> Verdict:
 
 
 def _answer_without_correction(words: Sequence[str]) -> list[str] | None:
-    """The answer if "no wait" and the next instruction were not said; None: it is the same."""
+    """The answer to the question without "no wait" and the instruction after it.
+
+    Returns None if that is also the answer to the corrected question.
+    """
     at = words.index(LAST)
     without = [*words[: at - 1], *words[at + 3 :]]  # an instruction has two words
     answer = expected_answer(without)
@@ -136,23 +143,16 @@ def _corrected(model: LoadedModel, data: str, examples: int) -> Iterator[Case]:
 
 def _given(model: LoadedModel, cases: Sequence[Case], rows: int) -> Iterator[np.ndarray]:
     """Generated tables [rows, S] in which the user's column was known beforehand."""
-    silence = model.require_tokenizer().silence_id
-    inputs = np.array(model.streams.kinds) == "input"
     for start in range(0, len(cases), BATCH):
         part = cases[start : start + BATCH]
-        # All batches have the same shape, so decoding compiles once.
-        forced = np.full((BATCH, rows, model.streams.size), FREE)
-        forced[:, :, inputs] = silence
-        for table, case in zip(forced, part):
-            table[: len(case.prompt)] = case.prompt
-        forced[:, 0] = np.where(forced[:, 0] == FREE, silence, forced[:, 0])
+        forced = forced_tables(part, model, rows, BATCH)
         yield from generate(model, rows, forced=forced, batch=BATCH).shown[: len(part)]
 
 
 def _live(model: LoadedModel, cases: Sequence[Case], rows: int) -> Iterator[np.ndarray]:
     """Tables [rows, S] of live sessions, as the model read them.
 
-    Each session is fed every word of the user when the word's row has come.
+    Each session is fed a word of the user when it reaches the word's row.
     """
     user = model.streams.kinds.index("input")
     silence = model.require_tokenizer().silence_id

@@ -1,8 +1,8 @@
 """The negative log-likelihood of prepared data, stream by stream, with intervals.
 
-The units of the bootstrap (Efron 1979) are examples, or runs of `block` rows where examples are few
-and long. An interval holds the middle 95 % of the resampled means. A comparison of two models
-resamples the differences unit by unit.
+The intervals come from the bootstrap (Efron 1979), which resamples examples, or blocks of `block`
+rows if examples are few and long. An interval holds the middle 95 % of the resampled means. A
+comparison of two models resamples the differences unit by unit.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from msllm.loss import next_row_loss, targets_and_weights
 from msllm.model.model import bind
 from msllm.weights.load import LoadedModel
 
-SEED = 0  # of the resampling
+SEED = 0  # the seed of the resampling
 
 
 class Likelihoods(NamedTuple):
-    """Sums over each unit of the bootstrap, in the order of the data: [units, S] float64 each.
+    """Sums over each unit of the bootstrap, in the order of the data; [units, S] float64 each.
 
     Attributes:
       nll: negative log-likelihood of the targets, nats.
       targets: number of predicted cells.
       targets_spoken: number of predicted cells that are not silence.
-      nll_spoken: negative log-likelihood of those.
-      nll_words: the same, given that they are not silence: what is said, without when.
+      nll_spoken: negative log-likelihood of the targets that are not silence, nats.
+      nll_words: negative log-likelihood of the same targets, given that they are not silence, nats.
+        It measures what a stream says, and not when.
     """
 
     nll: np.ndarray
@@ -53,11 +54,11 @@ def evaluate(
     """Measures the likelihood of a split of prepared data.
 
     Args:
-      model: a model with a tokenizer; `model.with_visibility` and `with_streams` change who sees
-        whom.
+      model: a model with a tokenizer. `model.with_visibility` and `model.with_streams` change
+        which streams see each other.
       data: the prepared directory. Empty: the one that the model was trained on.
-      split: the split of it.
-      block: rows of a unit. 0: examples are the units.
+      split: the split of the data.
+      block: rows per unit; 0: examples are the units.
 
     Raises UserError if the data does not fit the model, or if it holds no example of two rows.
     """
@@ -116,9 +117,9 @@ def _nll(
 
 
 def best_checkpoint(workdir: str | os.PathLike) -> str:
-    """The checkpoint of a workdir whose evaluation during training was the best.
+    """The checkpoint of a workdir with the lowest eval/loss during training.
 
-    Raises UserError if no step that was evaluated still has a checkpoint.
+    Raises UserError if no evaluated step has a checkpoint.
     """
     workdir = pathlib.Path(workdir)
     metrics = workdir / "metrics.jsonl"
@@ -130,7 +131,7 @@ def best_checkpoint(workdir: str | os.PathLike) -> str:
     if not losses:
         raise UserError(
             f"{workdir} has no checkpoint of a step that was evaluated: train with"
-            " config.checkpoint.every and config.checkpoint.keep_every equal to config.eval_every"
+            " config.checkpoint.every and config.checkpoint.keep_every set to config.eval_every"
         )
     return str(workdir / "checkpoints" / str(min(losses, key=losses.__getitem__)))
 
@@ -138,7 +139,7 @@ def best_checkpoint(workdir: str | os.PathLike) -> str:
 def report(
     units: Likelihoods, names: tuple[str, ...], resamples: int = 1000
 ) -> dict[str, dict[str, float]]:
-    """Means per target with intervals, nats.
+    """Means per target with intervals, in nats.
 
     Args:
       units: the result of `evaluate` or `difference`.
@@ -146,9 +147,10 @@ def report(
       resamples: how often the units are resampled.
 
     Returns:
-      {name: {"nll", "low", "high", "targets", "nll_spoken", "nll_words"}} of each stream, of "all",
-      the mean over the targets of all streams, and of "row", the sum of the streams' means. That
-      is the nats of a row if the streams are in step. low and high bound the interval of nll.
+      {name: {"nll", "low", "high", "targets", "nll_spoken", "nll_words"}}. low and high bound the
+      interval of nll. There is an entry for each stream, and two more. "all" is the mean over the
+      targets of all streams. "row" is the sum of the streams' means, which is the nats per row if
+      every row has a target in every stream.
     """
     count = len(units.nll)
     generator = np.random.default_rng(SEED)
@@ -188,7 +190,7 @@ def _entry(
 
 
 def difference(units: Likelihoods, other: Likelihoods) -> Likelihoods:
-    """By how many nats `other` is worse on the same data, for `report`.
+    """By how many nats `other` is worse on the same data. Pass the result to `report`.
 
     Raises UserError if the two did not predict the same cells.
     """

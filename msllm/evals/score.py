@@ -19,16 +19,16 @@ from msllm.model.model import bind
 from msllm.runtime.files import write_atomically
 from msllm.weights.load import LoadedModel
 
-LOGITS_AT_ONCE = 1 << 26  # numbers: 256 MiB of float32
+LOGITS_AT_ONCE = 1 << 26  # logits that are computed at a time: 256 MiB of float32
 
 
 class Scores(NamedTuple):
-    """What a model says to tables.
+    """A model's predictions for tables.
 
     Attributes:
-      logits: [B, T, S, V] float32; those at (t, s) predict the cell (t + 1, s).
-      logprob: [B, T, S] float32, the log-probability of the cell (t + 1, s), nats; nan if it does
-        not exist.
+      logits: [B, T, S, V] float32; the logits at (t, s) predict the cell (t + 1, s).
+      logprob: [B, T, S] float32, the log-probability of the cell (t + 1, s), nats; nan if the cell
+        does not exist.
     """
 
     logits: np.ndarray
@@ -46,7 +46,7 @@ def score(
         segment [B, T] (the packed example of each row; 0: an empty row).
       silence_id: the silence token. Needed if silence is hidden and the model has no tokenizer.
 
-    Raises UserError if the tables are not of that form, or if silence_id is needed.
+    Raises UserError if the tables do not have that form, or if silence_id is needed.
     """
     parts = list(score_batches(model, tables, silence_id))
     return Scores(*(np.concatenate(arrays) for arrays in zip(*parts)))
@@ -55,9 +55,9 @@ def score(
 def score_batches(
     model: LoadedModel, tables: Mapping[str, np.ndarray], silence_id: int | None = None
 ) -> Iterator[Scores]:
-    """Scores a few tables at a time, where the logits of all would take too much memory.
+    """Scores a few tables at a time, for tables whose logits would take too much memory together.
 
-    Arguments and errors are those of `score`.
+    The arguments and errors are those of `score`.
     """
     silence_id = silence_of(model, silence_id)
     checked = check_tables(tables, model.streams.size, model.config.vocab_size)
@@ -66,7 +66,7 @@ def score_batches(
     for start in range(0, count, size):
         part = {name: x[start : start + size] for name, x in checked.items()}
         missing = size - len(part["tokens"])
-        # The last batch is filled up: another shape would be compiled once more.
+        # Pad the last batch, because another shape would compile again.
         part = {name: np.concatenate([x, x[:1].repeat(missing, 0)]) for name, x in part.items()}
         logits, logprob = _score(model.graph, silence_id, model.parameters, part)
         yield Scores(np.asarray(logits)[: size - missing], np.asarray(logprob)[: size - missing])
@@ -88,16 +88,15 @@ def _score(
 
 
 def silence_of(model: LoadedModel, silence_id: int | None = None) -> int | None:
-    """The silence token: `silence_id`, else that of the model's tokenizer.
+    """The silence token: `silence_id`, or else that of the model's tokenizer.
 
-    Raises UserError if the model hides silence and neither says what it is.
+    Raises UserError if the model hides silence and both are missing.
     """
     if silence_id is None and model.tokenizer is not None:
         silence_id = model.tokenizer.silence_id
     if model.streams.skip_silence and silence_id is None:
         raise UserError(
-            "silence is to be hidden but the model has no tokenizer: say which token it is,"
-            " --silence_id"
+            "the model hides silence but has no tokenizer: pass the silence token as --silence_id"
         )
     return silence_id
 
@@ -109,9 +108,10 @@ def check_tables(
 
     Args:
       tables: as in `score`.
-      streams, vocab_size: S and V of the model.
+      streams: S of the model.
+      vocab_size: V of the model.
 
-    Raises UserError if they are not of that form.
+    Raises UserError if the tables do not have that form.
     """
     if "tokens" not in tables:
         raise UserError(
@@ -119,7 +119,7 @@ def check_tables(
         )
     tokens = tables["tokens"]
     if tokens.ndim != 3 or 0 in tokens.shape:
-        raise UserError(f"tokens has shape {tokens.shape}: must be [B, T, S], none of them 0")
+        raise UserError(f"tokens has shape {tokens.shape}: must be [B, T, S], all above 0")
     if tokens.shape[2] != streams:
         raise UserError(
             f"tokens has shape {tokens.shape}, {tokens.shape[2]} streams: the model has {streams}"
@@ -129,8 +129,8 @@ def check_tables(
     present = tables.get("present", np.ones(tokens.shape, bool))
     if present.shape != tokens.shape or present.dtype != bool:
         raise UserError(
-            f"present is {present.dtype} {present.shape}: must be bool of tokens' shape"
-            f" {tokens.shape}"
+            f"present is {present.dtype} {present.shape}: must be bool of shape {tokens.shape},"
+            " as tokens"
         )
     segment = tables.get("segment", np.ones(tokens.shape[:2], np.int32))
     if segment.shape != tokens.shape[:2] or not np.issubdtype(segment.dtype, np.integer):
@@ -162,7 +162,7 @@ def _check_segment(number: int, ids: np.ndarray) -> None:
     found, counts = np.unique(run_ids, return_counts=True)
     again = found[(counts > 1) & (found > 0)]
     if len(again):
-        raise UserError(f"{rule} id {again[0]} comes back after another one")
+        raise UserError(f"{rule} id {again[0]} has several runs")
 
 
 def read_tables(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -175,5 +175,5 @@ def read_tables(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def write_scores(scores: Scores, path: str | os.PathLike) -> None:
-    """Writes scores to an npz file, whose arrays have the names of the fields."""
+    """Writes scores to an npz file whose arrays are named like the fields."""
     write_atomically(path, functools.partial(np.savez, **scores._asdict()))
