@@ -102,6 +102,24 @@ def test_newer_rope_parameters_are_read():
     assert config.rope_theta == 7.0 and config.rope_scaling == RopeScalingConfig("linear", 2.0)
 
 
+def test_rope_parameters_by_type_of_layer_are_read():
+    settings = hf_config.to_hf(ModelConfig(vocab_size=8), 1) | {"rope_scaling": None}
+    by_type = {
+        "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 9.0},  # no layer is of it
+    }
+    config, _ = hf_config.from_hf(settings | {"rope_parameters": by_type})
+    assert config.rope_theta == 7.0 and config.rope_scaling == RopeScalingConfig("linear", 2.0)
+
+
+def test_null_stands_for_the_default():
+    settings = hf_config.to_hf(ModelConfig(vocab_size=8), 1)
+    optional = ("rms_norm_eps", "rope_theta", "rope_scaling", "num_key_value_heads", "hidden_act")
+    without = {key: value for key, value in settings.items() if key not in optional}
+    nulls = dict.fromkeys((*optional, "partial_rotary_factor", "attention_bias", "made_up"))
+    assert hf_config.from_hf(without | nulls) == hf_config.from_hf(without)
+
+
 def test_yarn_defaults():
     settings = hf_config.to_hf(ModelConfig(vocab_size=8), 1) | {"max_position_embeddings": 64}
     yarn = {"type": "yarn", "factor": 8.0}
@@ -120,7 +138,10 @@ def test_yarn_defaults():
     "change, message",
     [
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": "4x"}}, "must be numbers"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": "4x"}},
+            "factor is '4x': must be a number",
+        ),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
             "truncate=false",
@@ -137,6 +158,15 @@ def test_yarn_defaults():
         ({"hidden_size": None}, "hidden_size is None"),
         ({"num_key_value_heads": 3}, "num_kv_heads"),
         ({"channel_embedding_method": "concat"}, "'concat'"),
+        ({"residual_multiplier": 0.2}, "residual_multiplier is 0.2: this setting is not known"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "shift": 3}}, "shift is 3"),
+        ({"rope_scaling": {"sliding_attention": {"rope_theta": 5.0}}}, "full_attention"),
+        ({"rope_scaling": {"full_attention": {}, "rope_theta": 5.0}}, "full_attention"),
+        ({"auto_map": {"AutoModelForCausalLM": "mine.Model"}}, "brings its own code"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
+        ({"rms_norm_eps": "tiny"}, "rms_norm_eps is 'tiny'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"mlp_bias": True}, "mlp_bias"),
     ],
     ids=str,
 )

@@ -35,12 +35,15 @@ from msllm.weights.vocabulary import (
 from msllm.weights.warm_start import stream_vectors, write_model
 
 ORIGIN = "hf"  # the folder inside OUT for the files beside the weights; to_hf writes them again
-COMPANIONS = (
+TOKENIZER_COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+)
+COMPANIONS = (
+    *TOKENIZER_COMPANIONS,
     "chat_template.jinja",
     "generation_config.json",
     "LICENSE",
@@ -104,8 +107,13 @@ def from_hf(
     streams, silence = hf_config.read_streams(settings, size, str(folder / hf.CONFIG))
     with hf.open_tensors(folder) as tensors:
         dtype = hf_tensors.common_dtype(tensors)
-    origin = _companions(folder) | {hf.CONFIG: _origin_config(settings, dtype)}
+    origin = _files(folder, COMPANIONS) | {hf.CONFIG: _origin_config(settings, dtype)}
     tokenizer_path = _first_file(folder, (FILE_NAMES["tokenizers"], FILE_NAMES["sentencepiece"]))
+    if not tokenizer_path and not options.get("tokenizer") and (folder / "vocab.json").is_file():
+        raise UserError(
+            f"{folder} has its tokenizer as vocab.json and merges.txt, which are not read: open and"
+            " save it with transformers, which writes tokenizer.json, or give --tokenizer=FILE"
+        )
     source = Source(
         path=str(folder),
         config=config,
@@ -199,7 +207,12 @@ def import_model(
     with new_folder(out) as folder:
         write_model(folder, whole, parameters, chosen)
         (folder / ORIGIN).mkdir()
-        origin = source.origin | ({file.name: file.data} if file else {})
+        origin = dict(source.origin)
+        if tokenizer:  # what the source says of its tokenizer is not true of another
+            kept = _files(pathlib.Path(tokenizer).parent, TOKENIZER_COMPANIONS)
+            origin = {k: v for k, v in origin.items() if k not in TOKENIZER_COMPANIONS} | kept
+        if file:
+            origin[file.name] = file.data
         for name, content in origin.items():
             (folder / ORIGIN / name).write_bytes(content)
     return "\n".join(_report(source, whole, parameters, chosen, added))
@@ -236,7 +249,7 @@ def to_hf(
         )
     config, parameters, files = _exported_vocabulary(model, origin, settings.get("vocab_size"))
     if origin:
-        files |= _companions(origin)
+        files |= _files(origin, COMPANIONS)
     if size > 1:
         own: dict[str, Any] = {"streams": dataclasses.asdict(model.run_config.streams)}
         if model.tokenizer:
@@ -275,9 +288,9 @@ def parse_streams(text: str) -> StreamsConfig:
     return StreamsConfig(names=tuple(names), kinds=tuple(kinds))
 
 
-def _companions(folder: pathlib.Path) -> dict[str, bytes]:
-    """The content of the files beside the weights that an import keeps, by name."""
-    paths = (folder / name for name in COMPANIONS)
+def _files(folder: pathlib.Path, names: Sequence[str]) -> dict[str, bytes]:
+    """The content of those of these files that a folder has, by name."""
+    paths = (folder / name for name in names)
     return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
@@ -298,13 +311,16 @@ def _given_tokenizer(path: str, source: Source) -> TokenizerFile:
 
 
 def _check_vocabulary(file: TokenizerFile, source: Source) -> None:
-    """Raises UserError if the tokenizer is damaged or has more tokens than the model."""
-    file.special_tokens()
-    size = file.vocab_size()
-    if size > source.config.vocab_size:
+    """Raises UserError if the tokenizer is damaged or has more tokens than the model.
+
+    Added tokens may go beyond the model's table: no checkpoint of it was ever fed with them, such
+    as a `<pad>` that was added for training.
+    """
+    size, rows = file.vocab_size(), source.config.vocab_size
+    if not set(range(rows, size)) <= file.added_ids():
         raise UserError(
-            f"the tokenizer of {file.source} has {size} tokens and its model"
-            f" {source.config.vocab_size} (vocab_size): they do not belong together"
+            f"the tokenizer of {file.source} has {size} tokens and its model {rows} (vocab_size):"
+            " they do not belong together"
         )
 
 
@@ -399,6 +415,11 @@ def _report(
             " train them"
         )
     if tokenizer:
+        given = source.config.vocab_size
+        beyond = list(range(given, tokenizer.vocab_size - added))
+        if beyond:
+            pieces = ", ".join(map(tokenizer.piece, beyond))
+            lines.append(f"tokens without a row in the model, which get one: {pieces}")
         how = "added" if added else "there already"
         lines.append(f"silence: {tokenizer.silence}, token {tokenizer.silence_id}, {how}")
     else:

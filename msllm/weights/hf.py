@@ -7,7 +7,9 @@ docs/weights.md says what is read and written.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -26,11 +28,18 @@ from msllm.weights.hf_tensors import DTYPES, StoredTensor
 
 CONFIG = hf_config.FILE
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = "pytorch_model*.bin"  # what older folders have in place of WEIGHTS
+GIT_LFS = b"version https://git-lfs"  # how a pointer of Git LFS begins
 SHARD_BYTES = 5_000_000_000
+
+log = logging.getLogger("msllm")
 
 
 def read_folder(directory: str | os.PathLike) -> tuple[ModelConfig, int, dict[str, Any]]:
     """(config, number of streams, parameters as nested dicts of numpy float32) of a folder.
+
+    A head that differs from the embedding is read although the config says that they are tied, as
+    `transformers` does.
 
     Raises UserError for what this model cannot represent, and for missing, unexpected, misshapen or
     damaged tensors and numbers that are not finite.
@@ -38,12 +47,27 @@ def read_folder(directory: str | os.PathLike) -> tuple[ModelConfig, int, dict[st
     directory = pathlib.Path(directory)
     config, streams = hf_config.from_hf(read_settings(directory), str(directory / CONFIG))
     with open_tensors(directory) as tensors:
+        if config.tie_embeddings and hf_tensors.has_head_of_its_own(tensors):
+            log.warning(
+                "%s: tie_word_embeddings is true, but %s differs from %s: both are read, and the"
+                " model is not tied",
+                directory / CONFIG,
+                hf_tensors.HEAD,
+                hf_tensors.EMBEDDING,
+            )
+            config = dataclasses.replace(config, tie_embeddings=False)
         return config, streams, hf_tensors.from_hf(tensors, config, streams, str(directory))
 
 
 def read_settings(directory: str | os.PathLike) -> dict[str, Any]:
     """The content of the config.json of a folder. Raises UserError."""
-    return _read_json(pathlib.Path(directory) / CONFIG)
+    path = pathlib.Path(directory) / CONFIG
+    if not path.is_file():
+        raise UserError(
+            f"there is no file {path}: a Hugging Face folder needs {CONFIG} and {WEIGHTS}"
+            f" (or {INDEX})"
+        )
+    return read_json(path)
 
 
 @contextlib.contextmanager
@@ -159,13 +183,37 @@ def _rounded(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _tensor_files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
-    """The file of each tensor, from the index of shards or from the one file."""
-    if not (directory / INDEX).is_file():
+    """The file of each tensor: of the one file or, if there is none, of the index of shards.
+
+    This is the order in which `transformers` looks for them.
+    """
+    if (directory / WEIGHTS).is_file():
+        if (directory / INDEX).is_file():
+            log.warning(
+                "%s has %s and %s: the first is read, the second is not",
+                directory,
+                WEIGHTS,
+                INDEX,
+            )
         with _open(directory / WEIGHTS) as tensors:
             return dict.fromkeys(tensors.keys(), directory / WEIGHTS)
-    file_of = _read_json(directory / INDEX).get("weight_map")
+    if not (directory / INDEX).is_file():
+        if pickled := sorted(directory.glob(PICKLED)):
+            raise UserError(
+                f"{pickled[0]} holds its weights as a pickle, which could run any code and is not"
+                " read: save the model again with transformers, which writes safetensors"
+            )
+        raise UserError(
+            f"there is no file {directory / WEIGHTS}: copy it, or correct the path of the folder"
+        )
+    file_of = read_json(directory / INDEX).get("weight_map")
     if not isinstance(file_of, dict):
         raise UserError(f"{directory / INDEX} has no weight_map: copy it again")
+    for name, file in file_of.items():
+        if not isinstance(file, str) or pathlib.PurePath(file).name != file:
+            raise UserError(
+                f"{directory / INDEX} places {name} in {file!r}: must be a file of the same folder"
+            )
     return {name: directory / file for name, file in file_of.items()}
 
 
@@ -186,21 +234,31 @@ def _open(path: pathlib.Path) -> Any:
     try:
         return safetensors.safe_open(path, framework="numpy")
     except safetensors.SafetensorError as error:
+        _refuse_pointer(path)
         raise UserError(
             f"{path} is damaged or no safetensors file ({error}): copy it again"
         ) from error
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The content of a JSON file; {} if there is none. Raises UserError if it is damaged."""
     if not path.is_file():
-        raise UserError(
-            f"there is no file {path}: a Hugging Face folder needs {CONFIG} and {WEIGHTS}"
-            f" (or {INDEX})"
-        )
+        return {}
     try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        _refuse_pointer(path)
         raise UserError(f"{path} is no JSON file ({error}): copy it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}: must be a JSON object")
     return value
+
+
+def _refuse_pointer(path: pathlib.Path) -> None:
+    """Raises UserError if a file is only a pointer of Git LFS to its content."""
+    with path.open("rb") as file:
+        if file.read(len(GIT_LFS)) == GIT_LFS:
+            raise UserError(
+                f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` in its"
+                " repository, or download the file"
+            )

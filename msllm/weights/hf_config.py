@@ -8,8 +8,8 @@ per stream to the token embedding.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
 
 from msllm.config import Config, ModelConfig, RopeScalingConfig, StreamsConfig, from_config_dict
 from msllm.errors import UserError
@@ -22,6 +22,30 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "llama": "LlamaForCausalLM",
 }
+# Keys of config.json that change nothing in what a model computes for a row of tokens: training,
+# generation, bookkeeping, and settings of parts that `_check_supported` has found switched off.
+IRRELEVANT = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _name_or_path architectures
+    attention_dropout attn_implementation bos_token_id chunk_size_feed_forward dtype embd_pdrop
+    eos_token_id hidden_dropout id2label initializer_range is_llama_config label2id
+    max_position_embeddings max_window_layers model_max_length msllm output_attentions
+    output_hidden_states pad_token_id pretraining_tp problem_type resid_pdrop return_dict
+    sliding_window task_specific_params tokenizer_class torch_dtype transformers_version
+    unk_token_id unsloth_fixed unsloth_version use_cache
+
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id
+    forced_eos_token_id is_decoder length_penalty max_length min_length no_repeat_ngram_size
+    num_beam_groups num_beams num_return_sequences output_scores prefix remove_invalid_values
+    repetition_penalty return_dict_in_generate sep_token_id suppress_tokens temperature top_k
+    top_p typical_p
+
+    medusa_num_heads medusa_num_layers num_streams role_gating_beta_max role_gating_granularity
+    role_gating_log_clip_min role_gating_log_eps role_gating_mlp_hidden role_gating_mode
+    role_gating_tau role_gating_uniform_mix
+    """.split()
+)
 # The settings of each rope type besides its factor: the field of RopeScalingConfig, and the key.
 _ROPE_KEYS = {
     "linear": {},
@@ -42,18 +66,21 @@ _ROPE_KEYS = {
 def from_hf(settings: Mapping[str, Any], source: str = FILE) -> tuple[ModelConfig, int]:
     """(config, number of streams) from the content of a config.json.
 
+    Every key is read, has the value that this model implies, or is in `IRRELEVANT`. A null stands
+    for a key that is not there, as in `transformers`.
+
     Args:
       settings: the content.
       source: the file, for messages.
 
-    Raises UserError for a setting that this model cannot represent.
+    Raises UserError for a setting that this model cannot represent, or that is not known.
     """
     read = _Settings(settings, source)
     _check_supported(read)
-    family = settings["model_type"]
+    family = read.values["model_type"]
     streams, stream_embedding = _read_channels(read)
     heads, d_model = read.positive("num_attention_heads"), read.positive("hidden_size")
-    theta, scaling = _read_rope(settings, source)
+    theta, scaling = _read_rope(read)
     model = ModelConfig(
         vocab_size=read.positive("vocab_size"),
         d_model=d_model,
@@ -62,14 +89,15 @@ def from_hf(settings: Mapping[str, Any], source: str = FILE) -> tuple[ModelConfi
         num_kv_heads=read.positive("num_key_value_heads", heads),
         head_dim=read.positive("head_dim", 128 if family == "qwen3" else d_model // heads),
         d_ff=read.positive("intermediate_size"),
-        tie_embeddings=bool(settings.get("tie_word_embeddings", False)),
+        tie_embeddings=read.flag("tie_word_embeddings"),
         qk_norm=family == "qwen3",
         attention_bias=family == "qwen2",
         stream_embedding=stream_embedding,
-        norm_eps=float(settings.get("rms_norm_eps", 1e-6)),
+        norm_eps=read.number("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
     )
+    read.refuse_unread(IRRELEVANT)
     try:
         Config(model=model)  # checks the values against each other
     except UserError as error:
@@ -154,96 +182,154 @@ def unnamed_streams(size: int) -> StreamsConfig:
     return StreamsConfig(names=tuple(f"stream{s}" for s in range(size)), kinds=kinds)
 
 
-class _Settings(NamedTuple):
-    """The content of a config.json and the name of the file for messages."""
+class _Settings:
+    """A JSON object of settings, which remembers the keys that were read.
 
-    values: Mapping[str, Any]
-    source: str
+    Attributes:
+      values: the settings without nulls.
+      source: the file, for messages.
+    """
+
+    def __init__(self, values: Mapping[str, Any], source: str):
+        self.values = {key: value for key, value in values.items() if value is not None}
+        self.source = source
+        self._read: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key."""
+        self._read.add(key)
+        return self.values.get(key, default)
 
     def refuse(self, key: str, rule: str) -> NoReturn:
         raise UserError(f"{self.source}: {key} is {self.values.get(key)!r}: {rule}")
 
+    def refuse_unread(self, irrelevant: Iterable[str]) -> None:
+        """Raises UserError if there is a key that was not read and is not among these."""
+        for key in sorted(self.values.keys() - self._read - set(irrelevant)):
+            self.refuse(
+                key,
+                "this setting is not known; remove it from the file if the model computes the same"
+                " without it",
+            )
+
+    def require(self, key: str, allowed: tuple[Any, ...], rule: str) -> None:
+        """Raises UserError if the key has a value that is not among these."""
+        if key in self.values and self.get(key) not in allowed:
+            self.refuse(key, rule)
+
     def positive(self, key: str, default: int | None = None) -> int:
-        """A positive integer; `default` if the key is missing or null."""
-        value = self.values.get(key)
-        value = default if value is None else value
+        """A positive integer; `default` if the key is missing."""
+        value = self.get(key, default)
         if type(value) is not int or value <= 0:
             self.refuse(key, "must be a positive integer")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number; `default` if the key is missing."""
+        value = self.get(key, default)
+        if type(value) not in (int, float) or not math.isfinite(value):
+            self.refuse(key, "must be a number")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        """True or false; false if the key is missing."""
+        value = self.get(key, False)
+        if type(value) is not bool:
+            self.refuse(key, "must be true or false")
         return value
 
 
 def _check_supported(read: _Settings) -> None:
     """Raises UserError for an architecture that this model does not have."""
-    settings = read.values
-    family = settings.get("model_type")
+    family = read.get("model_type")
     if family not in FAMILIES:
         read.refuse("model_type", f"supported are {', '.join(FAMILIES)}")
-    if settings.get("hidden_act", "silu") not in ("silu", "swish"):
-        read.refuse("hidden_act", "only silu is supported")
-    if settings.get("role_gating_enabled"):
-        read.refuse(
-            "role_gating_enabled",
-            "role gating is not supported; use a checkpoint trained without it",
-        )
-    if settings.get("quantization_config"):
+    read.require("hidden_act", ("silu", "swish"), "only silu is supported")
+    off = (False, None)
+    read.require(
+        "role_gating_enabled",
+        off,
+        "role gating is not supported; use a checkpoint trained without it",
+    )
+    if read.get("quantization_config"):
         read.refuse(
             "quantization_config",
             "quantised weights are not supported; use the checkpoint that they were made from",
         )
-    if settings.get("use_sliding_window"):
-        read.refuse("use_sliding_window", "sliding windows are not supported")
-    if set(settings.get("layer_types") or ()) - {"full_attention"}:
+    read.require("use_sliding_window", off, "sliding windows are not supported")
+    if set(read.get("layer_types", ())) - {"full_attention"}:
         read.refuse("layer_types", "every layer must be full_attention")
-    if family == "llama" and settings.get("mlp_bias"):
-        read.refuse("mlp_bias", "biases in the MLP are not supported")
-    if family != "qwen2" and settings.get("attention_bias"):
-        read.refuse(
+    read.require("mlp_bias", off, "biases in the MLP are not supported")
+    if family != "qwen2":  # which has biases on q, k and v whatever the key says
+        read.require(
             "attention_bias",
+            off,
             "a bias on the output projection is not supported; only qwen2's on q, k and v are",
         )
-    if settings.get("partial_rotary_factor", 1.0) != 1.0:
-        read.refuse("partial_rotary_factor", "must be 1: all features of a head are rotated")
+    read.get("attention_bias")
+    read.require("partial_rotary_factor", (1.0,), "must be 1: all features of a head are rotated")
+    for key in (
+        "add_cross_attention",
+        "is_encoder_decoder",
+        "pruned_heads",
+        "rope_interleaved",
+        "tie_encoder_decoder",
+        "torchscript",
+        "use_mrope",
+        "use_qk_norm",
+    ):
+        read.require(key, (*off, {}), "this is not supported")
+    if "auto_map" in read.values:
+        read.refuse(
+            "auto_map",
+            "the folder brings its own code, which may compute something else; remove the key from"
+            f" the file if the code is that of {family} in transformers",
+        )
 
 
 def _read_channels(read: _Settings) -> tuple[int, bool]:
     """(number of streams, whether they have an embedding)."""
-    if read.values.get("num_channels") is None:
+    method = read.get("channel_embedding_method", "additive")
+    if read.get("num_channels") is None:
         return 1, False
-    method = read.values.get("channel_embedding_method", "additive")
     if method not in ("additive", "none"):
         read.refuse("channel_embedding_method", "must be additive or none")
     return read.positive("num_channels"), method == "additive"
 
 
-def _read_rope(settings: Mapping[str, Any], source: str) -> tuple[float, RopeScalingConfig]:
+def _read_rope(read: _Settings) -> tuple[float, RopeScalingConfig]:
     """Base and scaling.
 
-    Older writers use `rope_theta` and `rope_scaling`; newer ones put both into `rope_parameters`.
+    Older writers use `rope_theta` and `rope_scaling`. Newer ones put both into `rope_parameters`,
+    some by type of layer. Where both are there, `transformers` takes `rope_scaling`.
     """
-    rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        raise UserError(f"{source}: rope settings are {rope!r}: must be an object")
-    rope = {key: value for key, value in rope.items() if value is not None}
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(
-            f"{source}: partial_rotary_factor is {rope['partial_rotary_factor']!r}: must be 1, all"
-            " features of a head are rotated"
-        )
-    try:
-        theta = float(rope.get("rope_theta") or settings.get("rope_theta") or 10000.0)
-        return theta, _read_rope_scaling(rope, settings, source)
-    except UserError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{source}: rope settings are {rope}: must be numbers ({error})") from error
+    values = read.get("rope_scaling") or read.get("rope_parameters") or {}
+    read.get("rope_parameters")
+    if not isinstance(values, Mapping):
+        raise UserError(f"{read.source}: rope settings are {values!r}: must be an object")
+    if any(isinstance(value, Mapping) for value in values.values()):  # by type of layer
+        others = {key for key, value in values.items() if not isinstance(value, Mapping | None)}
+        if others or not isinstance(values.get("full_attention"), Mapping):
+            raise UserError(
+                f"{read.source}: rope settings are {values!r}: must be those of full_attention, the"
+                " type of all layers, and of other types of layers"
+            )
+        values = values["full_attention"]
+    rope = _Settings(values, f"{read.source}: rope settings")
+    rope.require("partial_rotary_factor", (1.0,), "must be 1: all features of a head are rotated")
+    theta = rope.number("rope_theta", read.number("rope_theta", 10000.0))
+    if theta <= 0:
+        read.refuse("rope_theta", "must be positive")
+    return theta, _read_rope_scaling(rope, read)
 
 
-def _read_rope_scaling(
-    rope: Mapping[str, Any], settings: Mapping[str, Any], source: str
-) -> RopeScalingConfig:
-    """The scaling of rope settings without nulls. Raises whatever `float` raises for a value."""
+def _read_rope_scaling(rope: _Settings, read: _Settings) -> RopeScalingConfig:
+    """The scaling of rope settings."""
     kind = rope.get("rope_type", rope.get("type", "default"))
+    rope.get("type")
     if kind == "default":
+        # transformers writes the trained length for every type and ignores it for this one.
+        rope.refuse_unread(("original_max_position_embeddings",))
         return RopeScalingConfig()
     if kind not in _ROPE_KEYS:
         rule = "must be default, linear, llama3 or yarn"
@@ -252,38 +338,45 @@ def _read_rope_scaling(
                 "; up to max_position_embeddings dynamic is the same as none: set rope_scaling to"
                 " null"
             )
-        raise UserError(f"{source}: rope type {kind!r} is not supported: {rule}")
+        raise UserError(f"{read.source}: rope type {kind!r} is not supported: {rule}")
+    defaults: dict[str, Any] = {}
     if kind == "yarn":
         if not rope.get("truncate", True):
-            raise UserError(f"{source}: the rope type yarn with truncate=false is not supported")
-        rope = {**_yarn_defaults(rope, settings), **rope}
+            raise UserError(
+                f"{read.source}: the rope type yarn with truncate=false is not supported"
+            )
+        defaults = _yarn_defaults(rope, read)
     keys = {"factor": "factor"} | _ROPE_KEYS[kind]
-    if missing := [key for key in keys.values() if key not in rope]:
-        raise UserError(f"{source}: rope type {kind!r} lacks {', '.join(missing)}")
-    values: dict[str, Any] = {field: float(rope[key]) for field, key in keys.items()}
+    missing = [key for key in keys.values() if key not in rope.values and key not in defaults]
+    if missing:
+        raise UserError(f"{read.source}: rope type {kind!r} lacks {', '.join(missing)}")
+    values: dict[str, Any] = {
+        field: rope.number(key, defaults.get(key)) for field, key in keys.items()
+    }
+    rope.refuse_unread(("original_max_position_embeddings",))
     if "original_max_position" in values:
         values["original_max_position"] = int(values["original_max_position"])
     return RopeScalingConfig(kind=kind, **values)
 
 
-def _yarn_defaults(rope: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _yarn_defaults(rope: _Settings, read: _Settings) -> dict[str, Any]:
     """What YaRN's settings are where they are not given, as `transformers` has it."""
-    longest = 2048 if settings["model_type"] == "llama" else 32768
+    longest = 2048 if read.values["model_type"] == "llama" else 32768
     return {
         "beta_fast": 32.0,
         "beta_slow": 1.0,
         "attention_factor": _yarn_attention_factor(rope),
-        "original_max_position_embeddings": settings.get("max_position_embeddings") or longest,
+        "original_max_position_embeddings": read.get("max_position_embeddings", longest),
     }
 
 
-def _yarn_attention_factor(rope: Mapping[str, Any]) -> float:
+def _yarn_attention_factor(rope: _Settings) -> float:
     """The attention factor that `mscale` and `mscale_all_dim` stand for; 0 without them.
 
     With 0 the model takes the formula of the paper (arXiv 2309.00071).
     """
-    mscale, mscale_all_dim = (float(rope.get(key, 0)) for key in ("mscale", "mscale_all_dim"))
-    factor = float(rope.get("factor", 1))
+    mscale, mscale_all_dim = (rope.number(key, 0.0) for key in ("mscale", "mscale_all_dim"))
+    factor = rope.number("factor", 1.0)
     if not mscale or not mscale_all_dim or factor <= 1:
         return 0.0
     log_factor = math.log(factor)

@@ -64,12 +64,13 @@ class Entry(NamedTuple):
         return split.reshape(self.hf_shape(sizes))
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ATTENTION, _MLP = "model.layers.{}.self_attn.", "model.layers.{}.mlp."
 KEY_TABLE = (
-    Entry("model.embed_tokens.weight", ("embedding",), ("V", "D"), ("V", "D")),
+    Entry(EMBEDDING, ("embedding",), ("V", "D"), ("V", "D")),
     Entry("model.channel_embedding.weight", ("stream_embedding",), ("S", "D"), ("S", "D")),
     Entry("model.norm.weight", ("final_norm",), ("D",), ("D",)),
-    Entry("lm_head.weight", ("head",), ("V", "D"), ("V", "D")),
+    Entry(HEAD, ("head",), ("V", "D"), ("V", "D")),
     Entry("model.layers.{}.input_layernorm.weight", ("blocks", "attention_norm"), ("D",), ("D",)),
     Entry(
         "model.layers.{}.post_attention_layernorm.weight", ("blocks", "mlp_norm"), ("D",), ("D",)
@@ -127,6 +128,11 @@ def from_hf(
     Raises UserError if a tensor is missing, unexpected, misshapen, not of a floating-point type, or
     holds numbers that are not finite.
     """
+    if config.num_layers > len(tensors):  # before the names of so many are listed
+        raise UserError(
+            f"{source} holds {len(tensors)} tensors, too few for the {config.num_layers:,} layers"
+            " of its config: copy its files again"
+        )
     expected, sizes = _expected_tensors(config), _sizes(config, streams)
     _check_names(source, set(tensors), set(expected), _unused_names(config))
     for name, (entry, _) in expected.items():
@@ -143,6 +149,16 @@ def from_hf(
             parameters[entry.path] = np.empty((config.num_layers, *parameter.shape), np.float32)
         parameters[entry.path][layer] = parameter
     return traverse_util.unflatten_dict(parameters)
+
+
+def has_head_of_its_own(tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether there is a head that is not equal to the embedding."""
+    if HEAD not in tensors or EMBEDDING not in tensors:
+        return False
+    head, embedding = tensors[HEAD], tensors[EMBEDDING]
+    if head.shape != embedding.shape or not {head.dtype, embedding.dtype} <= _FLOATS.keys():
+        return True
+    return not np.array_equal(head.load(), embedding.load())
 
 
 def to_hf(parameters: dict[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
@@ -220,7 +236,7 @@ def _expected_tensors(config: ModelConfig) -> dict[str, tuple[Entry, int | None]
 def _unused_names(config: ModelConfig) -> set[str]:
     unused = {name.format(layer) for name in UNUSED for layer in range(config.num_layers)}
     if config.tie_embeddings:
-        unused.add("lm_head.weight")  # some writers repeat the tied table
+        unused.add(HEAD)  # some writers repeat the tied table
     return unused
 
 
@@ -246,7 +262,8 @@ def _check_tensor(name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> No
         )
     if tensor.dtype not in _FLOATS:
         raise UserError(
-            f"{tensor.path}: {name} has type {tensor.dtype}: must be a floating-point tensor"
+            f"{tensor.path}: {name} has type {tensor.dtype}: supported are {', '.join(_FLOATS)};"
+            " use the checkpoint that it was quantised from"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,10 +15,20 @@ from sentencepiece import sentencepiece_model_pb2
 from msllm.config import ModelConfig, TokenizerConfig
 from msllm.errors import UserError
 from msllm.tokenizer import FILE_NAMES, Tokenizer, kind_of_file
+from msllm.weights.hf import read_json
 
 _ModelProto = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # generated code
 
+TOKENIZER_SETTINGS = "tokenizer_config.json"
 TABLES = ("embedding", "head")  # the parameters with a row per token
+
+
+class AddedToken(NamedTuple):
+    """A token that a Hugging Face folder adds to its tokenizer file."""
+
+    id: int
+    piece: str
+    special: bool  # whether no text encodes to it
 
 
 class TokenizerFile(NamedTuple):
@@ -27,45 +38,152 @@ class TokenizerFile(NamedTuple):
       kind: "sentencepiece" or "tokenizers".
       data: the content of the file.
       source: where it comes from, for messages.
+      added: the tokens that files beside it add, by id.
     """
 
     kind: str
     data: bytes
     source: str
+    added: tuple[AddedToken, ...] = ()
 
     @classmethod
     def read(cls, path: str | os.PathLike, source: str) -> TokenizerFile:
-        """Reads a sentencepiece `.model` or a tokenizers `.json`."""
+        """Reads a sentencepiece `.model` or a tokenizers `.json`, and what its folder adds to it.
+
+        Raises UserError for settings beside it that this tokenizer cannot represent.
+        """
         path = pathlib.Path(path)
-        return cls(kind_of_file(path), path.read_bytes(), source)
+        kind = kind_of_file(path)
+        if kind == "sentencepiece":
+            _check_settings(path)
+        return cls(kind, path.read_bytes(), source, _added_tokens(path.parent))
 
     @property
     def name(self) -> str:
         """The name that the file has in a folder."""
         return FILE_NAMES[self.kind]
 
+    def whole(self) -> bytes:
+        """The content of the file together with the added tokens. Raises UserError."""
+        pieces = self._pieces()
+        missing = [token for token in self.added if pieces.get(token.id) != token.piece]
+        if not missing:
+            return self.data
+        places = {piece: i for i, piece in pieces.items()}
+        for number, token in enumerate(missing, len(pieces)):
+            if self.kind == "tokenizers" or token.id != number or token.piece in places:
+                other = pieces.get(token.id)
+                found = f"has {other!r} there" if other is not None else "has no such id"
+                raise UserError(
+                    f"{self.source} adds the token {token.piece!r} with the id {token.id}, but its"
+                    f" {self.name} {found} ({len(pieces)} tokens): save the tokenizer again with"
+                    " transformers, or give one with --tokenizer=FILE"
+                )
+        model = self._proto()
+        types = model.SentencePiece
+        for token in missing:
+            piece_type = types.CONTROL if token.special else types.USER_DEFINED
+            model.pieces.add(piece=token.piece, score=0.0, type=piece_type)
+        return model.SerializeToString()
+
     def special_tokens(self) -> set[str]:
         """The pieces that no text encodes to. Raises UserError if the file cannot be parsed."""
+        special = {token.piece for token in self.added if token.special}
+        if self.kind == "tokenizers":
+            added = self._tokenizer().get_added_tokens_decoder().values()
+            return special | {token.content for token in added if token.special}
+        model = self._proto()
+        control = model.SentencePiece.CONTROL
+        return special | {piece.piece for piece in model.pieces if piece.type == control}
+
+    def added_ids(self) -> set[int]:
+        """The ids of added tokens: those of the file and those of its folder."""
+        ids = {token.id for token in self.added}
+        if self.kind == "tokenizers":
+            ids |= self._tokenizer().get_added_tokens_decoder().keys()
+        return ids
+
+    def vocab_size(self) -> int:
+        """One more than the largest id. Raises UserError."""
+        return max([-1, *self._pieces(), *(token.id for token in self.added)]) + 1
+
+    def _pieces(self) -> dict[int, str]:
+        """The pieces of the file itself, by id."""
+        if self.kind == "tokenizers":
+            return {i: piece for piece, i in self._tokenizer().get_vocab().items()}
+        return {i: piece.piece for i, piece in enumerate(self._proto().pieces)}
+
+    def _tokenizer(self) -> tokenizers.Tokenizer:
+        return self._parse(lambda: tokenizers.Tokenizer.from_str(self.data.decode()))
+
+    def _proto(self) -> Any:
+        return self._parse(lambda: _ModelProto.FromString(self.data))
+
+    def _parse(self, parse: Callable[[], Any]) -> Any:
         try:
-            if self.kind == "tokenizers":
-                model = tokenizers.Tokenizer.from_str(self.data.decode())
-                added = model.get_added_tokens_decoder().values()
-                return {token.content for token in added if token.special}
-            model = _ModelProto.FromString(self.data)
-            control = model.SentencePiece.CONTROL
-            return {piece.piece for piece in model.pieces if piece.type == control}
+            return parse()
         except Exception as error:  # the libraries raise whatever their parsers raise
             raise UserError(
                 f"the tokenizer of {self.source} is damaged or no {self.kind} file ({error}): copy"
                 " it again"
             ) from error
 
-    def vocab_size(self) -> int:
-        """One more than the largest id."""
-        if self.kind == "tokenizers":
-            model = tokenizers.Tokenizer.from_str(self.data.decode())
-            return max(model.get_vocab().values()) + 1
-        return len(_ModelProto.FromString(self.data).pieces)
+
+def _added_tokens(folder: pathlib.Path) -> tuple[AddedToken, ...]:
+    """The tokens that `added_tokens.json` and `tokenizer_config.json` of a folder add, by id.
+
+    The second has the details. Without it a token is special if a setting such as `eos_token`
+    names it.
+    """
+    settings = read_json(folder / TOKENIZER_SETTINGS)
+    found: dict[int, AddedToken] = {}
+    named = _named_tokens(settings) | _named_tokens(read_json(folder / "special_tokens_map.json"))
+    for piece, i in read_json(folder / "added_tokens.json").items():
+        if type(i) is not int:
+            raise UserError(f"{folder / 'added_tokens.json'}: {piece!r} is {i!r}: must be an id")
+        found[i] = AddedToken(i, piece, piece in named)
+    for i, details in settings.get("added_tokens_decoder", {}).items():
+        try:
+            token = AddedToken(int(i), details["content"], bool(details.get("special")))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{folder / TOKENIZER_SETTINGS}: added_tokens_decoder has {i!r}: {details!r}: must"
+                ' be an id and {"content": ..., ...}'
+            ) from error
+        if (other := found.get(token.id)) and other.piece != token.piece:
+            raise UserError(
+                f"{folder}: the token {token.id} is {other.piece!r} in added_tokens.json and"
+                f" {token.piece!r} in {TOKENIZER_SETTINGS}: save the tokenizer again"
+            )
+        found[token.id] = token
+    return tuple(found[i] for i in sorted(found))
+
+
+def _named_tokens(settings: Mapping[str, Any]) -> set[str]:
+    """The special tokens that settings such as `eos_token` name."""
+    values = []
+    for key, value in settings.items():
+        if key.endswith("_token") or key.endswith("_special_tokens"):
+            values += value if isinstance(value, list) else [value]
+    contents = (value.get("content") if isinstance(value, dict) else value for value in values)
+    return {content for content in contents if isinstance(content, str)}
+
+
+def _check_settings(path: pathlib.Path) -> None:
+    """Raises UserError if the folder of a sentencepiece file tokenizes other than the file says."""
+    settings = read_json(path.parent / TOKENIZER_SETTINGS)
+    try:
+        prefix = _ModelProto.FromString(path.read_bytes()).normalizer_spec.add_dummy_prefix
+    except Exception:  # a damaged file is refused by TokenizerFile
+        return
+    expected = {"add_prefix_space": prefix, "do_lower_case": False}
+    for key, value in expected.items():
+        if settings.get(key) is not None and settings[key] != value:
+            raise UserError(
+                f"{path.parent / TOKENIZER_SETTINGS}: {key} is {settings[key]!r}, which"
+                f" {path.name} does not do: save the tokenizer as a tokenizer.json with"
+                " transformers, or give one with --tokenizer=FILE"
+            )
 
 
 def with_silence(file: TokenizerFile, silence: str) -> tuple[Tokenizer, bool]:
@@ -79,7 +197,7 @@ def with_silence(file: TokenizerFile, silence: str) -> tuple[Tokenizer, bool]:
     Raises UserError if there is no such special token, or if none can be added.
     """
     default = TokenizerConfig.silence
-    special = file.special_tokens()
+    special, data = file.special_tokens(), file.whole()
     if silence and silence not in special:
         raise UserError(
             f"--silence={silence}: the tokenizer of {file.source} has no such special token (it has"
@@ -87,9 +205,9 @@ def with_silence(file: TokenizerFile, silence: str) -> tuple[Tokenizer, bool]:
             " is added"
         )
     if silence or default in special:
-        return Tokenizer(file.kind, file.data, silence or default, file.source), False
+        return Tokenizer(file.kind, data, silence or default, file.source), False
     add = _add_to_tokenizers if file.kind == "tokenizers" else _add_to_sentencepiece
-    return Tokenizer(file.kind, add(file, default), default, file.source), True
+    return Tokenizer(file.kind, add(file._replace(data=data), default), default, file.source), True
 
 
 def without_silence(folder: pathlib.Path, tokenizer: Tokenizer) -> bytes | None:
