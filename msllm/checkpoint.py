@@ -1,9 +1,9 @@
 """Self-contained checkpoints (docs/design.md, contract 5), written by Orbax in the background.
 
 A checkpoint holds the parameters, the optimizer's state and a description: step, resolved config,
-tokenizer and a checksum of every array. A checksum is the sum modulo 2^32 of an array's bits. It is
-computed on the devices, so it costs no file traffic and does not depend on the mesh. A checkpoint
-whose checksums differ is not used.
+tokenizer and a checksum of every array. A checksum is the sum modulo 2^32 of an array's elements,
+with their bits read as unsigned integers. It is computed on the devices, so it costs no file
+traffic and does not depend on the mesh. A checkpoint whose checksums differ is not used.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from msllm.tokenizer import Tokenizer
 FORMAT = 1
 DIRECTORY = "checkpoints"  # inside a workdir
 ARRAY_ITEMS = ("parameters", "rest")  # what a checkpoint holds besides its description
-# Settings of the model that say how it is computed, not what: a run may change them.
+# Model settings that change how results are computed, but not the model. A run may change them.
 HOW_TO_COMPUTE = ("attention", "remat", "kv_parts", "kv_ring")
 
 log = logging.getLogger("msllm")
@@ -51,14 +51,14 @@ def _checksum_function(platform: str) -> Callable[[list[jax.Array]], list[jax.Ar
     def sums(arrays: list[jax.Array]) -> list[jax.Array]:
         return [jnp.sum(bits(x), dtype=jnp.uint32) for x in arrays]
 
-    # With XLA's default options every array would be copied on CPU.
+    # With XLA's default options the CPU backend would copy every array.
     return jax.jit(sums, compiler_options=compiler_options(platform))
 
 
 def checksums(items: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """The checksum of every array of these trees, by item and path.
+    """The checksum of every array in these trees, by item and path.
 
-    One program computes all of them, so that only one has to be loaded.
+    One program computes all checksums, so that only one has to be loaded.
     """
     leaves = {name: jax.tree_util.tree_leaves_with_path(tree) for name, tree in items.items()}
     arrays = [array for pairs in leaves.values() for _, array in pairs]
@@ -71,7 +71,7 @@ def checksums(items: dict[str, Any]) -> dict[str, dict[str, int]]:
 
 
 def _split(state: TrainState) -> dict[str, Any]:
-    """The items of ARRAY_ITEMS."""
+    """The state as the items ARRAY_ITEMS."""
     rest = {
         "step": state.step,
         "opt_state": state.opt_state,
@@ -83,7 +83,7 @@ def _split(state: TrainState) -> dict[str, Any]:
 
 def _absolute(path: str | os.PathLike) -> epath.Path:
     path = epath.Path(path)
-    # To resolve an address in an object store would make a local path of it.
+    # Resolving an address in an object store would turn it into a local path.
     return path if "://" in str(path) else path.resolve()
 
 
@@ -93,10 +93,10 @@ def error_summary(error: Exception) -> str:
 
 
 def indicates_damage(error: Exception) -> bool:
-    """Whether an error in reading a checkpoint comes from damaged files.
+    """Whether an error while reading a checkpoint comes from damaged files.
 
-    For these Orbax, TensorStore and json raise many types of errors, so everything counts that does
-    not have another cause: bad input, the devices, or another process that is gone.
+    Orbax, TensorStore and json raise many types of errors for damaged files. So every error counts
+    as damage unless its cause is invalid input, the devices, or a lost process.
     """
     other_cause = isinstance(error, UserError | jax.errors.JaxRuntimeError)
     return not (other_cause or processes.is_peer_failure(error))
@@ -136,9 +136,9 @@ def describe(
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        # Only the training loop asks for preemption notices. Orbax would ask again when a
-        # checkpoint is complete, with the step of that checkpoint. JAX would take it for the step
-        # that this process has reached, and might agree on a stop at a step that is already over.
+        # Only the training loop asks for preemption notices. Orbax would also ask when a checkpoint
+        # is complete, with the step of that checkpoint. JAX would take this for the step that the
+        # process has reached, and might agree to stop at a step that has already passed.
         return False
 
 
@@ -159,10 +159,10 @@ class _CheckpointFolder:
         """Opens the folder.
 
         Args:
-          name: what these checkpoints are called in the log.
+          name: what the log calls these checkpoints.
           directory: the folder.
           multiprocessing: which processes write together.
-          options: further options of Orbax's CheckpointManager.
+          **options: further options of Orbax's CheckpointManager.
         """
         self._name, self.directory, self._multiprocessing = name, directory, multiprocessing
         directory.mkdir(parents=True, exist_ok=True)
@@ -177,14 +177,14 @@ class _CheckpointFolder:
         )
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first."""
+        """The steps of the complete checkpoints, in ascending order."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, config: Config, tokenizer: Tokenizer) -> None:
-        """Writes a checkpoint of `state` in the background, unless there is one of its step.
+        """Writes a checkpoint of `state` in the background, unless its step has one already.
 
-        Training may go on at once, and donate the state. Raises RunError if an earlier checkpoint
-        could not be written.
+        When this returns, training may continue and donate the state. Raises RunError if an earlier
+        checkpoint could not be written.
         """
         step, items = int(state.step), _split(state)
         if step in self._manager.all_steps():
@@ -198,7 +198,7 @@ class _CheckpointFolder:
         except Exception as error:  # see check_for_errors
             self._raise_not_written(error)
         log.info(
-            "%s of step %d: training waited %.2f s, the rest is written beside it",
+            "%s of step %d: training waited %.2f s, the rest is written in the background",
             self._name,
             step,
             time.monotonic() - begin,
@@ -236,11 +236,11 @@ class _CheckpointFolder:
         ) from error
 
     def _check_layout(self, description: dict[str, Any], program: Program) -> None:
-        """Raises ValueError if a checkpoint cannot be read onto the program's mesh."""
+        """Raises ValueError if the checkpoint cannot be read onto the program's mesh."""
 
     def _restore_step(self, step: int, program: Program, tokenizer: Tokenizer) -> TrainState:
         """Reads one checkpoint. Raises ValueError, in all processes, if it is damaged."""
-        # Not through the manager: all processes would wait for one that cannot read its part.
+        # The manager would make all processes wait for one that cannot read its part.
         path, restored, error = self.directory / str(step), {}, None
         try:
             description = read_description(path)
@@ -263,7 +263,7 @@ class _CheckpointFolder:
 
 
 class Checkpoints(_CheckpointFolder):
-    """The checkpoints of a workdir, which all processes write together. They fit any mesh."""
+    """The checkpoints of a workdir. All processes write them together, and they fit any mesh."""
 
     def __init__(self, workdir: str | os.PathLike, config: CheckpointConfig):
         super().__init__(
@@ -283,12 +283,12 @@ class Checkpoints(_CheckpointFolder):
           The state; None if there is no checkpoint at all.
 
         Raises:
-          UserError: the checkpoints are of another model or tokenizer; or there are some, but none
-            is good: a run never starts over by itself.
+          UserError: the checkpoints belong to another model or tokenizer; or all of them are
+            damaged, because a run never starts over by itself.
         """
         for leftover in self.directory.glob("*orbax-checkpoint-tmp*"):
             log.warning(
-                "incomplete checkpoint %s: its writing was interrupted; it is not used",
+                "incomplete checkpoint %s is not used: writing it was interrupted",
                 leftover.name,
             )
         steps = processes.all_gather_json(self.steps())[0]
@@ -322,21 +322,21 @@ class Checkpoints(_CheckpointFolder):
                 if target.exists():
                     target.rmtree()
                 (self.directory / str(step)).rename(target)
-        processes.all_gather_json(None)  # no process lists the folder while it changes
+        processes.all_gather_json(None)  # so that no process lists the folder while it changes
         self._manager.reload()
 
 
 class LocalCheckpoints(_CheckpointFolder):
-    """Checkpoints of a run on the disks of its hosts: quick to write, and lost with a host.
+    """Checkpoints of a run on the hosts' own disks: fast to write, and lost with a host.
 
-    Each process writes what its devices hold into a folder of its own. For a restart all processes
-    need their part, and the mesh must be the one that wrote them. The last two are kept, because
-    a process may die before it has written its part of the newest.
+    Each process writes what its devices hold into a folder of its own. A restart needs the parts of
+    all processes, and the same mesh. The last two checkpoints are kept, because a process may die
+    before it has written its part of the newest one.
     """
 
-    # Orbax has its own checkpoints on local disks (orbax.checkpoint.experimental.emergency). They
-    # need at least two data-parallel replicas on different hosts, and keep no local copy of the
-    # first; they have no checksums; and the module asks not to be used without approval.
+    # Why not Orbax's own checkpoints on local disks (orbax.checkpoint.experimental.emergency): they
+    # need at least two data-parallel replicas on different hosts, keep no local copy of the first
+    # replica and have no checksums. The module also asks not to be used without approval.
 
     def __init__(self, workdir: str | os.PathLike, config: CheckpointConfig):
         """`config.local_dir` must be set."""
@@ -356,13 +356,13 @@ class LocalCheckpoints(_CheckpointFolder):
     def restore(
         self, program: Program, tokenizer: Tokenizer, newer_than: int = -1
     ) -> TrainState | None:
-        """Reads the newest checkpoint that is good in all processes and deletes the others.
+        """Reads the newest checkpoint that is good in all processes, and deletes the others.
 
         Returns:
-          The state; None if there is no good one of a step after `newer_than`.
+          The state; None if there is no good checkpoint of a step after `newer_than`.
 
         Raises:
-          UserError: they are of another model or tokenizer.
+          UserError: the checkpoints belong to another model or tokenizer.
         """
         newer = [step for step in self.steps() if step > newer_than]
         everywhere = set.intersection(*map(set, processes.all_gather_json(newer)))
@@ -375,7 +375,7 @@ class LocalCheckpoints(_CheckpointFolder):
                 log.warning(
                     "local checkpoint of step %d is not used: %s", step, error_summary(error)
                 )
-        # If one process kept a step that another one lacks, the other would write that step alone,
+        # If one process kept a step that another one lacks, the other would write that step alone
         # and wait for the first.
         for path in self.directory.iterdir():
             if path.name != str(restored):
@@ -385,7 +385,7 @@ class LocalCheckpoints(_CheckpointFolder):
 
     def _check_layout(self, description: dict[str, Any], program: Program) -> None:
         if description["layout"] != _layout(program.abstract_state):
-            raise ValueError("it was written by other processes or another mesh")
+            raise ValueError("it was written by other processes or on another mesh")
 
 
 def array_handler(
@@ -394,9 +394,9 @@ def array_handler(
     """The handler that writes and reads the arrays of all checkpoints.
 
     Args:
-      multiprocessing: which processes write together. If it has no primary host, each process
-        writes everything that its devices hold, replicas included. None: all processes, with
-        process 0 as the primary one.
+      multiprocessing: which processes write together. Without a primary host, each process writes
+        everything that its devices hold, replicas included. None: all processes, with process 0 as
+        the primary host.
     """
     multiprocessing = multiprocessing or ocp.options.MultiprocessingOptions()
     options: dict[str, Any] = {}
@@ -408,7 +408,7 @@ def array_handler(
             (jax.Array, handler)
         )
     return ocp.PyTreeCheckpointHandler(
-        # Trained float32 values hardly compress: it saves 8 % for ten times the CPU time.
+        # Compression saves only 8 % of trained float32 values, and takes ten times the CPU time.
         use_compression=False,
         multiprocessing_options=multiprocessing,
         **options,
@@ -420,12 +420,12 @@ def read_arrays(
     abstract: Any,
     multiprocessing: ocp.options.MultiprocessingOptions | None = None,
 ) -> Any:
-    """Reads the arrays in `path`. Each process reads its part and waits for no other.
+    """Reads the arrays in `path`. Each process reads its part and waits for no other process.
 
     Args:
       path: an item of a checkpoint.
-      abstract: a tree of shapes, dtypes and shardings: those of the result.
-      multiprocessing: as `array_handler` takes it.
+      abstract: a tree with the shapes, dtypes and shardings of the result.
+      multiprocessing: as in `array_handler`.
     """
     arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
     return array_handler(multiprocessing).restore(
@@ -446,8 +446,8 @@ def read_description(path: epath.Path) -> dict[str, Any]:
     """Reads the description of a checkpoint.
 
     Raises:
-      UserError: its format is not FORMAT.
-      Exception: it is damaged; see `indicates_damage`.
+      UserError: the format of the checkpoint is not FORMAT.
+      Exception: the description is damaged; see `indicates_damage`.
     """
     description = ocp.JsonCheckpointHandler().restore(path / "description")
     if not isinstance(description, dict) or _digest(description) != description.get("digest"):
@@ -461,7 +461,7 @@ def read_description(path: epath.Path) -> dict[str, Any]:
 
 
 def check_sums(items: dict[str, Any], expected: dict[str, dict[str, int]]) -> None:
-    """Raises ValueError if arrays do not have the expected checksums, by item and path."""
+    """Raises ValueError if the arrays do not have the expected checksums (by item and path)."""
     for name, found in checksums(items).items():
         wrong = [path for path in expected[name] if found.get(path) != expected[name][path]]
         if wrong or len(found) != len(expected[name]):
@@ -472,8 +472,8 @@ def check_sums(items: dict[str, Any], expected: dict[str, dict[str, int]]) -> No
 def _check_same_run(
     description: dict[str, Any], config: Config, tokenizer: Tokenizer, path: epath.Path
 ) -> None:
-    """Raises UserError if a checkpoint does not fit the config; warns of what has changed."""
-    # By way of a Config, because a setting that is newer than the checkpoint had its default.
+    """Raises UserError if a checkpoint does not fit the config. Warns of other changes."""
+    # Converted to a Config first: settings that are newer than the checkpoint had their defaults.
     stored = json.loads(to_json(from_config_dict(description["config"])))
     current = json.loads(to_json(config))
     different = [
@@ -515,9 +515,12 @@ def _check_same_run(
 
 
 def checkpoint_paths(path: str | os.PathLike) -> list[epath.Path]:
-    """The checkpoints at a path, newest first: those of a workdir, or the one that it is.
+    """The checkpoints at a path, newest first.
 
-    Raises UserError if there is none.
+    Args:
+      path: a workdir, or one of its checkpoints.
+
+    Raises UserError if there is no checkpoint.
     """
     path = _absolute(path)
     path = path / DIRECTORY if (path / DIRECTORY).is_dir() else path

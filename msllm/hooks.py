@@ -1,4 +1,4 @@
-"""What a run does besides its steps: the hook type, and the hooks that every run has."""
+"""Hooks, which run between the steps of a run: the base class and msllm's own hooks."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from msllm.weights.load import LoadedModel
 class Hook:
     """Something that a run does besides its steps. Override the methods that you need.
 
-    All processes of a run call the same hooks after the same steps. So a hook may compute with the
-    run's arrays, and must do so in all processes. Write files only in `jax.process_index() == 0`.
+    All processes of a run call the same hooks after the same steps. A hook may compute with the
+    run's arrays if it does so in all processes. Write files only if `jax.process_index() == 0`.
 
     Attributes:
       every: `at_step` is called after each step whose number is a multiple of this, and after the
@@ -47,20 +47,20 @@ class Hook:
 
         Reading `metrics` or `run.state` waits for the step. A hook that is called after every step
         should not wait: it can keep `metrics` and read them in its next call. A hook that is called
-        now and then should work inside `with run.pause(): ...`, so that its time does not count as
-        a slow step.
+        rarely should work inside `with run.pause(): ...`, so that its time does not count as a slow
+        step.
 
         Args:
-          run: the run. `run.state` is the state after the step; the next step reuses its memory.
-          step: how many steps have been done, this one included.
+          run: the run. `run.state` is the state after the step. The next step reuses its memory.
+          step: number of steps done, including this one.
           metrics: what `Program.step` returned.
         """
 
     def at_save(self, run: Run, step: int) -> None:
-        """Called after a checkpoint of `run.state` was handed to the background writer."""
+        """Called after a checkpoint of `run.state` has been handed to the background writer."""
 
     def at_end(self, run: Run) -> None:
-        """Called after the last step of this process, unless the run ends by an error."""
+        """Called after the last step of this process, unless the run ends with an error."""
 
 
 @dataclasses.dataclass
@@ -68,19 +68,19 @@ class Run:
     """An open run, as its hooks see it.
 
     Attributes:
-      config: all settings, as they were resolved.
+      config: the resolved settings.
       workdir: the folder of the run.
-      program: the compiled functions, the mesh, the streams.
+      program: the compiled functions, the mesh and the streams.
       loader: the training data; `loader.tokenizer` is the tokenizer.
-      held_out: the held-out split of each source, by name; a run without a mixture has one source,
-        named "". Empty if nothing was held out.
+      held_out: the held-out split of each source, by name. A run without a mixture has one source,
+        named "". Empty if nothing is held out.
       monitor: speed, goodput, and where metrics go.
       state: parameters, optimizer state and counters, after the last step that was dispatched.
-      hooks: in the order in which they are called.
-      step: how many steps have been done.
+      hooks: the hooks, in the order in which they are called.
+      step: number of steps done.
       tables: this host's part of the last batch.
-      stopping: whether the run ends after this step because it was asked to.
-      stop_requested: a hook sets it, in all processes, to end the run after the next step.
+      stopping: whether the run ends early, after this step.
+      stop_requested: a hook sets this, in all processes, to end the run early.
     """
 
     config: Config
@@ -102,7 +102,7 @@ class Run:
         return host_rows(self.program.abstract_batch)
 
     def write(self, values: Mapping[str, float]) -> None:
-        """Writes metrics of the present step to all metrics writers."""
+        """Writes metrics of the current step to all metrics writers."""
         self.monitor.writers.write(self.step, values)
 
     def say(self, text: str) -> None:
@@ -111,19 +111,20 @@ class Run:
 
     @contextlib.contextmanager
     def pause(self, kind: str = "evaluation") -> Iterator[None]:
-        """Waits for the last step; the time inside then counts for `kind` in the goodput.
+        """Waits for the last step. The time inside the context counts for `kind` in the goodput.
 
-        `kind` is one of `msllm.monitor.KINDS`.
+        Args:
+          kind: one of `msllm.monitor.KINDS`.
         """
         with self.monitor.pause(kind):
             yield
 
     def model(self) -> LoadedModel:
-        """The model with the present parameters, on the first device of this process.
+        """The model with the current parameters, on the first device of this process.
 
         All processes must call this. Use the model before the next step, which reuses the memory of
-        the parameters. A model that does not fit on one device can only be used as it lies on the
-        mesh: through `program.evaluate` and `state.parameters`.
+        the parameters. If a model does not fit on one device, use its sharded form instead:
+        `program.evaluate` and `state.parameters`.
         """
         everywhere = named_sharding(self.program.mesh)
         replicated = jax.device_put(self.state.parameters, everywhere)
@@ -156,7 +157,7 @@ class CheckStop(Hook):
         self._signal = signal
 
     def at_step(self, run: Run, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        # A signal that arrives after this line ends the next step, which is then saved.
+        # A signal that arrives after this line ends the run after the next step.
         run.stopping = self._signal.should_stop(step) or run.stop_requested
 
     def at_end(self, run: Run) -> None:
@@ -165,11 +166,11 @@ class CheckStop(Hook):
 
 
 class SaveCheckpoints(Hook):
-    """Saves checkpoints as `config.checkpoint` says, and where the run ends."""
+    """Saves checkpoints as `config.checkpoint` says, and when the run ends."""
 
     def __init__(self, checkpoints: Checkpoints, local: LocalCheckpoints | None):
         self._checkpoints, self._local = checkpoints, local
-        self._last_save = 0  # by the monitor's clock
+        self._last_save = 0  # milliseconds, by the monitor's clock
 
     def at_step(self, run: Run, step: int, metrics: Mapping[str, jax.Array]) -> None:
         self._checkpoints.check_for_errors()
@@ -211,23 +212,25 @@ class Evaluate(Hook):
         with run.pause("evaluation"):
             for name, evaluation in self._evaluations.items():
                 found = {f"eval/{key}": float(value) for key, value in evaluation(run).items()}
-                if twice := values.keys() & found.keys():
+                if repeated := values.keys() & found.keys():
                     raise UserError(
-                        f"config.evaluations: {name} returns {', '.join(sorted(twice))}, which"
-                        " another evaluation has returned: use names of its own"
+                        f"config.evaluations: {name} returns {', '.join(sorted(repeated))}, which"
+                        " another evaluation returns as well: give each metric a name of its own"
                     )
                 values |= found
         if values:
             run.write(values)
-            shown = "  ".join(f"{key[5:]} {value:.4f}" for key, value in values.items())
+            shown = "  ".join(
+                f"{key.removeprefix('eval/')} {value:.4f}" for key, value in values.items()
+            )
             run.say(f"step {step}  evaluation: {shown}")
 
 
 def held_out_losses(run: Run) -> dict[str, float]:
     """Losses on the held-out split.
 
-    In a mixture: those of each source, as `SOURCE/NAME`, and their mean by the weights with which
-    the mixture begins.
+    For a mixture: the losses of each source, as `SOURCE/NAME`, and their mean, weighted by
+    `config.data.mixture.weights`.
     """
     by_source = {
         name: mean_losses(run.program, run.state.parameters, loader)
@@ -247,12 +250,12 @@ def mean_losses(program: Program, parameters: Any, loader: Loader) -> dict[str, 
     """Losses on a split, or on `config.eval_batches` batches of it. All processes must call this.
 
     Args:
-      program: of the run.
-      parameters: as they lie on the program's mesh.
-      loader: of the split.
+      program: the program of the run.
+      parameters: the parameters, on the program's mesh.
+      loader: the loader of the split.
 
     Returns:
-      `loss`, and what `named_losses` returns.
+      `loss`, and the metrics of `named_losses`.
     """
     steps = spread(loader.num_batches, program.config.eval_batches or loader.num_batches)
     totals: Any = None
@@ -270,9 +273,10 @@ EVALUATIONS: dict[str, Callable[[Run], Mapping[str, float]]] = {"held_out": held
 
 
 class LogExamples(Hook):
-    """Logs which examples this process reads for each step, in a file of JSON lines.
+    """Logs the examples that this process reads for each step, in a file of JSON lines.
 
-    A line has the step, counted from 0, the rows of the batch, and the ids of the examples in each.
+    A line holds the step (counted from 0), the range of batch rows, and the ids of the examples in
+    each row.
     """
 
     def at_start(self, run: Run) -> None:

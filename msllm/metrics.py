@@ -1,4 +1,4 @@
-"""The metrics of a run: computing them from the sums of a step, writing them, reading them."""
+"""The metrics of a run: computing them from the sums of a step, writing and reading them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from msllm.runtime.files import write_atomically
 from msllm.runtime.processes import AsyncAllGather, is_primary
 from msllm.streams import StreamSpec
 
-FLUSH_SECONDS = 30.0  # longest time that metrics wait in memory
+FLUSH_SECONDS = 30.0  # the longest time that metrics stay in memory before they are written
 
 
 def named_losses(sums: Mapping[str, Any], streams: StreamSpec) -> dict[str, float]:
@@ -33,10 +33,11 @@ def named_losses(sums: Mapping[str, Any], streams: StreamSpec) -> dict[str, floa
     Args:
       sums: sums per stream over a batch, [S] each: nll, targets, nll_spoken, targets_spoken. The
         last two leave out targets that are silence.
+      streams: the streams of the model.
 
     Returns:
       `nll/STREAM` and `nll_spoken/STREAM` for each stream that has targets, and `loss_spoken`, the
-      mean of the latter weighted as the loss is.
+      mean over spoken targets weighted by the loss weights of their streams.
     """
     result = {}
     for kind, count in (("nll", "targets"), ("nll_spoken", "targets_spoken")):
@@ -55,10 +56,10 @@ class MixtureShares:
     """Counts how many tokens of a run come from each source of a mixture, over all processes."""
 
     def __init__(self, plan: Plan, chosen: Sequence[str], streams: StreamSpec, silence_id: int):
-        """Starts at zero.
+        """Starts counting at zero.
 
         Args:
-          plan: of the mixture.
+          plan: the plan of the mixture.
           chosen: names of the streams whose tokens count; empty: all. Silence never counts.
           streams: the run's streams.
           silence_id: the token that means silence.
@@ -71,11 +72,14 @@ class MixtureShares:
         self._steps = 0
 
     def count(self, tables: Mapping[str, np.ndarray], sources: Sequence[int]) -> Any:
-        """[processes, sources] int32: tokens in a step by source. Read it after the next dispatch.
+        """Counts the tokens of a step by source, without waiting for other processes.
 
         Args:
-          tables: this process' tokens and present, [b, T, S] each.
+          tables: `tokens` and `present` of this process, [b, T, S] each.
           sources: [b] the index of each table's source.
+
+        Returns:
+          [processes, sources] int32. Read it after the next step has been dispatched.
         """
         spoken = tables["present"] & (tables["tokens"] != self._silence_id)
         counts = np.bincount(
@@ -90,17 +94,21 @@ class MixtureShares:
         self._steps += 1
 
     def values(self, done: int) -> dict[str, float]:
-        """Metrics `mixture/SOURCE/...` since the last call; `done`: steps done since the run began.
+        """Metrics since the last call, named `mixture/SOURCE/KIND`.
 
-        share: of the tokens. target: what the share should be. epoch: passes over the source.
+        The kinds are `share` (of the tokens), `target` (what the share should be) and `epoch`
+        (passes over the source).
+
+        Args:
+          done: steps done since the run began.
         """
         share, target = self._counts / max(1, self._counts.sum()), self._targets / self._steps
         kinds = {"share": share, "target": target, "epoch": self._plan.epochs(done)}
         self._counts, self._targets, self._steps = 0 * self._counts, 0 * self._targets, 0
         return {
-            f"mixture/{name}/{kind}": float(values[k])
+            f"mixture/{name}/{kind}": float(by_source[k])
             for k, name in enumerate(self._plan.names)
-            for kind, values in kinds.items()
+            for kind, by_source in kinds.items()
         }
 
 
@@ -109,8 +117,8 @@ def weighted_mean(
 ) -> dict[str, float]:
     """The mean of the metrics of several sources, weighted by source.
 
-    A metric that some sources lack is the mean over those that have it. It is left out if all of
-    these have weight 0.
+    If some sources lack a metric, the mean is over the others. If these all have weight 0, the
+    metric is left out.
 
     Args:
       parts: {source: {metric: value}}.
@@ -118,17 +126,17 @@ def weighted_mean(
     """
     result = {}
     for metric in dict.fromkeys(metric for values in parts.values() for metric in values):
-        having = [name for name in parts if metric in parts[name]]
-        total = sum(weights[name] for name in having)
+        sources = [name for name in parts if metric in parts[name]]
+        total = sum(weights[name] for name in sources)
         if total:
-            result[metric] = sum(weights[name] * parts[name][metric] for name in having) / total
+            result[metric] = sum(weights[name] * parts[name][metric] for name in sources) / total
     return result
 
 
 def memory_mib() -> float:
     """Memory in use on the first local device, in MiB.
 
-    Where the device does not say (CPU), the largest that this process has had.
+    CPU devices do not report it. There it is the peak memory of this process.
     """
     stats = jax.local_devices()[0].memory_stats()
     if stats:
@@ -138,15 +146,15 @@ def memory_mib() -> float:
 
 
 class MetricsWriter(Protocol):
-    """Where metrics go. `config.monitor.writers` names the classes of a run.
+    """The interface of a metrics writer. `config.monitor.writers` names the classes of a run.
 
-    A class is called with the run's workdir and config, in process 0 only.
+    A run makes an instance from its workdir and config, in process 0 only.
     """
 
     def __init__(self, workdir: epath.Path, config: Config) -> None: ...
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes metrics; `step`: steps done when they were measured. Values may be nan or inf."""
+        """Writes metrics, measured after `step` steps. Values may be nan or inf."""
 
     def close(self) -> None:
         """Called once, at the end of the run."""
@@ -156,10 +164,10 @@ class MetricsWriters:
     """All metrics writers of a run. Only process 0 writes."""
 
     def __init__(self, workdir: epath.Path, config: Config):
-        """Opens them.
+        """Opens the writers that `config.monitor` names.
 
-        Raises UserError if `config.monitor.writers` names one that does not exist, or if Weights &
-        Biases is asked for and not installed.
+        Raises UserError if a writer does not exist, or if Weights & Biases is needed but not
+        installed.
         """
         names = config.monitor.writers
         if config.monitor.wandb_project and "wandb" not in names:
@@ -170,12 +178,12 @@ class MetricsWriters:
             self._writers = [make(workdir, config) for make in classes]
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes metrics; `step`: steps done when they were measured."""
+        """Writes metrics, measured after `step` steps."""
         for writer in self._writers:
             writer.write(step, values)
 
     def close(self) -> None:
-        """Closes all of them."""
+        """Closes all writers."""
         for writer in self._writers:
             writer.close()
 
@@ -183,7 +191,7 @@ class MetricsWriters:
 def append_lines(path: epath.Path) -> IO[str]:
     """Opens a file to append lines to it.
 
-    A last line without a line break, which a full disk may have cut, is removed.
+    Removes an incomplete last line, which a full disk may have left.
     """
     content = path.read_bytes() if path.exists() else b""
     file = path.open("a")
@@ -194,7 +202,7 @@ def append_lines(path: epath.Path) -> IO[str]:
 class JsonLines:
     """`metrics.jsonl`: one JSON object per line.
 
-    An object store cannot append to a file: there the file is written anew, at most every 30 s.
+    Object stores cannot append to a file. There the whole file is rewritten, at most every 30 s.
     """
 
     def __init__(self, workdir: epath.Path, config: Config):
@@ -231,8 +239,8 @@ class JsonLines:
 class TensorBoard:
     """TensorBoard event files in `tensorboard/`.
 
-    Events are written at once and not by tensorboardX's thread: the run would wait forever for that
-    thread if it cannot write.
+    Events are written directly, not by tensorboardX's thread. If that thread could not write, the
+    run would wait for it forever.
     """
 
     def __init__(self, workdir: epath.Path, config: Config):
@@ -240,7 +248,7 @@ class TensorBoard:
 
     @functools.cached_property
     def _writer(self) -> Any:
-        # Imported with the first metrics: the devices are busy by then and do not wait for it.
+        # Imported with the first metrics, because the devices are busy by then.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.record_writer import directory_check
 
@@ -279,9 +287,9 @@ class WeightsAndBiases:
                 f"config.monitor.wandb_project is {project!r}, and wandb is not installed:"
                 " `pip install wandb`, or leave it empty"
             ) from error
-        # The workdir names the run, so that the same command continues it there as well.
-        name = hashlib.sha256(str(workdir).encode()).hexdigest()[:16]
-        self._run = wandb.init(project=project, name=workdir.name, id=name, resume="allow")
+        # The id depends only on the workdir, so that the same command continues the same run.
+        run_id = hashlib.sha256(str(workdir).encode()).hexdigest()[:16]
+        self._run = wandb.init(project=project, name=workdir.name, id=run_id, resume="allow")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Logs the values."""
@@ -302,17 +310,17 @@ WRITERS: dict[str, type] = {
 def read(workdir: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Reads `metrics.jsonl` of a run.
 
-    A step that was repeated after a crash counts once, as it was done last.
+    If a step was repeated after a crash, its last metrics count.
 
     Returns:
       {metric: (steps [n] int, values [n] float)}; values that are not finite are nan.
 
     Raises:
-      UserError: there is no such file.
+      UserError: the file cannot be read.
     """
     path = epath.Path(workdir) / "metrics.jsonl"
     try:
-        lines = path.read_text().split("\n")[:-1]  # the last line may not be complete yet
+        lines = path.read_text().split("\n")[:-1]  # the last line may be incomplete
     except OSError as error:
         raise UserError(
             f"there are no metrics in {workdir} ({error}): give a workdir of `msllm train`"

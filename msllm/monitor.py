@@ -1,4 +1,4 @@
-"""How a run watches itself: where its time goes, how fast it is, slow steps and bad updates."""
+"""Monitoring of a run: where its time goes, its speed, slow steps and skipped updates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from msllm.runtime.processes import DispatchClocks, is_primary
 from msllm.runtime.progress import Progress
 from msllm.step import Program
 
-# What a process does, second by second. `steps` is the productive part.
+# What a process spends its time on. `steps` is the productive part.
 KINDS = ("startup", "restore", "compile", "steps", "data", "checkpoint", "evaluation")
 # Time of earlier attempts: steps that had to be repeated, and time in which no process ran.
 PAST = ("lost", "down")
@@ -34,19 +34,19 @@ log = logging.getLogger("msllm")
 
 
 class Goodput:
-    """A stopwatch over all attempts of a run, which are the starts of its command.
+    """A stopwatch over all attempts of a run. Each start of the run's command is an attempt.
 
-    At every moment it counts for one of KINDS, so that no second is counted twice or left out. The
-    times are kept in a file for the next attempt.
+    Every moment counts for exactly one of KINDS. The times are saved in a file for the next
+    attempt.
 
     Attributes:
-      seconds: {kind: seconds} of all attempts so far.
-      attempts: how many there were, this one included.
+      seconds: {kind: seconds} over all attempts so far.
+      attempts: number of attempts, including this one.
       began: when this attempt began, by `time.monotonic`.
     """
 
     def __init__(self, path: epath.Path, seconds_before: float = 0.0):
-        """Reads the times of earlier attempts and counts for `startup`.
+        """Reads the times of earlier attempts, and starts counting for `startup`.
 
         Args:
           path: the file with the times of earlier attempts, if there were any.
@@ -65,7 +65,7 @@ class Goodput:
             self.seconds["down"] += max(0.0, time.time() - seconds_before - past["time"])
 
     def restored(self, step: int) -> None:
-        """The run continues at `step`: the steps that earlier attempts did after it are lost."""
+        """Notes that the run continues at `step`. Later steps of earlier attempts are lost."""
         kept = min(self._marks.get(str(step), 0.0), self.seconds["steps"])
         self.seconds["lost"] += self.seconds["steps"] - kept
         self.seconds["steps"] = kept
@@ -73,7 +73,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def inside(self, kind: str) -> Iterator[None]:
-        """Counts the time inside for `kind`, one of KINDS."""
+        """Counts the time inside the context for `kind`, one of KINDS."""
         outer = self._switch(kind)
         try:
             yield
@@ -103,7 +103,7 @@ class Goodput:
         return {"goodput": self.seconds["steps"] / total, **times}
 
     def write(self) -> None:
-        """Saves the times for the next attempt. Of several processes only process 0 does."""
+        """Saves the times for the next attempt, in process 0 only."""
         if not is_primary():
             return
         self._switch(self._kind)
@@ -130,14 +130,14 @@ class Monitor:
     """Reads the metrics of each step after the next one has been dispatched, and reports them.
 
     Every `config.log_every` steps it writes metrics with speed, MFU and goodput. It reports slow
-    steps and skipped updates, and stops a run whose updates are all skipped.
+    steps and skipped updates, and stops a run after too many skipped updates in a row.
 
     Attributes:
-      writers: where metrics go.
-      progress: shows how far the run is, and prints lines.
-      goodput: where the time goes.
-      clock: milliseconds since the start, by the clock of process 0 when it dispatched the last
-        step whose metrics were read. It is the same number in all processes.
+      writers: the metrics writers.
+      progress: shows the progress of the run, and prints lines.
+      goodput: accounts for the time.
+      clock: milliseconds from the start to the dispatch of the last step whose metrics were read,
+        by the clock of process 0. It is the same number in all processes.
     """
 
     def __init__(
@@ -149,19 +149,19 @@ class Monitor:
         clocks: DispatchClocks,
         shares: MixtureShares | None = None,
     ):
-        """`shares` counts the sources of a mixture."""
+        """`clocks` times the dispatches of all processes; `shares` counts a mixture's sources."""
         self.writers, self.progress, self.goodput = writers, progress, goodput
         self._program, self._clocks, self._shares = program, clocks, shares
-        self._pending: tuple[Any, ...] | None = None  # the step whose metrics are not read yet
+        self._pending: tuple[Any, ...] | None = None  # the step whose metrics have not been read
         hardware = lookup(jax.devices()[0].device_kind)
         self._peak = hardware.flops * jax.device_count() if hardware else None
         # Since the last report:
         self._seconds_before = {kind: goodput.seconds[kind] for kind in ("steps", "data")}
         self._counts: dict[str, float] = collections.defaultdict(float)
         self._first_step_done = False
-        self._ready: float | None = None  # when the last step was done; None after other work
+        self._ready: float | None = None  # when the last step ended; None after other work
         self._durations: collections.deque[float] = collections.deque(maxlen=101)
-        self._slow: tuple[int, float, np.ndarray] | None = None  # a slow step not reported yet
+        self._slow: tuple[int, float, np.ndarray] | None = None  # a slow step to report
         self.clock = 0
 
     def after_dispatch(
@@ -171,15 +171,15 @@ class Monitor:
         tables: Mapping[str, np.ndarray],
         sources: Sequence[int] | None = None,
     ) -> None:
-        """Takes over the metrics of a step that is running, and reads those of the step before.
+        """Keeps the metrics of a step that is running, and reads those of the step before it.
 
-        So the device has work while the host waits for the metrics.
+        The device therefore has work while the host waits for metrics.
 
         Args:
           step: number of the step, from 1.
-          metrics: as `Program.step` returns them.
+          metrics: what `Program.step` returned.
           tables: this host's part of the batch.
-          sources: index of each table's source in a mixture.
+          sources: the index of each table's source in a mixture.
         """
         counts = None
         if self._shares and sources is not None:
@@ -190,7 +190,7 @@ class Monitor:
             self._read(*pending)
 
     def flush(self) -> None:
-        """Waits for the last step and reads its metrics. Call it before work that is no step."""
+        """Waits for the last step and reads its metrics. Call it before work that is not a step."""
         pending, self._pending = self._pending, None
         if pending:
             self._read(*pending)
@@ -198,7 +198,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def pause(self, kind: str) -> Iterator[None]:
-        """Counts the time inside for `kind` (one of KINDS), and not as part of a step."""
+        """Counts the time inside the context for `kind` (one of KINDS), not as part of a step."""
         self.flush()
         with self.goodput.inside(kind):
             yield
@@ -258,9 +258,9 @@ class Monitor:
         self._counts.clear()
 
     def _flops(self, tables: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Operations since the last report: of all cells, and of cells that are not silent.
+        """Operations since the last report, for all cells and for cells that are not silent.
 
-        Pairs of cells are counted in one step's tables on this host, which stand for the others.
+        The number of visible pairs per cell is taken from one step's tables on this host.
         """
         program, counts = self._program, self._counts
         present = tables["present"] & (tables["segment"] > 0)[:, :, None]
@@ -278,9 +278,10 @@ class Monitor:
         }
 
     def _time(self, step: int, times: np.ndarray) -> None:
-        """Notes how long a step took. A slow step is reported when the next one has been read.
+        """Records how long a step took.
 
-        By then it is known which process dispatched either of the two late.
+        A slow step is reported only after the next step, because a late dispatch of either step can
+        be the cause.
         """
         now, before = time.monotonic(), self._ready
         self._ready = now
@@ -305,21 +306,20 @@ class Monitor:
         self._durations.append(seconds)
 
     def _report_slow(self, step: int, seconds: float, process: str, late: float) -> None:
-        """`process` dispatched the step `late` seconds after the others."""
+        """Reports a slow step, which `process` dispatched `late` seconds after the others."""
         median = statistics.median(self._durations)
         if len(self._clocks.hosts) == 1:
-            reason = "see data_wait_share for the share of the data in it"
+            reason = "data_wait_share shows how much of the time it waited for data"
         elif late > seconds / 2:
             reason = f"{process} dispatched it {late:.1f} s after the others"
         else:
             reason = "all processes dispatched it in time: devices or network were slow"
-        times = seconds / median
         self.progress.say(
-            f"step {step} took {seconds:.1f} s, {times:.0f} times the median: {reason}"
+            f"step {step} took {seconds:.1f} s, {seconds / median:.0f} times the median: {reason}"
         )
 
     def _report_skip(self, step: int, metrics: Any) -> None:
-        """Names the parameters whose gradients are not finite.
+        """Reports a skipped update, with the parameters whose gradients are not finite.
 
         Raises UserError after `config.optim.max_skipped` skipped updates in a row.
         """

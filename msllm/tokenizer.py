@@ -1,8 +1,8 @@
-"""Text to token ids and back, by sentencepiece models and by files of the `tokenizers` library.
+"""Tokenizers: sentencepiece models and files of the `tokenizers` library.
 
-Sentencepiece models may be trained here. Silence ("this stream says nothing now") is a control
-symbol: no text encodes to it, and decoding drops it. A vocabulary may have more control symbols for
-uses of one's own.
+Sentencepiece models can be trained here. Silence ("this stream says nothing now") is a control
+symbol: no text encodes to it, and decoding drops it. A vocabulary may have further control symbols
+for other uses.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from msllm.config import TokenizerConfig
 from msllm.errors import UserError
 
 FILE_NAMES = {"sentencepiece": "tokenizer.model", "tokenizers": "tokenizer.json"}
-TRAINING_CHARACTERS = 20_000_000  # for `train`, at most: sentencepiece keeps its corpus in memory
+# Callers of `train` should give it at most this much text: sentencepiece holds it in memory.
+TRAINING_CHARACTERS = 20_000_000
 CACHED_WORDS = 1 << 16
 # sentencepiece silently skips lines of more than max_sentence_length bytes, so `train` cuts them.
 LINE_CHARACTERS = 1000
@@ -34,8 +35,8 @@ class Tokenizer:
     Attributes:
       kind: "sentencepiece" or "tokenizers".
       silence: the piece that means silence.
-      silence_id: its id.
-      control: the ids, by piece, of all pieces that no text encodes to, silence among them.
+      silence_id: the id of silence.
+      control: {piece: id} of all pieces that no text encodes to, including silence.
       vocab_size: V.
       unknown_id: the id of text that the vocabulary does not cover, or None.
       hash: the sha256 (hex) of the bytes of the tokenizer file.
@@ -50,22 +51,22 @@ class Tokenizer:
           silence: the control symbol that means silence.
           source: where the file comes from, for messages.
 
-        Raises UserError if `data` is no such file, or if it has no such control symbol.
+        Raises UserError if `data` cannot be parsed, or if it lacks the control symbol.
         """
         self.kind, self.silence, self._data = kind, silence, data
         self.hash = hashlib.sha256(data).hexdigest()
         model: _SentencePiece | _Tokenizers
         try:
             model = _SentencePiece(data) if kind == "sentencepiece" else _Tokenizers(data)
-        except Exception as error:  # the libraries raise whatever their parsers raise
+        except Exception as error:  # the libraries raise many types of errors
             raise UserError(
-                f"{source} is no {kind} file ({error}): give a .model or .json tokenizer"
+                f"{source} is not a {kind} file ({error}): give a .model or .json tokenizer"
             ) from error
-        # Any other piece could come from text.
+        # A piece that is not a control symbol could come from text.
         if silence not in model.control:
             raise UserError(
-                f"{source} has no control (special) symbol {silence!r} for silence: add it, or name"
-                " an unused one with config.data.tokenizer.silence (it has:"
+                f"{source} has no control (special) symbol {silence!r} for silence: add it, or set"
+                " config.data.tokenizer.silence to an unused one (it has:"
                 f" {', '.join(sorted(model.control)) or 'none'})"
             )
         self._pieces, self._encode, self._decode = model.pieces, model.encode, model.decode
@@ -77,9 +78,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike, silence: str = TokenizerConfig.silence) -> Tokenizer:
-        """Reads a sentencepiece `.model` or a `.json` of the `tokenizers` library.
+        """Reads a sentencepiece `.model` or a `.json` file of the `tokenizers` library.
 
-        Raises UserError.
+        Raises UserError if there is no such file, or if it cannot be used.
         """
         path = pathlib.Path(path)
         if not path.is_file():
@@ -91,7 +92,7 @@ class Tokenizer:
 
     @classmethod
     def from_bytes(cls, kind: str, data: bytes, silence: str) -> Tokenizer:
-        """The tokenizer whose file has the content `data`. Raises UserError."""
+        """The tokenizer whose file has the content `data`. Raises UserError as the constructor."""
         return cls(kind, data, silence)
 
     def to_bytes(self) -> bytes:
@@ -99,25 +100,25 @@ class Tokenizer:
         return self._data
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, bytes, str]]:
-        """Lets a tokenizer be sent to another process."""
+        """Makes tokenizers picklable, to send them to other processes."""
         return Tokenizer, (self.kind, self._data, self.silence)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, never silence.
+        """The ids of a text. They never include silence.
 
-        U+2581, sentencepiece's mark for a space, comes back from `decode` as a space.
+        `decode` turns U+2581, sentencepiece's mark for a space, into a space.
         """
         return self._encode(text)
 
     def encode_word(self, word: str) -> Sequence[int]:
-        """The same for a text that is likely to come again. Do not change the result.
+        """Like `encode`, but cached, for text that is likely to recur. Do not modify the result.
 
-        Results are cached, which makes a repeated word seven times as fast.
+        The cache makes a repeated word seven times as fast.
         """
         return self._encode_word(word)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, without silence."""
+        """The text of the ids. Silence is dropped."""
         return self._decode([int(i) for i in ids if i != self.silence_id])
 
     def piece(self, token: int) -> str:
@@ -128,8 +129,8 @@ class Tokenizer:
 class _Model(Protocol):
     """A parsed tokenizer file."""
 
-    pieces: list[str]  # by id
-    control: set[str]  # the pieces that no text encodes to
+    pieces: list[str]  # index: id
+    control: set[str]  # pieces that no text encodes to
     unknown_id: int | None
 
     def encode(self, text: str) -> list[int]: ...
@@ -154,7 +155,7 @@ class _SentencePiece:
 class _Tokenizers:
     def __init__(self, data: bytes):
         self._model = model = tokenizers.Tokenizer.from_str(data.decode())
-        model.encode_special_tokens = True  # the spelling of a special token in a text stays text
+        model.encode_special_tokens = True  # a special token spelled out in text is text
         ids = range(max(model.get_vocab().values()) + 1)
         self.pieces = [model.id_to_token(i) or "" for i in ids]
         added = model.get_added_tokens_decoder().values()
@@ -169,26 +170,26 @@ class _Tokenizers:
 
 
 def kind_of_file(path: str | os.PathLike) -> str:
-    """The kind of a tokenizer file, by its name."""
+    """The kind of a tokenizer file, from its name."""
     return "tokenizers" if pathlib.Path(path).suffix == ".json" else "sentencepiece"
 
 
 def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     """Trains a sentencepiece model. The same texts and settings give the same bytes.
 
-    Text is kept as it is: it is not normalized, and every space and newline is a token or part of
-    one. The model type `word` is the exception: it splits text at spaces and drops them. `unigram`
-    and `bpe` cover any text, with bytes as a last resort.
+    Text is not normalized: every space and newline is a token or part of one. Only the model type
+    `word` splits text at spaces and drops them. `unigram` and `bpe` cover any text, falling back to
+    bytes.
 
     Args:
       texts: the corpus.
       config: the model type and the size of the vocabulary. A small corpus may give fewer pieces.
 
-    Raises UserError if the corpus is empty or does not suit the size.
+    Raises UserError if the corpus is empty or does not fit the size of the vocabulary.
     """
     whole_words = config.model_type == "word"
     covers_bytes = config.model_type in ("unigram", "bpe")
-    # A list, because sentencepiece would hide the errors of an iterator. Its length is bounded.
+    # A list, because sentencepiece would hide errors of an iterator. TRAINING_CHARACTERS bounds it.
     lines = list(_training_lines(texts, (config.silence, *config.reserved)))
     if not lines:
         raise UserError(
@@ -208,14 +209,14 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
             split_digits=covers_bytes,
             normalization_rule_name="identity",
             remove_extra_whitespaces=whole_words,
-            # With this a word is the same piece at the start of a text as elsewhere.
+            # Makes a word at the start of a text the same piece as elsewhere.
             add_dummy_prefix=whole_words,
             allow_whitespace_only_pieces=not whole_words,
             control_symbols=[config.silence, *config.reserved],
             user_defined_symbols=[] if whole_words else ["\n"],
             bos_id=-1,
             eos_id=-1,
-            num_threads=1,  # the order of floating-point sums, and so the result, depends on it
+            num_threads=1,  # the order of floating-point sums depends on it
             max_sentence_length=8 * LINE_CHARACTERS,
             minloglevel=2,
         )
@@ -228,9 +229,10 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 
 
 def _training_lines(texts: Iterable[str], control: Sequence[str]) -> Iterator[str]:
+    """Lines of at most LINE_CHARACTERS, with control symbols split into characters."""
     for text in texts:
         for piece in control:
-            # The trainer does not see the characters of a control symbol; apart it sees them.
+            # Sentencepiece would skip a control symbol, and would not learn its characters.
             text = text.replace(piece, "\n".join(piece))
         for line in text.split("\n"):
             for start in range(0, len(line), LINE_CHARACTERS):

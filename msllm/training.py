@@ -1,7 +1,7 @@
 """Training: opens a run, restores or initialises its state, and loops over the steps.
 
-The same call continues a run where it was. Ctrl-C, SIGTERM or a preemption notice ends it after the
-step, saved. On a cluster every process makes the same call (docs/pods.md).
+Calling `train` again continues the run. Ctrl-C, SIGTERM or a preemption notice ends it after the
+current step, with a checkpoint. On a cluster every process makes the same call (docs/pods.md).
 """
 
 from __future__ import annotations
@@ -58,24 +58,26 @@ def train(
     stop: processes.StopSignal | None = None,
     seconds_before: float = 0.0,
 ) -> TrainState:
-    """Trains the run in `workdir` up to `config.steps`, continuing it if it has begun.
+    """Trains the run in `workdir` up to step `config.steps`. Continues a run that has begun.
 
-    In a run of several processes (`processes.connect`) all call this, with the same config and
-    hooks, and a workdir that they share.
+    In a run of several processes (`processes.connect`) all processes call this, with the same
+    config and hooks, and a workdir that they share.
 
     Args:
       config: all settings.
-      workdir: folder of the run: checkpoints, metrics, resolved config. It is created if need be.
-      hooks: what the caller wants done during the run, after msllm's own hooks (`msllm.hooks`).
-      stop: says when to stop early; None: on Ctrl-C, SIGTERM or a preemption notice.
+      workdir: the folder of the run, for checkpoints, metrics and the resolved config. It is
+        created if it does not exist.
+      hooks: hooks of the caller. They are called after msllm's own hooks (`msllm.hooks`).
+      stop: decides when to stop early; None: on Ctrl-C, SIGTERM or a preemption notice.
       seconds_before: how long this process has been running, for the goodput.
 
     Returns:
       The state after the last step.
 
     Raises:
-      UserError: config, data, workdir or checkpoints are unfit. Nothing was trained.
-      RunError: the run cannot go on, for example because the disk is full.
+      UserError: the config, data, workdir or checkpoints are invalid; or too many updates in a row
+        were skipped (`config.optim.max_skipped`).
+      RunError: the run cannot continue, for example because the disk is full.
     """
     config = resolve_visibility(config)
     workdir = open_workdir(workdir)
@@ -114,7 +116,7 @@ def train(
         with goodput.inside("compile"):
             step = compile_step(program.step, program.abstract_state, program.abstract_batch)
 
-        # Loop over the steps. On the way out the last checkpoint is completed.
+        # Loop over the steps. Leaving the `with` block completes the last checkpoint.
         stop = stack.enter_context(stop or processes.StopSignal())
         monitor = _open_monitor(program, writers, goodput, loader, start)
         stack.callback(monitor.progress.close)
@@ -153,7 +155,7 @@ def _loop(run: Run, step: jax.stages.Compiled) -> None:
                 hook.at_step(run, run.step, metrics)
     for hook in run.hooks:
         hook.at_end(run)
-    goodput.begin("checkpoint")  # the last one is still being written
+    goodput.begin("checkpoint")  # the last checkpoint is still being written
 
 
 def _restore_or_initialise(
@@ -163,9 +165,9 @@ def _restore_or_initialise(
     local: LocalCheckpoints | None,
     workdir: epath.Path,
 ) -> TrainState:
-    """The state to start from."""
-    # 1. The newest good checkpoint: on the hosts' disks, if all of them have a newer one there than
-    #    in the workdir; otherwise in the workdir.
+    """Returns the state to start from."""
+    # 1. The newest good checkpoint: from the hosts' own disks if all hosts have one that is newer
+    #    than those in the workdir, otherwise from the workdir.
     state = None
     if local:
         state = local.restore(program, tokenizer, max(checkpoints.steps(), default=-1))
@@ -186,30 +188,32 @@ def _restore_or_initialise(
 
 
 def open_workdir(path: str | os.PathLike) -> epath.Path:
-    """Creates the folder of a run. Raises UserError if that fails, or if a model is in it."""
+    """Creates the folder of a run. Raises UserError if that fails, or if it holds a model."""
     workdir = epath.Path(path)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except (ImportError, OSError) as error:
         remedy = (
-            "install msllm[gcs] for gs://, and see that this host may write there"
+            "install msllm[gcs] for gs://, and check that this host may write there"
             if "://" in str(path)
-            else "name another"
+            else "choose another"
         )
-        raise UserError(f"--workdir is {path}, which cannot be made ({error}): {remedy}") from error
+        raise UserError(
+            f"--workdir is {path}, which cannot be created ({error}): {remedy}"
+        ) from error
     if (workdir / "description").is_dir():
         raise UserError(
-            f"--workdir is {path}, a model: name another, and this one with"
-            f" --config.init_from={path}"
+            f"--workdir is {path}, which holds a model: choose another, and start from this model"
+            f" with --config.init_from={path}"
         )
     return workdir
 
 
 def _open_data(config: Config, streams: StreamSpec) -> tuple[Loader, dict[str, Loader]]:
-    """The loader of the training data, and one for the held-out split of each source.
+    """Opens the training data, and the held-out split of each source if the run evaluates.
 
-    There are none of the latter if nothing is to be evaluated. Raises UserError in all processes
-    if one of them cannot open its data, or if they differ in config, code, tokenizer or data.
+    Raises UserError in all processes if one of them cannot open its data, or if they differ in
+    config, code, tokenizer or data.
     """
     loader, held_out, facts, error = None, {}, {}, None
     part = (jax.process_index(), jax.process_count())
@@ -228,17 +232,17 @@ def _open_data(config: Config, streams: StreamSpec) -> tuple[Loader, dict[str, L
     except UserError as problem:
         error = str(problem)
     processes.check_same_everywhere(facts, error)
-    assert loader is not None  # otherwise there is an error, and the check has raised it
+    assert loader is not None  # otherwise check_same_everywhere has raised the error
     return loader, held_out
 
 
 def _open_held_out(config: Config, loader: Loader, streams: StreamSpec) -> dict[str, Loader]:
-    """The loader of each source's held-out split, by name. In a mixture some may have none."""
+    """Opens the held-out split of each source, by name. Sources of a mixture may have none."""
     parts = by_source(config.data)
     if loader.plan:
         empty = [name for name in parts if not loader.manifests[name]["splits"]["eval"]["tables"]]
         if empty:
-            log.warning("nothing is held out of %s: not evaluated", ", ".join(empty))
+            log.warning("no examples of %s are held out: not evaluated", ", ".join(empty))
         parts = {name: part for name, part in parts.items() if name not in empty}
     return {
         name: Loader(part, "eval", streams, (jax.process_index(), jax.process_count()))
@@ -247,7 +251,7 @@ def _open_held_out(config: Config, loader: Loader, streams: StreamSpec) -> dict[
 
 
 def _source_hashes() -> dict[str, str]:
-    """sha256 of every source file of the package, by its path in it."""
+    """The sha256 of every source file of the package, by its path in the package."""
     package = pathlib.Path(msllm.__file__).parent
     files = [path for path in package.rglob("*.*") if path.suffix in (".py", ".cc", ".h")]
     return {str(path.relative_to(package)): file_hash(path) for path in sorted(files)}
@@ -273,9 +277,9 @@ def _open_monitor(
 
 
 def with_vocabulary(config: Config, size: int) -> Config:
-    """The config with `model.vocab_size` set to `size`, unless it is set to that much or more.
+    """The config with `model.vocab_size` set to `size`, unless it is already at least that.
 
-    Raises UserError if it is set to less.
+    Raises UserError if it is positive and smaller.
     """
     if config.model.vocab_size >= size:
         return config

@@ -316,8 +316,8 @@ def test_local_checkpoints_serve_the_mesh_that_wrote_them(
     assert "local checkpoint of step 6 is not used: " in caplog.text
     assert restored(make_program(program.config, 8, fsdp=8)) is None
     assert (
-        "local checkpoint of step 4 is not used: it was written by other processes or another mesh"
-        in caplog.text
+        "local checkpoint of step 4 is not used: it was written by other processes or on another"
+        " mesh" in caplog.text
     )
     assert opened(lambda local: local.steps()) == []  # the run comes to these steps again
     saved(6)

@@ -355,7 +355,7 @@ def test_a_run_starts_from_an_import(imported, tmp_path):
     config = tuned(imported, **changes, **{"optim.lr": 1e-8, "optim.weight_decay": 0.0})
     prepare(config, config.data.dir)
     with pytest.raises(
-        UserError, match="a model: name another, and this one with --config.init_from"
+        UserError, match="holds a model: choose another, and start .* --config.init_from"
     ):
         train(config, imported)
     state = train(config, tmp_path / "run")

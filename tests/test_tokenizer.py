@@ -153,7 +153,7 @@ def test_errors_name_the_file_and_the_remedy(tmp_path):
     with pytest.raises(UserError, match="nowhere.model.*config.data.tokenizer.path"):
         Tokenizer.load(tmp_path / "nowhere.model")
     (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(UserError, match="bad.json is no tokenizers file"):
+    with pytest.raises(UserError, match="bad.json is not a tokenizers file"):
         Tokenizer.load(tmp_path / "bad.json")
     (tmp_path / "good.model").write_bytes(trained("char").to_bytes())
     with pytest.raises(

@@ -263,7 +263,7 @@ def test_commands_that_cannot_run_say_so_in_one_line(config, data_dir, tmp_path)
 def test_a_workdir_that_cannot_be_made_is_refused(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        UserError, match=r"--workdir is .*file/run, which cannot be made \(.*\): name another"
+        UserError, match=r"--workdir is .*file/run, which cannot be created \(.*\): choose another"
     ):
         train(config, tmp_path / "file" / "run")
     (tmp_path / "run" / "lock").mkdir(parents=True)

@@ -1,1 +1,1 @@
-"""What runs need of the machine: processes, compiler options, files, progress."""
+"""Processes, compiler options, files, hardware figures and progress bars."""

@@ -1,4 +1,4 @@
-"""How programs are compiled: options by platform, the persistent cache, and memory after it."""
+"""Compilation: options by platform, the persistent cache, and the memory of the compiler."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import jax
 from etils import epath
 
 OPTIONS: dict[str, dict[str, int | bool | str]] = {
-    # The loops that matter run in libraries, so less work for LLVM makes the start quicker and the
-    # steps no slower. -O1 halves the time to compile a train step; without fusion emitters (MLIR)
-    # and expensive passes it falls by another third. LLVM then does not vectorize a loop that
+    # The loops that matter run in libraries, so less work in LLVM makes the start faster and the
+    # steps no slower. -O1 halves the compile time of a train step. Turning off fusion emitters
+    # (MLIR) and expensive passes takes off another third. LLVM then does not vectorize a loop that
     # overwrites its operand, which costs at most 4 % of a step. The loss has no such loop.
     "cpu": {
         "xla_backend_optimization_level": 1,
@@ -27,11 +27,11 @@ OPTIONS: dict[str, dict[str, int | bool | str]] = {
 def compiler_options(platform: str) -> dict[str, int | bool | str]:
     """Options for `jax.jit(..., compiler_options=...)` on devices of a platform (cpu, gpu, tpu).
 
-    Options come and go with versions of XLA: those that the installed compiler lacks are left out.
+    Options differ between versions of XLA. Those that the installed compiler lacks are left out.
     """
     options = OPTIONS.get(platform, {})
-    # A platform without options needs no check, which is as well: it may be absent here, because
-    # programs can be compiled for other machines.
+    # A platform without options needs no check. Its devices may be absent here, because programs
+    # can be compiled for other machines.
     if not options or _accepts(platform, options):
         return options
     return {name: value for name, value in options.items() if _accepts(platform, {name: value})}
@@ -49,10 +49,10 @@ def _accepts(platform: str, options: dict[str, int | bool | str]) -> bool:
 
 
 def enable_compilation_cache(setting: str, default: epath.Path) -> None:
-    """Lets JAX keep compiled programs in a directory, so that the next start compiles nothing.
+    """Makes JAX store compiled programs in a directory, so that the next start compiles nothing.
 
-    A directory that the user has given to JAX is left as it is. In a run of several processes the
-    first one writes the cache.
+    A cache directory that the user has set in JAX is kept. In a run of several processes the first
+    one writes the cache.
 
     Args:
       setting: `config.compilation_cache`: a directory; `auto`: `default`; `none`: no cache.
@@ -61,14 +61,19 @@ def enable_compilation_cache(setting: str, default: epath.Path) -> None:
     if setting == "none" or jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     jax.config.update("jax_compilation_cache_dir", str(default if setting == "auto" else setting))
-    # By default JAX keeps only programs that take a second to compile.
+    # By default JAX stores only programs that take a second or more to compile.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def compile_step(function: Any, *arguments: Any) -> jax.stages.Compiled:
-    """Compiles a jitted function for arguments: arrays, or shapes with shardings.
+    """Compiles a jitted function for some arguments.
 
-    Calling the result never compiles again: other shapes are an error.
+    Args:
+      function: the result of `jax.jit`.
+      arguments: arrays, or shapes with dtypes and shardings.
+
+    Returns:
+      The compiled function. Calling it never compiles again: other shapes are an error.
     """
     compiled = function.lower(*arguments).compile()
     finish_startup()
@@ -76,11 +81,11 @@ def compile_step(function: Any, *arguments: Any) -> jax.stages.Compiled:
 
 
 def finish_startup() -> None:
-    """Gives back what only the start of a process needs. Call it once the step is compiled.
+    """Releases what only the start of a process needs. Call it once the step is compiled.
 
-    The memory that the compiler used returns to the operating system: on a laptop it is as much as
+    The memory that the compiler used returns to the operating system. On a laptop it is as much as
     a small run needs. If garbage collection is disabled, as it is while a command starts, it is
-    enabled from here on, and ignores the objects that exist by now.
+    enabled again, and ignores the objects that exist by now.
     """
     if not gc.isenabled():
         gc.freeze()

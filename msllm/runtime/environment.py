@@ -1,4 +1,4 @@
-"""What XLA reads from the environment when it starts, and jax offers no setting for."""
+"""Settings that XLA reads only from environment variables when it starts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 import sys
 import warnings
 
-# Loop unrolling takes XLA:CPU a fourth of the time that a train step compiles, and makes it no
-# faster.
+# Loop unrolling takes a quarter of the time in which XLA:CPU compiles a train step, and does not
+# make the step faster.
 _UNROLLING = "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling"
 _THREADS_PER_DEVICE = 16
 
@@ -17,8 +17,8 @@ def configure_jax() -> None:
     """Sets the environment variables that make XLA compile fast and run well on CPU.
 
     Commands call this when they start. Notebooks and scripts should call it before jax first uses a
-    device, for example before the first `jnp` array. Later it has no effect, and a RuntimeWarning
-    says so. Variables that are set already keep their values.
+    device, for example before the first `jnp` array. A later call has no effect, and warns with a
+    RuntimeWarning. Variables that are already set keep their values.
     """
     wanted = _settings()
     if not wanted:
@@ -40,9 +40,9 @@ def _settings() -> dict[str, str]:
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_backend_extra_options" not in flags:
         wanted["XLA_FLAGS"] = f"{flags} {_UNROLLING}".strip()
-    # A collective that waits occupies a thread of XLA's CPU backend, which has as many threads as
-    # there are cores or devices. Several virtual devices on few cores can therefore wait for each
-    # other forever. Sixteen threads for each device are enough.
+    # A waiting collective occupies a thread of XLA's CPU backend, which has as many threads as
+    # there are cores or devices. So several virtual devices on few cores can wait for each other
+    # forever. Sixteen threads per device are enough.
     virtual = re.search(r"--xla_force_host_platform_device_count=(\d+)", flags)
     if virtual and "PJRT_NPROC" not in os.environ:
         threads = max(_THREADS_PER_DEVICE * int(virtual[1]), os.cpu_count() or 1)
@@ -53,8 +53,7 @@ def _settings() -> dict[str, str]:
 def _backend_is_initialized() -> bool:
     if "jax" not in sys.modules:
         return False
-    from jax._src import (
-        xla_bridge,  # jax.distributed asks the same way; there is no public function
-    )
+    # There is no public function. jax.distributed asks in the same way.
+    from jax._src import xla_bridge
 
     return xla_bridge.backends_are_initialized()

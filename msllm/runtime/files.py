@@ -1,4 +1,4 @@
-"""Files and folders that a reader finds complete or not at all."""
+"""Atomic writes: a reader finds a file or folder complete or not at all."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def write_atomically(
 ) -> None:
     """Writes a file so that its name always refers to complete content, the old or the new.
 
-    The content goes into a file beside `path`, which then takes its name. If the process is killed
-    or the disk is full, `path` keeps the content that it had.
+    The content goes into a new file in the same folder, which is then renamed to `path`. If the
+    process is killed or the disk is full, `path` keeps its old content.
 
     Two kinds of paths are written directly: objects in an object store (`gs://...`), which appear
-    only once they are complete, and paths that are no regular files, such as `/dev/stdout`.
+    only once they are complete, and paths that are not regular files, such as `/dev/stdout`.
 
     Args:
       path: the file. Its folder must exist.
       content: bytes, text (written as UTF-8), or a function that writes into the open binary file.
-      overwrite: whether the file may exist already.
+      overwrite: whether to replace a file that exists.
 
     Raises:
       FileExistsError: `overwrite` is false and the file exists.
@@ -46,7 +46,7 @@ def write_atomically(
         with file.open("wb") as stream:
             _write(stream, content)
         return
-    path = pathlib.Path(os.path.realpath(path))  # a link stays a link
+    path = pathlib.Path(os.path.realpath(path))  # writes to the target of a link
     if path.exists():
         if not overwrite:
             raise FileExistsError(f"{path} exists already")
@@ -73,9 +73,9 @@ def _write(stream: BinaryIO, content: bytes | Callable[[BinaryIO], object]) -> N
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A new folder to write into.
+    """Yields a new folder to write into.
 
-    It takes the name `path` at the end. If an error is raised, it is removed.
+    On success the folder is renamed to `path`. If an error is raised, it is removed.
 
     Raises:
       UserError: `path` exists already and is not an empty folder, or cannot be created.
@@ -87,7 +87,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
     except OSError as error:
-        raise UserError(f"{path} cannot be made ({error}): name another folder to write") from error
+        raise UserError(f"{path} cannot be created ({error}): choose another folder") from error
     try:
         yield partial
         try:
@@ -105,6 +105,6 @@ def refuse_existing(path: str | os.PathLike) -> None:
     path = pathlib.Path(path)
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
         raise UserError(
-            f"{path} exists already, and nothing is overwritten: remove it, or name another folder"
-            " to write"
+            f"{path} exists already, and nothing is overwritten: remove it, or choose another"
+            " folder"
         )

@@ -1,6 +1,6 @@
-"""Floating-point operations of a train step by formula.
+"""Floating-point operations of a train step, by formula.
 
-Only what the visibility rule needs is counted: no masked pairs, and nothing that is computed twice.
+Only the operations that the visibility rule requires count: no masked pairs, no recomputation.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from msllm.streams import StreamSpec
 
 
 def visible_pairs(lag: np.ndarray, rows: int) -> int:
-    """Pairs (query cell, key cell) in one full table [rows, S], in which no cell is absent.
+    """Visible pairs (query cell, key cell) in one full table [rows, S], without absent cells.
 
     Args:
       lag: [S, S] int.
       rows: T.
     """
-    # For each edge the number of query rows that see at least one row of the source.
+    # Per edge, the number of query rows that see at least one row of the source.
     reach = np.clip(rows - lag.astype(np.int64), 0, rows)
     itself = rows * int(np.sum(np.diagonal(lag) > 0))
     return int(np.sum(reach * (reach + 1) // 2)) + itself
@@ -30,18 +30,18 @@ def attention_flops(num_heads: int, head_dim: int, pairs: float) -> float:
 
 
 def batch_pairs(lag: np.ndarray, queries: np.ndarray, keys: np.ndarray, segment: np.ndarray) -> int:
-    """Pairs (query cell, key cell) in packed tables, which may have absent cells.
+    """Visible pairs (query cell, key cell) in packed tables, which may have absent cells.
 
     Args:
       lag: [S, S] int.
       queries: [B, T, S] bool, the cells that are present.
-      keys: [B, T, S] bool, those of them that other cells may see.
+      keys: [B, T, S] bool, the cells that other cells may see.
       segment: [B, T] int, ascending within a table.
     """
     batch, rows, _ = keys.shape
     row = np.arange(rows)
     begins = np.concatenate([np.ones((batch, 1), bool), segment[:, 1:] != segment[:, :-1]], 1)
-    first = np.maximum.accumulate(np.where(begins, row, 0), 1)  # row of the segment's beginning
+    first = np.maximum.accumulate(np.where(begins, row, 0), 1)  # first row of the segment
     before = np.pad(np.cumsum(keys, 1), [(0, 0), (1, 0), (0, 0)])  # [:, t]: keys in rows 0..t-1
     pairs = 0
     for value in np.unique(lag[lag < rows]):
@@ -51,7 +51,8 @@ def batch_pairs(lag: np.ndarray, queries: np.ndarray, keys: np.ndarray, segment:
         )
         seen = np.einsum("bto,so->bts", visible, (lag == value).astype(np.int64))
         pairs += int(seen[queries].sum())
-    # Every cell sees itself. With a lag of 0 that has been counted, unless the cell is no key.
+    # Every cell sees itself. With a lag of 0 this pair is already counted, unless the cell is not a
+    # key.
     counted = keys & (np.diagonal(lag) <= 0)
     return pairs + int((queries & ~counted).sum())
 
@@ -72,8 +73,8 @@ def step_flops(config: ModelConfig, cells: float, targets: float, pairs: float) 
     Args:
       config: sizes of the model.
       cells: cells that are present.
-      targets: cells whose next token is predicted with weight. Only they need the head.
-      pairs: pairs of a cell and a cell that it sees.
+      targets: cells with a target of positive weight. Only these need the head.
+      pairs: visible pairs of cells.
     """
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     layer = config.d_model * heads + 3 * config.d_model * config.d_ff

@@ -21,7 +21,7 @@ class Hardware:
 
 
 # TPU: https://docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, tables of key specifications.
-# They give the ICI bandwidth of all links in both directions: here it is divided by links and
+# They give the ICI bandwidth of all links in both directions. Here it is divided by links and
 # directions. `hbm_gib` is what the compiler reports when a program does not fit ("exceeds available
 # HBM (15.75G)"; libtpu 0.0.42 and 0.0.52).
 _V5E = Hardware(197e12, 15.75, 819e9, 4, 50e9, 6.4e12 / 8 / 256)  # DCN: 6.4 Tbps for a pod of 256
@@ -53,6 +53,6 @@ TABLE: dict[str, Hardware] = {
 
 
 def lookup(device_kind: str) -> Hardware | None:
-    """The entry whose name is the longest beginning of a device kind; None if there is none."""
+    """The entry whose name is the longest prefix of a device kind; None if there is none."""
     names = [name for name in TABLE if device_kind.startswith(name)]
     return TABLE[max(names, key=len)] if names else None

@@ -1,7 +1,7 @@
-"""Several processes that train one model: joining, agreeing, stopping together, and failing.
+"""Runs of several processes: joining, agreeing, stopping together, and failing.
 
-Built on JAX's multi-controller runtime (`jax.distributed`, `jax.experimental.multihost_utils`). In
-a run of one process the same calls return at once.
+This module builds on JAX's multi-controller runtime (`jax.distributed` and
+`jax.experimental.multihost_utils`). In a run of one process the same calls return at once.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from msllm.errors import RunError, UserError
 
-# Exit statuses besides 0 (complete), 1 (failed) and 2 (bad input). After these two the same command
-# continues the run. The numbers are EX_TEMPFAIL and EX_PROTOCOL of sysexits.h.
-EXIT_STOPPED = 75  # asked to stop (SIGTERM, preemption); the step was finished and saved
-EXIT_PEER_LOST = 76  # another process did not join, or is gone
+# Exit statuses besides 0 (complete), 1 (failed) and 2 (invalid input). After these two the same
+# command continues the run. The numbers are EX_TEMPFAIL and EX_PROTOCOL of sysexits.h.
+EXIT_STOPPED = 75  # stopped early (SIGTERM, preemption), after saving a checkpoint
+EXIT_PEER_LOST = 76  # another process did not join, or was lost
 
-# Errors of storage that is full, gone or broken. They are no fault of the program.
+# Errors of storage that is full, missing or broken. They are not bugs of the program.
 STORAGE_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -56,18 +56,18 @@ def connect(
 ) -> None:
     """Joins the other processes of the run.
 
-    JAX detects them on TPU VMs, GKE, Slurm and Open MPI; elsewhere the arguments name them. Without
-    arguments and outside a cluster, the run is this process alone. Call this before anything else
-    of JAX. If some processes have not joined after `wait_seconds`, this process names them and ends
-    with status EXIT_PEER_LOST.
+    JAX detects them on TPU VMs, GKE, Slurm and Open MPI. Elsewhere the arguments describe them.
+    Without arguments and outside a cluster, the run is this process alone. Call this before any
+    other function of JAX. If some processes have not joined after `wait_seconds`, this process
+    names them and ends with status EXIT_PEER_LOST.
 
     Args:
       workdir: a folder that all processes share. Waiting processes show there that they are alive.
       address: HOST:PORT of process 0.
-      num_processes: how many there are; 1: this process alone, on a cluster as well.
-      process_id: which of them this one is.
+      num_processes: number of processes; 1: this process alone, even on a cluster.
+      process_id: index of this process.
       wait_seconds: how long to wait for the others.
-      heartbeat_seconds: a process that has been silent for this long counts as dead.
+      heartbeat_seconds: a process that has been silent for this long counts as lost.
 
     Raises:
       UserError: the arguments contradict each other, or the address cannot be used.
@@ -106,8 +106,8 @@ def connect(
 class _JoinWatch:
     """Names the processes that do not join.
 
-    When JAX's own timeout expires, it aborts with "Deadline Exceeded" and does not say which
-    process is missing. So each waiting process keeps rewriting a file in a shared folder: a process
+    When JAX's own timeout expires, JAX aborts with "Deadline Exceeded" and does not say which
+    process is missing. So each waiting process keeps rewriting a file in a shared folder. A process
     whose file does not change is missing.
     """
 
@@ -124,13 +124,13 @@ class _JoinWatch:
         self._thread.join()
 
     def _watch(self) -> None:
-        # On a cluster `jax.distributed.initialize` finds out how many processes there are and which
-        # one this is. It has no public way to say so before all have joined.
+        # On a cluster `jax.distributed.initialize` detects the number of processes and the index of
+        # this one. It does not publish them before all processes have joined.
         from jax._src.distributed import global_state as state
 
         begin, beat = time.monotonic(), 0
-        last_text: dict[str, str] = {}  # of each process' file
-        hosts: dict[str, str] = {}  # of the processes whose file has changed
+        last_text: dict[str, str] = {}  # of the file of each process
+        hosts: dict[str, str] = {}  # of each process whose file has changed
         own_file = None
         while not self._done.wait(1.0):
             if not state.num_processes or state.num_processes == 1:
@@ -168,7 +168,7 @@ class _JoinWatch:
 def _read_text(path: epath.Path) -> str:
     try:
         return path.read_text()
-    except FileNotFoundError:  # the process has joined, and removed its file
+    except FileNotFoundError:  # the process has joined and removed its file
         return ""
 
 
@@ -180,7 +180,7 @@ def exit_process(message: str, status: int) -> NoReturn:
 
 
 def is_primary() -> bool:
-    """Whether this is process 0, which writes what is written once for all processes."""
+    """Whether this is process 0, which writes the files that a run has only once."""
     return jax.process_index() == 0
 
 
@@ -188,7 +188,7 @@ def all_gather_json(value: Any) -> list[Any]:
     """The values of all processes, in the order of their indices. All processes must call this.
 
     Args:
-      value: this process' value: anything that JSON can hold.
+      value: the value of this process, as JSON.
     """
     if jax.process_count() == 1:
         return [value]
@@ -206,10 +206,10 @@ def check_same_everywhere(facts: Mapping[str, Any], error: str | None = None) ->
 
     Args:
       facts: values that JSON can hold, by name.
-      error: why this process cannot go on; its facts are ignored then.
+      error: why this process cannot continue. Its facts are then ignored.
 
     Raises:
-      UserError: in every process, if one has an error or another value. The message names the
+      UserError: in every process, if one has an error or different facts. The message names the
         process, its host, the hashes of both values and what differs.
     """
     everyone = all_gather_json({"host": socket.gethostname(), "facts": dict(facts), "error": error})
@@ -232,9 +232,9 @@ def check_same_everywhere(facts: Mapping[str, Any], error: str | None = None) ->
 
 @contextlib.contextmanager
 def exclusive_workdir(workdir: epath.Path) -> Iterator[None]:
-    """Keeps other runs out of a workdir by a lock file. All processes must call this.
+    """Keeps other runs out of a workdir with a lock file. All processes must call this.
 
-    An object store has no locks: there nothing is checked.
+    Object stores have no locks, so nothing is checked there.
 
     Raises:
       UserError: in all processes, if another run holds the lock.
@@ -248,7 +248,7 @@ def exclusive_workdir(workdir: epath.Path) -> Iterator[None]:
 
 
 def _lock(path: epath.Path, stack: contextlib.ExitStack) -> str | None:
-    """Locks a file until `stack` closes or the process ends. Returns why it cannot."""
+    """Locks a file until `stack` closes or the process ends. Returns the error if it cannot."""
     try:
         file = stack.enter_context(open(path, "a+"))
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -257,15 +257,15 @@ def _lock(path: epath.Path, stack: contextlib.ExitStack) -> str | None:
         holder = file.read().strip() or "another process"
         return (
             f"--workdir is {path.parent}, in which {holder} is training: wait for it, stop it, or"
-            " name another"
+            " choose another"
         )
     except OSError as error:
         if error.errno in (*STORAGE_ERRORS, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            # A file system without locks. One without room is reported by the next write.
+            # A file system without locks, or a storage error, which the next write will report.
             return None
         return (
             f"--workdir is {path.parent}, where {path.name} cannot be written ({error}): repair"
-            " that, or name another"
+            " that, or choose another"
         )
     with contextlib.suppress(OSError):
         file.truncate(0)
@@ -300,12 +300,12 @@ def _flatten(value: Any, path: str = "") -> dict[str, Any]:
 def is_peer_failure(error: BaseException | None) -> bool:
     """Whether an error says that a computation or barrier of several processes did not complete.
 
-    Most likely another process is gone then.
+    The most likely cause is that another process was lost.
     """
     while error is not None and jax.process_count() > 1:
         # On CPU a jitted function may fail at once, inside Gloo, with another type of error.
         if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
-            # These two are this process' own: too little device memory, and mistakes.
+            # These two come from this process: out of device memory, or a bug.
             return not str(error).startswith(("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"))
         error = error.__cause__ or error.__context__
     return False
@@ -313,13 +313,13 @@ def is_peer_failure(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """In a run of several processes, an error inside ends this process at once.
+    """In a run of several processes, ends this process at once if an error is raised inside.
 
-    Python's ordinary exit would clean up first, and wait for other processes that wait for this one
-    or are gone.
+    Python's ordinary exit would first clean up, and wait for processes that wait for this one or
+    are lost. In a run of one process, the error is raised.
 
     Raises:
-      RunError: in place of an error of the storage. In a run of one process, errors are raised.
+      RunError: in place of a storage error, in a run of one process.
     """
     try:
         yield
@@ -348,14 +348,14 @@ def exit_on_error() -> Iterator[None]:
 
 
 class StopSignal:
-    """Says when a run is to stop early: on Ctrl-C, SIGTERM or a preemption notice in any process.
+    """Decides when a run stops early: on Ctrl-C, SIGTERM or a preemption notice in any process.
 
-    A context manager. Inside it these signals do not interrupt the program, only a second Ctrl-C
-    does.
+    This is a context manager. Inside it these signals do not interrupt the program, except for a
+    second Ctrl-C.
 
     Attributes:
-      interrupted: whether Ctrl-C was pressed, in any of the processes. A launcher should not start
-        such a run again.
+      interrupted: whether Ctrl-C was pressed in any process. A launcher should not restart such a
+        run.
     """
 
     def __init__(self) -> None:
@@ -369,7 +369,7 @@ class StopSignal:
             if jax.process_count() == 1:
                 self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._terminate)
             # With several processes, JAX's preemption service handles SIGTERM.
-        except ValueError:  # outside the main thread, in a notebook say: no handlers
+        except ValueError:  # outside the main thread, as in some notebooks
             pass
         return self
 
@@ -386,7 +386,7 @@ class StopSignal:
         self._requested = True
 
     def should_stop(self, step: int) -> bool:
-        """Whether the run stops after `step`: the same in all processes. Call it once per step."""
+        """Whether all processes stop after `step`. Every process must call this once per step."""
         if jax.process_count() == 1:
             return self._requested
         stopping = multihost_utils.reached_preemption_sync_point(step)
@@ -396,9 +396,9 @@ class StopSignal:
 
 
 class AsyncAllGather:
-    """Gathers small arrays of all processes without waiting.
+    """Gathers small arrays from all processes without waiting.
 
-    The gather is a small computation of its own, which the devices run after the step that was
+    The gather is a small computation of its own. The devices run it after the step that was
     dispatched before it.
     """
 
@@ -411,7 +411,7 @@ class AsyncAllGather:
         self._gather = jax.jit(lambda x: x, out_shardings=replicated)
 
     def __call__(self, local: np.ndarray) -> jax.Array | np.ndarray:
-        """[1, ...] of this process -> [processes, ...]. Read it after the next dispatch."""
+        """[1, ...] of this process -> [processes, ...]. Read it after the next step's dispatch."""
         count = jax.process_count()
         if count == 1:
             return local
@@ -423,7 +423,7 @@ class DispatchClocks:
     """When each process dispatched a step to its devices.
 
     Attributes:
-      hosts: host name of each process.
+      hosts: the host name of each process.
     """
 
     def __init__(self) -> None:
@@ -433,11 +433,15 @@ class DispatchClocks:
         self._start = time.monotonic()
 
     def read(self) -> jax.Array | np.ndarray:
-        """[processes] int32, milliseconds since the start. Read it after the next dispatch."""
+        """Reads the clocks of all processes.
+
+        Returns:
+          [processes] int32, milliseconds since the start. Read it after the next step's dispatch.
+        """
         return self._gather(np.array([(time.monotonic() - self._start) * 1000], np.int32))
 
     def latest(self, times: np.ndarray) -> tuple[str, float]:
-        """(the process that came last, seconds that it came after the median of the others)."""
+        """The process that was last, and how many seconds after the median of the others."""
         last = int(np.argmax(times))
         others = np.delete(times, last)
         late = float(times[last] - np.median(others)) / 1000 if len(others) else 0.0

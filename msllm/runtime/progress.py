@@ -17,14 +17,15 @@ BAR_SECONDS = 0.2  # between refreshes of the bar
 class Progress:
     """Shows how far one stage of a command has come.
 
-    If stderr is a terminal, a bar is drawn there; otherwise `show` prints lines. As a context
-    manager it ends the bar.
+    If stderr is a terminal, `show` draws a bar there; otherwise it prints lines. As a context
+    manager, it ends the bar on exit.
 
     Args:
-      stage: what is shown before the count, such as "step".
-      total: units of work; 0: unknown, and a terminal shows a line of text instead of a bar.
+      stage: the text before the count, such as "step".
+      total: units of work; 0: unknown. A terminal then shows a line of text instead of a bar.
       done: units that were done before the stage began.
-      every: seconds between lines; a bar waits at most BAR_SECONDS.
+      every: seconds between lines, or between refreshes of the bar, which are at most BAR_SECONDS
+        apart.
       file: where lines go; None: stderr.
       keep: whether the bar stays on the terminal at the end.
       enabled: False: show nothing. Only the first process of a run shows its progress.
@@ -46,9 +47,7 @@ class Progress:
         self._terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._every = min(every, BAR_SECONDS) if self._terminal else every
         self._began = self._shown = time.monotonic()
-        self._bar: rich.progress.Progress | None = (
-            None  # until `show` is first called after `every`
-        )
+        self._bar: rich.progress.Progress | None = None  # started when it is first drawn
 
     def __enter__(self) -> Progress:
         return self
@@ -58,16 +57,16 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the stage began, above 0."""
+        """Seconds since the stage began, always positive."""
         return max(time.monotonic() - self._began, 1e-9)
 
     def show(self, done: int = 0, *facts: str, seconds_left: float | None = None) -> None:
         """Shows the state, unless it was shown less than `every` seconds ago.
 
         Args:
-          done: units done by now, with those from before the stage began.
-          facts: what else to show, such as "loss 2.31".
-          seconds_left: time to go; None: estimated from the mean speed of the stage.
+          done: units done, including those from before the stage began.
+          *facts: what else to show, such as "loss 2.31".
+          seconds_left: the time to the end; None: estimated from the mean speed of the stage.
         """
         now = time.monotonic()
         if not self._enabled or now - self._shown < self._every:
@@ -76,7 +75,7 @@ class Progress:
         if seconds_left is None and self._total and done > self._start:
             seconds_left = self.seconds / (done - self._start) * (self._total - done)
         if seconds_left is not None:
-            facts += (f"ETA {_minutes(seconds_left)}",)
+            facts += (f"ETA {_clock_time(seconds_left)}",)
         if self._terminal:
             self._draw(done, "  ".join(facts))
         else:
@@ -90,7 +89,7 @@ class Progress:
             print(text, flush=True)  # while there is a bar, rich moves it out of the way
 
     def close(self) -> None:
-        """Ends the bar; without one, does nothing."""
+        """Ends the bar, if there is one."""
         if self._bar is not None:
             self._bar.stop()
 
@@ -101,7 +100,7 @@ class Progress:
         self._bar.refresh()
 
     def _start_bar(self, done: int, facts: str) -> rich.progress.Progress:
-        # Imported with the first bar: it takes 0.05 s, which most commands need not wait for.
+        # Imported with the first bar: the import takes 0.05 s, which most commands do not need.
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -113,16 +112,17 @@ class Progress:
             console=Console(stderr=True),
             auto_refresh=False,
             transient=not self._keep,
-            redirect_stdout=sys.stdout.isatty(),  # otherwise rich would print it on stderr
+            redirect_stdout=sys.stdout.isatty(),  # otherwise rich prints it to stderr
         )
         bar.add_task(self._stage, total=self._total or None, completed=done, facts=facts)
         bar.start()
-        # rich hides the cursor, and a process that ends by os._exit would not bring it back.
+        # rich hides the cursor, and a process that ends with os._exit would not restore it.
         bar.console.show_cursor()
         return bar
 
 
-def _minutes(seconds: float) -> str:
+def _clock_time(seconds: float) -> str:
+    """[H:]MM:SS."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
