@@ -95,7 +95,8 @@ def _forward(hidden, head, targets, weights, options, gather_rows):
 
 def _backward(options, gather_rows, saved, cotangents):
     hidden, d_hidden, d_head = saved
-    # The loss is replicated over `tensor`. `shard_map` splits its cotangent among these devices.
+    # The loss is replicated over `tensor`, and `shard_map` splits its cotangent among these
+    # devices. The sum restores it.
     scale = psum(cotangents[0], "tensor")
     d_hidden = (d_hidden * scale).astype(hidden.dtype)
     d_head = (d_head * scale).astype(d_head.dtype)

@@ -259,7 +259,7 @@ class StreamSubset:
         """The subset of the places that some device needs.
 
         Args:
-          needed: [S], whether each stream of all devices is needed.
+          needed: whether each stream is needed, for the streams of all devices in order.
           size: the number of streams on each device.
         """
         return cls(size, tuple(place for place in range(size) if any(needed[place::size])))

@@ -125,7 +125,7 @@ class _JoinWatch:
 
     def _watch(self) -> None:
         # On a cluster `jax.distributed.initialize` detects the number of processes and the index of
-        # this one. It does not publish them before all processes have joined.
+        # this one. There is no public way to read them before all processes have joined.
         from jax._src.distributed import global_state as state
 
         begin, beat = time.monotonic(), 0
@@ -188,7 +188,7 @@ def all_gather_json(value: Any) -> list[Any]:
     """The values of all processes, in the order of their indices. All processes must call this.
 
     Args:
-      value: the value of this process, as JSON.
+      value: the value of this process, anything that JSON can hold.
     """
     if jax.process_count() == 1:
         return [value]
