@@ -1,4 +1,4 @@
-"""A converter of a user: the output repeats what the user says, some rows later."""
+"""A custom converter: the output repeats what the user says, some rows later."""
 
 from collections.abc import Iterator
 
@@ -8,10 +8,10 @@ from msllm.data.tables import Table
 
 
 def convert(layout: Layout, record: Record) -> Iterator[Table]:
-    """From {"text": text}. The option `after` is the number of rows."""
+    """Converts {"text": text}. The option `after` is the delay of the output in rows."""
     text = record.text("text")  # raises BadRecord if there is none
     if not text:
         raise BadRecord(f"{record.where}: the text is empty")
-    heard = layout.say("user", 0, text)
-    said = layout.say("output", layout.options["after"], text)
-    yield layout.table([heard, said], key=text)
+    user = layout.say("user", 0, text)
+    output = layout.say("output", layout.options["after"], text)
+    yield layout.table([user, output], key=text)

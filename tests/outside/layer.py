@@ -1,4 +1,4 @@
-"""A layer of a user: attention and MLP side by side, with a learned gate."""
+"""A custom layer: attention and MLP in parallel, with a learned gate."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A metrics writer of a user: the losses of a run as a CSV file."""
+"""A custom metrics writer: the losses of a run as a CSV file."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""An objective of a user: the focal loss, which gives less weight to cells that are easy."""
+"""A custom objective: the focal loss, which gives less weight to cells that are easy."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""An optimizer of a user: Lion (Chen et al. 2023, arXiv 2302.06675)."""
+"""A custom optimizer: Lion (Chen et al. 2023, arXiv 2302.06675)."""
 
 from typing import Any
 

@@ -1,10 +1,10 @@
-"""A visibility of a user: no other stream sees a thought, and inputs see only themselves."""
+"""A custom visibility: no other stream sees a thought, and inputs see only themselves."""
 
 from collections.abc import Sequence
 
 
 def private_thoughts(names: Sequence[str], kinds: Sequence[str]) -> list[list[int | str]]:
-    """The lag matrix: the row is the reader, the column the source."""
+    """Returns the lag matrix. Rows are readers, columns are sources."""
 
     def lag(reader: int, source: int) -> int | str:
         if reader == source:
