@@ -1,1 +1,1 @@
-"""Kernels written for one kind of hardware."""
+"""Hand-written kernels, one package per kind of hardware."""

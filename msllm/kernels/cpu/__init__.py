@@ -1,8 +1,8 @@
-"""CPU kernels in C++, for what XLA:CPU does far below the machine's limits.
+"""CPU kernels in C++, for operations that XLA:CPU runs far below the machine's limits.
 
-The sources (`*.cc`, `*.h`) lie beside this file. `build` compiles them on first use, `calls` calls
-them through JAX's foreign function interface. Everything also runs without them:
-`unavailable_reason()` says why they are missing.
+The sources (`*.cc`, `*.h`) are in this folder. `build` compiles them on first use, and `calls`
+wraps them as JAX functions. msllm also runs without them; `unavailable_reason()` then says why
+they cannot be used.
 """
 
 from msllm.kernels.cpu.build import unavailable_reason

@@ -29,12 +29,11 @@ log = logging.getLogger("msllm")
 
 @functools.cache
 def unavailable_reason() -> str | None:
-    """Compiles the kernels if needed (a few seconds) and registers them with XLA, once.
+    """Returns None if the kernels can be called, else the reason why they cannot.
 
-    The library is kept in `~/.cache/msllm` (`$XDG_CACHE_HOME/msllm`) for later processes. `$CXX`
-    names the compiler; by default it is the first of c++, g++ and clang++ that exists.
-
-    Returns: None if the kernels can be called; else the reason why they cannot.
+    The first call compiles the kernels (a few seconds) and registers them with XLA. The compiled
+    library is cached in `$XDG_CACHE_HOME/msllm` (by default `~/.cache/msllm`) for later processes.
+    `$CXX` names the compiler; the default is the first of c++, g++ and clang++ that exists.
     """
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
@@ -52,14 +51,14 @@ def unavailable_reason() -> str | None:
 
 
 def _build(compiler: str) -> pathlib.Path:
-    """The path of the compiled library; compiles it if there is none of this name yet.
+    """Returns the path of the compiled library, and compiles it if the cache does not hold it.
 
-    The name holds a hash of everything that the library depends on: the sources, the version of
-    XLA's interface, the compiler and the instructions of this CPU.
+    The file's name contains a hash of everything the library depends on: the sources, the version
+    of XLA's interface, the compiler and the instruction sets of this CPU.
     """
     folder = pathlib.Path(__file__).parent
     sources = sorted(path for path in folder.iterdir() if path.suffix in (".cc", ".h"))
-    # The predefined macros name the compiler's version and the CPU's instruction sets.
+    # The predefined macros contain the compiler's version and the CPU's instruction sets.
     macros = _run(compiler, *FLAGS, "-dM", "-E", "-x", "c++", "-")
     inputs = [path.read_text() for path in sources] + [jaxlib.__version__, macros]
     digest = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
@@ -68,6 +67,7 @@ def _build(compiler: str) -> pathlib.Path:
     if not library.exists():
         log.info("compiling kernels for this CPU with %s: %s", compiler, library)
         cache.mkdir(parents=True, exist_ok=True)
+        # Several processes may compile at once: each renames a complete file into place.
         partial = library.with_suffix(f".{os.getpid()}")
         units = [str(path) for path in sources if path.suffix == ".cc"]
         try:
@@ -79,7 +79,7 @@ def _build(compiler: str) -> pathlib.Path:
 
 
 def _run(*command: str) -> str:
-    """The output of a command. Raises subprocess.CalledProcessError if it fails."""
+    """Runs a command and returns its output. Raises subprocess.CalledProcessError."""
     return subprocess.run(
         command, check=True, text=True, stdin=subprocess.DEVNULL, capture_output=True
     ).stdout
