@@ -1,1 +1,1 @@
-"""The decoder: model, layers and attention."""
+"""The decoder: the model, its layers, and attention."""

@@ -1,7 +1,7 @@
-"""One layer of the decoder, and layers that a user brings along.
+"""One layer of the decoder, and the checks on layers that a user supplies.
 
-`config.model.block` names a class by its import path; empty: `Block`. docs/extending/layer.md
-describes what the class must provide.
+`config.model.block` is the import path of the layer's class; if it is empty, the class is `Block`.
+docs/extending/layer.md describes what the class must provide.
 """
 
 from __future__ import annotations
@@ -34,10 +34,14 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # see `Block.__
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and MLP. Holds the weights of all layers, and applies those of one."""
+    """Pre-norm attention and MLP.
+
+    A new block holds the weights of all layers. `__call__` expects those of one layer, without the
+    leading axis.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None):
-        """Makes the parameters of all layers; without `rngs` only their shapes matter."""
+        """Creates the parameters of all layers. Without `rngs` only their shapes are meaningful."""
         self.config = config
         norm_shape, norm_axes = (config.num_layers, config.d_model), ("layers", "embed")
         self.attention_norm = constant(1.0, norm_shape, norm_axes)
@@ -46,14 +50,14 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, rngs)
 
     def __call__(self, x: jax.Array, angles: Angles, attend: Attend) -> jax.Array:
-        """One layer.
+        """Applies one layer.
 
         Args:
           x: [B, T, S, D].
-          angles: cos and sin of the rotary positions.
-          attend: (q [B, T, S, N, H], k, v [B, T, S, K, H]) -> [B, T, S, N, H]. The only way to
-            other cells: in training it attends to the cells of the tables, in decoding to the
-            cache.
+          angles: cos and sin of the rotary positions, from `rope_angles`.
+          attend: (q [B, T, S, N, H], k and v [B, T, S, K, H]) -> [B, T, S, N, H]. It attends to
+            the cells of the tables in training, and to the cache in decoding. A layer must not
+            read other cells in any other way.
 
         Returns: [B, T, S, D].
         """
@@ -65,7 +69,7 @@ class Block(nnx.Module):
 
 
 def block_class(config: ModelConfig) -> Callable[..., Any]:
-    """The class of the layers. Raises UserError if it cannot be imported, or is no nnx.Module."""
+    """The class of the layers. Raises UserError if it is not an importable nnx.Module."""
     if not config.block:
         return Block
     found = import_object(config.block, "config.model.block")
@@ -77,38 +81,40 @@ def block_class(config: ModelConfig) -> Callable[..., Any]:
 
 
 def check_variables(config: ModelConfig, variables: nnx.State) -> None:
-    """Raises UserError if a block holds anything but parameters with logical axes.
+    """Raises UserError if the blocks hold anything but parameters with logical axes.
 
     Args:
-      variables: of the blocks.
+      config: the settings of the model.
+      variables: the variables of the blocks.
     """
     for path, variable in nnx.to_flat_state(variables):
         name, axes = ".".join(map(str, path)), getattr(variable, "axes", None)
         problem = None
         if not isinstance(variable, nnx.Param):
-            problem = f"is a {type(variable).__name__}, and a block can only hold parameters"
+            problem = f"is a {type(variable).__name__}, but a block can only hold parameters"
         elif axes is None:
             problem = "has no logical axes"
         elif unknown := [axis for axis in axes if axis not in RULES]:
             problem = f"has the axis {unknown[0]!r}; the axes are {', '.join(RULES)}"
         elif axes[0] != "layers" or variable.get_value().shape[0] != config.num_layers:
-            problem = "does not have the layers as its first axis"
+            problem = f"has no first axis 'layers' of length {config.num_layers}"
         if problem:
             raise UserError(
-                f"config.model.block is {config.block!r}: its variable {name} {problem}; make it by"
-                " `parameter` or `constant` of msllm.model.layers"
+                f"config.model.block is {config.block!r}: its variable {name} {problem}; create it"
+                " with `parameter` or `constant` of msllm.model.layers"
             )
 
 
 @functools.lru_cache(maxsize=16)
 def check_block(config: ModelConfig, streams: int, cached: bool) -> None:
-    """Raises UserError if a block of the user takes from cells what it may not take.
+    """Raises UserError if a user's block reads other cells in a way that is not allowed.
 
-    A block takes from other cells through `attend`, which applies the visibility. Beyond that it
-    may use earlier rows of the same stream. A decoder with a cache has no such rows, and it has
-    keys and values for one call of `attend` per layer.
+    A block reads other cells through `attend`, which applies the visibility. It may also read
+    earlier rows of the same stream directly, but not in a decoder with a cache. The cache holds
+    keys and values only, for one call of `attend` per layer.
 
     Args:
+      config: the settings of the model.
       streams: S.
       cached: whether the block will run in a decoder with a cache.
     """
@@ -116,45 +122,49 @@ def check_block(config: ModelConfig, streams: int, cached: bool) -> None:
         return
     changed, calls = _changed_cells(config, streams)
     setting = f"config.model.block is {config.block!r}"
-    allowed = np.zeros_like(changed)
-    allowed[0, 1:, 0] = True
-    if (changed & ~allowed).any():
-        table, row, stream = np.argwhere(changed & ~allowed)[0].tolist()
+    forbidden = changed.copy()
+    forbidden[0, 1:, 0] = False  # the cell itself and later rows of its stream may change
+    if forbidden.any():
+        table, row, stream = np.argwhere(forbidden)[0].tolist()
         raise UserError(
             f"{setting}: a change of row 1 of stream 0 of one table changes row {row} of stream"
-            f" {stream} of {'the same' if table == 0 else 'another'} table without `attend`: take"
-            " what other streams, later rows and other tables hold only through `attend`"
+            f" {stream} of {'the same' if table == 0 else 'another'} table without `attend`; read"
+            " other streams, later rows and other tables through `attend` only"
         )
     if cached and changed[0, 2:].any():
         raise UserError(
-            f"{setting}: a row depends on earlier rows other than through `attend`, and decoding"
-            " with a cache stores no such state: score tables instead, or use another block"
+            f"{setting}: a row depends on earlier rows other than through `attend`, but the cache"
+            " of the decoder stores no such state; score tables instead, or use another block"
         )
     if cached and calls != 1:
         raise UserError(
-            f"{setting}: it calls `attend` {calls} times in a layer, and decoding with a cache"
-            " stores keys and values for one call: score tables instead, or use another block"
+            f"{setting}: it calls `attend` {calls} times in a layer, but the cache of the decoder"
+            " stores keys and values for one call; score tables instead, or use another block"
         )
 
 
 def _changed_cells(config: ModelConfig, streams: int) -> tuple[np.ndarray, int]:
-    """Which outputs of a block [2, 3, S] depend on the cell (table 0, row 1, stream 0).
+    """Finds which outputs of a block depend on the cell (table 0, row 1, stream 0).
 
-    `attend` is replaced by a function of each cell alone. Also returns how often it is called.
+    Runs the block on 2 tables of 3 rows, with an `attend` that uses each cell's own q, k and v
+    only.
+
+    Returns: which outputs changed with the cell, [2, 3, S] bool, and the number of calls of
+      `attend`.
     """
     config = dataclasses.replace(config, num_layers=1)
-    calls = []
+    calls = 0
 
     def attend(q, k, v):
-        calls.append(k.shape)
-        own = jnp.repeat(k + v, q.shape[3] // k.shape[3], axis=3)
-        return q + own
+        nonlocal calls
+        calls += 1
+        return q + jnp.repeat(k + v, q.shape[3] // k.shape[3], axis=3)
 
     @jax.jit
     def output(x):
         graph, weights = nnx.split(block_class(config)(config, nnx.Rngs(0)))
         leaves, tree = jax.tree.flatten(weights)
-        # Noise, because a gate that starts at zero would hide what it lets through.
+        # Noise opens gates that start at zero: a closed gate would hide what passes through it.
         keys = jax.random.split(jax.random.key(1), len(leaves))
         leaves = [w[0] + 0.1 * jax.random.normal(k, w.shape[1:]) for k, w in zip(keys, leaves)]
         block = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
@@ -163,7 +173,9 @@ def _changed_cells(config: ModelConfig, streams: int) -> tuple[np.ndarray, int]:
 
     random = np.random.default_rng(0)
     x = random.standard_normal((2, 3, streams, config.d_model), np.float32)
-    other = x.copy()
-    other[0, 1, 0] = random.standard_normal(config.d_model, np.float32)
-    before, after = (np.asarray(output(jnp.asarray(x, config.compute_dtype))) for x in (x, other))
-    return (before != after).any(-1), len(calls)
+    changed_x = x.copy()
+    changed_x[0, 1, 0] = random.standard_normal(config.d_model, np.float32)
+    before, after = (
+        np.asarray(output(jnp.asarray(array, config.compute_dtype))) for array in (x, changed_x)
+    )
+    return (before != after).any(-1), calls

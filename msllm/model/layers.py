@@ -1,8 +1,8 @@
 """Parts of the decoder: parameters, RMSNorm, rotary positions, attention projections, MLP.
 
-Every weight of a block has a leading axis `layers`. The model scans over it, and inside the scan a
-block sees the slice of one layer. Each parameter states its shape, its logical axes (see
-sharding.py) and its initial scale.
+Every weight of a block has a leading axis `layers`. The model scans over this axis, so inside the
+scan a block holds the weights of one layer. Each parameter states its shape, its logical axes (see
+msllm/sharding.py) and its initial scale.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from msllm.model.linear import linear, linear_back
 from msllm.sharding import RULES, gather, mesh_axes, psum
 
 ROPE_SPAN = 4096  # rows; see `rope_angles`
-# Names of the values that the remat policy `dots` saves for the backward pass.
+# `checkpoint_name`s of the values that the remat policy `dots` saves for the backward pass.
 SAVED = ("qkv", "attention", "mid", "mlp")
 
 Angles = tuple[jax.Array, jax.Array]  # cos and sin of the rotary positions, from `rope_angles`
 
 
 class InputWeight(nnx.Param):
-    """A weight [layers, D, ...] used by `linear` alone. Decoding may store it packed."""
+    """A weight [layers, D, ...] that only `linear` uses. Decoding may store it packed."""
 
 
 class OutputWeight(nnx.Param):
-    """A weight [layers, D, ...] used by `linear_back` alone. Decoding may store it packed."""
+    """A weight [layers, D, ...] that only `linear_back` uses. Decoding may store it packed."""
 
 
 def parameter(
@@ -46,8 +46,12 @@ def parameter(
     """A float32 parameter drawn from normal(0, scale), with its logical axes as metadata.
 
     Args:
-      rngs: None: zeros, for shapes alone.
-      kind: `InputWeight` or `OutputWeight` if all its uses are `linear` or `linear_back`.
+      rngs: source of the random numbers. None creates zeros, for use where only shapes matter.
+      shape: the shape, with the axis `layers` first for parameters of a block.
+      axes: the logical axis of each dimension, from `RULES` in msllm/sharding.py.
+      scale: the standard deviation.
+      kind: `InputWeight` if only `linear` uses the parameter, `OutputWeight` if only `linear_back`
+        does.
     """
     assert len(shape) == len(axes), (shape, axes)
     value = (
@@ -57,17 +61,21 @@ def parameter(
 
 
 def constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-    """A float32 parameter that starts at `value`."""
+    """A float32 parameter filled with `value`, with its logical axes as metadata."""
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
 
 
 def gather_param(parameter: nnx.Param, dtype: jax.typing.DTypeLike) -> Any:
-    """One layer's weight in the compute dtype, gathered along d_model.
+    """Gathers one layer's weight along d_model, in the compute dtype.
 
-    Heads, ffn and vocabulary stay sharded. The result is an array.
+    Heads, ffn and vocabulary stay sharded.
 
-    It is a `PackedWeight` or a `TableWeight` where decoding has stored the weight so: such a weight
-    is on one device and in the compute dtype already.
+    Args:
+      parameter: inside the scan over layers, or one without the axis `layers`.
+      dtype: the dtype of the result.
+
+    Returns: an array; or the `PackedWeight` or `TableWeight` in which decoding has stored the
+      weight. Those are on one device and already in the compute dtype.
     """
     value = parameter.get_value()
     if isinstance(value, PackedWeight | TableWeight):
@@ -79,8 +87,8 @@ def gather_param(parameter: nnx.Param, dtype: jax.typing.DTypeLike) -> Any:
 
 
 def gather_weight(weight: jax.Array, dtype: jax.typing.DTypeLike, axis: int) -> jax.Array:
-    """A weight in the compute dtype, gathered along its dimension `axis`, which is d_model."""
-    # Cast first: in bfloat16 half as many bytes are sent.
+    """Casts a weight to `dtype` and gathers it along its dimension `axis`, which is d_model."""
+    # The cast comes first, because it halves the bytes to send if the dtype is bfloat16.
     return gather(weight.astype(dtype), axis, RULES["embed"])
 
 
@@ -94,33 +102,34 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScalingConfig) -> np.ndarray:
     """Angle per row of each rotated pair, [H / 2] float32 (RoPE, Su et al. 2021, arXiv 2104.09864).
 
-    `scaling` slows down some or all pairs, for contexts longer than the ones trained on.
+    `scaling` lowers the frequencies of some or all pairs, for contexts longer than those trained
+    on.
     """
     frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    slowed = frequencies / scaling.factor
-    unscaled = np.clip(_unscaled_share(frequencies, head_dim, theta, scaling), 0, 1)
-    return (unscaled * frequencies + (1 - unscaled) * slowed).astype(np.float32)
+    scaled = frequencies / scaling.factor
+    share = np.clip(_unscaled_share(frequencies, head_dim, theta, scaling), 0, 1)
+    return (share * frequencies + (1 - share) * scaled).astype(np.float32)
 
 
 def _unscaled_share(
     frequencies: np.ndarray, head_dim: int, theta: float, scaling: RopeScalingConfig
 ) -> float | np.ndarray:
-    """The share of its original frequency that each pair keeps, before it is clipped to [0, 1]."""
+    """The weight of each pair's original frequency in the blend, not yet clipped to [0, 1]."""
     if scaling.kind == "none":
         return 1.0
     if scaling.kind == "linear":
         return 0.0
     if scaling.kind == "llama3":
-        # Llama 3.1: slow down long wavelengths, keep short ones, and blend between them.
+        # Llama 3.1 scales long wavelengths, keeps short ones, and blends in between.
         rotations = scaling.original_max_position * frequencies / (2 * math.pi)
         return (rotations - scaling.low_freq_factor) / (
             scaling.high_freq_factor - scaling.low_freq_factor
         )
 
-    # YaRN (Peng et al. 2023, arXiv 2309.00071, 3.2) blends by the number of the pair, between the
-    # two pairs that turn beta_fast and beta_slow times in the original context.
+    # YaRN (Peng et al. 2023, arXiv 2309.00071, 3.2) blends linearly in the index of the pair,
+    # between the pairs that turn beta_fast and beta_slow times within the original context.
     def exponent_of(turns: float) -> float:
-        """The x of the pair whose frequency is theta^-x."""
+        """x, where theta^-x is the frequency that turns this many times."""
         return math.log(scaling.original_max_position / (turns * 2 * math.pi)) / math.log(theta)
 
     first = max(math.floor(head_dim / 2 * exponent_of(scaling.beta_fast)), 0)
@@ -129,7 +138,7 @@ def _unscaled_share(
 
 
 def rope_scale(scaling: RopeScalingConfig) -> float:
-    """The factor of rotated queries and keys. YaRN sharpens attention (arXiv 2309.00071, 3.4)."""
+    """The factor on rotated queries and keys; YaRN sharpens attention (arXiv 2309.00071, 3.4)."""
     if scaling.kind != "yarn":
         return 1.0
     return scaling.attention_factor or 0.1 * math.log(max(scaling.factor, 1.0)) + 1.0
@@ -139,17 +148,18 @@ def rope_angles(position: jax.Array, config: ModelConfig) -> Angles:
     """cos and sin of the rotary angles, times `rope_scale`.
 
     Args:
-      position: [B, T] or [B, T, S].
+      position: [B, T] or [B, T, S] int32.
+      config: the settings of the model.
 
     Returns: cos and sin, each [B, T, 1 or S, 1, H / 2] float32.
     """
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     if position.ndim == 2:
         position = position[:, :, None]
-    # Sessions have no last row, and at row 10^6 the angle as one float32 product is wrong by 1e-2.
-    # So the angle is the sum of two products, by spans of ROPE_SPAN rows and by rows within a span.
-    # The angle of a span is reduced modulo 2 pi in float64. Within the first span every bit is the
-    # same as without this.
+    # Sessions have no last row, and at row 10^6 position * frequency in float32 is off by 1e-2. The
+    # angle is therefore the sum of two products: one for spans of ROPE_SPAN rows, one for the rows
+    # within a span. The angle of a span is reduced modulo 2 pi in float64. In the first span the
+    # result equals position * frequency bit for bit.
     span_angle = (ROPE_SPAN * frequencies.astype(np.float64) % (2 * math.pi)).astype(np.float32)
     position, scale = position[..., None, None], rope_scale(config.rope_scaling)
     angle = (position % ROPE_SPAN).astype(jnp.float32) * frequencies
@@ -181,7 +191,7 @@ class Projections(nnx.Module):
         self.q = parameter(rngs, q_shape, q_axes, scale, InputWeight)
         self.k = parameter(rngs, kv_shape, kv_axes, scale, InputWeight)
         self.v = parameter(rngs, kv_shape, kv_axes, scale, InputWeight)
-        # GPT-2: residual branches start small, so depth does not change the size of activations.
+        # As in GPT-2, residual branches start small, so that activations do not grow with depth.
         out_scale = (heads * head_dim * 2 * layers) ** -0.5
         self.o = parameter(rngs, q_shape, q_axes, out_scale, OutputWeight)
         if config.attention_bias:
@@ -195,7 +205,7 @@ class Projections(nnx.Module):
 
     def qkv(self, x: jax.Array, angles: Angles) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, T, S, D] -> q [B, T, S, N, H], k and v [B, T, S, K, H], normalised and rotated."""
-        # A generator: `linear` wants each weight to be gathered just before its product.
+        # A generator, so that `linear` gathers each weight just before its product.
         weights = (gather_param(weight, x.dtype) for weight in (self.q, self.k, self.v))
         q, k, v = (checkpoint_name(y, "qkv") for y in linear(x, weights))
         if self.config.attention_bias:
@@ -235,7 +245,7 @@ class Mlp(nnx.Module):
 
 @jax.custom_vjp
 def tie_gradients(values):
-    """The identity on a pytree whose backward pass uses no gradient before all are computed."""
+    """The identity; its backward pass computes the gradients of all values before it uses any."""
     return values
 
 

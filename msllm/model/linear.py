@@ -1,8 +1,8 @@
 """Matrix products of activations with weights.
 
-Training and scoring have dense weights. Decoding on a CPU stores some of them in types of its own
-(msllm/kernels/cpu); the functions here dispatch on the weight's type, so the model's formulas are
-the same for all of them.
+Training and scoring use dense weights. Decoding on a CPU stores some weights as `PackedWeight` or
+`TableWeight` (msllm/kernels/cpu). The functions here dispatch on the weight's type, so the model
+code is the same for all of them.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from msllm.kernels.cpu import PackedWeight, TableWeight, matmul_packed, matmul_t
 
 
 def linear(x: jax.Array, weights: Iterable[jax.Array | PackedWeight]) -> Iterator[jax.Array]:
-    """Products from d_model, one for each weight: x [..., D], weights [D, ...] -> [..., ...].
+    """Yields the product of x [..., D] with each weight [D, E...]: [..., E...].
 
-    Takes a weight from `weights` only when its product is next. With generators as arguments, each
-    weight is gathered just before it is used; in another order XLA:TPU needs up to 5 % more memory.
+    Takes each weight from `weights` just before its product. If `weights` is a generator that
+    gathers parameters, each one is thus gathered just before it is used. Gathering all of them
+    first costs up to 5 % more memory on XLA:TPU.
     """
     remaining: Iterator[Any] = iter(weights)
     for weight in remaining:
         if isinstance(weight, PackedWeight):
-            yield from _packed_products(x, [weight, *remaining])  # all of them in one call
+            yield from _packed_products(x, [weight, *remaining])  # one call for all weights
         else:
             yield _dense_product(x, weight)
 
 
 def linear_back(x: jax.Array, weight: jax.Array | PackedWeight) -> jax.Array:
-    """The product back to d_model: x [..., E...] and a weight [D, E...] -> [..., D].
+    """Multiplies x [..., E...] by the transpose of a weight [D, E...]: [..., D].
 
-    D is the first axis of every weight. It is short when it is sharded over hundreds of devices,
-    and as the last axis it would be padded to the 128 lanes of a TPU.
+    D is the first axis of every weight, because it is short when it is sharded over hundreds of
+    devices. As the last axis it would be padded to the 128 lanes of a TPU.
     """
     size = weight.shape[0]
     outer = x.shape[: x.ndim - weight.ndim + 1]
@@ -48,7 +49,7 @@ def linear_back(x: jax.Array, weight: jax.Array | PackedWeight) -> jax.Array:
 
 
 def head_logits(hidden: jax.Array, head: jax.Array | TableWeight) -> jax.Array:
-    """hidden [..., D] and a head [V, D] -> logits [..., V] float32."""
+    """The logits [..., V] float32 of hidden states [..., D] with a head [V, D]."""
     if isinstance(head, TableWeight):
         return matmul_table(hidden, head)
     return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
@@ -56,7 +57,7 @@ def head_logits(hidden: jax.Array, head: jax.Array | TableWeight) -> jax.Array:
 
 def _dense_product(x: jax.Array, weight: jax.Array) -> jax.Array:
     size = x.shape[-1]
-    # As a 2-D product: with more dimensions XLA:CPU transposes the operands of the weight's
+    # A 2-D product, because with more dimensions XLA:CPU transposes the operands of the weight's
     # gradient in memory.
     y = x.reshape(-1, size) @ weight.reshape(size, -1)
     return y.reshape(*x.shape[:-1], *weight.shape[1:])

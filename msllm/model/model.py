@@ -1,4 +1,4 @@
-"""The multi-stream decoder: embeddings, a scan over blocks, the head.
+"""The multi-stream decoder: embeddings, a scan over blocks, and the head.
 
 Activations are [B, T, S, D] throughout.
 """
@@ -41,10 +41,10 @@ from msllm.streams import Cells, StreamSpec, make_cells, positions
 
 
 class MultiStreamLM(nnx.Module):
-    """Decoder-only language model over S streams. With S = 1 it is an ordinary one."""
+    """A decoder-only language model over S streams. With S = 1 it is an ordinary one."""
 
     def __init__(self, config: ModelConfig, streams: StreamSpec, rngs: nnx.Rngs | None):
-        """Makes the parameters; without `rngs` only their shapes matter."""
+        """Creates the parameters. Without `rngs` only their shapes are meaningful."""
         self.config, self.streams = config, streams
         table_shape, table_axes = (config.vocab_size, config.d_model), ("vocab", "embed")
         self.embedding = parameter(rngs, table_shape, table_axes, 0.02)
@@ -62,52 +62,48 @@ class MultiStreamLM(nnx.Module):
         silence_id: int | None,
         backend: Backend | None = None,
     ) -> jax.Array:
-        """The hidden states of tables that start at row 0.
+        """Computes the hidden states of tables that start at row 0.
 
         Args:
-          tables: tokens [B, T, S] int32, present [B, T, S] bool and segment [B, T] int32.
-          silence_id: the silence token. Only streams with `skip_silence` need it.
-          backend: see `__call__`.
+          tables: `tokens` [B, T, S] int32, `present` [B, T, S] bool and `segment` [B, T] int32.
+          silence_id: the silence token. Needed only if the streams set `skip_silence`.
+          backend: as in `__call__`.
 
-        Returns: see `__call__`.
+        Returns: as in `__call__`.
         """
         cells = self.cells(tables, silence_id)
         return self(tables["tokens"], cells, positions(tables["segment"]), backend)
 
     def cells(self, tables: Mapping[str, jax.Array], silence_id: int | None) -> Cells:
-        """The cells of tables, for attention; arguments as in `read`."""
+        """The cells of tables, for attention. The arguments are those of `read`."""
         silent = tables["tokens"] == silence_id if self.streams.skip_silence else None
         return make_cells(tables["present"], tables["segment"], silent)
 
     def __call__(
         self, tokens: jax.Array, cells: Cells, position: jax.Array, backend: Backend | None = None
     ) -> jax.Array:
-        """The hidden states from which the model predicts the next row of each cell.
+        """Computes the hidden states, from which the model predicts each stream's next cell.
 
         Args:
           tokens: [B, T, S] int32.
-          cells: of these rows.
-          position: RoPE positions, [B, T] (or [B, T, S]) int32.
-          backend: of attention, from `choose_backend`; None: one that runs on every device.
+          cells: what attention needs to know of these cells, from `cells`.
+          position: RoPE positions, [B, T] or [B, T, S] int32.
+          backend: the attention backend, from `choose_backend`. None means one that runs on every
+            device.
 
         Returns: [B, T, S, D] after the final norm, in the compute dtype.
         """
-        config = self.config
+        config, lag = self.config, self.streams.lag_array
+        chosen = backend or portable_backend(config)
         angles = rope_angles(position, config)
         graph, weights = nnx.split(self.blocks)
-        rule = (
-            cells,
-            self.streams.lag_array,
-            backend or portable_backend(config),
-            config.kv_parts,
-            config.kv_ring,
-        )
 
         def attend(q, k, v):
-            return attention(q, k, v, *rule)
+            return attention(q, k, v, cells, lag, chosen, config.kv_parts, config.kv_ring)
 
         if config.remat in INPUT_ONLY:
-            # Gathered keys and values must not wait for the backward pass of the MLP.
+            # Without this, the gathered keys and values stay in memory through the backward pass of
+            # the MLP.
             attend = jax.checkpoint(attend, policy=KEEP_OUTPUT)
 
         def layer(x, weights):
@@ -118,7 +114,7 @@ class MultiStreamLM(nnx.Module):
         return self.finish(x)
 
     def layers(self) -> Iterator[Block]:
-        """The blocks with the weights of one layer each, for code that does not scan over them."""
+        """Yields each layer's block, for code that does not scan over the layers."""
         graph, weights = nnx.split(self.blocks)
         for layer in range(self.config.num_layers):
             yield nnx.merge(graph, jax.tree.map(lambda w: w[layer], weights))  # noqa: B023
@@ -128,49 +124,48 @@ class MultiStreamLM(nnx.Module):
         return rms_norm(x, gather_param(self.final_norm, jnp.float32), self.config.norm_eps)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """Token plus stream embedding of tokens [B, T, S]: [B, T, S, D] in the compute dtype."""
-        # The table is far larger than the rows that a step looks up: so every device looks up the
-        # tokens of all in the columns that it holds, and the rows travel. Its gradient needs no sum
-        # over devices then.
+        """Token plus stream embeddings of tokens [B, T, S]: [B, T, S, D] in the compute dtype."""
+        # The table is far larger than the rows that a step looks up, so the rows are sent and not
+        # the table. Every device looks up the tokens of all devices in the columns that it holds.
+        # The gradient of the table then needs no sum over devices.
         table, ids = self.embedding.get_value(), gather(gather_streams(tokens), 0, FSDP)
-        local = ids - axis_index("tensor") * table.shape[0]  # this device's part of the vocabulary
+        local = ids - axis_index("tensor") * table.shape[0]  # index in this device's vocabulary
         here = (local >= 0) & (local < table.shape[0])
-        rows = jnp.where(here[..., None], table[jnp.where(here, local, 0)], 0.0).astype(
-            self.config.compute_dtype
-        )
-        x = psum(rows_to_cells(rows), *mesh_axes("vocab")).astype(jnp.float32)
+        rows = jnp.where(here[..., None], table[jnp.where(here, local, 0)], 0.0)
+        rows = rows_to_cells(rows.astype(self.config.compute_dtype))
+        x = psum(rows, *mesh_axes("vocab")).astype(jnp.float32)
         if self.config.stream_embedding:
             streams = axis_index("stream") * tokens.shape[2] + jnp.arange(tokens.shape[2])
-            # Streams beyond the last one are absent: which vector they get does not matter.
-            x = (
-                x
-                + gather_param(self.stream_embedding, jnp.float32)[
-                    jnp.minimum(streams, self.streams.size - 1)
-                ]
-            )
+            # Streams past the last one only pad the mesh. They are absent, so any vector will do.
+            streams = jnp.minimum(streams, self.streams.size - 1)
+            x = x + gather_param(self.stream_embedding, jnp.float32)[streams]
         return x.astype(self.config.compute_dtype)
 
     @property
     def head_parameter(self) -> nnx.Param:
-        """[V, D]: logits are hidden @ head.T. Inside `shard_map`: this device's part."""
+        """The parameter [V, D] of the head; inside `shard_map`, this device's part of it."""
         return self.embedding if self.config.tie_embeddings else self.head
 
     def head_table(self) -> Any:
-        """The head [V, D] in the compute dtype, complete along D; see `gather_param`."""
+        """The head [V, D] in the compute dtype, gathered along D; see `gather_param`."""
         return gather_param(self.head_parameter, self.config.compute_dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D] -> [..., V] float32. For scoring and decoding; training never holds all
-        logits (loss.py)."""
+        """The logits [..., V] float32 of hidden states [..., D].
+
+        For scoring and decoding. Training never holds all logits (msllm/loss.py).
+        """
         return head_logits(hidden, self.head_table())
 
 
 def _remat(layer: Callable, policy: str) -> Callable:
-    """The layer with a policy for what it saves for the backward pass; the rest is recomputed.
+    """Wraps a layer so that the backward pass recomputes what `policy` does not save.
 
-    `none`: saves everything. `dots`: results of matrix products and of attention; norms, rotations
-    and activations are cheap to recompute and take most of the memory. `full`: the layer's input.
-    `offload`: the layer's input, in the host's memory.
+    - `none` saves everything.
+    - `dots` saves the results of matrix products and of attention. Norms, rotations and activation
+      functions take most of the memory and are cheap to recompute.
+    - `full` saves the layer's input.
+    - `offload` saves the layer's input in the host's memory.
     """
     if policy == "none":
         return layer
@@ -192,10 +187,10 @@ def abstract_model(
 ) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
     """The structure of a model, without its arrays.
 
-    Returns: its graphdef, the shapes of its parameters and their logical axes, the last two as
+    Returns: the graphdef, the shapes of the parameters, and their logical axes. The last two are
       nested dicts of the same structure.
 
-    Raises UserError if `config.block` cannot be imported, or holds more than parameters.
+    Raises UserError if `config.block` cannot be imported, or holds anything but parameters.
     """
     graph, state = nnx.split(nnx.eval_shape(lambda: MultiStreamLM(config, streams, None)))
     if config.block:
@@ -209,18 +204,19 @@ def abstract_model(
 def parameter_shardings(axes: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     """NamedShardings of the parameters, from their logical axes."""
     return jax.tree.map(
-        lambda a: named_sharding(mesh, *a), axes, is_leaf=lambda a: isinstance(a, tuple)
+        lambda names: named_sharding(mesh, *names), axes, is_leaf=lambda x: isinstance(x, tuple)
     )
 
 
 def init_parameters(config: ModelConfig, streams: StreamSpec, seed: int) -> dict[str, Any]:
-    """Initial parameters as nested dicts.
+    """Initialises the parameters, as nested dicts.
 
-    Call it under `jit` with `parameter_shardings` as `out_shardings`: each device makes its part.
+    Call it under `jit` with `parameter_shardings` as `out_shardings`, so that each device creates
+    its own part.
     """
     return nnx.to_pure_dict(nnx.split(MultiStreamLM(config, streams, nnx.Rngs(seed)))[1])
 
 
 def bind(graph: nnx.GraphDef, parameters: dict[str, Any]) -> MultiStreamLM:
-    """The model that holds these parameters."""
+    """The model with these parameters."""
     return nnx.merge(graph, nnx.State(parameters))
