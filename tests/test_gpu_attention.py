@@ -210,7 +210,7 @@ def test_declines_what_it_is_not_for():
         ({"platform": "cpu", "device_kind": "cpu"}, "cpu"),
         ({"device_kind": "NVIDIA A100-SXM4-40GB"}, "NVIDIA A100-SXM4-40GB"),
         ({"dtype": "float32"}, "float32"),
-        ({"head_dim": 96}, "head_dim of 16, 32, 64 or 128, and this is 96"),
+        ({"head_dim": 96}, "head_dim of 16, 32, 64 or 128, not 96"),
         ({"lag": np.arange(64, dtype=np.int32).reshape(8, 8)}, "64"),
         ({"streams": 40, "lag": np.where(np.eye(40, dtype=bool), 1, NEVER)}, "32 streams"),
     ):

@@ -1,1 +1,1 @@
-"""Attention over the cells of tables: one visibility, several backends."""
+"""Attention over the cells of tables: one visibility rule, several backends."""

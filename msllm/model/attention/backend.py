@@ -1,4 +1,4 @@
-"""What an attention backend is, and what it is asked for before it is chosen."""
+"""The interface of attention backends, and the case that a backend accepts or declines."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import numpy as np
 
 
 class Case(NamedTuple):
-    """The share of a model's attention that one device computes."""
+    """The part of a model's attention that one device computes."""
 
     platform: str  # cpu | tpu | gpu
-    device_kind: str  # as the runtime names it: "TPU v5 lite", "NVIDIA H100 80GB HBM3", ...
+    device_kind: str  # the runtime's name: "TPU v5 lite", "NVIDIA H100 80GB HBM3", ...
     dtype: str  # of q, k and v: float32 | bfloat16
     rows: int  # T
-    streams: int  # S, all of them
-    q_streams: int  # how many of them have their queries on this device
+    streams: int  # S, of the model
+    q_streams: int  # streams whose queries are on this device
     heads: int  # N on this device
     kv_heads: int  # K on this device
     head_dim: int  # H
     lag: np.ndarray  # [S, S] int32
-    ring: bool = False  # the keys come in parts, one device's streams at a time
+    ring: bool = False  # ring attention: the keys come one device's streams at a time
 
 
 def _declines_nothing(_: Case) -> str | None:
@@ -36,12 +36,13 @@ def _no_options(_: Case) -> dict[str, Any]:
 
 
 class RingParts(NamedTuple):
-    """Attention over the keys of some streams only, from which ring attention is put together.
+    """Attention over the keys of some streams: the building blocks of ring attention.
 
     Attributes:
-      forward: (q, k, v, visibility) -> (output, log-sum-exp [B, Tq, Sq, N] float32).
+      forward: (q, k, v, visibility) -> (output, log-sum-exp [B, Tq, Sq, N] float32) over the given
+        keys.
       backward: (q, k, v, visibility, output, log_sum_exp, d_output) -> gradients of q, k and v
-        through these keys, given output and log-sum-exp over the keys of all parts.
+        through the given keys. `output` and `log_sum_exp` are those over the keys of all parts.
     """
 
     forward: Callable[..., tuple[jax.Array, jax.Array]]
@@ -50,19 +51,19 @@ class RingParts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """One implementation of attention. Each backend's module exports one of these as `BACKEND`.
+    """One implementation of attention. The module of a backend exports it as `BACKEND`.
 
     Attributes:
-      name: the value of `config.model.attention` that asks for it; also the name of its module.
+      name: the name of the module, and the value of `config.model.attention` that selects it.
       attend: (q, k, v, visibility) -> output: softmax attention over the keys that `visible()`
         admits, differentiable in q, k and v. q is [B, Tq, Sq, N, H], k and v are [B, Tk, Sk, K, H]
         with N a multiple of K; the output has the shape and dtype of q. The keys hold all S
         streams.
-      ring_parts: for ring attention (ring.py); None where a backend cannot take keys in parts.
-      declines: (case) -> why the backend cannot do this, on the platform that it needs; None if it
-        can.
-      options: (case) -> keyword arguments of these functions for this case, such as the sizes of
-        blocks.
+      ring_parts: for ring attention (ring.py); None if the backend cannot take keys in parts.
+      declines: (case) -> the reason why the backend cannot compute the case, or None if it can.
+        The platform of the case is the one that the backend needs.
+      options: (case) -> keyword arguments for `attend` and `ring_parts` in this case, such as block
+        sizes.
     """
 
     name: str
@@ -72,7 +73,7 @@ class Backend:
     options: Callable[[Case], dict[str, Any]] = _no_options
 
     def with_options(self, **options: Any) -> Backend:
-        """The same backend with keyword arguments of its functions set."""
+        """The backend with these keyword arguments bound to `attend` and `ring_parts`."""
 
         def bind(function: Callable) -> Callable:
             return functools.partial(function, **options)

@@ -1,10 +1,11 @@
-"""Which pairs of blocks of queries and keys hold anything to compute.
+"""Decides which pairs of a query block and a key block have anything to compute.
 
-For kernels that see the cells of a table as one axis, row after row and all streams of a row
-together: L = T * S cells, cut into blocks of equal length. The map follows from the lowest and
-highest row and segment of each block. It never skips a block that is needed, and never calls a
-block full that needs a mask. It costs O((L / block)^2) and is computed for each table at run time,
-so the blocks between packed examples are skipped.
+The decision follows from the lowest and highest row and segment of each block (`Extents`). It never
+skips a pair of blocks that is needed, and never omits a mask that is needed. It is made for each
+table at run time, so that backends also skip the blocks between packed examples.
+
+`block_map` does this for kernels that see the cells of a table as one axis of L = T * S cells, row
+after row, in blocks of equal length. The map takes O((L / block)^2) operations and memory.
 """
 
 from __future__ import annotations
@@ -19,82 +20,113 @@ from msllm.streams import NEVER, Array
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
 
+class Extents(NamedTuple):
+    """Bounds on the rows and segments of blocks of cells.
+
+    The functions below take the extents of queries and of keys, which must broadcast together.
+    """
+
+    row_low: jax.Array
+    row_high: jax.Array
+    segment_low: jax.Array
+    segment_high: jax.Array
+    all_used: jax.Array  # bool: all queries of the block are present, or all keys are seen
+
+
+def some_earlier(queries: Extents, keys: Extents, least_lag: int | Array) -> jax.Array:
+    """False where no query of a block sees an earlier key of another block."""
+    return (
+        (keys.row_low <= queries.row_high - least_lag)
+        & (keys.segment_low <= queries.segment_high)
+        & (queries.segment_low <= keys.segment_high)
+    )
+
+
+def share_rows(queries: Extents, keys: Extents) -> jax.Array:
+    """False where no cell of a query block is also in the key block."""
+    return (keys.row_low <= queries.row_high) & (queries.row_low <= keys.row_high)
+
+
+def all_earlier(queries: Extents, keys: Extents, most_lag: int | Array) -> jax.Array:
+    """True where each query of a block sees every key of another block, without a mask."""
+    one_segment = (
+        (queries.segment_low == queries.segment_high)
+        & (keys.segment_low == keys.segment_high)
+        & (queries.segment_low == keys.segment_low)
+    )
+    earlier = keys.row_high <= queries.row_low - most_lag
+    return earlier & one_segment & queries.all_used & keys.all_used
+
+
 class FlatCells(NamedTuple):
     """Cells of tables along one axis; L is a multiple of the block length."""
 
     row: jax.Array  # [L] int32, ascending
     segment: jax.Array  # [B, L] int32
-    here: jax.Array  # [B, L] bool: a query that is present, or a key that others may see
+    used: jax.Array  # [B, L] bool: the query is present, or other cells may see the key
 
 
-def flatten(row: jax.Array, segment: jax.Array, here: jax.Array, length: int) -> FlatCells:
-    """Cells of row [T], segment [B, T] and here [B, T, S] along one axis of `length` >= T * S.
+def flatten(row: jax.Array, segment: jax.Array, used: jax.Array, length: int) -> FlatCells:
+    """Puts cells on one axis and pads it with unused cells.
 
-    The cells that are added are not here.
+    Args:
+      row: [T] int32.
+      segment: [B, T] int32.
+      used: [B, T, S] bool.
+      length: the length of the axis, at least T * S.
     """
-    batch, rows, streams = here.shape
-    fill = ((0, 0), (0, length - rows * streams))
-    row = jnp.pad(jnp.repeat(row, streams), fill[1:], mode="edge")
+    batch, rows, streams = used.shape
+    padding = ((0, 0), (0, length - rows * streams))
     return FlatCells(
-        row,
-        jnp.pad(jnp.repeat(segment, streams, axis=1), fill),
-        jnp.pad(here.reshape(batch, -1), fill),
+        jnp.pad(jnp.repeat(row, streams), padding[1:], mode="edge"),
+        jnp.pad(jnp.repeat(segment, streams, axis=1), padding),
+        jnp.pad(used.reshape(batch, -1), padding),
     )
 
 
 def block_map(
     queries: FlatCells,
     keys: FlatCells,
-    least: int | Array,
-    most: int | Array,
+    least_lag: int | Array,
+    most_lag: int | Array,
     q_block: int,
     k_block: int,
 ) -> jax.Array:
-    """Which blocks hold pairs that `visible()` admits by a lag.
+    """Classifies the pairs of blocks by the earlier keys that the queries see.
 
-    Pairs of a cell and itself are left to the caller.
+    The caller handles the pairs of a cell and itself.
 
     Args:
-      least, most: the smallest and the largest lag between the streams of the queries and those of
-        the keys.
-      q_block, k_block: cells of a block of queries and of keys.
+      queries, keys: from `flatten`.
+      least_lag, most_lag: the smallest and the largest lag between the streams of the queries and
+        those of the keys.
+      q_block, k_block: the cells of a block of queries and of a block of keys.
 
-    Returns: [B, query blocks, key blocks] int8: EMPTY where no query sees an earlier key, FULL
-      where each query sees all keys, else PARTIAL.
+    Returns: [B, query blocks, key blocks] int8. EMPTY: no query sees an earlier key. FULL: each
+      query sees all keys. PARTIAL: anything else.
     """
-    q_row, q_segment, q_all = _extents(queries, q_block)
-    k_row, k_segment, k_all = _extents(keys, k_block)
-    q_row, q_segment, q_all = ([x[:, :, None] for x in pair] for pair in (q_row, q_segment, q_all))
-    k_row, k_segment, k_all = ([x[:, None] for x in pair] for pair in (k_row, k_segment, k_all))
-    (q_low, q_high), (k_low, k_high) = q_row, k_row
-    (q_first, q_last), (k_first, k_last) = q_segment, k_segment
-    some = (k_low <= q_high - least) & (k_first <= q_last) & (q_first <= k_last)
-    one_segment = (q_first == q_last) & (k_first == k_last) & (q_first == k_first)
-    full = (k_high <= q_low - most) & one_segment & q_all[0] & k_all[0]
+    q = Extents(*(x[:, :, None] for x in _extents(queries, q_block)))
+    k = Extents(*(x[:, None, :] for x in _extents(keys, k_block)))
+    some, full = some_earlier(q, k, least_lag), all_earlier(q, k, most_lag)
     return jnp.where(full, FULL, jnp.where(some, PARTIAL, EMPTY)).astype(jnp.int8)
 
 
-def _extents(cells: FlatCells, block: int) -> tuple[tuple[jax.Array, ...], ...]:
-    """Extents of the cells that are here in each block, [B, blocks] each.
-
-    Returns: ((lowest, highest row), (lowest, highest segment), (all cells are here,)).
-    """
-    batch, length = cells.here.shape
+def _extents(cells: FlatCells, block: int) -> Extents:
+    """Extents of the used cells in each block, [B, blocks] each."""
+    batch, length = cells.used.shape
 
     def blocks(x: jax.Array) -> jax.Array:
         return jnp.broadcast_to(x, (batch, length)).reshape(batch, length // block, block)
 
-    here = blocks(cells.here)
+    used = blocks(cells.used)
 
-    # In a block without such cells, the lowest row is above all rows and the highest below all.
+    # In a block without used cells, `low` is above all rows and `high` is below all rows.
     def low(x: jax.Array) -> jax.Array:
-        return jnp.where(here, blocks(x), NEVER).min(2)
+        return jnp.where(used, blocks(x), NEVER).min(2)
 
     def high(x: jax.Array) -> jax.Array:
-        return jnp.where(here, blocks(x), -NEVER).max(2)
+        return jnp.where(used, blocks(x), -NEVER).max(2)
 
-    return (
-        (low(cells.row), high(cells.row)),
-        (low(cells.segment), high(cells.segment)),
-        (here.all(2),),
+    return Extents(
+        low(cells.row), high(cells.row), low(cells.segment), high(cells.segment), used.all(2)
     )

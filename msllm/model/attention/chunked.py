@@ -1,10 +1,10 @@
 """Blockwise attention in plain XLA: O(L) memory, forward and backward, on any device.
 
-Online softmax over blocks of keys; the backward pass computes the scores again from the saved
-log-sum-exp (FlashAttention, Dao et al. 2022, arXiv 2205.14135, algorithms 1 and 4). A block of
-queries or keys is a range of rows with all their streams. The lowest and highest row and segment of
-each block tell which key blocks a query block may reach. The others are never computed, so packing
-and causality save time as well as memory. Within a block the mask is `visible()`.
+The forward pass is an online softmax over blocks of keys. The backward pass recomputes the
+attention weights from the saved log-sum-exp (FlashAttention, Dao et al. 2022, arXiv 2205.14135,
+algorithms 1 and 4). A block of queries or keys is a range of rows with all their streams. A query
+block skips the key blocks that it cannot reach (blocks.py), so packing and causality save time as
+well as memory. Within a block the mask is `visible()`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from msllm.model.attention.backend import Backend, RingParts
+from msllm.model.attention.blocks import Extents, all_earlier, share_rows, some_earlier
 from msllm.streams import NEVER, Cells, Visibility
 
-# The most cells of a block: its products are large enough for a CPU core, and its scores small
-# enough for the cache.
+# The maximum number of cells of a block. Larger blocks keep a CPU core busy with larger products,
+# but their scores must fit into its cache.
 BLOCK_CELLS = 320
-# Score of a pair that is not visible. It is finite, because a query that has seen no key yet must
-# not give inf - inf. What such a query has summed up is multiplied by exp(MASKED - score) = 0, at
-# the latest when it comes to its own cell.
+# The score of a pair that is not visible. It is finite, because for a query that has seen no key
+# yet, an infinite score would give inf - inf. What such a query has summed up is later multiplied
+# by exp(MASKED - score) = 0, at the latest when the query reaches its own cell.
 MASKED = -1e30
 
 
@@ -37,9 +38,11 @@ def chunked_attention(
     *,
     block_cells: int = BLOCK_CELLS,
 ) -> jax.Array:
-    """As `reference_attention`, without ever holding [L, L].
+    """Computes `reference_attention` without holding an array [L, L].
 
-    `block_cells`: the most cells of a block.
+    Args:
+      q, k, v, visibility: as in `reference_attention`.
+      block_cells: the maximum number of cells of a block.
     """
     return _attention(q, k, v, *_blocked(visibility, block_cells))
 
@@ -52,7 +55,7 @@ def forward_part(
     *,
     block_cells: int = BLOCK_CELLS,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output and log-sum-exp over keys of some streams; see `RingParts`."""
+    """Output and log-sum-exp over the keys of some streams; see `RingParts`."""
     out, lse, _ = _outputs(q, k, v, *_blocked(visibility.narrowed(), block_cells))
     lse = _unblock(lse.reshape(*out.shape[:-1], 1), (*q.shape[:-1], 1))
     return _unblock(out, q.shape), lse[..., 0]
@@ -69,7 +72,7 @@ def backward_part(
     *,
     block_cells: int = BLOCK_CELLS,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v through these keys; see `RingParts`."""
+    """Gradients of q, k and v through the keys of some streams; see `RingParts`."""
     visibility, q_rows, k_rows = _blocked(visibility.narrowed(), block_cells)
     out, lse = (_head_blocks(x, q_rows, k.shape[3]) for x in (out, lse[..., None]))
     lse = lse.reshape(*lse.shape[:3], -1, q_rows * q.shape[2])
@@ -78,13 +81,12 @@ def backward_part(
 
 
 def _blocked(visibility: Visibility, block_cells: int) -> tuple[Visibility, int, int]:
-    """Adds rows until all blocks are full.
+    """Pads queries and keys with absent rows, so that all blocks are full.
 
-    The added rows are absent, and their numbers do not widen the reach of their block. Queries
-    repeat the last row, and their output is cut off. Keys lie beyond all rows, so that no query
-    takes them for its own cell.
+    Padded queries have the number of the last row, so that their block reaches no more keys. Padded
+    keys have a number beyond all rows, so that no query takes them for its own cell.
 
-    Returns: the visibility, rows of a block of queries, rows of a block of keys.
+    Returns: the padded visibility, the rows of a block of queries, and those of a block of keys.
     """
     queries, keys = visibility.queries, visibility.keys
     (_, rows, q_streams), (_, key_rows, k_streams) = queries.present.shape, keys.seen.shape
@@ -97,21 +99,23 @@ def _blocked(visibility: Visibility, block_cells: int) -> tuple[Visibility, int,
 
 
 def _block_rows(rows: int, streams: int, block_cells: int) -> int:
-    """Rows of a block, of at most `block_cells` cells.
+    """The rows of a block of at most `block_cells` cells.
 
-    A divisor of `rows` if one is at least half of that, else blocks filled as evenly as possible:
-    rows that only fill up the last block cost more than smaller blocks do, 12 % at 512 rows of 10
-    streams.
+    This is a divisor of `rows` if there is one of at least half the limit. Otherwise the blocks are
+    filled as evenly as possible. Rows that only pad the last block cost more than smaller blocks
+    do: 12 % at 512 rows of 10 streams.
     """
     most = max(1, block_cells // streams)
-    divisor = max(n for n in range(1, min(most, rows) + 1) if rows % n == 0)
-    if 2 * divisor >= min(most, rows):
+    limit = min(most, rows)
+    divisor = max(n for n in range(1, limit + 1) if rows % n == 0)
+    if 2 * divisor >= limit:
         return divisor
-    return -(-rows // -(-rows // most))
+    blocks = -(-rows // most)
+    return -(-rows // blocks)
 
 
 def _pad_rows(x: jax.Array, block_rows: int, mode: str = "constant") -> jax.Array:
-    """[B, T, ...] with rows added up to a multiple of `block_rows`."""
+    """Pads the rows of [B, T, ...] to a multiple of `block_rows`."""
     missing = -x.shape[1] % block_rows
     return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), mode=mode) if missing else x
 
@@ -146,7 +150,7 @@ def _head_blocks(x: jax.Array, block_rows: int, kv_heads: int) -> jax.Array:
 
 
 def _unblock(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Inverse of `_head_blocks`, without the rows that it added. `shape`: of its argument."""
+    """The inverse of `_head_blocks` on an array of shape `shape`; drops the padding."""
     batch, rows, streams, heads, head_dim = shape
     blocks, _, kv_heads, _, _ = x.shape
     x = x.reshape(blocks, batch, kv_heads, heads // kv_heads, -1, head_dim).transpose(
@@ -158,54 +162,34 @@ def _unblock(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _reach(
     visibility: Visibility, q_rows: int, k_rows: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Which key blocks each query block needs.
+    """Finds the key blocks that each query block needs.
 
-    Returns: (first, end, full): for each of nq query blocks the first key block that it may see and
-      the one past the last, [nq] int32 each; and whether every query of a block sees every key of
-      another, [nq, nk] bool: then the mask need not be computed.
+    Returns: (first, end, full). For each of nq query blocks, `first` is the first key block that it
+      may see and `end` is the one past the last, [nq] int32 each. `full` [nq, nk] bool is True if
+      every query of a block sees every key of another, so that no mask is needed.
     """
-    queries, keys, lags = visibility.queries, visibility.keys, visibility.pair_lags()
-
-    def low(x: jax.Array, rows: int) -> jax.Array:
-        return _blocks(x, rows).min(2)
-
-    def high(x: jax.Array, rows: int) -> jax.Array:
-        return _blocks(x, rows).max(2)
-
-    q_low, q_high = low(queries.row, q_rows)[:, None], high(queries.row, q_rows)[:, None]
-    k_low, k_high = low(keys.row, k_rows), high(keys.row, k_rows)
-    q_segment_low = low(queries.segment, q_rows)[:, None]
-    q_segment_high = high(queries.segment, q_rows)[:, None]
-    k_segment_low, k_segment_high = low(keys.segment, k_rows), high(keys.segment, k_rows)
-
-    earlier = (
-        (k_low <= q_high - lags.min())
-        & (k_segment_low <= q_segment_high)
-        & (q_segment_low <= k_segment_high)
-    )
-    itself = (k_low <= q_high) & (q_low <= k_high)
-    some = jnp.any(earlier | itself, axis=2)
+    lags = visibility.pair_lags()
+    q_extents = _extents(visibility.queries, visibility.queries.present, q_rows)
+    q = Extents(*(x[:, None] for x in q_extents))  # [nq, 1, B]
+    k = _extents(visibility.keys, visibility.keys.seen, k_rows)  # [nk, B]
+    some = jnp.any(some_earlier(q, k, lags.min()) | share_rows(q, k), axis=2)
+    full = jnp.all(all_earlier(q, k, lags.max()), axis=2)
     first = jnp.argmax(some, axis=1)
     end = some.shape[1] - jnp.argmax(some[:, ::-1], axis=1)
+    return first, jnp.where(some.any(1), end, first), full
 
-    def all_of(x: jax.Array, rows: int) -> jax.Array:
-        return _blocks(x.all(2), rows).all(2)
 
-    full = (
-        (k_high <= q_low - lags.max())
-        & (q_segment_low == q_segment_high)
-        & (q_segment_low == k_segment_low)
-    )
-    full &= (
-        (q_segment_low == k_segment_high)
-        & all_of(queries.present, q_rows)[:, None]
-        & all_of(keys.seen, k_rows)
-    )
-    return first, jnp.where(some.any(1), end, first), full.all(2)
+def _extents(cells: Cells, used: jax.Array, block_rows: int) -> Extents:
+    """Extents of all cells in each block, used or not, [blocks, B] each."""
+    row, segment, used = (_blocks(x, block_rows) for x in (cells.row, cells.segment, used))
+    return Extents(row.min(2), row.max(2), segment.min(2), segment.max(2), used.all((2, 3)))
 
 
 def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-    """Masked, scaled float32 scores [B, K, G, q, k] of q [B, K, G * q, H] and k [B, K, k, H]."""
+    """Scaled scores [B, K, G, q, k] float32, MASKED where `mask` is False.
+
+    q is [B, K, G * q, H], k is [B, K, k, H], where G = N / K.
+    """
     scores = (
         jnp.einsum("bkqh,bkth->bkqt", q, k, preferred_element_type=jnp.float32)
         * q.shape[-1] ** -0.5
@@ -215,19 +199,19 @@ def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _at(x: Any, i: jax.Array) -> Any:
-    """The i-th entry of each leaf along its first axis."""
+    """The i-th entry along the first axis of each leaf."""
     return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, i, 0, keepdims=False), x)
 
 
 def _block_mask(visibility: Visibility, full: jax.Array) -> jax.Array:
-    """The mask of one block of queries and one of keys, [B, 1, 1, q_rows * Sq, k_rows * Sk] bool.
+    """The mask of a query block and a key block, [B, 1, 1, q_rows * Sq, k_rows * Sk] bool.
 
-    `full`: [] bool, all pairs are visible.
+    Args:
+      visibility: of the cells of these blocks.
+      full: [] bool, all pairs are visible. The mask is then not computed.
     """
-    (batch, q_rows, q_size), (_, k_rows, k_size) = (
-        visibility.queries.present.shape,
-        visibility.keys.seen.shape,
-    )
+    batch, q_rows, q_size = visibility.queries.present.shape
+    _, k_rows, k_size = visibility.keys.seen.shape
     shape = (batch, 1, 1, q_rows * q_size, k_rows * k_size)
     return lax.cond(full, lambda: jnp.ones(shape, bool), lambda: visibility.mask().reshape(shape))
 
@@ -236,14 +220,14 @@ def _block_mask(visibility: Visibility, full: jax.Array) -> jax.Array:
 def _attention(
     q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility, q_rows: int, k_rows: int
 ) -> jax.Array:
-    """[B, Tq, Sq, N, H]. The last three arguments are from `_blocked`."""
+    """The output [B, Tq, Sq, N, H]. The last three arguments are from `_blocked`."""
     return _forward(q, k, v, visibility, q_rows, k_rows)[0]
 
 
 def _forward(
     q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility, q_rows: int, k_rows: int
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    """What `_attention` returns, and what `_backward` gets."""
+    """The forward pass: the output, and the values that `_backward` needs."""
     saved = _outputs(q, k, v, visibility, q_rows, k_rows)
     out, lse, reach = (checkpoint_name(x, "attention") for x in saved)
     return _unblock(out, q.shape), (q, k, v, visibility, out, lse, reach)
@@ -251,8 +235,8 @@ def _forward(
 
 def _outputs(
     q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility, q_rows: int, k_rows: int
-):
-    """Output [nq, B, K, G * q, H], log-sum-exp [nq, B, K, G, q], and `_reach`; G is N / K."""
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    """Output [nq, B, K, G * q, H], log-sum-exp [nq, B, K, G, q], and `_reach`; G = N / K."""
     kv_heads = k.shape[3]
     groups = q.shape[3] // kv_heads
     reach = _reach(visibility, q_rows, k_rows)
@@ -290,7 +274,8 @@ def _outputs(
         return None, (out, maximum + jnp.log(denominator))
 
     q_blocks, q_cells = _head_blocks(q, q_rows, kv_heads), _cell_blocks(visibility.queries, q_rows)
-    return *lax.scan(query_block, None, (q_blocks, q_cells, *reach))[1], reach
+    _, (out, lse) = lax.scan(query_block, None, (q_blocks, q_cells, *reach))
+    return out, lse, reach
 
 
 def _backward(
@@ -305,8 +290,8 @@ def _backward(
         _cell_blocks(visibility.keys, k_rows),
     )
     q_blocks, d_out = _head_blocks(q, q_rows, kv_heads), _head_blocks(d_out, q_rows, kv_heads)
-    # sum(weights * d_weights) over the keys: the term of the softmax's gradient that all keys of a
-    # query share.
+    # The softmax's gradient has a term that all keys of a query share: the sum over the keys of
+    # weights * d_weights, which equals the sum over H of out * d_out.
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1).reshape(lse.shape)
 
     def query_block(d_kv, block):
@@ -344,8 +329,8 @@ def _backward(
         )
         return tuple(d_kv), d_q.astype(q.dtype)
 
-    # The gradients of keys and values are computed transposed, from transposed q and d_out. In the
-    # other order XLA:CPU would transpose the much larger weights and scores in memory.
+    # The gradients of keys and values are computed transposed, from transposed q and d_out.
+    # Otherwise XLA:CPU would transpose the much larger weights and scores in memory.
     def flip(x: jax.Array) -> jax.Array:
         return x.swapaxes(3, 4)
 

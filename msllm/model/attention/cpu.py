@@ -1,8 +1,8 @@
-"""Attention on CPUs: two kernels in C++ (msllm/kernels/cpu/attention.cc), O(L) memory, float32.
+"""Attention on CPUs: two C++ kernels (msllm/kernels/cpu/attention.cc), float32, O(L) memory.
 
 FlashAttention (Dao et al. 2022, arXiv 2205.14135) in blocks of cells that fit into a core's caches.
-Blocks that visibility or segments exclude are skipped, as in `chunked`. The products reach the
-machine's rate for large matrix products.
+The kernels skip blocks that the lags or the segments exclude, as `chunked` does. Their products are
+as fast as large matrix products on the same machine.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from msllm.kernels import cpu as cpu_kernels
 from msllm.model.attention.backend import Backend, Case, RingParts
 from msllm.streams import NEVER, Cells, Visibility
 
-BLOCK_CELLS = 160  # about this many in a block of keys: small enough for a core's cache
-LANES = 16  # of the widest vectors; a block holds a multiple of them
+BLOCK_CELLS = 160  # approximate cells of a block of keys, so that it fits into a core's cache
+LANES = 16  # float32 lanes of the widest vectors; a block is a multiple of them
 
-# What the kernels need of a `Visibility`, see `_cell_vectors`.
+# A `Visibility` in the form that the kernels take, see `_cell_vectors`.
 CellVectors = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def declines(case: Case) -> str | None:
-    """Why this machine's kernels cannot do what `case` asks; None if they can."""
+    """The reason why the kernels cannot compute `case` on this machine, or None if they can."""
     if case.dtype != "float32":
-        return f"it computes in float32, and the model in {case.dtype}"
+        return f"it computes in float32, but the model in {case.dtype}"
     return cpu_kernels.unavailable_reason()
 
 
 def cpu_attention(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility) -> jax.Array:
-    """As `reference_attention`, in float32 and without ever holding [L, L]."""
+    """Computes `reference_attention` in float32, without holding an array [L, L]."""
     return _attention(q, k, v, _cell_vectors(visibility))
 
 
 def forward_part(
     q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility
 ) -> tuple[jax.Array, jax.Array]:
-    """Output and log-sum-exp over keys of some streams; see `RingParts`."""
+    """Output and log-sum-exp over the keys of some streams; see `RingParts`."""
     return _outputs(q, k, v, _cell_vectors(visibility))
 
 
@@ -52,17 +52,18 @@ def backward_part(
     lse: jax.Array,
     d_out: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v through these keys; see `RingParts`."""
+    """Gradients of q, k and v through the keys of some streams; see `RingParts`."""
     return _backward((q, k, v, _cell_vectors(visibility), out, lse), d_out)[:3]
 
 
 def _cell_vectors(visibility: Visibility) -> CellVectors:
-    """A visibility as the kernels take it, in six int32 arrays.
+    """Converts a visibility to the six int32 arrays that the kernels take.
 
-    Returns: row and segment of each query, [B, Lq]; row and segment of each key, [B, Lk], padded to
-      blocks; the lags of the streams, [Sq, Sk]; and the column of the keys that holds each stream
-      of the queries, [Sq]. Absent queries and unseen keys get segments of their own, -2 and -1, so
-      that they match nothing.
+    Absent queries get the segment -2 and unseen keys the segment -1, so that they match nothing.
+
+    Returns: row and segment of each query, [B, Lq] each; row and segment of each key, [B, Lk] each,
+      padded to full blocks; the lags of the streams, [Sq, Sk]; and the column of the keys that
+      holds each stream of the queries, [Sq].
     """
     queries, keys, lags = visibility.queries, visibility.keys, visibility.pair_lags()
     missing = -keys.row.shape[1] * lags.shape[1] % _block_cells(lags.shape[1])
@@ -88,7 +89,7 @@ def _cell_vectors(visibility: Visibility) -> CellVectors:
 
 
 def _block_cells(streams: int) -> int:
-    """Cells of a block of keys: full rows, and a multiple of LANES."""
+    """The cells of a block of keys: complete rows, and a multiple of LANES."""
     return max(1, BLOCK_CELLS // (streams * LANES)) * streams * LANES
 
 
@@ -108,10 +109,13 @@ def _float32(*shapes: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
     return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
 
 
-def _outputs(q: jax.Array, k: jax.Array, v: jax.Array, cells: CellVectors):
+def _outputs(
+    q: jax.Array, k: jax.Array, v: jax.Array, cells: CellVectors
+) -> tuple[jax.Array, jax.Array]:
     """Output [B, T, Sq, N, H] and log-sum-exp [B, T, Sq, N]."""
     call = jax.ffi.ffi_call("msllm_attention", _float32(q.shape, q.shape[:-1]))
-    return call(_flat(q), _flat(v), _transposed_blocks(k), *cells)
+    out, lse = call(_flat(q), _flat(v), _transposed_blocks(k), *cells)
+    return out, lse
 
 
 @jax.custom_vjp
@@ -122,7 +126,7 @@ def _attention(q: jax.Array, k: jax.Array, v: jax.Array, cells: CellVectors) -> 
 def _forward(
     q: jax.Array, k: jax.Array, v: jax.Array, cells: CellVectors
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    """What `_attention` returns, and what `_backward` gets."""
+    """The forward pass: the output, and the values that `_backward` needs."""
     out, lse = (checkpoint_name(x, "attention") for x in _outputs(q, k, v, cells))
     return out, (q, k, v, cells, out, lse)
 

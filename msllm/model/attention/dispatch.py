@@ -1,4 +1,4 @@
-"""Chooses a backend of attention, and brings the keys of all streams to each device."""
+"""Chooses an attention backend, and gathers the keys of all streams on each device."""
 
 from __future__ import annotations
 
@@ -20,30 +20,33 @@ from msllm.streams import Cells, Visibility, pad_lag
 log = logging.getLogger("msllm")
 
 ANY = "any"
-# The backends, best first, and the platform that each needs. The platform stands here and not in
-# `Backend`, because kernel libraries are slow to import: a backend's module is imported only on its
-# own platform.
+# The backends, best first, and the platform that each needs. The platform is here and not in
+# `Backend`, so that a backend's module is imported only on its platform: kernel libraries are slow
+# to import.
 BACKENDS = {"splash": "tpu", "gpu": "gpu", "cpu": "cpu", "chunked": ANY, "reference": ANY}
-# What `config.model.attention = "auto"` chooses from: not the reference, whose memory is quadratic.
+# `config.model.attention = "auto"` never chooses the reference, because its memory is quadratic.
 AUTO = tuple(name for name in BACKENDS if name != "reference")
 
-# Values that checkpointed attention saves: with output and log-sum-exp of a kernel it does not run
-# again.
+# A `jax.checkpoint` policy that saves a kernel's output and log-sum-exp, so that the backward pass
+# does not run the forward kernel again.
 KEEP_OUTPUT = jax.checkpoint_policies.save_only_these_names("attention")
 
 
 def get_backend(name: str) -> Backend:
-    """The backend of that name, one of BACKENDS, with its default options."""
+    """The backend called `name`, one of BACKENDS, with its default options."""
     return importlib.import_module(f"msllm.model.attention.{name}").BACKEND
 
 
 def choose_backend(config: ModelConfig, lag: np.ndarray, rows: int, mesh: Mesh) -> Backend:
-    """The best backend for a model on a mesh, with its options set.
+    """Chooses the best backend for a model on a mesh, and sets its options.
 
-    Logs its name, and why better ones decline.
+    Logs the backend's name, and the reasons why better ones decline.
 
     Args:
-      config: of the model. lag: [S, S] int32. rows: T, of a table.
+      config: the settings of the model.
+      lag: [S, S] int32, the lag matrix.
+      rows: T, the rows of a table.
+      mesh: the mesh on which the model runs.
 
     Raises UserError if the config names a backend that declines.
     """
@@ -63,26 +66,26 @@ def choose_backend(config: ModelConfig, lag: np.ndarray, rows: int, mesh: Mesh) 
 
 
 def portable_backend(config: ModelConfig) -> Backend:
-    """A backend that runs on every device, for tables of any size."""
+    """A backend that runs on every device and on tables of any size."""
     return get_backend("reference" if config.attention == "reference" else "chunked")
 
 
 def declines(name: str, case: Case) -> str | None:
-    """Why the backend of that name cannot do what is asked; None if it can."""
+    """The reason why the backend called `name` cannot compute `case`, or None if it can."""
     platform = BACKENDS[name]
     if platform not in (ANY, case.platform):
-        return f"it needs a {platform.upper()}, and the devices are of platform {case.platform}"
+        return f"it needs a {platform.upper()}, but the devices are of platform {case.platform}"
     backend = get_backend(name)
     if case.ring and backend.ring_parts is None:
-        return "it takes all keys at once, and with model.kv_ring they come in parts"
+        return "it takes all keys at once, but with model.kv_ring they come in parts"
     return backend.declines(case)
 
 
 def _case(config: ModelConfig, lag: np.ndarray, rows: int, mesh: Mesh) -> Case:
-    """What one device of `mesh` computes."""
+    """The case that each device of `mesh` computes."""
     device, parts = mesh.devices.flat[0], mesh.shape["stream"]
     head_parts = int(np.prod([mesh.shape[axis] for axis in mesh_axes("heads")]))
-    q_streams = -(-lag.shape[0] // parts)
+    q_streams = -(-lag.shape[0] // parts)  # streams are padded to a multiple of the parts
     return Case(
         platform=device.platform,
         device_kind=device.device_kind,
@@ -108,21 +111,22 @@ def attention(
     kv_parts: int = 1,
     ring: bool = False,
 ) -> jax.Array:
-    """Every cell attends to the cells that it sees.
+    """Attends from every cell to the cells that it sees.
 
     Inside `shard_map` each device holds some tables, some streams and some heads. It gathers the
-    keys and values of all streams, which are smaller than the activations, and computes its own
-    streams' outputs. Every stream needs the same share of the keys, so the work is balanced.
+    keys and values of all streams, which are smaller than the activations, and computes the outputs
+    of its own streams. Every stream needs the same share of the keys, so the work is balanced.
 
     Args:
-      q: [B, T, S, N, H]. k, v: [B, T, S, K, H]. S are the streams of this device.
-      cells: of the same tables and streams.
-      lag: [S, S] int32 of all streams, without those that only fill up the mesh axis `stream`.
+      q: [B, T, S, N, H], where S are the streams of this device.
+      k, v: [B, T, S, K, H].
+      cells: the cells of the same tables and streams.
+      lag: [S, S] int32, for all streams of the model.
       backend: from `choose_backend` or `get_backend`.
-      kv_parts: parts in which heads of k and v are gathered. Each part is gathered again in the
-        backward pass, so that only 1 / kv_parts of the gathered keys and values exist at a time.
-      ring: do not gather keys and values, but pass them around the devices of the axis `stream`
-        (ring.py).
+      kv_parts: gathers the heads of k and v in this many parts. The backward pass gathers each part
+        again, so that only 1 / kv_parts of the gathered keys and values exist at a time.
+      ring: passes keys and values around the devices of the mesh axis `stream` (ring.py) instead of
+        gathering them.
 
     Returns: [B, T, S, N, H] in q's dtype.
     """

@@ -1,15 +1,15 @@
 """Attention on Hopper cards (H100, H200): three Triton kernels written in Pallas, O(L) memory.
 
-FlashAttention-2 (Dao 2023, arXiv 2307.08691). A program holds a block of queries and walks over
-blocks of keys with an online softmax. The backward pass computes the scores again from the saved
-log-sum-exp, once per block of queries for d_q and once per block of keys for d_k and d_v. A block
-is a run of cells in row-major order (row, then stream).
+FlashAttention-2 (Dao 2023, arXiv 2307.08691). A program holds a block of queries and iterates over
+blocks of keys with an online softmax. The backward pass recomputes the attention weights from the
+saved log-sum-exp, once per block of queries for d_q and once per block of keys for d_k and d_v. A
+block is a run of cells in row-major order (row, then stream).
 
-The lowest and highest row and segment of each block tell which blocks a program must visit, and
-which run of them is visible in full and needs no mask. In the others the mask is `visible()`. What
-it needs to know of the cells is kept in integer vectors along them, so that the kernels gather
-nothing: the segment is negative where a cell is absent, and the lags of a query's stream are sets
-of key streams, as bits, one set for each distinct lag.
+A program visits only the blocks that it can reach, and computes no mask for a run of blocks that
+are visible completely (blocks.py). In the other blocks the mask is `visible()`. The arguments of
+`visible()` are integer vectors along the cells, so that the kernels need no gathers. The segment is
+negative where a cell is absent. The lags of a query's stream are a set of key streams for each
+distinct lag, stored as bits.
 """
 
 from __future__ import annotations
@@ -28,25 +28,28 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from msllm.model.attention.backend import Backend, Case, RingParts
+from msllm.model.attention.blocks import Extents, all_earlier, share_rows, some_earlier
 from msllm.streams import Array, Cells, Visibility, visible
 
 CARDS = ("H100", "H200", "H800")  # GH200 contains one of these names
-# Distinct values in a lag matrix. Each one costs a vector per query and a selection per score.
+# Distinct values in a lag matrix. Each one costs a vector per query and a `where` per score.
 MAX_LAGS = 8
 MAX_STREAMS = 32  # bits of an int32
-LOG2E = math.log2(math.e)  # scores are in base 2: the hardware has exp2
-MASKED = -1e30  # finite, because a query that has seen no key yet must not give inf - inf
+LOG2E = math.log2(math.e)  # scores are in base 2, because the hardware has an exp2 instruction
+# The score of a pair that is not visible. It is finite, because for a query that has seen no key
+# yet, an infinite score would give inf - inf.
+MASKED = -1e30
 
 Ref = Any  # a block of an array inside a kernel
 
 
 class Tile(NamedTuple):
-    """How one kernel cuts up its work."""
+    """The block sizes and the launch parameters of one kernel."""
 
     queries: int  # cells of a block of queries, a power of two
     keys: int  # cells of a block of keys, a power of two
     warps: int
-    stages: int  # blocks in flight between memory and the tensor cores
+    stages: int  # pipeline stages: blocks in flight between memory and the tensor cores
 
 
 class Tiles(NamedTuple):
@@ -57,11 +60,12 @@ class Tiles(NamedTuple):
     d_kv: Tile
 
 
-# By the largest head_dim that they serve. Accumulators stay in registers (255 of 4 bytes for each
-# of 32 * warps threads), blocks in flight in shared memory (227 KiB). At 128 the accumulator of the
-# forward pass and d_q takes 64 registers of each thread, those of d_k and d_v 128, the two score
-# blocks of the backward passes 32 each. Chosen by this arithmetic and by what the compiler makes of
-# it (it spills tens of bytes of d_kv at 128, nothing else), not yet by timing.
+# The keys are the largest head_dim that the tiles serve. Accumulators stay in registers (255 of 4
+# bytes for each of 32 * warps threads), and blocks in flight in shared memory (227 KiB). With a
+# head_dim of 128, the accumulator of the forward pass or of d_q takes 64 registers of each thread,
+# those of d_k and d_v together 128, and the two score blocks of the backward passes 32 each. The
+# sizes follow from this arithmetic and from the compiler's output (the only spills are tens of
+# bytes in d_kv at 128). They have not been timed yet.
 TILES = {
     64: Tiles(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
     128: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
@@ -69,18 +73,21 @@ TILES = {
 
 
 def declines(case: Case) -> str | None:
-    """Why the kernels cannot do what `case` asks of a GPU; None if they can."""
+    """The reason why the kernels cannot compute `case` on a GPU, or None if they can."""
     if not any(card in case.device_kind for card in CARDS):
-        return f"it is made for {', '.join(CARDS)} cards, and this is {case.device_kind}"
+        return f"it supports {', '.join(CARDS)} cards only, but this is {case.device_kind}"
     if case.dtype != "bfloat16":
-        return f"it multiplies on tensor cores in bfloat16, and the model computes in {case.dtype}"
+        return f"it computes in bfloat16, but the model in {case.dtype}"
     if case.head_dim not in (16, 32, 64, 128):
-        return f"it needs a head_dim of 16, 32, 64 or 128, and this is {case.head_dim}"
+        return f"it needs a head_dim of 16, 32, 64 or 128, not {case.head_dim}"
     distinct = len(_levels(case.lag))
     if distinct > MAX_LAGS:
-        return f"it handles {MAX_LAGS} distinct lags, and the lag matrix holds {distinct}"
+        return f"it supports at most {MAX_LAGS} distinct lags, but the lag matrix has {distinct}"
     if distinct > 1 and case.streams > MAX_STREAMS:
-        return f"it handles {MAX_STREAMS} streams whose lags differ, and there are {case.streams}"
+        return (
+            f"it supports at most {MAX_STREAMS} streams if their lags differ, but there are "
+            f"{case.streams}"
+        )
     return None
 
 
@@ -93,13 +100,16 @@ def gpu_attention(
     interpret: bool = False,
     tiles: Tiles | None = None,
 ) -> jax.Array:
-    """As `reference_attention`, without ever holding [L, L]. `visibility.lag` is a NumPy array.
+    """Computes `reference_attention` without holding an array [L, L].
 
-    Products are of the dtype of q, k and v, accumulated in float32.
+    Products are in the dtype of q, k and v, accumulated in float32.
 
     Args:
-      interpret: run the kernels without a GPU, slowly: for tests.
-      tiles: other block sizes than those of TILES, to try them out.
+      q, k, v: as in `reference_attention`.
+      visibility: of the same cells. Its `lag` must be a NumPy array, because it is compiled into
+        the kernels.
+      interpret: run the kernels without a GPU. This is slow and meant for tests.
+      tiles: block sizes to use in place of those in TILES.
     """
     return _unflatten(_attention(*_prepare(q, k, v, visibility, interpret, tiles)), q.shape)
 
@@ -113,7 +123,7 @@ def forward_part(
     interpret: bool = False,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output and log-sum-exp over keys of some streams; see `RingParts`."""
+    """Output and log-sum-exp over the keys of some streams; see `RingParts`."""
     out, lse = _outputs(*_prepare(q, k, v, visibility, interpret, tiles))
     return _unflatten(out, q.shape), _unflatten(lse.swapaxes(1, 2) / LOG2E, q.shape[:-1])
 
@@ -130,11 +140,12 @@ def backward_part(
     interpret: bool = False,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v through these keys; see `RingParts`."""
+    """Gradients of q, k and v through the keys of some streams; see `RingParts`."""
     *arrays, static = _prepare(q, k, v, visibility, interpret, tiles)
+    q_length = arrays[0].shape[1]
 
     def flat(x: jax.Array) -> jax.Array:
-        return _pad(x.reshape(x.shape[0], -1, *x.shape[3:]), 1, arrays[0].shape[1], "constant")
+        return _pad(x.reshape(x.shape[0], -1, *x.shape[3:]), 1, q_length, "constant")
 
     saved = (*arrays, flat(out), flat(lse * LOG2E).swapaxes(1, 2))
     d_q, d_k, d_v, *_ = _backward(static, saved, flat(d_out))
@@ -142,7 +153,7 @@ def backward_part(
 
 
 def _unflatten(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """[B, cells, ...] -> `shape` [B, T, S, ...], without the cells that fill up the last block."""
+    """[B, cells, ...] -> `shape` [B, T, S, ...], without the padding of the last block."""
     return x[:, : shape[1] * shape[2]].reshape(shape)
 
 
@@ -159,22 +170,20 @@ def _prepare(
     tiles = tiles or TILES[min(size for size in TILES if size >= head_dim)]
     lag, q_streams = np.asarray(visibility.lag), visibility.query_streams
     levels, q_lag = _levels(lag), jnp.asarray(lag)[q_streams]
-    # An absent query and an unseen key get different segments, which no other cell has.
+    # Absent queries and unseen keys get different segments, which no other cells have.
     q_cells, k_cells = visibility.queries, visibility.keys
     queries = _vectors(
         q_cells, q_cells.present, q_streams, -2, [q_lag == level for level in levels[1:]]
     )
     keys = _vectors(k_cells, k_cells.seen, visibility.key_streams, -1)
 
-    # Cells that fill up the last block. Queries repeat the last cell, and their output is cut off.
-    # Keys are in the row of the last cell, so that they do not widen the reach of their block, but
-    # no query sees them: neither as a cell of its segment nor as itself.
+    # Pad the last block with copies of the last cell, so that the block reaches no more rows. The
+    # outputs of padded queries are dropped. Padded keys get no stream and no segment, so that no
+    # query takes them for a key of its segment or for its own cell.
     key_count = keys.shape[2]
     q_block, k_block = max(tile.queries for tile in tiles), max(tile.keys for tile in tiles)
     queries, keys = _pad(queries, 2, q_block, "edge"), _pad(keys, 2, k_block, "edge")
-    keys = jnp.where(
-        (jnp.arange(keys.shape[2]) >= key_count) & (jnp.arange(3) > 0)[:, None], -1, keys
-    )
+    keys = keys.at[:, 1:, key_count:].set(-1)
 
     def flat(x: jax.Array, block: int) -> jax.Array:
         return _pad(x.reshape(batch, -1, *x.shape[3:]), 1, block, "constant")
@@ -204,10 +213,10 @@ class _Static(NamedTuple):
 
 
 class _Spans(NamedTuple):
-    """For each kernel, the blocks that each of its programs visits: [B, blocks, 4] int32.
+    """The blocks that each program of each kernel visits, [B, programs, 4] int32.
 
-    The four numbers are first, full, full_end and end. A program visits the blocks [first, end);
-    those of the run [full, full_end), the last one without gaps, need no mask.
+    The four numbers are first, full, full_end and end. A program visits the blocks [first, end). No
+    mask is needed for [full, full_end), the last contiguous run of blocks that are seen completely.
     """
 
     forward: jax.Array
@@ -227,13 +236,16 @@ def _vectors(
     unused_segment: int,
     stream_sets: Sequence[jax.Array] = (),
 ) -> jax.Array:
-    """What the kernels know of cells, [B, 3 + sets, T * S] int32.
+    """The integer vectors of cells that the kernels read, [B, 3 + sets, T * S] int32.
 
-    The vectors are row, stream, segment, and sets of streams as bits.
+    The vectors are the row, the stream, the segment, and each set of streams as bits.
 
     Args:
-      cells: [B, T] and [B, T, S]. used: [B, T, S] bool; other cells get `unused_segment`.
-      streams: [S] int32. stream_sets: each [S, all streams] bool, a set for each stream.
+      cells: the cells, [B, T] and [B, T, S].
+      used: [B, T, S] bool.
+      streams: [S] int32, the stream of each column.
+      unused_segment: the segment of the cells that are not used.
+      stream_sets: [S, all streams] bool each, a set of streams for each column.
     """
     segment = jnp.where(used, cells.segment[:, :, None], unused_segment)
     bits = [
@@ -246,7 +258,7 @@ def _vectors(
 
 
 def _pad(x: jax.Array, axis: int, block: int, mode: str) -> jax.Array:
-    """`x` with entries added along `axis` up to a multiple of `block`."""
+    """Pads `x` along `axis` to a multiple of `block`."""
     missing = -x.shape[axis] % block
     if not missing:
         return x
@@ -256,46 +268,32 @@ def _pad(x: jax.Array, axis: int, block: int, mode: str) -> jax.Array:
 def _blocks_to_visit(
     queries: jax.Array, keys: jax.Array, q_lag: jax.Array, tile: Tile, of_keys: bool
 ) -> jax.Array:
-    """One field of `_Spans`: blocks of keys for each block of queries, or (`of_keys`) the reverse.
+    """One field of `_Spans`.
 
     Args:
-      queries, keys: from `_vectors`. q_lag: [Sq, S] int32, the lags of the queries' streams.
+      queries, keys: from `_vectors`.
+      q_lag: [Sq, S] int32, the lags of the queries' streams.
+      tile: the block sizes.
+      of_keys: False finds the key blocks for each query block, True the query blocks for each key
+        block.
     """
-
-    def bounds(vectors: jax.Array, block: int) -> tuple[jax.Array, ...]:
-        """Of each block: lowest and highest row; lowest and highest segment; lowest of all.
-
-        [B, blocks] each. The lowest segment is that of used cells; the lowest of all is negative
-        if the block holds an unused cell.
-        """
-        row, _, segment = (
-            x.reshape(x.shape[0], -1, block) for x in jnp.moveaxis(vectors[:, :3], 1, 0)
-        )
-        used_segment = jnp.where(segment < 0, jnp.iinfo(jnp.int32).max, segment)
-        return row.min(2), row.max(2), used_segment.min(2), segment.max(2), segment.min(2)
-
-    q_row, q_row_end, q_segment, q_segment_end, q_lowest = (
-        x[:, :, None] for x in bounds(queries, tile.queries)
-    )
-    k_row, k_row_end, k_segment, k_segment_end, k_lowest = (
-        x[:, None, :] for x in bounds(keys, tile.keys)
-    )
-    itself = (k_row <= q_row_end) & (q_row <= k_row_end)
-    earlier = (
-        (k_row <= q_row_end - q_lag.min())
-        & (k_segment <= q_segment_end)
-        & (q_segment <= k_segment_end)
-    )
-    # Both blocks hold one and the same segment, and used cells only: unused ones have negative
-    # segments that differ.
-    one_segment = (q_lowest == q_segment_end) & (k_lowest == k_segment_end) & (q_lowest == k_lowest)
-    full = (k_row_end <= q_row - q_lag.max()) & one_segment
-    some = itself | earlier
+    q = Extents(*(x[:, :, None] for x in _extents(queries, tile.queries)))
+    k = Extents(*(x[:, None, :] for x in _extents(keys, tile.keys)))
+    some = some_earlier(q, k, q_lag.min()) | share_rows(q, k)
+    full = all_earlier(q, k, q_lag.max())
     return _runs(some.swapaxes(1, 2), full.swapaxes(1, 2)) if of_keys else _runs(some, full)
 
 
+def _extents(vectors: jax.Array, block: int) -> Extents:
+    """Extents of the rows of all cells and the segments of used cells, [B, blocks] each."""
+    row, _, segment = (x.reshape(x.shape[0], -1, block) for x in jnp.moveaxis(vectors[:, :3], 1, 0))
+    used = segment >= 0
+    used_segment = jnp.where(used, segment, jnp.iinfo(jnp.int32).max)
+    return Extents(row.min(2), row.max(2), used_segment.min(2), segment.max(2), used.all(2))
+
+
 def _runs(some: jax.Array, full: jax.Array) -> jax.Array:
-    """Along the last axis: the range that holds all of `some`, and the last run of `full` in it.
+    """Finds the range of `some` along the last axis, and the last contiguous run of `full` in it.
 
     Returns: [..., 4] int32, as in `_Spans`.
     """
@@ -313,36 +311,39 @@ def _runs(some: jax.Array, full: jax.Array) -> jax.Array:
 
 
 def _visit_blocks(span: Sequence[jax.Array], visit: Callable, init: Any) -> Any:
-    """Folds visit(block, carry, masked) over the blocks of a span, those without a mask first."""
+    """Folds visit(block, carry, masked) over a span, first over the blocks that need no mask."""
     first, full, full_end, end = span
     carry = lax.fori_loop(full, full_end, functools.partial(visit, masked=False), init)
+    skipped = full_end - full
 
-    def others(i: jax.Array, carry: Any) -> Any:
-        return visit(jnp.where(i < full, i, i + (full_end - full)), carry, masked=True)
+    def visit_masked(i: jax.Array, carry: Any) -> Any:
+        return visit(jnp.where(i < full, i, i + skipped), carry, masked=True)
 
-    return lax.fori_loop(first, end - (full_end - full), others, carry)
+    return lax.fori_loop(first, end - skipped, visit_masked, carry)
 
 
 def _load(ref: Ref, cells: Any = slice(None)) -> list[jax.Array]:
-    """The integer vectors of some cells, one by one.
+    """Loads the integer vectors of some cells, one by one.
 
-    Triton's arrays have sizes that are powers of two, so there is no array of three vectors.
+    They cannot be one array, because the sizes of Triton's arrays are powers of two.
     """
     return [ref[i, cells] for i in range(ref.shape[0])]
 
 
 def _load_span(ref: Ref) -> list[jax.Array]:
-    """The four numbers of a span, see `_Spans`."""
+    """Loads the four numbers of a span, see `_Spans`."""
     return [ref[i] for i in range(4)]
 
 
 def _mask(
     queries: Sequence[jax.Array], keys: Sequence[jax.Array], levels: Sequence[int], q_axis: int
 ) -> jax.Array:
-    """`visible()` of two blocks, [q, k] bool, or [k, q] if `q_axis` is 1.
+    """`visible()` for a query block and a key block, [q, k] bool, or [k, q] if `q_axis` is 1.
 
     Args:
-      queries, keys: integer vectors from `_load`. levels: distinct lags, see `_levels`.
+      queries, keys: integer vectors from `_load`.
+      levels: the distinct lags, from `_levels`.
+      q_axis: the axis of the queries in the result.
     """
     q_row, q_stream, q_segment, *bits = (jnp.expand_dims(x, 1 - q_axis) for x in queries)
     k_row, k_stream, k_segment = (jnp.expand_dims(x, q_axis) for x in keys)
@@ -352,9 +353,9 @@ def _mask(
     return visible(q_row, q_stream, q_segment, True, k_row, k_stream, k_segment, True, lag)
 
 
-# The kernels. `_query_specs` and `_key_specs` say which block of each array a program gets: "q" and
-# "k" are blocks of queries and of keys or values, "stat" one float32 per query, "queries" and
-# "keys" integer vectors.
+# The kernels. `_query_specs` and `_key_specs` define the block of each array that a program gets:
+# "q" for queries, "k" for keys or values, "stat" for one float32 per query, "queries" and "keys"
+# for the integer vectors of cells, and "span" for the blocks to visit.
 
 
 def _forward_kernel(
@@ -370,7 +371,7 @@ def _forward_kernel(
     tile: Tile,
     levels: tuple[int, ...],
 ) -> None:
-    """Output and log-sum-exp of one block of queries and one head."""
+    """Computes output and log-sum-exp of one block of queries and one head."""
     q, queries = q_ref[...], _load(queries_ref)
 
     def visit(block: jax.Array, carry: Any, masked: bool) -> Any:
@@ -409,7 +410,7 @@ def _d_q_kernel(
     tile: Tile,
     levels: tuple[int, ...],
 ) -> None:
-    """Gradient of one block of queries and one head."""
+    """Computes the gradient of one block of queries and one head."""
     q, d_out, queries = q_ref[...], d_out_ref[...], _load(queries_ref)
     lse, delta = lse_ref[...][:, None], delta_ref[...][:, None]
 
@@ -444,13 +445,13 @@ def _d_kv_kernel(
     tile: Tile,
     levels: tuple[int, ...],
 ) -> None:
-    """Gradients of one block of keys and values and one key head."""
+    """Computes the gradients of one block of keys and values and one key head."""
     k, v, keys, span = k_ref[...], v_ref[...], _load(keys_ref), _load_span(span_ref)
 
     def head(g: jax.Array, carry: Any) -> Any:
         """Adds the gradients through one query head.
 
-        Scores are [keys, queries], so that the left operands of the products are in registers.
+        Scores are [keys, queries], so that the products have their left operands in registers.
         """
 
         def visit(block: jax.Array, carry: Any, masked: bool) -> Any:
@@ -485,7 +486,7 @@ def _call(
     out_shape: Sequence[jax.ShapeDtypeStruct],
     inputs: Sequence[jax.Array],
 ) -> list[jax.Array]:
-    """Runs a kernel on all blocks."""
+    """Runs a kernel on a grid of blocks."""
     return pl.pallas_call(
         functools.partial(kernel, tile=tile, levels=static.levels),
         grid=grid,
@@ -504,9 +505,9 @@ SpecsByName = Callable[..., list[pl.BlockSpec]]
 def _query_specs(
     q: jax.Array, k: jax.Array, queries: jax.Array, keys: jax.Array, tile: Tile
 ) -> tuple[tuple[int, int, int], SpecsByName]:
-    """Grid (query block, query head, table), and a function from names to the blocks of the arrays.
+    """The grid (query block, query head, table), and a function from names to block specs.
 
-    The last queries see most keys and go first, so that no long program starts when the others end.
+    The last query blocks see the most keys. They run first, so that no long program starts late.
     """
     (batch, q_cells, heads, head_dim), (_, k_cells, kv_heads, _) = q.shape, k.shape
     blocks, group = q_cells // tile.queries, heads // kv_heads
@@ -528,7 +529,7 @@ def _query_specs(
 def _key_specs(
     q: jax.Array, k: jax.Array, queries: jax.Array, keys: jax.Array, tile: Tile
 ) -> tuple[tuple[int, int, int], SpecsByName]:
-    """Grid (key block, key head, table), and a function from names to the blocks of the arrays."""
+    """The grid (key block, key head, table), and a function from names to block specs."""
     (batch, q_cells, heads, head_dim), (_, k_cells, kv_heads, _) = q.shape, k.shape
     group = heads // kv_heads
     specs = {
@@ -552,9 +553,14 @@ def _attention(
     spans: _Spans,
     static: _Static,
 ) -> jax.Array:
-    """[B, cells, N, H] of q [B, cells, N, H], k and v [B, cells, K, H]; the cells are full blocks.
+    """The output [B, Lq, N, H], where Lq and Lk are multiples of the block sizes.
 
-    `queries` and `keys`: from `_vectors`.
+    Args:
+      q: [B, Lq, N, H].
+      k, v: [B, Lk, K, H].
+      queries, keys: from `_vectors`.
+      spans: from `_blocks_to_visit`.
+      static: what the kernels are compiled for.
     """
     return _forward(q, k, v, queries, keys, spans, static)[0]
 
@@ -568,7 +574,7 @@ def _forward(
     spans: _Spans,
     static: _Static,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    """What `_attention` returns, and what `_backward` gets."""
+    """The forward pass: the output, and the values that `_backward` needs."""
     saved = _outputs(q, k, v, queries, keys, spans, static)
     out, lse = (checkpoint_name(x, "attention") for x in saved)
     return out, (q, k, v, queries, keys, spans, out, lse)
@@ -583,7 +589,7 @@ def _outputs(
     spans: _Spans,
     static: _Static,
 ) -> list[jax.Array]:
-    """Output [B, cells, N, H], and log-sum-exp [B, N, cells] float32 in base 2."""
+    """Output [B, Lq, N, H], and log-sum-exp [B, N, Lq] float32 in base 2."""
     tile = static.tiles.forward
     grid, specs = _query_specs(q, k, queries, keys, tile)
     shapes = [jax.ShapeDtypeStruct(q.shape, q.dtype), _statistic(q)]
@@ -593,15 +599,15 @@ def _outputs(
 
 
 def _statistic(q: jax.Array) -> jax.ShapeDtypeStruct:
-    """One number per query and head, with the cells last, so that a block of them is contiguous."""
+    """One number per query and head, [B, N, Lq]; Lq is last so that blocks are contiguous."""
     return jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
 
 
 def _backward(static: _Static, saved: tuple[Any, ...], d_out: jax.Array) -> tuple[Any, ...]:
     """Gradients of q, k and v, and None for the other arguments of `_attention`."""
     q, k, v, queries, keys, spans, out, lse = saved
-    # sum(weights * d_weights) over the keys: the term of the softmax's gradient that all keys of a
-    # query share.
+    # The softmax's gradient has a term that all keys of a query share: the sum over the keys of
+    # weights * d_weights, which equals the sum over H of out * d_out.
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1).swapaxes(1, 2)
     names = ("q", "k", "k", "q", "stat", "stat", "queries", "keys", "span")
     inputs = (q, k, v, d_out, lse, delta, queries, keys)

@@ -1,4 +1,4 @@
-"""Dense attention with O(L^2) memory, with which every other backend is compared."""
+"""Dense attention with O(L^2) memory. The tests compare every other backend with it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def reference_attention(
     """Softmax attention over the keys that `visible()` admits.
 
     Args:
-      q: [B, Tq, Sq, N, H]. k, v: [B, Tk, Sk, K, H], N a multiple of K; query head n uses key head n
-        // (N / K).
-      visibility: of the same queries and keys.
+      q: [B, Tq, Sq, N, H].
+      k, v: [B, Tk, Sk, K, H], with N a multiple of K. Query head n uses key head n // (N / K).
+      visibility: of these queries and keys.
 
-    Returns: [B, Tq, Sq, N, H] in q's dtype; scores and softmax are float32.
+    Returns: [B, Tq, Sq, N, H] in q's dtype. Scores and softmax are float32.
     """
     weights = attention_weights(q, k, visibility).astype(v.dtype)
     grouped = weights.reshape(v.shape[0], v.shape[3], -1, *weights.shape[2:])
@@ -28,10 +28,10 @@ def reference_attention(
 
 
 def attention_weights(q: jax.Array, k: jax.Array, visibility: Visibility) -> jax.Array:
-    """The weights of `reference_attention`, which takes the same arguments.
+    """The weights of `reference_attention`; the arguments are the same.
 
-    Returns: [B, N, Tq, Sq, Tk, Sk] float32, of sum 1 over the keys, and 0 for keys that `visible()`
-    does not admit.
+    Returns: [B, N, Tq, Sq, Tk, Sk] float32. They sum to 1 over the keys, and are 0 for keys that
+      `visible()` does not admit.
     """
     batch, rows, streams, heads, head_dim = q.shape
     kv_heads = k.shape[3]

@@ -1,14 +1,14 @@
 """Ring attention over the mesh axis `stream`: keys and values are passed on, not gathered.
 
-After Liu et al. 2023 (arXiv 2310.01889), with streams in place of blocks of rows. A device
-attends to the keys of its own streams, passes them on to its neighbour and goes on with the keys
-that it receives, until it has met the keys of all devices. It holds the keys and values of two
-devices at a time, and every device has the same work. The outputs over parts of the keys are merged
-by their log-sum-exp.
+This follows Liu et al. 2023 (arXiv 2310.01889), with streams in place of blocks of rows. A device
+attends to the keys of its own streams, passes them on to its neighbour and continues with the keys
+that it receives, until it has attended to the keys of all devices. It holds the keys and values of
+two devices at a time, and every device has the same work. The outputs over parts of the keys are
+merged by their log-sum-exp.
 
-The backward pass goes around once more, and the gradients of keys and values travel with them. Each
-part is given output and log-sum-exp over all keys, so that the sum of the parts is the gradient of
-one softmax.
+The backward pass goes around the ring once more, and the gradients of keys and values travel with
+them. Each part gets the output and log-sum-exp over all keys, so that the sum of the parts is the
+gradient of one softmax.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from msllm.streams import Array, Cells, Visibility
 
 
 class _Keys(NamedTuple):
-    """What travels: keys and values of one device's streams, and which of their cells are there."""
+    """The arrays that travel around the ring: one device's keys, values and their cells."""
 
     k: jax.Array  # [B, T, S, K, H]
     v: jax.Array
@@ -38,12 +38,14 @@ class _Keys(NamedTuple):
 def ring_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, cells: Cells, lag: Array, backend: Backend
 ) -> jax.Array:
-    """`dispatch.attention` without gathering, of one device inside `shard_map`.
+    """Computes `dispatch.attention` on one device inside `shard_map`, without gathering.
 
     Args:
-      q: [B, T, S, N, H]. k, v: [B, T, S, K, H]. cells: of the same tables. S are the streams of
-        this device.
-      lag: [S, S] int32 of all streams, with those that only fill up the mesh axis `stream`.
+      q: [B, T, S, N, H], where S are the streams of this device.
+      k, v: [B, T, S, K, H].
+      cells: the cells of the same tables and streams.
+      lag: [S, S] int32 for all streams, from `pad_lag`: with the absent streams that pad the mesh
+        axis `stream`.
       backend: one that has `ring_parts`.
 
     Returns: [B, T, S, N, H] in q's dtype.
@@ -51,17 +53,23 @@ def ring_attention(
     size, devices = q.shape[2], axis_size("stream")
     parts = backend.ring_parts
     if parts is None:
-        raise ValueError(f"the backend {backend.name!r} has no parts for ring attention")
+        raise ValueError(
+            f"the backend {backend.name!r} has no ring_parts: choose one that has, or set"
+            " config.model.kv_ring to False"
+        )
 
     def pass_on(arrays: Any) -> Any:
-        to_neighbours = [(i, (i + 1) % devices) for i in range(devices)]
-        return jax.tree.map(lambda x: lax.ppermute(x, "stream", to_neighbours), arrays)
+        neighbours = [(i, (i + 1) % devices) for i in range(devices)]
+        return jax.tree.map(lambda x: lax.ppermute(x, "stream", neighbours), arrays)
 
     def with_queries(part: Callable, q: jax.Array, cells: Cells, *after: jax.Array) -> Callable:
-        """A part of the backend as a function of keys and the turn in which they are here.
+        """Binds one of `ring_parts` to the queries: a function of the keys and the turn.
 
-        In turn i a device has the keys of the i-th device before it; None is the turn of its own
-        keys, the only ones that hold the cells of the queries themselves.
+        In turn i a device has the keys of the i-th device before it. The turn is None for its own
+        keys, the only ones that include the queries' own cells.
+
+        Args:
+          after: arguments of the part that follow the visibility.
         """
         place = axis_index("stream")
         streams = place * size + jnp.arange(size)
@@ -83,8 +91,8 @@ def ring_attention(
         run = with_queries(parts.forward, q, cells)
         keys = _Keys(k, v, cells.present, cells.seen)
 
-        # The last turn passes keys on that are not needed any more: simpler than a turn of another
-        # kind.
+        # The last turn passes on keys that no device needs any more. A special last turn would
+        # complicate the loop.
         def turn(i, carry):
             keys, so_far = carry
             return pass_on(keys), _merge(so_far, run(keys, i))
@@ -116,10 +124,12 @@ def ring_attention(
     return attend(q, k, v, cells)
 
 
-def _merge(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]):
-    """(output, log-sum-exp) over the keys of two parts together.
+def _merge(
+    one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Merges (output, log-sum-exp) over two parts of the keys.
 
-    A query may see no key of the second part. Its output there may be anything, also not a number.
+    If a query sees no key of the second part, its output there is arbitrary and may be NaN.
     """
     (out, lse), (more, more_lse) = one, other
     both = jnp.logaddexp(lse, more_lse)
