@@ -7,16 +7,15 @@ usage() {
   cat <<'USAGE'
 usage: launch/check_budgets.sh [--write] [NAME ...]
 
-Compiles the train step of each configs/NAME.py that has a configs/budgets/NAME.json, for the topology that the budget
-names, and prints one line for each: whether memory and collectives keep the budget (docs/aot.md). Without names: all of
-them.
-No TPU is needed; a config takes 2 to 8 CPU-minutes and up to 8 GiB of memory.
+Compiles the train step of configs/NAME.py for the topology in configs/budgets/NAME.json, and prints one line for each
+NAME: whether memory and collectives are within the budget (docs/aot.md). Without names, checks every config that has a
+budget. No TPU is needed. A config takes 2 to 8 CPU-minutes and up to 8 GiB of memory.
 
-  --write   write the budgets from what is compiled, instead of comparing
+  --write   write the budgets from the compiled programs instead of comparing
   --help    this text
 
-Exit status: 0 if all keep their budgets, 1 if not, 2 for bad arguments.
-PYTHON=/path/to/python chooses the Python that .venv is made with.
+Exit status: 0 if all are within their budgets, 1 if not, 2 for bad arguments.
+PYTHON=/path/to/python selects the Python that .venv is made with.
 USAGE
 }
 
@@ -31,7 +30,7 @@ for argument in "$@"; do
     --write) write=--write_budget ;;
     *)
       if [[ ! -e configs/budgets/$argument.json ]]; then
-        echo "error: there is no configs/budgets/$argument.json (see --help)" >&2
+        echo "error: there is no configs/budgets/$argument.json: name a config that has a budget (see --help)" >&2
         exit 2
       fi
       names+=("$argument")
@@ -61,8 +60,8 @@ for name in "${names[@]}"; do
     result=FAILED
     status=1
   fi
-  # What it says of memory, and what is wrong.
-  said=$(grep -E '^  (fits|does not fit)|^over budget|^error' "$log" | sed 's/^ *//' | paste -sd ';' | sed 's/;/; /g') || true
-  printf '%-22s %-14s %-6s  %s\n' "$name" "$slices x $topology" "$result" "${said:-$(tail -n 1 "$log")}"
+  # The lines of the report on memory, exceeded limits and errors.
+  summary=$(grep -E '^  (fits|does not fit)|^over budget|^error' "$log" | sed 's/^ *//' | paste -sd ';' | sed 's/;/; /g') || true
+  printf '%-22s %-14s %-6s  %s\n' "$name" "$slices x $topology" "$result" "${summary:-$(tail -n 1 "$log")}"
 done
 exit "$status"

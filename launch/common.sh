@@ -1,10 +1,11 @@
 # shellcheck shell=bash
-# Functions that the scripts of this folder share. They are sourced from the root of the repository.
+# Functions shared by the scripts in this folder, which source this file from the root of the repository.
 
-# Ctrl-C ends the script even if the running command handles it and exits with status 0. Without a trap, bash goes on.
+# Ctrl-C ends the script even if the running command handles it and exits with status 0. Without this trap, bash would
+# continue with the next command.
 trap 'exit 130' INT
 
-# Prints a Python that runs, is at least 3.11 and can make virtual environments. $PYTHON is tried first.
+# Prints a Python that runs, is at least 3.11 and can make virtual environments. With $PYTHON set, tries only that one.
 find_python() {
   local candidate
   # A name on the PATH may be a version manager's shim that only prints an error, so each candidate is run.
@@ -23,7 +24,7 @@ find_python() {
   return 1
 }
 
-# use_environment [EXTRA]: makes .venv, installs msllm[EXTRA] in it if pyproject.toml has changed since, activates it.
+# use_environment [EXTRA]: makes .venv if needed, installs msllm[EXTRA] if pyproject.toml has changed, and activates it.
 use_environment() {
   local extra=${1:-} python stamp
   if ! .venv/bin/python -c '' >/dev/null 2>&1; then
@@ -54,13 +55,13 @@ need_number() {
   fi
 }
 
-# need_config FILE: fails unless it is a config of this repository, which all hosts have under the same name.
+# need_config FILE: fails unless FILE exists. It must be in this repository, so that all hosts have it at the same path.
 need_config() {
   [[ -n $1 ]] || fail "--config is missing: name a file, e.g. --config=configs/quickstart.py (see --help)"
   [[ -f $1 ]] || fail "the config is '$1': there is no such file; name one, e.g. configs/quickstart.py, from the root"
 }
 
-# quoted WORD ...: prints the words as one line that a shell reads back.
+# quoted WORD ...: prints the words as one line, quoted for a shell.
 quoted() {
   local word line=
   for word in "$@"; do
@@ -71,7 +72,7 @@ quoted() {
   printf '%s\n' "${line# }"
 }
 
-# do_or_say WORD ...: runs a command; with dry_run set, only prints it.
+# do_or_say WORD ...: runs a command, or only prints it if dry_run is set.
 do_or_say() {
   if [[ -n ${dry_run:-} ]]; then
     quoted "$@"
@@ -80,7 +81,7 @@ do_or_say() {
   fi
 }
 
-# environment_of cpu|gpu|tpu: the VARIABLE=VALUE lines of flags.env for that hardware.
+# environment_of cpu|gpu|tpu: prints the VARIABLE=VALUE lines of flags.env for that hardware.
 environment_of() {
   sed -n "s/^$1 //p" launch/flags.env
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Rehearses a pod: several processes of `msllm train` on this machine, with CPU devices, restarted as on a pod.
+# Rehearses a pod: runs several processes of `msllm train` with CPU devices on this machine and restarts them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=/dev/null
@@ -9,25 +9,25 @@ usage() {
   cat <<'EOF'
 usage: launch/local_pod.sh PROCESSES CONFIG [OPTION ...]
 
-Trains CONFIG (e.g. configs/quickstart.py) with PROCESSES processes that are joined over the loopback as the hosts of a
-pod are. The output of process I of the K-th start is in WORKDIR/logs/attempt-K/process-I.log, and its process id in
-process-I.pid. The output of process 0 is also shown here. If a process dies, the others get some time to end by
-themselves before they are killed.
+Trains CONFIG (e.g. configs/quickstart.py) with PROCESSES processes on this machine, connected over the loopback
+interface in the same way as the hosts of a pod. The output of process I of start K goes to
+WORKDIR/logs/attempt-K/process-I.log, and its process id to process-I.pid in the same folder. The output of process 0 is
+also shown here. If a process dies, the others get some time to end by themselves before they are killed.
 
   --devices=D               CPU devices of each process; default 1
-  --workdir=DIR             checkpoints, metrics, logs; default runs/local_pod
-  --restarts=R              restarts at most, after a process has died or the run was preempted; default 0. There is no
-                            restart after status 2, nor after you stop the script
+  --workdir=DIR             folder for checkpoints, metrics and logs; default runs/local_pod
+  --restarts=R              maximum number of restarts after a process has died or the run was preempted; default 0.
+                            There is no restart after status 2 or after you stop the script
   --grace=SECONDS           how long the other processes may take to end once one has died, or once you stop the script.
-                            The default, 150, is more than the heartbeat timeout, after which a host counts as lost
+                            The default, 150, is longer than the heartbeat timeout, after which a host counts as lost
   --config.KEY=VALUE, --initialization_timeout=SECONDS, --heartbeat_timeout=SECONDS
                             passed on to msllm train
   --python=PROGRAM          the Python that runs msllm; default: that of .venv, which is made if missing
-  --dry-run                 prints the commands and runs none
+  --dry-run                 print the commands without running them
   --help                    this text
 
-Exit status: 0 complete, or stopped with Ctrl-C and saved; 2 bad input; 75 stopped with SIGTERM and saved, the same
-command continues; otherwise that of the process that died first.
+Exit status: 0 if complete, or stopped with Ctrl-C and saved; 2 for bad input; 75 if stopped with SIGTERM and saved, and
+the same command continues; otherwise the status of the process that died first.
 EOF
 }
 
@@ -53,20 +53,20 @@ for argument in "$@"; do
       elif [[ -z $config ]]; then
         config=$argument
       else
-        fail "unexpected argument '$argument': there are two, PROCESSES and CONFIG (see --help)"
+        fail "unexpected argument '$argument': PROCESSES and CONFIG are already given (see --help)"
       fi
       ;;
   esac
 done
-[[ -n $config ]] || fail "PROCESSES or CONFIG are missing: launch/local_pod.sh 4 configs/quickstart.py (see --help)"
+[[ -n $config ]] || fail "PROCESSES or CONFIG are missing: e.g. launch/local_pod.sh 4 configs/quickstart.py (see --help)"
 need_number PROCESSES "$processes" 1
 need_number --devices "$devices" 1
 need_number --restarts "$restarts" 0
 need_number --grace "$grace" 1
 need_config "$config"
-[[ $workdir != *://* ]] || fail "--workdir is '$workdir': the logs of a rehearsal are local files; name a folder"
+[[ $workdir != *://* ]] || fail "--workdir is '$workdir': the logs of a rehearsal are local files; name a local folder"
 
-# Prints a free port of the loopback, below the range from which the kernel assigns ports.
+# Prints a free port of the loopback interface, below the range from which the kernel assigns ports.
 free_port() {
   local port
   for _ in {1..100}; do
@@ -80,7 +80,8 @@ free_port() {
   return 1
 }
 
-# set_command I: sets `command` to that of process I. XLA takes the last of two equal flags, so the user's own win.
+# set_command I: sets `command` to the command of process I. The user's XLA_FLAGS come last, because XLA uses the last
+# value of a repeated flag.
 set_command() {
   local line flags=
   command=(env)
@@ -109,19 +110,19 @@ command -v "$python" >/dev/null || fail "--python is '$python': no such program;
 # shellcheck source=/dev/null
 . launch/env.sh
 
-exec 3>&2 # for this script's messages; below, the shell's own messages about killed processes are discarded
+exec 3>&2 # for this script's messages: stderr is discarded below to hide the shell's messages about killed processes
 say() {
   echo "local_pod: $*" >&3
 }
 
-set -m # each process leads a group of its own, so that Ctrl-C reaches only this script and a group can be killed at once
+set -m # each process leads a process group: Ctrl-C reaches only this script, and kill reaches an entire group
 pids=() alive=() deadline='' tail_pid='' stop=''
 
 # If this script is killed and cannot clean up, the kernel ends its processes.
 guard=()
 if setpriv --pdeathsig TERM true 2>/dev/null; then guard=(setpriv --pdeathsig TERM); fi
 
-# Ends processes at once, together with everything that they have started.
+# Kills processes, together with everything that they have started.
 kill_groups() {
   local pid
   for pid in "$@"; do kill -KILL -- "-$pid" 2>/dev/null || true; done
@@ -158,7 +159,7 @@ attempt() {
   done
   tail -n +1 -s 0.1 --pid="${pids[0]}" -f "$logs/process-0.log" 2>/dev/null 3>&- &
   tail_pid=$!
-  # The signal may have come before the processes were there.
+  # The signal may have arrived before the processes were started.
   if [[ -n $stop ]]; then kill -TERM "${alive[@]}" 2>/dev/null || true; fi
   while [[ ${#alive[@]} -gt 0 ]]; do
     sleep 0.2
@@ -174,8 +175,8 @@ attempt() {
       wait "$pid" || code=$?
       if [[ $code -ne 0 ]]; then
         say "process $i ended with status $code"
-        # Bad input counts most, then the status of the first process that died and was not killed here. 75 counts
-        # only if none died.
+        # The status of bad input takes precedence, then that of the first process that died and was not killed here.
+        # 75 is used only if no process died.
         if [[ $code -eq 2 || $status -eq 0 || ($status -eq 75 && -z $killed) ]]; then status=$code; fi
       fi
     done

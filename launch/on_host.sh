@@ -9,8 +9,8 @@ usage() {
   cat <<'EOF'
 usage: launch/on_host.sh install [DATA] | start [VARIABLE=VALUE ...] -- ARGUMENT ... | status | stop
 
-  install   makes .venv with msllm in it, with its own Python if the host has none that is new enough, and copies the
-            folder DATA (gs://BUCKET/FOLDER) to data/FOLDER
+  install   makes .venv with msllm in it, with a newer Python if that of the host is too old, and copies the folder DATA
+            (gs://BUCKET/FOLDER) to data/FOLDER
   start     ends the running process, then runs `msllm train ARGUMENT ...` in the background
   status    prints none, running, stopped or "exit STATUS"
   stop      ends the running process, which finishes the step and saves
@@ -21,7 +21,7 @@ EOF
 
 state=$HOME/msllm-run
 
-# Prints the id of this boot. A process id from before a reboot means nothing.
+# Prints the id of this boot. Process ids from before a reboot are invalid.
 boot() {
   cat /proc/sys/kernel/random/boot_id 2>/dev/null || true
 }
@@ -34,7 +34,7 @@ runs() {
 alive() { runs "$state/pid"; }
 supervised() { runs "$state/session"; }
 
-# end_process SECONDS: sends SIGTERM to the process, and after that time SIGKILL to everything that it has started.
+# end_process SECONDS: sends SIGTERM to the process and, after SECONDS, SIGKILL to everything that it has started.
 end_process() {
   local waited
   if ! alive; then return; fi
@@ -50,7 +50,7 @@ end_process() {
 # Runs in a session of its own: waits for the process and records its exit status.
 supervise() {
   local pid status=0
-  trap '' TERM INT HUP # a host that shuts down signals all processes: training saves, and this process waits for it
+  trap '' TERM INT HUP # at shutdown all processes get the signal: training saves, and this process waits for it
   echo $$ >"$state/session"
   (
     trap - TERM INT HUP
@@ -95,14 +95,14 @@ case ${1:---help} in
       if [[ -e $state/pid ]]; then exit; fi
       sleep 0.1
     done
-    fail "the process did not start: see $state/train.log"
+    fail "the process did not start within 5 s: see $state/train.log"
     ;;
   supervise)
     shift
     supervise "$@"
     ;;
   status)
-    # A process that has ended stays ended. In this order, a stop or an end in between is not mistaken for a crash.
+    # Check for a running process before its files, so that a stop or an end in between does not look like a crash.
     if alive; then
       echo running
       exit
@@ -126,5 +126,5 @@ case ${1:---help} in
     touch "$state/stopped"
     end_process 300
     ;;
-  *) fail "unknown command $1 (see --help)" ;;
+  *) fail "unknown command '$1': one of install, start, status, stop (see --help)" ;;
 esac

@@ -8,14 +8,14 @@ usage() {
 usage: launch/quickstart.sh [--config.KEY=VALUE ...]
 
 Makes .venv with msllm in it, prepares data, trains configs/quickstart.py, evaluates the model on held-out questions and
-lets it answer one. Everything goes to .venv, data/quickstart and runs/quickstart. You can run it again at any time:
-finished steps are skipped, and an interrupted training continues.
+lets it answer one question. All output goes to .venv, data/quickstart and runs/quickstart. You can run the script again
+at any time: it skips what is finished and continues an interrupted training.
 
   --config.KEY=VALUE   overrides a setting, e.g. --config.steps=100 for a shorter training. Delete runs/quickstart
-                       before you change the model or the data: a run that has begun continues from its checkpoints
+                       before you change the model or the data, because a run continues from its checkpoints
   --help               this text
 
-PYTHON=/path/to/python chooses the Python (3.11 or later) that .venv is made with.
+PYTHON=/path/to/python selects the Python (3.11 or later) that .venv is made with.
 EOF
 }
 
@@ -59,12 +59,12 @@ use_environment
 # shellcheck source=/dev/null
 . launch/env.sh
 
-TIMEFORMAT=$'\nCPU time without installation: %U s, and %S s of the kernel; %R s passed.'
+TIMEFORMAT=$'\nCPU time without installation: %U s user, %S s system; wall time: %R s.'
 time steps "$@"
 
 cat <<'EOF'
 
-The table above has a row per step: the user's words are given, thought and output are the model's.
+The table above has a row per time step. The user's words are given; the model generates thought and output.
 
 Next (after `. .venv/bin/activate && . launch/env.sh`):
   another question          msllm generate --checkpoint=runs/quickstart --rows=16 \

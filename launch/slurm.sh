@@ -10,30 +10,30 @@ usage() {
   cat <<'EOF'
 usage: launch/slurm.sh --config=FILE --workdir=DIR [OPTION ...]
 
-Submits a job that trains. Shortly before its time limit the job saves and requeues itself. It also requeues itself,
-a limited number of times, when a process has died. Run this from the repository, in a folder that all nodes see.
+Submits a training job. Shortly before its time limit the job saves and requeues itself. It also requeues itself, a
+limited number of times, when a process has died. Run this script in a clone of the repository that all nodes see.
 
-  --config=FILE             e.g. configs/1b_h100_8.py
-  --workdir=DIR             checkpoints, metrics, log, in a folder that all nodes see
-  --nodes=N                 default 1
-  --gpus=G                  cards of a node; default 8
-  --per=node|gpu            one process per node (default) or per card. Per node, the data are read once and one Python
-                            process drives all cards. Per card, each Python process has less to do: try it if
-                            cards wait for the host, or if collectives hang with several cards in a process
+  --config=FILE             the config, e.g. configs/1b_h100_8.py
+  --workdir=DIR             folder for checkpoints, metrics and the log, which all nodes must see
+  --nodes=N                 number of nodes; default 1
+  --gpus=G                  GPUs per node; default 8
+  --per=node|gpu            one process per node (default) or per GPU. Per node, the data are read once and one Python
+                            process drives all GPUs. Per GPU, each Python process has less to do: try it if GPUs wait
+                            for the host, or if collectives hang with several GPUs in a process
   --time=[D-]HH:MM:SS       time limit; default 24:00:00
-  --save-seconds=S          how long before the time limit the job saves; default 300. One step and the writing of the
-                            checkpoint must fit
-  --grace=SECONDS           how long the other processes may take to end once one has ended; default 150, more than the
-                            heartbeat timeout
+  --save-seconds=S          how long before the time limit the job saves; default 300. A step and writing a checkpoint
+                            must fit into this time
+  --grace=SECONDS           how long the other processes may take to end once one has ended. The default, 150, is longer
+                            than the heartbeat timeout
   --requeues=R              how often the job requeues itself after a crash; default 10. Time limits and preemptions do
                             not count
   --name=NAME               name of the job; default msllm
   --sbatch=OPTION           an option for sbatch, e.g. --sbatch=--partition=gpu; may be repeated
-  --env=VARIABLE=VALUE      set for the processes; may be repeated. The gpu lines of launch/flags.env are set already
+  --env=VARIABLE=VALUE      a variable for the processes, beside the gpu lines of launch/flags.env; may be repeated
   --python=PROGRAM          the Python that runs msllm on the nodes; default: that of .venv, which is made if missing
   --config.KEY=VALUE, --initialization_timeout=SECONDS, --heartbeat_timeout=SECONDS
                             passed on to msllm train
-  --dry-run                 prints the job's script and submits nothing
+  --dry-run                 print the job's script without submitting it
   --help                    this text
 EOF
 }
@@ -74,9 +74,9 @@ need_number --gpus "$gpus" 1
 need_number --save-seconds "$save" 1
 need_number --grace "$grace" 1
 need_number --requeues "$requeues" 0
-[[ $per == node || $per == gpu ]] || fail "--per is '$per': must be node or gpu (one process for each)"
-[[ $time =~ ^([0-9]+-)?[0-9]{1,2}:[0-9]{2}:[0-9]{2}$ ]] || fail "--time is '$time': must be [D-]HH:MM:SS"
-[[ $name =~ ^[A-Za-z0-9._-]+$ ]] || fail "--name is '$name': letters, digits, dots, hyphens and underscores only"
+[[ $per == node || $per == gpu ]] || fail "--per is '$per': must be node or gpu (one process per node or per GPU)"
+[[ $time =~ ^([0-9]+-)?[0-9]{1,2}:[0-9]{2}:[0-9]{2}$ ]] || fail "--time is '$time': must be [D-]HH:MM:SS, e.g. 24:00:00"
+[[ $name =~ ^[A-Za-z0-9._-]+$ ]] || fail "--name is '$name': use only letters, digits, dots, hyphens and underscores"
 for option in ${options[@]+"${options[@]}"}; do
   [[ $option == -* ]] || fail "--sbatch is '$option': must be an option of sbatch, e.g. --sbatch=--partition=gpu"
 done
@@ -84,7 +84,7 @@ for variable in ${variables[@]+"${variables[@]}"}; do
   [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "--env is '$variable': must be VARIABLE=VALUE"
 done
 
-# Prints the job's script. jax finds the other processes and the coordinator in Slurm's variables.
+# Prints the job's script. jax finds the other processes and the coordinator from Slurm's variables.
 script() {
   local option line tasks=1
   if [[ $per == gpu ]]; then tasks=$gpus; fi
@@ -103,18 +103,18 @@ crashes_file=$(quoted "$workdir")/slurm-\$SLURM_JOB_ID.crashes
 EOF
   while read -r line; do echo "export ${line%%=*}=$(quoted "${line#*=}")"; done < <(environment_of gpu)
   if [[ $per == node ]]; then
-    echo "# Under Slurm, jax by default gives each process only the card with its local number."
+    echo "# By default under Slurm, jax gives each process only the GPU with its local number."
     echo "export JAX_LOCAL_DEVICE_IDS=$(seq -s , 0 $((gpus - 1)))"
   fi
   for line in ${variables[@]+"${variables[@]}"}; do echo "export ${line%%=*}=$(quoted "${line#*=}")"; done
   line=$(quoted "$python" -m msllm train --config="$config" --workdir="$workdir" ${passed[@]+"${passed[@]}"})
   cat <<EOF
 
-# The time limit is near, or the job is preempted. Only this script gets the signal, so scancel passes it on to all
-# processes. They finish the step, save and end with status 75.
+# The job gets SIGTERM shortly before its time limit, and when it is preempted. Only this script gets the signal, so
+# scancel passes it on to all processes. They finish the step, save and end with status 75.
 trap 'scancel --signal=TERM "\$SLURM_JOB_ID"' TERM
 
-# If one process ends, the others get some time to end by themselves, because they may be saving.
+# When one process ends, give the others time to end by themselves, because they may be saving.
 srun --kill-on-bad-exit=0 --wait=$grace $line &
 EOF
   cat <<'EOF'
@@ -141,7 +141,7 @@ case $status in
     ;;
 esac
 
-# A job that was cancelled, or that must not be requeued (scontrol update JobId=ID Requeue=0), stays ended.
+# Do not requeue a job that was cancelled, or that has Requeue=0 (scontrol update JobId=ID Requeue=0).
 job=$(scontrol show job "$SLURM_JOB_ID")
 if [[ $job == *JobState=RUNNING* && $job == *Requeue=1* ]]; then
   echo "slurm: requeueing"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU VMs: one slice or several, through a queued resource, until the run is complete.
+# Trains on Cloud TPU VMs, on one slice or several, until the run is complete. Requests them as a queued resource.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=/dev/null
@@ -9,44 +9,44 @@ usage() {
   cat <<'EOF'
 usage: launch/tpu_vm.sh COMMAND --name=NAME --zone=ZONE --project=PROJECT [OPTION ...]
 
-Commands; each can be repeated:
-  create    requests the TPU VMs (a queued resource), unless they exist or are requested already
+Commands, each of which can be repeated:
+  create    requests the TPU VMs (a queued resource), unless they exist or have been requested
   install   copies this repository at --commit to every host and installs it
-  start     starts training on every host, in the background, after ending what was running there
+  start     starts training in the background on every host, after ending a run that is in progress
   status    prints the state of the queued resource, and how many hosts are running or have ended
   logs      follows the log of one host
   stop      ends training on every host, which finishes the step and saves
   delete    deletes the TPU VMs and the queued resource
-  run       does all of this: creates, waits, installs, starts, watches. After a preemption it requests new VMs, and
-            after a crash it starts training again. It deletes the VMs when the run is complete or the input is bad.
-            If this command is interrupted, training goes on, and the same command watches it again
+  run       does all of this: creates, waits, installs, starts and watches. After a preemption it requests new VMs, and
+            after a crash it restarts training. It deletes the VMs when the run is complete or the input is bad. If the
+            command is interrupted, training goes on, and the same command watches it again
 
 Options:
   --type=TYPE               accelerator type, e.g. v5litepod-256, v6e-256, v5p-128 (create, run)
   --config=FILE             a config of this repository (start, run)
-  --workdir=PLACE           gs://BUCKET/FOLDER, or a folder that all hosts share (start, run)
-  --data=gs://BUCKET/FOLDER prepared data. install copies them to data/FOLDER of the repository on every host, and
+  --workdir=PLACE           gs://BUCKET/FOLDER, or the full path of a folder that all hosts share (start, run)
+  --data=gs://BUCKET/FOLDER prepared data. install copies it to data/FOLDER in the repository on every host;
                             --config.data.dir must name that folder
-  --slices=N                slices of that type; default 1
+  --slices=N                number of slices of that type; default 1
   --spot                    use VMs that may be preempted
   --reserved                use a reservation
-  --runtime=VERSION         runtime version; default by type: launch/tpus.txt
+  --runtime=VERSION         runtime version; default: that of the type in launch/tpus.txt
   --service-account=EMAIL, --network=NAME, --subnetwork=NAME
-                            for the VMs; default: those of the project
+                            settings of the VMs; default: those of the project
   --commit=REVISION         the commit to install; default HEAD
   --repository=URL          a repository to clone on the hosts; default: a copy of this one
-  --env=VARIABLE=VALUE      set on the hosts; may be repeated. The tpu lines of launch/flags.env are set already
+  --env=VARIABLE=VALUE      a variable for the hosts, beside the tpu lines of launch/flags.env; may be repeated
   --ssh-option=OPTION       an option for gcloud's ssh and scp, e.g. --ssh-option=--tunnel-through-iap; may be repeated
   --slice=I, --worker=J     the host whose log is shown; default 0 and 0
-  --poll=SECONDS            how often run looks at the state; default 60
+  --poll=SECONDS            how often run checks the state; default 60
   --restarts=R              how often run restarts training after a crash; default 20. Preemptions do not count
-  --keep                    run does not delete the VMs
+  --keep                    do not delete the VMs at the end of run
   --config.KEY=VALUE, --initialization_timeout=SECONDS, --heartbeat_timeout=SECONDS
                             passed on to msllm train
-  --dry-run                 prints the commands and runs none
+  --dry-run                 print the commands without running them
   --help                    this text
 
-Exit status of run: 0 complete; 2 bad input; 75 stopped with `stop`, start continues; 1 otherwise.
+Exit status of run: 0 if complete; 2 for bad input; 75 if stopped with `stop`, and `start` continues; 1 otherwise.
 EOF
 }
 
@@ -103,7 +103,7 @@ for needed in name zone project; do
   [[ -n ${!needed} ]] || fail "--$needed is missing: every command needs --name, --zone and --project (see --help)"
 done
 [[ $name =~ ^[a-z]([a-z0-9-]{0,40}[a-z0-9])?$ ]] ||
-  fail "--name is '$name': lower-case letters, digits and hyphens, a letter first, at most 42"
+  fail "--name is '$name': lower-case letters, digits and hyphens, a letter first, at most 42 characters"
 [[ -z $data || $data == gs://?*/?* ]] || fail "--data is '$data': must be gs://BUCKET/FOLDER"
 need_number --slices "$slices" 1
 need_number --slice "$slice" 0
@@ -141,7 +141,7 @@ on_hosts() {
   queued_resources ssh "$name" --node="$1" --worker="$2" --command="$3" ${ssh_options[@]+"${ssh_options[@]}"}
 }
 
-# Prints the state of the queued resource, or MISSING if there is none. Fails if gcloud gets no answer.
+# Prints the state of the queued resource, or MISSING if it does not exist. Fails if gcloud gets no answer.
 state() {
   local answer
   answer=$(queued_resources list --filter="name ~ /queuedResources/$name\$" --format="value(state.state)") || return 1
@@ -205,7 +205,7 @@ say() {
   echo "tpu_vm: $(date -u +%H:%M:%S) $*" >&2
 }
 
-# Returns once the VMs are there. Requests them, and requests new ones after a preemption.
+# Requests the VMs and returns when they are ready. Requests new ones after a preemption.
 bring_up() {
   local now before=
   while true; do
@@ -214,23 +214,23 @@ bring_up() {
     before=$now
     case $now in
       ACTIVE) return ;;
-      MISSING) create || say "could not request it; trying again" ;;
+      MISSING) create || say "could not request $name; trying again" ;;
       SUSPENDED | FAILED)
         delete || true
         continue
         ;;
-      *) ;; # on its way to one of these states
+      *) ;; # in transition to one of these states
     esac
     sleep "$poll"
   done
 }
 
-# Sets `outcome` once training has ended: a status of on_host.sh, or preempted, or lost.
+# Waits until training has ended and sets `outcome` to a status of on_host.sh, `preempted` or `lost`.
 watch() {
   local now silent=0
   while true; do
     sleep "$poll"
-    now=$(state) || continue # gcloud gets no answer, which says nothing about the pod
+    now=$(state) || continue # gcloud got no answer, which says nothing about the pod
     if [[ $now != ACTIVE ]]; then
       outcome=preempted
       return
@@ -246,7 +246,7 @@ watch() {
 }
 
 finish() { # finish STATUS
-  if [[ -z $keep ]]; then delete || say "could not delete $name: it still costs, delete it"; fi
+  if [[ -z $keep ]]; then delete || say "could not delete $name: delete it, because it still costs money"; fi
   exit "$1"
 }
 
@@ -263,11 +263,11 @@ run() {
         watch
       fi
     else
-      say "training is running"
+      say "training is already running"
       watch
     fi
     say "training: $outcome"
-    # Another host may know better than the first one why all have ended.
+    # If the first host failed because another one had bad input, only that other host has status 2.
     if [[ $outcome == "exit "* && $outcome != "exit 0" ]] && statuses all all | grep -qx "exit 2"; then
       outcome="exit 2"
     fi
@@ -282,7 +282,7 @@ run() {
       *)
         if ((++crashes > restarts)); then
           show_logs 50 >&2 || true
-          say "more than $restarts crashes; $name is still there and costs: delete it or run again"
+          say "more than $restarts crashes: $name is still there and costs money: delete it or run again"
           exit 1
         fi
         if [[ $outcome == lost ]]; then delete || true; fi
@@ -297,7 +297,7 @@ case $command in
     if [[ $now == MISSING ]]; then
       create
     else
-      say "$name is already there: $now"
+      say "$name already exists: $now"
     fi
     ;;
   install) install ;;

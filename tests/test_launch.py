@@ -471,7 +471,7 @@ def test_tpu_vm_gives_up_after_crashes_and_keeps_the_machines(cloud):
     found = launch(*TPU_VM, "run", "--poll=1", "--restarts=1", **environment)
     assert (
         found.returncode == 1
-        and "it still costs" not in found.stderr
+        and "it still costs money" not in found.stderr
         and "still there and costs" in found.stderr
     )
     assert "delete" not in calls(folder)

@@ -1,8 +1,8 @@
 """Write the Kubernetes manifest (a JobSet) that trains a config on TPU slices.
 
-A slice is a Job, and each of its hosts is a pod. The cluster needs JobSet 0.10.1
-or later, for patterns in its failure policy. Overrides of the config go into
-the manifest. docs/pods.md leads through the rest.
+Each slice is a Job, and each of its hosts is a pod. The cluster needs JobSet
+0.10.1 or later, which supports patterns in the failure policy. Overrides of the
+config are written into the manifest. docs/pods.md describes the other steps.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ python launch/gke/jobset.py --config=configs/8b_v5e_256.py --topology=v5e:16x16 
   --image=IMAGE --name=mine --workdir=gs://BUCKET/mine | kubectl apply -f -
 """
 LAUNCH = pathlib.Path(__file__).resolve().parent.parent
-JOB = "slice"  # the name of the replicated job; the host that coordinates is NAME-slice-0-0.NAME
+JOB = "slice"  # the name of the replicated job; the coordinator is NAME-slice-0-0.NAME
 PORTS = {
     "tpu": 8471,  # libtpu
     "jax": 8482,  # the coordinator (jax/_src/clusters/cloud_tpu_cluster.py)
     "megascale": 8080,  # libtpu between slices
 }
-STEP_SECONDS = 60  # to finish a step and to wait for all hosts before the checkpoint is written
-HOST_WRITES = 50e6  # bytes that a host writes per second, at least
+STEP_SECONDS = 60  # to finish a step and wait for all hosts before writing the checkpoint
+WRITE_BYTES_PER_SECOND = 50e6  # of a host; a conservative assumption
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """What GKE must know about a slice."""
+    """A slice as GKE describes it."""
 
     accelerator: str  # value of the label cloud.google.com/gke-tpu-accelerator
-    topology: str  # chips along each axis, 16x16
+    topology: str  # chips along each axis, such as 16x16
     hosts: int
     chips_per_host: int
 
@@ -57,7 +57,8 @@ def describe(topology: str, devices: Sequence[Any], num_slices: int) -> Slice:
 
     Args:
       topology: generation and chips along each axis.
-      devices: the devices of all slices, as the TPU compiler names them.
+      devices: the devices of all slices, from the TPU compiler.
+      num_slices: the number of slices.
     """
     generation, _, shape = topology.partition(":")
     rows = [
@@ -68,7 +69,7 @@ def describe(topology: str, devices: Sequence[Any], num_slices: int) -> Slice:
     accelerators = {row[0]: row[3] for row in rows}
     if generation not in accelerators:
         raise UserError(
-            f"--topology is {topology!r}: GKE is known to have {', '.join(accelerators)} "
+            f"--topology is {topology!r}: the generation must be one of {', '.join(accelerators)} "
             "(launch/tpus.txt)"
         )
     places = {(getattr(device, "slice_index", 0), device.process_index) for device in devices}
@@ -87,20 +88,20 @@ def grace_seconds(config: Config, hosts: int) -> int:
     streams = StreamSpec.from_config(resolve_visibility(config).streams)
     _, parameters, _ = abstract_model(model, streams)
     size = 12 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters))
-    return STEP_SECONDS + 30 * math.ceil(size / hosts / HOST_WRITES / 30)
+    return STEP_SECONDS + 30 * math.ceil(size / hosts / WRITE_BYTES_PER_SECOND / 30)
 
 
 def environment(num_slices: int, name: str) -> list[dict[str, Any]]:
-    """The variables of the container: the tpu lines of flags.env, and how slices find each other.
+    """The variables of the container: the tpu lines of flags.env, and the addresses of slices.
 
-    GKE sets the place of each pod within its slice (TPU_WORKER_ID, TPU_WORKER_HOSTNAMES). For
-    several slices, jax and libtpu read the MEGASCALE variables
-    (jax/_src/clusters/cloud_tpu_cluster.py). The index of a slice is that of its Job.
+    GKE sets the position of each pod within its slice (TPU_WORKER_ID, TPU_WORKER_HOSTNAMES). With
+    several slices, jax and libtpu also read the MEGASCALE variables
+    (jax/_src/clusters/cloud_tpu_cluster.py). The index of a slice is the index of its Job.
     """
     lines = [
         line.removeprefix("tpu ")
         for line in (LAUNCH / "flags.env").read_text().splitlines()
-        if line[:4] == "tpu "
+        if line.startswith("tpu ")
     ]
     variables = [
         {"name": key, "value": value} for key, _, value in (line.partition("=") for line in lines)
@@ -131,16 +132,24 @@ def manifest(
     """The JobSet as nested dicts. Raises UserError for a name that Kubernetes refuses.
 
     Args:
+      name: the name of the JobSet, with which the names of its pods begin.
+      image: the container image.
       arguments: the arguments of `msllm train`.
-      grace: seconds in which a pod may end.
-      restarts: restarts after a process has died, at most.
+      shape: the slice.
+      num_slices: the number of slices.
+      grace: seconds that a pod may take to end.
+      restarts: the maximum number of restarts after a process has died.
+      service_account: the Kubernetes service account of the pods.
+      data_bucket: a bucket to mount at /data.
+      spot: run on Spot VMs.
+      host_network: use the network of the nodes.
     """
-    # A pod's name is a label, which has at most 63 characters.
+    # The name of a pod becomes a label, which has at most 63 characters.
     longest = 63 - len(f"-{JOB}-{num_slices - 1}-{shape.hosts - 1}-abcde")
     if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name) or len(name) > longest:
         raise UserError(
             f"--name is {name!r}: lower-case letters, digits and hyphens, a letter first, at most "
-            f"{longest} characters (pods are named after it)"
+            f"{longest} characters (it begins the names of the pods)"
         )
     container = {
         "name": "msllm",
@@ -149,7 +158,7 @@ def manifest(
         "env": environment(num_slices, name),
         "ports": [{"name": key, "containerPort": port} for key, port in PORTS.items()],
         "resources": {"limits": {"google.com/tpu": shape.chips_per_host}},
-        # The loader passes batches on in shared memory, of which a container has 64 MiB by default.
+        # The loader passes batches through shared memory. The default of a container is 64 MiB.
         "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],
     }
     pod = {
@@ -193,7 +202,8 @@ def manifest(
         "completions": shape.hosts,
         "completionMode": "Indexed",
         "backoffLimit": 0,
-        # FailJob gives the JobSet a reason to act on below: bad input, saved on request, node lost.
+        # FailJob gives the failure policy below a reason to act on: bad input, saved on request, or
+        # a lost node.
         "podFailurePolicy": {
             "rules": [
                 on_exit(2),
@@ -209,8 +219,8 @@ def manifest(
         else {"spec": pod},
     }
     policy = {
-        "maxRestarts": restarts,  # for causes that no rule names: a process died
-        "restartStrategy": "BlockingRecreate",  # the old pods occupy the chips until they are gone
+        "maxRestarts": restarts,  # for failures that match no rule: a process died
+        "restartStrategy": "BlockingRecreate",  # old pods occupy the chips until they are gone
         "rules": [
             {
                 "name": "bad_input",
@@ -250,25 +260,29 @@ def _parse_flags() -> argparse.Namespace:
         ("topology", "NAME", "Topology of a slice, as for msllm aot, e.g. v5e:16x16 or v5p:4x4x4."),
         ("image", "NAME", "Container image, made with launch/gke/Dockerfile."),
         ("name", "NAME", "Name of the JobSet; pods are named after it."),
-        ("workdir", "PLACE", "Place of checkpoints and metrics, gs://BUCKET/FOLDER."),
+        ("workdir", "PLACE", "Folder for checkpoints and metrics, gs://BUCKET/FOLDER."),
     ):
         parser.add_argument(f"--{name}", metavar=metavar, required=True, help=text)
     parser.add_argument(
-        "--num_slices", metavar="N", type=positive_int, default=1, help="Slices of that topology."
+        "--num_slices",
+        metavar="N",
+        type=positive_int,
+        default=1,
+        help="Number of slices of that topology.",
     )
     parser.add_argument(
         "--restarts",
         metavar="N",
         type=non_negative_int,
         default=20,
-        help="Restarts after a process has died. Preemptions do not count.",
+        help="Maximum number of restarts after a process has died. Preemptions do not count.",
     )
     parser.add_argument(
         "--grace",
         metavar="SECONDS",
         type=positive_int,
-        help="Time in which a pod that must end may finish its step and save. Default: by the "
-        "config's size.",
+        help="Time for a pod that must end to finish its step and save. Default: from the size "
+        "of the model.",
     )
     parser.add_argument(
         "--service_account",
@@ -311,8 +325,8 @@ def _main() -> None:
     shape = describe(flags.topology, devices, flags.num_slices)
     if flags.num_slices > 1 and shape.hosts == 1:
         raise UserError(
-            f"--num_slices is {flags.num_slices}: GKE joins slices of many hosts; "
-            f"{flags.topology} has one"
+            f"--num_slices is {flags.num_slices}: GKE connects only slices of several hosts, and "
+            f"{flags.topology} has one: choose a larger topology"
         )
     make_mesh(flags.config.mesh, devices)  # the mesh must fit these devices
     overrides = [word for word in sys.argv[1:] if re.match(r"--config\.\S+?=", word)]
