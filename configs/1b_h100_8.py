@@ -2,12 +2,12 @@
 
     msllm train --config=configs/1b_h100_8.py --config.data.dir=DATA --workdir=WORKDIR
 
-Tokens per step: 32 tables x 1,024 rows x 8 streams = 262,144, 32,768 a card.
-Expected memory: parameters and optimizer take 2.4 GiB a card. The rest has not been measured on
+Tokens per step: 32 tables x 1,024 rows x 8 streams = 262,144, 32,768 per GPU.
+Expected memory: parameters and optimizer take 2.4 GiB per GPU. The rest has not been measured on
 such a node.
-No budget: there is no compiler for GPUs that runs without one.
-Mesh: fsdp only. Within a node every card reaches every other at the same speed. One card holds all
-streams of its tables, so no keys and values travel.
+Budget: none, because compiling for a GPU requires one.
+Mesh: fsdp only, because all GPUs of a node are connected at the same speed. A GPU holds all streams
+of its tables, so no keys and values are transferred.
 """
 
 from msllm.config import default_config
@@ -15,7 +15,7 @@ from msllm.presets import POD, QWEN3
 
 
 def get_config():
-    """All settings of the run."""
+    """Returns all settings of the run."""
     config = default_config()
     config.update(POD)
     config.model.update(QWEN3["1.7b"])

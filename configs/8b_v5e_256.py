@@ -3,13 +3,13 @@
     msllm train --config=configs/8b_v5e_256.py --config.data.dir=DATA --workdir=WORKDIR
 
 Topology: v5e:16x16.
-Tokens per step: 256 tables x 1,024 rows x 8 streams = 2,097,152, 8,192 a chip.
-Expected memory: 4.3 GiB a chip at the peak, of 15.75. The program was compiled, not run:
+Tokens per step: 256 tables x 1,024 rows x 8 streams = 2,097,152, 8,192 per chip.
+Expected memory: 4.3 of 15.75 GiB per chip at the peak. The program was compiled, not run:
 configs/budgets/8b_v5e_256.json holds the figures and launch/check_budgets.sh checks them.
-Mesh: a chip holds one stream of 8 tables. The mesh axis stream (8) and a factor 2 of fsdp lie along
-one physical axis of the torus, the other 16 of fsdp along the other axis, so the gradient of every
-weight is a reduce-scatter. Longer tables need such a mesh. At this length, fsdp 256 and stream 1
-moves little more than half as many bytes (docs/benchmarks.md).
+Mesh: a chip holds one stream of 8 tables. The mesh axis stream (8) and a factor of 2 of fsdp lie
+along one physical axis of the torus, and the remaining factor of 16 of fsdp along the other, so
+every weight gradient is a reduce-scatter. Longer tables need such a mesh. At this length, fsdp 256
+and stream 1 transfers little more than half as many bytes (docs/benchmarks.md).
 """
 
 from msllm.config import default_config
@@ -17,7 +17,7 @@ from msllm.presets import POD, QWEN3
 
 
 def get_config():
-    """All settings of the run."""
+    """Returns all settings of the run."""
     config = default_config()
     config.update(POD)
     config.model.update(QWEN3["8b"])

@@ -3,11 +3,11 @@
     msllm train --config=configs/8b_v5e_256x2_slices.py --config.data.dir=DATA --workdir=WORKDIR
 
 Topology: 2 slices of v5e:16x16.
-Tokens per step: 512 tables x 1,024 rows x 8 streams = 4,194,304, 8,192 a chip.
-Expected memory: 4.3 GiB a chip at the peak, of 15.75. The program was compiled, not run:
+Tokens per step: 512 tables x 1,024 rows x 8 streams = 4,194,304, 8,192 per chip.
+Expected memory: 4.3 of 15.75 GiB per chip at the peak. The program was compiled, not run:
 configs/budgets/8b_v5e_256x2_slices.json holds the figures and launch/check_budgets.sh checks them.
-Mesh: each slice is laid out as in 8b_v5e_256.py, and the mesh axis data (2) is the slices. Only
-gradients that are already scattered cross the network of the data centre, once a step.
+Mesh: each slice is laid out as in 8b_v5e_256.py, and the mesh axis data (2) spans the slices. Only
+scattered gradients cross the data-centre network, once per step.
 """
 
 from msllm.config import default_config
@@ -15,7 +15,7 @@ from msllm.presets import POD, QWEN3
 
 
 def get_config():
-    """All settings of the run."""
+    """Returns all settings of the run."""
     config = default_config()
     config.update(POD)
     config.model.update(QWEN3["8b"])

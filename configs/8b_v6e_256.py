@@ -3,12 +3,13 @@
     msllm train --config=configs/8b_v6e_256.py --config.data.dir=DATA --workdir=WORKDIR
 
 Topology: v6e:16x16.
-Tokens per step: 512 tables x 1,024 rows x 8 streams = 4,194,304, 16,384 a chip.
-Expected memory: 8.1 GiB a chip at the peak, of 31.2. The program was compiled, not run:
+Tokens per step: 512 tables x 1,024 rows x 8 streams = 4,194,304, 16,384 per chip.
+Expected memory: 8.1 of 31.2 GiB per chip at the peak. The program was compiled, not run:
 configs/budgets/8b_v6e_256.json holds the figures and launch/check_budgets.sh checks them.
-Mesh: a chip holds whole tables, so no keys and values travel. Weights are gathered over fsdp (256)
-along one physical axis of the torus, then along the other. A v6e computes 4.7 times as fast as a
-v5e, but its network is only twice as fast, so more tokens share each gathered weight.
+Mesh: a chip holds all streams of its tables, so no keys and values are transferred. Weights are
+gathered over fsdp (256) along one physical axis of the torus, then along the other. A v6e computes
+4.7 times as fast as a v5e, but its network is only twice as fast, so there are more tokens per chip
+for each gathered weight.
 """
 
 from msllm.config import default_config
@@ -16,7 +17,7 @@ from msllm.presets import POD, QWEN3
 
 
 def get_config():
-    """All settings of the run."""
+    """Returns all settings of the run."""
     config = default_config()
     config.update(POD)
     config.model.update(QWEN3["8b"])

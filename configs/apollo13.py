@@ -1,14 +1,13 @@
-"""Apollo 13: two voice loops of mission control, and what each is worth to the other.
+"""Apollo 13: does one voice loop of mission control help to predict the other?
 
     msllm prepare --config=configs/apollo13.py
     msllm train --config=configs/apollo13.py --workdir=runs/apollo13
     msllm train --config=configs/apollo13.py:isolated --workdir=runs/apollo13_isolated
     msllm likelihood --checkpoint=runs/apollo13 --against=runs/apollo13_isolated --block=64
 
-Data: six hours from the accident on, data/apollo13_loops in the folder named by MSLLM_SHARED, else
-in the folder `shared` beside the repository. The last eighth of the mission is held out.
-Both models have the same parameters, data and steps. With `isolated` (the word after the colon) no
-loop sees the other.
+Data: six hours from the accident on, in data/apollo13_loops in the folder that MSLLM_SHARED names
+(default: `shared` beside the repository). The last eighth of the mission is held out.
+Both models have the same parameters, data and steps. With `:isolated` neither loop sees the other.
 Cost: 1.0 M parameters, about 5 CPU-minutes each. Figures: docs/results.md.
 """
 

@@ -1,16 +1,16 @@
-"""Bach's chorales, four voices in four streams, each a row behind the one above it.
+"""Bach's chorales: four voices in four streams, each delayed by a row after the voice above.
 
     msllm prepare --config=configs/chorales.py
     msllm train --config=configs/chorales.py --workdir=runs/chorales --config.seed=0
     msllm prepare --config=configs/chorales.py:quarter,delays,test
     msllm likelihood --checkpoint=runs/chorales --best --data=data/chorales_quarter_delays_test
 
-Data: data/jsb_chorales/Jsb16thSeparated.json in the folder named by MSLLM_SHARED, else in the
-folder `shared` beside the repository. Official split, training songs in all keys.
-Shows what delays are worth where streams depend on each other within a row. In
-configs/chorales.py:quarter,together the voices of a frame are independent given the frames before.
-The words after the colon are `quarter` or `16th` (the length of a row), `delays` or `together`, and
-`test` for the data of the test split.
+Data: data/jsb_chorales/Jsb16thSeparated.json in the folder that MSLLM_SHARED names (default:
+`shared` beside the repository). Official split, training songs in all keys.
+Shows the benefit of delays where streams depend on each other within a row. Without delays, in
+configs/chorales.py:quarter,together, the voices of a frame are independent given the earlier
+frames. The words after the colon are `quarter` or `16th` (the length of a row), `delays` or
+`together`, and optionally `test`, which selects the data of the test split.
 Cost: 0.8 M parameters; about 5 CPU-minutes in quarters, 13 in 16ths. Figures: docs/results.md.
 """
 
@@ -39,7 +39,7 @@ def get_config(words="quarter,delays"):
     )
     config.data.format = f"msllm.data.corpora:{readers[grid]}_train_transposed"
     config.data.eval_format = f"msllm.data.corpora:{readers[grid]}_{'test' if test else 'valid'}"
-    config.data.vary.lead = (1,)  # a silent row first, so that the first frame is predicted too
+    config.data.vary.lead = (1,)  # an initial silent row, so that the first frame is also predicted
     config.data.tokenizer.model_type = "word"
     config.data.tokenizer.vocab_size = 64
     config.data.rows = 168

@@ -3,10 +3,10 @@
     msllm prepare --config=configs/gsm8k.py
     msllm train --config=configs/gsm8k.py --workdir=runs/gsm8k
 
-Data: data/gsm8k/train.jsonl in the folder named by MSLLM_SHARED, else in the folder `shared` beside
-the repository. --config.data.path=FILE names any other file of the same form.
+Data: data/gsm8k/train.jsonl in the folder that MSLLM_SHARED names (default: `shared` beside the
+repository). --config.data.path=FILE reads another file of the same form.
 --config.data.options.think_after=ROWS lets the thought start before the question ends.
-Shows packing of real text (less than 5 % of the rows are padding). A model this small does not
+Shows packing of real text (less than 5 % of the rows are padding). A model of this size does not
 learn to calculate.
 Cost: prepare about 5 CPU-seconds; 2.5 M parameters.
 """

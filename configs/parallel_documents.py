@@ -4,17 +4,17 @@
     msllm train --config=configs/parallel_documents.py:4 --workdir=runs/parallel_4
     msllm likelihood --checkpoint=runs/parallel_4
 
-Data: data/tinyshakespeare/input.txt in the folder named by MSLLM_SHARED, else in the folder
-`shared` beside the repository. The last tenth is held out.
-Shows that streams cost nothing where they share nothing. The number after the colon is the number
-of streams; every step has the same number of tokens.
+Data: data/tinyshakespeare/input.txt in the folder that MSLLM_SHARED names (default: `shared` beside
+the repository). The last tenth is held out.
+Shows that independent streams hardly change the loss. The number after the colon is the number of
+streams; every step has the same number of tokens.
 Cost: 0.9 M parameters, about 4 CPU-minutes. Figures: docs/results.md.
 """
 
 from msllm.config import default_config
 from msllm.data.files import shared_file
 
-TABLES = 16  # of one stream a step
+TABLES = 16  # per step, with one stream
 
 
 def get_config(streams="4"):
@@ -31,7 +31,7 @@ def get_config(streams="4"):
 
     config.data.dir = f"data/parallel_{size}"
     config.data.converter = "parallel_documents"
-    config.data.options = {"shuffle": 1024}  # so that a batch is as varied as one of single streams
+    config.data.options = {"shuffle": 1024}  # makes a batch as varied as one with single streams
     config.data.path = shared_file("data/tinyshakespeare/input.txt", __file__)
     config.data.tokenizer.model_type = "char"
     config.data.tokenizer.vocab_size = 256
@@ -40,7 +40,7 @@ def get_config(streams="4"):
     config.data.rows = 65  # 64 predictions
     config.data.batch_size = TABLES // size
 
-    config.model.stream_embedding = False  # nothing tells one stream from another
+    config.model.stream_embedding = False  # all streams are treated alike
     config.model.d_model = 128
     config.model.num_layers = 4
     config.model.num_heads = 4

@@ -3,8 +3,8 @@
     msllm prepare --config=configs/quickstart_single.py
     msllm train --config=configs/quickstart_single.py --workdir=runs/quickstart_single
 
-An ordinary language model on the same examples, with the same ones held out. Shows how many rows
-later its answer comes.
+An ordinary language model on the same examples, with the same held-out split. Shows how many rows
+later it answers.
 Cost: less than quickstart.py.
 """
 
@@ -19,6 +19,6 @@ def get_config():
     config.streams.kinds = ("output",)
     config.data.dir = "data/quickstart_single"
     config.data.converter = "dictation_single"
-    config.data.batch_size = 24  # as many cells a step as three streams have
+    config.data.batch_size = 24  # the same number of cells per step as with three streams
     config.steps = 1200
     return config

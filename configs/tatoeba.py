@@ -4,10 +4,10 @@
     msllm train --config=configs/tatoeba.py --workdir=runs/tatoeba
     msllm likelihood --checkpoint=runs/tatoeba --best --data=data/tatoeba_3
 
-Data: data/translation_tatoeba/eng-swe.txt in the folder named by MSLLM_SHARED, else in the folder
-`shared` beside the repository.
-One model is trained for all k, on a mixture in which every sentence comes with every k (-1: when
-the sentence has ended). So it learns the translation of a sentence, and not one timing of it.
+Data: data/translation_tatoeba/eng-swe.txt in the folder that MSLLM_SHARED names (default: `shared`
+beside the repository).
+One model is trained for all k, on a mixture in which every sentence occurs with every k (-1: when
+the sentence has ended). It therefore learns the translation and not a particular timing.
 Wait-k: Ma et al. 2019, arXiv 1810.08398. Several k at once: Elbayad et al. 2020, arXiv 2005.08595.
 Cost: 2.7 M parameters, about 70 CPU-minutes. Figures: docs/results.md.
 """
@@ -15,7 +15,7 @@ Cost: 2.7 M parameters, about 70 CPU-minutes. Figures: docs/results.md.
 from msllm.config import default_config
 from msllm.data.files import shared_file
 
-# k and its weight in the mixture. Looking far back is the harder task.
+# k and its weight in the mixture. A large k is harder, because the model must look further back.
 WAITS = {1: 1.0, 3: 1.0, 5: 1.0, 7: 1.5, -1: 2.0}
 
 
@@ -30,7 +30,7 @@ def get_config(k=""):
 
     config.streams.names = ("user", "output")
     config.streams.kinds = ("input", "output")
-    # There are only 23,000 sentences; also predicting the English delays overfitting.
+    # There are only 23,000 sentences. Predicting the English as well delays overfitting.
     config.streams.loss_weights = (0.3, 1.0)
 
     config.data.dir = f"data/tatoeba_{k}" if k else ""

@@ -1,11 +1,11 @@
-"""Settings of the documentation: `sphinx-build -W --keep-going docs build/docs`."""
+"""Sphinx settings. Build with `sphinx-build -W --keep-going docs build/docs`."""
 
 import pathlib
 import shutil
 
 import msllm
 
-# autosummary writes a page per module here and would keep the pages of modules that are gone.
+# autosummary writes a page per module here and does not remove pages of deleted modules.
 shutil.rmtree(pathlib.Path(__file__).with_name("api"), ignore_errors=True)
 
 project = "msllm"
@@ -27,11 +27,17 @@ myst_heading_anchors = 3
 default_role = "code"  # docstrings write `name` for code, as Markdown does
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_mock_imports = ["gguf", "textual", "torch", "transformers", "wandb"]  # optional
+autodoc_mock_imports = [
+    "gguf",
+    "textual",
+    "torch",
+    "transformers",
+    "wandb",
+]  # optional dependencies
 autosummary_generate = True
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True  # fields of a NamedTuple are described once
-suppress_warnings = ["ref.python"]  # annotations are bare names, which several modules may define
+napoleon_use_ivar = True  # describes each field of a NamedTuple only once
+suppress_warnings = ["ref.python"]  # several modules may define the name in an annotation
 
 html_theme = "furo"
 html_title = "msllm"

@@ -1,9 +1,9 @@
-"""Draws the figure of README.md: a multi-stream table, and which cells see which.
+"""Draws the figure in README.md: a multi-stream table, and which cells see which.
 
     python docs/make_figure.py [OUT.svg]
 
-The example comes from the dictation converter, and what cells see from `msllm.streams.visible`, so
-the figure cannot disagree with the code. Needs matplotlib (extras `test` and `notebooks`).
+The example comes from the dictation converter and the visibility from `msllm.streams`, so the
+figure agrees with the code. Needs matplotlib (extras `test` and `notebooks`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OUT = pathlib.Path(__file__).with_name("streams.svg")
 WIDTH, HEIGHT = 11.3, 6.7  # inches; all coordinates below are inches too
 CARD, INK, MUTED, FAINT, LINE = "#ffffff", "#1f2430", "#6b7280", "#f3f4f6", "#d5d9e0"
 PALE = "#b6bcc6"  # text of cells that are not seen
-# Fill and text of a stream's cells, and the fill of its silence.
+# By stream: the fill and text colours of its cells, and the fill of silent cells.
 COLORS = {
     "user": ("#c6dcf7", "#12477d", "#eef4fc"),
     "tool": ("#e2d3f3", "#5b2d8a", "#f6f1fb"),
@@ -39,7 +39,7 @@ MARK = "#d6336c"  # the cell whose view is shown
 
 
 class Example(NamedTuple):
-    """A table as words."""
+    """A table of words."""
 
     names: tuple[str, ...]
     words: list[list[str]]  # [T][S]; "" for silence
@@ -51,7 +51,7 @@ class Example(NamedTuple):
 
 
 def example() -> Example:
-    """The shortest dictation with a correction and another step after it."""
+    """The shortest dictation with a correction that another step follows."""
     streams = StreamsConfig()
     data = DataConfig(converter="dictation", options={"examples": 1000, "seed": 0})
     config, spec = Config(streams=streams, data=data), StreamSpec.from_config(streams)
@@ -87,7 +87,7 @@ class Grid(NamedTuple):
     height: float  # of a cell
 
     def at(self, row: float, column: float) -> tuple[float, float]:
-        """The upper left corner of a cell; with halves, a point inside it."""
+        """The upper left corner of a cell. Fractions give a point inside the cell."""
         return self.x + column * self.width, self.y + row * self.height
 
 
@@ -114,7 +114,7 @@ class Card:
         style: Any = "-",
         z: int = 1,
     ) -> None:
-        """A box with rounded corners; `width`, `style` and `edge` are those of its line."""
+        """Draws a box with rounded corners. `width`, `style` and `edge` apply to its outline."""
         shape = f"round,pad=0,rounding_size={radius}"
         line = {"edgecolor": edge, "linewidth": width, "linestyle": style}
         box = FancyBboxPatch((x, y), w, h, shape, facecolor=fill, zorder=z, clip_on=False, **line)
@@ -131,7 +131,7 @@ class Card:
         va: str = "center",
         **options: Any,
     ) -> None:
-        """Text; `options` are those of `axes.text`."""
+        """Draws text. `options` are passed to `axes.text`."""
         self.axes.text(x, y, text, fontsize=size, color=color, ha=ha, va=va, zorder=5, **options)
 
     def arrow(
@@ -142,24 +142,24 @@ class Card:
         bend: float = 0.0,
         width: float = 1.3,
     ) -> None:
-        """An arrow, straight unless `bend` is given."""
+        """Draws an arrow, straight unless `bend` is given."""
         style = {"connectionstyle": f"arc3,rad={bend}", "arrowstyle": "-|>", "mutation_scale": 9}
         line = {"color": color, "linewidth": width, "shrinkA": 0, "shrinkB": 0, "zorder": 6}
         self.axes.add_patch(FancyArrowPatch(start, end, **style, **line))
 
     def heading(self, x: float, title: str, *lines: str) -> None:
-        """The title of a column, and what it says."""
+        """Draws the title of a column and the lines below it."""
         self.text(x, 0.42, title, 12.5, weight="bold")
         for y, line in zip((0.73, 0.94), lines, strict=True):
             self.text(x, y, line, 9.5, MUTED)
 
     def table(self, grid: Grid, shown: Example, seen: np.ndarray | None = None) -> None:
-        """A table with its words and row numbers.
+        """Draws a table with its words and row numbers.
 
         Args:
-          grid: where.
-          shown: the words.
-          seen: [T, S] bool: cells that are not seen are pale; None: all are seen.
+          grid: the position of the cells.
+          shown: the table.
+          seen: [T, S] bool, False for cells to draw pale; None: draw all normally.
         """
         for s, name in enumerate(shown.names):
             x, y = grid.at(0, s + 0.5)
@@ -173,7 +173,7 @@ class Card:
             self.text(grid.x - 0.1, grid.at(t + 0.5, 0)[1], str(t), 8, MUTED, "right")
 
     def small_table(self, grid: Grid, names: Sequence[str], seen: np.ndarray) -> None:
-        """Cells without words, those that are not `seen` [T, S] pale."""
+        """Draws cells without words; those that are not `seen` [T, S] are pale."""
         for s, name in enumerate(names):
             x, y = grid.at(0, s + 0.5)
             self.text(x, y - 0.09, name, 8, COLORS[name][1], "center", weight="bold")
@@ -181,7 +181,7 @@ class Card:
                 self._cell(grid, t, s, COLORS[name][0] if seen[t, s] else FAINT)
 
     def outline(self, grid: Grid, row: int, column: int, **line: Any) -> None:
-        """Marks a cell. `line`: width and style of the line."""
+        """Outlines a cell. `line` holds the width and style of the outline."""
         x, y = grid.at(row, column)
         line = {"width": 1.8, **line}
         self.box(x, y, grid.width, grid.height, "none", MARK, radius=0.06, z=4, **line)
@@ -193,7 +193,7 @@ class Card:
 
 
 def _colors(name: str, word: str, seen: bool, quiet: bool) -> tuple[str, str]:
-    """Fill and text of a cell; `quiet`: silence has a fill of its own."""
+    """Fill and text colours of a cell. With `quiet`, silence has its own fill."""
     if not seen:
         return FAINT, PALE
     fill, ink, silence = COLORS[name]
@@ -201,7 +201,7 @@ def _colors(name: str, word: str, seen: bool, quiet: bool) -> tuple[str, str]:
 
 
 def draw() -> Figure:
-    """The whole figure."""
+    """Draws the figure."""
     shown = example()
     card = Card(WIDTH, HEIGHT)
     top = 1.44
@@ -213,7 +213,7 @@ def draw() -> Figure:
 
 
 def _draw_table(card: Card, shown: Example, grid: Grid) -> None:
-    """The example, with notes at its side."""
+    """Draws the example with notes beside it."""
     x, y = grid.x, grid.y
     card.heading(
         x - 0.3,
@@ -241,7 +241,7 @@ def _draw_table(card: Card, shown: Example, grid: Grid) -> None:
 
 
 def _draw_view(card: Card, shown: Example, grid: Grid) -> None:
-    """What one cell of the example sees."""
+    """Draws what one cell of the example sees."""
     thought, row = shown.names.index("thought"), shown.row_of("thought", "undo") - 1
     seen = seen_from(row, "thought", len(shown.words), StreamsConfig(names=shown.names))
     card.heading(
@@ -260,7 +260,7 @@ def _draw_view(card: Card, shown: Example, grid: Grid) -> None:
 
 
 def _draw_settings(card: Card, x: float) -> None:
-    """What the last output cell but one sees under the presets and with a named edge."""
+    """Draws what an output cell sees under each preset, and with one edge set by name."""
     names = ("user", "tool", "thought", "output")
     kinds = ("input", "input", "thought", "output")
     rows, row = 5, 3
@@ -288,7 +288,7 @@ def _draw_settings(card: Card, x: float) -> None:
 
 
 def save(out: str | pathlib.Path) -> None:
-    """Writes the figure: the same bytes for the same version of matplotlib."""
+    """Writes the figure. The bytes depend only on the version of matplotlib."""
     out = pathlib.Path(out)
     settings = {"svg.hashsalt": "msllm", "svg.fonttype": "path", "font.family": "DejaVu Sans"}
     options: dict[str, Any] = {"dpi": 130}
@@ -296,7 +296,7 @@ def save(out: str | pathlib.Path) -> None:
         options = {"metadata": dict.fromkeys(("Date", "Creator", "Format", "Type"))}
     with matplotlib.rc_context(settings):
         draw().savefig(out, transparent=True, **options)
-    if out.suffix == ".svg":  # a thousandth of a point is precise enough
+    if out.suffix == ".svg":  # keep three decimals
         out.write_text(re.sub(r"(\.\d{3})\d+", r"\1", out.read_text()))
 
 

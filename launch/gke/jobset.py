@@ -39,7 +39,7 @@ PORTS = {
     "megascale": 8080,  # libtpu between slices
 }
 STEP_SECONDS = 60  # to finish a step and wait for all hosts before writing the checkpoint
-WRITE_BYTES_PER_SECOND = 50e6  # of a host; a conservative assumption
+WRITE_BYTES_PER_SECOND = 50e6  # of a host, an assumed minimum
 
 
 @dataclasses.dataclass(frozen=True)
