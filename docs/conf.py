@@ -27,13 +27,7 @@ myst_heading_anchors = 3
 default_role = "code"  # docstrings write `name` for code, as Markdown does
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_mock_imports = [
-    "gguf",
-    "textual",
-    "torch",
-    "transformers",
-    "wandb",
-]  # optional dependencies
+autodoc_mock_imports = ["gguf", "textual", "torch", "transformers", "wandb"]  # optional
 autosummary_generate = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # describes each field of a NamedTuple only once
