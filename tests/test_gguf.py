@@ -337,3 +337,69 @@ def test_real_model_with_small_caches(dtype, tolerance, tmp_path):
     nll = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(rows)), ids[1:]]
     print("mean NLL", nll.mean())
     np.testing.assert_allclose(nll.mean(), expected, rtol=0, atol=tolerance)
+
+
+def split(path, folder, parts=2):
+    """Splits a file as gguf-split does: tensors in turn, the metadata in every part."""
+    reader = gguf.GGUFReader(path)
+    paths = [folder / f"m-{n:05}-of-{parts:05}.gguf" for n in range(1, parts + 1)]
+    for number, part in enumerate(paths):
+        writer = gguf.GGUFWriter(part, reader.fields["general.architecture"].contents())
+        for name, field in reader.fields.items():
+            if not name.startswith("GGUF.") and name != "general.architecture":
+                kind = field.types[0]
+                inner = field.types[1] if len(field.types) > 1 else None
+                writer.add_key_value(name, field.contents(), kind, sub_type=inner)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", parts)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for tensor in reader.tensors[number::parts]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return paths
+
+
+def test_a_model_in_parts_is_read_from_all_of_them(tmp_path):
+    config, _, parameters = hf.read_folder(hf_models.RECORDED / "llama")
+    write(tmp_path / "whole.gguf", config, parameters)
+    whole = gguf_reader.read_gguf(tmp_path / "whole.gguf")
+    parts = split(tmp_path / "whole.gguf", tmp_path)
+    for part in parts:
+        read = gguf_reader.read_gguf(part)
+        assert read.config == whole.config and read.tokenizer == whole.tokenizer
+        jax.tree.map(np.testing.assert_array_equal, read.parameters, whole.parameters)
+    second = parts[1].read_bytes()
+    parts[1].unlink()
+    with pytest.raises(UserError, match="there is no file .*00002-of-00002"):
+        gguf_reader.read_gguf(parts[0])
+    parts[1].write_bytes(parts[0].read_bytes())
+    with pytest.raises(UserError, match="says that it is part 0"):
+        gguf_reader.read_gguf(parts[0])
+    (tmp_path / "other.gguf").write_bytes(second)
+    with pytest.raises(UserError, match="is one of 2 parts"):
+        gguf_reader.read_gguf(tmp_path / "other.gguf")
+
+
+def test_metadata_that_is_not_read_is_refused(tmp_path, monkeypatch):
+    config, _, parameters = hf.read_folder(hf_models.RECORDED / "qwen3")
+    for key, value, message in (
+        ("attention.sliding_window", 512, "attention.sliding_window is 512: this setting is not"),
+        ("expert_count", 8, "experts are not supported"),
+        ("attention.value_length", 3, "attention.value_length is 3"),
+        ("block_count", 10**9, "too few for the 1,000,000,000 layers"),
+    ):
+        add_layers = gguf.GGUFWriter.add_block_count
+
+        def add(writer, layers, key=key, value=value):
+            add_layers(writer, layers)
+            writer.kv_data[0].pop(f"qwen3.{key}", None)
+            writer.add_uint32(f"qwen3.{key}", value)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(gguf.GGUFWriter, "add_block_count", add)
+            write(tmp_path / f"{key}.gguf", config, parameters)
+        with pytest.raises(UserError, match=message):
+            gguf_reader.read_gguf(tmp_path / f"{key}.gguf")

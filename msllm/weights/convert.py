@@ -133,7 +133,7 @@ def from_gguf(
     """Imports a GGUF file. Returns a report.
 
     Args:
-      file: the file.
+      file: the file, or one of the parts that it was split into.
       out: the folder to write.
       **options: those of `import_model`.
 

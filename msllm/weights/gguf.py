@@ -7,9 +7,12 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import pathlib
+import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +22,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from msllm.config import ModelConfig, RopeScalingConfig
 from msllm.errors import UserError
 from msllm.model.layers import rope_frequencies
-from msllm.weights import hf_config, hf_tensors
+from msllm.weights import hf, hf_config, hf_tensors
 from msllm.weights.hf_tensors import StoredTensor
 
 _LAYER = "model.layers.{}."
@@ -57,6 +60,16 @@ PATTERNS = {
 }
 
 
+# Keys of the model's metadata that change nothing in what it computes.
+IRRELEVANT = (
+    "context_length",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "tensor_data_layout",
+    "vocab_size",
+)
+
+
 class GgufModel(NamedTuple):
     """The content of a GGUF file.
 
@@ -79,7 +92,7 @@ def read_gguf(path: str | os.PathLike, with_tokenizer: bool = True) -> GgufModel
     """Reads a GGUF file.
 
     Args:
-      path: the file.
+      path: the file, or one of the parts that it was split into.
       with_tokenizer: whether to read its tokenizer.
 
     Raises UserError if the file is damaged, if this model cannot represent what it holds, or if the
@@ -90,18 +103,11 @@ def read_gguf(path: str | os.PathLike, with_tokenizer: bool = True) -> GgufModel
     except ImportError as error:
         raise UserError("to read GGUF files, install msllm[gguf] (the package gguf)") from error
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no file {path}: give the path of a .gguf file")
     source = str(path)
-    try:
-        reader = gguf.GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-    except Exception as error:  # a file that is too short raises whatever numpy raises
-        raise UserError(f"{path} is damaged or no GGUF file ({error}): copy it again") from error
-
+    readers, fields = _open_parts(path, gguf.GGUFReader)
     tensors: dict[str, StoredTensor] = {}
     frequencies = None
-    for tensor in reader.tensors:
+    for tensor in itertools.chain.from_iterable(reader.tensors for reader in readers):
         load = functools.partial(gguf.quants.dequantize, tensor.data, tensor.tensor_type)
         if tensor.name == FREQUENCIES:
             frequencies = load()
@@ -117,6 +123,53 @@ def read_gguf(path: str | os.PathLike, with_tokenizer: bool = True) -> GgufModel
         return GgufModel(config, parameters, settings, None, {})
     tokenizer, tokenizer_settings = _tokenizer(fields, source), _tokenizer_settings(fields)
     return GgufModel(config, parameters, settings, tokenizer, tokenizer_settings)
+
+
+def _open_parts(path: pathlib.Path, reader: Callable) -> tuple[list[Any], dict[str, Any]]:
+    """(readers, metadata) of a file, or of all the parts that a model was split into.
+
+    llama.cpp's gguf-split names them `NAME-00001-of-00003.gguf`. The first has the metadata.
+    """
+    opened, fields = _open(path, reader)
+    count = fields.get("split.count", 0)
+    if count < 2:
+        return [opened], fields
+    pattern = re.fullmatch(rf"(.*)-\d{{5}}-of-{count:05}\.gguf", path.name)
+    if not pattern:
+        raise UserError(
+            f"{path} is one of {count} parts, and its name does not end in -00001-of-{count:05}"
+            ".gguf: name the parts like that, in one folder, or join them with gguf-split --merge"
+        )
+    parts = [path.with_name(f"{pattern[1]}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+    readers, metadata = [], []
+    for number, part in enumerate(parts):
+        opened, fields = _open(part, reader)
+        if (fields.get("split.no"), fields.get("split.count")) != (number, count):
+            raise UserError(
+                f"{part} says that it is part {fields.get('split.no')} (from 0) of"
+                f" {fields.get('split.count')}: copy it again"
+            )
+        readers.append(opened)
+        metadata.append(fields)
+    found, total = sum(len(r.tensors) for r in readers), metadata[0].get("split.tensors.count")
+    if total not in (None, found):
+        raise UserError(
+            f"{parts[0]} and its {count - 1} other parts hold {found} of {total} tensors: copy them"
+            " again"
+        )
+    return readers, metadata[0]
+
+
+def _open(path: pathlib.Path, reader: Callable) -> tuple[Any, dict[str, Any]]:
+    """(reader, metadata) of one file. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"there is no file {path}: give the path of a .gguf file")
+    hf.refuse_pointer(path)
+    try:
+        opened = reader(path)
+        return opened, {name: field.contents() for name, field in opened.fields.items()}
+    except Exception as error:  # a file that is too short raises whatever numpy raises
+        raise UserError(f"{path} is damaged or no GGUF file ({error}): copy it again") from error
 
 
 def _hf_name(name: str) -> str:
@@ -164,7 +217,7 @@ def _settings(
             f"{source} has no tensor token_embd.weight: it is damaged, or a vocabulary without a"
             " model"
         )
-    metadata = _Metadata(fields, family, source)
+    metadata = _Metadata.of(fields, family, source)
     heads, width = metadata.get("attention.head_count"), metadata.get("embedding_length")
     head_dim = metadata.get("rope.dimension_count", width // heads)
     settings = {
@@ -188,23 +241,29 @@ def _settings(
         settings["rope_scaling"] = _llama3_scaling(frequencies, settings, source)
     elif (kind := metadata.get("rope.scaling.type", "none")) != "none":
         settings["rope_scaling"] = _rope_scaling(kind, metadata)
+    metadata.require("attention.value_length", (settings["head_dim"],), "must be key_length")
+    metadata.require("attention.causal", (True,), "must be true")
+    metadata.require("expert_count", (0,), "experts are not supported")
+    metadata.refuse_unread(IRRELEVANT)
     return settings
 
 
-class _Metadata(NamedTuple):
-    """The fields of a file that describe its model."""
+class _Metadata(hf_config.Settings):
+    """The fields of a file that describe its model, without the family's name."""
 
-    fields: dict[str, Any]
-    family: str
-    source: str
+    @classmethod
+    def of(cls, fields: dict[str, Any], family: str, source: str) -> _Metadata:
+        """Those of all fields of a file that describe a model of the family."""
+        prefix = f"{family}."
+        own = {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}
+        return cls(own, f"{source}: {family}")
 
     def get(self, key: str, default: Any = None) -> Any:
         """A field; `default` if it is missing. Raises UserError if there is no default either."""
-        value = self.fields.get(f"{self.family}.{key}", default)
+        value = super().get(key, default)
         if value is None:
             raise UserError(
-                f"{self.source} has no {self.family}.{key}: it is damaged, or no {self.family}"
-                " model"
+                f"{self.source} has no {key}: the file is damaged, or of another architecture"
             )
         # Files store float32, which for 1e-05 is 9.999999747378752e-06.
         return float(str(np.float32(value))) if isinstance(value, float) else value
@@ -275,11 +334,17 @@ def _tokenizer(fields: dict[str, Any], source: str) -> bytes:
     size = len(pieces)
     while size and types[size - 1] in (CONTROL, USER_DEFINED):
         size -= 1
-    bpe = models.BPE(
-        {piece: i for i, piece in enumerate(pieces[:size])},
-        [tuple(merge.split(" ", 1)) for merge in merges],
-        ignore_merges=pre == "llama-bpe",
-    )
+    try:
+        bpe = models.BPE(
+            {piece: i for i, piece in enumerate(pieces[:size])},
+            [tuple(merge.split(" ", 1)) for merge in merges],
+            ignore_merges=pre == "llama-bpe",
+        )
+    except Exception as error:  # the library's errors have no type of their own
+        raise UserError(
+            f"{source}: the merges of the tokenizer do not fit its tokens ({error}): give another"
+            " tokenizer with --tokenizer=FILE"
+        ) from error
     tokenizer = tokenizers.Tokenizer(bpe)
     tokenizer.pre_tokenizer = _pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()

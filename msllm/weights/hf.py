@@ -234,7 +234,7 @@ def _open(path: pathlib.Path) -> Any:
     try:
         return safetensors.safe_open(path, framework="numpy")
     except safetensors.SafetensorError as error:
-        _refuse_pointer(path)
+        refuse_pointer(path)
         raise UserError(
             f"{path} is damaged or no safetensors file ({error}): copy it again"
         ) from error
@@ -247,14 +247,14 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        _refuse_pointer(path)
+        refuse_pointer(path)
         raise UserError(f"{path} is no JSON file ({error}): copy it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}: must be a JSON object")
     return value
 
 
-def _refuse_pointer(path: pathlib.Path) -> None:
+def refuse_pointer(path: pathlib.Path) -> None:
     """Raises UserError if a file is only a pointer of Git LFS to its content."""
     with path.open("rb") as file:
         if file.read(len(GIT_LFS)) == GIT_LFS:

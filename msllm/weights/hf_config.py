@@ -75,7 +75,7 @@ def from_hf(settings: Mapping[str, Any], source: str = FILE) -> tuple[ModelConfi
 
     Raises UserError for a setting that this model cannot represent, or that is not known.
     """
-    read = _Settings(settings, source)
+    read = Settings(settings, source)
     _check_supported(read)
     family = read.values["model_type"]
     streams, stream_embedding = _read_channels(read)
@@ -182,7 +182,7 @@ def unnamed_streams(size: int) -> StreamsConfig:
     return StreamsConfig(names=tuple(f"stream{s}" for s in range(size)), kinds=kinds)
 
 
-class _Settings:
+class Settings:
     """A JSON object of settings, which remembers the keys that were read.
 
     Attributes:
@@ -239,7 +239,7 @@ class _Settings:
         return value
 
 
-def _check_supported(read: _Settings) -> None:
+def _check_supported(read: Settings) -> None:
     """Raises UserError for an architecture that this model does not have."""
     family = read.get("model_type")
     if family not in FAMILIES:
@@ -287,7 +287,7 @@ def _check_supported(read: _Settings) -> None:
         )
 
 
-def _read_channels(read: _Settings) -> tuple[int, bool]:
+def _read_channels(read: Settings) -> tuple[int, bool]:
     """(number of streams, whether they have an embedding)."""
     method = read.get("channel_embedding_method", "additive")
     if read.get("num_channels") is None:
@@ -297,7 +297,7 @@ def _read_channels(read: _Settings) -> tuple[int, bool]:
     return read.positive("num_channels"), method == "additive"
 
 
-def _read_rope(read: _Settings) -> tuple[float, RopeScalingConfig]:
+def _read_rope(read: Settings) -> tuple[float, RopeScalingConfig]:
     """Base and scaling.
 
     Older writers use `rope_theta` and `rope_scaling`. Newer ones put both into `rope_parameters`,
@@ -315,7 +315,7 @@ def _read_rope(read: _Settings) -> tuple[float, RopeScalingConfig]:
                 " type of all layers, and of other types of layers"
             )
         values = values["full_attention"]
-    rope = _Settings(values, f"{read.source}: rope settings")
+    rope = Settings(values, f"{read.source}: rope settings")
     rope.require("partial_rotary_factor", (1.0,), "must be 1: all features of a head are rotated")
     theta = rope.number("rope_theta", read.number("rope_theta", 10000.0))
     if theta <= 0:
@@ -323,7 +323,7 @@ def _read_rope(read: _Settings) -> tuple[float, RopeScalingConfig]:
     return theta, _read_rope_scaling(rope, read)
 
 
-def _read_rope_scaling(rope: _Settings, read: _Settings) -> RopeScalingConfig:
+def _read_rope_scaling(rope: Settings, read: Settings) -> RopeScalingConfig:
     """The scaling of rope settings."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     rope.get("type")
@@ -359,7 +359,7 @@ def _read_rope_scaling(rope: _Settings, read: _Settings) -> RopeScalingConfig:
     return RopeScalingConfig(kind=kind, **values)
 
 
-def _yarn_defaults(rope: _Settings, read: _Settings) -> dict[str, Any]:
+def _yarn_defaults(rope: Settings, read: Settings) -> dict[str, Any]:
     """What YaRN's settings are where they are not given, as `transformers` has it."""
     longest = 2048 if read.values["model_type"] == "llama" else 32768
     return {
@@ -370,7 +370,7 @@ def _yarn_defaults(rope: _Settings, read: _Settings) -> dict[str, Any]:
     }
 
 
-def _yarn_attention_factor(rope: _Settings) -> float:
+def _yarn_attention_factor(rope: Settings) -> float:
     """The attention factor that `mscale` and `mscale_all_dim` stand for; 0 without them.
 
     With 0 the model takes the formula of the paper (arXiv 2309.00071).
