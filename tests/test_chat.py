@@ -221,7 +221,7 @@ def test_live_session_is_the_one_without_a_screen(engine):
     assert np.all(np.diff(first.time) >= 0) and first.time[0] == 0
     with pytest.raises(UserError, match="'output' is not an input: inputs are user, tool"):
         live.feed("output", "a")
-    with pytest.raises(UserError, match="there is no branch 2: there are 2"):
+    with pytest.raises(UserError, match="there is no branch 2: give a number from 0 to 1"):
         live.switch(2)
 
 

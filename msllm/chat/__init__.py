@@ -1,1 +1,1 @@
-"""A live session on a full screen, recorded and replayed."""
+"""Live sessions on a full screen, and recordings of them."""

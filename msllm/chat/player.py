@@ -1,12 +1,12 @@
-"""Sessions and recordings that play at a pace while they are watched.
+"""Plays live sessions and recordings at a given pace.
 
     live = Live(engine, DecodeOptions(temperature=0.7), pace=4)
     live.feed("user", "how are you")     # at any time
     await live.run()                     # rows come until this is cancelled
 
-`Live` runs a session, which can be fed, muted and forked meanwhile; `Replay` shows a recording.
-Both are players: what they show is `recording.branches[branch]`, up to `rows`. The screen is in
-msllm/chat/screen.py.
+`Live` runs a session, which can be fed, muted and forked while it runs. `Replay` plays a recording.
+Both are a `Player`, which shows the first `rows` rows of `recording.branches[branch]`. The screen
+is in msllm/chat/screen.py.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ from collections.abc import Callable
 from typing import Any
 
 from msllm.chat.recording import Branch, Recording
-from msllm.decode.engine import DecodeOptions, Engine
+from msllm.decode.engine import DecodeOptions, Engine, Snapshot
 from msllm.errors import UserError
 
 PACES = tuple(digit * 10.0**power for power in range(-1, 4) for digit in (1, 2, 5))  # 0.1 to 5,000
 MEASURED_ROWS = 30  # the rate is measured over this many rows
-FEWEST_MEASURED = 5  # rows that a rate needs
-LATE = 0.9  # share of the pace below which a player is late
+FEWEST_MEASURED = 5  # rows that the rate needs at least
+LATE = 0.9  # a player is late if its rate is below this share of the pace
 
 
 def warm_up(engine: Engine) -> None:
-    """Compiles everything that a live session needs, in a free place of the engine."""
+    """Compiles the functions that a live session uses. Needs a free slot of the engine.
+
+    `Engine.warm_up` compiles more, and takes longer.
+    """
     session = engine.open()
     for _ in range(2):
         session.step()
@@ -42,9 +45,9 @@ def warm_up(engine: Engine) -> None:
 
 
 class Pacer:
-    """Decides when the next row is due and measures the rate of rows.
+    """Decides when the next row is due, and measures the rate of rows.
 
-    All times are seconds of one clock. An interval is the time from one row to the next.
+    All times are in seconds of the same clock. An interval is the time from one row to the next.
     """
 
     def __init__(self):
@@ -52,31 +55,31 @@ class Pacer:
         self._times: collections.deque[float] = collections.deque(maxlen=MEASURED_ROWS)
 
     def restart(self) -> None:
-        """Makes the next row due at once, as after a pause."""
+        """Makes the next row due at once, for example after a pause."""
         self._due = -math.inf
         self.reset_rate()
 
     def reset_rate(self) -> None:
-        """Measures the rate from here on."""
+        """Starts to measure the rate anew."""
         self._times.clear()
 
     def wait(self, now: float, interval: float) -> float:
-        """Seconds until the next row is due; 0: now; infinite: never."""
+        """Seconds until the next row is due; 0: now; inf: never."""
         return max(0.0, self._due + interval - now) if interval < math.inf else math.inf
 
     def record(self, now: float, interval: float) -> None:
-        """Notes that the row that was due after `interval` is there."""
+        """Records that the row that was due after `interval` has arrived."""
         if self._due == -math.inf:
             self._due = now
         else:
-            # Count from when the row was due, not from when it came, so that small delays do not
-            # add up. After a long delay, catch up by one row at most.
+            # Count from the time at which the row was due, not from its arrival, so that small
+            # delays do not add up. After a long delay, catch up by one row at most.
             self._due = max(self._due + interval, now - interval)
         self._times.append(now)
 
     @property
     def rate(self) -> float | None:
-        """Rows per second, or None before there are FEWEST_MEASURED."""
+        """Rows per second; None before FEWEST_MEASURED rows."""
         if len(self._times) < FEWEST_MEASURED or self._times[-1] == self._times[0]:
             return None
         return (len(self._times) - 1) / (self._times[-1] - self._times[0])
@@ -86,11 +89,11 @@ class Player:
     """Shows the rows of a branch one after another.
 
     Attributes:
-      recording: what is shown.
+      recording: the recording that is shown.
       branch: number of the branch that is shown.
       pace: rows per second; for a recording, a factor on its own pace.
       paused: whether only `step` shows rows.
-      on_change: called after everything that changes what is shown.
+      on_change: called after every change of what is shown.
       clock: returns the time in seconds.
     """
 
@@ -102,11 +105,12 @@ class Player:
             raise UserError(f"the pace is {pace}: must be above 0 and at most {PACES[-1]:,.0f}")
         self.recording, self.branch = recording, 0
         self.pace, self.paused, self.clock = pace, False, clock
-        self.on_change: Callable[[], None] = _nothing
+        self.on_change: Callable[[], None] = _do_nothing
         self._pacer = Pacer()
         self._step_requested = False
-        self._woken = asyncio.Event()  # pace or pause may have changed
-        self._advancing = False  # a row is under way
+        self._woken = asyncio.Event()  # set when the pace or the pause may have changed
+        self._advancing = False  # the next row is being computed
+        # Actions to run as soon as that row has arrived.
         self._pending: collections.deque[Callable[[], None]] = collections.deque()
 
     @property
@@ -116,17 +120,17 @@ class Player:
 
     @property
     def rows(self) -> int:
-        """How many rows of the branch are shown."""
+        """The number of rows of the branch that are shown."""
         return self.current.rows
 
     @property
     def rate(self) -> float | None:
-        """Measured rows per second, or None after too few rows."""
+        """Measured rows per second; None after too few rows."""
         return self._pacer.rate
 
     @property
     def late(self) -> bool:
-        """Whether rows come more slowly than the pace asks for."""
+        """Whether rows arrive more slowly than the pace asks for."""
         return not self.paused and self.rate is not None and self.rate < LATE * self._target_rate()
 
     @property
@@ -136,11 +140,11 @@ class Player:
 
     @property
     def ended(self) -> bool:
-        """Whether there are no more rows."""
+        """Whether the last row is shown."""
         return self._interval() == math.inf
 
     def pause(self, paused: bool = True) -> None:
-        """Stops after the row that is under way, or goes on."""
+        """Pauses after the row that is being computed, or resumes."""
         self.paused = paused
         self._restart()
 
@@ -151,7 +155,7 @@ class Player:
             self._restart()
 
     def change_pace(self, steps: int) -> None:
-        """Moves the pace up by that many entries of PACES, or down if `steps` is negative."""
+        """Raises the pace by `steps` entries of PACES, or lowers it if `steps` is negative."""
         for _ in range(abs(steps)):
             if steps > 0:
                 self.pace = min((pace for pace in PACES if pace > self.pace), default=self.pace)
@@ -162,10 +166,10 @@ class Player:
         self.on_change()
 
     def switch(self, branch: int) -> None:
-        """Shows another branch. Raises UserError if there is none of that number."""
+        """Shows another branch. Raises UserError if the branch does not exist."""
         count = len(self.recording.branches)
         if not 0 <= branch < count:
-            raise UserError(f"there is no branch {branch}: there are {count}, from 0 on")
+            raise UserError(f"there is no branch {branch}: give a number from 0 to {count - 1}")
         self._between_rows(self._switch, branch)
 
     async def run(self) -> None:
@@ -199,7 +203,7 @@ class Player:
                 await asyncio.wait_for(self._woken.wait(), None if left == math.inf else left)
 
     def _between_rows(self, action: Callable[..., None], *arguments: Any) -> None:
-        """Calls `action` now, or as soon as the row that is under way is there."""
+        """Calls `action` now, or as soon as the row that is being computed has arrived."""
         if self._advancing:
             self._pending.append(functools.partial(action, *arguments))
         else:
@@ -217,11 +221,11 @@ class Player:
         return 1 / self._interval()
 
     def _interval(self) -> float:
-        """Seconds from the last row to the next, infinite at the end."""
+        """Seconds from the last row to the next; inf at the end."""
         raise NotImplementedError
 
     async def _advance(self) -> None:
-        """Adds the next row to those that are shown."""
+        """Shows the next row."""
         raise NotImplementedError
 
     def _switch(self, branch: int) -> None:
@@ -229,11 +233,11 @@ class Player:
 
 
 class Live(Player):
-    """A session of an engine.
+    """Plays a session of an engine.
 
-    Only the branch that is shown goes on; the others wait on the host. What is done while a row is
-    under way takes effect with the row after it. Call the methods from the thread of the event
-    loop.
+    Only the branch that is shown advances. Snapshots of the others wait on the host. An action
+    while a row is being computed takes effect with the row after it. Call the methods from the
+    thread of the event loop.
     """
 
     def __init__(
@@ -243,36 +247,37 @@ class Live(Player):
         pace: float = 4.0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """Opens a session, which takes one place of the engine until `close`.
+        """Opens a session, which occupies a slot of the engine until `close`.
 
         Args:
-          engine: of a model with a tokenizer.
-          options: how cells are sampled, None: the defaults; `options.ablated` streams begin muted.
+          engine: an engine whose model has a tokenizer.
+          options: how cells are sampled; None: the defaults. The streams in `options.ablated` are
+            muted at first.
           pace: rows per second.
           clock: returns the time in seconds.
 
         Raises:
-          UserError: the model has no tokenizer, or no place is free.
+          UserError: the model has no tokenizer, or no slot is free.
         """
         tokenizer, streams = engine.model.tokenizer, engine.streams
         if tokenizer is None:
             raise UserError(
-                "the model came without a tokenizer: nothing can be typed, "
-                "use msllm.Engine with token ids"
+                "the model has no tokenizer, so text cannot be typed: use msllm.Engine with token"
+                " ids"
             )
         options = options or DecodeOptions()
         stored = dataclasses.asdict(options)
         recording = Recording(streams.names, streams.kinds, tokenizer, stored)
         super().__init__(recording, pace, clock)
         self._engine, self._session = engine, engine.open(options)
-        self._snapshots: dict[int, Any] = {}  # of the branches that are not shown
-        self._since = self.clock()  # the last row, or the end of the last pause
+        self._snapshots: dict[int, Snapshot] = {}  # by number, of the branches that are not shown
+        self._since = self.clock()  # time of the last row, or of the end of the last pause
         for name in options.ablated:
             self.current.add_event("mute", stream=name)
 
     @property
     def waiting(self) -> dict[str, int]:
-        """{input stream: number of tokens that the model has not read yet}."""
+        """{input stream: number of fed tokens that are not in a row yet}."""
         return self._session.waiting
 
     def feed(self, stream: str, text: str) -> None:
@@ -287,19 +292,20 @@ class Live(Player):
             self._between_rows(self._feed, stream, text)
 
     def mute(self, stream: str) -> None:
-        """Silences a stream from the next row on, or lets it speak again.
+        """Mutes a stream from the next row on, or unmutes it.
 
-        What a muted input is fed waits until it may speak. Raises UserError for an unknown stream.
+        Tokens that are fed to a muted input wait until it is unmuted. Raises UserError for an
+        unknown stream.
         """
         self._engine.streams.index(stream)
         self._between_rows(self._mute, stream)
 
     def fork(self) -> None:
-        """Goes on in a copy. The branch that was shown waits until it is shown again."""
+        """Continues in a copy of the branch. The original waits until it is shown again."""
         self._between_rows(self._fork)
 
     def close(self) -> None:
-        """Gives the place of the engine back."""
+        """Frees the slot of the engine."""
         self._session.close()
 
     def _feed(self, stream: str, text: str) -> None:
@@ -336,25 +342,25 @@ class Live(Player):
     async def _advance(self) -> None:
         await self._session.next()
         now = self.clock()
-        # Write the row before as well: text that was fed after it was shown has changed its inputs.
+        # Also write the row before: text that was fed after it was shown has changed its inputs.
         for row, tokens, present in zip(*self._session.transcript(2), strict=True):
             self.current.put(int(row), tokens, present, now - self._since)
         self._since = now
 
 
 class Replay(Player):
-    """A recording at its own pace, times `pace`."""
+    """Plays a recording at its own pace, times `pace`."""
 
     def __init__(
         self, recording: Recording, pace: float = 1.0, clock: Callable[[], float] = time.monotonic
     ):
         """Raises UserError for a pace that is not above 0 and at most PACES[-1]."""
         super().__init__(recording, pace, clock)
-        self._rows = [0] * len(recording.branches)  # shown, of each branch
+        self._rows = [0] * len(recording.branches)  # the number of rows shown of each branch
 
     @property
     def rows(self) -> int:
-        """How many rows of the branch are shown."""
+        """The number of rows of the branch that are shown."""
         return self._rows[self.branch]
 
     def _switch(self, branch: int) -> None:
@@ -368,7 +374,7 @@ class Replay(Player):
         return float(times[row] - times[row - 1]) / self.pace if row else 0.0
 
     def _target_rate(self) -> float:
-        """The mean over the rows that the rate is measured over."""
+        """The mean over the rows from which the rate is measured."""
         times = self.current.time[: self.rows][-MEASURED_ROWS:]
         seconds = float(times[-1] - times[0]) if len(times) else 0.0
         return self.pace * (len(times) - 1) / seconds if seconds else 0.0
@@ -377,5 +383,5 @@ class Replay(Player):
         self._rows[self.branch] += 1
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     pass

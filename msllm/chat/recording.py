@@ -1,9 +1,8 @@
-"""Recordings of live sessions: the tables as the model read them, when each row came, and what was
-done to the session.
+"""Recordings of live sessions: tables as the model read them, times of rows, and events.
 
-A recording is one npz file. It holds what `msllm score --tables` reads (tokens, present and
-segment), so it can be scored as it is, and everything that showing it again without a model needs.
-docs/chat.md describes the format.
+A recording is one npz file. It holds the arrays that `msllm score --tables` reads (tokens, present
+and segment), so it can be scored as it is. It also holds everything that is needed to replay it
+without a model. docs/chat.md describes the format.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from msllm.runtime.files import write_atomically
 from msllm.tokenizer import Tokenizer
 
 FORMAT = "msllm recording 1"
-_FIRST_ROWS = 256  # rows that a branch has room for at first
-# What reading a file raises that is not a recording.
+_FIRST_ROWS = 256  # the initial capacity of a branch, in rows
+# The errors of reading a file that is not a recording.
 _UNREADABLE = (
     OSError,
     EOFError,
@@ -42,12 +41,12 @@ _UNREADABLE = (
 
 
 class Branch:
-    """A table that grows, and what was done to it.
+    """A growing table and its events.
 
     Attributes:
       rows: number of rows.
-      events: what was done, in order: {"row": number of rows at that time, "what": ..., ...}. Those
-        of a fork begin with those of its parent.
+      events: actions of the user in order: {"row": number of rows at that time, "what": ..., ...}.
+        The events of a fork begin with those of its parent.
       parent: number of the branch that this one was forked from; None: it is not a fork.
       forked: number of rows at the fork.
     """
@@ -57,7 +56,7 @@ class Branch:
         self.events: list[dict[str, Any]] = []
         self.parent: int | None = None
         self.forked = 0
-        # Arrays with room for rows to come.
+        # Arrays with spare capacity, so that most rows are appended without a copy.
         self._tokens = np.zeros((_FIRST_ROWS, streams), np.int32)
         self._present = np.zeros((_FIRST_ROWS, streams), bool)
         self._time = np.zeros(_FIRST_ROWS)
@@ -66,10 +65,10 @@ class Branch:
     def stored(
         cls, about: Mapping[str, Any], tokens: np.ndarray, present: np.ndarray, time: np.ndarray
     ) -> Branch:
-        """A branch of a file.
+        """A branch from the contents of a file.
 
         Args:
-          about: parent, forked and events.
+          about: the branch's `parent`, `forked` and `events`.
           tokens: [rows, S] int32.
           present: [rows, S] bool.
           time: [rows] float64.
@@ -92,36 +91,36 @@ class Branch:
 
     @property
     def time(self) -> np.ndarray:
-        """[rows] float64, seconds from the first row to each, without the pauses of the session."""
+        """[rows] float64, seconds from the first row to each row, without pauses."""
         return self._time[: self.rows]
 
     def put(self, row: int, tokens: np.ndarray, present: np.ndarray, seconds: float) -> None:
-        """Appends a row, or replaces one: input may still change the last row.
+        """Appends a row, or replaces one, because input may still change the last row.
 
         Args:
           row: number of the row, at most `rows`.
           tokens: [S] int.
           present: [S] bool.
-          seconds: from the row before to this one; ignored for a row that is replaced.
+          seconds: time from the previous row to this one; ignored for a row that is replaced.
         """
         if row == self.rows:
             if row == len(self._time):
-                self._double()
+                self._double_capacity()
             self._time[row] = self._time[row - 1] + seconds if row else 0.0
             self.rows += 1
         self._tokens[row], self._present[row] = tokens, present
 
-    def _double(self) -> None:
+    def _double_capacity(self) -> None:
         for name in ("_tokens", "_present", "_time"):
             array = getattr(self, name)
             setattr(self, name, np.concatenate([array, np.zeros_like(array)]))
 
     def add_event(self, what: str, **details: Any) -> None:
-        """Notes that something was done after the last row."""
+        """Records an event after the last row."""
         self.events.append({"row": self.rows, "what": what, **details})
 
     def muted(self, rows: int) -> frozenset[str]:
-        """The streams that were muted when there were that many rows."""
+        """The streams that were muted when the branch had `rows` rows."""
         muted = set()
         for event in self.events:
             if event["row"] > rows:
@@ -133,7 +132,7 @@ class Branch:
         return frozenset(muted)
 
     def fork(self, number: int) -> Branch:
-        """An independent copy. `number`: that of this branch."""
+        """An independent copy; `number` is the number of this branch."""
         fork = copy.deepcopy(self)
         fork.parent, fork.forked = number, self.rows
         return fork
@@ -143,11 +142,11 @@ class Recording:
     """The branches of a session.
 
     Attributes:
-      names: the streams.
-      kinds: their kinds.
-      tokenizer: of the tokens.
-      options: the options of decoding, as in JSON.
-      branches: at least one.
+      names: names of the streams.
+      kinds: kinds of the streams.
+      tokenizer: the tokenizer of the tokens.
+      options: the fields of `DecodeOptions`, as in JSON.
+      branches: the branches, at least one.
     """
 
     def __init__(
@@ -157,7 +156,7 @@ class Recording:
         tokenizer: Tokenizer,
         options: dict[str, Any] | None = None,
     ):
-        """Begins with one branch without rows."""
+        """Makes a recording of one branch without rows."""
         self.names, self.kinds, self.tokenizer = tuple(names), tuple(kinds), tokenizer
         self.options, self.branches = options or {}, [Branch(len(self.names))]
 
@@ -170,10 +169,10 @@ class Recording:
         """Writes a new file.
 
         Raises:
-          UserError: there is no row yet, the file exists already, or it cannot be written.
+          UserError: there is no row yet, the file exists, or it cannot be written.
         """
         if not any(branch.rows for branch in self.branches):
-            raise UserError("nothing to save: there is no row yet")
+            raise UserError("nothing to save: there is no row yet; wait for the first one")
         data = io.BytesIO()
         np.savez_compressed(
             data,
@@ -193,7 +192,7 @@ class Recording:
             ) from error
 
     def _arrays(self) -> dict[str, Any]:
-        """tokens and present [B, T, S], segment and time [B, T], filled up to the longest."""
+        """tokens and present [B, T, S], segment and time [B, T], padded to the longest branch."""
         branches, streams = len(self.branches), len(self.names)
         rows = max(branch.rows for branch in self.branches)
         arrays = {
@@ -209,7 +208,7 @@ class Recording:
         return arrays
 
     def _about(self) -> dict[str, Any]:
-        """What the file holds as JSON."""
+        """The part of the file that is JSON."""
         return {
             "format": FORMAT,
             "names": self.names,
@@ -224,7 +223,7 @@ class Recording:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Recording:
-        """Reads what `save` wrote. Raises UserError for anything else."""
+        """Reads a file that `save` wrote. Raises UserError for any other file."""
         try:
             with np.load(path) as file:
                 return cls._from_arrays({name: file[name] for name in file.files})
@@ -247,11 +246,11 @@ class Recording:
         recording = cls(about["names"], about["kinds"], tokenizer, about["options"])
         tables = check_tables(stored, len(recording.names), tokenizer.vocab_size)
         recording.branches = []
-        for b, of_branch in enumerate(about["branches"]):
+        for b, about_branch in enumerate(about["branches"]):
             rows = int(np.sum(tables["segment"][b] > 0))
             recording.branches.append(
                 Branch.stored(
-                    of_branch,
+                    about_branch,
                     tables["tokens"][b, :rows],
                     tables["present"][b, :rows],
                     stored["time"][b, :rows].astype(float),

@@ -1,6 +1,6 @@
-"""The screen of `msllm chat`: draws what a player shows and passes keys on to it.
+"""The screen of `msllm chat`, which draws a player's rows and passes keys to the player.
 
-Needs Textual (extra `chat`).
+It needs Textual (extra `chat`).
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from msllm.chat.recording import free_name
 from msllm.errors import UserError
 from msllm.view import cells
 
-COLUMN, TEXT_COLUMN = 24, 60  # widest column of a stream in characters, as cells and as text
-TEXT_ROWS = 1000  # rows whose text is shown
+COLUMN, TEXT_COLUMN = 24, 60  # the largest width of a stream in characters, as cells and as text
+TEXT_ROWS = 1000  # the text view shows this many of the last rows
 TARGET, MUTED = "\N{BLACK RIGHT-POINTING SMALL TRIANGLE}", "\N{MULTIPLICATION X}"
 
 
 class Key(NamedTuple):
-    """Keys that belong together."""
+    """A group of keys with one entry in the help line."""
 
     actions: dict[str, str]  # {key in Textual's spelling: action}
-    shown: str  # the keys on the screen
-    does: str  # what they do, on the screen
-    live: bool = False  # for live sessions alone, not for recordings
+    shown: str  # names of the keys in the help line
+    does: str  # description of the actions in the help line
+    live: bool = False  # only for live sessions, not for recordings
 
     @property
     def names(self) -> set[str]:
@@ -46,7 +46,7 @@ class Key(NamedTuple):
 KEYS = (
     Key({"enter": "send"}, "Enter", "send", live=True),
     Key({"tab": "target(1)", "shift+tab": "target(-1)"}, "Tab", "next input", live=True),
-    Key({"ctrl+p": "pause"}, "^P", "pause, go on"),
+    Key({"ctrl+p": "pause"}, "^P", "pause, resume"),
     Key({"ctrl+n": "step"}, "^N", "one row"),
     Key({"up": "pace(1)", "down": "pace(-1)"}, "↑↓", "pace"),
     Key({f"f{n + 1}": f"mute({n})" for n in range(12)}, "F1-F12", "mute stream", live=True),
@@ -55,15 +55,15 @@ KEYS = (
     Key({"ctrl+t": "text"}, "^T", "text, cells"),
     Key({"pageup": "scroll(1)", "pagedown": "scroll(-1)"}, "PgUp PgDn", "scroll"),
     Key({"ctrl+s": "save"}, "^S", "save", live=True),
-    Key({"ctrl+q": "leave"}, "^Q", "leave"),
+    Key({"ctrl+q": "leave"}, "^Q", "quit"),
 )
 ACTIONS = {key: action for bound in KEYS for key, action in bound.actions.items()}
 
 
 class Line(Input):
-    """The line to type in.
+    """The input line.
 
-    It handles every key itself and in order, so Enter and Tab act on what was typed before them.
+    It handles all keys itself, in order, so that Enter and Tab act on the text typed before them.
     """
 
     async def on_key(self, event: events.Key) -> None:
@@ -74,14 +74,13 @@ class Line(Input):
 
 
 class Columns(Widget):
-    """A column for each stream with its cells, a line per row, or its text. The newest line is at
-    the bottom.
+    """A column for each stream, with one cell per line or with text. The newest line is last.
 
     Attributes:
-      player: what is shown.
-      target: input stream that typed text goes to; empty: there is none.
+      player: the player whose rows are shown.
+      target: input stream that receives typed text; empty: there is no input stream.
       as_text: whether the columns hold text instead of cells.
-      back: lines between the newest one and the bottom of the screen.
+      back: number of lines scrolled back from the newest line.
     """
 
     DEFAULT_CSS = "Columns { height: 1fr; }"
@@ -89,13 +88,13 @@ class Columns(Widget):
     def __init__(self, player: Player, target: str):
         super().__init__()
         self.player, self.target, self.as_text, self.back = player, target, False, 0
-        # What was there when the widget was last updated: number of lines, and the branch.
+        # The number of lines and the branch at the last update.
         self._last_count = self._last_branch = 0
-        # The lines of each stream as text, made once per update however fast rows come.
+        # The lines of each stream as text, made at most once per update. None: not made yet.
         self._text: list[list[Text]] | None = None
 
     def follow(self) -> None:
-        """Draws what the player shows now. Keeps the scroll position."""
+        """Draws the player's current rows. Keeps the scroll position."""
         self._text = None
         if self.back:
             before, self._last_count = self._last_count, self._count()
@@ -105,13 +104,13 @@ class Columns(Widget):
         self.refresh()
 
     def scroll(self, lines: int) -> None:
-        """Scrolls up by that many lines, or down if `lines` is negative."""
+        """Scrolls up by `lines` lines, or down if `lines` is negative."""
         self._last_count = self._count()
         self.back = max(0, min(self.back + lines, self._last_count - self._height()))
         self.refresh()
 
     def widths(self) -> list[int]:
-        """The widths of the row numbers and of the streams for which there is room."""
+        """The widths of the column of row numbers and of the streams that fit on the screen."""
         number = 0 if self.as_text else max(3, len(str(self.player.rows)))
         widest = TEXT_COLUMN if self.as_text else COLUMN
         streams = len(self.player.recording.names)
@@ -120,7 +119,7 @@ class Columns(Widget):
         return [number, *widths[: max(1, room)]]
 
     def render_line(self, y: int) -> Strip:
-        """One line of the screen; Textual calls it."""
+        """Returns one line of the screen. Textual calls it."""
         widths = self.widths()
         streams = len(widths) - 1
         if y == 0:
@@ -150,11 +149,11 @@ class Columns(Widget):
             await self.app.run_action(f"mute({stream})")
 
     def _height(self) -> int:
-        """Lines below the header."""
+        """The number of lines below the header."""
         return max(1, self.size.height - 1)
 
     def _count(self) -> int:
-        """Lines that there are, on the screen and above it."""
+        """The number of lines on the screen and above it."""
         if self.as_text:
             return max(map(len, self._streams_as_text()), default=0)
         return self.player.rows
@@ -179,12 +178,12 @@ class Columns(Widget):
         return [Text(str(row), style="dim"), *texts]
 
     def _text_line(self, y: int, streams: int) -> list[Text]:
-        """A line of the streams as text. Each column ends at the bottom, whatever its length."""
+        """A line of the streams as text. The last line of each column is at the bottom."""
         from_end = self._height() - y + 1 + self.back
         texts = [Text()]  # the column of row numbers has no width
         for lines in self._streams_as_text()[:streams]:
             texts.append(lines[-from_end].copy() if from_end <= len(lines) else Text())
-        # After a resize there may be more columns than texts until the next update.
+        # After a resize, there may be more columns than texts until the next update.
         return texts + [Text() for _ in range(streams + 1 - len(texts))]
 
     def _streams_as_text(self) -> list[list[Text]]:
@@ -206,7 +205,7 @@ class Columns(Widget):
 
 
 class ChatApp(App[None]):
-    """A player on a full screen."""
+    """Shows a player on a full screen."""
 
     ENABLE_COMMAND_PALETTE = False
     CSS = """
@@ -216,11 +215,16 @@ class ChatApp(App[None]):
     #typed { width: 1fr; }
     #keys { height: auto; color: $text-muted; }
     """
-    # For a screen without a line to type in, which handles keys itself.
+    # These bindings serve a screen without an input line. `Line` handles the keys itself.
     BINDINGS = [Binding(key, action) for key, action in ACTIONS.items()]
 
     def __init__(self, player: Player, out: str | os.PathLike = "chat.npz"):
-        """`out`: where to save a live session; a number is added if the file exists."""
+        """Makes the screen.
+
+        Args:
+          player: the player to show.
+          out: the file for saving a live session. A number is added if the file exists.
+        """
         super().__init__()
         self.player, self.out = player, out
         self._live = player if isinstance(player, Live) else None
@@ -228,11 +232,11 @@ class ChatApp(App[None]):
         names = player.recording.names
         self._inputs = [name for name, kind in zip(names, kinds) if kind == "input"]
         self.columns = Columns(player, next(iter(self._inputs), ""))
-        self._problem = ""  # why no more rows come
+        self._problem = ""  # the error that stopped the player
         self._saved = self._progress()
 
     def compose(self) -> ComposeResult:
-        """The widgets from top to bottom; Textual calls it."""
+        """Yields the widgets from top to bottom. Textual calls it."""
         yield self.columns
         yield Static(id="status", markup=False)
         if self._inputs:
@@ -247,7 +251,7 @@ class ChatApp(App[None]):
         self.run_worker(self._play())
 
     def show(self) -> None:
-        """Draws what the player shows now."""
+        """Draws the player's current state."""
         self.columns.follow()
         self.query_one("#status", Static).update(self._status(), layout=False)
 
@@ -300,19 +304,19 @@ class ChatApp(App[None]):
     def action_leave(self) -> None:
         if self._live and self._progress() != self._saved:
             self._saved = self._progress()
-            self.notify("Not saved: ^S saves, ^Q once more leaves", severity="warning")
+            self.notify("Not saved: ^S saves, another ^Q quits", severity="warning")
         else:
             self.exit()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool:
-        """Whether the player has the action; Textual calls it."""
+        """Whether the player supports the action. Textual calls it."""
         needs_live = any(bound.live and action in bound.names for bound in KEYS)
         return self._live is not None or not needs_live
 
     async def _play(self) -> None:
         try:
             await self.player.run()
-        except Exception as error:  # the rows so far can still be read and saved
+        except Exception as error:  # keep the screen, so that the rows can be read and saved
             self._problem = f"stopped by {type(error).__name__}: {error}"
             self.player.pause()
 
@@ -330,11 +334,11 @@ class ChatApp(App[None]):
             self.notify(str(error), severity="error")
 
     def _progress(self) -> list[int]:
-        """A value that changes with everything worth saving."""
+        """A value that differs from `_saved` if there is something to save."""
         return [len(branch.events) + branch.rows for branch in self.player.recording.branches]
 
     def _help(self) -> Text:
-        """The keys and what they do."""
+        """The help line."""
         parts = []
         for bound in KEYS:
             if self._live or not bound.live:
@@ -366,7 +370,7 @@ class ChatApp(App[None]):
 
     def _pace(self) -> str:
         pace = f"{self.player.pace:g} {'rows/s' if self._live else 'x its pace'}"
-        return f"{pace}, comes at {self.player.rate:.2g} rows/s" if self.player.late else pace
+        return f"{pace}, actually {self.player.rate:.2g} rows/s" if self.player.late else pace
 
     def _branch(self) -> str:
         branch, count = self.player.current, len(self.player.recording.branches)
@@ -377,5 +381,5 @@ class ChatApp(App[None]):
 
 
 def _unbroken(text: str) -> str:
-    """The text without places for a line break."""
+    """The text with its spaces made non-breaking."""
     return text.replace(" ", "\N{NO-BREAK SPACE}")
