@@ -422,11 +422,11 @@ def test_bad_requests(small, tmp_path):
         f"--example={16 * '0'}: split 'train' of .* does not hold it.*--split=eval": {
             "example": 16 * "0"
         },
-        "--split=eval: .* has no table in it; look at --split=train": {"split": "eval"},
+        "--split=eval: this split of .* has no tables; give --split=train": {"split": "eval"},
         "no split 'test': must be one of train, eval": {"split": "test"},
         "--rows=0: must be at least 1": {"rows": 0},
         "--tables=0: must be at least 1": {"tables": 0},
-        "--html=.*: No such file or directory; give a file in a folder that exists": {
+        "--html=.*: No such file or directory; give a file in an existing folder": {
             "file": tmp_path / "no/x.html"
         },
     }.items():

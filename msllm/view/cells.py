@@ -1,6 +1,6 @@
-"""The cells of a table as text: one line per row, one column per stream.
+"""Draws the cells of a table as text, with one line per row and one column per stream.
 
-Silence is a dim middle dot, an absent cell is blank.
+Silence is a dim middle dot. An absent cell is blank.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from msllm.tokenizer import Tokenizer
 
 SILENT, ABSENT = "\N{MIDDLE DOT}", ""
 SPACE = "\N{OPEN BOX}"
-NARROWEST = 3  # characters that a column keeps when the table is wider than the screen
+NARROWEST = 3  # the width in characters below which no column is cut
 # Unicode categories that are escaped: control and format characters, surrogates, private use,
-# unassigned, line and paragraph separators, spaces other than " ".
+# unassigned, line and paragraph separators, and spaces other than " ".
 _ESCAPED = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
 
 
 class Cell(NamedTuple):
-    """A cell as it is drawn."""
+    """A drawn cell."""
 
     text: str
     state: Literal["token", "silence", "absent"]
@@ -34,16 +34,19 @@ class Cell(NamedTuple):
 def console(**options: Any) -> rich.console.Console:
     """A console for tables, without styles if the output is not a terminal or NO_COLOR is set.
 
-    `options` go to `rich.console.Console`.
+    `options` are passed to `rich.console.Console`.
     """
-    # With NO_COLOR alone, rich drops the colours but still writes the codes for bold and dim.
+    # With NO_COLOR, rich drops colours but still writes the codes for bold and dim.
     system = None if os.environ.get("NO_COLOR") else "auto"
     return rich.console.Console(**{"color_system": system, "highlight": False, **options})
 
 
 def visible(text: str) -> str:
-    """The text with every character visible on one line: control characters and the like are
-    escaped as in Python's string literals."""
+    """The text on one line with every character visible.
+
+    Control characters and the other characters of `_ESCAPED` are escaped as in Python's string
+    literals.
+    """
     shown = "".join(map(_visible_character, text))
     if shown and unicodedata.category(shown[0]).startswith("M"):
         # A combining mark would attach to the column on its left.
@@ -60,16 +63,16 @@ def _visible_character(character: str) -> str:
 def spelling(tokenizer: Tokenizer, token: int) -> str:
     """The text of a token in a cell. It never looks like silence or an absent cell.
 
-    The space before a word is left out; other leading and trailing spaces are shown as SPACE. A
-    token that is not a whole character is spelled as in the vocabulary.
+    The space before a word is left out. Other leading and trailing spaces are shown as SPACE. A
+    token that is only a part of a character is spelled as in the vocabulary.
     """
     piece = tokenizer.piece(token)
     if tokenizer.kind == "tokenizers":
-        # Vocabularies of byte-level BPE have an alphabet of their own for bytes: decode it.
+        # Byte-level BPE spells bytes in an alphabet of its own, which decoding resolves.
         decoded = tokenizer.decode([token])
         if decoded and "\N{REPLACEMENT CHARACTER}" not in decoded:
             piece = decoded
-    piece = piece.replace("\u2581", " ")  # sentencepiece's mark of a space
+    piece = piece.replace("\u2581", " ")  # sentencepiece's symbol for a space
     if len(piece) > 1 and piece[0] == " " != piece[1]:
         piece = piece[1:]
     inner = piece.strip(" ")
@@ -80,7 +83,7 @@ def spelling(tokenizer: Tokenizer, token: int) -> str:
 
 
 def draw(tokenizer: Tokenizer, token: int, present: bool) -> Cell:
-    """The cell that holds `token`, or is absent."""
+    """Draws a cell that holds `token`, or an absent cell."""
     if not present:
         return Cell(ABSENT, "absent")
     if token == tokenizer.silence_id:
@@ -89,21 +92,20 @@ def draw(tokenizer: Tokenizer, token: int, present: bool) -> Cell:
 
 
 def cell(tokenizer: Tokenizer, token: int, present: bool, kind: str) -> rich.text.Text:
-    """The cell of a stream of that kind (input, output or thought) in the style of a terminal."""
+    """Draws a cell of a stream of kind `kind` (input, output or thought) for a terminal."""
     return styled(draw(tokenizer, token, present), kind)
 
 
 def styled(cell: Cell, kind: str) -> rich.text.Text:
-    """The drawn cell of a stream of that kind in the style of a terminal."""
+    """Styles a drawn cell of a stream of kind `kind` for a terminal."""
     style = "cyan" if kind == "input" else ""
     return rich.text.Text(cell.text, style={"silence": "dim", "absent": ""}.get(cell.state, style))
 
 
 def fit(widths: Sequence[int], room: int) -> list[int]:
-    """The widths, of which the widest are reduced until all columns fit into `room` characters.
+    """Reduces the largest widths until all columns fit into `room` characters.
 
-    A space follows each column. No column becomes narrower than NARROWEST, even where that is too
-    wide for `room`.
+    A space follows each column. No column is cut below NARROWEST, even if the columns do not fit.
     """
     cap = max(widths, default=0)
     while cap > NARROWEST and sum(min(width, cap) + 1 for width in widths) > room:
@@ -112,7 +114,7 @@ def fit(widths: Sequence[int], room: int) -> list[int]:
 
 
 def line(texts: Sequence[rich.text.Text], widths: Sequence[int]) -> rich.text.Text:
-    """One line of a table: the row number and the cells, each cut or padded to its width."""
+    """One line of a table: the row number and the cells, cut or padded to their widths."""
     joined = rich.text.Text()
     for text, width in zip(texts, widths, strict=True):
         text.truncate(width, overflow="ellipsis", pad=True)
@@ -138,7 +140,9 @@ def print_texts(
     """Prints the text of each stream of a table.
 
     Args:
-      names: the streams.
+      console: where to print.
+      tokenizer: the tokenizer of the tokens.
+      names: names of the streams.
       tokens: [T, S] int.
       present: [T, S] bool.
     """

@@ -1,4 +1,4 @@
-"""Prints a table while a model generates it, one line a row and one column a stream."""
+"""Prints a table while a model generates it, with one line per row and one column per stream."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from msllm.errors import UserError
 from msllm.view import cells
 from msllm.weights.load import LoadedModel
 
-WIDTH = 14  # characters of a column
+WIDTH = 14  # width of a column in characters
 
 
 def print_generation(
@@ -22,10 +22,14 @@ def print_generation(
     options: DecodeOptions,
     console: rich.console.Console,
 ) -> None:
-    """Decodes `rows` rows, prints each as soon as it is known, and then the text of each stream.
+    """Decodes rows and prints each one at once, and then prints the text of each stream.
 
     Args:
-      inputs: text by input stream; it is fed one token a row, from the first row on.
+      model: a model with a tokenizer.
+      inputs: {input stream: text}. Each text is fed at one token per row from the first row on.
+      rows: the number of rows.
+      options: how rows are sampled.
+      console: where to print.
 
     Raises UserError if the model has no tokenizer.
     """

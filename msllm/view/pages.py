@@ -1,4 +1,4 @@
-"""Building blocks of reports: HTML pages from templates, aligned columns for a terminal."""
+"""Building blocks of reports: HTML pages from templates, and aligned columns for a terminal."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 
 from rich.cells import cell_len
 
-TEMPLATES = pathlib.Path(__file__).parents[1]  # a template lies beside the module that fills it
+# The folder of the package, because a template lies beside the module that fills it.
+TEMPLATES = pathlib.Path(__file__).parents[1]
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
 
 def render(template: str, **values: Any) -> str:
-    """Fills a template of this package, such as "view/prepared.html".
+    """Fills a template of this package, such as "view/prepared.html", with `values`.
 
-    Values are escaped. Pages built on "view/page.html" have no scripts and load nothing.
+    Values are escaped. Pages based on "view/page.html" have no scripts and load no other files.
     """
     import jinja2
 
@@ -30,7 +31,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def size_text(size: float) -> str:
-    """Bytes as text, in the largest unit in which the number is at least 1."""
+    """A number of bytes as text, in the largest unit in which it is at least 1."""
     for unit, factor in _UNITS.items():
         if abs(size) >= factor:
             return f"{size / factor:,.2f} {unit}"
@@ -41,7 +42,7 @@ def aligned(rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> lis
     """The lines of a table with aligned columns.
 
     Args:
-      rows: texts, as many in each row.
+      rows: texts, the same number in each row.
       numbers: columns that are aligned to the right.
     """
     columns = range(len(rows[0]))

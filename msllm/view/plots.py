@@ -1,7 +1,7 @@
-"""Plots for notebooks: tables, visibility, losses, attention between streams, entropy.
+"""Plots for notebooks: tables, visibility, losses, attention between streams, and entropy.
 
-Every function draws on matplotlib axes that the caller makes (extra `notebooks`). A stream has the
-same colour in all of them, by its place among the streams.
+Every function draws on matplotlib axes from the caller (extra `notebooks`). A stream has the same
+colour in all plots.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from msllm.view.tables import Columns
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MARK = "#d6336c"  # outline of a cell that a figure is about
-DARK = 0.6  # from this shade on, text is white
+MARK = "#d6336c"  # outline of a marked cell
+DARK = 0.6  # on shades above this, text is white
 
 
 def table(
@@ -31,14 +31,16 @@ def table(
     shade: np.ndarray | None = None,
     cell: tuple[int, int] | None = None,
 ) -> None:
-    """Draws a table as words, with rows downwards. Silence is a middle dot, an absent cell is grey.
+    """Draws a table of tokens, with the first row at the top.
+
+    Silence is a middle dot. Absent cells are grey.
 
     Args:
       axes: where to draw.
       columns: the streams.
       tokens: [T, S] int.
       present: [T, S] bool; None: all cells are present.
-      shade: [T, S] in 0..1, the darkness of the cells; nan counts as 0.
+      shade: [T, S] in [0, 1], the darkness of the cells; nan counts as 0.
       cell: (t, s) of a cell to outline.
     """
     rows, streams = tokens.shape
@@ -62,14 +64,15 @@ def table(
 
 
 def visibility(axes: Axes, seen: np.ndarray, names: Sequence[str]) -> None:
-    """Draws which cells see which: a matrix of all cells in row-major order, dark where a query
-    sees a key.
+    """Draws the visibility of cells as a matrix, dark where a query sees a key.
+
+    The cells are in row-major order.
 
     Args:
       axes: where to draw.
-      seen: [T, S, T, S] bool: query row, query stream, key row, key stream, as
-        `streams.visibility_table` returns it.
-      names: the streams.
+      seen: [T, S, T, S] bool (query row, query stream, key row, key stream), from
+        `streams.visibility_table`.
+      names: names of the streams.
     """
     rows, streams = seen.shape[:2]
     axes.imshow(seen.reshape(rows * streams, rows * streams), cmap="Blues", vmin=0, vmax=1)
@@ -94,9 +97,9 @@ def losses(
 
     Args:
       axes: where to draw.
-      metrics: {metric: (steps, values)}, as `metrics.read` returns it.
-      names: the streams; those without the metric get no line.
-      kind: nll, nll_spoken (silence left out), eval/nll or eval/nll_spoken.
+      metrics: {metric: (steps, values)}, from `metrics.read`.
+      names: names of the streams. Streams without the metric get no line.
+      kind: nll, nll_spoken (without silence), eval/nll or eval/nll_spoken.
       style: further arguments of `axes.plot`.
 
     Raises:
@@ -115,12 +118,12 @@ def losses(
 
 
 def between(axes: Axes, shares: np.ndarray, names: Sequence[str]) -> None:
-    """Draws a heat map of how much attention streams give each other.
+    """Draws a heat map of the attention between streams.
 
     Args:
       axes: where to draw.
-      shares: [S, S] (reader, source), as `attention_map.between_streams` returns it.
-      names: the streams.
+      shares: [S, S] (reader, source), from `attention_map.between_streams`.
+      names: names of the streams.
     """
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for reader, source in np.ndindex(shares.shape):
@@ -132,13 +135,13 @@ def between(axes: Axes, shares: np.ndarray, names: Sequence[str]) -> None:
 
 
 def entropy(axes: Axes, rows: Sequence[Row], names: Sequence[str], **style: Any) -> None:
-    """Draws the entropy of the distributions that the cells of a session were sampled from.
+    """Draws the entropy of the model's distribution in each cell of a session.
 
     Args:
       axes: where to draw.
-      rows: of a session.
-      names: the streams. Those without an entropy get no line: inputs, unless the engine computes
-        all logits.
+      rows: rows of a session.
+      names: names of the streams. Input streams have no entropy, and so no line, unless the engine
+        computes all logits.
       style: further arguments of `axes.plot`.
     """
     number, values = [row.index for row in rows], np.array([row.entropy for row in rows])
@@ -149,7 +152,7 @@ def entropy(axes: Axes, rows: Sequence[Row], names: Sequence[str], **style: Any)
 
 
 def _write(axes: Axes, x: int, y: int, text: str, shade: float) -> None:
-    """Writes into a cell of that darkness."""
+    """Writes text into a cell, in a colour that contrasts with the cell's shade."""
     color = "white" if shade > DARK else "black"
     axes.text(x, y, text, ha="center", va="center", fontsize=8, color=color)
 

@@ -1,7 +1,7 @@
-"""Shows prepared data: the statistics of a split and its first tables, or one example in full.
+"""Shows prepared data: the statistics of a split and its first tables, or one example.
 
-Reads the manifest and only the shards that it needs, so the size of the data does not matter
-(docs/data.md).
+It reads the manifest and only the shards that it needs, so the size of the data does not matter.
+docs/data.md has an example.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from msllm.view import tables as tables_view
 from msllm.view.split import Split
 from msllm.view.tables import Drawing
 
-SAMPLE = 64  # tables that are read for a statistic which the manifest does not have
-ROWS = 64  # rows of a packed table on the terminal, by default
-PAGE_TABLES = 20  # tables on a page, by default
-FIRST = 5  # items shown of a long list in the settings
+SAMPLE = 64  # tables that are read for a statistic that is not in the manifest
+ROWS = 64  # default number of rows shown of a packed table on a terminal
+PAGE_TABLES = 20  # default number of tables on a page
+FIRST = 5  # items shown of a list in the settings
 STREAM_COLUMNS = ("stream", "kind", "delay", "tokens", "silence", "absent", "silent")
 _HASH = re.compile(r"[0-9a-f]{64}")
-# Entries of the manifest with a line of their own in `statistics`; any others are listed as well.
+# Entries of the manifest that `statistics` formats itself. It lists all other entries after them.
 _PART = (
     "examples",
     "tables",
@@ -43,11 +43,11 @@ _MANIFEST = ("format", "settings", "streams", "rows", "tokenizer", "splits")
 
 
 class Overlap(NamedTuple):
-    """In how many rows several streams speak at once."""
+    """The number of rows in which several streams speak at once."""
 
-    rows: int  # with two or more streams that are neither silent nor absent
-    of: int  # rows that were read
-    tables: int  # tables that were read
+    rows: int  # rows with two or more streams that are neither silent nor absent
+    read_rows: int
+    read_tables: int
 
 
 def overlap(data: Split, tables: int = SAMPLE) -> Overlap:
@@ -55,7 +55,7 @@ def overlap(data: Split, tables: int = SAMPLE) -> Overlap:
 
     Args:
       data: the split.
-      tables: how many tables to read, spread evenly over the split.
+      tables: the most tables to read, spread evenly over the split.
     """
     silence_id = data.columns.tokenizer.silence_id
     count = min(tables, len(data))
@@ -96,9 +96,9 @@ def statistics(data: Split, found: Overlap) -> list[tuple[str, str]]:
 
 
 def _overlap_text(data: Split, found: Overlap) -> str:
-    sample = f"a sample: {found.tables} tables, evenly spread"
-    read = "all tables" if found.tables == len(data) else sample
-    share = found.rows / found.of
+    sample = f"a sample: {found.read_tables} tables, evenly spread"
+    read = "all tables" if found.read_tables == len(data) else sample
+    share = found.rows / found.read_rows
     return f"{share:.1%} of the rows have two or more streams that speak ({read})"
 
 
@@ -111,7 +111,7 @@ def _shards_text(shards: Sequence[dict[str, Any]]) -> str:
 
 
 def _count_text(value: Any) -> str:
-    """An entry of the manifest: a number, or {what: number, ..., "reason": why}."""
+    """The text of a manifest entry: a number, or {name: number, ..., "reason": text}."""
     if isinstance(value, int):
         return f"{value:,}"
     counts = {}
@@ -127,7 +127,7 @@ def _count_text(value: Any) -> str:
 
 
 def _setting_text(value: Any) -> str:
-    """A value of the manifest on one line; hashes and long lists are cut."""
+    """The text of a manifest value on one line, with hashes and long lists shortened."""
     if isinstance(value, str):
         return value[:12] if _HASH.fullmatch(value) else cells.visible(value) or "''"
     if isinstance(value, list):
@@ -142,7 +142,7 @@ def _setting_text(value: Any) -> str:
 
 
 def settings(data: Split) -> list[tuple[str, str]]:
-    """(name, value) of the settings that the data was prepared with."""
+    """(name, value) of the settings with which the data was prepared."""
     stored = data.manifest["settings"]
     return [(name, _setting_text(value)) for name, value in stored.items() if name != "streams"]
 
@@ -150,8 +150,8 @@ def settings(data: Split) -> list[tuple[str, str]]:
 def stream_rows(data: Split) -> list[tuple[str, ...]]:
     """A row of STREAM_COLUMNS for each stream.
 
-    tokens, silence and absent count cells of filled rows; silent is the share of silence among the
-    cells that are present.
+    tokens, silence and absent are numbers of cells in filled rows. silent is the share of silence
+    among the cells that are present.
     """
     delays = data.manifest["streams"]["delays"]
     rows = []
@@ -165,12 +165,12 @@ def stream_rows(data: Split) -> list[tuple[str, ...]]:
 
 
 def heading(data: Split) -> str:
-    """The title of what is shown."""
+    """The title of the page or printout."""
     return f"{data.directory}, split {data.split}"
 
 
 def print_statistics(console: rich.console.Console, data: Split, found: Overlap) -> None:
-    """Prints everything known about the split, without its tables."""
+    """Prints the statistics and settings of the split, without its tables."""
     lines = [
         *pages.aligned(statistics(data, found)),
         "",
@@ -184,7 +184,7 @@ def print_statistics(console: rich.console.Console, data: Split, found: Overlap)
 
 
 def page(data: Split, found: Overlap, drawings: Sequence[Drawing]) -> str:
-    """Statistics and tables as a page of HTML."""
+    """An HTML page with statistics and tables."""
     part = data.part
     figures = {
         "examples": f"{part['examples']:,}",
@@ -193,7 +193,7 @@ def page(data: Split, found: Overlap, drawings: Sequence[Drawing]) -> str:
         "of the cells silent": f"{part['silence_rate']:.1%}",
     }
     if len(data.columns.names) > 1:
-        figures["of the rows overlap"] = f"{found.rows / found.of:.1%}"
+        figures["of the rows overlap"] = f"{found.rows / found.read_rows:.1%}"
     return pages.render(
         "view/prepared.html",
         title=heading(data),
@@ -221,16 +221,17 @@ def run(
     """Prints statistics and tables of prepared data, or one example, or writes them as a page.
 
     Args:
-      directory: prepared data.
+      directory: the prepared directory.
       console: where to print.
       split: "train" or "eval".
-      example: show this example alone: its number in stored order, or its id.
-      tables: tables to show, from the first on; None: 1, on a page PAGE_TABLES.
-      rows: rows to show of each table; None: ROWS of a packed table on the terminal, else all.
-      file: write a page of HTML to this file instead.
+      example: number in stored order, or id, of the only example to show.
+      tables: number of tables to show, from the first on; None: 1, or PAGE_TABLES on a page.
+      rows: the most rows to show of each table; None: ROWS for a packed table on a terminal, all
+        otherwise.
+      file: write an HTML page to this file instead of printing.
 
     Raises:
-      UserError: there are no such data, or the request does not fit them.
+      UserError: the data does not exist, or the request does not fit it.
     """
     for name, value in (("tables", tables), ("rows", rows)):
         if value is not None and value < 1:
@@ -262,7 +263,7 @@ def _write(path: str | pathlib.Path, content: str) -> None:
         write_atomically(path, content)
     except OSError as error:
         raise UserError(
-            f"--html={path}: {error.strerror}; give a file in a folder that exists"
+            f"--html={path}: {error.strerror}; give a file in an existing folder"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Tables and examples of prepared data by number or id, each read when it is asked for."""
+"""Reads tables and examples of prepared data on demand, by number or id."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from msllm.view.tables import Columns
 class Split:
     """One split of a prepared directory.
 
-    A shard is opened, and its size checked, when one of its tables is read.
+    A shard is opened, and its size is checked, when one of its tables is read.
 
     Attributes:
-      directory: where the data are.
+      directory: the prepared directory.
       split: name of the split.
       manifest: the manifest of the directory.
-      part: what the manifest says about the split.
+      part: the manifest's entry for the split.
       columns: names and kinds of the streams, and the tokenizer.
     """
 
     def __init__(self, directory: str | pathlib.Path, split: str):
-        """Raises UserError if there are no such data, or no table in the split."""
+        """Opens the split. Raises UserError if the data does not exist or the split is empty."""
         self.directory, self.split = pathlib.Path(directory), split
         self.manifest, self._paths = records.open_prepared(directory, split, part=None)
         self.part = self.manifest["splits"][split]
@@ -39,12 +39,12 @@ class Split:
         tokenizer = Tokenizer.load(self.directory / stored["file"], stored["silence"])
         self.columns = Columns(streams["names"], streams["kinds"], tokenizer)
         self._starts = np.cumsum([0, *(shard["records"] for shard in self.part["shards"])])
-        self._opened: tuple[int, records.Reader] | None = None  # number of a shard, and its records
+        self._opened: tuple[int, records.Reader] | None = None  # number and reader of a shard
         if not len(self):
             others = [name for name, part in self.manifest["splits"].items() if part["tables"]]
             raise UserError(
-                f"--split={split}: {directory} has no table in it; "
-                f"look at --split={' or '.join(others)}"
+                f"--split={split}: this split of {directory} has no tables; "
+                f"give --split={' or '.join(others)}"
             )
 
     def __len__(self) -> int:
@@ -82,13 +82,13 @@ class Split:
             first += len(packed.examples)
 
     def example(self, wanted: str) -> tuple[int, Table]:
-        """Finds an example by reading tables from the first one on.
+        """Finds an example by reading the tables in stored order.
 
         Args:
           wanted: number of the example in stored order, or its id (16 hex digits).
 
         Returns:
-          Its number and its table.
+          The number and the table of the example.
 
         Raises:
           UserError: there is no such example.

@@ -1,4 +1,4 @@
-"""Tables drawn as text: for a terminal here, for a page in prepared.html."""
+"""Draws tables as text, and prints them on a terminal. prepared.html shows them on a page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from msllm.view.cells import Cell
 
 
 class Columns(NamedTuple):
-    """The streams of a table, and what its tokens mean."""
+    """The streams of a table, and the tokenizer of its tokens."""
 
     names: Sequence[str]
     kinds: Sequence[str]
@@ -33,11 +33,11 @@ class Segment(NamedTuple):
 
 
 class Drawing(NamedTuple):
-    """A table as it is shown, with a mark where each example begins."""
+    """A drawn table. A mark shows where each example begins."""
 
     title: str
     segments: list[Segment]
-    note: str = ""  # on rows that are not shown
+    note: str = ""  # describes the rows that are not shown
 
 
 def draw_example(columns: Columns, number: int, table: Table, limit: int | None = None) -> Drawing:
@@ -45,9 +45,9 @@ def draw_example(columns: Columns, number: int, table: Table, limit: int | None 
 
     Args:
       columns: the streams.
-      number: of the example in stored order.
-      table: its cells.
-      limit: rows to draw at most.
+      number: number of the example in stored order.
+      table: the cells of the example.
+      limit: the most rows to draw; None: all.
     """
     return _draw(columns, f"example {number:,}", [(number, 0, table)], 0, limit)
 
@@ -59,10 +59,10 @@ def draw_packed(
 
     Args:
       columns: the streams.
-      number: of the table in stored order.
-      first: number of its first example in stored order.
-      packed: its cells.
-      limit: rows to draw at most.
+      number: number of the table in stored order.
+      first: number of the table's first example in stored order.
+      packed: the cells of the table.
+      limit: the most rows to draw; None: all.
     """
     examples = []
     for i, table in enumerate(unpack(packed._asdict(), packed.examples)):
@@ -79,7 +79,7 @@ def _draw(
     empty: int,
     limit: int | None,
 ) -> Drawing:
-    """Draws (number, first row, table) of each example."""
+    """Draws examples (number, first row, table). `empty` is the number of empty rows."""
     total = sum(len(table.tokens) for _, _, table in examples)
     shown = left = total if limit is None else min(limit, total)
     segments = []
@@ -111,14 +111,14 @@ def print_drawing(
     """Prints a table.
 
     Args:
-      console: where to.
+      console: where to print.
       columns: the streams.
-      drawing: their cells.
+      drawing: the drawn table.
       cut: narrow the columns until a line fits the console's width.
     """
     names = ("row", *map(cells.visible, columns.names))
     lines = [[Text(name, style="bold") for name in names]]
-    marks = {}  # {line: title of the example that begins there}
+    marks = {}  # {number of a line: title of the example that begins there}
     for segment in drawing.segments:
         marks[len(lines)] = segment.title
         for number, row in enumerate(segment.rows, segment.first):
