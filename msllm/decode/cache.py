@@ -139,7 +139,7 @@ def empty_cache(
     return Cache(layers(layout.keys), layers(layout.values), cells)
 
 
-def place(row: jax.typing.ArrayLike, keep: jax.typing.ArrayLike, window: int) -> jax.Array:
+def place(row: jax.Array, keep: jax.Array, window: int) -> jax.Array:
     """The place of a row in a window whose first `keep` rows never fall out."""
     return jnp.where(row < keep, row, keep + (row - keep) % (window - keep))
 
