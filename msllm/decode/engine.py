@@ -209,6 +209,7 @@ class Engine:
         session.force(self.streams.names[0], [0])
         session.run(3)
         session.step()
+        # The loop reads all lengths to which `_read` pads a prefill.
         slot, length = np.int32(session._slot), 1
         while length < 2 * self.window:
             table = np.zeros((min(length, self.window), self.streams.size), np.int32)

@@ -223,8 +223,9 @@ class Script:
         self.allowed[index] = np.array(sorted(set(tokens)))
 
     def copy(self) -> Script:
-        """An independent copy that goes on from here."""
+        """An independent copy."""
         copied = copy.copy(self)
+        # One memo for all attributes: `tokens` and `_recent_rows` share arrays, see `_append`.
         memo: dict[int, Any] = {}
         for name in (
             "tokens",
