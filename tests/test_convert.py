@@ -193,7 +193,7 @@ def test_dtype_is_kept_unless_it_would_round(folder, tmp_path):
     save_file(wide, tmp_path / "wide" / hf.WEIGHTS)
     from_hf(tmp_path / "wide", tmp_path / "out2")
     report = to_hf(tmp_path / "out2", tmp_path / "back", like=str(source))
-    assert "--dtype=bfloat16 rounds" in report
+    assert "use --dtype=bfloat16" in report
     assert_same_tensors(tensors_of(tmp_path / "back"), wide)
     to_hf(tmp_path / "out2", tmp_path / "rounded", dtype="bfloat16")
     assert_same_tensors(tensors_of(tmp_path / "rounded"), tensors_of(source))
@@ -274,7 +274,7 @@ def test_wrong_sources_are_named_and_leave_nothing(folder, tmp_path):
     refused("must be one of block_causal", streams=STREAMS, visibility="open")
     refused("there is no tokenizer file nowhere.json", tokenizer="nowhere.json")
     (source / "tokenizer.json").write_bytes(tokenizer_file(hf_models.VOCABULARY + 5))
-    refused("has 45 tokens and its model 40")
+    refused("has 45 tokens, but vocab_size of the model is 40")
     (source / "tokenizer.json").write_text("{")
     refused("tokenizer of .* is damaged")
     (source / "tokenizer.json").unlink()

@@ -376,7 +376,7 @@ def test_a_model_in_parts_is_read_from_all_of_them(tmp_path):
     with pytest.raises(UserError, match="there is no file .*00002-of-00002"):
         gguf_reader.read_gguf(parts[0])
     parts[1].write_bytes(parts[0].read_bytes())
-    with pytest.raises(UserError, match="says that it is part 0"):
+    with pytest.raises(UserError, match="holds part 0"):
         gguf_reader.read_gguf(parts[0])
     (tmp_path / "other.gguf").write_bytes(second)
     with pytest.raises(UserError, match="is one of 2 parts"):

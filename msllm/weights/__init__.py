@@ -1,1 +1,1 @@
-"""Weights and models from elsewhere: checkpoints, Hugging Face folders, GGUF files."""
+"""Loads, imports and exports models: checkpoints, Hugging Face folders and GGUF files."""

@@ -1,8 +1,8 @@
-"""Models from and to other projects (docs/weights.md).
+"""Imports models from other projects and exports models to them (docs/weights.md).
 
 `from_hf` imports a Hugging Face folder and `from_gguf` a GGUF file. Both write a folder that `load`
-takes as a checkpoint and that training can start from (`config.init_from`). `to_hf` writes a
-checkpoint as a Hugging Face folder. A folder appears when it is complete, and nothing is
+reads as a checkpoint, and that training can start from (`config.init_from`). `to_hf` writes a
+checkpoint as a Hugging Face folder. A folder appears only when it is complete, and nothing is
 overwritten.
 """
 
@@ -34,7 +34,7 @@ from msllm.weights.vocabulary import (
 )
 from msllm.weights.warm_start import stream_vectors, write_model
 
-ORIGIN = "hf"  # the folder inside OUT for the files beside the weights; to_hf writes them again
+ORIGIN = "hf"  # folder in OUT for the source's files other than weights; to_hf exports them again
 TOKENIZER_COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -53,7 +53,7 @@ COMPANIONS = (
 
 
 class ImportOptions(TypedDict, total=False):
-    """Options of an import; docs in `import_model`."""
+    """Options of an import, which `import_model` documents."""
 
     streams: str
     visibility: str
@@ -68,12 +68,13 @@ class Source:
 
     Attributes:
       path: the folder or file, for messages.
-      config, parameters: the model; parameters are nested dicts of numpy float32.
-      size: its number of streams.
-      streams: the streams by name, if the source names them.
-      tokenizer: its tokenizer, if it has one.
-      silence: the silence token, if the source names it.
-      origin: the content of files for the folder ORIGIN, by name.
+      config: the config of the model.
+      size: the number of streams.
+      streams: the streams; None if the source does not name them.
+      parameters: nested dicts of numpy float32.
+      tokenizer: the tokenizer; None if the source has none.
+      silence: the silence token; None if the source does not name it.
+      origin: {name: content} of the files for the folder ORIGIN.
     """
 
     path: str
@@ -89,18 +90,20 @@ class Source:
 def from_hf(
     directory: str | os.PathLike, out: str | os.PathLike, **options: Unpack[ImportOptions]
 ) -> str:
-    """Imports a Hugging Face folder. Returns a report.
+    """Imports a Hugging Face folder. Returns a report, one line per fact.
 
     Args:
       directory: the folder.
       out: the folder to write.
-      **options: those of `import_model`.
+      **options: the options of `import_model`.
 
-    Raises UserError.
+    Raises UserError if msllm cannot represent the model, or if a file is missing or damaged.
     """
     folder = pathlib.Path(directory)
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}: give one with {hf.CONFIG} and safetensors")
+        raise UserError(
+            f"there is no folder {folder}: name one that holds {hf.CONFIG} and safetensors"
+        )
     refuse_existing(out)
     settings = hf.read_settings(folder)
     config, size, parameters = hf.read_folder(folder)
@@ -111,8 +114,9 @@ def from_hf(
     tokenizer_path = _first_file(folder, (FILE_NAMES["tokenizers"], FILE_NAMES["sentencepiece"]))
     if not tokenizer_path and not options.get("tokenizer") and (folder / "vocab.json").is_file():
         raise UserError(
-            f"{folder} has its tokenizer as vocab.json and merges.txt, which are not read: open and"
-            " save it with transformers, which writes tokenizer.json, or give --tokenizer=FILE"
+            f"{folder} has its tokenizer in vocab.json and merges.txt, which msllm does not read:"
+            " load and save it with transformers, which writes tokenizer.json, or name another with"
+            " --tokenizer=FILE"
         )
     source = Source(
         path=str(folder),
@@ -130,14 +134,14 @@ def from_hf(
 def from_gguf(
     file: str | os.PathLike, out: str | os.PathLike, **options: Unpack[ImportOptions]
 ) -> str:
-    """Imports a GGUF file. Returns a report.
+    """Imports a GGUF file. Returns a report, one line per fact.
 
     Args:
       file: the file, or one of the parts that it was split into.
       out: the folder to write.
-      **options: those of `import_model`.
+      **options: the options of `import_model`.
 
-    Raises UserError.
+    Raises UserError if msllm cannot represent the model, or if the file is missing or damaged.
     """
     refuse_existing(out)
     model = gguf.read_gguf(file, with_tokenizer=not options.get("tokenizer"))
@@ -167,26 +171,26 @@ def import_model(
     tokenizer: str = "",
     vocab_multiple: int = 1,
 ) -> str:
-    """Writes a model as a folder to start from. Returns a report, one line per fact.
+    """Writes a model as a folder that training can start from. Returns a report.
 
     Args:
       source: the model.
       out: the folder to write.
       streams: e.g. "user=input,thought=thought,output=output"; names of the default config need no
-        kind. Empty: as many as the source has. A source with one stream may become several, all of
-        which compute what it computed.
+        kind. Empty: the streams of the source. A source with one stream may become a model with
+        several, each of which computes what the one stream computed.
       visibility: a preset. Empty: the source's, or `isolated` if one stream becomes several.
-      silence: a special token of the tokenizer that is not used otherwise. Empty: `<silence>`,
-        which is added if necessary.
-      tokenizer: a file in place of the source's.
-      vocab_multiple: the tables get rows until their number is a multiple of this, so that a mesh
-        can divide them.
+      silence: a special token of the tokenizer that has no other use. Empty: `<silence>`, which is
+        added if necessary.
+      tokenizer: a tokenizer file to use instead of the source's.
+      vocab_multiple: rows are added to the embedding and the head until their number is a multiple
+        of this, so that a mesh can divide them.
 
-    Raises UserError.
+    Raises UserError if an option is invalid or does not fit the source.
     """
     if vocab_multiple < 1:
         raise UserError(f"--vocab_multiple={vocab_multiple}: must be at least 1")
-    spec = _choose_streams(source, streams, visibility)
+    stream_config = _choose_streams(source, streams, visibility)
     file = _given_tokenizer(tokenizer, source) if tokenizer else source.tokenizer
     chosen, added = None, False
     if file:
@@ -194,28 +198,29 @@ def import_model(
         chosen, added = with_silence(file, silence or source.silence or "")
     elif silence:
         raise UserError(
-            f"{source.path} has no tokenizer, so no {silence!r}: give one with --tokenizer=FILE"
+            f"{source.path} has no tokenizer, so no {silence!r}: name one with --tokenizer=FILE"
         )
-    config, parameters = _add_streams(source, len(spec.names))
-    rows = max(config.vocab_size, chosen.vocab_size if chosen else 0)
+    model_config, parameters = _add_streams(source, len(stream_config.names))
+    rows = max(model_config.vocab_size, chosen.vocab_size if chosen else 0)
     rows += -rows % vocab_multiple
-    known = file.vocab_size() if file else config.vocab_size
-    config, parameters = add_rows(config, parameters, rows, known)
+    known = file.vocab_size() if file else model_config.vocab_size
+    model_config, parameters = add_rows(model_config, parameters, rows, known)
     silence = chosen.silence if chosen else TokenizerConfig.silence
     data = DataConfig(tokenizer=TokenizerConfig(silence=silence))
-    whole = Config(model=config, streams=spec, data=data)
+    config = Config(model=model_config, streams=stream_config, data=data)
     with new_folder(out) as folder:
-        write_model(folder, whole, parameters, chosen)
+        write_model(folder, config, parameters, chosen)
         (folder / ORIGIN).mkdir()
         origin = dict(source.origin)
-        if tokenizer:  # what the source says of its tokenizer is not true of another
-            kept = _files(pathlib.Path(tokenizer).parent, TOKENIZER_COMPANIONS)
-            origin = {k: v for k, v in origin.items() if k not in TOKENIZER_COMPANIONS} | kept
+        if tokenizer:  # the source's companions describe its own tokenizer, not this one
+            for name in TOKENIZER_COMPANIONS:
+                origin.pop(name, None)
+            origin |= _files(pathlib.Path(tokenizer).parent, TOKENIZER_COMPANIONS)
         if file:
             origin[file.name] = file.data
         for name, content in origin.items():
             (folder / ORIGIN / name).write_bytes(content)
-    return "\n".join(_report(source, whole, parameters, chosen, added))
+    return "\n".join(_report(source, config, parameters, chosen, added))
 
 
 def to_hf(
@@ -226,17 +231,18 @@ def to_hf(
     Args:
       checkpoint: a checkpoint, a workdir or an imported model.
       out: the folder to write.
-      dtype: float32, bfloat16 or float16. Empty: the imported model's if it holds every number
-        exactly, else float32.
-      like: a Hugging Face folder whose config keys and tokenizer settings are taken over. Empty:
-        the one that the model was imported from, of which its import keeps a copy.
+      dtype: float32, bfloat16 or float16. Empty: the type of the model that was imported if it
+        represents every parameter exactly, else float32.
+      like: a Hugging Face folder whose config keys and tokenizer settings the export takes over.
+        Empty: the folder that the model was imported from, of which the import kept a copy.
 
-    Raises UserError.
+    Raises UserError if no Hugging Face family has the form of the model, or if `like` or `dtype`
+    does not fit it.
     """
     refuse_existing(out)
     model = load(checkpoint)
     if model.run_config is None:
-        raise UserError(f"{checkpoint} is a Hugging Face folder already: give a checkpoint")
+        raise UserError(f"{checkpoint} is already a Hugging Face folder: name a checkpoint")
     size = model.streams.size
     origin = _origin_folder(checkpoint, model.run_config, like)
     settings = hf.read_settings(origin) if origin else {}
@@ -244,8 +250,8 @@ def to_hf(
     family = hf_config.to_hf(model.config, size)["model_type"]
     if settings.get("model_type", family) != family:
         raise UserError(
-            f"{origin} is of the family {settings['model_type']}, {checkpoint} of {family}: correct"
-            " --like"
+            f"{origin} is of the family {settings['model_type']}, but {checkpoint} is of the family"
+            f" {family}: correct --like"
         )
     config, parameters, files = _exported_vocabulary(model, origin, settings.get("vocab_size"))
     if origin:
@@ -257,14 +263,15 @@ def to_hf(
         settings[hf_config.OWN] = own
     notes = []
     if not dtype:
-        dtype, wanted = "float32", settings.get("torch_dtype", settings.get("dtype"))
-        if wanted in hf_tensors.DTYPES and hf_tensors.is_exact_in(parameters, config, wanted):
-            dtype = wanted
-        elif wanted in hf_tensors.DTYPES:
-            notes.append(
-                f"{wanted} would round the parameters: float32 is written; --dtype={wanted} rounds"
-                " them"
-            )
+        dtype, imported = "float32", settings.get("torch_dtype", settings.get("dtype"))
+        if imported in hf_tensors.DTYPES:
+            if hf_tensors.is_exact_in(parameters, config, imported):
+                dtype = imported
+            else:
+                notes.append(
+                    f"parameters are written as float32, because {imported} would round them; to"
+                    f" round them, use --dtype={imported}"
+                )
     hf.write_folder(out, config, size, parameters, dtype, settings, files)
     streams = "1 stream" if size == 1 else f"{size} streams ({', '.join(model.streams.names)})"
     summary = f"{family}, {streams}, {config.vocab_size:,} tokens, {dtype}, step {model.step}"
@@ -272,11 +279,14 @@ def to_hf(
 
 
 def parse_streams(text: str) -> StreamsConfig:
-    """Streams of "NAME=KIND,..."; names of the default config need no kind. Raises UserError."""
+    """Returns the streams of "NAME=KIND,...". Raises UserError.
+
+    Names of the default config need no kind.
+    """
     known = dict(zip(StreamsConfig.names, StreamsConfig.kinds))
     names, kinds = [], []
     for part in text.split(","):
-        name, _, kind = (x.strip() for x in part.partition("="))
+        name, _, kind = map(str.strip, part.partition("="))
         kind = kind or known.get(name, "")
         if not name or kind not in KINDS:
             raise UserError(
@@ -289,15 +299,15 @@ def parse_streams(text: str) -> StreamsConfig:
 
 
 def _files(folder: pathlib.Path, names: Sequence[str]) -> dict[str, bytes]:
-    """The content of those of these files that a folder has, by name."""
+    """Returns {name: content} of the named files that exist in a folder."""
     paths = (folder / name for name in names)
     return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 def _origin_config(settings: dict[str, Any], dtype: str) -> bytes:
-    """The config.json for ORIGIN: the source's, with the type of its tensors."""
-    kept = {key: value for key, value in settings.items() if key != "dtype"}
-    return json.dumps(kept | {"torch_dtype": dtype}, indent=2).encode()
+    """Returns the config.json for ORIGIN: the settings of the source with the given dtype."""
+    others = {key: value for key, value in settings.items() if key != "dtype"}
+    return json.dumps(others | {"torch_dtype": dtype}, indent=2).encode()
 
 
 def _first_file(folder: pathlib.Path, names: Sequence[str]) -> pathlib.Path | None:
@@ -313,27 +323,27 @@ def _given_tokenizer(path: str, source: Source) -> TokenizerFile:
 def _check_vocabulary(file: TokenizerFile, source: Source) -> None:
     """Raises UserError if the tokenizer is damaged or has more tokens than the model.
 
-    Added tokens may go beyond the model's table: no checkpoint of it was ever fed with them, such
-    as a `<pad>` that was added for training.
+    Added tokens may have ids beyond the model's embedding: the model has never read them. An
+    example is a `<pad>` that was added for training.
     """
     size, rows = file.vocab_size(), source.config.vocab_size
     if not set(range(rows, size)) <= file.added_ids():
         raise UserError(
-            f"the tokenizer of {file.source} has {size} tokens and its model {rows} (vocab_size):"
-            " they do not belong together"
+            f"the tokenizer of {file.source} has {size} tokens, but vocab_size of the model is"
+            f" {rows}: name the model's own tokenizer with --tokenizer=FILE"
         )
 
 
 def _choose_streams(source: Source, streams: str, visibility: str) -> StreamsConfig:
-    """The streams of an import, checked."""
-    spec = source.streams or hf_config.unnamed_streams(source.size)
-    if streams:
-        spec = parse_streams(streams)
+    """Returns the streams of an import. Raises UserError if they do not fit the source."""
+    spec = parse_streams(streams) if streams else source.streams
+    spec = spec or hf_config.unnamed_streams(source.size)
     if visibility and visibility not in PRESETS:
         raise UserError(f"--visibility={visibility}: must be one of {', '.join(PRESETS)}")
     if source.size not in (1, len(spec.names)):
         raise UserError(
-            f"--streams={streams} names {len(spec.names)} streams: {source.path} has {source.size}"
+            f"--streams={streams} names {len(spec.names)} streams: {source.path} has {source.size};"
+            " name that many"
         )
     if streams and source.streams and len(spec.names) == source.size:
         spec = _rename_streams(source.streams, spec)
@@ -341,12 +351,12 @@ def _choose_streams(source: Source, streams: str, visibility: str) -> StreamsCon
         spec = dataclasses.replace(spec, visibility=visibility, lags=())
     elif source.size == 1 and len(spec.names) > 1:
         spec = dataclasses.replace(spec, visibility="isolated")
-    StreamSpec.from_config(spec)  # checks it
+    StreamSpec.from_config(spec)  # raises UserError if it is invalid
     return spec
 
 
 def _rename_streams(old: StreamsConfig, new: StreamsConfig) -> StreamsConfig:
-    """Streams with the names and kinds of `new` and the visibility and all else of `old`."""
+    """Returns `old` with the names and kinds of `new`."""
     new_name = dict(zip(old.names, new.names))
     lags = tuple(
         (new_name.get(reader, reader), new_name.get(source, source), lag)
@@ -356,7 +366,7 @@ def _rename_streams(old: StreamsConfig, new: StreamsConfig) -> StreamsConfig:
 
 
 def _add_streams(source: Source, size: int) -> tuple[ModelConfig, dict[str, Any]]:
-    """(config, parameters) with `size` streams, each of which computes what the source computed."""
+    """Returns (config, parameters) with `size` streams that each compute what the source does."""
     if size == source.size:
         return source.config, source.parameters
     old = source.parameters.get("stream_embedding")
@@ -366,7 +376,7 @@ def _add_streams(source: Source, size: int) -> tuple[ModelConfig, dict[str, Any]
 
 
 def _origin_folder(checkpoint: str | os.PathLike, config: Config, like: str) -> pathlib.Path | None:
-    """The Hugging Face folder whose settings an export takes over, if there is one."""
+    """Returns the Hugging Face folder whose settings an export takes over, if there is one."""
     if like:
         return pathlib.Path(like)
     folders = [pathlib.Path(checkpoint) / ORIGIN]
@@ -378,7 +388,7 @@ def _origin_folder(checkpoint: str | os.PathLike, config: Config, like: str) -> 
 def _exported_vocabulary(
     model: LoadedModel, origin: pathlib.Path | None, origin_size: int | None
 ) -> tuple[ModelConfig, dict[str, Any], dict[str, bytes]]:
-    """(config, parameters as numpy arrays, files of the tokenizer by name) of an export."""
+    """Returns (config, parameters as numpy arrays, {name: content} of tokenizer files)."""
     config, tokenizer = model.config, model.tokenizer
     parameters = jax.tree.map(np.asarray, model.parameters)
     if not tokenizer:
@@ -400,7 +410,7 @@ def _report(
     tokenizer: Tokenizer | None,
     added: bool,
 ) -> list[str]:
-    """The facts of an import."""
+    """Returns the lines of the report on an import."""
     model, spec = config.model, config.streams
     count = sum(x.size for x in jax.tree.leaves(parameters))
     streams = ", ".join(f"{name} ({kind})" for name, kind in zip(spec.names, spec.kinds))
@@ -411,17 +421,17 @@ def _report(
     ]
     if source.size == 1 < len(spec.names) and spec.visibility == "isolated" and not spec.lags:
         lines.append(
-            "every stream computes what the imported model did; set config.streams.visibility to"
-            " train them"
+            "every stream computes what the imported model computed; before training, set"
+            " config.streams.visibility so that streams see one another"
         )
     if tokenizer:
         given = source.config.vocab_size
         beyond = list(range(given, tokenizer.vocab_size - added))
         if beyond:
             pieces = ", ".join(map(tokenizer.piece, beyond))
-            lines.append(f"tokens without a row in the model, which get one: {pieces}")
-        how = "added" if added else "there already"
+            lines.append(f"rows added for tokens that had none: {pieces}")
+        how = "added" if added else "already there"
         lines.append(f"silence: {tokenizer.silence}, token {tokenizer.silence_id}, {how}")
     else:
-        lines.append("no tokenizer: give one with --tokenizer=FILE to train or generate")
+        lines.append("no tokenizer: to train or generate, name one with --tokenizer=FILE")
     return lines

@@ -1,6 +1,6 @@
 """GGUF files (llama.cpp): Llama, Qwen2 and Qwen3 models with their BPE tokenizer.
 
-The package `gguf` reads the file, and numbers are dequantised to float32. The format:
+The package `gguf` reads the file, and quantised tensors become float32. The format is described in
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
@@ -47,14 +47,14 @@ NAMES = {
     "blk.{}.ffn_down.weight": _LAYER + "mlp.down_proj.weight",
 }
 FREQUENCIES = "rope_freqs.weight"  # what Llama 3 divides its rotary frequencies by
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of tokens
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # values of `tokenizer.ggml.token_type`
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# How text is split before BPE, by `tokenizer.ggml.pre`: a pattern, or None for that of GPT-2.
+# How text is split before BPE, by `tokenizer.ggml.pre`: a pattern, or None for the one of GPT-2.
 PATTERNS = {
     "gpt-2": None,
-    "smollm": None,  # but every digit is split off
+    "smollm": None,  # and every digit is a word of its own
     "llama-bpe": _LETTERS + r"\p{N}{1,3}" + _OTHERS,
     "qwen2": _LETTERS + r"\p{N}" + _OTHERS,
 }
@@ -74,11 +74,11 @@ class GgufModel(NamedTuple):
     """The content of a GGUF file.
 
     Attributes:
-      config: the model.
+      config: the config of the model.
       parameters: nested dicts of numpy float32.
-      settings: the content of the config.json that a Hugging Face folder of the model would have.
-      tokenizer: a file of the `tokenizers` library; None if it was not asked for.
-      tokenizer_settings: the content of the folder's tokenizer_config.json.
+      settings: the content of config.json in a Hugging Face folder of the same model.
+      tokenizer: the content of a `tokenizers` file; None if it was not requested.
+      tokenizer_settings: the content of tokenizer_config.json in that folder.
     """
 
     config: ModelConfig
@@ -92,16 +92,16 @@ def read_gguf(path: str | os.PathLike, with_tokenizer: bool = True) -> GgufModel
     """Reads a GGUF file.
 
     Args:
-      path: the file, or one of the parts that it was split into.
+      path: the file, or one of the parts that the model was split into.
       with_tokenizer: whether to read its tokenizer.
 
-    Raises UserError if the file is damaged, if this model cannot represent what it holds, or if the
-    package `gguf` is not installed.
+    Raises UserError if the file is damaged, if msllm cannot represent its model, or if the package
+    `gguf` is not installed.
     """
     try:
         import gguf
     except ImportError as error:
-        raise UserError("to read GGUF files, install msllm[gguf] (the package gguf)") from error
+        raise UserError("GGUF files need the package gguf: install msllm[gguf]") from error
     path = pathlib.Path(path)
     source = str(path)
     readers, fields = _open_parts(path, gguf.GGUFReader)
@@ -126,9 +126,10 @@ def read_gguf(path: str | os.PathLike, with_tokenizer: bool = True) -> GgufModel
 
 
 def _open_parts(path: pathlib.Path, reader: Callable) -> tuple[list[Any], dict[str, Any]]:
-    """(readers, metadata) of a file, or of all the parts that a model was split into.
+    """Returns (readers, metadata) of a file, or of all parts that a model was split into.
 
-    llama.cpp's gguf-split names them `NAME-00001-of-00003.gguf`. The first has the metadata.
+    gguf-split of llama.cpp names the parts `NAME-00001-of-00003.gguf`. The first part has the
+    metadata.
     """
     opened, fields = _open(path, reader)
     count = fields.get("split.count", 0)
@@ -137,8 +138,9 @@ def _open_parts(path: pathlib.Path, reader: Callable) -> tuple[list[Any], dict[s
     pattern = re.fullmatch(rf"(.*)-\d{{5}}-of-{count:05}\.gguf", path.name)
     if not pattern:
         raise UserError(
-            f"{path} is one of {count} parts, and its name does not end in -00001-of-{count:05}"
-            ".gguf: name the parts like that, in one folder, or join them with gguf-split --merge"
+            f"{path} is one of {count} parts, but its name does not end in -NNNNN-of-{count:05}"
+            ".gguf, with the number of the part from 00001 on: rename the parts, or join them with"
+            " gguf-split --merge"
         )
     parts = [path.with_name(f"{pattern[1]}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
     readers, metadata = [], []
@@ -146,7 +148,7 @@ def _open_parts(path: pathlib.Path, reader: Callable) -> tuple[list[Any], dict[s
         opened, fields = _open(part, reader)
         if (fields.get("split.no"), fields.get("split.count")) != (number, count):
             raise UserError(
-                f"{part} says that it is part {fields.get('split.no')} (from 0) of"
+                f"{part} holds part {fields.get('split.no')} (from 0) of"
                 f" {fields.get('split.count')}: copy it again"
             )
         readers.append(opened)
@@ -161,19 +163,19 @@ def _open_parts(path: pathlib.Path, reader: Callable) -> tuple[list[Any], dict[s
 
 
 def _open(path: pathlib.Path, reader: Callable) -> tuple[Any, dict[str, Any]]:
-    """(reader, metadata) of one file. Raises UserError."""
+    """Returns (reader, metadata) of one file. Raises UserError."""
     if not path.is_file():
-        raise UserError(f"there is no file {path}: give the path of a .gguf file")
+        raise UserError(f"there is no file {path}: name a .gguf file")
     hf.refuse_pointer(path)
     try:
         opened = reader(path)
         return opened, {name: field.contents() for name, field in opened.fields.items()}
-    except Exception as error:  # a file that is too short raises whatever numpy raises
+    except Exception as error:  # for truncated files, numpy raises many types
         raise UserError(f"{path} is damaged or no GGUF file ({error}): copy it again") from error
 
 
 def _hf_name(name: str) -> str:
-    """The Hugging Face name of a tensor; an unknown name stays as it is."""
+    """Returns the Hugging Face name of a tensor, or the name itself if it is unknown."""
     first, _, rest = name.partition(".")
     layer, _, rest = rest.partition(".")
     if first == "blk" and f"blk.{{}}.{rest}" in NAMES:
@@ -182,10 +184,10 @@ def _hf_name(name: str) -> str:
 
 
 def _unpermute(name: str, stored: StoredTensor, config: ModelConfig) -> StoredTensor:
-    """Undoes llama.cpp's order of the rows of Llama's q and k.
+    """Undoes the order in which llama.cpp stores the rows of Llama's q and k.
 
-    A GGUF file has them rotate the pairs (2m, 2m + 1); this model, like Hugging Face's, rotates
-    (m, m + H / 2).
+    In a GGUF file, the rotary embedding rotates the pairs of features (2m, 2m + 1). In msllm, as in
+    Hugging Face's libraries, it rotates the pairs (m, m + H / 2).
     """
     heads_of = {"q_proj.weight": config.num_heads, "k_proj.weight": config.num_kv_heads}
     heads = heads_of.get(name.partition("self_attn.")[2])
@@ -205,17 +207,17 @@ def _settings(
     frequencies: np.ndarray | None,
     source: str,
 ) -> dict[str, Any]:
-    """The file's metadata as the content of a Hugging Face config.json."""
+    """Returns the file's metadata as the content of a Hugging Face config.json."""
     family = fields.get("general.architecture")
     if family not in hf_config.FAMILIES:
         raise UserError(
-            f"{source} is of the architecture {family!r}: supported are"
+            f"{source} has the architecture {family!r}: must be one of"
             f" {', '.join(hf_config.FAMILIES)}"
         )
     if "model.embed_tokens.weight" not in tensors:
         raise UserError(
-            f"{source} has no tensor token_embd.weight: it is damaged, or a vocabulary without a"
-            " model"
+            f"{source} has no tensor token_embd.weight: it is damaged, or holds a vocabulary"
+            " without a model"
         )
     metadata = _Metadata.of(fields, family, source)
     heads, width = metadata.get("attention.head_count"), metadata.get("embedding_length")
@@ -249,28 +251,29 @@ def _settings(
 
 
 class _Metadata(hf_config.Settings):
-    """The fields of a file that describe its model, without the family's name."""
+    """The fields of a file that describe its model, without the family's prefix."""
 
     @classmethod
     def of(cls, fields: dict[str, Any], family: str, source: str) -> _Metadata:
-        """Those of all fields of a file that describe a model of the family."""
+        """Selects the fields of a model of the family from all fields of a file."""
         prefix = f"{family}."
         own = {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}
         return cls(own, f"{source}: {family}")
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A field; `default` if it is missing. Raises UserError if there is no default either."""
+        """Returns a field, or `default` if it is missing. Raises UserError without a default."""
         value = super().get(key, default)
         if value is None:
             raise UserError(
                 f"{self.source} has no {key}: the file is damaged, or of another architecture"
             )
-        # Files store float32, which for 1e-05 is 9.999999747378752e-06.
+        # Files store float32. Going through its shortest decimal gives 1e-05, not
+        # 9.999999747378752e-06.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _rope_scaling(kind: str, metadata: _Metadata) -> dict[str, Any]:
-    """The value of `rope_scaling` for linear and YaRN."""
+    """Returns the value of `rope_scaling` for linear scaling and YaRN."""
     factor = metadata.get("rope.scaling.factor")
     scaling = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
@@ -281,7 +284,7 @@ def _rope_scaling(kind: str, metadata: _Metadata) -> dict[str, Any]:
             "beta_fast": metadata.get("rope.scaling.yarn_beta_fast", 32.0),
             "beta_slow": metadata.get("rope.scaling.yarn_beta_slow", 1.0),
         }
-        # A GGUF file gives a multiple of the attention factor of the paper.
+        # A GGUF file stores a multiple of the attention factor in the paper (arXiv 2309.00071).
         multiple = metadata.get("rope.scaling.attn_factor", 1.0)
         if multiple != 1:
             scaling["attention_factor"] = multiple * (0.1 * math.log(factor) + 1)
@@ -291,10 +294,11 @@ def _rope_scaling(kind: str, metadata: _Metadata) -> dict[str, Any]:
 def _llama3_scaling(
     frequencies: np.ndarray, settings: dict[str, Any], source: str
 ) -> dict[str, Any]:
-    """The value of `rope_scaling` for Llama 3.1.
+    """Returns the value of `rope_scaling` for Llama 3.1.
 
-    A GGUF file keeps only the effect of these settings. All models of Llama 3.1 share them except
-    the factor, which is the largest divisor of a frequency.
+    A GGUF file does not store these settings, only the divisors of the frequencies that follow from
+    them. All Llama 3.1 models have the same settings except the factor, which is the largest
+    divisor.
     """
     factor = float(frequencies.max())
     scaling = RopeScalingConfig("llama3", factor, 1.0, 4.0, original_max_position=8192)
@@ -302,13 +306,13 @@ def _llama3_scaling(
     expected = rope_frequencies(*base, RopeScalingConfig()) / rope_frequencies(*base, scaling)
     if expected.shape != frequencies.shape or not np.allclose(frequencies, expected, rtol=1e-4):
         raise UserError(
-            f"{source}: {FREQUENCIES} is not Llama 3.1's for any factor: take the model in another"
-            " format"
+            f"{source}: {FREQUENCIES} does not follow from Llama 3.1's settings with any factor:"
+            " import the model from another format"
         )
-    whole = math.isclose(factor, round(factor))
+    is_integer = math.isclose(factor, round(factor))
     return {
         "rope_type": "llama3",
-        "factor": round(factor) if whole else factor,
+        "factor": round(factor) if is_integer else factor,
         "low_freq_factor": scaling.low_freq_factor,
         "high_freq_factor": scaling.high_freq_factor,
         "original_max_position_embeddings": scaling.original_max_position,
@@ -316,21 +320,21 @@ def _llama3_scaling(
 
 
 def _tokenizer(fields: dict[str, Any], source: str) -> bytes:
-    """The vocabulary and merges of the file as a `tokenizers` file, with the same ids."""
+    """Returns a `tokenizers` file with the vocabulary, ids and merges of the GGUF file."""
     kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     parts = [f"tokenizer.ggml.{part}" for part in ("tokens", "token_type", "merges")]
     if kind != "gpt2" or pre not in PATTERNS or any(part not in fields for part in parts):
         raise UserError(
-            f"{source} has a tokenizer {kind!r} with tokenizer.ggml.pre={pre!r}: supported is"
-            f" 'gpt2' (BPE) with one of {', '.join(PATTERNS)}, tokens, their types and merges; give"
-            " another with --tokenizer=FILE"
+            f"{source} has a tokenizer {kind!r} with tokenizer.ggml.pre={pre!r}: must be 'gpt2'"
+            f" (BPE) with one of {', '.join(PATTERNS)}, and with tokens, token types and merges;"
+            " name another tokenizer with --tokenizer=FILE"
         )
     pieces, types, merges = (list(fields[part]) for part in parts)
-    while types and types[-1] == UNUSED:  # pieces that only fill the table of embeddings
+    while types and types[-1] == UNUSED:  # pieces that only fill up the embedding
         types.pop()
     pieces = pieces[: len(types)]
-    # The library adds control and user-defined pieces after the vocabulary. Those at its end are
-    # therefore left out of it here, and get the same ids when they are added.
+    # The library adds control and user-defined pieces after the vocabulary. So such pieces at the
+    # end are left out of the vocabulary here, and get the same ids when they are added.
     size = len(pieces)
     while size and types[size - 1] in (CONTROL, USER_DEFINED):
         size -= 1
@@ -360,7 +364,7 @@ def _tokenizer(fields: dict[str, Any], source: str) -> bytes:
     for i, piece in enumerate(pieces):
         if tokenizer.token_to_id(piece) != i:
             raise UserError(
-                f"{source}: the vocabulary holds {piece!r} twice: give another one with"
+                f"{source}: the vocabulary holds {piece!r} twice: name another tokenizer with"
                 " --tokenizer=FILE"
             )
     bos = fields.get("tokenizer.ggml.bos_token_id")
@@ -372,7 +376,7 @@ def _tokenizer(fields: dict[str, Any], source: str) -> bytes:
 
 
 def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
-    """How text is split before BPE."""
+    """Returns the library's form of an entry of PATTERNS."""
     if pattern := PATTERNS[pre]:
         split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -382,7 +386,7 @@ def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _tokenizer_settings(fields: dict[str, Any]) -> dict[str, Any]:
-    """The content of tokenizer_config.json."""
+    """Returns the content of tokenizer_config.json."""
     pieces = fields["tokenizer.ggml.tokens"]
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for name, field in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):

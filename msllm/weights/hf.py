@@ -1,7 +1,7 @@
-"""Folders in the Hugging Face layout: `config.json` and safetensors, read and written.
+"""Reads and writes folders in the Hugging Face layout: `config.json` and safetensors.
 
-msllm/weights/hf_config.py converts the config and msllm/weights/hf_tensors.py the tensors.
-docs/weights.md says what is read and written.
+msllm/weights/hf_config.py converts the config, and msllm/weights/hf_tensors.py the tensors.
+docs/weights.md describes which models these folders may hold.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from msllm.weights.hf_tensors import DTYPES, StoredTensor
 
 CONFIG = hf_config.FILE
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLED = "pytorch_model*.bin"  # what older folders have in place of WEIGHTS
-GIT_LFS = b"version https://git-lfs"  # how a pointer of Git LFS begins
+PICKLED = "pytorch_model*.bin"  # the weights in older folders, which are not read
+GIT_LFS = b"version https://git-lfs"  # the beginning of a Git LFS pointer
 SHARD_BYTES = 5_000_000_000
 
 log = logging.getLogger("msllm")
 
 
 def read_folder(directory: str | os.PathLike) -> tuple[ModelConfig, int, dict[str, Any]]:
-    """(config, number of streams, parameters as nested dicts of numpy float32) of a folder.
+    """Returns (config, number of streams, parameters) of a folder.
 
-    A head that differs from the embedding is read although the config says that they are tied, as
-    `transformers` does.
+    The parameters are nested dicts of numpy float32. As in `transformers`, a head that differs from
+    the embedding is read even if the config says that they are tied.
 
-    Raises UserError for what this model cannot represent, and for missing, unexpected, misshapen or
-    damaged tensors and numbers that are not finite.
+    Raises UserError for a setting that msllm does not support, for missing, unexpected, misshapen
+    or damaged tensors, and for numbers that are not finite.
     """
     directory = pathlib.Path(directory)
     config, streams = hf_config.from_hf(read_settings(directory), str(directory / CONFIG))
     with open_tensors(directory) as tensors:
-        if config.tie_embeddings and hf_tensors.has_head_of_its_own(tensors):
+        if config.tie_embeddings and hf_tensors.has_untied_head(tensors):
             log.warning(
                 "%s: tie_word_embeddings is true, but %s differs from %s: both are read, and the"
                 " model is not tied",
@@ -60,7 +60,7 @@ def read_folder(directory: str | os.PathLike) -> tuple[ModelConfig, int, dict[st
 
 
 def read_settings(directory: str | os.PathLike) -> dict[str, Any]:
-    """The content of the config.json of a folder. Raises UserError."""
+    """Returns the content of a folder's config.json. Raises UserError."""
     path = pathlib.Path(directory) / CONFIG
     if not path.is_file():
         raise UserError(
@@ -72,9 +72,9 @@ def read_settings(directory: str | os.PathLike) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def open_tensors(directory: str | os.PathLike) -> Iterator[dict[str, StoredTensor]]:
-    """The tensors of a folder by name, from one file or from shards. Raises UserError.
+    """Opens the file or shards of a folder and yields its tensors by name. Raises UserError.
 
-    They can be loaded until the context ends.
+    The tensors can be loaded until the context ends.
     """
     file_of = _tensor_files(pathlib.Path(directory))
     with contextlib.ExitStack() as stack:
@@ -99,24 +99,26 @@ def write_folder(
     files: Mapping[str, bytes] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes the folder that `read_folder` reads.
+    """Writes a folder that `read_folder` reads.
 
-    A model with one stream opens in Hugging Face's libraries. The folder appears when it is
-    complete.
+    Hugging Face's libraries open the folder of a model with one stream. The folder appears only
+    when it is complete.
 
     Args:
-      directory: the folder. It must not exist, or be empty.
-      config, streams, parameters: the model and its number of streams.
-      dtype: the type of the tensors, a key of DTYPES. Numbers are rounded to the nearest.
+      directory: the folder. It must be empty or not exist.
+      config: the config of the model.
+      streams: the number of streams.
+      parameters: nested dicts of numpy arrays.
+      dtype: the type of the tensors, a key of DTYPES. Parameters are rounded to nearest.
       settings: keys of config.json besides those of the model.
-      files: the content of other files to put there, by name.
-      shard_bytes: the size of a file of tensors beyond which there are several, with an index.
+      files: {name: content} of other files to write into the folder.
+      shard_bytes: tensors larger than this in total are divided among shards, with an index.
 
-    Raises UserError if the folder has anything in it, if no family has the form of the model, or
-    if a number is beyond the range of the type.
+    Raises UserError if the folder is not empty, if no Hugging Face family has the form of the
+    model, or if a parameter is beyond the range of the type.
     """
     if dtype not in DTYPES:
-        raise UserError(f"the type is {dtype!r}: must be one of {', '.join(DTYPES)}")
+        raise UserError(f"dtype is {dtype!r}: must be one of {', '.join(DTYPES)}")
     content = _config_content(config, streams, dtype, settings or {})
     tensors = hf_tensors.to_hf(parameters, config)
     itemsize = DTYPES[dtype].itemsize
@@ -128,7 +130,7 @@ def write_folder(
         for file, names in shards.items():
             shard = {name: _rounded(name, tensors[name], dtype) for name in names}
             safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
-            # safetensors creates files that only their owner may read.
+            # safetensors creates files that only their owner can read.
             shutil.copymode(folder / CONFIG, folder / file)
         if len(shards) > 1:
             size = itemsize * sum(tensor.size for tensor in tensors.values())
@@ -140,7 +142,7 @@ def write_folder(
 def _config_content(
     config: ModelConfig, streams: int, dtype: str, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The content of config.json: the model's settings, and others that they do not replace."""
+    """Returns the content of config.json: `settings`, updated with the model's own."""
     others = {
         key: value for key, value in settings.items() if key not in ("dtype", "rope_parameters")
     }
@@ -153,7 +155,7 @@ def _config_content(
 def _shards(
     tensors: Mapping[str, np.ndarray], itemsize: int, shard_bytes: int
 ) -> dict[str, list[str]]:
-    """Names of tensors by the file that they go to."""
+    """Returns {name of a file: names of its tensors}."""
     shards: list[list[str]] = [[]]
     filled = 0  # bytes in the last shard
     for name, tensor in tensors.items():
@@ -172,25 +174,25 @@ def _shards(
 
 
 def _rounded(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
-    """The tensor in a type of DTYPES. Raises UserError if a number is beyond the type's range."""
+    """Returns the tensor in a type of DTYPES. Raises UserError for numbers beyond its range."""
     with np.errstate(over="ignore"):  # the error below names the tensor
         rounded = np.ascontiguousarray(tensor.astype(DTYPES[dtype]))
     if not np.isfinite(rounded).all() and np.isfinite(tensor).all():
         raise UserError(
-            f"{name} has numbers beyond the range of {dtype}: write bfloat16 or float32"
+            f"{name} has numbers beyond the range of {dtype}: use dtype bfloat16 or float32"
         )
     return rounded
 
 
 def _tensor_files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
-    """The file of each tensor: of the one file or, if there is none, of the index of shards.
+    """Returns {name of a tensor: its file}.
 
-    This is the order in which `transformers` looks for them.
+    Like `transformers`, it looks for the single file first, and then for the index of shards.
     """
     if (directory / WEIGHTS).is_file():
         if (directory / INDEX).is_file():
             log.warning(
-                "%s has %s and %s: the first is read, the second is not",
+                "%s has %s and %s: only the first is read",
                 directory,
                 WEIGHTS,
                 INDEX,
@@ -200,8 +202,8 @@ def _tensor_files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
     if not (directory / INDEX).is_file():
         if pickled := sorted(directory.glob(PICKLED)):
             raise UserError(
-                f"{pickled[0]} holds its weights as a pickle, which could run any code and is not"
-                " read: save the model again with transformers, which writes safetensors"
+                f"{pickled[0]} is a pickle, which is not read because it could run any code: save"
+                " the model again with transformers, which writes safetensors"
             )
         raise UserError(
             f"there is no file {directory / WEIGHTS}: copy it, or correct the path of the folder"
@@ -218,7 +220,7 @@ def _tensor_files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def _stored(file: Any, name: str, path: pathlib.Path) -> StoredTensor:
-    """A tensor of an open safetensors file."""
+    """Returns a tensor of an open safetensors file."""
     header = file.get_slice(name)
 
     def load() -> np.ndarray:
@@ -228,7 +230,7 @@ def _stored(file: Any, name: str, path: pathlib.Path) -> StoredTensor:
 
 
 def _open(path: pathlib.Path) -> Any:
-    """An open safetensors file, a context manager. Raises UserError."""
+    """Returns an open safetensors file, which is a context manager. Raises UserError."""
     if not path.is_file():
         raise UserError(f"there is no file {path}: copy it, or correct the path of the folder")
     try:
@@ -241,7 +243,7 @@ def _open(path: pathlib.Path) -> Any:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The content of a JSON file; {} if there is none. Raises UserError if it is damaged."""
+    """Returns the object in a JSON file; {} without a file. Raises UserError if it is damaged."""
     if not path.is_file():
         return {}
     try:
@@ -255,10 +257,10 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def refuse_pointer(path: pathlib.Path) -> None:
-    """Raises UserError if a file is only a pointer of Git LFS to its content."""
+    """Raises UserError if a file is only a Git LFS pointer."""
     with path.open("rb") as file:
         if file.read(len(GIT_LFS)) == GIT_LFS:
             raise UserError(
-                f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` in its"
+                f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its"
                 " repository, or download the file"
             )

@@ -1,8 +1,8 @@
-"""The `config.json` of a Hugging Face folder, in both directions.
+"""Converts between the `config.json` of a Hugging Face folder and `ModelConfig`.
 
-Families: Qwen3, Qwen2 (and 2.5) and Llama, with or without `num_channels`, the key by which the
-reference implementation of multi-stream models says how many streams there are. It adds one vector
-per stream to the token embedding.
+The families are Qwen3, Qwen2 (and 2.5) and Llama. Each may have `num_channels`, the key for the
+number of streams in the reference implementation of multi-stream models. That implementation adds
+one vector per stream to the token embedding.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from msllm.errors import UserError
 
 FILE = "config.json"
 FAMILIES = ("qwen3", "qwen2", "llama")
-OWN = "msllm"  # the key for what Hugging Face has no key for: streams by name, the silence token
+OWN = "msllm"  # the key for settings that Hugging Face lacks: the streams and the silence token
 _ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "llama": "LlamaForCausalLM",
 }
-# Keys of config.json that change nothing in what a model computes for a row of tokens: training,
-# generation, bookkeeping, and settings of parts that `_check_supported` has found switched off.
+# Keys of config.json that do not change what a model computes from tokens: settings for training,
+# generation and bookkeeping, and for parts that `_check_supported` requires to be switched off.
 IRRELEVANT = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _name_or_path architectures
@@ -46,7 +46,7 @@ IRRELEVANT = frozenset(
     role_gating_tau role_gating_uniform_mix
     """.split()
 )
-# The settings of each rope type besides its factor: the field of RopeScalingConfig, and the key.
+# {field of RopeScalingConfig: key in config.json} of each rope type, besides `factor`.
 _ROPE_KEYS = {
     "linear": {},
     "llama3": {
@@ -64,16 +64,16 @@ _ROPE_KEYS = {
 
 
 def from_hf(settings: Mapping[str, Any], source: str = FILE) -> tuple[ModelConfig, int]:
-    """(config, number of streams) from the content of a config.json.
+    """Returns (config, number of streams) from the content of a config.json.
 
-    Every key is read, has the value that this model implies, or is in `IRRELEVANT`. A null stands
-    for a key that is not there, as in `transformers`.
+    Every key must be one that msllm reads, or one of `IRRELEVANT`. As in `transformers`, a key
+    whose value is null counts as missing.
 
     Args:
       settings: the content.
       source: the file, for messages.
 
-    Raises UserError for a setting that this model cannot represent, or that is not known.
+    Raises UserError for a setting that is unknown or that msllm does not support.
     """
     read = Settings(settings, source)
     _check_supported(read)
@@ -106,7 +106,7 @@ def from_hf(settings: Mapping[str, Any], source: str = FILE) -> tuple[ModelConfi
 
 
 def to_hf(config: ModelConfig, streams: int) -> dict[str, Any]:
-    """The content of the config.json of a model. Raises UserError if no family has its form."""
+    """Returns the content of a model's config.json. Raises UserError if no family has its form."""
     if config.block:
         raise UserError(
             f"config.model.block is {config.block!r}: no Hugging Face family has these layers, so"
@@ -148,16 +148,16 @@ def to_hf(config: ModelConfig, streams: int) -> dict[str, Any]:
 def read_streams(
     settings: Mapping[str, Any], streams: int, source: str = FILE
 ) -> tuple[StreamsConfig, str | None]:
-    """(streams, silence token) as a config.json that msllm wrote names them.
+    """Returns (streams, silence token) from the content of a config.json that msllm wrote.
 
-    For any other config.json: (`unnamed_streams`, None).
+    For any other config.json the result is (`unnamed_streams`, None).
 
     Args:
       settings: the content of the file.
       streams: the number of streams, from `from_hf`.
       source: the file, for messages.
 
-    Raises UserError if the names are no streams, or not that many.
+    Raises UserError if the streams are invalid, or if their number is another.
     """
     own = settings.get(OWN) or {}
     if "streams" not in own:
@@ -168,13 +168,14 @@ def read_streams(
         raise UserError(f"{source}: {OWN}: {error}") from error
     if len(named.names) != streams:
         raise UserError(
-            f"{source}: {OWN} names {len(named.names)} streams: num_channels is {streams}"
+            f"{source}: {OWN} names {len(named.names)} streams, but num_channels is {streams}:"
+            " export the model again"
         )
     return named, own.get("silence")
 
 
 def unnamed_streams(size: int) -> StreamsConfig:
-    """Streams stream0, stream1, ... for a model that does not name them.
+    """Returns the streams stream0, stream1, ... for a model that does not name its streams.
 
     As in the reference implementation, stream0 is the input. A single stream is an output.
     """
@@ -183,7 +184,7 @@ def unnamed_streams(size: int) -> StreamsConfig:
 
 
 class Settings:
-    """A JSON object of settings, which remembers the keys that were read.
+    """A JSON object of settings that keeps track of the keys that were read.
 
     Attributes:
       values: the settings without nulls.
@@ -196,7 +197,7 @@ class Settings:
         self._read: set[str] = set()
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key."""
+        """Returns the value of a key and marks the key as read."""
         self._read.add(key)
         return self.values.get(key, default)
 
@@ -204,35 +205,35 @@ class Settings:
         raise UserError(f"{self.source}: {key} is {self.values.get(key)!r}: {rule}")
 
     def refuse_unread(self, irrelevant: Iterable[str]) -> None:
-        """Raises UserError if there is a key that was not read and is not among these."""
+        """Raises UserError if there is a key that was not read and is not in `irrelevant`."""
         for key in sorted(self.values.keys() - self._read - set(irrelevant)):
             self.refuse(
                 key,
-                "this setting is not known; remove it from the file if the model computes the same"
-                " without it",
+                "this setting is unknown; if the model computes the same without it, remove it"
+                " from the file",
             )
 
     def require(self, key: str, allowed: tuple[Any, ...], rule: str) -> None:
-        """Raises UserError if the key has a value that is not among these."""
+        """Raises UserError if the key has a value that is not in `allowed`."""
         if key in self.values and self.get(key) not in allowed:
             self.refuse(key, rule)
 
     def positive(self, key: str, default: int | None = None) -> int:
-        """A positive integer; `default` if the key is missing."""
+        """Returns a positive integer; `default` if the key is missing."""
         value = self.get(key, default)
         if type(value) is not int or value <= 0:
             self.refuse(key, "must be a positive integer")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number; `default` if the key is missing."""
+        """Returns a finite number; `default` if the key is missing."""
         value = self.get(key, default)
         if type(value) not in (int, float) or not math.isfinite(value):
             self.refuse(key, "must be a number")
         return float(value)
 
     def flag(self, key: str) -> bool:
-        """True or false; false if the key is missing."""
+        """Returns a boolean; False if the key is missing."""
         value = self.get(key, False)
         if type(value) is not bool:
             self.refuse(key, "must be true or false")
@@ -240,10 +241,10 @@ class Settings:
 
 
 def _check_supported(read: Settings) -> None:
-    """Raises UserError for an architecture that this model does not have."""
+    """Raises UserError for a setting that msllm does not support."""
     family = read.get("model_type")
     if family not in FAMILIES:
-        read.refuse("model_type", f"supported are {', '.join(FAMILIES)}")
+        read.refuse("model_type", f"must be one of {', '.join(FAMILIES)}")
     read.require("hidden_act", ("silu", "swish"), "only silu is supported")
     off = (False, None)
     read.require(
@@ -260,13 +261,13 @@ def _check_supported(read: Settings) -> None:
     if set(read.get("layer_types", ())) - {"full_attention"}:
         read.refuse("layer_types", "every layer must be full_attention")
     read.require("mlp_bias", off, "biases in the MLP are not supported")
-    if family != "qwen2":  # which has biases on q, k and v whatever the key says
+    if family != "qwen2":  # qwen2 has biases on q, k and v for any value of the key
         read.require(
             "attention_bias",
             off,
-            "a bias on the output projection is not supported; only qwen2's on q, k and v are",
+            "only the biases of qwen2, on q, k and v, are supported, none on the output projection",
         )
-    read.get("attention_bias")
+    read.get("attention_bias")  # marks it as read for qwen2
     read.require("partial_rotary_factor", (1.0,), "must be 1: all features of a head are rotated")
     for key in (
         "add_cross_attention",
@@ -282,13 +283,13 @@ def _check_supported(read: Settings) -> None:
     if "auto_map" in read.values:
         read.refuse(
             "auto_map",
-            "the folder brings its own code, which may compute something else; remove the key from"
-            f" the file if the code is that of {family} in transformers",
+            "the folder has its own code, which may compute something else; if the code is that of"
+            f" {family} in transformers, remove the key from the file",
         )
 
 
 def _read_channels(read: Settings) -> tuple[int, bool]:
-    """(number of streams, whether they have an embedding)."""
+    """Returns (number of streams, whether they have an embedding)."""
     method = read.get("channel_embedding_method", "additive")
     if read.get("num_channels") is None:
         return 1, False
@@ -298,21 +299,21 @@ def _read_channels(read: Settings) -> tuple[int, bool]:
 
 
 def _read_rope(read: Settings) -> tuple[float, RopeScalingConfig]:
-    """Base and scaling.
+    """Returns (base, scaling) of the rotary embedding.
 
-    Older writers use `rope_theta` and `rope_scaling`. Newer ones put both into `rope_parameters`,
-    some by type of layer. Where both are there, `transformers` takes `rope_scaling`.
+    Older files have `rope_theta` and `rope_scaling`. Newer files have both in `rope_parameters`,
+    some of them by type of layer. If a file has both forms, `transformers` uses `rope_scaling`.
     """
     values = read.get("rope_scaling") or read.get("rope_parameters") or {}
-    read.get("rope_parameters")
+    read.get("rope_parameters")  # marks it as read
     if not isinstance(values, Mapping):
         raise UserError(f"{read.source}: rope settings are {values!r}: must be an object")
     if any(isinstance(value, Mapping) for value in values.values()):  # by type of layer
         others = {key for key, value in values.items() if not isinstance(value, Mapping | None)}
         if others or not isinstance(values.get("full_attention"), Mapping):
             raise UserError(
-                f"{read.source}: rope settings are {values!r}: must be those of full_attention, the"
-                " type of all layers, and of other types of layers"
+                f"{read.source}: rope settings are {values!r}: settings by type of layer must have"
+                " no other keys, and must include full_attention, the type of all layers"
             )
         values = values["full_attention"]
     rope = Settings(values, f"{read.source}: rope settings")
@@ -324,19 +325,18 @@ def _read_rope(read: Settings) -> tuple[float, RopeScalingConfig]:
 
 
 def _read_rope_scaling(rope: Settings, read: Settings) -> RopeScalingConfig:
-    """The scaling of rope settings."""
+    """Returns the scaling of rope settings. `read` holds the settings of the model."""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    rope.get("type")
     if kind == "default":
-        # transformers writes the trained length for every type and ignores it for this one.
+        # transformers writes the trained length for every type, but ignores it for this one.
         rope.refuse_unread(("original_max_position_embeddings",))
         return RopeScalingConfig()
     if kind not in _ROPE_KEYS:
         rule = "must be default, linear, llama3 or yarn"
         if kind == "dynamic":
             rule += (
-                "; up to max_position_embeddings dynamic is the same as none: set rope_scaling to"
-                " null"
+                "; within max_position_embeddings dynamic scaling changes nothing: set rope_scaling"
+                " to null"
             )
         raise UserError(f"{read.source}: rope type {kind!r} is not supported: {rule}")
     defaults: dict[str, Any] = {}
@@ -360,7 +360,7 @@ def _read_rope_scaling(rope: Settings, read: Settings) -> RopeScalingConfig:
 
 
 def _yarn_defaults(rope: Settings, read: Settings) -> dict[str, Any]:
-    """What YaRN's settings are where they are not given, as `transformers` has it."""
+    """Returns the values that `transformers` uses for YaRN settings that are not given."""
     longest = 2048 if read.values["model_type"] == "llama" else 32768
     return {
         "beta_fast": 32.0,
@@ -371,9 +371,9 @@ def _yarn_defaults(rope: Settings, read: Settings) -> dict[str, Any]:
 
 
 def _yarn_attention_factor(rope: Settings) -> float:
-    """The attention factor that `mscale` and `mscale_all_dim` stand for; 0 without them.
+    """Returns the attention factor that `mscale` and `mscale_all_dim` give, or 0 without them.
 
-    With 0 the model takes the formula of the paper (arXiv 2309.00071).
+    With 0, the model uses the formula of the paper (arXiv 2309.00071).
     """
     mscale, mscale_all_dim = (rope.number(key, 0.0) for key in ("mscale", "mscale_all_dim"))
     factor = rope.number("factor", 1.0)
@@ -384,7 +384,7 @@ def _yarn_attention_factor(rope: Settings) -> float:
 
 
 def _rope_settings(rope: RopeScalingConfig) -> dict[str, Any] | None:
-    """The value of `rope_scaling`."""
+    """Returns the value of `rope_scaling`."""
     if rope.kind == "none":
         return None
     settings: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}

@@ -1,6 +1,6 @@
-"""The parameters of a model as tensors with Hugging Face names, in both directions.
+"""Converts between the parameters of a model and tensors with Hugging Face names.
 
-`KEY_TABLE` alone says which tensor is which parameter and how their axes correspond.
+`KEY_TABLE` maps each kind of tensor to a parameter, and the axes of the one to those of the other.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from flax import traverse_util
 from msllm.config import ModelConfig
 from msllm.errors import UserError
 
-# Types that can be written, by the name that config.json gives them.
+# Types that can be written, by their names in config.json.
 DTYPES = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-# Types that can be read: safetensors' names, and config.json's.
+# Types that can be read: {name in safetensors: name in config.json}.
 _FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 class Entry(NamedTuple):
-    """One kind of tensor. Axes are letters, the keys of `_sizes`; the axis of layers is left out.
+    """One kind of tensor. Axes are letters, the keys of `_sizes`, without the axis of layers.
 
     Attributes:
       name: the Hugging Face name; `{}` stands for the layer.
-      path: the keys that lead to the parameter in nested dicts.
-      hf: the dimensions of the tensor; a string of several letters is one dimension that joins
+      path: the keys of the parameter in nested dicts.
+      hf: the dimensions of the tensor. A string of several letters is one dimension that joins
         several axes.
-      shape: the dimensions of the parameter.
+      shape: the axes of the parameter.
     """
 
     name: str
@@ -44,21 +44,21 @@ class Entry(NamedTuple):
 
     @property
     def per_layer(self) -> bool:
-        """Whether every layer has such a tensor. The parameter stacks them along a first axis."""
+        """Whether every layer has such a tensor. The parameter stacks them along its first axis."""
         return "{}" in self.name
 
     def hf_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape of the tensor."""
+        """Returns the shape of the tensor."""
         return tuple(math.prod(sizes[axis] for axis in axes) for axes in self.hf)
 
     def to_parameter(self, tensor: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-        """The tensor with the axes of the parameter (of one layer)."""
+        """Returns a tensor with the axes of the parameter (of one layer)."""
         axes = "".join(self.hf)
         split = tensor.reshape([sizes[axis] for axis in axes])
         return split.transpose([axes.index(axis) for axis in self.shape])
 
     def to_tensor(self, parameter: np.ndarray) -> np.ndarray:
-        """The parameter (of one layer) with the axes of the tensor."""
+        """Returns a parameter (of one layer) with the axes of the tensor."""
         sizes = dict(zip(self.shape, parameter.shape))
         split = parameter.transpose([self.shape.index(axis) for axis in "".join(self.hf)])
         return split.reshape(self.hf_shape(sizes))
@@ -88,9 +88,9 @@ KEY_TABLE = (
     Entry(_MLP + "up_proj.weight", ("blocks", "mlp", "up"), ("F", "D"), ("D", "F")),
     Entry(_MLP + "down_proj.weight", ("blocks", "mlp", "down"), ("D", "F"), ("D", "F")),
 )
-# Tensors that a file may hold and that are not read. Every checkpoint of the reference
-# implementation has the first one, but only role gating would use it. The others are tables of
-# frequencies that older checkpoints store.
+# Tensors that a file may hold but that are not read. Every checkpoint of the reference
+# implementation has the first one, although only role gating uses it. The others are rotary
+# frequencies, which older checkpoints store.
 UNUSED = (
     _ATTENTION + "gate_in_norm.weight",
     _ATTENTION + "rotary_emb.inv_freq",
@@ -103,9 +103,9 @@ class StoredTensor(NamedTuple):
 
     Attributes:
       path: the file, for messages.
-      shape: its shape.
-      dtype: its type as safetensors calls it, e.g. "BF16".
-      load: reads its numbers.
+      shape: the shape of the tensor.
+      dtype: the name of its type in safetensors, e.g. "BF16".
+      load: a function that reads the tensor.
     """
 
     path: str
@@ -117,21 +117,21 @@ class StoredTensor(NamedTuple):
 def from_hf(
     tensors: Mapping[str, StoredTensor], config: ModelConfig, streams: int, source: str
 ) -> dict[str, Any]:
-    """Parameters, as nested dicts of numpy float32, from tensors with Hugging Face names.
+    """Returns parameters, as nested dicts of numpy float32, from tensors with Hugging Face names.
 
     Args:
       tensors: the tensors by name. They are read one at a time.
-      config: the model that they should make up.
-      streams: its number of streams.
+      config: the config of the model.
+      streams: the number of streams.
       source: the folder or file, for messages.
 
     Raises UserError if a tensor is missing, unexpected, misshapen, not of a floating-point type, or
     holds numbers that are not finite.
     """
-    if config.num_layers > len(tensors):  # before the names of so many are listed
+    if config.num_layers > len(tensors):  # do not list the names of an absurd number of layers
         raise UserError(
             f"{source} holds {len(tensors)} tensors, too few for the {config.num_layers:,} layers"
-            " of its config: copy its files again"
+            " of its config: copy the files again"
         )
     expected, sizes = _expected_tensors(config), _sizes(config, streams)
     _check_names(source, set(tensors), set(expected), _unused_names(config))
@@ -151,8 +151,8 @@ def from_hf(
     return traverse_util.unflatten_dict(parameters)
 
 
-def has_head_of_its_own(tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether there is a head that is not equal to the embedding."""
+def has_untied_head(tensors: Mapping[str, StoredTensor]) -> bool:
+    """Returns whether there is a head that differs from the embedding."""
     if HEAD not in tensors or EMBEDDING not in tensors:
         return False
     head, embedding = tensors[HEAD], tensors[EMBEDDING]
@@ -162,11 +162,12 @@ def has_head_of_its_own(tensors: Mapping[str, StoredTensor]) -> bool:
 
 
 def to_hf(parameters: dict[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
-    """Tensors by Hugging Face name.
+    """Returns tensors by Hugging Face name.
 
     Args:
-      parameters: nested dicts of the parameters, or of anything with their structure, such as
+      parameters: nested dicts of the parameters, or of arrays with the same structure, such as
         gradients or moments.
+      config: the config of the model.
     """
     tensors, by_path = {}, traverse_util.flatten_dict(parameters)
     for entry in KEY_TABLE:
@@ -182,15 +183,15 @@ def to_hf(parameters: dict[str, Any], config: ModelConfig) -> dict[str, np.ndarr
 
 
 def common_dtype(tensors: Mapping[str, StoredTensor]) -> str:
-    """The type of all tensors, a key of DTYPES; float32 if they differ."""
+    """Returns the type that all tensors share, a key of DTYPES, or float32 if there is none."""
     types = {tensor.dtype for tensor in tensors.values()}
     common = _FLOATS.get(types.pop()) if len(types) == 1 else None
     return common if common in DTYPES else "float32"
 
 
 def is_exact_in(parameters: dict[str, Any], config: ModelConfig, dtype: str) -> bool:
-    """Whether the type, a key of DTYPES, represents every parameter exactly."""
-    with np.errstate(over="ignore"):  # a number that overflows is not represented
+    """Returns whether the type, a key of DTYPES, represents every parameter exactly."""
+    with np.errstate(over="ignore"):  # numbers that overflow compare as different
         return all(
             np.array_equal(tensor.astype(DTYPES[dtype]).astype(np.float32), tensor)
             for tensor in to_hf(parameters, config).values()
@@ -198,7 +199,7 @@ def is_exact_in(parameters: dict[str, Any], config: ModelConfig, dtype: str) -> 
 
 
 def _sizes(config: ModelConfig, streams: int) -> dict[str, int]:
-    """The length of every axis by its letter."""
+    """Returns the length of every axis by its letter."""
     return {
         "V": config.vocab_size,
         "S": streams,
@@ -211,7 +212,10 @@ def _sizes(config: ModelConfig, streams: int) -> dict[str, int]:
 
 
 def _expected_tensors(config: ModelConfig) -> dict[str, tuple[Entry, int | None]]:
-    """The entry and the layer of every tensor that a model of this config has, by name."""
+    """Returns {name: (entry, layer)} of every tensor that a model of this config has.
+
+    The layer is None for tensors outside of the layers.
+    """
     absent = set()
     if config.tie_embeddings:
         absent.add("head")
@@ -236,7 +240,7 @@ def _expected_tensors(config: ModelConfig) -> dict[str, tuple[Entry, int | None]
 def _unused_names(config: ModelConfig) -> set[str]:
     unused = {name.format(layer) for name in UNUSED for layer in range(config.num_layers)}
     if config.tie_embeddings:
-        unused.add(HEAD)  # some writers repeat the tied table
+        unused.add(HEAD)  # some libraries store the tied embedding twice
     return unused
 
 
@@ -247,7 +251,9 @@ def _check_names(source: str, found: set[str], expected: set[str], unused: set[s
     if unexpected := sorted(found - expected - unused):
         problems.append(f"unexpected {_first_names(unexpected)}")
     if problems:
-        raise UserError(f"{source} does not hold the model of its config: {'; '.join(problems)}")
+        raise UserError(
+            f"the tensors of {source} are not those of its config: {'; '.join(problems)}"
+        )
 
 
 def _first_names(names: list[str], most: int = 8) -> str:
@@ -262,17 +268,17 @@ def _check_tensor(name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> No
         )
     if tensor.dtype not in _FLOATS:
         raise UserError(
-            f"{tensor.path}: {name} has type {tensor.dtype}: supported are {', '.join(_FLOATS)};"
+            f"{tensor.path}: {name} has type {tensor.dtype}: must be one of {', '.join(_FLOATS)};"
             " use the checkpoint that it was quantised from"
         )
 
 
 def _load_finite(name: str, tensor: StoredTensor) -> np.ndarray:
-    """The numbers of a tensor as float32. Raises UserError if any of them is not finite."""
+    """Returns a tensor as float32. Raises UserError if it holds numbers that are not finite."""
     array = tensor.load().astype(np.float32)
     if bad := int(array.size - np.isfinite(array).sum()):
         raise UserError(
             f"{tensor.path}: {name} holds {bad} numbers that are not finite (of {array.size}): the"
-            " file is damaged or its training diverged, take another checkpoint"
+            " file is damaged or its training diverged; use another checkpoint"
         )
     return array

@@ -1,4 +1,4 @@
-"""A model ready to run, read from a checkpoint of msllm or from a Hugging Face folder."""
+"""Loads a model from a checkpoint of msllm or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ log = logging.getLogger("msllm")
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model with its streams, parameters and tokenizer, as decoding and scoring take it.
+    """A model with its streams, parameters and tokenizer, for decoding and scoring.
 
     Attributes:
-      config: the model's sizes and options.
+      config: the sizes and options of the model.
       streams: the streams and their visibility.
-      parameters: nested dicts of arrays, as `msllm.model.model.init_parameters` makes them.
-      tokenizer: None if the model came without one.
-      path: the checkpoint that was read; None for a Hugging Face folder or a model made in memory.
-      step: the training step of that checkpoint.
-      run_config: every setting of the run that wrote that checkpoint.
+      parameters: nested dicts of arrays, as `msllm.model.model.init_parameters` returns them.
+      tokenizer: the tokenizer; None if the model has none.
+      path: the checkpoint; None for a Hugging Face folder or a model made in memory.
+      step: the training step of the checkpoint, or None.
+      run_config: all settings of the run that wrote the checkpoint, or None.
     """
 
     config: ModelConfig
@@ -54,7 +54,7 @@ class LoadedModel:
         return abstract_model(self.config, self.streams)[0]
 
     def require_tokenizer(self) -> Tokenizer:
-        """The tokenizer. Raises UserError if the model came without one."""
+        """Returns the tokenizer. Raises UserError if the model has none."""
         if self.tokenizer is None:
             raise UserError(
                 f"{self.path or 'the model'} has no tokenizer: import it with --tokenizer=FILE"
@@ -63,11 +63,11 @@ class LoadedModel:
         return self.tokenizer
 
     def with_streams(self, **changes: Any) -> LoadedModel:
-        """The same parameters with other fields of `StreamSpec`, e.g. `skip_silence=True`."""
+        """Returns the model with other fields of `StreamSpec`, e.g. `skip_silence=True`."""
         return dataclasses.replace(self, streams=dataclasses.replace(self.streams, **changes))
 
     def with_visibility(self, preset: str) -> LoadedModel:
-        """The same parameters with the visibility of a preset. Raises UserError."""
+        """Returns the model with the visibility of a preset. Raises UserError."""
         lag = lag_matrix(preset, self.streams.size).tolist()
         return self.with_streams(lag=tuple(tuple(row) for row in lag))
 
@@ -76,19 +76,20 @@ def load(path: str | os.PathLike, allow_code: bool = False) -> LoadedModel:
     """Loads a model onto one device.
 
     Args:
-      path: a checkpoint of msllm, a workdir of `msllm train` (the newest checkpoint that is not
-        damaged is read), a folder written by `msllm convert`, or a Hugging Face folder.
+      path: a checkpoint of msllm, a workdir of `msllm train`, a folder written by `msllm convert`,
+        or a Hugging Face folder. In a workdir, the newest checkpoint that is not damaged is read.
       allow_code: import the layers outside of msllm that a checkpoint may name
         (`config.model.block`). They can run any code: allow it only if you trust the checkpoint and
-        what it names.
+        the module that it names.
 
-    A Hugging Face folder that msllm exported names its streams and its silence token. In any other
-    folder the streams are called stream0, stream1, ..., and stream0 is the input unless it is the
-    only stream; the model has no tokenizer, because nothing says which token means silence.
-    `msllm convert` turns such a folder into a checkpoint with named streams and a tokenizer.
+    A Hugging Face folder that msllm exported names its streams and its silence token. The streams
+    of any other folder are called stream0, stream1, ..., and stream0 is the input unless it is the
+    only stream. Its model has no tokenizer, because the folder does not say which token means
+    silence. `msllm convert` turns such a folder into a checkpoint with named streams and a
+    tokenizer.
 
-    Raises UserError if there is no model at `path`, if it cannot be read, or if it names code that
-    is not allowed.
+    Raises UserError if there is no model at `path`, if it cannot be read, or if it names code and
+    `allow_code` is false.
     """
     path = epath.Path(path)
     if _is_hf_folder(path):
@@ -115,7 +116,7 @@ def _load_hf_folder(folder: pathlib.Path) -> LoadedModel:
 
 
 def _load_checkpoint(path: epath.Path, allow_code: bool) -> LoadedModel:
-    """The checkpoint at `path`, or the newest one of a workdir that is not damaged."""
+    """Reads the checkpoint at `path` or, in a workdir, the newest one that is not damaged."""
     from msllm.checkpoint import checkpoint_paths, error_summary  # imports orbax, which is slow
 
     problems = []
@@ -124,7 +125,7 @@ def _load_checkpoint(path: epath.Path, allow_code: bool) -> LoadedModel:
             return _read_checkpoint(candidate, allow_code)
         except UserError:
             raise
-        except Exception as error:  # a damaged file raises whatever orbax and tensorstore raise
+        except Exception as error:  # for damaged files, orbax and tensorstore raise many types
             reason = error_summary(error)
             problems.append(f"{candidate.name}: {reason}")
             log.warning("checkpoint %s is damaged and not used: %s", candidate, reason)

@@ -1,4 +1,4 @@
-"""The vocabulary of an imported model: a silence token for its tokenizer, rows for its tables."""
+"""Extends the vocabulary of an imported model: the tokenizer, the embedding and the head."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ TABLES = ("embedding", "head")  # the parameters with a row per token
 
 
 class AddedToken(NamedTuple):
-    """A token that a Hugging Face folder adds to its tokenizer file."""
+    """A token that other files of a Hugging Face folder add to its tokenizer file."""
 
     id: int
     piece: str
-    special: bool  # whether no text encodes to it
+    special: bool  # no text encodes to it
 
 
 class TokenizerFile(NamedTuple):
@@ -37,8 +37,8 @@ class TokenizerFile(NamedTuple):
     Attributes:
       kind: "sentencepiece" or "tokenizers".
       data: the content of the file.
-      source: where it comes from, for messages.
-      added: the tokens that files beside it add, by id.
+      source: the folder or file that the tokenizer comes from, for messages.
+      added: the tokens that other files of its folder add, sorted by id.
     """
 
     kind: str
@@ -48,9 +48,9 @@ class TokenizerFile(NamedTuple):
 
     @classmethod
     def read(cls, path: str | os.PathLike, source: str) -> TokenizerFile:
-        """Reads a sentencepiece `.model` or a tokenizers `.json`, and what its folder adds to it.
+        """Reads a sentencepiece `.model` or a tokenizers `.json` file, and its added tokens.
 
-        Raises UserError for settings beside it that this tokenizer cannot represent.
+        Raises UserError if its folder has settings that the file does not implement.
         """
         path = pathlib.Path(path)
         kind = kind_of_file(path)
@@ -60,24 +60,24 @@ class TokenizerFile(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name that the file has in a folder."""
+        """The name of such a file in a folder."""
         return FILE_NAMES[self.kind]
 
-    def whole(self) -> bytes:
-        """The content of the file together with the added tokens. Raises UserError."""
+    def with_added_tokens(self) -> bytes:
+        """Returns the content of the file with the added tokens. Raises UserError."""
         pieces = self._pieces()
         missing = [token for token in self.added if pieces.get(token.id) != token.piece]
         if not missing:
             return self.data
-        places = {piece: i for i, piece in pieces.items()}
+        known = set(pieces.values())
         for number, token in enumerate(missing, len(pieces)):
-            if self.kind == "tokenizers" or token.id != number or token.piece in places:
+            if self.kind == "tokenizers" or token.id != number or token.piece in known:
                 other = pieces.get(token.id)
                 found = f"has {other!r} there" if other is not None else "has no such id"
                 raise UserError(
                     f"{self.source} adds the token {token.piece!r} with the id {token.id}, but its"
                     f" {self.name} {found} ({len(pieces)} tokens): save the tokenizer again with"
-                    " transformers, or give one with --tokenizer=FILE"
+                    " transformers, or name another with --tokenizer=FILE"
                 )
         model = self._proto()
         types = model.SentencePiece
@@ -87,7 +87,7 @@ class TokenizerFile(NamedTuple):
         return model.SerializeToString()
 
     def special_tokens(self) -> set[str]:
-        """The pieces that no text encodes to. Raises UserError if the file cannot be parsed."""
+        """Returns the pieces that no text encodes to. Raises UserError if the file is damaged."""
         special = {token.piece for token in self.added if token.special}
         if self.kind == "tokenizers":
             added = self._tokenizer().get_added_tokens_decoder().values()
@@ -97,18 +97,18 @@ class TokenizerFile(NamedTuple):
         return special | {piece.piece for piece in model.pieces if piece.type == control}
 
     def added_ids(self) -> set[int]:
-        """The ids of added tokens: those of the file and those of its folder."""
+        """Returns the ids of the tokens that the file or its folder marks as added."""
         ids = {token.id for token in self.added}
         if self.kind == "tokenizers":
             ids |= self._tokenizer().get_added_tokens_decoder().keys()
         return ids
 
     def vocab_size(self) -> int:
-        """One more than the largest id. Raises UserError."""
+        """Returns the largest id plus one. Raises UserError if the file is damaged."""
         return max([-1, *self._pieces(), *(token.id for token in self.added)]) + 1
 
     def _pieces(self) -> dict[int, str]:
-        """The pieces of the file itself, by id."""
+        """Returns {id: piece} of the file itself, without added tokens of other files."""
         if self.kind == "tokenizers":
             return {i: piece for piece, i in self._tokenizer().get_vocab().items()}
         return {i: piece.piece for i, piece in enumerate(self._proto().pieces)}
@@ -122,7 +122,7 @@ class TokenizerFile(NamedTuple):
     def _parse(self, parse: Callable[[], Any]) -> Any:
         try:
             return parse()
-        except Exception as error:  # the libraries raise whatever their parsers raise
+        except Exception as error:  # the libraries' parsers raise many types
             raise UserError(
                 f"the tokenizer of {self.source} is damaged or no {self.kind} file ({error}): copy"
                 " it again"
@@ -130,10 +130,10 @@ class TokenizerFile(NamedTuple):
 
 
 def _added_tokens(folder: pathlib.Path) -> tuple[AddedToken, ...]:
-    """The tokens that `added_tokens.json` and `tokenizer_config.json` of a folder add, by id.
+    """Returns the tokens that `added_tokens.json` and `tokenizer_config.json` add, sorted by id.
 
-    The second has the details. Without it a token is special if a setting such as `eos_token`
-    names it.
+    `tokenizer_config.json` says which of them are special. A token that is only in
+    `added_tokens.json` is special if a setting such as `eos_token` names it.
     """
     settings = read_json(folder / TOKENIZER_SETTINGS)
     found: dict[int, AddedToken] = {}
@@ -160,49 +160,49 @@ def _added_tokens(folder: pathlib.Path) -> tuple[AddedToken, ...]:
 
 
 def _named_tokens(settings: Mapping[str, Any]) -> set[str]:
-    """The special tokens that settings such as `eos_token` name."""
-    values = []
+    """Returns the special tokens that settings such as `eos_token` name."""
+    values: list[Any] = []
     for key, value in settings.items():
-        if key.endswith("_token") or key.endswith("_special_tokens"):
+        if key.endswith(("_token", "_special_tokens")):
             values += value if isinstance(value, list) else [value]
     contents = (value.get("content") if isinstance(value, dict) else value for value in values)
     return {content for content in contents if isinstance(content, str)}
 
 
 def _check_settings(path: pathlib.Path) -> None:
-    """Raises UserError if the folder of a sentencepiece file tokenizes other than the file says."""
+    """Raises UserError if the folder of a sentencepiece file has settings that contradict it."""
     settings = read_json(path.parent / TOKENIZER_SETTINGS)
     try:
         prefix = _ModelProto.FromString(path.read_bytes()).normalizer_spec.add_dummy_prefix
-    except Exception:  # a damaged file is refused by TokenizerFile
+    except Exception:  # TokenizerFile refuses the damaged file later
         return
     expected = {"add_prefix_space": prefix, "do_lower_case": False}
     for key, value in expected.items():
         if settings.get(key) is not None and settings[key] != value:
             raise UserError(
-                f"{path.parent / TOKENIZER_SETTINGS}: {key} is {settings[key]!r}, which"
-                f" {path.name} does not do: save the tokenizer as a tokenizer.json with"
-                " transformers, or give one with --tokenizer=FILE"
+                f"{path.parent / TOKENIZER_SETTINGS}: {key} is {settings[key]!r}, but {path.name}"
+                f" implements {value!r}: save the tokenizer with transformers, as tokenizer.json,"
+                " or name another with --tokenizer=FILE"
             )
 
 
 def with_silence(file: TokenizerFile, silence: str) -> tuple[Tokenizer, bool]:
-    """(the tokenizer with a silence token, whether the token was added).
+    """Returns (the tokenizer with a silence token, whether the token was added).
 
     Args:
       file: the tokenizer.
-      silence: a special token of it that shall mean silence; empty: `<silence>`, which is added at
-        the end of the vocabulary if it is not there.
+      silence: a special token of the tokenizer to use for silence. Empty: `<silence>`, which is
+        added at the end of the vocabulary if it is not there.
 
-    Raises UserError if there is no such special token, or if none can be added.
+    Raises UserError if there is no such special token, or if `<silence>` cannot be added.
     """
     default = TokenizerConfig.silence
-    special, data = file.special_tokens(), file.whole()
+    special, data = file.special_tokens(), file.with_added_tokens()
     if silence and silence not in special:
         raise UserError(
             f"--silence={silence}: the tokenizer of {file.source} has no such special token (it has"
-            f" {', '.join(sorted(special)) or 'none'}): name one of these, or none, and {default}"
-            " is added"
+            f" {', '.join(sorted(special)) or 'none'}): name one that it has, or leave out"
+            f" --silence to add {default}"
         )
     if silence or default in special:
         return Tokenizer(file.kind, data, silence or default, file.source), False
@@ -211,7 +211,7 @@ def with_silence(file: TokenizerFile, silence: str) -> tuple[Tokenizer, bool]:
 
 
 def without_silence(folder: pathlib.Path, tokenizer: Tokenizer) -> bytes | None:
-    """The tokenizer file in `folder` if `tokenizer` is that file and nothing but silence added."""
+    """Returns the tokenizer file in `folder` if `tokenizer` is that file with silence added."""
     path = folder / FILE_NAMES[tokenizer.kind]
     if not path.is_file():
         return None
@@ -224,11 +224,12 @@ def _add_to_tokenizers(file: TokenizerFile, piece: str) -> bytes:
     model = tokenizers.Tokenizer.from_str(file.data.decode())
     taken = set(model.get_vocab().values())
     model.add_special_tokens([tokenizers.AddedToken(piece, special=True, normalized=False)])
-    # The library gives a new token the number of tokens as its id, and ids may have gaps.
+    # The library uses the number of tokens as the id of a new one. If ids have gaps, this id may
+    # be taken.
     if model.token_to_id(piece) in taken:
         raise UserError(
-            f"the ids of the tokenizer of {file.source} have gaps: name a special token of it with"
-            " --silence"
+            f"the ids of the tokenizer of {file.source} have gaps, so {piece} cannot be added: name"
+            " one of its special tokens with --silence"
         )
     return model.to_str().encode()
 
@@ -242,10 +243,10 @@ def _add_to_sentencepiece(file: TokenizerFile, piece: str) -> bytes:
 def add_rows(
     config: ModelConfig, parameters: dict[str, Any], size: int, known: int
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model with `size` tokens.
+    """Returns (config, parameters) of the model with `size` tokens.
 
     A new row is the mean of the first `known` rows, so the logit of a new token is the mean of
-    theirs.
+    their logits.
     """
     missing = size - config.vocab_size
     if not missing:
@@ -263,7 +264,7 @@ def add_rows(
 def remove_rows(
     config: ModelConfig, parameters: dict[str, Any], size: int | None
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model without the rows after those of `size` tokens; None: all stay."""
+    """Returns (config, parameters) with the rows of the first `size` tokens; None: all rows."""
     if not size or size >= config.vocab_size:
         return config, parameters
     tables = {name: parameters[name][:size] for name in TABLES if name in parameters}

@@ -1,4 +1,4 @@
-"""Starting a run from an existing model: the folders that imports write, and `config.init_from`."""
+"""Starts a run from an existing model: imported folders and `config.init_from`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from msllm.streams import StreamSpec
 from msllm.tokenizer import FILE_NAMES, Tokenizer
 
 STREAM_EMBEDDING = "stream_embedding"
-# Settings that a model was trained with and that the shapes of its parameters do not show.
+# Settings that change what a model computes, but not the shapes of its parameters.
 INVISIBLE_SETTINGS = ("norm_eps", "rope_theta", "rope_scaling")
 
 log = logging.getLogger("msllm")
@@ -58,10 +58,10 @@ def write_model(
     """Writes a checkpoint of step 0 without optimizer state, with the config and the tokenizer.
 
     Args:
-      folder: an empty folder. `load`, `fine_tune` and `config.init_from` take it afterwards.
-      config: its model and streams describe the parameters.
+      folder: an empty folder. `load`, `fine_tune` and `config.init_from` read it afterwards.
+      config: a config with the model and streams of the parameters.
       parameters: nested dicts of arrays.
-      tokenizer: None if the model has none.
+      tokenizer: the tokenizer; None if the model has none.
     """
     root = epath.Path(folder)
     arrays = jax.tree.map(jnp.asarray, parameters)
@@ -76,15 +76,15 @@ def write_model(
 
 
 def fine_tune(folder: str | os.PathLike) -> ml_collections.ConfigDict:
-    """Settings for a run that starts from an imported model.
+    """Returns settings for a run that starts from an imported model.
 
-    Model, streams and tokenizer are those of the import; all other settings have their defaults. A
-    file in `configs/` calls this in place of `default_config` and changes what it likes.
+    The model, streams and tokenizer are those of the import. All other settings have their
+    defaults. A config file calls this instead of `default_config`, and then changes settings.
 
     Args:
-      folder: what `msllm convert` wrote.
+      folder: the folder that `msllm convert` wrote.
 
-    Raises UserError if there is no import in the folder, or if its config names code.
+    Raises UserError if there is no imported model in the folder, or if its config names code.
     """
     path = epath.Path(folder) / "config.json"
     try:
@@ -96,8 +96,8 @@ def fine_tune(folder: str | os.PathLike) -> ml_collections.ConfigDict:
     config = Config(init_from=str(folder), model=stored.model, streams=stored.streams)
     for setting, code in code_named_by(config).items():
         raise UserError(
-            f"{setting} of {path} is {code!r}: a run would import this code; name it in a config of"
-            " your own if you trust it, with init_from"
+            f"{setting} of {path} is {code!r}: a run would import this code; if you trust it, write"
+            " a config that names it and sets init_from"
         )
     settings = to_config_dict(config)
     for name in FILE_NAMES.values():
@@ -110,18 +110,18 @@ def fine_tune(folder: str | os.PathLike) -> ml_collections.ConfigDict:
 def initial_parameters(
     path: str | os.PathLike, program: Program, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """The parameters of a checkpoint, laid out for the program's mesh.
+    """Returns the parameters of a checkpoint, sharded for the program's mesh.
 
-    A stream gets the vector of the stream with its name. A stream with a new name gets the mean of
-    all vectors. All processes of a run call this together.
+    In the stream embedding, a stream gets the vector of the stream with the same name. A stream
+    with a new name gets the mean of all vectors. All processes of a run call this together.
 
     Args:
-      path: a checkpoint, or a workdir, of which the newest checkpoint is taken.
-      program: the program of the run that starts.
-      tokenizer: the tokenizer of its data.
+      path: a checkpoint, or a workdir, whose newest checkpoint is used.
+      program: the program of the run.
+      tokenizer: the tokenizer of the run's data.
 
-    Raises UserError if the parameters do not fit the program's model, naming those that do not, if
-    the checkpoint has another tokenizer, or if it cannot be read.
+    Raises UserError if parameters do not fit the program's model (the message names them), if the
+    checkpoint has another tokenizer, or if it cannot be read.
     """
     parameters: dict[str, Any] = {}
     problem = None
@@ -129,11 +129,11 @@ def initial_parameters(
         path = checkpoint_paths(path)[0]
         description = read_description(path)
         parameters = _read_parameters(path, description, program, tokenizer)
-    except Exception as error:  # a damaged file raises whatever orbax and tensorstore raise
+    except Exception as error:  # for damaged files, orbax and tensorstore raise many types
         if not indicates_damage(error) and not isinstance(error, UserError):
             raise
         problem = str(error)
-    # If one process fails, all raise: the others would wait for it in the sums below.
+    # If one process fails, all must raise: the others would wait for it in the checksums below.
     if problems := [shared for shared in processes.all_gather_json(problem) if shared]:
         raise UserError(f"config.init_from is {path}: {problems[0]}")
     try:
@@ -152,20 +152,21 @@ def initial_parameters(
         sharding = program.state_shardings.parameters[STREAM_EMBEDDING]
         old = parameters.get(STREAM_EMBEDDING)
         parameters[STREAM_EMBEDDING] = jax.jit(vectors, out_shardings=sharding)(old)
-    log.info("parameters are those of %s, step %d", path, description["step"])
+    log.info("starting from the parameters of %s, step %d", path, description["step"])
     return parameters
 
 
 def stream_vectors(
     old: Any, old_names: tuple[str, ...], names: tuple[str, ...], d_model: int
 ) -> Any:
-    """The stream embedding [S, D] of the streams `names`, numpy or jax.
+    """Returns the stream embedding [S, D] of the streams `names`, made from an existing one.
 
     Args:
-      old: the stream embedding of the streams `old_names`, or None. With None the result is zero,
-        so that the model adds nothing to the token embedding, as before.
-      old_names: names of streams. A name that is not among them gets the mean of their vectors.
-      names: names of streams.
+      old: the stream embedding of the streams `old_names`, numpy or jax. None: the model has none;
+        the result is zero, so that the model computes the same as before.
+      old_names: the names of the existing streams.
+      names: the names of the new streams. A name that is not in `old_names` gets the mean of the
+        existing vectors.
       d_model: D.
     """
     if old is None:
@@ -179,12 +180,12 @@ def stream_vectors(
 def _read_parameters(
     path: epath.Path, description: dict[str, Any], program: Program, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """The parameters of a checkpoint on the program's mesh, with the streams that it has there."""
+    """Returns the parameters of a checkpoint on the program's mesh, with its own streams."""
     stored = from_config_dict(description["config"])
     if stored.model.block != program.config.model.block:  # otherwise the run has imported it
         raise UserError(
-            f"its config.model.block is {stored.model.block!r}, that of the run is"
-            f" {program.config.model.block!r}: parameters are those of the same layers"
+            f"its config.model.block is {stored.model.block!r}, but that of the run is"
+            f" {program.config.model.block!r}: both must be the same"
         )
     _, shapes, axes = abstract_model(stored.model, StreamSpec.from_config(stored.streams))
     _check_tokenizer(description["tokenizer"], tokenizer)
@@ -198,22 +199,23 @@ def _read_parameters(
 
 
 def _check_tokenizer(stored: dict[str, Any] | None, tokenizer: Tokenizer) -> None:
-    """Raises UserError if the description of a checkpoint holds another tokenizer."""
+    """Raises UserError if the tokenizer in a checkpoint's description differs from the data's."""
     if stored is None:
         log.warning(
-            "the checkpoint to start from has no tokenizer: whether it is the data's is unknown"
+            "the checkpoint to start from has no tokenizer, so it cannot be compared with that of"
+            " the data"
         )
         return
     found = hashlib.sha256(base64.b64decode(stored["bytes"])).hexdigest()
     if found != tokenizer.hash:
         raise UserError(
             f"it has another tokenizer ({found[:12]}) than the data ({tokenizer.hash[:12]}):"
-            " prepare the data with config.data.tokenizer.path"
+            " prepare the data with its tokenizer (config.data.tokenizer.path)"
         )
 
 
 def _check_shapes(stored: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises UserError unless the parameters agree in all but the number of streams."""
+    """Raises UserError unless the parameters have the same shapes, up to the number of streams."""
     there, here = _shapes_by_name(stored), _shapes_by_name(current)
     problems = []
     for name in there:
@@ -226,8 +228,8 @@ def _check_shapes(stored: dict[str, Any], current: dict[str, Any]) -> None:
             problems.append(f"{name} is only here")
     if problems:
         raise UserError(
-            f"its parameters are not those of config.model ({'; '.join(problems)}): take"
-            " config.model from it, with msllm.weights.warm_start.fine_tune"
+            f"its parameters are not those of config.model ({'; '.join(problems)}): use its"
+            " config.model, with msllm.weights.warm_start.fine_tune"
         )
 
 
