@@ -386,7 +386,11 @@ def test_a_model_in_parts_is_read_from_all_of_them(tmp_path):
 def test_metadata_that_is_not_read_is_refused(tmp_path, monkeypatch):
     config, _, parameters = hf.read_folder(hf_models.RECORDED / "qwen3")
     for key, value, message in (
-        ("attention.sliding_window", 512, "attention.sliding_window is 512: this setting is not"),
+        (
+            "attention.sliding_window",
+            512,
+            "attention.sliding_window is 512: this setting is unknown",
+        ),
         ("expert_count", 8, "experts are not supported"),
         ("attention.value_length", 3, "attention.value_length is 3"),
         ("block_count", 10**9, "too few for the 1,000,000,000 layers"),
