@@ -1,4 +1,7 @@
-"""The GPU kernels: interpreted, against the reference; what they skip; their Triton modules."""
+"""The GPU kernels against the dense reference, the blocks that they skip, and their lowering.
+
+All tests but one interpret the kernels or lower them, so they need no GPU.
+"""
 
 import math
 
@@ -28,7 +31,10 @@ pytestmark = pytest.mark.slow
 
 
 def compare(q, k, v, q_cells, k_cells, lag, q_streams):
-    """Runs both; the streams of the queries are traced, as they are inside `shard_map`."""
+    """Asserts that the kernels and the reference give the same outputs and gradients.
+
+    The streams of the queries are traced, as they are inside `shard_map`.
+    """
 
     def run(attend, **settings):
         def function(q, k, v):
@@ -41,7 +47,7 @@ def compare(q, k, v, q_cells, k_cells, lag, q_streams):
     assert_same(ours, run(reference_attention))
 
 
-def lag_of(preset, streams, seed=2):
+def make_lag(preset, streams, seed=2):
     return random_lag(seed, streams) if preset == "random" else lag_matrix(preset, streams)
 
 
@@ -53,10 +59,10 @@ def lag_of(preset, streams, seed=2):
 def test_equals_reference(streams, rows, preset, dense):
     sparsity = {"absent": 0.0, "silent": 0.0, "segments": 2} if dense else {}
     q, k, v, cells = random_inputs(5, 2, rows, streams, 4, 2, 8, **sparsity)
-    compare(q, k, v, cells, cells, lag_of(preset, streams), np.arange(streams))
+    compare(q, k, v, cells, cells, make_lag(preset, streams), np.arange(streams))
 
 
-def test_some_rows_and_streams_of_queries():
+def test_queries_of_some_rows_and_streams_equal_reference():
     q, k, v, cells = random_inputs(6, 2, 20, 6, 4, 2)
     rows, streams = slice(7, 16), np.array([4, 1, 5])
     q_cells = Cells(
@@ -70,8 +76,9 @@ def test_some_rows_and_streams_of_queries():
     "streams, rows, preset", [(1, 1500, "same_row"), (8, 256, "block_causal"), (10, 170, "random")]
 )
 @pytest.mark.parametrize("dense", [True, False], ids=["all present", "absent and silent"])
-def test_on_a_card(streams, rows, preset, head_dim, dense):
-    device, lag = jax.devices()[0], lag_of(preset, streams)
+def test_compiled_kernels_are_close_to_reference(streams, rows, preset, head_dim, dense):
+    """Needs a GPU that the kernels support."""
+    device, lag = jax.devices()[0], make_lag(preset, streams)
     case = hopper_case(head_dim, platform=device.platform, device_kind=device.device_kind, lag=lag)
     reason = declines("gpu", case)
     if reason:
@@ -82,7 +89,7 @@ def test_on_a_card(streams, rows, preset, head_dim, dense):
 
 
 def test_blocks_that_no_query_sees_are_never_read():
-    """A nan in a block that is computed and then masked would reach the result, as 0 * nan."""
+    """If a kernel read such a block and masked it, 0 * nan would make the result nan."""
     rows, streams = 32, 4  # two segments of 64 cells: full blocks of every kernel
     q, k, v, _ = random_inputs(9, 1, rows, streams, 2, 1)
     segment = np.repeat([[1, 2]], rows // 2, axis=1).astype(np.int32)
@@ -91,6 +98,8 @@ def test_blocks_that_no_query_sees_are_never_read():
 
     @jax.jit
     def finite(poison):
+        """Whether each row of the output and of the gradients of q, k, v is finite."""
+
         def attend(q, k, v):
             return gpu_attention(q, k, v, visibility, interpret=True, tiles=SMALL_TILES)
 
@@ -109,16 +118,21 @@ def test_blocks_that_no_query_sees_are_never_read():
     for poisoned, untouched in ((first, second), (second, first)):
         for rows_of in finite_rows(poisoned):
             np.testing.assert_array_equal(rows_of, untouched)
-    out, d_q, d_k, d_v = finite_rows(
-        np.arange(24, 32)
-    )  # causality: earlier queries never meet these keys
-    assert set(range(24)) <= set(out) and set(range(24)) <= set(d_q)
-    out, d_q, d_k, d_v = finite_rows(np.arange(16, 24))  # nor later keys these queries
-    assert not set(range(24, 32)) & set(out) and set(range(16)) <= set(d_k)
+    # Queries never read keys of later blocks.
+    out, d_q, _, _ = finite_rows(np.arange(24, 32))
+    assert set(range(24)) <= set(out)
+    assert set(range(24)) <= set(d_q)
+    # Queries read keys of earlier blocks of their segment, and no keys of other segments.
+    out, _, d_k, _ = finite_rows(np.arange(16, 24))
+    assert not set(range(24, 32)) & set(out)
+    assert set(range(16)) <= set(d_k)
 
 
 def test_most_visible_blocks_need_no_mask():
-    """Two segments of 64 blocks each: in their triangles, only those on the diagonal need one."""
+    """In the triangles of two segments, only the blocks on the diagonal need a mask.
+
+    Each segment is 64 blocks long.
+    """
     rows, streams, tile = 512, 8, Tile(32, 32, 4, 2)
     cells = make_cells(np.ones((1, rows, streams), bool), np.repeat([[1, 2]], rows // 2, axis=1))
     queries = _vectors(cells, cells.present, np.arange(streams), -2)
@@ -131,7 +145,7 @@ def test_most_visible_blocks_need_no_mask():
 
 
 def arrays_in(jaxpr):
-    """Shapes of all values, those inside kernels and loops as well."""
+    """Yields the shapes of all values, including those inside kernels and loops."""
     for equation in jaxpr.eqns:
         yield from (v.aval.shape for v in equation.outvars if hasattr(v.aval, "shape"))
         for inner in jax.tree.leaves(
@@ -142,25 +156,26 @@ def arrays_in(jaxpr):
 
 
 def hopper_case(head_dim=64, rows=1024, **changes):
+    """A case that the kernels accept, with changes."""
     case = Case(
-        "gpu",
-        "NVIDIA H100 80GB HBM3",
-        "bfloat16",
-        rows,
-        8,
-        8,
-        4,
-        2,
-        head_dim,
-        lag_matrix("block_causal", 8),
+        platform="gpu",
+        device_kind="NVIDIA H100 80GB HBM3",
+        dtype="bfloat16",
+        rows=rows,
+        streams=8,
+        q_streams=8,
+        heads=4,
+        kv_heads=2,
+        head_dim=head_dim,
+        lag=lag_matrix("block_causal", 8),
     )
     return case._replace(**changes)
 
 
 def gradient(case: Case):
-    """The gradient of a sum over gpu_attention, and shapes of its arguments, for a case."""
+    """The gradient function of the sum of gpu_attention's outputs, and its abstract arguments."""
 
-    def shape(heads):
+    def abstract(heads):
         return jax.ShapeDtypeStruct((2, case.rows, case.streams, heads, case.head_dim), case.dtype)
 
     def loss(q, k, v, present, segment):
@@ -171,38 +186,34 @@ def gradient(case: Case):
         jax.ShapeDtypeStruct((2, case.rows, case.streams), bool),
         jax.ShapeDtypeStruct((2, case.rows), jnp.int32),
     )
-    return jax.jit(jax.grad(loss, (0, 1, 2))), (
-        shape(case.heads),
-        shape(case.kv_heads),
-        shape(case.kv_heads),
-        *cells,
-    )
+    keys = abstract(case.kv_heads)
+    return jax.jit(jax.grad(loss, (0, 1, 2))), (abstract(case.heads), keys, keys, *cells)
 
 
 def test_memory_is_linear_in_rows():
     case = hopper_case(rows=1024)
     function, arguments = gradient(case)
     shapes = list(arrays_in(jax.make_jaxpr(function)(*arguments).jaxpr))
-    assert (128, 128) in shapes  # the scores of a block: the kernels are among them
+    assert (128, 128) in shapes  # the scores of a block: `arrays_in` looks inside the kernels
     cells, largest = case.rows * case.streams, max(map(math.prod, shapes))
-    assert largest == 2 * cells * case.heads * case.head_dim  # q
+    assert largest == 2 * cells * case.heads * case.head_dim  # the size of q
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_lowers_to_triton(head_dim):
-    """As far as it goes without a card: the three kernels become Triton modules for it."""
+    """The three kernels become Triton modules. Compiling these modules would need a GPU."""
     lags = {"block_causal": lag_matrix("block_causal", 8), "random": random_lag(3, 8)}
-    card = AbstractDevice(device_kind=hopper_case().device_kind, num_cores=132, platform="gpu")
+    gpu = AbstractDevice(device_kind=hopper_case().device_kind, num_cores=132, platform="gpu")
     for lag in lags.values():
         case = hopper_case(rows=100, head_dim=head_dim, lag=lag)
         assert declines("gpu", case) is None
         function, arguments = gradient(case)
-        with use_abstract_mesh(AbstractMesh((), (), abstract_device=card)):
+        with use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu)):
             lowered = function.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
         assert lowered.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 3
 
 
-def test_declines_what_it_is_not_for():
+def test_declines_unsupported_cases():
     assert declines("gpu", hopper_case()) is None
     grace = hopper_case(device_kind="NVIDIA GH200 480GB", lag=lag_matrix("isolated", 8))
     assert declines("gpu", grace) is None

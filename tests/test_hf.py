@@ -1,4 +1,4 @@
-"""Hugging Face folders: both directions, and what is refused."""
+"""Reading and writing Hugging Face folders: exact round trips, and which folders are refused."""
 
 import json
 
@@ -59,7 +59,7 @@ def test_round_trip_is_exact(model, tmp_path):
 
 
 @pytest.mark.parametrize("variant", hf_models.VARIANTS)
-def test_recorded_logits_of_transformers(variant):
+def test_logits_equal_those_recorded_from_transformers(variant):
     folder = hf_models.RECORDED / variant
     recorded = np.load(folder / "logits.npz")
     model = load(folder)
@@ -67,7 +67,7 @@ def test_recorded_logits_of_transformers(variant):
     np.testing.assert_allclose(ours, recorded["logits"], rtol=0, atol=1e-4)
 
 
-def test_sharded_index(model, tmp_path):
+def test_weights_in_several_files_are_read(model, tmp_path):
     hf.write_folder(tmp_path, model.config, model.streams.size, model.parameters)
     tensors = load_file(tmp_path / hf.WEIGHTS)
     (tmp_path / hf.WEIGHTS).unlink()
@@ -83,9 +83,9 @@ def test_sharded_index(model, tmp_path):
         hf.read_folder(tmp_path)
 
 
-def test_linear_weights_are_out_by_in(make_model):
-    config = make_model(1, num_kv_heads=2).config
-    parameters = make_model(1).parameters
+def test_linear_weights_are_written_as_outputs_by_inputs(make_model):
+    model = make_model(1)
+    config, parameters = model.config, model.parameters
     arrays = hf_tensors.to_hf(parameters, config)
     x = np.random.default_rng(0).standard_normal(config.d_model)
     q = np.asarray(parameters["blocks"]["attention"]["q"])[1]
@@ -95,24 +95,25 @@ def test_linear_weights_are_out_by_in(make_model):
     )
 
 
-def test_newer_rope_parameters_are_read():
+def test_rope_parameters_of_newer_configs_are_read():
+    """They override a `rope_theta` of the older layout."""
     settings = hf_config.to_hf(ModelConfig(vocab_size=8), 1) | {"rope_theta": 1.0}
     newer = {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}
     config, _ = hf_config.from_hf(settings | {"rope_parameters": newer})
     assert config.rope_theta == 7.0 and config.rope_scaling == RopeScalingConfig("linear", 2.0)
 
 
-def test_rope_parameters_by_type_of_layer_are_read():
+def test_rope_parameters_per_layer_type_are_read():
     settings = hf_config.to_hf(ModelConfig(vocab_size=8), 1) | {"rope_scaling": None}
     by_type = {
         "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 9.0},  # no layer is of it
+        "sliding_attention": {"rope_type": "default", "rope_theta": 9.0},  # no layer has this type
     }
     config, _ = hf_config.from_hf(settings | {"rope_parameters": by_type})
     assert config.rope_theta == 7.0 and config.rope_scaling == RopeScalingConfig("linear", 2.0)
 
 
-def test_null_stands_for_the_default():
+def test_null_means_the_default():
     settings = hf_config.to_hf(ModelConfig(vocab_size=8), 1)
     optional = ("rms_norm_eps", "rope_theta", "rope_scaling", "num_key_value_heads", "hidden_act")
     without = {key: value for key, value in settings.items() if key not in optional}
@@ -130,8 +131,9 @@ def test_yarn_defaults():
     assert read() == RopeScalingConfig("yarn", 8.0, original_max_position=64)
     assert read(original_max_position_embeddings=16).original_max_position == 16
     assert read(attention_factor=None).attention_factor == 0
-    over, under = 0.1 * np.log(8) + 1, 0.05 * np.log(8) + 1
-    assert np.isclose(read(mscale=1.0, mscale_all_dim=0.5).attention_factor, over / under)
+    numerator, denominator = 0.1 * np.log(8) + 1, 0.05 * np.log(8) + 1
+    found = read(mscale=1.0, mscale_all_dim=0.5).attention_factor
+    assert np.isclose(found, numerator / denominator)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +175,7 @@ def test_yarn_defaults():
     ],
     ids=str,
 )
-def test_unsupported_configs_are_named(change, message):
+def test_unsupported_settings_are_named(change, message):
     settings = hf_config.to_hf(ModelConfig(vocab_size=8), 3)
     with pytest.raises(UserError, match=message):
         hf_config.from_hf(settings | change)
@@ -194,7 +196,8 @@ def test_wrong_tensors_are_named(make_model, tmp_path):
     refused({name: x for name, x in tensors.items() if name != norm}, f"missing {norm}")
     refused(tensors | {"model.extra": tensors[norm]}, "unexpected model.extra")
     refused(tensors | {norm: tensors[norm][:-1]}, f"{norm} has shape")
-    unused = {hf_tensors.UNUSED[1].format(0): tensors[norm]}  # old checkpoints hold such tables
+    # Old checkpoints store tables of rotary frequencies, which the reader ignores.
+    unused = {hf_tensors.UNUSED[1].format(0): tensors[norm]}
     save_file(tensors | unused, path)
     assert_equal(hf.read_folder(tmp_path)[2], jax.tree.map(np.asarray, model.parameters))
     refused(tensors | {norm: tensors[norm].astype(np.int32)}, f"{norm} has type I32")
@@ -210,7 +213,7 @@ def test_wrong_tensors_are_named(make_model, tmp_path):
         hf.read_folder(tmp_path)
 
 
-def test_numbers_beyond_a_type_are_refused(tmp_path):
+def test_numbers_beyond_the_range_of_a_type_are_refused(tmp_path):
     config, streams, parameters = hf.read_folder(hf_models.RECORDED / "llama")
     parameters["final_norm"][0] = 1e5
     with pytest.raises(

@@ -1,4 +1,8 @@
-"""Collectives read from HLO: known texts, known programs compiled by the real TPU compiler."""
+"""Collectives read from HLO text.
+
+The first part reads handwritten texts. The second part compiles programs whose collectives are
+known with the TPU compiler.
+"""
 
 import importlib.util
 import math
@@ -26,26 +30,29 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def devices(count):
-    """Devices of one slice."""
+    """Stand-ins for the devices of one slice."""
     return [SimpleNamespace(id=i) for i in range(count)]
 
 
 def found(text, count=4, mesh=(1, 2, 2, 1)):
-    """{(kind, axes, asynchronous): (executions, bytes of one)}; no two collectives share a key."""
+    """{(kind, axes, asynchronous): (executions, bytes of one execution)} of the collectives."""
     sizes = dict(zip(AXES, mesh))
-    return {
+    collectives = read(text, devices(count)).collectives
+    result = {
         (one.kind, axes_of(one.groups, sizes), one.asynchronous): (one.count, one.bytes)
-        for one in read(text, devices(count)).collectives
+        for one in collectives
     }
+    assert len(result) == len(collectives), "two collectives share a key"
+    return result
 
 
 def computation(header, line):
-    """The text of a computation of one line, with its parameter %x."""
+    """The text of a computation of parameter %x that has one line."""
     return f"{header} {{\n  %x = f32[8,16]{{1,0}} parameter(0)\n  {line}\n}}\n"
 
 
 def module(*lines, computations=""):
-    """The text of a module with these lines in its entry computation."""
+    """The text of a module whose entry computation has these lines."""
     entry = "\n".join(f"  {line}" for line in ("%x = f32[8,16]{1,0:T(8,128)} parameter(0)", *lines))
     return f"HloModule m\n{computations}\nENTRY %main (x: f32[8,16]) -> f32[8,16] {{\n{entry}\n}}\n"
 
@@ -79,14 +86,11 @@ GROUPS = "channel_id=1, replica_groups={{0,2},{1,3}}"
 )
 def test_bytes_are_those_of_the_larger_side(line, kind, size):
     assert found(module(line)) == {(kind, ("fsdp",), False): (1, size)}
-    # The asynchronous form returns a tuple, and its second line is not a second collective.
-    name = f"{kind}-start("
-    started = line.replace(f"{kind}(", name).replace("%y = f32", "%y = (f32[8,16]{1,0}, f32", 1)
-    started = (
-        started.replace(f"}} {name}", f"}}) {name}")
-        if "= (f32[8,16]{1,0}, f32" in started
-        else started
-    )
+    # The asynchronous form returns a tuple. Its `done` instruction is not a second collective.
+    started = line.replace(f"{kind}(", f"{kind}-start(")
+    if not line.startswith("%y = ("):
+        started = started.replace("%y = ", "%y = (f32[8,16]{1,0}, ")
+        started = started.replace(f"}} {kind}", f"}}) {kind}")
     done = f"ROOT %z = f32[8,16]{{1,0}} {kind}-done(%y)"
     assert found(module(started, done)) == {(kind, ("fsdp",), True): (1, size)}
 
@@ -95,7 +99,7 @@ def test_bytes_are_those_of_the_larger_side(line, kind, size):
     ("opcode", "attribute"),
     [("async", "calls=%w"), ("call", "to_apply=%w"), ("custom-call", "called_computations={%w}")],
 )
-def test_what_a_wrapper_starts_is_asynchronous(opcode, attribute):
+def test_a_collective_in_a_wrapper_that_is_started_is_asynchronous(opcode, attribute):
     wrapped = f"""
 %w (p: f32[8,16]) -> f32[4,16] {{
   %p = f32[8,16]{{1,0}} parameter(0)
@@ -110,7 +114,10 @@ def test_what_a_wrapper_starts_is_asynchronous(opcode, attribute):
 
 
 def loop(trips: str, body_line: str, name: str, start=0, step=1):
-    """(line of a while loop, its computations); `trips`: what the condition compares with."""
+    """(line of a while loop, its computations).
+
+    `trips` is the limit of the loop: a number, or "dynamic" for one that the text does not state.
+    """
     kind = "(s32[]{:T(128)}, f32[8,16]{1,0})"
     computations = f"""
 %{name}_condition (p: (s32[], f32[8,16])) -> pred[] {{
@@ -142,7 +149,7 @@ def loop(trips: str, body_line: str, name: str, start=0, step=1):
 REDUCE = f"%y = f32[8,16]{{1,0}} all-reduce(%x), {GROUPS}, to_apply=%add"
 
 
-def test_loops_multiply_what_they_hold():
+def test_loops_multiply_the_counts_of_their_collectives():
     inner, inner_text = loop("5", REDUCE, "inner")
     outer, outer_text = loop("3", inner, "outer")
     assert found(module(outer, computations=inner_text + outer_text)) == {
@@ -151,14 +158,14 @@ def test_loops_multiply_what_they_hold():
 
 
 @pytest.mark.parametrize(("start", "step", "count"), [(0, 1, 7), (1, 1, 6), (0, 2, 4), (9, 1, 0)])
-def test_trips_follow_from_start_step_and_limit(start, step, count):
+def test_the_trip_count_follows_from_start_step_and_limit(start, step, count):
     line, text = loop("7", REDUCE, "loop", start, step)
     assert found(module(line, computations=text)) == {
         ("all-reduce", ("fsdp",), False): (count, 512)
     }
 
 
-def test_the_known_trip_count_of_other_backends_is_read():
+def test_the_trip_count_that_other_backends_state_is_read():
     line, text = loop("dynamic", REDUCE, "loop")
     line += (
         ', backend_config={"known_trip_count":{"n":"11"},"known_init_step":{"init":"0","step":"1"}}'
@@ -169,12 +176,11 @@ def test_the_known_trip_count_of_other_backends_is_read():
 def test_a_loop_of_unknown_length_counts_once_and_is_named():
     line, text = loop("dynamic", REDUCE, "loop")
     program = read(module(line, computations=text), devices(4))
-    assert [one.count for one in program.collectives] == [1] and program.unknown_loops == [
-        "loop_body"
-    ]
+    assert [one.count for one in program.collectives] == [1]
+    assert program.unknown_loops == ["loop_body"]
 
 
-def test_of_branches_the_larger_one_counts():
+def test_a_conditional_counts_its_largest_branch():
     def branch(name, line):
         return computation(f"%{name} (x: f32[8,16]) -> f32[8,16]", line)
 
@@ -190,6 +196,7 @@ def test_of_branches_the_larger_one_counts():
 
 
 def chain_piece(name, chain, channel=1):
+    """The text of a computation that holds one piece of an asynchronous all-gather."""
     attribute = f', frontend_attributes={{chain_id="{chain}"}}' if chain else ""
     groups = "replica_groups={{0,2},{1,3}}, dimensions={0}"
     return f"""
@@ -201,9 +208,9 @@ def chain_piece(name, chain, channel=1):
 
 
 @pytest.mark.parametrize("chained", [True, False])
-def test_pieces_of_an_asynchronous_gather_count_once_also_if_its_steps_lie_in_an_inner_loop(
-    chained,
-):
+def test_pieces_of_an_asynchronous_gather_count_once(chained):
+    """Also if its steps are in an inner loop. Pieces share a chain, or else a channel."""
+
     def piece(name, chain):
         return chain_piece(name, chain if chained else "", channel=1 if chained else chain)
 
@@ -231,13 +238,13 @@ def test_pieces_of_an_asynchronous_gather_count_once_also_if_its_steps_lie_in_an
     ] * 2
 
 
-def test_collectives_of_one_channel_are_several():
+def test_two_collectives_on_one_channel_count_twice():
     two = f"%z = f32[8,16]{{1,0}} all-reduce(%y), {GROUPS}, to_apply=%add"
     assert len(read(module(REDUCE, two), devices(4)).collectives) == 2
 
 
 @pytest.mark.parametrize("by", ["computation", "fusion"])
-def test_an_all_reduce_inside_a_fused_reduce_scatter_is_one(by):
+def test_an_all_reduce_in_a_fused_reduce_scatter_counts_as_reduce_scatter(by):
     name = "all-reduce-scatter.3" if by == "computation" else "fused_computation.3"
     caller = "fusion.3" if by == "computation" else "all-reduce-scatter.3"
     text = computation(f"%{name} (x: f32[8,16]) -> f32[4,16]", REDUCE)
@@ -256,36 +263,29 @@ def test_sizes_of_types():
         ("s4", (8,)),
         ("f32", ()),
     ]
-    assert [
-        size_of(s)
-        for s in (("bf16", (2, 3)), ("pred", (5,)), ("s4", (8,)), ("f32", ()), ("f8e4m3fn", (7,)))
-    ] == [*(12, 5, 4, 4, 7)]
+    shapes = (("bf16", (2, 3)), ("pred", (5,)), ("s4", (8,)), ("f32", ()), ("f8e4m3fn", (7,)))
+    assert [size_of(shape) for shape in shapes] == [12, 5, 4, 4, 7]
 
 
 @st.composite
 def iota(draw):
-    """(iota form, its numbers): groups of some axes of a counted shape."""
+    """(groups in iota form, the same groups as an array)."""
     shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
     order = draw(st.permutations(range(len(shape))))
     ids = np.arange(math.prod(shape)).reshape(shape).transpose(order).reshape(-1)
     size = draw(st.sampled_from([n for n in range(1, ids.size + 1) if ids.size % n == 0]))
     transposed = f"T({','.join(map(str, order))})" if len(shape) > 1 else ""
-    return f"[{ids.size // size},{size}]<=[{','.join(map(str, shape))}]{transposed}", ids.reshape(
-        -1, size
-    )
+    text = f"[{ids.size // size},{size}]<=[{','.join(map(str, shape))}]{transposed}"
+    return text, ids.reshape(-1, size)
 
 
 @given(iota())
-def test_iota_groups_are_the_lists_they_stand_for(case):
+def test_groups_in_iota_form_and_as_lists(case):
     text, expected = case
-    listed = (
-        "{" + ",".join("{" + ",".join(map(str, group)) + "}" for group in expected.tolist()) + "}"
-    )
-    for form in (text, listed):
-        groups = replica_groups(
-            f" channel_id=1, replica_groups={form}, dimensions={{0}}, more={{1}}", expected.size
-        )
-        np.testing.assert_array_equal(groups, expected)
+    lists = ["{" + ",".join(map(str, group)) + "}" for group in expected.tolist()]
+    for form in (text, "{" + ",".join(lists) + "}"):
+        attributes = f" channel_id=1, replica_groups={form}, dimensions={{0}}, more={{1}}"
+        np.testing.assert_array_equal(replica_groups(attributes, expected.size), expected)
 
 
 @given(
@@ -294,7 +294,7 @@ def test_iota_groups_are_the_lists_they_stand_for(case):
     form=st.sampled_from(["mesh[%s] {%s}", "@mesh<%s> {%s}"]),
     reverse=st.booleans(),
 )
-def test_mesh_groups_are_the_devices_that_differ_along_the_axes(sizes, chosen, form, reverse):
+def test_mesh_form_groups_the_devices_that_differ_along_the_axes(sizes, chosen, form, reverse):
     chosen = [i for i in chosen if i < len(sizes)] or [0]
     names = "abcd"
     ids = np.arange(math.prod(sizes))[:: -1 if reverse else 1]
@@ -306,10 +306,9 @@ def test_mesh_groups_are_the_devices_that_differ_along_the_axes(sizes, chosen, f
         text = text.replace(" {", f", device_ids=({','.join(map(str, ids))}) {{", 1)
     groups = replica_groups(f" replica_groups={text}, use_global_device_ids=true", ids.size)
     rest = [i for i in range(len(sizes)) if i not in chosen]
-    expected = (
-        ids.reshape(sizes).transpose(rest + chosen).reshape(-1, math.prod(sizes[i] for i in chosen))
-    )
-    np.testing.assert_array_equal(groups, expected)
+    expected = ids.reshape(sizes).transpose(rest + chosen)
+    np.testing.assert_array_equal(groups, expected.reshape(groups.shape))
+    assert groups.shape[1] == math.prod(sizes[i] for i in chosen)
     if not reverse:
         mesh = dict(zip(names, sizes))
         assert axes_of(groups, mesh) == tuple(names[i] for i in sorted(chosen) if sizes[i] > 1)
@@ -325,33 +324,35 @@ def test_mesh_groups_are_the_devices_that_differ_along_the_axes(sizes, chosen, f
         ("{}", [list(range(8))]),
     ],
 )
-def test_parts_of_axes_and_other_orders_of_devices(text, expected):
+def test_groups_on_parts_of_axes_and_in_other_device_orders(text, expected):
     assert replica_groups(f" replica_groups={text}, dimensions={{0}}", 8).tolist() == expected
 
 
-def test_an_unknown_form_is_an_error():
+def test_an_unknown_form_of_groups_is_an_error():
     with pytest.raises(ValueError, match="not known"):
         replica_groups(" replica_groups=new<1,2>", 8)
 
 
 OUTER, INNER, ROWS, WIDTH = 3, 5, 256, 1024
-BLOCK = ROWS * WIDTH * 2  # bytes of the activations, bfloat16
+BLOCK = ROWS * WIDTH * 2  # bytes of the activations on a device, in bfloat16
 
 
 def compiled(topology, num_slices, sizes, function, slices_along="data"):
-    """(text of the compiled `function`, mesh).
+    """(text of the compiled program, mesh).
 
-    The function runs on each device with activations [ROWS, WIDTH] and weights.
+    Each device calls function(activations [ROWS, WIDTH], weights, axis sizes).
     """
-    every = topology_devices(topology, num_slices)
+    available = topology_devices(topology, num_slices)
     if num_slices > 1:
         across = [num_slices if axis == slices_along else 1 for axis in AXES]
         inside = [size // slices for size, slices in zip(sizes, across)]
         place = mesh_utils.create_hybrid_device_mesh(
-            inside, across, devices=every, allow_split_physical_axes=True
+            inside, across, devices=available, allow_split_physical_axes=True
         )
     else:
-        place = mesh_utils.create_device_mesh(sizes, devices=every, allow_split_physical_axes=True)
+        place = mesh_utils.create_device_mesh(
+            sizes, devices=available, allow_split_physical_axes=True
+        )
     mesh = Mesh(place, AXES)
     spread, weights = PartitionSpec(("data", "fsdp", "stream")), PartitionSpec(None, "fsdp")
 
@@ -372,9 +373,9 @@ def compiled(topology, num_slices, sizes, function, slices_along="data"):
 
 
 def layers(x, w, mesh):
-    """Every kind of collective, in a scan of OUTER that holds a scan of INNER.
+    """Every kind of collective, in a scan of OUTER steps around a scan of INNER steps.
 
-    tanh between them keeps the compiler from merging them.
+    The tanh between collectives keeps the compiler from merging them.
     """
 
     def inner(x, w):
@@ -396,7 +397,7 @@ def layers(x, w, mesh):
 
 
 def sums(text, mesh):
-    """{(kind, axes, over DCN): (executions, bytes of all)}."""
+    """{(kind, axes, over DCN): (executions, bytes of all executions)}."""
     result = {}
     for one in read(text, list(mesh.devices.flat)).collectives:
         key = (one.kind, axes_of(one.groups, dict(mesh.shape)), one.dcn)
@@ -417,7 +418,7 @@ def sums(text, mesh):
         ("v5e:2x2", 2, (2, 2, 2, 1)),
     ],
 )
-def test_a_compiled_program_moves_what_it_was_written_to_move(topology, num_slices, sizes):
+def test_collectives_of_a_compiled_program_are_those_in_its_source(topology, num_slices, sizes):
     expected = {
         ("all-gather", ("fsdp",), False): (OUTER * INNER, OUTER * INNER * WIDTH * WIDTH * 2),
         ("collective-permute", ("fsdp",), False): (OUTER, OUTER * BLOCK),
@@ -462,7 +463,9 @@ def test_transfers_between_slices_are_collectives_over_dcn(function, kind, size)
 
 
 @needs_libtpu
-def test_groups_are_those_of_one_slice_wherever_its_devices_lie_in_the_mesh():
+def test_collectives_within_a_slice_are_not_over_dcn():
+    """A mesh may have its slices along any axis, here along `stream`."""
+
     def run(x, w, mesh):
         return jnp.tanh(lax.psum(jnp.tanh(lax.psum(jnp.tanh(x), "fsdp")), "data"))
 
@@ -473,7 +476,7 @@ def test_groups_are_those_of_one_slice_wherever_its_devices_lie_in_the_mesh():
 
 
 @needs_libtpu
-def test_a_sum_over_all_axes_has_a_part_inside_and_a_part_between_slices():
+def test_a_sum_over_all_devices_has_a_part_within_and_a_part_between_slices():
     text, mesh = compiled(
         "v5e:2x4",
         2,
@@ -487,27 +490,18 @@ def test_a_sum_over_all_axes_has_a_part_inside_and_a_part_between_slices():
     }
 
 
-def test_a_computation_that_is_called_in_an_unknown_way_is_named():
+def test_a_computation_that_nothing_known_calls_is_named():
     text = chain_piece("piece", "1")
     line = "%n = f32[16,16]{1,0} novel-call(%x), runs=%piece"
     program = read(module(line, computations=text), devices(4))
     assert program.collectives == [] and program.unreached == ["piece"]
-    assert (
-        read(
-            module(
-                line.replace("novel-call", "call").replace("runs", "to_apply"), computations=text
-            ),
-            devices(4),
-        ).unreached
-        == []
-    )
+    known = line.replace("novel-call", "call").replace("runs", "to_apply")
+    assert read(module(known, computations=text), devices(4)).unreached == []
 
 
-def test_every_instruction_of_a_text_has_its_computation():
+def test_instructions_belong_to_their_computation():
     computations, entry = parse(module(REDUCE, computations=loop("2", REDUCE, "loop")[1]))
     assert entry == "main" and set(computations) == {"main", "loop_condition", "loop_body"}
-    assert (
-        computations["loop_condition"]["limit"].arguments == "2"
-        and computations["loop_condition"]["lt"].root
-    )
+    condition = computations["loop_condition"]
+    assert condition["limit"].arguments == "2" and condition["lt"].root
     assert computations["main"]["y"].operands == ("x",)

@@ -1,4 +1,4 @@
-"""Folders of other projects that hold more, less or other than a plain import expects."""
+"""Importing Hugging Face folders with inconsistent, damaged, missing or additional contents."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 
 @pytest.fixture
 def folder(tmp_path):
-    """A copy of a recorded Llama: 40 tokens, in bfloat16, with a head of its own."""
+    """A copy of a recorded Llama model: 40 tokens, bfloat16, untied embeddings."""
     path = tmp_path / "llama"
     shutil.copytree(hf_models.RECORDED / "llama", path)
     return path
@@ -33,7 +33,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def change_config(folder):
-    """change_config(key=value, ...) changes keys of the folder's config.json."""
+    """A function change_config(key=value, ...) that changes keys of the folder's config.json."""
 
     def change(**values):
         path = folder / hf.CONFIG
@@ -44,7 +44,7 @@ def change_config(folder):
 
 @pytest.fixture(scope="module")
 def sentencepiece_file():
-    """A sentencepiece model of 38 pieces, without silence."""
+    """The bytes of a sentencepiece model of 38 pieces, without silence."""
     text = ["take 4 add 3 no wait add 2 ?", "the total is 6", "0 1 2 3 4 5 6 7 8 9"] * 5
     config = TokenizerConfig(model_type="char", vocab_size=38)
     trained = TokenizerFile("sentencepiece", train_tokenizer(text, config).to_bytes(), "here")
@@ -57,15 +57,16 @@ def sentencepiece_file():
 
 
 def logits(path):
+    """The logits of the model in a folder, for the recorded tokens."""
     recorded = np.load(hf_models.RECORDED / "llama" / "logits.npz")
     return score(load(path), {"tokens": recorded["tokens"][None, :, None]}).logits[0, :, 0]
 
 
-def test_a_head_that_differs_from_the_embedding_is_not_tied(folder, change_config, caplog):
+def test_a_head_is_tied_only_if_it_equals_the_embedding(folder, change_config, caplog):
     expected = np.load(folder / "logits.npz")["logits"]
     change_config(tie_word_embeddings=True)  # as some fine-tuning tools leave it
     with caplog.at_level(logging.WARNING, "msllm"):
-        config, _, parameters = hf.read_folder(folder)
+        config, _, _ = hf.read_folder(folder)
     assert not config.tie_embeddings and "lm_head.weight differs" in caplog.text
     np.testing.assert_allclose(logits(folder), expected, rtol=0, atol=1e-4)
 
@@ -74,10 +75,11 @@ def test_a_head_that_differs_from_the_embedding_is_not_tied(folder, change_confi
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     save_file(tensors, folder / hf.WEIGHTS)
     config, _, parameters = hf.read_folder(folder)
-    assert config.tie_embeddings and "head" not in parameters and not caplog.text
+    assert config.tie_embeddings and "head" not in parameters
+    assert not caplog.text
 
 
-def test_a_whole_file_goes_before_an_index(folder, caplog):
+def test_a_single_weights_file_takes_precedence_over_an_index(folder, caplog):
     expected = np.load(folder / "logits.npz")["logits"]
     tensors = load_file(folder / hf.WEIGHTS)
     save_file({name: 0 * x for name, x in tensors.items()}, folder / "model-1.safetensors")
@@ -95,7 +97,7 @@ def test_a_whole_file_goes_before_an_index(folder, caplog):
         hf.read_folder(folder)
 
 
-def test_what_is_not_weights_is_named(folder, change_config):
+def test_files_that_hold_no_weights_or_config_are_named(folder, change_config):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 17872\n"
     whole = (folder / hf.WEIGHTS).read_bytes()
     (folder / hf.WEIGHTS).write_bytes(pointer)
@@ -118,9 +120,9 @@ def test_what_is_not_weights_is_named(folder, change_config):
 
 
 def test_8_bit_floats_are_named(folder):
-    tensors = load_file(folder / hf.WEIGHTS)
-    name, float8 = "model.norm.weight", np.dtype("uint8")
-    save_file(tensors | {name: tensors[name].astype(float8)}, folder / hf.WEIGHTS)
+    # numpy has no 8-bit floats: store bytes, and change their type in the header.
+    tensors, name = load_file(folder / hf.WEIGHTS), "model.norm.weight"
+    save_file(tensors | {name: tensors[name].astype(np.uint8)}, folder / hf.WEIGHTS)
     raw = (folder / hf.WEIGHTS).read_bytes()
     size = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + size])
@@ -143,10 +145,11 @@ def test_tokens_that_a_sentencepiece_folder_adds_are_kept(folder, sentencepiece_
     assert tokenizer.silence_id == 40 and model.config.vocab_size == 41
     np.testing.assert_array_equal(np.asarray(model.parameters["embedding"])[:40], before)
     assert tokenizer.control[IM_START] == 38 and tokenizer.piece(39) == "<tool>"
-    # The spelling of a special token stays text; that of another added token is the token.
+    # Text that spells a special token stays text. Text that spells another added token is encoded
+    # as that token.
     assert 38 not in tokenizer.encode(f"take {IM_START} 4")
     assert tokenizer.encode("take <tool> 4").count(39) == 1
-    # Text without added tokens is encoded as by the file itself.
+    # Text without added tokens is encoded as sentencepiece encodes it.
     plain = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_file)
     assert tokenizer.encode("take 4 add 3") == plain.encode("take 4 add 3")
 
@@ -191,6 +194,7 @@ def test_settings_that_change_the_tokens_are_refused(folder, sentencepiece_file,
 
 
 def byte_level(vocabulary, added):
+    """A tokenizers file with this number of ordinary tokens, and with added special tokens."""
     model = tokenizers.Tokenizer(
         tokenizers.models.BPE({chr(33 + i): i for i in range(vocabulary)}, [])
     )
@@ -199,7 +203,7 @@ def byte_level(vocabulary, added):
     return model.to_str()
 
 
-def test_an_added_token_beyond_the_table_gets_a_row(folder, tmp_path):
+def test_an_added_token_beyond_the_embedding_table_gets_a_row(folder, tmp_path):
     (folder / "tokenizer.json").write_text(byte_level(40, ["<pad>"]))
     report = from_hf(folder, tmp_path / "out", streams="user,output")
     assert "rows added for tokens that had none: <pad>\n" in report
@@ -210,19 +214,19 @@ def test_an_added_token_beyond_the_table_gets_a_row(folder, tmp_path):
     from_hf(folder, tmp_path / "one")
     to_hf(tmp_path / "one", tmp_path / "back")
     assert hf.read_settings(tmp_path / "back")["vocab_size"] == 40
-    # A table that lacks ordinary tokens belongs to another model.
+    # If ordinary tokens have no row, the tokenizer belongs to another model.
     (folder / "tokenizer.json").write_text(byte_level(41, ["<pad>"]))
     with pytest.raises(UserError, match="name the model.s own tokenizer"):
         from_hf(folder, tmp_path / "other")
 
 
-def test_a_tokenizer_that_is_not_read_is_named(folder, tmp_path):
+def test_unsupported_tokenizer_files_are_named(folder, tmp_path):
     (folder / "vocab.json").write_text("{}")
     with pytest.raises(UserError, match="vocab.json and merges.txt, which msllm does not read"):
         from_hf(folder, tmp_path / "out")
 
 
-def test_added_tokens_of_a_tokenizers_file_are_checked(folder, tmp_path):
+def test_added_tokens_must_match_tokenizer_json(folder, tmp_path):
     (folder / "tokenizer.json").write_text(byte_level(39, ["<pad>"]))
     (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 39}))
     from_hf(folder, tmp_path / "out")
@@ -231,7 +235,7 @@ def test_added_tokens_of_a_tokenizers_file_are_checked(folder, tmp_path):
         from_hf(folder, tmp_path / "other")
 
 
-def test_every_key_of_a_recorded_config_is_known():
+def test_unknown_keys_are_refused_and_keys_of_recorded_configs_are_known():
     for variant in hf_models.VARIANTS:
         settings = hf.read_settings(hf_models.RECORDED / variant)
         with pytest.raises(UserError, match="new_key is 1: this setting is unknown"):

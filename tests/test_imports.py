@@ -1,4 +1,4 @@
-"""The import direction between packages, and what an import costs."""
+"""The import direction between packages, the cost of imports, and `configure_jax`."""
 
 import ast
 import graphlib
@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import warnings
 
 import jax
 import pytest
@@ -13,8 +14,8 @@ import pytest
 import msllm
 
 PACKAGE = pathlib.Path(msllm.__file__).parent
-# A package (or top-level module) imports only from the lines above its own. docs/architecture.md
-# has the same list.
+# A package (or top-level module) imports only from its own line and the lines above it.
+# docs/architecture.md has the same list.
 LAYERS = """
 errors presets kernels
 runtime.files
@@ -35,41 +36,39 @@ LEVEL = {name: level for level, line in enumerate(LAYERS.split("\n")) for name i
 
 
 def layer_of(module: str) -> str:
-    """The entry of LAYERS that a module (dotted, without the package) belongs to."""
+    """The entry of LAYERS for a module, given as a dotted name without `msllm`."""
     fits = [name for name in LEVEL if module == name or module.startswith(f"{name}.")]
     assert fits, f"msllm.{module} has no place in LAYERS"
     return max(fits, key=len)
 
 
 def imports_of(path: pathlib.Path, modules: set[str]) -> set[str]:
-    """The modules of this package that a file imports, also inside functions."""
+    """The modules of this package that a file imports, including imports inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            inner = [f"{node.module}.{alias.name}" for alias in node.names]
-            found |= {n if n.removeprefix("msllm.") in modules else node.module for n in inner}
+            for alias in node.names:  # a module of a package, or else a name in a module
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full.removeprefix("msllm.") in modules else node.module)
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return {name.removeprefix("msllm.") for name in found if name.startswith("msllm.")}
 
 
 def test_imports_point_downward():
-    paths = {
-        ".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")
-    }
-    paths = {
-        name.removesuffix(".__init__"): p
-        for name, p in paths.items()
-        if name not in ("__init__", "__main__")
-    }
+    paths = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        if name not in ("__init__", "__main__"):
+            paths[name.removesuffix(".__init__")] = path
     graph = {name: imports_of(path, set(paths)) for name, path in paths.items()}
     for name, imported in graph.items():
         for other in imported:
             here, there = layer_of(name), layer_of(other)
             assert here == there or LEVEL[there] < LEVEL[here], f"{name} imports {other}"
-    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, naming the cycle
-    assert sum(map(len, graph.values())) > 100
+    graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError that names the cycle
+    assert sum(map(len, graph.values())) > 100  # `imports_of` does find imports
 
 
 def test_no_module_shadows_the_standard_library():
@@ -79,20 +78,20 @@ def test_no_module_shadows_the_standard_library():
         assert not names & sys.stdlib_module_names, folder
 
 
-def test_data_and_model_import_no_slow_library():
+def test_data_and_model_do_not_import_slow_libraries():
     def loaded(names):
         line = [sys.executable, "-c", f"import sys, {names}; print(*sys.modules)"]
         return set(subprocess.run(line, capture_output=True, text=True, check=True).stdout.split())
 
     core = loaded("msllm.step, msllm.data.converters, msllm.data.records")
     assert "flax" in core and not {"orbax.checkpoint", "tensorboardX", "grain", "pyarrow"} & core
-    # grain, which the loader needs, imports orbax where it is installed.
+    # The loader needs grain, and grain imports orbax if it is installed.
     train = loaded("msllm.training")
     assert "grain" in train and "tensorboardX" not in train
 
 
 def python(code, **environment):
-    """What code prints in a new process, without the XLA settings of this one."""
+    """The output of code in a new process that does not inherit this process's XLA settings."""
     clean = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")}
     line = [sys.executable, "-c", code]
     done = subprocess.run(line, env=clean | environment, capture_output=True, text=True, check=True)
@@ -112,10 +111,10 @@ print(seconds)
     assert float(python(code)) < 0.1
 
 
-def test_public_names_are_loaded_when_they_are_used():
+def test_public_names_are_documented_and_declared_for_type_checkers():
     assert dir(msllm) == sorted(msllm.__all__)
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
-    declared = {  # for type checkers
+    declared = {
         alias.name: node.module
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("msllm.")
@@ -125,12 +124,12 @@ def test_public_names_are_loaded_when_they_are_used():
     assert declared == loaded and set(declared) == set(msllm.__all__)
     for name in msllm.__all__:
         assert getattr(msllm, name).__doc__
-    assert callable(msllm.train)  # also now that its module is imported
+    assert callable(msllm.train)  # the function, not a module
     with pytest.raises(AttributeError, match="module 'msllm' has no attribute 'trian'"):
         msllm.trian  # noqa: B018
 
 
-def test_virtual_devices_get_threads_enough_to_wait_for_each_other():
+def test_virtual_devices_get_enough_threads_to_wait_for_each_other():
     def threads(**environment):
         code = "import msllm, os; msllm.configure_jax(); print(os.environ.get('PJRT_NPROC'))"
         return python(code, **environment)
@@ -141,11 +140,13 @@ def test_virtual_devices_get_threads_enough_to_wait_for_each_other():
     assert threads(PJRT_NPROC="3", **eight) == "3"
 
 
-def test_settings_that_come_too_late_are_reported(monkeypatch):
+def test_settings_after_jax_has_started_are_reported(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS")
     jax.devices()
     with pytest.warns(RuntimeWarning, match="XLA_FLAGS cannot be set any more"):
         msllm.configure_jax()
     assert "XLA_FLAGS" not in os.environ
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_extra_options=x")
-    msllm.configure_jax()  # nothing to set: no warning, which pytest would show
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        msllm.configure_jax()  # nothing to set
