@@ -287,7 +287,7 @@ class Config:
     # directory of compiled programs; auto: WORKDIR/compiled; none: compile on every start
     compilation_cache: str = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _validate(self)
 
 

@@ -50,7 +50,7 @@ class Pacer:
     All times are in seconds of the same clock. An interval is the time from one row to the next.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._due = -math.inf  # when the last row was due
         self._times: collections.deque[float] = collections.deque(maxlen=MEASURED_ROWS)
 

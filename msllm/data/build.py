@@ -72,7 +72,7 @@ class Status(NamedTuple):
 class _Clock:
     """Says when the next status is due."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._last = time.monotonic()
 
     def is_due(self) -> bool:

@@ -244,7 +244,7 @@ class Mlp(nnx.Module):
 
 
 @jax.custom_vjp
-def tie_gradients(values):
+def tie_gradients(values: Any) -> Any:
     """The identity; its backward pass computes the gradients of all values before it uses any."""
     return values
 

@@ -112,7 +112,7 @@ class Recorder:
 
     silence_id, unknown_id, vocab_size = 0, None, 1 << 31
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._texts: list[str] = []
         self.control: Mapping[str, int] = collections.defaultdict(int)
 
