@@ -16,10 +16,11 @@ using Floats32 = ffi::Buffer<ffi::F32>;
 using Ints = ffi::Buffer<ffi::S32>;
 using Result = ffi::Result<Floats32>;
 
-constexpr int64_t QUERIES =
-    160;  // about this many cells in a block of queries: its data stay in the cache
-constexpr float MASKED =
-    -1e30f;  // finite, because a query that has seen no key yet would compute inf - inf
+// The approximate number of cells in a block of queries, so that its data stay in the cache.
+constexpr int64_t QUERIES = 160;
+// The score of a pair that is not visible. It is finite, because for a query that has seen no key
+// yet, an infinite score would give inf - inf.
+constexpr float MASKED = -1e30f;
 
 struct Block {
   int64_t begin, cells;
@@ -28,7 +29,7 @@ struct Block {
   bool all = true;  // every cell is present
 };
 
-// Divides cells into blocks of `size`. row and segment are those of the cells; the segment of an
+// Divides cells into blocks of `size`, given the row and segment of each cell. The segment of an
 // absent cell is negative.
 std::vector<Block> blocks_of(const int32_t* row, const int32_t* segment, int64_t cells,
                              int64_t size) {
@@ -57,10 +58,13 @@ IntVec load(const int32_t* from) {
 }
 
 // The arguments of a call (msllm/model/attention/cpu.py), with B tables, N heads, K kv heads:
-//   q [B, Lq, N, H], k and v [B, Lk, K, H]; turned_k and turned_v [B, K, M, H, C] in M blocks of C
-//   cells, which are whole rows and whole vectors; row and segment of each cell, [B, Lq] and [B, M
-//   * C]; lag [Sq, Sk]; own [Sq]: the place among the streams of the keys of each stream of the
-//   queries, or any other number if it is not among them.
+//   q [B, Lq, N, H]; k and v [B, Lk, K, H].
+//   turned_k and turned_v [B, K, M, H, C]: transposed, in M blocks of C cells. A block consists of
+//   complete rows and complete vectors.
+//   row and segment of each cell, [B, Lq] for queries and [B, M * C] for keys.
+//   lag [Sq, Sk].
+//   own [Sq]: the index of each stream of the queries among the streams of the keys, or any number
+//   out of range if the keys do not include it.
 struct Inputs {
   Floats32 q, k_or_v, turned_k;
   Ints q_row, q_segment, k_row, k_segment, lag, own;
@@ -101,7 +105,7 @@ class Table {
            q.segment_low == k.segment_low;
   }
 
-  // Which of the LANES keys from the j-th of a block on a query sees.
+  // For LANES keys of a block, starting at the j-th: whether the query sees them.
   IntVec visible(int64_t query, const Block& k, int64_t j) const {
     const int64_t stream = query % q_streams_;
     const IntVec row = load(k_row_ + k.begin + j), segment = load(k_segment_ + k.begin + j);
@@ -115,8 +119,8 @@ class Table {
  private:
   int64_t q_streams_, least_, most_;
   const int32_t *q_row_, *q_segment_, *k_row_, *k_segment_, *own_;
-  std::vector<int32_t> lags_,
-      stream_;  // of each cell in a block of keys; lags_ for each stream of the queries
+  // For each cell in a block of keys, its lag from each stream of the queries, and its stream.
+  std::vector<int32_t> lags_, stream_;
 };
 
 std::vector<Table> tables_of(const Inputs& in) {
@@ -127,8 +131,8 @@ std::vector<Table> tables_of(const Inputs& in) {
 
 int64_t padded(const Block& keys) { return (keys.cells + LANES - 1) / LANES * LANES; }
 
-// The product [q.cells, padded(k)] of a block of queries with a block of transposed keys or values,
-// [H, C].
+// The product of a block of queries with a block of transposed keys or values [H, C], which is
+// [q.cells, padded(k)].
 void multiply_turned(Matrix x, const Block& q, const float* turned, int64_t stride, const Block& k,
                      int64_t size, float* out) {
   const int64_t width = padded(k);
@@ -144,8 +148,8 @@ void scale_row(float* row, int64_t size, float by) {
   for (int64_t h = 0; h < size; ++h) row[h] *= by;
 }
 
-// -> out [B, Lq, N, H]; lse [B, Lq, N], the logarithm of the sum of e^score over the keys that a
-// query sees.
+// The forward pass: out [B, Lq, N, H], and lse [B, Lq, N], the logarithm of the sum of e^score over
+// the keys that a query sees.
 ffi::Error Attention(ffi::ThreadPool pool, Floats32 q, Floats32 v, Floats32 turned_k, Ints q_row,
                      Ints q_segment, Ints k_row, Ints k_segment, Ints lag, Ints own, Result out,
                      Result lse) {
@@ -161,8 +165,8 @@ ffi::Error Attention(ffi::ThreadPool pool, Floats32 q, Floats32 v, Floats32 turn
     const int64_t b = task % all_heads / heads, head = task % heads,
                   kv_head = head / (heads / kv_heads);
     const Table& table = tables[b];
-    const Block& queries =
-        table.queries[blocks - 1 - task / all_heads];  // blocks with the most keys come first
+    // The last blocks of queries see the most keys and come first.
+    const Block& queries = table.queries[blocks - 1 - task / all_heads];
     const int64_t at = (b * q_cells + queries.begin) * heads + head;
     float* sums = out->typed_data() + at * size;
     for (int64_t i = 0; i < queries.cells; ++i)
@@ -214,8 +218,8 @@ ffi::Error Attention(ffi::ThreadPool pool, Floats32 q, Floats32 v, Floats32 turn
   return ffi::Error::Success();
 }
 
-// The gradients of q, k and v from those of out. A task takes a kv head, or a share of its blocks
-// of queries, with all its keys.
+// The backward pass: the gradients of q, k and v from the gradient of out. A task handles a kv
+// head, or a share of its blocks of queries, with all of its keys.
 ffi::Error AttentionGradients(ffi::ThreadPool pool, Floats32 q, Floats32 k, Floats32 turned_k,
                               Ints q_row, Ints q_segment, Ints k_row, Ints k_segment, Ints lag,
                               Ints own, Floats32 turned_v, Floats32 out, Floats32 lse,

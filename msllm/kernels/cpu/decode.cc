@@ -1,5 +1,5 @@
-// Decoding of a row on a CPU: products with few rows, attention of one row over the cache, and the
-// write to the cache.
+// Decoding of one row on a CPU: matrix products with few rows, attention of one row over the cache,
+// and writing the row to the cache.
 
 #include <array>
 #include <cmath>
@@ -13,19 +13,19 @@ namespace msllm {
 using Array = ffi::Buffer<ffi::F32>;
 using Result = ffi::Result<Array>;
 
-// The number of columns that a task of a product takes, a multiple of `unit`, if `all` columns are
+// The number of columns in each task of a product, a multiple of `unit`, when `all` columns are
 // shared among the threads.
 int64_t columns_of_a_part(const ffi::ThreadPool& pool, int64_t all, int64_t multiplications_of_one,
                           int64_t unit) {
-  const int64_t least = 1 << 16;  // another thread pays off from this many multiplications on
+  const int64_t least = 1 << 16;  // a thread pays off from this many multiplications on
   const int64_t threads =
       std::clamp<int64_t>(all * multiplications_of_one / least, 1, pool.num_threads());
-  const int64_t parts =
-      threads > 1 ? 4 * threads : 1;  // several per thread, because a thread may start late
+  // Several parts for each thread, because a thread may start late.
+  const int64_t parts = threads > 1 ? 4 * threads : 1;
   return std::max<int64_t>(1, (all + parts * unit - 1) / (parts * unit)) * unit;
 }
 
-// `MatmulPacked` of numbers in T.
+// `MatmulPacked` for the element type T.
 template <typename T>
 ffi::Error matmul_packed(ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::RemainingArgs ws,
                          ffi::RemainingRets ys) {
@@ -80,9 +80,9 @@ ffi::Error matmul_packed(ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::Remaining
   return ffi::Error::Success();
 }
 
-// x [M, K] and each w [K, N] -> each y [M, N], all float32 or all bfloat16, summed in float32.
-// Weights are packed: panels [K, PANEL] of columns follow each other, and the last one may be
-// narrower. The kernel reads them from start to end.
+// The products y [M, N] of x [M, K] with each w [K, N], all float32 or all bfloat16, summed in
+// float32. Each w is packed: panels [K, PANEL] of columns follow each other, and the last one may
+// be narrower. The kernel reads them from start to end.
 ffi::Error MatmulPacked(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs ws,
                         ffi::RemainingRets ys) {
   if (x.element_type() == ffi::F32) return matmul_packed<float>(pool, x, ws, ys);
@@ -90,7 +90,8 @@ ffi::Error MatmulPacked(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingAr
   return ffi::Error::InvalidArgument("x is not float32 or bfloat16");
 }
 
-// x [M, K], w [N, K], both float32 or both bfloat16 -> y [M, N] float32.
+// The product y [M, N] float32 of x [M, K] and the transpose of w [N, K], both float32 or both
+// bfloat16.
 ffi::Error MatmulTable(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, Result y) {
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = y->dimensions()[1];
   if (k != w.dimensions()[1] || w.element_type() != x.element_type())
@@ -114,7 +115,7 @@ ffi::Error MatmulTable(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w,
   return multiply(wide.data(), static_cast<BFloat16*>(w.untyped_data()));
 }
 
-// Arguments and results of `AttendRow`, below.
+// The arguments and results of `AttendRow`, below.
 struct Row {
   const float* q;
   const bool* mask;
@@ -139,20 +140,19 @@ Scores round_query(const float* from, X* to, int64_t size) {
     const float one = max(largest) / 127;
     for (int64_t h = 0; h < size; h += LANES)
       store(to + h, load(from + h) * (one > 0 ? 1 / one : 0));
-    return {128.0f * std::accumulate(to, to + size, 0),
-            one * LOG2E};  // the product reads keys as unsigned, 128 larger
+    // The product reads keys as unsigned numbers, which are 128 larger.
+    return {128.0f * std::accumulate(to, to + size, 0), one * LOG2E};
   } else {
     convert(from, to, size);
     return {0, LOG2E};
   }
 }
 
-// `AttendRow` over keys and values of type T. Keys are multiplied by queries of type X, values by
+// `AttendRow` for keys and values of type T. Keys are multiplied by queries of type X, values by
 // weights of type Y.
 template <typename X, typename Y, typename T>
 void attend_row(ffi::ThreadPool& pool, const Row& in, const T* keys, const T* values) {
-  constexpr int64_t NARROW =
-      sizeof(float) / sizeof(Y);  // weights that fit into the memory of one float
+  constexpr int64_t NARROW = sizeof(float) / sizeof(Y);  // weights in the memory of one float
   static constexpr bool SCALED = std::is_same_v<T, int8_t>;
   const int64_t queries = in.queries, streams = in.streams, rows = in.rows, size = in.size;
   const int64_t end = std::clamp<int64_t>(in.filled, 1, rows),
@@ -171,8 +171,8 @@ void attend_row(ffi::ThreadPool& pool, const Row& in, const T* keys, const T* va
       scores_of[i] = round_query(in.q + (task * queries + i) * size, &query[i * size], size);
     auto scores = std::make_unique<float[]>(ROWS * seen),
          weighted = std::make_unique<float[]>(ROWS * size);
-    const auto weights =
-        reinterpret_cast<Y*>(scores.get());  // weights overwrite scores that have been read
+    // Weights overwrite the scores that have been read.
+    const auto weights = reinterpret_cast<Y*>(scores.get());
     // An online softmax over the streams keeps the scores of a few queries in the CPU's cache. Each
     // product prefetches what the next one reads: the product with keys prefetches values, and the
     // product with values prefetches keys.
@@ -246,12 +246,16 @@ void attend_row(ffi::ThreadPool& pool, const Row& in, const T* keys, const T* va
 // Attention of one row of each session over a block of the cache (`attend` in
 // msllm/decode/cache.py).
 //
-//   q [B, K, Q, H], Q = (heads of a kv head) * queries; keys [B, K, S, R / PANEL, H, PANEL] and
-//   values [B, K, S, R / PANEL, PANEL, H] in float32, int8, or the bits of bfloat16; mask [B,
-//   queries, S, R]; filled []: rows of the block from here on are not visible; for int8 the scales
-//   of keys and of values, [B, K, S, R].
-//   -> top and norm [B, K, Q, 1]: highest score, and sum of e^(score - top); out [B, K, Q, H]:
-//   values weighted by e^(score - top).
+// Arguments:
+//   q [B, K, Q, H], where Q = (heads of a kv head) * queries.
+//   keys [B, K, S, R / PANEL, H, PANEL], in float32, int8, or the bits of bfloat16.
+//   values [B, K, S, R / PANEL, PANEL, H], in the type of the keys.
+//   mask [B, queries, S, R].
+//   filled []: rows of the block from this index on are not visible.
+//   scales: for int8, those of keys and of values, [B, K, S, R] each.
+// Results:
+//   top and norm [B, K, Q, 1]: the highest score, and the sum of e^(score - top).
+//   out [B, K, Q, H]: the sum of the values weighted by e^(score - top).
 ffi::Error AttendRow(ffi::ThreadPool pool, float masked, Array q, ffi::AnyBuffer keys,
                      ffi::AnyBuffer values, ffi::Buffer<ffi::PRED> mask,
                      ffi::Buffer<ffi::S32> filled, ffi::RemainingArgs scales, Result top,
@@ -293,8 +297,7 @@ template <typename T>
 T stored(float x, float one) {
   if constexpr (std::is_same_v<T, int8_t>) {
     const float rounded = std::nearbyint(x / one);
-    return std::abs(rounded) <= 127 ? rounded
-                                    : 0;  // 0 also for 0 / 0 and for numbers that are not finite
+    return std::abs(rounded) <= 127 ? rounded : 0;  // 0 if `rounded` is NaN or infinite
   } else {
     return T(x);
   }
@@ -303,11 +306,14 @@ T stored(float x, float one) {
 // Writes one row of each session into a block of the cache, converted as by `store` in
 // msllm/decode/cache.py.
 //
-//   at [B]: the row of the block in each session; a row outside of the block writes nothing. k and
-//   v [B, 1, S, K, H]: the new row. old: the block. Keys [B, K, S, R / PANEL, H, PANEL] and values
-//   [B, K, S, R / PANEL, PANEL, H] in float32, int8, or the bits of bfloat16; for int8 each is
-//   followed by its scales, [B, K, S, R].
-//   -> the block, in the same memory.
+// Arguments:
+//   at [B]: the row of the block to write in each session. Nothing is written if it is outside of
+//   the block.
+//   k and v [B, 1, S, K, H]: the new row.
+//   old: the keys [B, K, S, R / PANEL, H, PANEL] and values [B, K, S, R / PANEL, PANEL, H] of the
+//   block, in float32, int8, or the bits of bfloat16. For int8 each is followed by its scales,
+//   [B, K, S, R].
+// Results: the block, in the same memory.
 ffi::Error WriteRow(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> at, Array k, Array v,
                     ffi::RemainingArgs old, ffi::RemainingRets block) {
   for (size_t i = 0; i < block.size(); ++i)
@@ -339,7 +345,7 @@ ffi::Error WriteRow(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> at, Array k, Arr
           float largest = 0;
           for (int64_t h = 0; h < size; ++h) {
             const float x = std::abs(from[h]);
-            if (!(x <= largest) && largest == largest) largest = x;  // a NaN stays
+            if (!(x <= largest) && largest == largest) largest = x;  // keeps a NaN
           }
           one = scale[cell + place] = largest * (1.0f / 127);
         }
@@ -347,8 +353,9 @@ ffi::Error WriteRow(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> at, Array k, Arr
         for (int64_t h = 0; h < size; ++h) panel[h * step] = stored<T>(from[h], one);
       }
     };
-    const int64_t least =
-        1 << 9;  // another thread pays off from this many numbers on: those of keys lie far apart
+    // A thread pays off from this many numbers on. That is few, because the numbers of a key are
+    // far apart in memory.
+    const int64_t least = 1 << 9;
     const int64_t parts = std::clamp<int64_t>(k.element_count() / least, 1, heads);
     in_parallel(pool, parts, [&](int64_t task) {
       for (int64_t head = task * heads / parts; head < (task + 1) * heads / parts; ++head) {

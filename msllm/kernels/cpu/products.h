@@ -1,4 +1,4 @@
-// Products y [M, N] = x [M, K] w of a few rows, up to some hundreds, that read the matrix w once.
+// Products y [M, N] = x [M, K] w that read the matrix w once, for up to some hundred rows of x.
 #pragma once
 
 #include <type_traits>
@@ -13,11 +13,11 @@ constexpr int WIDTH = 4 * M <= ACCUMULATORS   ? 4
                       : 2 * M <= ACCUMULATORS ? 2
                                               : 1;
 constexpr int ROWS = ACCUMULATORS / 2;  // rows that registers hold at a time
-constexpr int NEAR =
-    4;  // rows of a transposed w that stay in the cache while they are multiplied by all rows of x
+// Rows of a transposed w that stay in the cache while they are multiplied by all rows of x.
+constexpr int NEAR = 4;
 
-// A matrix whose rows lie `stride` apart, and the values of a row `step` apart (1 except for x in
-// add_product).
+// A matrix whose rows are `stride` apart in memory, and the values of a row `step` apart. Only x in
+// add_product has a step other than 1.
 template <typename T>
 struct MatrixOf {
   const T* data;
@@ -27,9 +27,10 @@ struct MatrixOf {
 };
 using Matrix = MatrixOf<float>;
 
-// Calls f(row, first column, LANES numbers) for x [M, k] w [k, n], k >= 1, n a multiple of LANES *
-// C. Prefetches what lies `ahead` of w. If x is bfloat16 or has eight bits, so has w; then k is a
-// multiple of 2 or of 4, and C of 2.
+// Computes x [M, k] w [k, n] and calls f(row, first column, LANES numbers) on the results. k is at
+// least 1, and n is a multiple of LANES * C. If x is bfloat16, so is w, and k and C are even. If x
+// has eight bits, so has w, k is a multiple of 4, and C is even. Prefetches w at the distance
+// `ahead`.
 template <int M, int C, typename X, typename W, typename F>
 void block_of_columns(MatrixOf<X> x, MatrixOf<W> w, int64_t k, int64_t n, int64_t ahead, F f) {
   constexpr int DEEP = sizeof(float) / sizeof(X);  // rows of w that are multiplied at a time
@@ -134,13 +135,15 @@ void by_rows(int64_t m, F f) {
 struct Cut {
   int64_t depth, tile;
 };
-constexpr Cut CACHED{
-    64, 64};  // for a w in the second-level cache: a part fits into the first-level cache
+// For a w in the second-level cache: a part fits into the first-level cache.
+constexpr Cut CACHED{64, 64};
 
-// y [m, n] += x [m, k] w [k, n]. Prefetches the next rows of w; after its last columns those that
-// begin `next` columns behind w's first; or, if it is given, what lies `elsewhere`, counted from w.
-// If x is bfloat16 or has eight bits, so has w; then k is a multiple of 2 or of 4, and n of 2 *
-// LANES.
+// y [m, n] += x [m, k] w [k, n]. If x is bfloat16, so is w, k is even, and n is a multiple of
+// 2 * LANES. If x has eight bits, so has w, k is a multiple of 4, and n is a multiple of 2 * LANES.
+//
+// Prefetches the next rows of w. After the last columns of w it prefetches the columns that begin
+// `next` columns after the first one of w. If `elsewhere` is given, it prefetches that distance
+// from w instead.
 template <typename X = float, typename W = float>
 void add_product(MatrixOf<X> x, MatrixOf<W> w, float* y, int64_t y_stride, int64_t m, int64_t k,
                  int64_t n, Cut cut, int64_t next = 0, int64_t elsewhere = 0) {
@@ -193,13 +196,14 @@ void add_product_transposed(Matrix x, MatrixOf<W> w, float* y, int64_t y_stride,
     });
 }
 
-constexpr int64_t PANEL =
-    32;  // columns of a packed w, or rows of the decoding cache, that lie together: see calls.py
-constexpr int64_t AHEAD = 4096;  // how far ahead of its use memory is prefetched, in numbers
+// Columns of a packed w, or rows of the decoding cache, stored contiguously; as in calls.py.
+constexpr int64_t PANEL = 32;
+constexpr int64_t AHEAD = 4096;  // the distance of prefetches, in numbers
 
-// Calls f(row, first column, LANES numbers) for x [m, k] w [k, n], w in panels [k, PANEL] that
-// follow each other, n a multiple of PANEL. Prefetches what lies `ahead` of w. If x is bfloat16 or
-// has eight bits, so has w; then k is a multiple of 2 or of 4.
+// Computes x [m, k] w [k, n] and calls f(row, first column, LANES numbers) on the results. w
+// consists of panels [k, PANEL] that follow each other, and n is a multiple of PANEL. If x is
+// bfloat16, so is w, and k is even. If x has eight bits, so has w, and k is a multiple of 4.
+// Prefetches w at the distance `ahead`.
 template <typename X, typename W, typename F>
 void multiply_panels(MatrixOf<X> x, const W* w, int64_t m, int64_t k, int64_t n, int64_t ahead,
                      F f) {

@@ -130,8 +130,8 @@ using Paired = float;
 #endif
 
 // CPUs with AVX-512 VNNI and VBMI multiply int8 in fours: four numbers of a row of x by those of
-// four rows of w. One side must be unsigned. Weights are; where queries are multiplied, keys are
-// made unsigned by adding 128.
+// four rows of w. One side must be unsigned. Attention weights are unsigned. For products with
+// queries, the keys are made unsigned by adding 128.
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 using Query8 = int8_t;
 using Weight8 = uint8_t;
@@ -258,7 +258,7 @@ inline Four sums(const Vec (&v)[4]) {
 
 inline Vec max(Vec a, Vec b) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);  // compilers emit a comparison and a selection
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);  // compilers emit two instructions for this
 #elif defined(__AVX__)
   return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
 #else
@@ -293,8 +293,8 @@ constexpr float LOG2E = 1.44269504f;
 // 2^x for x <= 0, with a relative error of 2e-7; 0 from -127 on. The polynomial is that of Cephes
 // (S. Moshier), exp2f.
 inline Vec exp2(Vec x) {
-  const Vec magic =
-      broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
+  // Adding 1.5 * 2^23 rounds to an integer, which is then in the lowest bits.
+  const Vec magic = broadcast(12582912.0f);
   x = max(x, broadcast(-127.0f));
   const Vec shifted = x + magic, r = x - (shifted - magic);
   Vec p = broadcast(1.535336188319500e-4f);
@@ -307,12 +307,12 @@ inline Vec exp2(Vec x) {
   return (Vec)((IntVec)p + ((IntVec)shifted << 23));
 }
 
-// `exp2` for results that are rounded to eight bits, with a relative error of 9e-5. Exactly 1 for x
-// = 0.
+// `exp2` for results that are rounded to eight bits, with a relative error of 9e-5. The result is
+// exactly 1 for x = 0.
 inline Vec rough_exp2(Vec x) {
 #if defined(__AVX512DQ__)
-  const Vec r = (Vec)_mm512_reduce_ps(
-      (__m512)x, _MM_FROUND_TO_NEG_INF);  // x minus floor(x); scalef applies 2^floor(x)
+  // r is x - floor(x); scalef multiplies by 2^floor(x).
+  const Vec r = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
   Vec p = broadcast(7.706704e-2f);
   p = p * r + 2.2764499e-1f;
   p = p * r + 6.9511679e-1f;
@@ -347,7 +347,7 @@ void in_parallel(ffi::ThreadPool& pool, int64_t tasks, F f) {
     pool.Schedule([work] { work(); });
   work();
   for (int i = 0; i < 100 && shared->done.load() < tasks; ++i)
-    std::this_thread::yield();  // cheaper than to sleep and wake up
+    std::this_thread::yield();  // cheaper than sleeping and waking up
   std::unique_lock lock(shared->mutex);
   shared->all_done.wait(lock, [&] { return shared->done.load() >= tasks; });
 }
