@@ -1,4 +1,4 @@
-"""Eight CPU devices for every test, and small models."""
+"""Runs every test on eight CPU devices, and provides fixtures with small models and data."""
 
 import ctypes
 import gc
@@ -7,25 +7,25 @@ import os
 import signal
 import threading
 
-# A shell starts background jobs with SIGINT ignored, and processes inherit that. The processes that
-# tests start and interrupt must not ignore it.
+# A shell starts background jobs with SIGINT ignored, and child processes inherit that. Some tests
+# interrupt the processes that they start, so restore the default.
 if (
     threading.current_thread() is threading.main_thread()
     and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 ):
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# XLA reads these flags when jax starts. Compiling takes most of the tests' time, so LLVM optimizes
-# less; XLA compiles the same program.
+# XLA reads these flags when jax starts. Compilation takes most of the tests' time, so these flags
+# reduce LLVM's optimizations. XLA itself compiles the same program.
 _FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
-    # With eight devices on two busy cores, one may come late to a collective. That is no deadlock.
+    # With eight devices on two busy cores, a device may reach a collective late without a deadlock.
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 )
-# Without MLIR's fusion emitters a sharded step compiles in a third of the time. Later versions have
-# no other emitters.
+# Without MLIR's fusion emitters a sharded step compiles in a third of the time. Later versions of
+# jaxlib have no other emitters.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     _FLAGS += ("--xla_cpu_use_fusion_emitters=false",)
 _GIVEN = os.environ.get("XLA_FLAGS", "")
@@ -53,19 +53,21 @@ from msllm.streams import StreamSpec
 from msllm.training import with_vocabulary
 from msllm.weights.load import LoadedModel
 
-# The backend reads the settings for eight devices. Processes that tests start may have fewer.
+# The backend of this process has read its settings for eight devices. Subprocesses may have fewer
+# devices, so they must not inherit PJRT_NPROC.
 msllm.configure_jax()
 jax.devices()
 os.environ.pop("PJRT_NPROC")
 
-# Examples that compile take seconds; the same examples in every run make a failure repeatable.
+# Examples that compile take seconds, so there is no deadline. `derandomize` draws the same examples
+# in every run, which makes failures repeatable.
 hypothesis.settings.register_profile("msllm", deadline=None, derandomize=True, max_examples=15)
 hypothesis.settings.load_profile("msllm")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_compiled():
-    """Frees compiled programs, which over all tests would fill the memory of a small machine."""
+    """Frees compiled programs after each module; together they fill a small machine's memory."""
     yield
     jax.clear_caches()
     gc.collect()
@@ -75,18 +77,16 @@ def forget_compiled():
 
 @pytest.fixture
 def make_model():
-    """make_model(streams=3, seed=0, lag=None, **settings) makes a small model.
+    """A function make_model(streams=3, seed=0, lag=None, **settings) that makes a small model.
 
-    Settings are visibility, skip_silence and delays of StreamsConfig, and fields of ModelConfig.
+    `settings` are fields of ModelConfig, or visibility, skip_silence and delays of StreamsConfig.
     """
 
     def make(streams=3, seed=0, lag=None, **settings) -> LoadedModel:
-        names = tuple("user thought output tool system".split()[:streams])
-        kinds = (
-            tuple("input thought output input input".split()[:streams])
-            if streams > 1
-            else ("output",)
-        )
+        names = ("user", "thought", "output", "tool", "system")[:streams]
+        kinds = ("input", "thought", "output", "input", "input")[:streams]
+        if streams == 1:
+            kinds = ("output",)
         fields = {
             field: settings.pop(field)
             for field in ("visibility", "skip_silence", "delays")
@@ -104,24 +104,23 @@ def make_model():
         }
         config = ModelConfig(**(sizes | settings))
         parameters = init_parameters(config, spec, seed)
-        # Initial parameters are nearly symmetric (norms of 1, no biases) and could hide mistakes.
+        # Freshly initialized parameters are nearly symmetric (norms of 1, no biases) and could hide
+        # mistakes, so add noise.
         leaves, tree = jax.tree.flatten(parameters)
         keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
         noise = [0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]
         parameters = jax.tree.unflatten(tree, [leaf + extra for leaf, extra in zip(leaves, noise)])
         model = LoadedModel(config, spec, parameters)
-        return (
-            model
-            if lag is None
-            else model.with_streams(lag=tuple(map(tuple, np.asarray(lag).tolist())))
-        )
+        if lag is not None:
+            model = model.with_streams(lag=tuple(map(tuple, np.asarray(lag).tolist())))
+        return model
 
     return make
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):
-    """Caches compiled programs for the whole session, also for subprocesses."""
+    """Caches compiled programs on disk for the test session and its subprocesses."""
     folder = str(tmp_path_factory.getbasetemp() / "compiled")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
@@ -136,7 +135,10 @@ def compile_once(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compile_fast():
-    """Compiles steps without LLVM's optimizations. Not for tests that compare with a subprocess."""
+    """Compiles steps without LLVM's optimizations.
+
+    Not for tests that compare with a subprocess: subprocesses compile with them.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_lib, "compiler_options", lambda platform: {})
         yield
@@ -144,7 +146,7 @@ def compile_fast():
 
 @pytest.fixture
 def data_dir(tmp_path_factory):
-    """Prepared dictation examples; the same directory for the whole session. Read only."""
+    """A directory of prepared dictation examples, shared by all tests of a session. Read only."""
     out = tmp_path_factory.getbasetemp() / "dictation"
     prepare(dictation(), out)
     return str(out)
@@ -152,7 +154,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def loaded(data_dir) -> LoadedModel:
-    """An untrained model for the prepared examples, as from a checkpoint."""
+    """An untrained model for the examples in `data_dir`, as if loaded from a checkpoint."""
     config = dictation(**{"data.dir": data_dir})
     streams = StreamSpec.from_config(config.streams)
     tokenizer = Loader(config.data, "eval", streams).tokenizer

@@ -1,8 +1,8 @@
-"""Tiny models of the `transformers` library, one for each family and rotary variant.
+"""Tiny models of the `transformers` library, for each family and rotary variant.
 
-`python tests/hf_models.py` records them in tests/hf: a folder as the library writes it, bfloat16,
-and logits.npz with tokens [T] int32 and the logits [T, V] float32 that the library computes in
-float32. Recording needs torch and transformers; the tests that read the folders do not.
+`python tests/hf_models.py` records them in tests/hf. Each folder holds a bfloat16 model as the
+library writes it, and logits.npz: tokens [T] int32 and the logits [T, V] that the library computes
+in float32. Recording needs torch and transformers. The tests that read the folders need neither.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-# (family, tied, rotary settings, written as older versions of the library do, in shards)
+# (family, tied embeddings, rotary settings, config format of older library versions, sharded)
 VARIANTS = {
     "llama": ("llama", False, {"rope_type": "default"}, False, False),
     "llama_linear": ("llama", True, {"rope_type": "linear", "factor": 2.0}, True, True),
@@ -44,12 +44,12 @@ VARIANTS = {
 
 
 def make(variant: str, folder: pathlib.Path) -> None:
-    """Writes the folder of a variant, with logits.npz. Needs torch and transformers."""
+    """Writes a variant's model and logits.npz to `folder`. Needs torch and transformers."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     family, tied, rope, older, sharded = VARIANTS[variant]
-    theta = 50.0  # so that even these few rows turn the slow pairs
+    theta = 50.0  # small, so that the slow pairs rotate visibly within 32 rows
     config = AutoConfig.for_model(
         family,
         vocab_size=VOCABULARY,
@@ -70,7 +70,8 @@ def make(variant: str, folder: pathlib.Path) -> None:
     torch.manual_seed(sum(map(ord, variant)))
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
-        if "norm" in name or "bias" in name:  # as new they are 1 and 0, which would hide mistakes
+        # New norms are 1 and new biases are 0, which would hide mistakes.
+        if "norm" in name or "bias" in name:
             torch.nn.init.normal_(parameter, float("norm" in name), 0.3)
     shutil.rmtree(folder, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="5KB" if sharded else "1GB")
@@ -87,7 +88,7 @@ def make(variant: str, folder: pathlib.Path) -> None:
 
 
 def logits(folder: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
-    """What transformers computes in float32: [T, V]."""
+    """The logits [T, V] that transformers computes in float32."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,9 +1,12 @@
-"""Tiny configs, batches, meshes and prepared data for the tests of steps, runs and checkpoints."""
+"""Tiny configs, batches, meshes and files for the tests of steps, runs and checkpoints."""
 
 import dataclasses
 import json
+import pathlib
+from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 
 from msllm.config import Config, MeshConfig, default_config, from_config_dict, to_json
@@ -34,15 +37,15 @@ FOUR_STREAMS = {
 }
 
 
-def settings(**dotted):
-    """A ConfigDict with tiny sizes and changes; keys are dotted, e.g. **{"optim.lr": 0.1}."""
+def settings(**dotted) -> ml_collections.ConfigDict:
+    """The default settings with tiny sizes and changes, e.g. **{"optim.lr": 0.1}."""
     result = default_config()
     result.update_from_flattened_dict(SMALL | dotted)
     return result
 
 
 def make_config(**dotted) -> Config:
-    """The Config of `settings`."""
+    """`settings` as a Config."""
     return from_config_dict(settings(**dotted))
 
 
@@ -52,7 +55,10 @@ def four_streams(**dotted) -> Config:
 
 
 def make_program(config: Config, devices: int = 1, **axes: int) -> Program:
-    """The program of a config on a mesh over the first `devices` devices; axes not given are 1."""
+    """Makes the program of a config on a mesh of the first `devices` devices.
+
+    Axes that are not given have size 1.
+    """
     sizes = {"data": 1, "fsdp": 1, "stream": 1, "tensor": 1} | axes
     mesh = make_mesh(MeshConfig(**sizes), jax.devices()[:devices])
     return Program(config, StreamSpec.from_config(config.streams), mesh, SILENCE)
@@ -61,7 +67,7 @@ def make_program(config: Config, devices: int = 1, **axes: int) -> Program:
 def random_tables(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
     """A batch with silence, absent cells, several segments and empty rows.
 
-    Its tables hold unequal numbers of cells.
+    The tables hold different numbers of cells.
     """
     rng = np.random.default_rng(seed)
     shape = (config.data.batch_size, config.data.rows, len(config.streams.names))
@@ -77,22 +83,22 @@ def random_tables(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def place(program: Program, tables: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Tables as a batch on the program's mesh."""
+    """Moves tables to the program's mesh."""
     return to_devices(program.abstract_batch, tables)
 
 
-def host(tree):
-    """Numpy copies: a donated state stays readable."""
+def host(tree: Any) -> Any:
+    """Copies arrays to numpy, so that they stay readable after their buffers are donated."""
     return jax.tree.map(lambda x: np.array(x), tree)
 
 
 def dictation(**dotted) -> Config:
-    """A config for the prepared examples."""
+    """A config for a run on dictation examples."""
     return make_config(**dictation_settings() | dotted)
 
 
 def dictation_settings() -> dict:
-    """Dotted settings of `dictation`."""
+    """The settings of `dictation`, with dotted keys."""
     return {
         "data.converter": "dictation",
         "data.options": {"examples": 200},
@@ -108,20 +114,27 @@ def dictation_settings() -> dict:
     }
 
 
-def replace(config: Config, section: str, **changes) -> Config:
-    """The config with fields of one section changed."""
+def replace(config: Config, section: str, **changes: Any) -> Config:
+    """Changes fields of one section of a config."""
     return dataclasses.replace(
         config, **{section: dataclasses.replace(getattr(config, section), **changes)}
     )
 
 
-def metrics(workdir) -> list[dict]:
-    """The lines of a run's metrics.jsonl."""
+def metrics(workdir: pathlib.Path) -> list[dict]:
+    """Reads the lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def write_config_file(path, config: Config) -> str:
-    """A file for --config that gives this config."""
+def flip_a_bit(path: pathlib.Path) -> None:
+    """Damages a file by changing one bit in its middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def write_config_file(path: pathlib.Path, config: Config) -> str:
+    """Writes a file for --config that gives this config, and returns its path."""
     path.write_text(
         "import json\nfrom msllm.config import from_config_dict, to_config_dict\n\n\n"
         "def get_config():\n"

@@ -307,7 +307,7 @@ def test_errors_name_what_is_wrong(engine):
 @pytest.mark.slow
 def test_many_sessions_do_not_mix():
     """The script of ten minutes, for some seconds."""
-    check = Check(sessions=6, seed=1, alone=6)  # one program
+    check = Check(sessions=6, seed=1, replay_sessions=6)
     for _ in range(150):
         check.act()
     check.finish()

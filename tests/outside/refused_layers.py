@@ -1,4 +1,4 @@
-"""Layers of a user that msllm must refuse, in decoding or everywhere."""
+"""User layers that msllm must refuse, in decoding or everywhere."""
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,15 @@ from msllm.model.layers import Angles
 
 
 class ReadsRowBefore(ParallelBlock):
-    """Mixes in the row before, as RWKV does: a state that the cache does not have."""
+    """Mixes in the previous row, as RWKV does. The cache does not hold this state."""
 
     def __call__(self, x: jax.Array, angles: Angles, attend: Attend) -> jax.Array:
-        before = jnp.pad(x, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]
-        return super().__call__((x + before) / 2, angles, attend)
+        previous = jnp.pad(x, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]
+        return super().__call__((x + previous) / 2, angles, attend)
 
 
 class AttendsTwice(ParallelBlock):
-    """Needs keys and values of two calls."""
+    """Calls `attend` twice. The cache holds the keys and values of one call."""
 
     def __call__(self, x: jax.Array, angles: Angles, attend: Attend) -> jax.Array:
         x = super().__call__(x, angles, attend)
@@ -27,29 +27,29 @@ class AttendsTwice(ParallelBlock):
 
 
 class ReadsNextRow(ParallelBlock):
-    """Sees the future."""
+    """Adds the following row, so that it sees the future."""
 
     def __call__(self, x: jax.Array, angles: Angles, attend: Attend) -> jax.Array:
-        after = jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0)))[:, 1:]
-        return super().__call__(x + after, angles, attend)
+        following = jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0)))[:, 1:]
+        return super().__call__(x + following, angles, attend)
 
 
 class ReadsOtherStreams(ParallelBlock):
-    """Takes a mean over the streams of a row."""
+    """Subtracts the mean over the streams of a row."""
 
     def __call__(self, x: jax.Array, angles: Angles, attend: Attend) -> jax.Array:
         return super().__call__(x - x.mean(2, keepdims=True), angles, attend)
 
 
 class ReadsOtherTables(ParallelBlock):
-    """Normalises over the batch."""
+    """Divides by the standard deviation over the batch."""
 
     def __call__(self, x: jax.Array, angles: Angles, attend: Attend) -> jax.Array:
         return super().__call__(x / x.std((0,), keepdims=True), angles, attend)
 
 
 class HoldsStatistics(ParallelBlock):
-    """Has a variable that is no parameter."""
+    """Has a variable that is not a parameter."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None):
         super().__init__(config, rngs)
@@ -57,7 +57,7 @@ class HoldsStatistics(ParallelBlock):
 
 
 class HasUnknownAxis(ParallelBlock):
-    """Has a parameter whose axis lies nowhere."""
+    """Has a parameter with an axis name that maps to no mesh axis."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None):
         super().__init__(config, rngs)

@@ -17,18 +17,17 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from runs import metrics, write_config_file
 
-from msllm.config import Config, default_config, from_config_dict, to_json
+from msllm.config import Config, default_config, from_config_dict
 from msllm.data.prepare import prepare
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 STEPS = 24
 HEARTBEAT = 10  # seconds
-START = 180  # seconds that a start may take on a busy machine, compiling included
-LOST = (
-    76,
-    -signal.SIGABRT,
-)  # how a process ends when another one is gone: told so, or aborted by JAX's runtime
+START = 180  # seconds that a start, including compilation, may take on a busy machine
+# Statuses of a process that has lost another one: msllm's own, or an abort by JAX's runtime.
+PEER_LOST = (76, -signal.SIGABRT)
 SETTINGS = {
     "steps": STEPS,
     "log_every": 1,
@@ -51,7 +50,7 @@ SETTINGS = {
     "optim.lr": 1e-3,
     "optim.warmup_steps": 5,
     "mesh.data": 1,
-    "mesh.fsdp": -1,  # parameters over all devices: every process writes a part of each checkpoint
+    "mesh.fsdp": -1,  # shards parameters, so that every process writes a part of each checkpoint
     "checkpoint.every": 4,
     "checkpoint.keep_last": 4,
     "monitor.examples": True,
@@ -59,7 +58,7 @@ SETTINGS = {
 
 
 def make_config(**dotted) -> Config:
-    """The config of all pods, with changes."""
+    """The config of all pods, with changes; keys are dotted."""
     result = default_config()
     result.update_from_flattened_dict(SETTINGS | dotted)
     return from_config_dict(result)
@@ -70,27 +69,20 @@ def make_files(folder: pathlib.Path, **dotted) -> pathlib.Path:
     config = make_config(**{"compilation_cache": str(folder / "compiled")} | dotted)
     prepare(config, folder / "data")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir="data"))
-    (folder / "config.py").write_text(
-        "import json\nfrom msllm.config import from_config_dict, to_config_dict\n\n\n"
-        "def get_config():\n"
-        f"    return to_config_dict(from_config_dict(json.loads({to_json(config)!r})))\n"
-    )
+    write_config_file(folder / "config.py", config)
     return folder
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    """Waits for a condition; fails if it does not become true in time."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        assert time.monotonic() < end, f"{what} did not happen within {seconds} s"
         time.sleep(0.002)
 
 
 class Pod:
-    """Processes of one run. A context manager that kills what still runs at the end.
-
-    Attributes:
-      logs: of each process, stdout and stderr together.
-    """
+    """The processes of one run. A context manager that kills them when it ends."""
 
     def __init__(
         self,
@@ -110,18 +102,18 @@ class Pod:
         """Starts the processes.
 
         Args:
-          files: of `make_files`.
-          workdir: of the run.
+          files: folder written by `make_files`.
+          workdir: workdir of the run.
           options: further arguments of each command.
-          processes: how many there are.
-          devices: of each process.
-          absent: processes that are not started.
-          own: further arguments of single processes.
-          folders: working folders of single processes, instead of `files`.
+          processes: number of processes.
+          devices: number of devices of each process.
+          absent: ids of processes that are not started.
+          own: {process id: further arguments}.
+          folders: {process id: working folder, instead of `files`}.
           prefix: words before each command.
-          limits: called in each process.
+          limits: called in each process before the command.
           wait_seconds: how long the processes wait for each other.
-          pipe: the process whose output `hold_output` can hold.
+          pipe: id of the process whose output `hold_output` can hold.
         """
         self.files, self.workdir, self.options = files, workdir, options
         flags = (
@@ -141,26 +133,17 @@ class Pod:
         self._paths = {i: logs / f"{attempt:03d}-process-{i}.log" for i in range(processes)}
         port = _free_port()
         for i in set(range(processes)) - set(absent):
-            command = [
-                *prefix,
-                sys.executable,
-                "-m",
-                "msllm",
-                "train",
-                f"--config={files / 'config.py'}",
-            ]
+            command = [*prefix, sys.executable, "-m", "msllm", "train"]
             command += [
+                f"--config={files / 'config.py'}",
                 f"--workdir={workdir}",
                 f"--num_processes={processes}",
                 f"--heartbeat_timeout={HEARTBEAT}",
+                f"--initialization_timeout={wait_seconds}",
             ]
             if processes > 1:
                 command += [f"--coordinator_address=127.0.0.1:{port}", f"--process_id={i}"]
-            command += [
-                f"--initialization_timeout={wait_seconds}",
-                *options,
-                *(own or {}).get(i, ()),
-            ]
+            command += [*options, *(own or {}).get(i, ())]
             with _Pipe(self._paths[i]) if i == pipe else self._paths[i].open("w") as log:
                 self._pipe = log if i == pipe else self._pipe
                 self._processes[i] = subprocess.Popen(
@@ -185,39 +168,38 @@ class Pod:
 
     @property
     def logs(self) -> list[str]:
+        """The output (stdout and stderr) of each process."""
         return [path.read_text() if path.exists() else "" for path in self._paths.values()]
 
     @property
     def alive(self) -> list[int]:
-        """Ids of the processes that run."""
+        """Ids of the processes that are running."""
         return [i for i, process in self._processes.items() if process.poll() is None]
 
     def signal(self, number: int, *which: int) -> None:
-        """Sends a signal to some of the processes; to all where none is named."""
+        """Sends a signal to the processes with ids `which`; to all if none is given."""
         for i in which or self._processes:
             if self._processes[i].poll() is None:
                 self._processes[i].send_signal(number)
 
     def step(self, process: int) -> int:
-        """The last step that a process dispatched since this start; -1 before the first one."""
+        """The last step that a process has dispatched since this start; -1 before the first."""
         path = self.workdir / "examples" / f"process-{process:05d}.jsonl"
         if not path.exists() or path.stat().st_mtime < self._started:
             return -1
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 8192))
             lines = file.read().split(b"\n")
-        return (
-            json.loads(lines[-2])["step"]
-            if len(lines) > 1 and lines[-2].startswith(b'{"step"')
-            else -1
-        )
+        if len(lines) > 1 and lines[-2].startswith(b'{"step"'):  # the last complete line
+            return json.loads(lines[-2])["step"]
+        return -1
 
     def hold_output(self, seconds: float) -> None:
-        """Does not read the output of the process with a pipe for some seconds."""
+        """Stops reading the output of the process `pipe` for some seconds, so that it blocks."""
         self._pipe.hold(seconds)
 
     def reach(self, step: int, seconds: float = START, process: int = 0) -> None:
-        """Waits until a process has given `step` to its devices."""
+        """Waits until a process has dispatched `step`."""
         self.wait_for(
             lambda: self.step(process) >= step, seconds, f"step {step} in process {process}"
         )
@@ -230,12 +212,12 @@ class Pod:
         )
 
     def stop_while_writing(self) -> None:
-        """Stops all processes (SIGSTOP) at a moment when a checkpoint is begun and not complete."""
+        """Stops all processes (SIGSTOP) while a checkpoint is incomplete."""
 
         def stopped() -> bool:
             self.wait_for(self.writing, 60, "a checkpoint being written")
             self.signal(signal.SIGSTOP)
-            time.sleep(0.02)  # it takes effect a little later
+            time.sleep(0.02)  # the signal takes effect a little later
             if not self.writing():
                 self.signal(signal.SIGCONT)
             return self.writing()
@@ -245,27 +227,28 @@ class Pod:
     def wait_for(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
         """Waits for a condition.
 
-        Fails, with the logs, if it does not become true in time or before all processes end.
+        Fails with the ends of the logs if the condition does not become true in time, or if all
+        processes end first.
         """
         try:
             wait_for(lambda: condition() or not self.alive, seconds, what)
-            assert condition(), f"all processes have ended before: {what}"
+            assert condition(), f"all processes ended before {what}"
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.told()}") from None
+            raise AssertionError(f"{error}\n{self.log_ends()}") from None
 
     def wait(self, seconds: float = START) -> list[int]:
-        """Waits for the end of all processes and returns their statuses, by process id.
+        """Waits for the end of all processes and returns their exit statuses.
 
-        A negative status is a signal. Fails if they do not end in time.
+        A negative status is a signal. Fails if a process does not end in time.
         """
         try:
             wait_for(lambda: not self.alive, seconds, f"the end of processes {self.alive}")
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.told()}") from None
+            raise AssertionError(f"{error}\n{self.log_ends()}") from None
         return [process.returncode for process in self._processes.values()]
 
-    def told(self) -> str:
-        """The end of all logs."""
+    def log_ends(self) -> str:
+        """The status and the last lines of each process."""
         statuses = {i: process.poll() for i, process in self._processes.items()}
         ends = [
             f"--- process {i}, status {statuses.get(i)}:\n{log[-3000:]}"
@@ -273,22 +256,22 @@ class Pod:
         ]
         return "\n".join(ends)
 
-    def ended(self, *statuses: int | tuple[int, ...], seconds: float = START) -> list[str]:
+    def expect_end(self, *statuses: int | tuple[int, ...], seconds: float = START) -> list[str]:
         """Waits for the end of all processes, checks their statuses and returns the logs.
 
         Args:
-          statuses: by process id; a tuple where several are right.
+          statuses: the expected exit status of each process; a tuple allows several.
           seconds: how long to wait.
         """
         found = self.wait(seconds)
-        right = [status in expected if isinstance(expected, tuple) else status == expected
-                 for status, expected in zip(found, statuses, strict=True)]  # fmt: skip
-        assert all(right), f"statuses are {found}, not {statuses}\n{self.told()}"
+        for status, allowed in zip(found, statuses, strict=True):
+            allowed = allowed if isinstance(allowed, tuple) else (allowed,)
+            assert status in allowed, f"statuses are {found}, not {statuses}\n{self.log_ends()}"
         return self.logs
 
 
 class _Pipe:
-    """What is written to it arrives in a file, by way of a pipe that can be held."""
+    """A pipe whose content is copied to a file, except while `hold` fills it up."""
 
     def __init__(self, path: pathlib.Path):
         self._read, self._write = os.pipe()
@@ -303,7 +286,7 @@ class _Pipe:
         return self
 
     def __exit__(self, *_) -> None:
-        os.close(self._write)  # the process has its own
+        os.close(self._write)  # the process has a duplicate
 
     def _copy(self) -> None:
         with (
@@ -314,13 +297,14 @@ class _Pipe:
                 file.write(text.replace(b"\0", b""))
 
     def hold(self, seconds: float) -> None:
+        """Keeps the pipe full, so that the process blocks when it writes."""
         self._open.clear()
         filling = os.open(f"/proc/self/fd/{self._read}", os.O_WRONLY | os.O_NONBLOCK)
         try:
             begin = time.monotonic()
             while time.monotonic() - begin < seconds:
-                for size in (4096, 1):  # pages, and the rest of the page that the process has begun
-                    with contextlib.suppress(BlockingIOError):  # it is full
+                for size in (4096, 1):  # full pages, then the rest of the last page
+                    with contextlib.suppress(BlockingIOError):  # the pipe is full
                         while True:
                             os.write(filling, bytes(size))
                 time.sleep(0.01)
@@ -330,7 +314,7 @@ class _Pipe:
 
 
 def _free_port() -> int:
-    """One below the range from which the kernel takes ports by itself."""
+    """A free port below the range from which the kernel assigns ports."""
     while True:
         port = random.SystemRandom().randrange(20000, 32000)
         with socket.socket() as tried:
@@ -340,13 +324,14 @@ def _free_port() -> int:
 
 @dataclasses.dataclass
 class Run:
-    """What a run left.
+    """The records of a run.
 
     Attributes:
-      examples: [step][row] the sets of ids that were logged for a table. If nothing is wrong, there
-        is one.
-      losses, evaluations: [step] the reported values, one for each time that the step was done.
-      checksums: of the arrays of the last checkpoint.
+      examples: {step: {row of the batch: the tuples of example ids that were logged for it}}. A
+        correct run has one tuple for each row, however often it repeats the step.
+      losses: {step: reported training losses, one for each time that the step was done}.
+      evaluations: the same for the held-out losses.
+      checksums: checksums of the arrays of the last checkpoint.
     """
 
     examples: dict[int, dict[int, set[tuple[str, ...]]]]
@@ -356,51 +341,54 @@ class Run:
 
 
 def saved(workdir: pathlib.Path) -> list[int]:
-    """Steps of the complete checkpoints."""
+    """The steps of the complete checkpoints, in ascending order."""
     folder = workdir / "checkpoints"
-    return (
-        sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
-        if folder.exists()
-        else []
-    )
+    if not folder.exists():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
-def read(workdir: pathlib.Path) -> Run:
+def read_run(workdir: pathlib.Path) -> Run:
+    """Reads the records of a run."""
     run = Run({}, {}, {}, {})
     for path in sorted((workdir / "examples").iterdir()):
         for line in path.read_text().splitlines():
-            said = json.loads(line)
-            rows = run.examples.setdefault(said["step"], {})
-            for row, ids in zip(range(*said["rows"]), said["examples"], strict=True):
+            logged = json.loads(line)
+            rows = run.examples.setdefault(logged["step"], {})
+            for row, ids in zip(range(*logged["rows"]), logged["examples"], strict=True):
                 rows.setdefault(row, set()).add(tuple(ids))
-    for line in (workdir / "metrics.jsonl").read_text().splitlines():
-        said = json.loads(line)
+    for line in metrics(workdir):
         for name, values in (("loss", run.losses), ("eval/loss", run.evaluations)):
-            if name in said:
-                values.setdefault(said["step"], []).append(said[name])
+            if name in line:
+                values.setdefault(line["step"], []).append(line[name])
     last = workdir / "checkpoints" / str(saved(workdir)[-1])
     run.checksums = json.loads((last / "description" / "metadata").read_text())["checksums"]
     return run
 
 
-def same(workdir: pathlib.Path, reference: Run, exact: bool) -> Run:
-    """Checks that a finished run has the examples and losses of `reference`, step by step.
+def assert_same_run(workdir: pathlib.Path, reference: Run, exact: bool) -> Run:
+    """Checks that a finished run has the examples and losses of `reference` at every step.
 
     Args:
-      workdir: of the run.
-      reference: the other run.
-      exact: compare bit by bit, the arrays of the last checkpoint included; otherwise losses may
-        differ as by another order of summation.
+      workdir: workdir of the run.
+      reference: the run to compare with.
+      exact: compare losses and the arrays of the last checkpoint bit by bit. Otherwise losses may
+        differ by as much as another order of summation changes them.
+
+    Returns:
+      The records of the run.
     """
-    run = read(workdir)
-    assert run.examples == reference.examples  # also those of steps that were done again
+    run = read_run(workdir)
+    assert run.examples == reference.examples  # also in steps that were repeated
     for name in ("losses", "evaluations"):
         found, expected = getattr(run, name), getattr(reference, name)
         assert found.keys() == expected.keys(), name
         for step, values in found.items():
-            wanted = expected[step][:1] * len(values)
             np.testing.assert_allclose(
-                values, wanted, rtol=0 if exact else 1e-4, err_msg=f"{name} of step {step}"
+                values,
+                expected[step][0],
+                rtol=0 if exact else 1e-4,
+                err_msg=f"{name} of step {step}",
             )
     if exact:
         assert run.checksums == reference.checksums
