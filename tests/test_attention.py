@@ -1,7 +1,7 @@
-"""Every backend against the dense reference, sharded over a mesh, and the memory of `chunked`.
+"""Attention backends: equal to the dense reference, alone and sharded; memory of `chunked`.
 
-The kernels run in Pallas' interpret mode. Tests of a single kernel library are in test_splash.py
-and test_gpu_attention.py.
+Pallas kernels run in interpret mode. Tests of single kernel libraries are in test_splash.py and
+test_gpu_attention.py.
 """
 
 import math
@@ -29,6 +29,7 @@ pytestmark = pytest.mark.slow
 def random_inputs(
     seed, batch, rows, streams, heads, kv_heads, head_dim=4, absent=0.2, silent=0.2, segments=3
 ):
+    """q, k, v and cells, with absent and silent cells, segments and empty rows."""
     rng = np.random.default_rng(seed)
     q = rng.standard_normal((batch, rows, streams, heads, head_dim), np.float32)
     k, v = (
@@ -43,9 +44,8 @@ def random_inputs(
 
 
 def random_lag(seed, streams):
-    return (
-        np.random.default_rng(seed).choice([0, 1, 2, 5, NEVER], (streams, streams)).astype(np.int32)
-    )
+    rng = np.random.default_rng(seed)
+    return rng.choice([0, 1, 2, 5, NEVER], (streams, streams)).astype(np.int32)
 
 
 def outputs_and_gradients(function, q, k, v):
@@ -64,12 +64,12 @@ def outputs_and_gradients(function, q, k, v):
 def assert_same(ours, theirs):
     np.testing.assert_allclose(ours[0], theirs[0], rtol=0, atol=1e-5)
     for gradient, expected in zip(ours[1], theirs[1]):
-        largest = max(np.abs(expected).max(), 0.1)  # all are 0 where cells see only themselves
+        largest = max(np.abs(expected).max(), 0.1)  # all are 0 if cells see only themselves
         assert np.abs(gradient - expected).max() <= 1e-4 * largest
 
 
 def full_visibility(cells, lag):
-    """Queries and keys are the same cells, of all streams."""
+    """Visibility with the cells of all streams as queries and as keys."""
     return Visibility(cells, cells, lag, jnp.arange(lag.shape[0]))
 
 
@@ -87,7 +87,7 @@ needs_cpu_kernels = pytest.mark.skipif(
     cpu_kernels.unavailable_reason() is not None,
     reason=f"no kernels in C++: {cpu_kernels.unavailable_reason()}",
 )
-# Options of each backend, with blocks so small that tables of tests fill several.
+# Options of each backend, with blocks so small that the tests' tables fill several.
 OPTIONS = {
     "chunked": [{"block_cells": cells} for cells in (5, 1, 16, 1000)],
     "cpu": [{}],
@@ -99,17 +99,14 @@ OPTIONS = {
         for tiles in (SMALL_TILES, Tiles(Tile(8, 8, 4, 2), Tile(8, 8, 4, 2), Tile(4, 4, 4, 2)))
     ],
 }
-
-
 BACKENDS = [
     pytest.param(name, marks=needs_cpu_kernels if name == "cpu" else ()) for name in OPTIONS
 ]
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@settings(
-    max_examples=8, phases=(Phase.explicit, Phase.generate)
-)  # each example compiles twice: no shrinking
+# Without shrinking, because each example compiles twice.
+@settings(max_examples=8, phases=(Phase.explicit, Phase.generate))
 @given(
     seed=st.integers(0, 1 << 16),
     rows=st.integers(1, 20),
@@ -137,7 +134,7 @@ def test_equals_reference_on_random_tables(
     "rows, streams, heads, kv_heads, head_dim, visibility",
     [
         (130, 10, 4, 2, 16, "block_causal"),
-        (200, 3, 3, 1, 20, "random"),  # no whole vectors
+        (200, 3, 3, 1, 20, "random"),  # the head dimension does not fill whole vectors
         (700, 1, 2, 2, 32, "block_causal"),
         (90, 4, 8, 2, 64, "isolated"),
         (45, 16, 2, 1, 8, "same_row"),
@@ -145,19 +142,18 @@ def test_equals_reference_on_random_tables(
     ids=str,
 )
 def test_cpu_kernels_with_many_blocks(rows, streams, heads, kv_heads, head_dim, visibility):
-    for crowded in (False, True):
-        missing = (0.3, 0.3, 4) if crowded else (0.0, 0.0, 1)
-        q, k, v, cells = random_inputs(rows, 2, rows, streams, heads, kv_heads, head_dim, *missing)
-        lag = (
-            random_lag(rows, streams) if visibility == "random" else lag_matrix(visibility, streams)
+    lag = random_lag(rows, streams) if visibility == "random" else lag_matrix(visibility, streams)
+    for absent, silent, segments in ((0.0, 0.0, 1), (0.3, 0.3, 4)):
+        q, k, v, cells = random_inputs(
+            rows, 2, rows, streams, heads, kv_heads, head_dim, absent, silent, segments
         )
         compare(cpu.BACKEND, chunked.BACKEND, q, k, v, full_visibility(cells, lag))
 
 
 def bfloat16_errors(attend, q, k, v, cells, lag):
-    """Largest error of the output and of each gradient in bfloat16, relative to the largest value.
+    """Compares `attend(q, k, v, visibility)` in bfloat16 with the reference in float32.
 
-    `attend(q, k, v, visibility)` is compared with the reference in float32 on the same inputs.
+    Returns the largest error of the output and of each gradient, relative to the largest value.
     """
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
     weight = jnp.asarray(np.random.default_rng(9).standard_normal(q.shape), jnp.bfloat16)
@@ -179,13 +175,13 @@ def bfloat16_errors(attend, q, k, v, cells, lag):
     return [np.abs(ours - expected).max() / np.abs(expected).max() for ours, expected in pairs]
 
 
-# bfloat16 has 8 bits (0.4 %), and operands (q / sqrt(H), weights) are rounded as well as results.
+# bfloat16 has 8 bits (0.4 %), and both operands (q / sqrt(H), weights) and results are rounded.
 BFLOAT16_ERROR = 0.01
 
 
 @pytest.mark.parametrize("visibility", ["block_causal", "random"])
-@pytest.mark.parametrize("name", sorted(set(OPTIONS) - {"cpu"}))  # which computes in float32
-def test_bfloat16(name, visibility):
+@pytest.mark.parametrize("name", sorted(set(OPTIONS) - {"cpu"}))  # `cpu` has no bfloat16
+def test_bfloat16_rounds_little(name, visibility):
     q, k, v, cells = random_inputs(8, 2, 24, 4, 4, 2, 16)
     lag = random_lag(4, 4) if visibility == "random" else lag_matrix(visibility, 4)
     backend = get_backend(name).with_options(**OPTIONS[name][0])
@@ -208,7 +204,7 @@ def test_sharded_equals_unsharded(sizes, name):
         ((1, 2, 4, 1), "gpu", "random"),
         pytest.param((1, 1, 4, 2), "cpu", "random", marks=needs_cpu_kernels),
         pytest.param((1, 1, 8, 1), "cpu", "isolated", marks=needs_cpu_kernels),
-        ((1, 1, 4, 2), "splash", "block_causal"),  # splash has three forms of its predicate
+        ((1, 1, 4, 2), "splash", "block_causal"),  # splash has three forms of its mask
         ((2, 1, 4, 1), "splash", "isolated"),
         ((1, 1, 4, 1), "splash", "random"),
     ],
@@ -218,8 +214,8 @@ def test_ring_equals_gathering(sizes, name, visibility):
     compare_sharded(sizes, name, visibility, ring=True)
 
 
-def spread(sizes, backend, lag, ring):
-    """`attention` over a mesh, as a function of q, k, v and cells."""
+def sharded_attention(sizes, backend, lag, ring):
+    """`attention` on a mesh of the given sizes, as a function of q, k, v and cells."""
     heads = partition_spec("batch", "row", "stream", "heads", "head_dim")
     table, row = partition_spec("batch", "row", "stream"), partition_spec("batch", "row")
     return jax.shard_map(
@@ -232,10 +228,11 @@ def spread(sizes, backend, lag, ring):
 
 
 def compare_sharded(sizes, name, visibility, ring):
+    """Asserts that a backend gives the same output and gradients on a mesh and on one device."""
     backend = get_backend(name).with_options(**OPTIONS.get(name, [{}])[0])
     q, k, v, cells = random_inputs(1, 2, 9, 8, 4, 2)
     lag = random_lag(2, 8) if visibility == "random" else lag_matrix(visibility, 8)
-    sharded = spread(sizes, backend, lag, ring)
+    sharded = sharded_attention(sizes, backend, lag, ring)
 
     def unsharded(q, k, v):
         return attention(q, k, v, cells, lag, backend)
@@ -248,30 +245,25 @@ def test_a_ring_gathers_nothing():
     q, k, v, cells = random_inputs(1, 2, 9, 8, 4, 2)
 
     def collectives(ring):
-        sharded = jax.jit(spread((1, 1, 8, 1), chunked.BACKEND, random_lag(2, 8), ring))
-        return set(
-            re.findall(
-                r"\b(all-gather|collective-permute)\(",
-                sharded.lower(q, k, v, cells).compile().as_text(),
-            )
-        )
+        sharded = jax.jit(sharded_attention((1, 1, 8, 1), chunked.BACKEND, random_lag(2, 8), ring))
+        text = sharded.lower(q, k, v, cells).compile().as_text()
+        return set(re.findall(r"\b(all-gather|collective-permute)\(", text))
 
-    assert collectives(ring=True) == {"collective-permute"} and collectives(ring=False) == {
-        "all-gather"
-    }
+    assert collectives(ring=True) == {"collective-permute"}
+    assert collectives(ring=False) == {"all-gather"}
 
 
-def test_a_ring_rounds_no_more_than_one_device():
+def test_a_ring_rounds_little_more_than_gathering():
     q, k, v, cells = random_inputs(8, 2, 24, 8, 4, 2, 16)
 
-    def worst(ring):
+    def errors(ring):
         def attend(q, k, v, visibility):
-            sharded = spread((1, 1, 8, 1), chunked.BACKEND, visibility.lag, ring)
+            sharded = sharded_attention((1, 1, 8, 1), chunked.BACKEND, visibility.lag, ring)
             return sharded(q, k, v, visibility.queries)
 
         return bfloat16_errors(attend, q, k, v, cells, lag_matrix("block_causal", 8))
 
-    gathered, ring = worst(False), worst(True)
+    gathered, ring = errors(ring=False), errors(ring=True)
     assert max(ring) < BFLOAT16_ERROR and ring[0] < 2 * gathered[0]
 
 
@@ -289,4 +281,4 @@ def test_chunked_memory_is_linear_in_rows():
         shapes = re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", compiled.as_text())
         largest[rows] = max(math.prod(map(int, shape.split(","))) for shape in shapes)
     assert temporary[256] < 2.2 * temporary[128] < 2.2**2 * temporary[64]
-    assert largest[256] < (256 * streams) ** 2 / 8  # no [L, L], by far
+    assert largest[256] < (256 * streams) ** 2 / 8  # far smaller than [L, L]

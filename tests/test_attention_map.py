@@ -1,4 +1,4 @@
-"""Attention maps: the weights are those that attention uses, and 0 for cells that are not seen."""
+"""Attention maps hold the weights that attention uses, and 0 for cells that are not seen."""
 
 import jax
 import numpy as np
@@ -19,15 +19,15 @@ LAG = [[1, 1, NEVER], [1, 1, 0], [2, 1, 1]]
 
 @pytest.fixture
 def table():
-    """tokens and present [T, S], with silence and a stream that begins late."""
+    """(tokens, present) [T, S], with silence and a stream that begins late."""
     rng = np.random.default_rng(0)
     tokens = np.where(rng.random((ROWS, 3)) < 0.3, SILENCE, rng.integers(2, 32, (ROWS, 3)))
     present = np.arange(ROWS)[:, None] >= [0, 2, 0]
     return tokens * present, present
 
 
-def test_reference_attention_takes_these_shares():
-    """Against a loop over queries and heads."""
+def test_weights_are_those_of_reference_attention():
+    """Compares with a loop over queries and heads."""
     rng = np.random.default_rng(1)
     q, k, v = (rng.normal(size=(1, ROWS, 3, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
     cells = make_cells(np.ones((1, ROWS, 3), bool), np.ones((1, ROWS), np.int32))
@@ -43,7 +43,7 @@ def test_reference_attention_takes_these_shares():
 
 
 @pytest.mark.parametrize("skip_silence", [False, True])
-def test_weights_are_shares_of_visible_cells(make_model, table, skip_silence):
+def test_weights_are_positive_for_visible_cells_alone(make_model, table, skip_silence):
     tokens, present = table
     model = make_model(lag=LAG, skip_silence=skip_silence)
     weights = attention_map(model, tokens, present, silence_id=SILENCE)
@@ -56,8 +56,8 @@ def test_weights_are_shares_of_visible_cells(make_model, table, skip_silence):
     np.testing.assert_array_equal(weights > 0, np.broadcast_to(seen, weights.shape))
 
 
-def test_the_model_attends_with_these_weights(make_model, table):
-    """A backend records the weights in the forward pass of all layers."""
+def test_the_model_attends_with_the_weights_of_the_map(make_model, table):
+    """Compares with a backend that records the weights of each layer in a forward pass."""
     tokens, present = table
     model, found = make_model(lag=LAG, attention_bias=True), []
 
@@ -80,10 +80,9 @@ def test_shares_between_streams(table):
     _, present = table
     weights = np.zeros((2, ROWS, 3, ROWS, 3))
     for t, s in np.ndindex(ROWS, 3):
-        weights[0, t, s, t, s] = 1  # everyone itself
-        weights[1, t, s, 0, 0] = (
-            0.75 if present[t, s] else 0
-        )  # the first row's user, and what was read last
+        weights[0, t, s, t, s] = 1  # each cell attends to itself
+        # Present cells attend to stream 0 in the first row and to stream 2 in their own.
+        weights[1, t, s, 0, 0] = 0.75 if present[t, s] else 0
         weights[1, t, s, t, 2] = 0.25 if present[t, s] else 1
     shares = between_streams(weights, present)
     np.testing.assert_allclose(shares[0], np.eye(3))

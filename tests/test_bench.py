@@ -1,4 +1,4 @@
-"""Benchmarks, tiny: what a line says, and that its numbers fit together."""
+"""Tiny benchmarks: the output lines, and the relations between their numbers."""
 
 import importlib.util
 import json
@@ -24,48 +24,49 @@ NO_TORCH = "not installed: pip install"
 
 
 def bench(*options):
-    """(lines, standard error, exit status) of the command."""
+    """Runs `msllm bench` and returns (parsed output lines, standard error, exit status)."""
     line = [sys.executable, "-m", "msllm", "bench", *options]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300)
     return [json.loads(text) for text in done.stdout.splitlines()], done.stderr, done.returncode
 
 
-def test_attention_compares_what_runs_here():
+def test_attention_compares_the_available_backends():
     lines, errors, status = bench(
         "attention", "--rows=9,4", "--batch=2,1", "--streams=3", "--steps=2", "--head_dim=8"
     )
     assert status == 0, errors
-    names = (
-        ["chunked", "reference"]
-        if cpu_kernels.unavailable_reason()
-        else ["cpu", "chunked", "reference"]
-    )
+    names = ["chunked", "reference"]
+    if not cpu_kernels.unavailable_reason():
+        names.insert(0, "cpu")
     assert [(line["rows"], line["backend"]) for line in lines] == [
         (rows, name) for rows in (9, 4) for name in names
     ]
     for line in lines:
-        assert line["device_kind"] == "cpu" and line["visible_pairs"] == line[
-            "batch"
-        ] * visible_pairs(lag_matrix("block_causal", 3), line["rows"])
+        assert line["device_kind"] == "cpu"
+        pairs = visible_pairs(lag_matrix("block_causal", 3), line["rows"])
+        assert line["visible_pairs"] == line["batch"] * pairs
         assert line["both_temporary_mib"] > 0 and line["both_wall_seconds"] > 0
         nanoseconds = line["both_cpu_seconds"] / line["visible_pairs"] * 1e9
         assert line["both_cpu_ns_per_pair"] == pytest.approx(nanoseconds, rel=1e-3)
-        assert "both_share_of_peak" not in line  # nobody publishes a peak of this machine
+        assert "both_share_of_peak" not in line  # the peak of a CPU is not known
     assert [line["both_speedup"] for line in lines if line["backend"] == "reference"] == [1.0, 1.0]
 
 
 CASE = {
-    **{"rows": 16, "batch": 1, "streams": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8},
-    **{
-        "compute_dtype": "bfloat16",
-        "steps": 3,
-        "backends": ["reference", "chunked"],
-        "memory_gib": 1.0,
-    },
+    "rows": 16,
+    "batch": 1,
+    "streams": 2,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 8,
+    "compute_dtype": "bfloat16",
+    "steps": 3,
+    "backends": ["reference", "chunked"],
+    "memory_gib": 1.0,
 }
 
 
-def test_what_does_not_fit_is_compiled_and_not_run():
+def test_a_backend_that_does_not_fit_is_compiled_and_not_run():
     dense, chunked = bench_attention.attention_case(CASE | {"rows": 512, "memory_gib": 0.015})
     assert (dense["backend"], chunked["backend"]) == ("reference", "chunked")
     assert dense["not_run"] == "temporary buffers exceed --memory_gib=0.015"
@@ -75,7 +76,7 @@ def test_what_does_not_fit_is_compiled_and_not_run():
 
 
 def test_rates_are_useful_work_by_time_and_peak(monkeypatch):
-    """On a stand-in for a card, with times that are known."""
+    """Uses a fake GPU with known times."""
     card = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(
         bench_attention, "_backends", lambda case, lag: {"reference": None, "gpu": None}
@@ -103,28 +104,22 @@ def test_rates_are_useful_work_by_time_and_peak(monkeypatch):
     assert "mfu" not in accelerator_rates(card, 494.75e12, "float32")
 
 
-def test_train_says_what_the_machine_reaches():
+def test_train_reports_rates():
     sizes = ("--d_model=16", "--d_ff=32", "--num_layers=1", "--head_dim=8", "--vocab_size=64")
     (line,), errors, status = bench(
         *("train", "--rows=8", "--batch=8", "--streams=2", "--steps=2", *sizes),
         *("--compute_dtype=bfloat16", "--attention=reference"),
     )
     assert status == 0, errors
-    assert (line["compute_dtype"], line["attention"], line["device_kind"]) == (
-        "bfloat16",
-        "reference",
-        "cpu",
-    )
-    assert (
-        line["tokens_per_step"] == 128
-        and line["tokens_per_second"] > 0
-        and line["share_of_matmul"] > 0
-    )
+    assert line["compute_dtype"] == "bfloat16"
+    assert (line["attention"], line["device_kind"]) == ("reference", "cpu")
+    assert line["tokens_per_step"] == 128
+    assert line["tokens_per_second"] > 0 and line["share_of_matmul"] > 0
     assert "mfu" not in line
 
 
 @pytest.mark.parametrize("sources", [1, 2])
-def test_the_loader_is_measured_by_what_its_batches_hold(sources):
+def test_loader_rates_count_the_cells_of_batches(sources):
     case = {
         "rows": 64,
         "batch": 8,
@@ -141,7 +136,7 @@ def test_the_loader_is_measured_by_what_its_batches_hold(sources):
     assert line["spoken_tokens_per_cpu_second"] == pytest.approx(rate, rel=0.01)
 
 
-def test_prepare_counts_what_it_made():
+def test_prepare_counts_its_output():
     (line,), errors, status = bench("prepare", "--size_mb=1", "--processes=1", "--converter=wait_k")
     assert status == 0, errors
     assert line["bytes"] == pytest.approx(1e6, rel=0.01) and line["examples"] > 300
@@ -149,27 +144,19 @@ def test_prepare_counts_what_it_made():
     assert line["tokens_per_cpu_minute"] == pytest.approx(
         60 * line["tokens"] / line["cpu_seconds"], rel=0.1
     )
-    assert (
-        line["first_process_peak_mib"] > 30 and line["worker_peak_mib"] == 0
-    )  # it needed no other process
+    assert line["first_process_peak_mib"] > 30
+    assert line["worker_peak_mib"] == 0  # there was no worker process
 
 
-def test_decode_compares_streams_with_one():
-    sizes = (
-        "--d_model=16",
-        "--d_ff=32",
-        "--num_layers=1",
-        "--num_heads=2",
-        "--num_kv_heads=1",
-        "--head_dim=8",
-    )
-    sizes += ("--vocab_size=64", "--cache_dtype=int8,float32")
+def test_decode_compares_several_streams_with_one():
+    sizes = ("--d_model=16", "--d_ff=32", "--num_layers=1", "--num_heads=2", "--num_kv_heads=1")
+    sizes += ("--head_dim=8", "--vocab_size=64", "--cache_dtype=int8,float32")
     lines, errors, status = bench(
         "decode", "--rows=24", "--prefill=9", "--streams=3", "--steps=3", *sizes
     )
     assert status == 0, errors
     assert [(line["cache_dtype"], line["streams"]) for line in lines] == [
-        (x, n) for x in ("int8", "float32") for n in (3, 1)
+        (dtype, streams) for dtype in ("int8", "float32") for streams in (3, 1)
     ]
     for many, one in zip(lines[::2], lines[1::2]):
         assert many["cost_of_one_stream_cpu"] == pytest.approx(
@@ -179,42 +166,28 @@ def test_decode_compares_streams_with_one():
         assert line["tokens_per_second"] == pytest.approx(
             line["streams"] * 1e3 / line["wall_ms_per_row"], rel=0.01
         )
-        assert (
-            line["compiled_meanwhile"] == 0
-            and 0 < line["host_share"] < 1
-            and line["run_cpu_ms_per_row"] > 0
-        )
+        assert line["compiled_meanwhile"] == 0
+        assert 0 < line["host_share"] < 1 and line["run_cpu_ms_per_row"] > 0
 
 
 @pytest.mark.skipif(not TORCH, reason="torch or transformers is not installed")
 def test_the_model_in_torch_is_the_same():
-    sizes = (
-        "--d_model=16",
-        "--d_ff=32",
-        "--num_layers=2",
-        "--num_heads=4",
-        "--num_kv_heads=2",
-        "--head_dim=8",
-    )
-    sizes += ("--vocab_size=64",)
+    sizes = ("--d_model=16", "--d_ff=32", "--num_layers=2", "--num_heads=4", "--num_kv_heads=2")
+    sizes += ("--head_dim=8", "--vocab_size=64")
     (line,), errors, status = bench(
         "train", "--torch", "--rows=9", "--batch=8", "--streams=3", "--steps=2", *sizes
     )
     assert status == 0, errors
-    assert (
-        line["torch_loss_difference"] < 1e-5
-        and line["torch_gradient_norm_relative_difference"] < 1e-4
-    )
+    assert line["torch_loss_difference"] < 1e-5
+    assert line["torch_gradient_norm_relative_difference"] < 1e-4
     ratio = line["torch_cpu_seconds_per_step"] / line["cpu_seconds_per_step"]
     assert line["torch_time_to_ours_cpu"] == pytest.approx(ratio, rel=0.05)
     lines, errors, status = bench(
         "decode", "--torch", "--rows=20", "--prefill=9", "--streams=3", "--steps=1", *sizes
     )
     assert status == 0, errors
-    assert [line["torch_same_rows"] for line in lines if line["cache_dtype"] == "float32"] == [
-        11,
-        11,
-    ]
+    same_rows = [line["torch_same_rows"] for line in lines if line["cache_dtype"] == "float32"]
+    assert same_rows == [11, 11]
 
 
 @pytest.mark.parametrize(
@@ -239,7 +212,7 @@ def test_the_model_in_torch_is_the_same():
             "must be float32 with --torch" if TORCH else NO_TORCH,
         ),
     ],
-    ids=["what", "cases", "caches", "sizes", "backend", "torch"],
+    ids=["benchmark", "cases", "caches", "sizes", "backend", "torch"],
 )
 def test_wrong_options_are_refused(options, message):
     lines, errors, status = bench(*options)

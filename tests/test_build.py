@@ -1,4 +1,4 @@
-"""Preparation in portions: any number of processes, the same bytes; a stopped run continues."""
+"""Preparation in portions: results do not depend on processes; a stopped run continues."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import write_config_file
+from runs import replace, write_config_file
 from test_prepare import examples
 
 from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
@@ -30,8 +30,8 @@ WORDS = TokenizerConfig(model_type="word", vocab_size=2048)
 RECORDS = [
     {"source": f"w{i} w{i % 7} and w{i % 11}", "target": f"so w{i} it is"} for i in range(500)
 ]
-# A converter of the user's own that waits, or dies, at one record.
-OWN = """
+# A user's converter that waits or dies at one record.
+USER_CONVERTER = """
 import os, time
 
 def convert(layout, record):
@@ -45,43 +45,48 @@ def convert(layout, record):
 
 
 def write(path, records=RECORDS):
+    """Writes records as JSON lines and returns the path."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
 
 
 @pytest.fixture
 def small_portions(monkeypatch):
+    """Cuts RECORDS into five portions."""
     monkeypatch.setattr(sources, "PORTION_BYTES", 6 << 10)
 
 
 @pytest.fixture
 def config(tmp_path, small_portions, monkeypatch):
-    """Of five portions and the converter above."""
-    (tmp_path / "own_words.py").write_text(OWN)
+    """A config with USER_CONVERTER, and RECORDS in five portions."""
+    (tmp_path / "user_words.py").write_text(USER_CONVERTER)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "own_words", raising=False)  # another test's
+    monkeypatch.delitem(sys.modules, "user_words", raising=False)  # from another test
     tokenizer = train([text for record in RECORDS for text in record.values()], WORDS)
     (tmp_path / "t.model").write_bytes(tokenizer.to_bytes())
-    return with_own_converter(tmp_path)
+    return config_with_user_converter(tmp_path)
 
 
-def with_own_converter(tmp_path):
-    # The tokenizer is given: to train one, the first process would read all records.
-    given = TokenizerConfig(path=str(tmp_path / "t.model"))
-    return make(tmp_path, converter="own_words:convert", tokenizer=given)
+def config_with_user_converter(tmp_path):
+    # With a ready tokenizer, since training one would read all records in the first process.
+    ready = TokenizerConfig(path=str(tmp_path / "t.model"))
+    return make_config(tmp_path, converter="user_words:convert", tokenizer=ready)
 
 
-def make(tmp_path, **data):
+def make_config(tmp_path, **data):
+    """A config for RECORDS, with changes to its `data` section."""
     defaults = {
         "converter": "wait_k",
         "path": write(tmp_path / "a.jsonl"),
         "tokenizer": WORDS,
         "rows": 32,
+        "eval_percent": 10.0,
     }
-    return Config(data=DataConfig(**{**defaults, "eval_percent": 10.0, **data}))
+    return Config(data=DataConfig(**(defaults | data)))
 
 
 def contents(folder):
+    """The bytes of each file."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -90,9 +95,8 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(config, tmp_path):
     assert prepare(config, tmp_path / "three", processes=3) == manifest
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
     shards = [shard["file"] for shard in manifest["splits"]["train"]["shards"]]
-    assert shards == [
-        f"train-{i:05d}-of-00005.array_record" for i in range(5)
-    ]  # in place of the four asked for
+    # One for each portion, instead of config.data.shards = 4.
+    assert shards == [f"train-{i:05d}-of-00005.array_record" for i in range(5)]
     assert "unfinished" not in os.listdir(tmp_path / "three")
     train_set, held = (examples(config, tmp_path / "three", split)[0] for split in build.SPLITS)
     assert len(train_set) + len(held) == len(RECORDS) and 20 < len(held) < 90
@@ -101,8 +105,8 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(config, tmp_path):
 @pytest.mark.parametrize(
     "data", [{"split": "tail"}, {"max_examples": 230}, {"split": "tail", "max_examples": 230}, {}]
 )
-def test_portions_hold_what_the_whole_holds(tmp_path, monkeypatch, data):
-    plain = make(tmp_path, **data)
+def test_portions_give_the_same_examples_as_one_pass(tmp_path, monkeypatch, data):
+    plain = make_config(tmp_path, **data)
     found = {}
     for name, size in (("whole", 1 << 20), ("portions", 6 << 10)):
         monkeypatch.setattr(sources, "PORTION_BYTES", size)
@@ -111,22 +115,21 @@ def test_portions_hold_what_the_whole_holds(tmp_path, monkeypatch, data):
     assert found["whole"] == found["portions"]
     assert sum(map(len, found["whole"])) == data.get("max_examples", 500)
     shards = list((tmp_path / "portions").glob("train*"))
-    assert len(shards) == (3 if "max_examples" in data else 5)  # the rest is not even read
-    assert len(list((tmp_path / "portions").glob("eval*"))) == (
-        1 if "split" in data else len(shards)
-    )
-    if len(data) == 2:  # the examples are counted in several processes, too
+    assert len(shards) == (3 if "max_examples" in data else 5)  # the other portions are not read
+    held_out = list((tmp_path / "portions").glob("eval*"))
+    assert len(held_out) == (1 if "split" in data else len(shards))
+    if len(data) == 2:  # several processes also stop at max_examples
         prepare(plain, tmp_path / "processes", processes=2)
         assert contents(tmp_path / "portions") == contents(tmp_path / "processes")
 
 
-def test_held_out_files_of_their_own(tmp_path, small_portions):
-    config = make(tmp_path, eval_path=write(tmp_path / "b.jsonl", RECORDS[300:] + [RECORDS[300]]))
+def test_eval_path_gives_the_held_out_examples(tmp_path, small_portions):
+    config = make_config(
+        tmp_path, eval_path=write(tmp_path / "b.jsonl", RECORDS[300:] + [RECORDS[300]])
+    )
     manifest = prepare(config, tmp_path / "out", processes=2)
-    assert [len(part["shards"]) for part in manifest["splits"].values()] == [
-        5,
-        4,
-    ]  # four: those asked for
+    # A shard for each portion of the training file, and config.data.shards = 4 for held-out data.
+    assert [len(part["shards"]) for part in manifest["splits"].values()] == [5, 4]
     assert [part["examples"] for part in manifest["splits"].values()] == [500, 201]
     assert manifest["duplicates"] == {"train": 0, "eval": 1, "train_and_eval": 200}
     assert (
@@ -136,8 +139,8 @@ def test_held_out_files_of_their_own(tmp_path, small_portions):
 
 
 def start(tmp_path, out, **environment):
-    """The command, in two processes and small portions, in a process group of its own."""
-    config = write_config_file(tmp_path / "config.py", with_own_converter(tmp_path))
+    """Starts `msllm prepare` with two processes and small portions, in its own process group."""
+    config = write_config_file(tmp_path / "config.py", config_with_user_converter(tmp_path))
     small = "from msllm.data import sources; sources.PORTION_BYTES = 6 << 10"
     code = f"import sys; from msllm.cli.main import main; {small}; sys.exit(main(sys.argv[1:]))"
     flags = [f"--config={config}", f"--out={out}", "--processes=2"]
@@ -150,15 +153,16 @@ def start(tmp_path, out, **environment):
     )
 
 
-def wait_for(what, process, seconds=120):
+def wait_for(condition, process, seconds=120):
+    """Waits until a condition holds; fails if it takes too long or the process ends."""
     end = time.monotonic() + seconds
-    while not what():
+    while not condition():
         assert time.monotonic() < end and process.poll() is None, process.stderr.read()
         time.sleep(0.05)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_run_continues_where_it_was(config, tmp_path, stop):
+def test_a_stopped_run_continues(config, tmp_path, stop):
     out = tmp_path / "out"
     process = start(tmp_path, out, WAIT_AT="w350 ")  # in the fourth portion
     wait_for(lambda: len(list(out.glob("unfinished/portion-*.json"))) == 4, process)
@@ -171,7 +175,7 @@ def test_a_stopped_run_continues_where_it_was(config, tmp_path, stop):
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.array_record")}
     assert len(before) == 8 and not (out / "manifest.json").exists()
 
-    changed = dataclasses.replace(config, data=dataclasses.replace(config.data, rows=33))
+    changed = replace(config, "data", rows=33)
     with pytest.raises(UserError, match=r"an unfinished run with other settings \(rows differ\)"):
         prepare(changed, out)
     manifest = prepare(config, out)
@@ -180,8 +184,8 @@ def test_a_stopped_run_continues_where_it_was(config, tmp_path, stop):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_a_damaged_shard_of_an_unfinished_run_is_made_again(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("msllm.data.records.write_manifest", fail)
+def test_a_damaged_shard_of_an_unfinished_run_is_written_again(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("msllm.data.records.write_manifest", interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare(config, tmp_path / "out")
     monkeypatch.undo()
@@ -194,14 +198,16 @@ def test_a_damaged_shard_of_an_unfinished_run_is_made_again(config, tmp_path, mo
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def fail(*_):
+def interrupt(*_):
     raise KeyboardInterrupt
 
 
 def test_a_process_that_dies_is_named(config, tmp_path, monkeypatch):
     monkeypatch.setenv("DIE_AT", "w350 ")
-    message = "worked on portion 4 of 5, .*a.jsonl was killed .SIGKILL.*fewer --processes"
-    message += ".*the same command continues"
+    message = (
+        "worked on portion 4 of 5, .*a.jsonl was killed .SIGKILL.*fewer --processes"
+        ".*the same command continues"
+    )
     with pytest.raises(RunError, match=message):
         prepare(config, tmp_path / "out", processes=2)
     monkeypatch.delenv("DIE_AT")
@@ -210,19 +216,19 @@ def test_a_process_that_dies_is_named(config, tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_an_error_in_a_process_is_raised_here(config, tmp_path, monkeypatch):
+def test_an_error_in_a_worker_is_raised_by_prepare(config, tmp_path, monkeypatch):
     write(tmp_path / "a.jsonl", [*RECORDS[:400], {"source": "no target"}, *RECORDS[401:]])
     with pytest.raises(UserError, match="a.jsonl:401: 'target' is None"):
         prepare(config, tmp_path / "out", processes=2)
     write(tmp_path / "a.jsonl")
-    (tmp_path / "own_words.py").write_text(
+    (tmp_path / "user_words.py").write_text(
         "def convert(layout, record):\n    yield layout.say('user', 0, None)\n"
     )
-    monkeypatch.delitem(sys.modules, "own_words")
+    monkeypatch.delitem(sys.modules, "user_words")
     with pytest.raises(TypeError) as failure:
         prepare(config, tmp_path / "crash", processes=2)
     notes = "\n".join(failure.value.__notes__)
-    assert f"in {tmp_path}/a.jsonl:" in notes and "own_words.py" in notes
+    assert f"in {tmp_path}/a.jsonl:" in notes and "user_words.py" in notes
 
 
 BAD = [{"sauce": "x"} if i % 100 == 7 else record for i, record in enumerate(RECORDS)]
@@ -230,19 +236,15 @@ BAD = [{"sauce": "x"} if i % 100 == 7 else record for i, record in enumerate(REC
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_bad_records_over_several_portions(tmp_path, small_portions, capsys, processes):
-    config = make(tmp_path, path=write(tmp_path / "bad.jsonl", BAD), bad_percent=1.0)
+    config = make_config(tmp_path, path=write(tmp_path / "bad.jsonl", BAD), bad_percent=1.0)
     manifest = prepare(config, tmp_path / "out", processes)
     assert manifest["bad"]["records"] == 500 and manifest["bad"]["bad"] == 5
     lines = [f"bad.jsonl:{number}: 'source' is None" for number in (8, 108, 208, 308, 408)]
-    assert [
-        message[: len(line)] for message, line in zip(manifest["bad"]["shown"], lines, strict=True)
-    ] == lines
-    told = capsys.readouterr().err
-    assert sorted(
-        line[len("left out: ") + len(f"{tmp_path}/") :]
-        for line in told.splitlines()
-        if "left" in line
-    ) == (sorted(manifest["bad"]["shown"]))
+    shown = manifest["bad"]["shown"]
+    assert [message[: len(line)] for message, line in zip(shown, lines, strict=True)] == lines
+    prefix = f"left out: {tmp_path}/"
+    printed = [line for line in capsys.readouterr().err.splitlines() if "left" in line]
+    assert sorted(printed) == sorted(prefix + message for message in shown)
     write(tmp_path / "bad.jsonl", [{"sauce": "y"}, *BAD])
     with pytest.raises(
         UserError, match=r"6 of 501 records are bad, .*bad_percent=1.0 .*bad.jsonl:1: .*bad.jsonl:9"
@@ -253,26 +255,25 @@ def test_bad_records_over_several_portions(tmp_path, small_portions, capsys, pro
 def test_too_many_bad_records_stop_the_run_before_its_end(config, tmp_path):
     write(tmp_path / "a.jsonl", [{"sauce": "x"}] * 11 + RECORDS)
     with pytest.raises(UserError, match="11 of 11 records are bad"):
-        prepare(
-            dataclasses.replace(config, data=dataclasses.replace(config.data, bad_percent=1.0)),
-            tmp_path / "out",
-        )
+        prepare(replace(config, "data", bad_percent=1.0), tmp_path / "out")
 
 
-def test_records_that_give_nothing_are_counted(tmp_path, small_portions):
+def test_records_without_a_table_are_counted(tmp_path, small_portions):
     records = [
         {"messages": [] if i % 50 == 0 else [{"role": "user", "content": f"w{i} w1"}]}
         for i in range(500)
     ]
-    config = make(tmp_path, converter="chat", path=write(tmp_path / "chat.jsonl", records))
+    config = make_config(tmp_path, converter="chat", path=write(tmp_path / "chat.jsonl", records))
     manifest = prepare(config, tmp_path / "out")
     assert len(build.divide(config)) > 1 and manifest["empty"]["records"] == 10
     assert "gave no table: 10 records (nothing in them to make a table of)" in describe(manifest)
     one = StreamsConfig(names=("text",), kinds=("output",))
     documents = [{"text": "w1" if i % 50 == 0 else f"w1 w{i}"} for i in range(500)]
-    config = make(tmp_path, converter="single", path=write(tmp_path / "text.jsonl", documents))
+    config = make_config(
+        tmp_path, converter="single", path=write(tmp_path / "text.jsonl", documents)
+    )
     manifest = prepare(dataclasses.replace(config, streams=one), tmp_path / "texts")
-    assert manifest["empty"]["records"] == 10  # of one token: nothing to predict
+    assert manifest["empty"]["records"] == 10  # one token leaves nothing to predict
 
 
 def test_small_files_share_a_portion_and_large_ones_are_cut(tmp_path, monkeypatch):
@@ -287,7 +288,7 @@ def test_small_files_share_a_portion_and_large_ones_are_cut(tmp_path, monkeypatc
         [(part.file[len(str(tmp_path)) + 1], part.index, part.count) for part in portion]
         for portion in portions
     ]
-    assert sum(found, []) == sorted(sum(found, [])) and all(found)
+    assert all(found) and sum(found, []) == sorted(sum(found, []))
     assert [item for portion in found for item in portion if item[0] == "3"] == [
         ("3", i, 4) for i in range(4)
     ]
@@ -296,8 +297,8 @@ def test_small_files_share_a_portion_and_large_ones_are_cut(tmp_path, monkeypatc
     assert len(sources.portions(str(tmp_path / "*.json*"))) == 2
 
 
-def test_the_tokenizer_sees_all_portions(tmp_path, small_portions):
-    config = make(tmp_path)
+def test_the_tokenizer_is_trained_on_all_portions(tmp_path, small_portions):
+    config = make_config(tmp_path)
     spec, portions = StreamSpec.from_config(config.streams), input_portions(config)
     assert len(portions) == 5
     everything = list(texts(config, spec))
@@ -311,7 +312,7 @@ def test_the_tokenizer_sees_all_portions(tmp_path, small_portions):
         for i in range(5)
     ]
     assert min(shares) > 3 and max(shares) - min(shares) <= 3
-    first = dataclasses.replace(config, data=dataclasses.replace(config.data, max_examples=3))
+    first = replace(config, "data", max_examples=3)
     assert list(texts(first, spec, portions)) == everything[:6]
 
 
@@ -338,7 +339,7 @@ def test_duplicates_are_counted_in_blocks(tmp_path_factory, trained, held, block
     }
 
 
-def test_a_worker_needs_neither_jax_nor_its_friends():
+def test_a_worker_does_not_import_jax():
     line = "import sys, msllm.data.build, msllm.data.workers; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", line], capture_output=True, text=True, check=True
