@@ -5,6 +5,7 @@ import gc
 import importlib.metadata
 import os
 import signal
+import sys
 import threading
 
 # A shell starts background jobs with SIGINT ignored, and child processes inherit that. Some tests
@@ -43,13 +44,15 @@ from runs import dictation
 
 import msllm
 from msllm import step as step_lib
-from msllm.config import ModelConfig, StreamsConfig
+from msllm.config import ModelConfig, StreamsConfig, TokenizerConfig
 from msllm.data.loader import Loader
 from msllm.data.prepare import prepare
 from msllm.model.model import init_parameters
 from msllm.sharding import make_mesh
 from msllm.step import Program
 from msllm.streams import StreamSpec
+from msllm.tokenizer import Tokenizer
+from msllm.tokenizer import train as train_tokenizer
 from msllm.training import with_vocabulary
 from msllm.weights.load import LoadedModel
 
@@ -116,6 +119,24 @@ def make_model():
         return model
 
     return make
+
+
+@pytest.fixture
+def letters() -> Tokenizer:
+    """A character tokenizer for the letters a to i and the space."""
+    config = TokenizerConfig(model_type="char", vocab_size=16)
+    return train_tokenizer(["abc def ghi"] * 20, config)
+
+
+@pytest.fixture
+def make_unimportable(monkeypatch):
+    """A function make_unimportable(name) that removes a module in tests/, such as outside.layer."""
+
+    def remove(name: str) -> None:
+        monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setattr(sys, "path", [path for path in sys.path if not path.endswith("tests")])
+
+    return remove
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,7 +1,8 @@
 """Causality by gradient: a cell's logits depend on exactly the cells that it may see.
 
-Gradients go through the model. With one layer these cells are those that it sees; with more
-layers, also those that they see in turn. Visibility is written once more here, cell by cell.
+The tests compare the gradients of a model with the visibility rule, which is written again here for
+single cells. With one layer, a cell's logits depend on the cells that it sees. Two layers add the
+cells that those cells see.
 """
 
 import itertools
@@ -20,7 +21,7 @@ from msllm.streams import NEVER, PRESETS, make_cells, positions
 
 pytestmark = pytest.mark.slow
 
-# Blocks so small that the cells below fill several, where the kernel allows that.
+# Blocks so small that the tables below fill several, if the kernel allows that.
 OPTIONS = {
     "reference": {},
     "chunked": {"block_cells": 6},
@@ -40,7 +41,7 @@ LAGS = {
 
 
 def tables(streams):
-    """(present, silent) of three tables: full, with absent and silent cells, with silent ones."""
+    """(present, silent) of three tables: full, with absent and silent cells, with silent cells."""
     rng = np.random.default_rng(streams)
     shape = (len(SEGMENT), ROWS, streams)
     absent, silent = rng.random(shape) < 0.25, rng.random(shape) < 0.3
@@ -49,27 +50,21 @@ def tables(streams):
 
 
 def sees(visibility, skip_silence, present, silent, query, key):
-    """Whether `query` sees `key`; each is (table, row, stream)."""
+    """Whether the cell `query` sees the cell `key`; each is (table, row, stream)."""
     if query == key:
         return True
     (table, row, stream), (k_table, k_row, k_stream) = query, key
-    segment, k_segment = SEGMENT[table, row], SEGMENT[k_table, k_row]
-    both = (
-        present[query]
-        and present[key]
-        and segment > 0
-        and table == k_table
-        and segment == k_segment
-    )
-    return (
-        both
-        and not (skip_silence and silent[key])
-        and k_row <= row - LAGS[visibility](stream, k_stream)
-    )
+    if not (present[query] and present[key]):
+        return False
+    if table != k_table or SEGMENT[table, row] != SEGMENT[k_table, k_row]:
+        return False
+    if SEGMENT[table, row] == 0 or (skip_silence and silent[key]):
+        return False
+    return k_row <= row - LAGS[visibility](stream, k_stream)
 
 
 def dependence(visibility, skip_silence, layers, streams):
-    """[cell, cell] bool over all tables: the logits of the first depend on the second's input."""
+    """The expected dependence [cell, cell]: whether the first's logits depend on the second."""
     present, silent = tables(streams)
     cells = list(itertools.product(*map(range, present.shape)))
     seen = np.array(
@@ -79,10 +74,10 @@ def dependence(visibility, skip_silence, layers, streams):
 
 
 def influences(model, backend, cases):
-    """The same, measured, for each of `cases` (layers, skip_silence), with one compilation.
+    """Yields the measured dependence [cell, cell] for each of `cases`, (layers, skip_silence).
 
-    Each cell has an embedding of its own, and the head is not tied to it. A layer whose outputs
-    are multiplied by 0 counts as no layer.
+    Each cell has its own embedding, which is not tied to the head. To compile once for all cases,
+    layers are removed by setting their output weights to 0.
     """
     present, silent = tables(model.streams.size)
     tokens = jnp.arange(present.size, dtype=jnp.int32).reshape(present.shape)
@@ -93,7 +88,7 @@ def influences(model, backend, cases):
         cells = make_cells(present, segment, silent)
 
         def scalars(embedding):
-            """One number of each cell's logits."""
+            """A random projection of each cell's logits."""
             bound = bind(model.graph, parameters | {"embedding": embedding})
             hidden = bound(tokens, cells, positions(segment), backend=backend)
             return bound.logits(hidden).reshape(-1, tokens.size) @ weights
@@ -104,12 +99,10 @@ def influences(model, backend, cases):
     for layers, skip_silence in cases:
         parameters = jax.tree.map(lambda x: x, model.parameters)
         for part, weight in (("attention", "o"), ("mlp", "down")):
-            parameters["blocks"][part][weight] = (
-                parameters["blocks"][part][weight].at[layers:].set(0)
-            )
-        jacobian = np.asarray(
-            run(parameters, present, silent & skip_silence, SEGMENT)
-        )  # [cell, cell, D]
+            weights_of = parameters["blocks"][part]
+            weights_of[weight] = weights_of[weight].at[layers:].set(0)
+        # [cell, cell, D]
+        jacobian = np.asarray(run(parameters, present, silent & skip_silence, SEGMENT))
         assert np.isfinite(jacobian).all()
         yield np.any(jacobian != 0, axis=-1)
 
@@ -118,10 +111,9 @@ def influences(model, backend, cases):
     "visibility, streams", [*((name, 3) for name in LAGS), ("block_causal", 1), ("same_row", 1)]
 )
 @pytest.mark.parametrize("name", BACKENDS)
-def test_influence_is_visibility(make_model, name, visibility, streams):
-    lag = [
-        [LAGS[visibility](reader, source) for source in range(streams)] for reader in range(streams)
-    ]
+def test_logits_depend_on_exactly_the_visible_cells(make_model, name, visibility, streams):
+    lag_of, indices = LAGS[visibility], range(streams)
+    lag = [[lag_of(reader, source) for source in indices] for reader in indices]
     sizes = {
         "vocab_size": SEGMENT.size * streams,
         "num_layers": 2,
@@ -136,14 +128,14 @@ def test_influence_is_visibility(make_model, name, visibility, streams):
 
 def assert_same(measured, expected):
     for wrong, what in (
-        (measured & ~expected, "not seen but felt"),
-        (expected & ~measured, "seen but not felt"),
+        (measured & ~expected, "dependence on cells that are not seen"),
+        (expected & ~measured, "no dependence on cells that are seen"),
     ):
-        assert not wrong.any(), f"{what}: cells {np.argwhere(wrong)[:5].tolist()} and others"
+        assert not wrong.any(), f"{what}: pairs {np.argwhere(wrong)[:5].tolist()} and others"
 
 
-def test_the_cases_tell_visibilities_apart():
-    """Every preset is here, and silence, layers and lags make a difference in these tables."""
+def test_the_tables_distinguish_the_cases():
+    """All presets are tested, and silence and layers make a difference in these tables."""
     assert set(PRESETS) <= set(LAGS)
     for visibility in LAGS:
         assert (dependence(visibility, True, 1, 3) != dependence(visibility, False, 1, 3)).any()

@@ -1,4 +1,4 @@
-"""Live sessions with and without a screen, recordings, replays, and the server of docs/chat.md."""
+"""Live sessions with and without a screen, recordings, replays, and the server in docs/chat.md."""
 
 import asyncio
 import collections
@@ -12,13 +12,11 @@ import numpy as np
 import pytest
 from textual import events
 
-from msllm import tokenizer
 from msllm.chat.player import Live, Pacer, Replay
 from msllm.chat.recording import Recording, free_name
 from msllm.chat.screen import KEYS, ChatApp
 from msllm.cli import chat
 from msllm.cli.main import parser_of
-from msllm.config import TokenizerConfig
 from msllm.decode.engine import DecodeOptions, Engine
 from msllm.errors import UserError
 from msllm.evals import score
@@ -30,23 +28,21 @@ WINDOW, FAST = 128, 1000.0
 
 
 @pytest.fixture
-def engine(make_model):
-    """All tests use one shape of engine: its program is compiled once."""
-    letters = tokenizer.train(
-        ["abc def ghi"] * 20, TokenizerConfig(model_type="char", vocab_size=16)
-    )
+def engine(make_model, letters):
+    """An engine for two sessions. All have the same shape, so their program is compiled once."""
     model = dataclasses.replace(make_model(4, vocab_size=letters.vocab_size), tokenizer=letters)
     return Engine(model, sessions=2, window=WINDOW)
 
 
 async def until(condition, seconds=60.0):
+    """Waits until a condition holds; fails after `seconds`."""
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.002)
 
 
 def running(player, body):
-    """Runs `body(player)` while the player shows rows."""
+    """Runs `body(player)` while the player makes rows."""
 
     async def both():
         rows = asyncio.create_task(player.run())
@@ -59,20 +55,20 @@ def running(player, body):
 
 
 async def press(driver, *keys):
-    """Presses keys. The pilot's own method waits for an idle process: never, while rows come."""
+    """Presses keys. The pilot's own method would wait for a pause between rows."""
     for key in keys:
         driver.app.post_message(events.Key(key, key if len(key) == 1 else None))
         await asyncio.sleep(0.005)
 
 
-async def drawn_anew(driver):
-    """Until everything that has happened is on the screen."""
+async def redraw(driver):
+    """Waits until the screen shows everything that has happened."""
     await driver.pause(0.02)
     await driver.pause(0.02)
 
 
 def pilot(app, body, size=(80, 24)):
-    """Runs `body(pilot)` while the screen is there."""
+    """Runs `body(pilot)` while the app runs on a screen of this size."""
 
     async def run():
         async with app.run_test(size=size) as driver:
@@ -82,7 +78,7 @@ def pilot(app, body, size=(80, 24)):
 
 
 def lines(app):
-    """What the screen shows, line by line."""
+    """The lines that the screen shows."""
     return [
         "".join(segment.text for segment in strip).rstrip()
         for strip in app.screen._compositor.render_strips()
@@ -90,29 +86,29 @@ def lines(app):
 
 
 def without_a_screen(engine, branch, options=OPTIONS):
-    """(tokens, present) of a session that is driven by hand through the events of a branch."""
+    """(tokens, present) of a session that is stepped by hand with the events of a branch."""
     with engine.open(options) as session:
-        coming = collections.deque(branch.events)
+        events = collections.deque(branch.events)
         while True:
-            while coming and coming[0]["row"] == session.rows:
-                event = coming.popleft()
-                ablated = set(session.options.ablated)
+            while events and events[0]["row"] == session.rows:
+                event = events.popleft()
                 if event["what"] == "feed":
                     session.feed(event["stream"], event["text"])
+                    continue
+                ablated = set(session.options.ablated)
+                if event["what"] == "mute":
+                    ablated.add(event["stream"])
                 else:
-                    changed = (
-                        ablated | {event["stream"]}
-                        if event["what"] == "mute"
-                        else ablated - {event["stream"]}
-                    )
-                    session.options = dataclasses.replace(session.options, ablated=tuple(changed))
+                    ablated.discard(event["stream"])
+                session.options = dataclasses.replace(session.options, ablated=tuple(ablated))
             if session.rows == branch.rows:
-                assert not coming
+                assert not events
                 return session.transcript()[1:]
             session.step()
 
 
 def check(engine, branch):
+    """Checks that a branch has the tokens of a session without a screen."""
     tokens, present = without_a_screen(engine, branch)
     np.testing.assert_array_equal(branch.tokens, tokens)
     np.testing.assert_array_equal(branch.present, present)
@@ -123,12 +119,11 @@ def test_pacer():
     assert pacer.wait(5.0, 0.5) == 0  # the first row
     pacer.record(5.0, 0.5)
     assert pacer.wait(5.1, 0.5) == pytest.approx(0.4)
-    assert pacer.wait(5.1, 0.2) == pytest.approx(0.1)  # the pace has changed meanwhile
-    pacer.record(5.6, 0.5)  # it took 0.1 s: the next is due as if it had taken none
+    assert pacer.wait(5.1, 0.2) == pytest.approx(0.1)  # the pace has changed
+    pacer.record(5.6, 0.5)  # 0.1 s late; the next row is due as if this one had been on time
     assert pacer.wait(5.6, 0.5) == pytest.approx(0.4)
-    pacer.record(
-        8.0, 0.5
-    )  # much too late: one row follows at once, the others that are missing never
+    # Much too late: the next row is due at once, and the other missed rows are skipped.
+    pacer.record(8.0, 0.5)
     assert pacer.wait(8.0, 0.5) == 0
     pacer.record(8.0, 0.5)
     assert pacer.wait(8.0, 0.5) == pytest.approx(0.5)
@@ -152,16 +147,17 @@ def test_pace_of_a_player(engine):
 
     async def body(live):
         await until(lambda: live.rows > 40)
-        assert live.late and live.rate < 5000  # it cannot be that fast
+        assert live.late and live.rate < 5000  # no engine is that fast
         live.change_pace(-100)
-        live.pause(), live.pause(False)
+        live.pause()
+        live.pause(False)
         await until(lambda: live.rows > 41)
         before = live.rows
         await asyncio.sleep(0.1)
         assert live.rows <= before + 1 and not live.late  # 0.1 rows per second
         live.pace = 1e-3
         live.change_pace(-1)
-        live.change_pace(100)  # it does not wait for a thousand seconds to pass
+        live.change_pace(100)  # applies at once, not after the 1000 s that were left
         await until(lambda: live.rows > before + 20)
 
     running(live, body)
@@ -169,9 +165,11 @@ def test_pace_of_a_player(engine):
         Live(engine, pace=0)
 
 
-def test_live_session_is_the_one_without_a_screen(engine):
-    """A session is fed, muted and forked while rows are under way. Each branch equals a session
-    that is stepped by hand."""
+def test_a_live_session_equals_one_without_a_screen(engine):
+    """Feeds, mutes and forks a session while it makes rows.
+
+    Each branch must equal a session that is stepped by hand.
+    """
     live = Live(engine, OPTIONS, FAST)
 
     async def body(live):
@@ -179,15 +177,16 @@ def test_live_session_is_the_one_without_a_screen(engine):
         live.feed("user", "abcdefgh")
         live.feed("tool", "de")
         await until(lambda: live.rows > 6)
-        live.mute("output"), live.mute("user")
+        live.mute("output")
+        live.mute("user")
         await until(lambda: live.rows > 12)
         assert live.muted == {"output", "user"} and live.waiting["user"] > 0
         live.fork()
-        live.feed(
-            "tool", "ihg"
-        )  # of the fork alone, though the row under way may be that of the first branch
+        # Only the fork is fed this, even if the first branch is still making a row.
+        live.feed("tool", "ihg")
         await until(lambda: live.branch == 1 and live.rows > 20)
-        live.mute("user"), live.mute("output")
+        live.mute("user")
+        live.mute("output")
         await until(lambda: live.rows > 28)
         assert not live.muted and live.waiting == {"user": 0, "tool": 0}
         live.pause()
@@ -203,21 +202,18 @@ def test_live_session_is_the_one_without_a_screen(engine):
     live.close()
     first, second = live.recording.branches
     assert (second.parent, second.forked, first.rows) == (0, first.rows - 1, first.rows)
-    check(engine, first), check(engine, second)
+    check(engine, first)
+    check(engine, second)
 
     def text(branch, stream):
         return engine.model.tokenizer.decode(branch.tokens[:, stream])
 
-    assert (
-        text(second, 0) == "abcdefgh"
-        and text(first, 0) in "abcdefgh"
-        and text(first, 0) != "abcdefgh"
-    )
+    assert text(second, 0) == "abcdefgh"
+    assert text(first, 0) in "abcdefgh" and text(first, 0) != "abcdefgh"
     assert text(second, 3) == "deihg" and text(first, 3) == "de"
     muted = next(event["row"] for event in first.events if event["what"] == "mute")
-    assert np.all(first.tokens[muted:, 2] == engine.silence_id) and np.any(
-        first.tokens[:muted, 2] != engine.silence_id
-    )
+    assert np.all(first.tokens[muted:, 2] == engine.silence_id)
+    assert np.any(first.tokens[:muted, 2] != engine.silence_id)
     assert np.all(np.diff(first.time) >= 0) and first.time[0] == 0
     with pytest.raises(UserError, match="'output' is not an input: inputs are user, tool"):
         live.feed("output", "a")
@@ -227,13 +223,10 @@ def test_live_session_is_the_one_without_a_screen(engine):
 
 def test_rows_beyond_the_window_are_kept(engine):
     live = Live(engine, OPTIONS, 5000.0)
-    running(
-        live, lambda live: until(lambda: live.rows > 2 * WINDOW + 50)
-    )  # more than the first arrays hold
+    # More rows than the branch's first arrays hold.
+    running(live, lambda live: until(lambda: live.rows > 2 * WINDOW + 50))
     with engine.open(OPTIONS) as session:
-        expected = [
-            session.step().tokens for _ in range(live.rows)
-        ]  # nothing is fed: read as shown
+        expected = [session.step().tokens for _ in range(live.rows)]
     np.testing.assert_array_equal(live.current.tokens, expected)
 
 
@@ -265,13 +258,10 @@ def test_recording(engine, tmp_path):
     for ours, theirs in zip(live.recording.branches, loaded.branches, strict=True):
         for name in ("tokens", "present", "time"):
             np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
-        assert (ours.events, ours.parent, ours.forked) == (
-            theirs.events,
-            theirs.parent,
-            theirs.forked,
-        )
+        for name in ("events", "parent", "forked"):
+            assert getattr(ours, name) == getattr(theirs, name)
 
-    # The score command takes it as it is.
+    # The score command reads recordings.
     tables = score.check_tables(score.read_tables(str(path)), 4, engine.model.config.vocab_size)
     np.testing.assert_array_equal(
         tables["tokens"][0, : loaded.branches[0].rows], loaded.branches[0].tokens
@@ -289,13 +279,13 @@ def test_recording(engine, tmp_path):
 
 
 def shown_rows(app):
-    """{row: cells} of the lines of the table."""
+    """{row: words} of the table on the screen."""
     rows = [line.split() for line in lines(app) if re.match(r"\d+ ", line)]
     return {int(row[0]): row[1:] for row in rows}
 
 
 def drawn(recording, branch):
-    """The same of a branch."""
+    """{row: words} that the screen should show of a branch."""
     table = zip(branch.tokens.tolist(), branch.present.tolist())
 
     def draw(tokens, present):
@@ -308,7 +298,7 @@ def drawn(recording, branch):
 
 
 def test_screen(engine, tmp_path):
-    """Types while the model goes on, pauses, mutes, forks, saves; then replays the recording."""
+    """Types while the model makes rows, pauses, mutes, forks, saves; then replays the recording."""
     live, out = Live(engine, OPTIONS, 20.0), tmp_path / "chat.npz"
     app = ChatApp(live, str(out))
 
@@ -324,29 +314,26 @@ def test_screen(engine, tmp_path):
         await until(lambda: live.rows > before + 5)
         await press(driver, "ctrl+p")
         await until(lambda: live.paused)
-        await driver.pause(0.1)  # the row under way
+        await driver.pause(0.1)  # a row that has begun is completed
         rows = live.rows
-        await driver.pause(0.2)  # four rows' time
-        assert (
-            live.rows == rows
-            and live.paused
-            and f"row {rows - 1} · 20 rows/s · paused" in "\n".join(lines(app))
-        )
+        await driver.pause(0.2)  # the time of four rows
+        assert live.rows == rows and live.paused
+        assert f"row {rows - 1} · 20 rows/s · paused" in "\n".join(lines(app))
         await press(driver, "ctrl+n")
         await until(lambda: live.rows == rows + 1)
         await press(driver, "ctrl+f", *"ace", "enter", "ctrl+p")
         await until(lambda: live.rows > rows + 6)
         await press(driver, "ctrl+p", "f2")
-        await drawn_anew(driver)
-        assert live.recording.branches[0].rows == rows + 1  # it waits where it was left
+        await redraw(driver)
+        assert live.recording.branches[0].rows == rows + 1  # the first branch has stopped
         assert "branch 2 of 2, forked from 1" in "\n".join(lines(app))
-        await press(driver, "ctrl+q")  # not before it is saved
+        await press(driver, "ctrl+q")  # does not quit before the session is saved
         assert app.is_running and app._exit is False
         await press(driver, "ctrl+s")
-        await drawn_anew(driver)
+        await redraw(driver)
         shown = [(lines(app)[0], shown_rows(app))]
         await press(driver, "ctrl+o")
-        await drawn_anew(driver)
+        await redraw(driver)
         return [*shown, (lines(app)[0], shown_rows(app))]
 
     (header, second), (muted, first) = pilot(app, body, size=(80, 140))
@@ -358,7 +345,8 @@ def test_screen(engine, tmp_path):
         done = [(event["what"], event["stream"]) for event in branch.events]
         assert done[:3] == [("feed", "user"), ("feed", "tool"), ("mute", "thought")]
     live.close()
-    check(engine, recording.branches[0]), check(engine, recording.branches[1])
+    for branch in recording.branches:
+        check(engine, branch)
     muted_at = recording.branches[0].events[2]["row"]
     assert {cells[1] for row, cells in first.items() if row >= muted_at} == {"·"}
     assert [row[3] for row in second.values() if row[3] != "·"] == list("hiace")
@@ -368,13 +356,13 @@ def test_screen(engine, tmp_path):
 
     async def again(driver):
         await until(lambda: player.ended)
-        await press(driver, "ctrl+f", "f1", "x")  # nothing that a recording could do
-        await drawn_anew(driver)
+        await press(driver, "ctrl+f", "f1", "x")  # keys without a meaning in a replay
+        await redraw(driver)
         shown = [shown_rows(app)]
         assert "the end" in "\n".join(lines(app)) and "fork" not in lines(app)[-1]
         await press(driver, "ctrl+o")
         await until(lambda: player.branch == 1 and player.ended)
-        await drawn_anew(driver)
+        await redraw(driver)
         return [*shown, shown_rows(app)]
 
     assert pilot(app, again, size=(80, 140)) == [first, second]
@@ -393,7 +381,7 @@ def test_a_replay_keeps_its_times(engine):
         for rows in range(1, 6):
             await until(lambda: player.rows == rows)
             now += 0.5
-            player.change_pace(0)  # looks at the clock
+            player.change_pace(0)  # makes the player look at the clock
         await asyncio.sleep(0.02)
         now += 9.4
         player.change_pace(0)
@@ -407,7 +395,7 @@ def test_a_replay_keeps_its_times(engine):
 
 
 def test_narrow_screens(engine):
-    """Columns share the width, hidden ones are counted, text wraps, scroll positions stay."""
+    """Columns share the width, hidden columns are counted, text wraps, scroll positions stay."""
     live = Live(engine, OPTIONS, 100.0)
 
     async def body(driver):
@@ -417,34 +405,34 @@ def test_narrow_screens(engine):
         assert app.query_one("Line").value == "d" and live.current.events[0]["stream"] == "user"
         await until(lambda: live.rows > 40)
         live.pause()
-        await drawn_anew(driver)
+        await redraw(driver)
         narrow = lines(app)
         assert max(map(len, narrow)) <= 28 and narrow[0].split()[0] == "row" and "…" in narrow[0]
         await driver.click("Columns", offset=(11, 0))
         assert live.muted == {"thought"}
         await driver.click("Columns", offset=(11, 0))
         assert not live.muted
-        await driver.click("Columns", offset=(11, 1))  # no name there
+        await driver.click("Columns", offset=(11, 1))  # below the names
         assert not live.muted
         last = live.rows - 1
         assert max(shown_rows(app)) == last
         await press(driver, "pageup")
-        await drawn_anew(driver)
+        await redraw(driver)
         back = shown_rows(app)
         assert max(back) < last
         for _ in range(3):
             live.step()
             await until(lambda: live.rows == last + 2)
             last += 1
-        await drawn_anew(driver)
+        await redraw(driver)
         assert shown_rows(app) == back
         await press(driver, "pagedown", "pagedown", "ctrl+t")
-        await drawn_anew(driver)
+        await redraw(driver)
         text = lines(app)[1 : app.columns.size.height]
         user = [line[:6].strip() for line in text]
         assert "".join(user) == "abcabcabc" and max(map(len, user)) < 7
         await driver.resize_terminal(14, 30)
-        await drawn_anew(driver)
+        await redraw(driver)
         assert "1 of 4 streams hidden" in app._status()
 
     pilot(ChatApp(live), body, size=(28, 40))
@@ -459,14 +447,14 @@ def test_an_error_stops_rows_and_loses_none(engine, tmp_path):
         engine._dispatch = lambda sessions: 1 / 0
         await until(lambda: live.paused)
         await press(driver, "ctrl+p", "ctrl+s")
-        await drawn_anew(driver)
+        await redraw(driver)
         assert "stopped by ZeroDivisionError: division by zero" in "\n".join(lines(app))
 
     pilot(app, body)
     assert Recording.load(tmp_path / "chat.npz").branches[0].rows == live.rows > 3
 
 
-def test_keys_are_in_the_document():
+def test_the_page_lists_all_keys():
     rows = re.findall(r"^\| (.+?) \|", DOCS.read_text(), flags=re.M)
     assert {bound.shown for bound in KEYS} <= set(rows)
 
@@ -485,17 +473,23 @@ def test_arguments(monkeypatch):
         chat.run(parser_of("chat").parse([]))
 
 
-def test_server_of_the_document(engine):
-    """Three clients on two places: each is fed its own text, and places are given back."""
+def test_the_server_of_the_page(engine):
+    """Clients share two sessions: each gets the answer to its own text and frees its session."""
     source = re.search(r"```python\n(.*?)```", DOCS.read_text(), flags=re.S)[1]
     server = {"__name__": "server"}
     exec(compile(source, "docs/chat.md", "exec"), server)
     server["BEAT"] = 0.01
-    together = []
-    step = engine._dispatch
-    engine._dispatch = lambda sessions: (together.append(len(sessions)), step(sessions))[1]
+    sessions_per_step = []
+    dispatch = engine._dispatch
 
-    async def client(port, said):
+    def counting_dispatch(sessions):
+        sessions_per_step.append(len(sessions))
+        return dispatch(sessions)
+
+    engine._dispatch = counting_dispatch
+
+    async def client(port, texts):
+        """Sends texts and returns the rows of the answer, or the error if there is no session."""
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
 
         def line():
@@ -504,7 +498,7 @@ def test_server_of_the_document(engine):
         got = [json.loads(await line())]
         if "error" in got[0]:
             return got[0]["error"]
-        for text in said:
+        for text in texts:
             writer.write(json.dumps({"stream": "user", "text": text}).encode() + b"\n")
             for _ in range(4):
                 got.append(json.loads(await line()))
@@ -517,16 +511,16 @@ def test_server_of_the_document(engine):
         assert set(got[0]["text"]) == set(engine.streams.names)
         return got
 
-    async def everybody():
+    async def run_clients():
         async with await server["serve"](engine, 0) as listening:
             port = listening.sockets[0].getsockname()[1]
-            pair = [asyncio.create_task(client(port, said)) for said in (["abc", "de"], ["ihg"])]
+            pair = [asyncio.create_task(client(port, texts)) for texts in (["abc", "de"], ["ihg"])]
             await until(lambda: not engine.free)
             assert "all 2 sessions are open" in await client(port, [])
             done = await asyncio.gather(*pair)
             await until(lambda: engine.free == 2)
             return done, await client(port, ["abc"])
 
-    (first, second), later = asyncio.run(everybody())
+    (first, second), later = asyncio.run(run_clients())
     assert len(first) > 8 and isinstance(second, list) and isinstance(later, list)
-    assert max(together) == 2  # rows of both in one step
+    assert max(sessions_per_step) == 2  # a step makes rows of both sessions

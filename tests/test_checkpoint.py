@@ -1,4 +1,4 @@
-"""Checkpoints: damage, other runs, which ones stay, and that one needs nothing beside itself."""
+"""Checkpoints: damage, checkpoints of other runs, which are kept, and self-containedness."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
-from runs import four_streams, host, make_program, replace
+from runs import flip_a_bit, four_streams, host, make_program, replace
 
 from msllm import tokenizer as tokenizer_lib
 from msllm.checkpoint import Checkpoints, LocalCheckpoints, checksums
@@ -39,7 +39,7 @@ def program(tokenizer):
 
 @pytest.fixture(scope="module")
 def state(program):
-    """An initial state with random moments: zeros would say little about what was read."""
+    """An initial state with random moments, because zeros could hide mistakes in reading them."""
     rng = np.random.default_rng(0)
 
     def noise(x):
@@ -52,7 +52,7 @@ def state(program):
 
 
 def at_step(program, state, step):
-    """The state with another step, and parameters that tell the steps apart."""
+    """The state with another step, and parameters that depend on the step."""
     numbered = jax.tree.map(lambda x: x + np.float32(step), state.parameters)
     state = state._replace(step=np.int32(step), parameters=numbered)
     return jax.device_put(state, program.state_shardings)
@@ -73,14 +73,15 @@ def workdir(three, tmp_path):
 
 
 def save(workdir, program, state, tokenizer, steps, **settings):
+    """Saves checkpoints of the given steps."""
     checkpoints = Checkpoints(workdir, CheckpointConfig(**settings))
     for step in steps:
         checkpoints.save(at_step(program, state, step), program.config, tokenizer)
     checkpoints.close()
 
 
-def test_saving_asks_no_preemption_service(tmp_path, program, state, tokenizer, monkeypatch):
-    """The service would take the step of a complete checkpoint for that of this process."""
+def test_saving_does_not_ask_for_preemption(tmp_path, program, state, tokenizer, monkeypatch):
+    """JAX's service would take the step of the checkpoint for the current step of this process."""
     asked = []
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
     save(tmp_path, program, state, tokenizer, (10, 20))
@@ -102,19 +103,13 @@ def check_restored(restored, program, state, step):
 
 
 def damage_arrays(item, change):
-    """Changes files of arrays: each process has a folder of large ones, small ones lie together."""
+    """Applies `change` to the largest file in each folder of array data."""
     for folder in item.rglob("d"):
         change(max(folder.iterdir(), key=lambda path: path.stat().st_size))
 
 
 def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
 
 
 def change_description(step):
@@ -125,9 +120,13 @@ def change_description(step):
 
 
 def take_parameters_of_another(step):
-    """Files that are intact, so that only our checksums tell."""
+    """Replaces the parameters with intact files, which only msllm's checksums detect."""
     shutil.rmtree(step / "parameters")
     shutil.copytree(step.parent / "20" / "parameters", step / "parameters")
+
+
+def names_of_folders(folder):
+    return {path.name for path in folder.iterdir() if path.is_dir()}
 
 
 DAMAGES = {
@@ -150,7 +149,7 @@ def test_restores_the_newest_on_any_mesh(three, program, state, tokenizer):
     check_restored(restore(three, other, tokenizer), other, state, 30)
 
 
-def test_there_is_nothing_to_restore_in_a_new_workdir(tmp_path, program, tokenizer):
+def test_restore_returns_none_in_a_new_workdir(tmp_path, program, tokenizer):
     assert restore(tmp_path, program, tokenizer) is None
 
 
@@ -161,9 +160,9 @@ def test_a_damaged_checkpoint_is_moved_aside(workdir, program, state, tokenizer,
     with caplog.at_level(logging.WARNING, "msllm"):
         check_restored(restore(workdir, program, tokenizer), program, state, 20)
     assert "checkpoint of step 30 is damaged and not used: " in caplog.text
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"10", "20", "damaged"}
+    assert names_of_folders(folder) == {"10", "20", "damaged"}
     assert [path.name for path in (folder / "damaged").iterdir()] == ["30"]
-    save(workdir, program, state, tokenizer, (30,))  # the run goes on and comes to this step again
+    save(workdir, program, state, tokenizer, (30,))  # the run reaches this step again
     check_restored(restore(workdir, program, tokenizer), program, state, 30)
 
 
@@ -175,9 +174,7 @@ def test_a_damaged_checkpoint_is_moved_aside(workdir, program, state, tokenizer,
     ],
     ids=["no memory", "another process died"],
 )
-def test_checkpoints_are_not_to_blame_for_other_failures(
-    workdir, program, tokenizer, monkeypatch, error
-):
+def test_other_failures_do_not_move_checkpoints(workdir, program, tokenizer, monkeypatch, error):
     def failing(self, *_):
         raise error
 
@@ -185,22 +182,15 @@ def test_checkpoints_are_not_to_blame_for_other_failures(
     monkeypatch.setattr(processes, "is_peer_failure", lambda error: "Gloo" in str(error))
     with pytest.raises(type(error), match=re.escape(str(error))):
         restore(workdir, program, tokenizer)
-    assert {path.name for path in (workdir / "checkpoints").iterdir() if path.is_dir()} == {
-        "10",
-        "20",
-        "30",
-    }
+    assert names_of_folders(workdir / "checkpoints") == {"10", "20", "30"}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_load_uses_the_newest_good_parameters(workdir, state, damage, caplog):
     DAMAGES[damage](workdir / "checkpoints" / "30")
     loaded = load(workdir)
-    unread = damage in (
-        "cut moments",
-        "flipped bit in the moments",
-        "missing item",
-    )  # it reads no moments
+    # `load` does not read the moments.
+    unread = damage in ("cut moments", "flipped bit in the moments", "missing item")
     assert loaded.step == (30 if unread else 20)
     expected = jax.tree.map(lambda x: x + np.float32(loaded.step), host(state.parameters))
     jax.tree.map(np.testing.assert_array_equal, host(loaded.parameters), expected)
@@ -213,11 +203,7 @@ def test_a_run_never_starts_over_silently(workdir, program, tokenizer):
     rule = r"none of the checkpoints in .* \(step 30: .*; step 20: .*; step 10: .*\).*--workdir"
     with pytest.raises(UserError, match=rule):
         restore(workdir, program, tokenizer)
-    assert {path.name for path in (workdir / "checkpoints").iterdir() if path.is_dir()} == {
-        "10",
-        "20",
-        "30",
-    }
+    assert names_of_folders(workdir / "checkpoints") == {"10", "20", "30"}
     with pytest.raises(
         UserError, match=r"no checkpoint in .* can be read \(30: .*restore one from a copy"
     ):
@@ -259,7 +245,7 @@ def test_a_checkpoint_of_another_model_is_refused(
         restore(three, other, tokenizer)
 
 
-def test_how_attention_is_computed_may_change(three, program, state, tokenizer):
+def test_the_attention_backend_and_remat_may_change(three, program, state, tokenizer):
     other = make_program(replace(program.config, "model", attention="reference", remat="full"))
     check_restored(restore(three, other, tokenizer), other, state, 30)
 
@@ -274,25 +260,25 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(three, program, tokenizer)
         restore(three, program, other)
 
 
-def test_a_changed_rate_is_reported(three, program, state, tokenizer, caplog):
+def test_a_changed_learning_rate_is_reported(three, program, state, tokenizer, caplog):
     other = make_program(replace(program.config, "optim", lr=0.5))
     with caplog.at_level(logging.WARNING, "msllm"):
         check_restored(restore(three, other, tokenizer), other, state, 30)
     assert "config.optim.lr was 0.001 when the checkpoint was written and is 0.5 now" in caplog.text
 
 
-def test_which_checkpoints_stay(tmp_path, program, state, tokenizer):
+def test_the_last_and_every_nth_checkpoint_are_kept(tmp_path, program, state, tokenizer):
     save(tmp_path, program, state, tokenizer, range(1, 8), keep_last=2, keep_every=3)
     kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert kept == {"3", "6", "7"}
 
 
-def test_local_checkpoints_serve_the_mesh_that_wrote_them(
+def test_local_checkpoints_are_restored_by_the_mesh_that_wrote_them(
     tmp_path, program, state, tokenizer, caplog
 ):
     config = CheckpointConfig(local_dir=str(tmp_path / "disk"))
 
-    def opened(action, workdir=tmp_path / "run"):
+    def with_local(action, workdir=tmp_path / "run"):
         checkpoints = LocalCheckpoints(workdir, config)
         try:
             return action(checkpoints)
@@ -301,15 +287,20 @@ def test_local_checkpoints_serve_the_mesh_that_wrote_them(
 
     def restored(program, newer_than=-1):
         with caplog.at_level(logging.WARNING, "msllm"):
-            return opened(lambda local: local.restore(program, tokenizer, newer_than))
+            return with_local(lambda local: local.restore(program, tokenizer, newer_than))
 
     def saved(step):
-        opened(lambda local: local.save(at_step(program, state, step), program.config, tokenizer))
+        with_local(
+            lambda local: local.save(at_step(program, state, step), program.config, tokenizer)
+        )
 
     for step in (2, 4, 6):
         saved(step)
-    assert opened(lambda local: local.steps()) == [4, 6]  # the disk is small
-    assert opened(lambda local: local.steps(), tmp_path / "another run") == []
+    assert with_local(lambda local: local.steps()) == [
+        4,
+        6,
+    ]  # two are kept, since local disks are small
+    assert with_local(lambda local: local.steps(), tmp_path / "another run") == []
     (newest,) = (tmp_path / "disk").glob("*/0-of-1/6")
     damage_arrays(newest / "parameters", flip_a_bit)
     check_restored(restored(program), program, state, 4)
@@ -319,7 +310,7 @@ def test_local_checkpoints_serve_the_mesh_that_wrote_them(
         "local checkpoint of step 4 is not used: it was written by other processes or on another"
         " mesh" in caplog.text
     )
-    assert opened(lambda local: local.steps()) == []  # the run comes to these steps again
+    assert with_local(lambda local: local.steps()) == []  # the run will write these steps again
     saved(6)
     check_restored(restored(program, newer_than=5), program, state, 6)
     assert restored(program, newer_than=6) is None
@@ -327,7 +318,7 @@ def test_local_checkpoints_serve_the_mesh_that_wrote_them(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "int8", "bool"])
 def test_a_checksum_sees_every_value(dtype):
-    """An optimizer of the user's own may have a state of any type."""
+    """A user's optimizer may have a state of any type."""
     values = jax.numpy.array([0.25, 0.5, 1.0]) if "float" in dtype else jax.numpy.arange(3) % 2
     values = values.astype(dtype)
     one = checksums({"rest": {"x": values}})
@@ -345,29 +336,20 @@ def test_saving_a_step_again_changes_nothing(workdir, program, state, tokenizer)
     assert int(restore(workdir, program, tokenizer).skipped) == 0
 
 
-def test_a_checkpoint_needs_nothing_beside_itself(workdir, program, state, tokenizer, tmp_path):
+def test_a_checkpoint_is_self_contained(workdir, program, state, tokenizer, tmp_path):
     moved = tmp_path / "elsewhere"
     (workdir / "checkpoints" / "20").rename(moved)
     shutil.rmtree(workdir)
     loaded = load(moved)
     assert (loaded.step, loaded.run_config, loaded.streams) == (20, program.config, program.streams)
-    assert (
-        loaded.tokenizer.to_bytes() == tokenizer.to_bytes()
-        and loaded.tokenizer.silence_id == tokenizer.silence_id
-    )
+    assert loaded.tokenizer.to_bytes() == tokenizer.to_bytes()
+    assert loaded.tokenizer.silence_id == tokenizer.silence_id
     expected = jax.tree.map(lambda x: x + np.float32(20), host(state.parameters))
     jax.tree.map(np.testing.assert_array_equal, host(loaded.parameters), expected)
 
-    line = [
-        sys.executable,
-        "-m",
-        "msllm",
-        "generate",
-        f"--checkpoint={moved}",
-        "--input=user=word1 word2",
-        "--rows=4",
-    ]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "msllm", "generate", f"--checkpoint={moved}"]
+    command += ["--input=user=word1 word2", "--rows=4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "user: word1 word2" in done.stdout
 
@@ -379,8 +361,6 @@ def test_no_checkpoint_is_an_error(tmp_path):
 
 
 def test_a_newer_format_is_refused(workdir, program, tokenizer, monkeypatch):
-    from msllm import checkpoint
-
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    monkeypatch.setattr("msllm.checkpoint.FORMAT", 2)
     with pytest.raises(UserError, match="has format 1: this version of msllm reads 2"):
         restore(workdir, program, tokenizer)

@@ -1,4 +1,4 @@
-"""The command `msllm`: help that can be acted on, flags, errors in one line, exit statuses."""
+"""The command `msllm`: help, flags, errors in one line, exit statuses."""
 
 import ast
 import pathlib
@@ -22,11 +22,13 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 @pytest.fixture(autouse=True)
 def in_root(monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("PJRT_NPROC", "1")  # the command sets nothing in this process
+    monkeypatch.setenv(
+        "PJRT_NPROC", "1"
+    )  # so that `main` leaves the settings of this process alone
 
 
 def output_of(capsys, *arguments):
-    """(status, stdout, stderr) of a command line that ends before jax is needed."""
+    """(status, stdout, stderr) of a command line that ends before it imports jax."""
     try:
         status = main(arguments)
     except SystemExit as end:  # --help
@@ -35,7 +37,7 @@ def output_of(capsys, *arguments):
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
-def test_overview_has_a_line_for_each_command(capsys, arguments):
+def test_the_overview_has_a_line_for_each_command(capsys, arguments):
     status, text, _ = output_of(capsys, *arguments)
     assert status == 0
     listed = re.findall(r"^  ([a-z]+) +([A-Z].*\.)$", text, re.M)
@@ -43,7 +45,7 @@ def test_overview_has_a_line_for_each_command(capsys, arguments):
     assert all(len(line) < 90 for line in text.splitlines())
 
 
-def test_help_imports_nothing_slow():
+def test_help_does_not_import_slow_modules():
     code = "import sys; from msllm.cli.main import main; main(['--help']); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.splitlines()[-1].split())
@@ -60,10 +62,10 @@ def test_help_of_a_command(capsys, name):
     body, examples = text.split("\nexamples:\n")
     assert all(len(line) <= 80 for line in body.splitlines())
     for action in parser_of(name)._actions:
-        assert re.search(r"[.)]$", action.help), f"{action.dest} has no sentence"
+        assert re.search(r"[.)]$", action.help), f"the help of {action.dest} is not a sentence"
         if action.required and action.option_strings:
             assert f"{action.option_strings[0]}=" in usage
-    # The examples are command lines that parse.
+    # Examples parse.
     lines = examples.strip().splitlines()
     assert 1 <= len(lines) <= 3
     for line in lines:
@@ -114,7 +116,7 @@ def test_bad_command_lines_end_with_one_line(capsys, line, message):
         ("--config.steps=-1", "config.steps"),
     ],
 )
-def test_overrides_that_do_not_fit(override, message):
+def test_invalid_overrides_are_refused(override, message):
     with pytest.raises(UserError) as error:
         parser_of("prepare").parse(["--config=configs/quickstart.py", override])
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -145,7 +147,7 @@ def test_overrides_of_a_config():
     assert isinstance(flags.config, Config) and flags.config_file == "configs/quickstart.py"
     assert (flags.config.optim.lr, flags.config.steps, flags.processes) == (0.5, 7, 3)
     assert flags.config.streams.lags == (("output", "user", "3"),)
-    assert flags.config.model.d_model != settings().model.d_model  # the file's own setting
+    assert flags.config.model.d_model != settings().model.d_model  # set in the config file
 
 
 @pytest.mark.parametrize(
@@ -191,23 +193,20 @@ def test_version():
     assert done.stdout == f"msllm {msllm.__version__}\n"
 
 
-def test_only_the_command_line_has_flags():
+def test_only_the_cli_parses_arguments():
     for path in (ROOT / "msllm").rglob("*.py"):
         if "cli" in path.parts or path.name == "__main__.py":
             continue
         tree = ast.parse(path.read_text())
-        assert not [
-            node
-            for node in tree.body
-            if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
-        ]
+        for node in tree.body:
+            assert not (isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)), path
         for node in ast.walk(tree):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not [m for m in modules if m.startswith(("absl", "argparse", "msllm.cli"))], path
 
 
-def test_documented_command_lines_have_flags_that_exist():
+def test_documented_command_lines_use_existing_flags():
     patterns = ("*.md", "docs/**/*.md", "configs/**/*.py", "notebooks/*.ipynb", "launch/**/*.sh")
     command_line = re.compile(rf"\bmsllm ({'|'.join(COMMANDS)}) ([^`\n|;&#]*)")
     checked = 0
@@ -222,7 +221,7 @@ def test_documented_command_lines_have_flags_that_exist():
     assert checked > 100
 
 
-def test_commands_have_a_module_each():
+def test_each_command_has_a_module():
     modules = {load_command(name) for name in COMMANDS}
     files = {path.stem for path in (ROOT / "msllm" / "cli").glob("*.py")}
     assert len(modules) == len(COMMANDS)

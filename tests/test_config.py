@@ -1,4 +1,4 @@
-"""Settings: from a ConfigDict to the frozen Config and back, and the messages for wrong ones."""
+"""Configs: from a ConfigDict to the frozen Config and back, and messages for wrong settings."""
 
 import copy
 import json
@@ -26,6 +26,7 @@ CONFIGS = sorted((pathlib.Path(__file__).resolve().parents[1] / "configs").glob(
 
 
 def settings(**dotted):
+    """The default settings with changes; keys are dotted."""
     result = default_config()
     result.update_from_flattened_dict(dotted)
     return result
@@ -53,7 +54,7 @@ def test_round_trips():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_file_is_valid(path, tmp_path, monkeypatch):
     module = runpy.run_path(str(path))
-    if base := module.get("BASE"):  # what it starts from
+    if base := module.get("BASE"):  # the folder of an imported model
         monkeypatch.chdir(tmp_path)
         with pytest.raises(UserError, match="import the model with `msllm convert`"):
             module["get_config"]()
@@ -63,8 +64,8 @@ def test_every_config_file_is_valid(path, tmp_path, monkeypatch):
     assert isinstance(settings, ml_collections.ConfigDict) and settings.is_locked
     config = from_config_dict(settings)
     assert StreamSpec.from_config(config.streams).size == len(config.streams.names)
-    own = "--config.data.dir=" in module["__doc__"]  # it is for the user's own data
-    assert config.data.dir or config.data.mixture.dirs or own
+    has_data = config.data.dir or config.data.mixture.dirs
+    assert has_data or "--config.data.dir=" in module["__doc__"]  # users give their own data
 
 
 def test_a_misspelt_key_raises():
@@ -104,13 +105,13 @@ def test_a_wrong_type_is_named(values, message):
     assert str(error.value) == message
 
 
-def test_files_made_before_a_value_was_renamed_are_read():
+def test_the_former_name_of_a_backend_is_read():
     former = from_config_dict({"model": {"attention": "native"}})
     assert former == from_config_dict({"model": {"attention": "cpu"}})
     assert json.loads(to_json(former))["model"]["attention"] == "cpu"
 
 
-def test_an_integer_is_taken_for_a_float():
+def test_an_integer_is_accepted_for_a_float():
     config = from_config_dict({"optim": {"lr": 1}, "streams": {"loss_weights": [0, 1, 2]}})
     assert type(config.optim.lr) is float and config.streams.loss_weights == (0.0, 1.0, 2.0)
 
@@ -153,7 +154,7 @@ def test_an_integer_is_taken_for_a_float():
         ("checkpoint.keep_last", 0, "must be positive"),
     ],
 )
-def test_a_rule_names_key_value_and_what_is_right(key, value, rule):
+def test_the_error_names_key_value_and_rule(key, value, rule):
     with pytest.raises(UserError) as error:
         from_config_dict(settings(**{key: value}))
     assert str(error.value).startswith(f"config.{key} is {value!r}: {rule}")
@@ -219,7 +220,7 @@ EDGES = strategies.dictionaries(
 
 
 @given(EDGES, strategies.sampled_from(["block_causal", "same_row", "isolated"]))
-def test_edges_change_their_lags_and_no_other(edges, preset):
+def test_lags_change_only_the_edges_that_they_name(edges, preset):
     config = StreamsConfig(
         visibility=preset, lags=tuple((*edge, lag) for edge, lag in edges.items())
     )
@@ -228,14 +229,13 @@ def test_edges_change_their_lags_and_no_other(edges, preset):
     for reader in range(3):
         for source in range(3):
             edge = edges.get((NAMES[reader], NAMES[source]))
-            expected = (
-                plain[reader, source] if edge is None else NEVER if edge == "never" else int(edge)
-            )
+            if edge is None:
+                expected = plain[reader, source]
+            else:
+                expected = NEVER if edge == "never" else int(edge)
             assert lag[reader, source] == expected
-    assert np.all(
-        plain[~np.eye(3, dtype=bool)]
-        == {"block_causal": 1, "same_row": 0, "isolated": NEVER}[preset]
-    )
+    between_streams = {"block_causal": 1, "same_row": 0, "isolated": NEVER}[preset]
+    assert np.all(plain[~np.eye(3, dtype=bool)] == between_streams)
 
 
 def test_default_config_is_a_fresh_copy():
@@ -245,13 +245,13 @@ def test_default_config_is_a_fresh_copy():
     assert copy.deepcopy(first).optim.lr == 0.5
 
 
-def test_code_outside_of_msllm_is_found_in_all_settings():
+def test_user_code_is_found_in_all_settings():
     settings = default_config()
     assert code_named_by(from_config_dict(settings)) == {}
     settings.model.block = "mine:Block"
     settings.monitor.writers = ("jsonl", "mine.writers:Print")
-    settings.data.path = "gs://bucket/file"  # no code
-    settings.data.format = "msllm.data.corpora:tatoeba"  # its own
+    settings.data.path = "gs://bucket/file"  # a URL
+    settings.data.format = "msllm.data.corpora:tatoeba"  # part of msllm
     config = from_config_dict(settings)
     assert code_named_by(config) == {
         "config.model.block": "mine:Block",

@@ -1,4 +1,4 @@
-"""docs/extending/converter.md as a reader follows it: a converter from outside the package."""
+"""docs/extending/converter.md: a converter from outside the package."""
 
 import pathlib
 import re
@@ -21,25 +21,30 @@ CODE, CONFIG = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
 (DRAWN,) = re.findall(r"```\nrow .*?\n(.*?)```", PAGE, flags=re.S)
 
 
+def page_settings():
+    """The settings that the page's config file makes."""
+    module = {}
+    exec(CONFIG, module)
+    return module["get_config"]()
+
+
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """The page's config in a folder with the page's input; `outside.converter` is in tests/."""
+    """The page's config with `outside.converter` in tests/, in a folder with the page's input."""
     (tmp_path / "echo.jsonl").write_text(RECORDS)
     monkeypatch.chdir(tmp_path)
-    made = {}
-    exec(CONFIG, made)
-    settings = made["get_config"]()
+    settings = page_settings()
     settings.data.converter = "outside.converter:convert"
     return from_config_dict(settings)
 
 
-def test_the_page_shows_the_converter_that_is_tested():
+def test_the_page_shows_the_tested_module():
     assert (ROOT / "tests/outside/converter.py").read_text() == CODE
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_page_draws_what_is_prepared(config, processes, capsys, monkeypatch):
-    if processes == 2:  # a portion for each process
+def test_the_page_draws_the_prepared_table(config, processes, capsys, monkeypatch):
+    if processes == 2:  # cut the input into two portions
         monkeypatch.setattr("msllm.data.sources.PORTION_BYTES", 40)
     manifest = prepare(config, config.data.dir, processes)
     assert len(manifest["splits"]["train"]["shards"]) == processes
@@ -56,21 +61,19 @@ def test_the_page_draws_what_is_prepared(config, processes, capsys, monkeypatch)
     assert "already holds this data" in capsys.readouterr().out
 
 
-def test_its_bad_records_are_counted_as_those_of_others(config):
+def test_bad_records_of_a_users_converter_are_reported(config):
     path = pathlib.Path(config.data.path)
     path.write_text(path.read_text() + '{"text": ""}\n')
     with pytest.raises(UserError, match="echo.jsonl:3: the text is empty"):
         prepare(config, config.data.dir)
 
 
-def test_the_page_as_it_is(config, tmp_path, monkeypatch):
-    """The module `echo` of the page, in the folder that PYTHONPATH names."""
+def test_the_page_works_as_written(config, tmp_path, monkeypatch):
+    """Prepares data with the module `echo` of the page in a folder on the Python path."""
     (tmp_path / "echo.py").write_text(CODE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "echo", raising=False)
-    made = {}
-    exec(CONFIG, made)
-    page = from_config_dict(made["get_config"]())
+    page = from_config_dict(page_settings())
     assert page.data.converter == "echo:convert"
     splits = prepare(page, "data/page")["splits"]
     assert splits == prepare(config, config.data.dir)["splits"]

@@ -1,4 +1,4 @@
-"""docs/extending/layer.md as a reader follows it: a layer from outside the package."""
+"""docs/extending/layer.md: a layer from outside the package."""
 
 import pathlib
 import re
@@ -24,13 +24,14 @@ SILENCE = 3
 OPTIONS = {"optim.lr": 1e-2, "optim.eps": 1e-5, "streams.loss_weights": (0.0, 0.0, 0.5, 2.0)}
 
 
-def test_the_page_shows_what_is_tested():
+def test_the_page_shows_the_tested_module():
     page = (ROOT / "docs/extending/layer.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
     assert (ROOT / "tests/outside/layer.py").read_text() == code
 
 
 def table(rows):
+    """Random tokens [rows, 3]."""
     return np.random.default_rng(0).integers(4, 32, (rows, 3)).astype(np.int32)
 
 
@@ -40,12 +41,10 @@ def logits(model, tokens):
 
 
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "xla"])
-def test_cached_decoding_is_the_full_forward_pass(make_model, monkeypatch, kernels):
-    """With and without packed weights; the layer's other products are not packed."""
+def test_cached_decoding_equals_the_full_forward_pass(make_model, monkeypatch, kernels):
+    """With and without packed weights."""
     if not kernels:
-        monkeypatch.setattr(
-            "msllm.kernels.cpu.unavailable_reason", lambda: "not asked for", raising=True
-        )
+        monkeypatch.setattr("msllm.kernels.cpu.unavailable_reason", lambda: "not asked for")
     model = make_model(3, block=PATH, d_ff=40 + 8 * kernels)
     prefill = table(5)
     engine = Engine(model, window=16, all_logits=True, silence_id=SILENCE)
@@ -55,12 +54,13 @@ def test_cached_decoding_is_the_full_forward_pass(make_model, monkeypatch, kerne
     expected = logits(model, transcript)
     for row in rows:
         np.testing.assert_allclose(row.logits, expected[row.index - 1], rtol=0, atol=1e-4)
-    builtin = make_model(3, d_ff=40 + 8 * kernels)
-    other = logits(builtin, transcript)
-    assert np.abs(other - expected).max() > 0.1  # it is not the built-in layer
+    # The built-in layer gives something else.
+    builtin = logits(make_model(3, d_ff=40 + 8 * kernels), transcript)
+    assert np.abs(builtin - expected).max() > 0.1
 
 
 def refused(name) -> str:
+    """The import path of a layer in tests/outside/refused_layers.py."""
     return f"outside.refused_layers:{name}"
 
 
@@ -90,7 +90,7 @@ def test_a_layer_that_breaks_the_rules_is_refused_everywhere(make_model, name, m
         ("AttendsTwice", "it calls `attend` 2 times in a layer"),
     ],
 )
-def test_state_besides_the_cache_is_refused_in_decoding_alone(make_model, name, message):
+def test_state_outside_the_cache_is_refused_only_in_decoding(make_model, name, message):
     model = make_model(3, block=refused(name))
     with pytest.raises(UserError, match=f"config.model.block is .*{name}.*{message}"):
         Engine(model, silence_id=SILENCE)
@@ -104,7 +104,7 @@ def test_export_to_hugging_face_is_refused(make_model):
 
 
 def run(devices=1, **axes):
-    """Metrics of three steps."""
+    """The metrics of three training steps."""
     config = four_streams(**OPTIONS, **{"model.block": PATH})
     program = make_program(config, devices, **axes)
     state, metrics = program.init(), []
@@ -119,7 +119,7 @@ def run(devices=1, **axes):
 @pytest.mark.slow
 @pytest.mark.usefixtures("compile_fast")
 @pytest.mark.parametrize("axes", [{"fsdp": 2, "stream": 2, "tensor": 2}, {"fsdp": 4, "stream": 2}])
-def test_a_mesh_computes_what_one_device_computes(axes):
+def test_training_on_a_mesh_equals_training_on_one_device(axes):
     metrics = run()
     assert metrics[2]["loss"] < metrics[0]["loss"]
     for ours, theirs in zip(run(8, **axes), metrics, strict=True):
@@ -128,7 +128,7 @@ def test_a_mesh_computes_what_one_device_computes(axes):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_loaded_only_if_its_code_is_allowed(data_dir, tmp_path, monkeypatch):
+def test_loading_a_checkpoint_requires_allow_code(data_dir, tmp_path, monkeypatch):
     settings = {"data.dir": data_dir, "eval_every": 0, "model.block": PATH}
     state = train(dictation(**settings, steps=1), tmp_path)
     parameters = host(state.parameters)
@@ -150,7 +150,7 @@ def test_a_checkpoint_is_loaded_only_if_its_code_is_allowed(data_dir, tmp_path, 
     assert np.isfinite(logits(loaded, table(4))).all()
 
 
-def test_the_parameters_are_those_of_the_class(make_model):
+def test_the_model_has_the_parameters_of_the_layer(make_model):
     model = make_model(3, block=PATH)
     _, shapes, axes = abstract_model(model.config, model.streams)
     assert shapes["blocks"]["gate"].shape == (2, 16) == model.parameters["blocks"]["gate"].shape

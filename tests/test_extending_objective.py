@@ -1,4 +1,4 @@
-"""docs/extending/objective.md as a reader follows it: an objective from outside the package."""
+"""docs/extending/objective.md: an objective from outside the package."""
 
 import pathlib
 import re
@@ -22,14 +22,14 @@ PATH = "outside.objective:focal"  # in tests/
 OPTIONS = {"streams.loss_weights": (0.0, 0.0, 0.5, 2.0), "optim.lr": 1e-2, "optim.eps": 1e-5}
 
 
-def test_the_page_shows_what_is_tested():
+def test_the_page_shows_the_tested_module():
     page = (ROOT / "docs/extending/objective.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
     assert (ROOT / "tests/outside/objective.py").read_text() == code
 
 
 def inputs():
-    """hidden [2, 5, 3, D], head [V, D], targets and weights with zeros."""
+    """hidden [2, 5, 3, D], head [V, D], and targets and weights [2, 5, 3]; some weights are 0."""
     random = np.random.default_rng(0)
     weights = random.random((2, 5, 3)) * (random.random((2, 5, 3)) < 0.7)
     hidden, head = random.normal(size=(2, 5, 3, 8)), random.normal(size=(12, 8))
@@ -38,6 +38,7 @@ def inputs():
 
 
 def dense_focal(hidden, head, targets, weights):
+    """The weighted sum of the focal loss, and the nll of each cell, computed without chunks."""
     log_p = jax.nn.log_softmax(hidden @ head.T)
     nll = -jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0]
     return jnp.sum(weights * (1 - jnp.exp(-nll)) ** GAMMA * nll), nll
@@ -61,8 +62,8 @@ def test_value_and_gradients_are_those_of_the_definition(chunk):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_cells_without_weight_and_those_that_fill_up_a_chunk_contribute_nothing():
-    """Also where their loss is not finite, and where hidden states of zeros had no gradient."""
+def test_cells_without_weight_and_padding_of_chunks_contribute_nothing():
+    """Even if their loss is infinite, or its gradient nan at the zero hidden states of padding."""
     hidden, head, targets, weights = inputs()
 
     def objective(hidden, head, targets, options):
@@ -82,7 +83,7 @@ def test_cells_without_weight_and_those_that_fill_up_a_chunk_contribute_nothing(
     np.testing.assert_array_equal(np.any(d_hidden, axis=-1), np.asarray(weights) > 0)
 
 
-def test_the_heads_gradient_is_summed_in_float32():
+def test_the_gradient_of_the_head_is_summed_in_float32():
     hidden, head, targets, weights = inputs()
     many = 256
     repeated = [jnp.concatenate([x] * many) for x in (hidden, targets, weights)]
@@ -112,13 +113,13 @@ def test_a_wrong_result_is_an_error():
         ({"loss.objective": "outside.objective:local"}, "cannot be imported"),
     ],
 )
-def test_settings_that_do_not_fit_are_errors(settings, message):
+def test_invalid_settings_are_errors(settings, message):
     with pytest.raises(UserError, match=message):
         make_program(four_streams(**settings))
 
 
 def run(steps=3, devices=1, **axes):
-    """(metrics of each step, sums of an evaluation before them) with the objective."""
+    """Trains with the objective: (metrics of each step, sums of an evaluation before step 0)."""
     program = make_program(four_streams(**OPTIONS, **{"loss.objective": PATH}), devices, **axes)
     state, metrics = program.init(), []
     tables = random_tables(program.config)
@@ -137,11 +138,11 @@ def test_a_run_minimises_the_objective_on_every_mesh():
     batch = place(builtin, random_tables(builtin.config))
     state = builtin.init()
     expected = host(builtin.evaluate(state.parameters, batch))
-    jax.tree.map(np.testing.assert_array_equal, sums, expected)  # evaluation is that of the nll
+    jax.tree.map(np.testing.assert_array_equal, sums, expected)  # evaluation reports the nll
     _, first = builtin.step(state, batch)
     for name in ("nll", "nll_spoken", "targets", "cells"):
         np.testing.assert_allclose(metrics[0][name], first[name], rtol=1e-5)
-    assert metrics[0]["loss"] < first["loss"]  # the factor is below 1
+    assert metrics[0]["loss"] < first["loss"]  # focal loss multiplies the nll by a factor below 1
     assert metrics[2]["loss"] < metrics[1]["loss"] < metrics[0]["loss"]
     for axes in ({"fsdp": 2, "stream": 2, "tensor": 2}, {"data": 4, "tensor": 2}):
         sharded, sharded_sums = run(devices=8, **axes)
@@ -154,11 +155,10 @@ def test_a_run_minimises_the_objective_on_every_mesh():
 
 
 @pytest.mark.slow
-def test_a_checkpoint_needs_no_objective(data_dir, tmp_path, monkeypatch):
+def test_a_checkpoint_is_read_without_its_objective(data_dir, tmp_path, make_unimportable):
     settings = {"data.dir": data_dir, "eval_every": 0, "loss.objective": PATH}
     train(dictation(**settings, steps=1), tmp_path)
-    monkeypatch.delitem(sys.modules, "outside.objective")
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if not path.endswith("tests")])
+    make_unimportable("outside.objective")
     loaded = msllm.load(tmp_path)
     assert loaded.step == 1 and loaded.run_config.loss.objective == PATH
     assert "outside.objective" not in sys.modules

@@ -1,4 +1,4 @@
-"""docs/extending as a reader follows it: optimizers, evaluations, metrics writers and hooks."""
+"""docs/extending: optimizers, evaluations, metrics writers and hooks from outside the package."""
 
 import ast
 import json
@@ -31,7 +31,7 @@ def config(data_dir):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_pages_show_the_modules_that_are_tested(page):
+def test_the_pages_show_the_tested_modules(page):
     text = (ROOT / f"docs/extending/{page}.md").read_text()
     code, *_ = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     assert (ROOT / f"tests/outside/{page}.py").read_text() == code
@@ -51,7 +51,7 @@ def test_the_commands_on_the_pages_are_valid(page):
 # Optimizers.
 
 
-def test_an_optimizer_from_outside_is_the_one_that_steps():
+def test_a_step_applies_the_users_optimizer():
     config = four_streams(**{"optim.optimizer": "outside.optimizer:lion", "optim.lr": 0.01})
     config = replace(config, "optim", schedule="constant")
     program = make_program(config, 8, data=2, fsdp=4)
@@ -63,12 +63,16 @@ def test_an_optimizer_from_outside_is_the_one_that_steps():
     reference = lion(config.optim, config.steps)
     updates, opt_state = reference.update(gradients, before.opt_state, before.parameters)
     expected = optax.apply_updates(before.parameters, updates)
-    for found, wanted in ((state.parameters, expected), (state.opt_state, opt_state)):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), host(found), wanted)
+
+    def assert_close(ours, theirs):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+    jax.tree.map(assert_close, host(state.parameters), expected)
+    jax.tree.map(assert_close, host(state.opt_state), opt_state)
     assert values["learning_rate"] == np.float32(0.01)
 
 
-def test_its_state_is_sharded_as_the_parameters():
+def test_the_state_of_a_users_optimizer_is_sharded_like_the_parameters():
     config = four_streams(**{"optim.optimizer": "outside.optimizer:lion"})
     program = make_program(config, 8, data=2, fsdp=4)
     moments = program.state_shardings.opt_state[1][0].mu
@@ -76,7 +80,7 @@ def test_its_state_is_sharded_as_the_parameters():
     assert any(sharding.spec for sharding in jax.tree.leaves(moments))
 
 
-def test_its_state_stays_when_an_update_is_skipped():
+def test_a_skipped_update_keeps_the_state_of_a_users_optimizer():
     config = four_streams(**{"optim.optimizer": "outside.optimizer:lion"})
     program = make_program(config)
     batch = place(program, random_tables(config))
@@ -94,7 +98,7 @@ def test_its_state_stays_when_an_update_is_skipped():
 
 
 @pytest.mark.slow
-def test_a_run_with_it_continues_bit_for_bit_and_needs_it(config, tmp_path, monkeypatch):
+def test_a_run_continues_bit_for_bit_with_the_same_optimizer(config, tmp_path, make_unimportable):
     config = replace(config, "optim", optimizer="outside.optimizer:lion")
     whole = train(config, tmp_path / "whole")
     train(config, tmp_path / "parts", [StopAt(1)])
@@ -104,16 +108,15 @@ def test_a_run_with_it_continues_bit_for_bit_and_needs_it(config, tmp_path, monk
     with pytest.raises(UserError, match=rule):
         train(replace(config, "optim", optimizer="adamw"), tmp_path / "parts")
 
-    # Whoever reads the checkpoint does without it.
-    monkeypatch.delitem(sys.modules, "outside.optimizer")
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if not path.endswith("tests")])
+    # Loading the checkpoint does not need the optimizer.
+    make_unimportable("outside.optimizer")
     loaded = msllm.load(tmp_path / "parts")
     assert loaded.run_config.optim.optimizer == "outside.optimizer:lion"
     assert "outside.optimizer" not in sys.modules
 
 
 class StopAt(Hook):
-    """Asks to stop after a step, which ends the run after the next one."""
+    """Asks for a stop after a step, which ends the run after the next step."""
 
     def __init__(self, step):
         self.step = step
@@ -126,7 +129,7 @@ class StopAt(Hook):
 
 
 @pytest.mark.slow
-def test_evaluations_and_writers_from_outside(config, tmp_path):
+def test_user_evaluations_and_writers_are_called(config, tmp_path):
     evaluations = ("held_out", "outside.evaluation:answers", "outside.evaluation:seen_tables")
     settings = {"evaluations": evaluations, "eval_every": 2}
     config = from_config_dict({**json.loads(msllm.config.to_json(config)), **settings})
@@ -148,33 +151,34 @@ def test_evaluations_and_writers_from_outside(config, tmp_path):
 
 @pytest.mark.slow
 def test_the_model_of_a_run_is_the_one_that_is_saved(config, tmp_path):
-    class Compare(Hook):
-        every, found = 3, []
+    class KeepModel(Hook):
+        every = 3
 
         def at_step(self, run, step, metrics):
             if step == 3:
-                self.found.append(run.model())
-                self.found.append(host(run.model().parameters))
+                self.model, self.parameters = run.model(), host(run.model().parameters)
 
-    hook = Compare()
+    hook = KeepModel()
     train(replace(config, "checkpoint", every=3, keep_last=9), tmp_path, [hook])
     loaded = msllm.load(tmp_path / "checkpoints" / "3")
-    model, parameters = hook.found
+    model, parameters = hook.model, hook.parameters
     assert (model.config, model.streams, model.step) == (loaded.config, loaded.streams, 3)
     jax.tree.map(np.testing.assert_array_equal, host(loaded.parameters), parameters)
 
 
 @pytest.mark.slow
 def test_two_evaluations_must_not_share_a_name(config, tmp_path):
-    both = ("held_out", "outside.evaluation:seen_tables", "test_extending_training:again")
+    both = ("held_out", "outside.evaluation:seen_tables", "test_extending_training:loss_again")
     settings = {"evaluations": both, "eval_every": 2}
     config = from_config_dict({**json.loads(msllm.config.to_json(config)), **settings})
-    with pytest.raises(UserError, match=r"test_extending_training:again returns eval/loss, which"):
+    with pytest.raises(
+        UserError, match=r"test_extending_training:loss_again returns eval/loss, which"
+    ):
         train(config, tmp_path)
 
 
-def again(run):
-    """An evaluation with the name of another one's result."""
+def loss_again(run):
+    """An evaluation whose result has the same name as that of `held_out`."""
     return {"loss": 0.0}
 
 
@@ -236,7 +240,7 @@ def test_a_hook_ends_a_run_and_the_same_call_continues(config, tmp_path, capsys)
 
 
 class Record(Hook):
-    """Notes every call."""
+    """Records every call."""
 
     def __init__(self, every):
         self.every, self.calls = every, []
@@ -262,7 +266,7 @@ def test_the_order_of_calls(config, tmp_path):
     train(config, tmp_path, [never, third, always])
     saves = [("save", 2), ("save", 4)]
     assert never.calls == [("start", 0), *saves, ("end", 4)]
-    # Checkpoints come before the hooks of the caller.
+    # A checkpoint is saved before the caller's hooks run.
     assert third.calls == [
         ("start", 0), ("save", 2), ("step", 3), ("save", 4), ("step", 4), ("end", 4)
     ]  # fmt: skip

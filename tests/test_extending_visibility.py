@@ -1,4 +1,4 @@
-"""docs/extending/visibility.md as a reader follows it: a visibility from outside the package."""
+"""docs/extending/visibility.md: a visibility from outside the package."""
 
 import json
 import pathlib
@@ -24,15 +24,15 @@ PATH = "outside.visibility:private_thoughts"  # in tests/
 LAG = [[1, NEVER, NEVER], [1, 1, 1], [1, NEVER, 1]]
 
 
-def resolved(visibility=PATH, **streams) -> StreamsConfig:
-    return resolve_visibility(
-        Config(streams=StreamsConfig(visibility=visibility, **streams))
-    ).streams
+def resolved(visibility=PATH, **fields) -> StreamsConfig:
+    """The config of streams with the function's lags written out."""
+    streams = StreamsConfig(visibility=visibility, **fields)
+    return resolve_visibility(Config(streams=streams)).streams
 
 
 @pytest.fixture
 def returning(monkeypatch):
-    """returning(matrix): the import path of a function that returns it."""
+    """A function returning(matrix) that gives the import path of a function that returns it."""
 
     def make(matrix):
         module = types.ModuleType("returning")
@@ -43,7 +43,7 @@ def returning(monkeypatch):
     return make
 
 
-def test_the_page_shows_what_is_tested(tmp_path, monkeypatch, capsys):
+def test_the_page_shows_the_tested_module_and_its_output(tmp_path, monkeypatch, capsys):
     assert (ROOT / "tests/outside/visibility.py").read_text() == CODE
     (tmp_path / "mine.py").write_text(CODE)
     monkeypatch.syspath_prepend(tmp_path)
@@ -51,7 +51,7 @@ def test_the_page_shows_what_is_tested(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == str(np.array(LAG))
 
 
-def test_a_function_is_written_out_as_the_page_says():
+def test_the_lags_of_a_function_are_stored_as_on_the_page():
     streams = resolved()
     stored = json.loads(to_json(Config(streams=streams)))["streams"]
     assert {key: stored[key] for key in ("visibility", "lags")} == json.loads(RESOLVED)
@@ -59,7 +59,7 @@ def test_a_function_is_written_out_as_the_page_says():
     assert resolve_visibility(Config(streams=streams)).streams == streams
 
 
-def test_explicit_lags_have_the_last_word():
+def test_explicit_lags_override_the_function():
     spec = StreamSpec.from_config(resolved(lags=(("output", "thought", "4"),)))
     assert spec.lag_array[2].tolist() == [1, 4, 1]
 
@@ -90,12 +90,12 @@ def test_presets_import_nothing(preset):
     ],
     ids=["number", "small", "not square", "negative", "word", "fraction", "bools", "mask"],
 )
-def test_another_result_is_an_error(returning, matrix, message):
+def test_an_invalid_matrix_is_an_error(returning, matrix, message):
     with pytest.raises(UserError, match=f"config.streams.visibility is 'returning:.*{message}"):
         resolved(returning(matrix))
 
 
-def test_a_path_that_leads_nowhere_is_an_error():
+def test_a_missing_function_is_an_error():
     with pytest.raises(UserError, match="config.streams.visibility is 'outside.visibility:public'"):
         resolved("outside.visibility:public")
 
@@ -106,7 +106,7 @@ def test_other_settings_are_checked_before_the_function_is_called(returning):
 
 
 def test_reading_a_config_imports_nothing(tmp_path, monkeypatch):
-    """A checkpoint that names a function does not run it."""
+    """So reading a checkpoint that names a function does not run it."""
     (tmp_path / "trap.py").write_text("raise AssertionError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     config = from_config_dict({"streams": {"visibility": "trap:function"}})
@@ -116,12 +116,13 @@ def test_reading_a_config_imports_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_needs_no_function(data_dir, tmp_path, monkeypatch):
+def test_a_checkpoint_is_read_without_its_visibility_function(
+    data_dir, tmp_path, make_unimportable
+):
     settings = {"data.dir": data_dir, "eval_every": 0, "streams.visibility": PATH}
     train(dictation(**settings, steps=1), tmp_path)
     assert int(train(dictation(**settings, steps=2), tmp_path).step) == 2  # continues
-    monkeypatch.delitem(sys.modules, "outside.visibility")
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if not path.endswith("tests")])
+    make_unimportable("outside.visibility")
     loaded = msllm.load(tmp_path)
     assert loaded.step == 2 and np.array_equal(loaded.streams.lag_array, LAG)
     assert loaded.run_config.streams == resolved_lags()
@@ -129,7 +130,7 @@ def test_a_checkpoint_needs_no_function(data_dir, tmp_path, monkeypatch):
 
 
 def resolved_lags() -> StreamsConfig:
-    """What the page says that a checkpoint holds."""
+    """The config that a checkpoint holds according to the page."""
     stored = json.loads(RESOLVED)
     lags = tuple(map(tuple, stored["lags"]))
     return StreamsConfig(visibility=stored["visibility"], lags=lags)

@@ -1,4 +1,4 @@
-"""The generate command: its arguments, and the table that it prints."""
+"""`msllm generate`: its arguments, and the table that it prints."""
 
 import dataclasses
 import io
@@ -6,8 +6,6 @@ import io
 import pytest
 import rich.console
 
-from msllm import tokenizer
-from msllm.config import TokenizerConfig
 from msllm.decode.arguments import parse_inputs, parse_values
 from msllm.decode.engine import DecodeOptions
 from msllm.errors import UserError
@@ -16,21 +14,18 @@ from msllm.view.generation import print_generation
 
 
 @pytest.fixture
-def model(make_model):
-    letters = tokenizer.train(
-        ["abc def ghi"] * 20, TokenizerConfig(model_type="char", vocab_size=16)
-    )
-    model = make_model(3, vocab_size=letters.vocab_size)
-    return dataclasses.replace(model, tokenizer=letters)
+def model(make_model, letters):
+    return dataclasses.replace(make_model(3, vocab_size=letters.vocab_size), tokenizer=letters)
 
 
 def printed(model, *arguments):
+    """The lines that `print_generation` prints."""
     console = rich.console.Console(file=io.StringIO(), width=200)
     print_generation(model, *arguments, console)
     return console.file.getvalue().splitlines()
 
 
-def test_table_shows_every_row(model):
+def test_the_table_shows_every_row(model):
     lines = printed(model, {"user": "abc"}, 6, DecodeOptions(ablated=("thought",)))
     assert lines[0].split() == ["row", "user", "thought", "output"]
     rows = [line.split() for line in lines[1:7]]
@@ -40,7 +35,7 @@ def test_table_shows_every_row(model):
     assert lines[8] == "user: abc"
 
 
-def test_arguments(model):
+def test_arguments_are_parsed_and_checked(model):
     streams = model.streams
     assert parse_inputs(["user=a=b", "user=c"], streams) == {"user": "a=bc"}
     assert parse_values("top_k", ["5", "output=2"], streams, int, 0) == (5, 5, 2)
