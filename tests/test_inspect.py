@@ -1,4 +1,4 @@
-"""`msllm inspect`: what it prints, the page that it writes; it reads only what it shows."""
+"""`msllm inspect`: the text that it prints, the HTML page that it writes, the shards it reads."""
 
 import html.parser
 import io
@@ -32,7 +32,10 @@ DELAYED = StreamsConfig(names=("user", "output"), kinds=("input", "output"), del
 
 
 def prepared(folder, lines, streams=DELAYED, model_type="word", **data):
-    """A prepared directory and its config; each line has a list of cells per stream."""
+    """Prepares examples. Each line is an example: a list of cells for each stream.
+
+    Returns the prepared directory and the config.
+    """
     path = folder / "in.jsonl"
     path.write_text(
         "".join(json.dumps({"streams": dict(zip(streams.names, line))}) + "\n" for line in lines)
@@ -45,21 +48,21 @@ def prepared(folder, lines, streams=DELAYED, model_type="word", **data):
         "eval_percent": 0.0,
         "rows": 8,
     }
-    config = Config(
-        streams=streams, data=DataConfig(**{**defaults, "dir": str(folder / "out"), **data})
-    )
+    settings = {**defaults, "dir": str(folder / "out"), **data}
+    config = Config(streams=streams, data=DataConfig(**settings))
     prepare(config, folder / "out")
     return folder / "out", config
 
 
 def many(count):
-    """Lines for `prepared`: examples of 2 to 5 rows, each with words of its own."""
+    """Lines for `prepared`: examples of 2 to 5 rows, all different."""
     return [
         [[f"u{i}", *["a"] * (i % 4), ""], ["b", *[""] * (i % 4), f"o{i}"]] for i in range(count)
     ]
 
 
 def shown(directory, *, width=200, terminal=False, **options):
+    """The text that `msllm inspect` prints."""
     console = cells.console(file=io.StringIO(), width=width, force_terminal=terminal)
     prepared_view.run(directory, console, **options)
     return console.file.getvalue()
@@ -67,6 +70,7 @@ def shown(directory, *, width=200, terminal=False, **options):
 
 @pytest.fixture
 def small(tmp_path):
+    """A prepared directory with two examples, packed into one table."""
     lines = [[["a", "b", "", None], ["x", "", "y", "z"]], [["c", ""], ["", "w"]]]
     return prepared(tmp_path, lines)[0]
 
@@ -98,7 +102,7 @@ def test_plain_output(small):
         "  output  output      1       4        2       2   33.3%",
     ]
     assert "  converter     tables" in lines
-    # Absent cells are blank, silence is a dot.
+    # Absent cells are blank. Silence is a dot.
     assert lines[-12:] == [
         "table 0: 8 of 8 rows hold examples",
         "row user output",
@@ -115,7 +119,7 @@ def test_plain_output(small):
     ]
 
 
-def test_limits_and_empty_rows(tmp_path):
+def test_limits_on_rows_and_tables_and_the_number_of_empty_rows(tmp_path):
     directory, _ = prepared(tmp_path, many(9), rows=16)
     data = Split(directory, "train")
     packed = data.table(0)
@@ -129,10 +133,9 @@ def test_limits_and_empty_rows(tmp_path):
     text = shown(directory, tables=99)
     assert text.count("example ") == 9 and text.count("table ") == len(data)
     assert f"({16 - int((data.table(len(data) - 1).segment > 0).sum())} empty rows)" in text
-    for number, (first, packed) in enumerate(data.tables()):
-        assert all(
-            f"example {first + i}, {name}, " in text for i, name in enumerate(packed.examples)
-        ), number
+    for first, packed in data.tables():
+        for number, name in enumerate(packed.examples, first):
+            assert f"example {number}, {name}, " in text
 
 
 def test_silence_is_dimmed_on_a_terminal_only(small, monkeypatch):
@@ -140,15 +143,9 @@ def test_silence_is_dimmed_on_a_terminal_only(small, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert "\x1b" not in shown(small)
     text = shown(small, terminal=True)
-    row = next(
-        line for line in text.splitlines() if re.sub(r"\x1b\[\d+m", "", line) == "6   ·    ·"
-    )
-    assert row.count("\x1b[2m·") == 2
-    absent = next(
-        line
-        for line in text.splitlines()
-        if re.sub(r"\x1b\[\d+m", "", line).rstrip() == "7        w"
-    )
+    styled = {re.sub(r"\x1b\[\d+m", "", line).rstrip(): line for line in text.splitlines()}
+    assert styled["6   ·    ·"].count("\x1b[2m·") == 2
+    absent = styled["7        w"]
     assert "·" not in absent and "\x1b[2m7" in absent and "\x1b[2mw" not in absent
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in shown(small, terminal=True)
@@ -158,26 +155,25 @@ def test_silence_is_dimmed_on_a_terminal_only(small, monkeypatch):
 def test_columns_are_cut_to_the_terminal(tmp_path, width):
     names = tuple(f"stream_{i}" for i in range(16))
     streams = StreamsConfig(names=names, kinds=("output",) * 16)
-    wide = ["\u65e5\u672c\u8a9e\u306e\u9577\u3044\u8a00\u8449", "short", "unpronounceable", ""]
+    words = ["\u65e5\u672c\u8a9e\u306e\u9577\u3044\u8a00\u8449", "short", "unpronounceable", ""]
     directory, _ = prepared(
-        tmp_path, [[[wide[(i + j) % 4] for j in range(4)] for i in range(16)]], streams
+        tmp_path, [[[words[(i + j) % 4] for j in range(4)] for i in range(16)]], streams
     )
     text = shown(directory, width=width)
-    assert all(word in text for word in wide)  # a file may be as wide as it likes
+    assert all(word in text for word in words)  # a file has no width that limits lines
     lines = shown(directory, width=width, terminal=True, example="0")
     lines = [re.sub(r"\x1b\[[\d;]+m", "", line) for line in lines.splitlines()]
     rows = [line for line in lines if re.match(r"(row|\d) ", line)]
     assert len(rows) == 5 and max(cell_len(line) for line in rows) <= max(width, 4 + 16 * 4)
     assert sum("\u2026" in line for line in rows) >= 4
-    starts = [re.search(r"\u00b7|un", line) for line in rows[1:]]
-    assert all(
-        cell_len(rows[1 + i][: found.start()]) % 2 == 0 or width != 60
-        for i, found in enumerate(starts)
-    )
+    if width == 60:  # each column takes three characters and a space
+        for line in rows[1:]:
+            start = re.search(r"\u00b7|un", line).start()
+            assert cell_len(line[:start]) % 4 == 0
 
 
 def test_columns_are_aligned(tmp_path):
-    """In characters of the terminal: wide ones take two, an escaped one as many as are shown."""
+    """Also with characters that are two columns wide, escaped or combining."""
     streams = StreamsConfig(names=("a", "b"), kinds=("output", "output"))
     said = ["\u65e5", "x", "\n", "\u0301", "\u00a0"]
     directory, _ = prepared(tmp_path, [[said, ["|"] * 5]], streams, model_type="char")
@@ -198,8 +194,8 @@ def test_spelling():
     assert spelled("\n") == [r"\n"]
     assert cells.visible("\t\x1b[2m\u202e\u200d") == r"\t\x1b[2m\u202e\u200d"
 
-    # An alphabet for bytes, as GPT-2's: a token shows its bytes as text if they are valid UTF-8, or
-    # else its spelling in the vocabulary.
+    # With a byte alphabet such as GPT-2's, a token shows its bytes as text if they are valid UTF-8,
+    # and otherwise its spelling in the vocabulary.
     pieces = [
         "<silence>",
         "\u0120the",
@@ -218,7 +214,8 @@ def test_spelling():
     model.add_special_tokens(["<silence>"])
     loaded = tokenizer.Tokenizer.from_bytes("tokenizers", model.to_str().encode(), "<silence>")
     spelled = [cells.spelling(loaded, token) for token in range(1, len(pieces))]
-    # The first middle dot is half a character. The second is a whole one, which looks like silence.
+    # The first middle dot is the spelling of half a character. The second is the character itself.
+    # Both are marked with <>, because a bare dot means silence.
     assert spelled == [
         "the",
         r"\n",
@@ -232,7 +229,7 @@ def test_spelling():
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
-def test_examples_by_number_and_id_are_the_loaders(tmp_path, split):
+def test_examples_by_number_and_id_equal_those_of_the_loader(tmp_path, split):
     directory, config = prepared(tmp_path, many(60), eval_percent=50.0, batch_size=4, shards=3)
     loader = Loader(config.data, split, StreamSpec.from_config(config.streams))
     expected = {}
@@ -257,14 +254,12 @@ def test_examples_by_number_and_id_are_the_loaders(tmp_path, split):
     lines = text.splitlines()
     assert f"── example 3, {names[3]}, {len(found[3][1].tokens)} rows ──" in lines
     assert sum(bool(re.match(r"\d", line)) for line in lines) == len(found[3][1].tokens)
-    said = [
-        loader.tokenizer.decode(found[3][1].tokens[:, s][found[3][1].present[:, s]])
-        for s in range(2)
-    ]
-    assert lines[-2:] == [f"user: {said[0]}", f"output: {said[1]}"]
+    third = found[3][1]
+    user, output = (loader.tokenizer.decode(third.tokens[third.present[:, s], s]) for s in range(2))
+    assert lines[-2:] == [f"user: {user}", f"output: {output}"]
 
 
-def test_overlap_of_a_sample(tmp_path):
+def test_overlap_is_counted_over_all_tables_or_a_sample(tmp_path):
     directory, config = prepared(tmp_path, many(60), shards=4)
     data = Split(directory, "train")
     silence = data.columns.tokenizer.silence_id
@@ -278,12 +273,11 @@ def test_overlap_of_a_sample(tmp_path):
     third = [len(data) * i // 3 for i in range(3)]
     rows = sum(int((tables[i].segment > 0).sum()) for i in third)
     assert prepared_view.overlap(data, 3) == (sum(int(speak[i].sum()) for i in third), rows, 3)
-    assert "(a sample: 3 tables, evenly spread)" in str(
-        prepared_view.statistics(data, prepared_view.overlap(data, 3))
-    )
+    statistics = prepared_view.statistics(data, prepared_view.overlap(data, 3))
+    assert "(a sample: 3 tables, evenly spread)" in str(statistics)
 
 
-def test_only_shards_that_are_shown_are_read(tmp_path, monkeypatch):
+def test_only_the_shards_of_shown_tables_are_read(tmp_path, monkeypatch):
     directory, _ = prepared(tmp_path, many(60), shards=8)
     shards = sorted(directory.glob("train-*"))
     for shard in shards[1:]:
@@ -305,9 +299,12 @@ def test_only_shards_that_are_shown_are_read(tmp_path, monkeypatch):
 
 
 class Page(html.parser.HTMLParser):
-    """Parses a page and checks that its tags are balanced.
+    """Parses a page. Asserts that its tags are balanced and that it loads nothing.
 
-    `tables` holds a list of rows for each table, and [class, text] for each cell.
+    Attributes:
+      tables: for each table of cells its rows, and for each cell [class, text].
+      marks: the headings of examples.
+      text: all text.
     """
 
     VOID = ("meta",)
@@ -343,7 +340,7 @@ class Page(html.parser.HTMLParser):
             self.marks.append(data)
 
 
-def test_page_holds_every_cell(tmp_path):
+def test_the_page_holds_every_cell(tmp_path):
     streams = StreamsConfig(names=("<b>", "output"), kinds=("input", "output"), delays=(0, 1))
     said = ["<i>", "&amp;", '"', "\n", "\u65e5", "</td>", "'", "", None]
     lines = [[said[i:] + said[:i], [*"abcdefgh", ""]] for i in range(7)]
@@ -370,13 +367,12 @@ def test_page_holds_every_cell(tmp_path):
         ):
             row = []
             for token, there in zip(tokens.tolist(), present):
-                silent = token == words.silence_id
-                cell = (
-                    ["silence", cells.SILENT]
-                    if silent
-                    else [None, words.piece(token).replace("\n", r"\n")]
-                )
-                row.append(cell if there else ["absent", ""])
+                if not there:
+                    row.append(["absent", ""])
+                elif token == words.silence_id:
+                    row.append(["silence", cells.SILENT])
+                else:
+                    row.append([None, words.piece(token).replace("\n", r"\n")])
             rows.append(row)
         expected.append(rows)
         marks += [f"example {first + i}, {name}, 10 rows" for i, name in enumerate(packed.examples)]
@@ -389,7 +385,7 @@ def test_page_holds_every_cell(tmp_path):
     assert Page(file.read_text()).marks == [marks[3]]
 
 
-def test_more_counts_of_the_manifest_are_shown(small):
+def test_all_counts_of_the_manifest_are_shown(small):
     path = small / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["duplicates"] = {"train": 1234, "eval": 0, "train_and_eval": 5}
@@ -412,10 +408,11 @@ def test_one_stream_has_no_overlap(tmp_path):
     directory, _ = prepared(tmp_path, [[["a", "b"]]], one)
     assert "  overlap" not in shown(directory)
     shown(directory, file=tmp_path / "x.html")
-    assert "overlap" not in Page((tmp_path / "x.html").read_text()).text.split("split train")[-1]
+    page = Page((tmp_path / "x.html").read_text())
+    assert "overlap" not in page.text.split("split train")[-1]
 
 
-def test_bad_requests(small, tmp_path):
+def test_options_that_do_not_fit_the_data_are_refused(small, tmp_path):
     for message, options in {
         "--example=2: split 'train' of .* holds the examples 0 to 1": {"example": "2"},
         "--example='-1': give a number from 0 to 1, or an id of 16 hex digits": {"example": "-1"},
@@ -457,7 +454,8 @@ def test_command_line(small):
     )
 
 
-def test_a_reader_that_has_seen_enough(small):
+def test_a_closed_pipe_ends_the_command_quietly(small):
+    """As in `msllm inspect DIR | head`."""
     line = [sys.executable, "-m", "msllm", "inspect", str(small)]
     with subprocess.Popen(
         line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -1,6 +1,6 @@
-"""The launchers: the commands that they print, and their loops with real processes and signals.
+"""The launchers: the commands that they print, and their restart loops.
 
-Stand-in programs take the place of msllm, gcloud and Slurm.
+The loops run with real processes and signals. Stand-in programs replace msllm, gcloud and Slurm.
 """
 
 import contextlib
@@ -16,6 +16,8 @@ import sys
 import time
 import types
 
+import jsonschema
+import kubernetes_validate
 import psutil
 import pytest
 import yaml
@@ -39,12 +41,9 @@ JOBSET = (
 
 
 def launch(*command, timeout=30, **environment):
-    """Runs a command from the root, without variables that the launchers are to set themselves."""
-    clean = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("XLA_FLAGS", "JAX_PLATFORMS", "SLURM_JOB_ID")
-    }
+    """Runs a command in the root folder, without variables that the launchers should set."""
+    unset = ("XLA_FLAGS", "JAX_PLATFORMS", "SLURM_JOB_ID")
+    clean = {key: value for key, value in os.environ.items() if key not in unset}
     clean["PYTHONPATH"] = str(ROOT)
     clean |= {key: str(value) for key, value in environment.items()}
     return subprocess.run(
@@ -52,8 +51,8 @@ def launch(*command, timeout=30, **environment):
     )
 
 
-def program(path, text):
-    """Makes an executable shell script."""
+def write_program(path, text):
+    """Writes an executable shell script and returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("#!/usr/bin/env bash\n" + text)
     path.chmod(0o755)
@@ -62,9 +61,9 @@ def program(path, text):
 
 @contextlib.contextmanager
 def started(*command, **options):
-    """Runs a command from the root in the background.
+    """Runs a command in the root folder in the background.
 
-    If the test fails, the command is killed. Leaving the context of subprocess.Popen would wait.
+    Kills the command if the test fails. Leaving the context of subprocess.Popen alone would wait.
     """
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, **options) as process:
         try:
@@ -76,7 +75,7 @@ def started(*command, **options):
 def wait_for(condition, seconds=15):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, f"the condition did not hold within {seconds} s"
         time.sleep(0.05)
 
 
@@ -88,12 +87,10 @@ def running(pid):
 
 
 def values_of(hardware):
-    lines = [
-        line.split(" ", 1)
-        for line in (LAUNCH / "flags.env").read_text().splitlines()
-        if line[:1] != "#"
-    ]
-    return dict(value.split("=", 1) for name, value in lines if name == hardware)
+    """The variables that launch/flags.env sets for this hardware."""
+    lines = (LAUNCH / "flags.env").read_text().splitlines()
+    entries = [line.split(" ", 1) for line in lines if not line.startswith("#")]
+    return dict(value.split("=", 1) for name, value in entries if name == hardware)
 
 
 # All scripts
@@ -111,15 +108,14 @@ def test_shellcheck_finds_nothing(tmp_path):
 @pytest.mark.parametrize(
     "script", ["local_pod.sh", "tpu_vm.sh", "on_host.sh", "slurm.sh", "gke/jobset.py"]
 )
-def test_help_names_what_there_is(script):
+def test_help_names_every_option(script):
     command = [sys.executable] if script.endswith(".py") else []
     shown = launch(*command, f"launch/{script}", "--help")
     assert shown.stdout and "error" not in shown.stderr
     if script in ("local_pod.sh", "tpu_vm.sh", "slurm.sh"):
         assert shown.returncode == 0
-        accepted = set(
-            re.findall(r"^    (--[a-z-]+)(?:=\*)?(?: \||\))", (LAUNCH / script).read_text(), re.M)
-        )
+        cases = r"^    (--[a-z-]+)(?:=\*)?(?: \||\))"  # of the `case` that parses the arguments
+        accepted = set(re.findall(cases, (LAUNCH / script).read_text(), re.M))
         assert accepted and accepted <= set(re.findall(r"--[a-z-]+", shown.stdout))
 
 
@@ -172,16 +168,15 @@ def test_help_names_what_there_is(script):
 )
 def test_bad_arguments_end_with_status_2(command, message):
     found = launch(*command, "--dry-run")
-    assert (
-        found.returncode == 2
-        and message in found.stderr
-        and found.stderr.startswith(("error: ", "Failed to find host"))
-    )
+    assert found.returncode == 2 and message in found.stderr
+    # libtpu may print a line of its own first.
+    assert found.stderr.startswith(("error: ", "Failed to find host"))
 
 
-def test_jaxlib_knows_the_flags_of_xla():
+def test_jaxlib_knows_the_xla_flags():
     flags = " ".join(values_of(hardware)["XLA_FLAGS"] for hardware in ("cpu", "gpu"))
-    show = "import jax; print(len(jax.devices()))"  # an unknown flag ends the process
+    # XLA ends a process that sets an unknown flag.
+    show = "import jax; print(len(jax.devices()))"
     assert launch(sys.executable, "-c", show, XLA_FLAGS=flags, JAX_PLATFORMS="cpu").stdout == "1\n"
 
 
@@ -198,7 +193,8 @@ busy() { while true; do sleep 0.1; done; }
 
 
 def local_pod(tmp_path, body, *options):
-    stub = program(tmp_path / "stub", STUB + body)
+    """A command that runs a shell script `body` in three processes instead of msllm."""
+    stub = write_program(tmp_path / "stub", STUB + body)
     return (
         "launch/local_pod.sh",
         "3",
@@ -210,11 +206,12 @@ def local_pod(tmp_path, body, *options):
 
 
 def logs(tmp_path, attempt):
+    """The output of each process of an attempt; empty if there was no such attempt."""
     folder = tmp_path / "run" / "logs" / f"attempt-{attempt}"
     return [path.read_text() for path in sorted(folder.glob("*.log"))]
 
 
-def no_orphans(tmp_path):
+def assert_no_orphans(tmp_path):
     pids = [path.read_text() for path in tmp_path.rglob("*.pid")]
     assert pids and not any(map(running, pids))
 
@@ -231,16 +228,12 @@ def test_local_pod_prints_its_commands(tmp_path):
             "JAX_PLATFORMS=cpu",
         } <= set(command)
         assert any(word.endswith("--xla_force_host_platform_device_count=4") for word in command)
-    ports = {
-        word
-        for command in commands
-        for word in command
-        if word.startswith("--coordinator_address=127.0.0.1:")
-    }
-    assert len(ports) == 1
+    words = [word for command in commands for word in command]
+    addresses = [word for word in words if word.startswith("--coordinator_address=127.0.0.1:")]
+    assert len(addresses) == 3 and len(set(addresses)) == 1
 
 
-def test_local_pod_ends_well(tmp_path):
+def test_local_pod_logs_each_process_and_shows_the_first(tmp_path):
     body = 'echo "process $id of $XLA_FLAGS on $JAX_PLATFORMS"'
     found = launch(*local_pod(tmp_path, body, "--devices=2"), XLA_FLAGS="--mine=1")
     assert found.returncode == 0, found.stderr
@@ -253,17 +246,14 @@ def test_local_pod_ends_well(tmp_path):
 
 
 def test_local_pod_does_not_repeat_bad_input(tmp_path):
-    found = launch(
-        *local_pod(
-            tmp_path, "if [[ $id == 1 ]]; then exit 2; fi; sleep 0.4; exit 1", "--restarts=3"
-        )
-    )
+    body = "if [[ $id == 1 ]]; then exit 2; fi; sleep 0.4; exit 1"
+    found = launch(*local_pod(tmp_path, body, "--restarts=3"))
     assert found.returncode == 2 and len(logs(tmp_path, 1)) == 3 and not logs(tmp_path, 2)
-    no_orphans(tmp_path)
+    assert_no_orphans(tmp_path)
 
 
-def test_local_pod_starts_again_after_a_death(tmp_path):
-    # The first time process 1 dies, process 2 notices and process 0 hangs.
+def test_local_pod_starts_again_after_a_process_dies(tmp_path):
+    # In the first attempt process 1 dies, process 2 notices it and process 0 hangs.
     body = """
     if [[ -e $workdir/again-$id ]]; then exit 0; fi
     touch "$workdir/again-$id"
@@ -275,13 +265,10 @@ def test_local_pod_starts_again_after_a_death(tmp_path):
     """
     found = launch(*local_pod(tmp_path, body, "--restarts=1", "--grace=3"))
     assert found.returncode == 0, found.stderr
-    assert (
-        "noticed" in logs(tmp_path, 1)[2]
-        and "killing 1 process" in found.stderr
-        and len(logs(tmp_path, 2)) == 3
-    )
+    assert "noticed" in logs(tmp_path, 1)[2] and len(logs(tmp_path, 2)) == 3
     assert "process 1 ended with status 137" in found.stderr
-    no_orphans(tmp_path)
+    assert "killing 1 process" in found.stderr
+    assert_no_orphans(tmp_path)
 
 
 def test_local_pod_starts_again_after_a_preemption(tmp_path):
@@ -290,10 +277,9 @@ def test_local_pod_starts_again_after_a_preemption(tmp_path):
     assert found.returncode == 0 and len(logs(tmp_path, 2)) == 3 and not logs(tmp_path, 3)
 
 
-def test_local_pod_gives_up(tmp_path):
-    found = launch(
-        *local_pod(tmp_path, "if [[ $id == 0 ]]; then exit 9; fi; exit 75", "--restarts=1")
-    )
+def test_local_pod_gives_up_after_its_restarts(tmp_path):
+    body = "if [[ $id == 0 ]]; then exit 9; fi; exit 75"
+    found = launch(*local_pod(tmp_path, body, "--restarts=1"))
     assert found.returncode == 9 and logs(tmp_path, 2) and not logs(tmp_path, 3)
 
 
@@ -302,14 +288,17 @@ def test_local_pod_passes_signals_on(tmp_path, number, status):
     command = local_pod(tmp_path, "echo ready; busy", "--restarts=3")
     with started(*command, stderr=subprocess.DEVNULL, start_new_session=True) as pod:
         wait_for(lambda: sum("ready" in log for log in logs(tmp_path, 1)) == 3)
-        os.killpg(pod.pid, number) if number == signal.SIGINT else pod.send_signal(number)
+        if number == signal.SIGINT:  # a terminal sends it to the whole group
+            os.killpg(pod.pid, number)
+        else:
+            pod.send_signal(number)
         assert pod.wait(10) == status
     assert all("saved" in log for log in logs(tmp_path, 1)) and not logs(tmp_path, 2)
-    no_orphans(tmp_path)
+    assert_no_orphans(tmp_path)
 
 
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv (util-linux)")
-def test_local_pod_leaves_nothing_when_it_is_killed(tmp_path):
+def test_processes_of_a_killed_local_pod_save_and_end(tmp_path):
     with started(*local_pod(tmp_path, "echo ready; busy")) as pod:
         wait_for(lambda: sum("ready" in log for log in logs(tmp_path, 1)) == 3)
         pod.kill()
@@ -320,25 +309,26 @@ def test_local_pod_leaves_nothing_when_it_is_killed(tmp_path):
 # tpu_vm.sh
 
 
-def shown_commands(*command):
+def printed_commands(*command):
+    """The commands that a dry run prints, as lists of words."""
     shown = launch(*command, "--dry-run")
     assert shown.returncode == 0, shown.stderr
     return [shlex.split(line) for line in shown.stdout.splitlines()]
 
 
-def test_tpu_vm_asks_for_one_slice_and_for_several():
+def test_tpu_vm_requests_one_slice_or_several():
     resources = ["gcloud", "compute", "tpus", "queued-resources"]
     place = ["--zone=us-west4-a", "--project=mine"]
     what = ["--accelerator-type=v5litepod-256", "--runtime-version=v2-alpha-tpuv5-lite"]
-    assert shown_commands(*TPU_VM, "create") == [
+    assert printed_commands(*TPU_VM, "create") == [
         [*resources, "create", "pod", *what, "--node-id=pod", *place]
     ]
     several = [*what, "--node-count=2", "--node-prefix=pod", "--spot", "--service-account=me@x"]
     options = ("--slices=2", "--spot", "--service-account=me@x")
-    assert shown_commands(*TPU_VM, "create", *options) == [
+    assert printed_commands(*TPU_VM, "create", *options) == [
         [*resources, "create", "pod", *several, *place]
     ]
-    assert shown_commands(*TPU_VM, "delete") == [
+    assert printed_commands(*TPU_VM, "delete") == [
         [*resources, "delete", "pod", "--force", "--quiet", *place]
     ]
     for type_, runtime in (
@@ -346,15 +336,13 @@ def test_tpu_vm_asks_for_one_slice_and_for_several():
         ("v5p-128", "v2-alpha-tpuv5"),
         ("v4-128", "tpu-ubuntu2204-base"),
     ):
-        assert (
-            f"--runtime-version={runtime}"
-            in shown_commands(*TPU_VM, "create", f"--type={type_}")[0]
-        )
+        (create,) = printed_commands(*TPU_VM, "create", f"--type={type_}")
+        assert f"--runtime-version={runtime}" in create
 
 
-def test_tpu_vm_quotes_what_a_host_shall_read():
+def test_tpu_vm_quotes_arguments_for_the_shell_of_a_host():
     lags = "--config.streams.lags=(('output', 'user', '3'),)"
-    (command,) = shown_commands(
+    (command,) = printed_commands(
         *TPU_VM, "start", lags, "--env=A=b c", "--ssh-option=--tunnel-through-iap"
     )
     assert {"--node=all", "--worker=all", "--tunnel-through-iap"} <= set(command)
@@ -370,19 +358,16 @@ def test_tpu_vm_quotes_what_a_host_shall_read():
     ]
 
 
-def test_tpu_vm_run_prints_the_whole_course():
-    verbs = [
-        command[4] if command[0] == "gcloud" else command[0]
-        for command in shown_commands(*TPU_VM, "run")
-    ]
-    assert verbs == ["create", "list", "git", "scp", "rm", "ssh", "ssh", "ssh", "delete"]
-    assert "delete" not in [
-        command[4] for command in shown_commands(*TPU_VM, "run", "--keep") if command[0] == "gcloud"
-    ]
+def test_a_dry_run_of_tpu_vm_run_prints_all_commands():
+    def verbs(*options):
+        commands = printed_commands(*TPU_VM, "run", *options)
+        return [command[4] if command[0] == "gcloud" else command[0] for command in commands]
+
+    assert verbs() == ["create", "list", "git", "scp", "rm", "ssh", "ssh", "ssh", "delete"]
+    assert verbs("--keep") == verbs()[:-1]
 
 
-# The one host is a folder, and the state of the queued resource is a file. Each training ends with
-# the next status in the file `statuses`.
+# A stand-in for gcloud. The only host is a folder, and the state of the queued resource is a file.
 GCLOUD = """
 echo "$4 $*" >>"$CLOUD/calls"
 for argument; do
@@ -406,6 +391,8 @@ case $4 in
   *) exit 1 ;;
 esac
 """
+# A stand-in for the Python of the host. Each training ends with the next status in the file
+# `statuses`.
 TRAINING = """
 if [[ $1 == -c ]]; then exit 0; fi
 echo "train $* $JAX_PLATFORMS"
@@ -420,12 +407,13 @@ exit "$status"
 
 @pytest.fixture
 def cloud(tmp_path, monkeypatch):
-    program(tmp_path / "bin" / "gcloud", GCLOUD)
-    program(tmp_path / "host" / "msllm" / ".venv" / "bin" / "python", TRAINING)
+    """(folder of a stand-in for Google Cloud, environment in which the launcher finds it)."""
+    write_program(tmp_path / "bin" / "gcloud", GCLOUD)
+    write_program(tmp_path / "host" / "msllm" / ".venv" / "bin" / "python", TRAINING)
     stamp = tmp_path / "host" / "msllm" / ".venv" / "installed-tpu"  # nothing to install
     stamp.touch()
     os.utime(stamp, (2**32, 2**32))
-    # The commit to install has the files as they are, and touches neither them nor a branch.
+    # Install the files of the working tree: this makes a commit of them that is on no branch.
     who = {
         f"GIT_{role}_{what}": "test"
         for role in ("AUTHOR", "COMMITTER")
@@ -449,10 +437,8 @@ def test_tpu_vm_runs_until_complete(cloud):
     (folder / "statuses").write_text("preempted\n1\n0\n")
     found = launch(*TPU_VM, "run", "--poll=1", "--env=MINE=1", timeout=60, **environment)
     assert found.returncode == 0, found.stderr
-    assert (
-        calls(folder).count("create") == calls(folder).count("delete") == 2
-        and not (folder / "state").exists()
-    )
+    assert calls(folder).count("create") == calls(folder).count("delete") == 2
+    assert not (folder / "state").exists()
     log = (folder / "host" / "msllm-run" / "train.log").read_text().splitlines()
     assert log == [f"train -m msllm train {' '.join(TRAIN)} tpu,cpu"] * 3
 
@@ -469,15 +455,13 @@ def test_tpu_vm_gives_up_after_crashes_and_keeps_the_machines(cloud):
     folder, environment = cloud
     (folder / "statuses").write_text("1\n134\n0\n")
     found = launch(*TPU_VM, "run", "--poll=1", "--restarts=1", **environment)
-    assert (
-        found.returncode == 1
-        and "it still costs money" not in found.stderr
-        and "still there and costs" in found.stderr
-    )
+    assert found.returncode == 1
+    assert "it still costs money" not in found.stderr
+    assert "still there and costs" in found.stderr
     assert "delete" not in calls(folder)
 
 
-def test_tpu_vm_goes_on_watching_and_ends_after_stop(cloud):
+def test_tpu_vm_run_continues_to_watch_a_run_and_ends_after_stop(cloud):
     folder, environment = cloud
     (folder / "statuses").write_text("wait\n0\n")
     variables = os.environ | {key: str(value) for key, value in environment.items()}
@@ -492,14 +476,16 @@ def test_tpu_vm_goes_on_watching_and_ends_after_stop(cloud):
         assert watch.wait(15) == 75
     assert calls(folder).count("scp") == 1 and "delete" not in calls(folder)
     assert not running((folder / "host" / "msllm-run" / "pid").read_text())
-    # The same command goes on with the machines that are there.
+    # The same command continues with the existing machines.
     assert launch(*TPU_VM, "run", "--poll=1", **environment).returncode == 0
     assert calls(folder).count("create") == 1
 
 
-def test_tpu_vm_ends_with_ctrl_c_whatever_gcloud_makes_of_it(cloud):
+def test_tpu_vm_ends_on_ctrl_c_even_if_gcloud_ignores_it(cloud):
     folder, environment = cloud
-    program(folder / "bin" / "gcloud", 'trap "" INT; touch "$CLOUD/asked"; sleep 1; echo ACTIVE')
+    write_program(
+        folder / "bin" / "gcloud", 'trap "" INT; touch "$CLOUD/asked"; sleep 1; echo ACTIVE'
+    )
     variables = os.environ | {key: str(value) for key, value in environment.items()}
     with started(*TPU_VM, "run", "--poll=1", env=variables, start_new_session=True) as watch:
         wait_for((folder / "asked").exists)
@@ -529,10 +515,11 @@ if [[ $1 == show ]]; then echo "   JobState=${STATE:-RUNNING} Reason=None Requeu
 
 @pytest.fixture
 def cluster(tmp_path):
-    program(tmp_path / "bin" / "sbatch", 'cat >"$CLUSTER/job.sh"')
-    program(tmp_path / "bin" / "srun", SRUN)
-    program(tmp_path / "bin" / "scontrol", SCONTROL)
-    program(
+    """(folder of a stand-in for Slurm with a submitted job, environment of the job)."""
+    write_program(tmp_path / "bin" / "sbatch", 'cat >"$CLUSTER/job.sh"')
+    write_program(tmp_path / "bin" / "srun", SRUN)
+    write_program(tmp_path / "bin" / "scontrol", SCONTROL)
+    write_program(
         tmp_path / "bin" / "scancel",
         '[[ $* == "--signal=TERM 7" ]] && kill -TERM "$(cat "$CLUSTER/pid")"',
     )
@@ -544,15 +531,15 @@ def cluster(tmp_path):
     return tmp_path, environment | {"SLURM_JOB_ID": "7"}
 
 
-def job(cluster, **environment):
-    """(status of the job, whether it was requeued)"""
+def run_job(cluster, **environment):
+    """Runs the job script, and returns (status of the job, whether it was requeued)."""
     folder, base = cluster
     (folder / "calls").write_text("")
     found = launch("bash", f"{folder}/job.sh", **base, **environment)
     return found.returncode, "scontrol requeue 7" in (folder / "calls").read_text()
 
 
-def test_slurm_job_asks_for_what_is_needed(tmp_path):
+def test_slurm_job_requests_its_resources(tmp_path):
     per_node = launch(
         *SLURM,
         "--workdir=runs/x",
@@ -562,24 +549,19 @@ def test_slurm_job_asks_for_what_is_needed(tmp_path):
         "--env=A=b c",
     ).stdout
     options = set(re.findall(r"^#SBATCH (.*)", per_node, re.M))
-    wanted = (
+    assert {
         "--nodes=2",
         "--ntasks-per-node=1",
         "--gpus-per-node=8",
         "--signal=B:TERM@300",
         "--requeue",
         "--partition=gpu",
-    )
-    assert {
-        *wanted,
         "--open-mode=append",
         "--time=24:00:00",
         f"--output={ROOT}/runs/x/slurm-%j.log",
     } <= options
-    assert (
-        "export JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7\n" in per_node
-        and "export A='b c'\n" in per_node
-    )
+    assert "export JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7\n" in per_node
+    assert "export A='b c'\n" in per_node
     assert all(f"export {key}={value}\n" in per_node for key, value in values_of("gpu").items())
     per_gpu = launch(*SLURM, "--workdir=runs/x", "--per=gpu", "--gpus=4", "--dry-run").stdout
     assert "#SBATCH --ntasks-per-node=4\n" in per_gpu and "JAX_LOCAL_DEVICE_IDS" not in per_gpu
@@ -587,17 +569,17 @@ def test_slurm_job_asks_for_what_is_needed(tmp_path):
 
 
 @pytest.mark.parametrize("mode, requeued", [("0", False), ("2", False), ("75", True)])
-def test_slurm_job_requeues_what_was_saved(cluster, mode, requeued):
-    assert job(cluster, MODE=mode) == (int(mode), requeued)
+def test_slurm_job_requeues_a_run_that_was_stopped_and_saved(cluster, mode, requeued):
+    assert run_job(cluster, MODE=mode) == (int(mode), requeued)
 
 
 def test_slurm_job_gives_up_after_crashes(cluster):
-    assert [job(cluster, MODE="137") for _ in range(2)] == [(137, True), (137, False)]
-    assert job(cluster, MODE="75") == (75, True)
+    assert [run_job(cluster, MODE="137") for _ in range(2)] == [(137, True), (137, False)]
+    assert run_job(cluster, MODE="75") == (75, True)
 
 
-def test_slurm_job_stays_cancelled(cluster):
-    assert job(cluster, MODE="75", STATE="CANCELLED") == (75, False)
+def test_a_cancelled_slurm_job_is_not_requeued(cluster):
+    assert run_job(cluster, MODE="75", STATE="CANCELLED") == (75, False)
 
 
 def test_slurm_job_saves_before_its_time_limit(cluster):
@@ -605,7 +587,7 @@ def test_slurm_job_saves_before_its_time_limit(cluster):
     environment = os.environ | {key: str(value) for key, value in base.items()} | {"MODE": "signal"}
     with started("bash", f"{folder}/job.sh", env=environment) as batch:
         wait_for((folder / "pid").exists)
-        batch.send_signal(signal.SIGTERM)  # to the script alone
+        batch.send_signal(signal.SIGTERM)  # Slurm sends it to the script only
         assert batch.wait(10) == 75
     assert "scontrol requeue 7" in (folder / "calls").read_text()
 
@@ -626,8 +608,8 @@ RULE = OBJECT | {
         "onJobFailureMessagePatterns": {"type": "array", "items": {"type": "string"}},
     },
 }
-# The fields of jobset.x-k8s.io/v1alpha2 that are used (api/jobset/v1alpha2/jobset_types.go of
-# kubernetes-sigs/jobset).
+# The fields of jobset.x-k8s.io/v1alpha2 that jobset.py uses, from
+# api/jobset/v1alpha2/jobset_types.go of kubernetes-sigs/jobset.
 JOBSET_SCHEMA = OBJECT | {
     "required": ["apiVersion", "kind", "metadata", "spec"],
     "properties": {
@@ -665,7 +647,7 @@ JOBSET_SCHEMA = OBJECT | {
                             "name": {"type": "string"},
                             "replicas": {"type": "integer", "minimum": 1},
                             "template": OBJECT
-                            | {"properties": {"spec": {"type": "object"}}},  # a Job's: below
+                            | {"properties": {"spec": {"type": "object"}}},  # of a Job
                         },
                     },
                 },
@@ -677,24 +659,22 @@ JOBSET_SCHEMA = OBJECT | {
 
 @pytest.fixture(scope="module")
 def jobset():
+    """The module launch/gke/jobset.py."""
     spec = importlib.util.spec_from_file_location("jobset", LAUNCH / "gke" / "jobset.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["jobset"] = module  # where dataclasses look for it
+    sys.modules["jobset"] = module  # dataclasses look it up
     spec.loader.exec_module(module)
     return module
 
 
 def validated(manifest):
-    """The Job's spec of a manifest, which is checked against its schemas first."""
-    import jsonschema
-    import kubernetes_validate
-
+    """Validates a manifest against the schemas of JobSet and Job, and returns the Job's spec."""
     jsonschema.validate(manifest, JOBSET_SCHEMA)
     (replicated,) = manifest["spec"]["replicatedJobs"]
     spec = replicated["template"]["spec"]
-    whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}, "spec": spec}
-    kubernetes_validate.validate(whole, "1.35", strict=True)
-    # The API server has one more rule: with a pod failure policy, pods are never restarted.
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}, "spec": spec}
+    kubernetes_validate.validate(job, "1.35", strict=True)
+    # The API server requires this of a Job with a pod failure policy. The schema does not say so.
     assert spec["template"]["spec"]["restartPolicy"] == "Never"
     return spec
 
@@ -731,8 +711,8 @@ def test_jobset_of_a_slice(tmp_path):
         "--config.optim.lr=1e-3",
     ]
     assert {entry["name"]: entry["value"] for entry in container["env"]} == values_of("tpu")
-    # 8.2e9 parameters of 12 bytes over 64 hosts at 50 MB/s take 31 s, which is rounded up to halves
-    # of a minute. Another minute is for the step.
+    # To save 8.2e9 parameters of 12 bytes on 64 hosts at 50 MB/s takes 31 s, which is rounded up to
+    # a multiple of half a minute. Another minute is for the step that is running.
     assert pod["terminationGracePeriodSeconds"] == 60 + 60
 
 
@@ -752,15 +732,11 @@ def test_jobset_of_several_slices(jobset):
     assert variables["MEGASCALE_COORDINATOR_ADDRESS"]["value"] == "mine-slice-0-0.mine"
     index = "metadata.annotations['jobset.sigs.k8s.io/job-index']"
     assert variables["MEGASCALE_SLICE_ID"]["valueFrom"]["fieldRef"]["fieldPath"] == index
-    assert (
-        pod["serviceAccountName"] == "trainer"
-        and pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
-    )
+    assert pod["serviceAccountName"] == "trainer"
+    assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     assert pod["hostNetwork"] and pod["dnsPolicy"] == "ClusterFirstWithHostNet"
-    assert [mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]] == [
-        "/dev/shm",
-        "/data",
-    ]
+    mounts = [mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]]
+    assert mounts == ["/dev/shm", "/data"]
 
 
 @pytest.mark.parametrize(
@@ -770,18 +746,18 @@ def test_jobset_of_several_slices(jobset):
         (75, False, "RestartJobSetAndIgnoreMaxRestarts"),
         (75, True, "RestartJobSetAndIgnoreMaxRestarts"),
         (137, True, "RestartJobSetAndIgnoreMaxRestarts"),
-        (137, False, None),  # the default: RestartJobSet, which counts
+        (137, False, None),  # no rule: a restart that counts against --restarts
         (1, False, None),
     ],
 )
-def test_jobset_restarts_what_is_worth_it(jobset, code, disrupted, action):
-    """Follows an exit status through both policies, as the controllers do."""
+def test_the_jobset_reacts_to_exit_statuses(jobset, code, disrupted, action):
+    """Applies the failure policies of pods and of the JobSet as the controllers do."""
     shape = jobset.Slice("tpu-v6e-slice", "2x4", hosts=2, chips_per_host=4)
     manifest = jobset.manifest("mine", "image", [], shape, 1, 90, 5)
     reason, message = "BackoffLimitExceeded", ""
     for rule in validated(manifest)["podFailurePolicy"]["rules"]:
         if code in rule.get("onExitCodes", {}).get("values", []):
-            # As in pkg/controller/job/pod_failure_policy.go of kubernetes.
+            # The wording of pkg/controller/job/pod_failure_policy.go in kubernetes.
             message = (
                 f"Container msllm for pod default/p failed with exit code {code} matching FailJob "
                 "rule at index 0"
@@ -803,7 +779,7 @@ def test_jobset_restarts_what_is_worth_it(jobset, code, disrupted, action):
     assert action is None
 
 
-def test_jobset_knows_hosts_and_generations(jobset):
+def test_jobset_describes_slices_of_each_generation(jobset):
     def devices(hosts, chips=4, slices=1):
         return [
             types.SimpleNamespace(process_index=s * hosts + h, slice_index=s)
@@ -827,7 +803,7 @@ def test_jobset_knows_hosts_and_generations(jobset):
         jobset.describe("v3:4x4", devices(4), 1)
 
 
-def test_jobset_name_leaves_room_for_pods(jobset):
+def test_jobset_names_are_valid_and_leave_room_for_the_names_of_pods(jobset):
     shape = jobset.Slice("tpu-v6e-slice", "2x4", hosts=2, chips_per_host=4)
     longest = "a" * (63 - len("-slice-0-1-abcde"))
     jobset.manifest(longest, "image", [], shape, 1, 90, 5)
