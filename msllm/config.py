@@ -15,10 +15,11 @@ import itertools
 import json
 import math
 import operator
+import os
 import pathlib
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -29,6 +30,11 @@ from msllm.errors import UserError
 def _import_path(default: Any = "") -> Any:
     """A setting that may name code by its import path, or a tuple of such names."""
     return dataclasses.field(default=default, metadata={"import_path": True})
+
+
+def _path(default: Any = "") -> Any:
+    """A setting, or a tuple of settings, that is a path. A leading `~` is the home directory."""
+    return dataclasses.field(default=default, metadata={"path": True})
 
 
 INPUT_ONLY = ("full", "offload")  # remat policies that save only a layer's input
@@ -109,7 +115,7 @@ class TokenizerConfig:
     """The tokenizer that `prepare` trains or loads."""
 
     # a sentencepiece .model or a tokenizers .json; empty: train one on the corpus
-    path: str = ""
+    path: str = _path()
     model_type: str = "unigram"  # of a trained tokenizer: unigram | bpe | word | char
     vocab_size: int = 4096  # of a trained tokenizer: at most this many pieces
     silence: str = "<silence>"  # the piece that means "this stream says nothing now"
@@ -133,7 +139,7 @@ class VaryConfig:
 class MixtureConfig:
     """Several prepared directories to train on, with the same streams, rows and tokenizer."""
 
-    dirs: tuple[str, ...] = ()  # one directory per source; empty: data.dir alone
+    dirs: tuple[str, ...] = _path(())  # one directory per source; empty: data.dir alone
     names: tuple[str, ...] = ()  # names of the sources in metrics; empty: the directories' names
     # per source, its share of the counted tokens; the shares need not sum to 1
     weights: tuple[float, ...] = ()
@@ -152,15 +158,17 @@ class MixtureConfig:
 class DataConfig:
     """Where tables come from and how they are packed and batched (docs/data.md)."""
 
-    dir: str = ""  # prepared data: `prepare` writes it; `train` reads it unless there is a mixture
+    dir: str = (
+        _path()
+    )  # prepared data: `prepare` writes it; `train` reads it unless there is a mixture
     mixture: MixtureConfig = MixtureConfig()
     converter: str = _import_path()  # a name from docs/data.md, or package.module:function
-    path: str = ""  # input of the converter: a file or a glob
+    path: str = _path()  # input of the converter: a file or a glob
     # format of the input (msllm/data/sources.py), or package.module:function of a reader; empty:
     # inferred from the file names
     format: str = _import_path()
     # input of the held-out split; `path` is then training data only; empty: part of `path`
-    eval_path: str = ""
+    eval_path: str = _path()
     eval_format: str = _import_path()  # format of eval_path, like `format`
     bad_percent: float = 0.0  # skip bad records up to this percentage; more are an error
     # options of the converter
@@ -240,7 +248,7 @@ class CheckpointConfig:
     every_minutes: float = 0.0  # also save after this many minutes; 0: off
     # a directory on each host's own disk, such as /mnt/ssd, for additional, faster checkpoints;
     # empty: none
-    local_dir: str = ""
+    local_dir: str = _path()
     local_every: int = 100  # steps between checkpoints in local_dir; the last two are kept
     keep_last: int = 3  # number of most recent checkpoints to keep
     keep_every: int = 0  # also keep every checkpoint at a multiple of this step; 0: none
@@ -269,7 +277,7 @@ class Config:
     steps: int = 1000  # optimizer steps
     seed: int = 0  # seed of the initial parameters
     # a checkpoint to take the initial parameters from (docs/weights.md); empty: random parameters
-    init_from: str = ""
+    init_from: str = _path()
     log_every: int = 10  # steps between lines of metrics
     eval_every: int = 500  # steps between evaluations; 0: never
     # number of held-out batches to evaluate, spread evenly over the split; 0: all
@@ -285,7 +293,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     # directory of compiled programs; auto: WORKDIR/compiled; none: compile on every start
-    compilation_cache: str = "auto"
+    compilation_cache: str = _path("auto")
 
     def __post_init__(self) -> None:
         _validate(self)
@@ -388,15 +396,54 @@ def code_named_by(config: Any, setting: str = "config") -> dict[str, str]:
     return found
 
 
+def setting_type(path: str) -> Any:
+    """Returns the type of a setting as its field declares it.
+
+    Args:
+      path: the dotted path without "config.", e.g. "optim.lr". Below free-form options any path is
+        a setting, of the type Any.
+
+    Raises UserError if there is no such setting.
+    """
+    hint: Any = Config
+    done = "config"
+    for key in path.split("."):
+        if typing.get_origin(hint) is not None and issubclass(typing.get_origin(hint), Mapping):
+            return Any
+        if not dataclasses.is_dataclass(hint):
+            raise UserError(f"unknown config key {done}.{key}: {done} is not a section")
+        hints = typing.get_type_hints(hint)
+        _check_key(key, hints, done)
+        hint, done = hints[key], f"{done}.{key}"
+    return hint
+
+
+def _check_key(key: str, known: Mapping[str, Any], path: str) -> None:
+    """Raises UserError if a section has no such key."""
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {path}.{close[0]}?" if close else f"known: {', '.join(known)}"
+        raise UserError(f"unknown config key {path}.{key}: {hint}")
+
+
 def _from_dict(cls: type, values: Mapping[str, Any], path: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in values:
-        if key not in hints:
-            close = difflib.get_close_matches(key, hints, n=1)
-            hint = f"did you mean {path}.{close[0]}?" if close else f"known: {', '.join(hints)}"
-            raise UserError(f"unknown config key {path}.{key}: {hint}")
-    fields = {key: _convert(hints[key], value, f"{path}.{key}") for key, value in values.items()}
-    return cls(**fields)
+        _check_key(key, hints, path)
+    converted = {}
+    for field in dataclasses.fields(cls):
+        if field.name not in values:
+            continue
+        value = _convert(hints[field.name], values[field.name], f"{path}.{field.name}")
+        converted[field.name] = _expand_home(value) if field.metadata.get("path") else value
+    return cls(**converted)
+
+
+def _expand_home(paths: Any) -> Any:
+    """Replaces a leading `~` by the home directory, in a path or in each path of a tuple."""
+    if isinstance(paths, tuple):
+        return tuple(map(_expand_home, paths))
+    return os.path.expanduser(paths)
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
@@ -441,27 +488,81 @@ _CHOICES = {
     "data.tokenizer.model_type": ("unigram", "bpe", "word", "char"),
     "data.split": ("hash", "tail"),
 }
-_POSITIVE = (
-    "steps",
-    "log_every",
-    "model.d_model",
-    "model.num_layers",
-    "model.num_heads",
-    "model.num_kv_heads",
-    "model.head_dim",
-    "model.d_ff",
-    "model.kv_parts",
-    "model.rope_scaling.factor",
-    "data.batch_size",
-    "data.shards",
-    "optim.lr",
-    "optim.accumulate",
-    "loss.vocab_chunks",
-    "loss.chunk_tokens",
-    "checkpoint.local_every",
-    "checkpoint.keep_last",
-    "monitor.profile_steps",
-)
+# The values that each number may have, alone or as an item of a tuple, for every number of the
+# config.
+_POSITIVE, _NOT_NEGATIVE = "(0, inf)", "[0, inf)"
+_COUNT, _COUNT_OR_ZERO = "[1, 2147483648)", "[0, 2147483648)"  # the devices count in int32
+_SEED = "[0, 4294967296)"
+_RANGES = {
+    "steps": _COUNT,
+    "seed": _SEED,
+    "log_every": _COUNT,
+    "eval_every": _COUNT_OR_ZERO,
+    "eval_batches": _COUNT_OR_ZERO,
+    "model.vocab_size": _COUNT_OR_ZERO,
+    "model.d_model": _COUNT,
+    "model.num_layers": _COUNT,
+    "model.num_heads": _COUNT,
+    "model.num_kv_heads": _COUNT,
+    "model.head_dim": _COUNT,
+    "model.d_ff": _COUNT,
+    "model.norm_eps": _NOT_NEGATIVE,
+    "model.rope_theta": _POSITIVE,
+    "model.rope_scaling.factor": _POSITIVE,
+    "model.rope_scaling.low_freq_factor": _POSITIVE,
+    "model.rope_scaling.high_freq_factor": _POSITIVE,
+    "model.rope_scaling.beta_fast": _POSITIVE,
+    "model.rope_scaling.beta_slow": _POSITIVE,
+    "model.rope_scaling.attention_factor": _NOT_NEGATIVE,
+    "model.rope_scaling.original_max_position": _COUNT,
+    "model.kv_parts": _COUNT,
+    "streams.loss_weights": _NOT_NEGATIVE,
+    "streams.delays": _COUNT_OR_ZERO,
+    "data.mixture.weights": _NOT_NEGATIVE,
+    "data.mixture.schedule": _NOT_NEGATIVE,
+    "data.bad_percent": "[0, 100)",
+    "data.vary.lead": _COUNT_OR_ZERO,
+    "data.vary.pause_percent": "[0, 100]",
+    "data.vary.pause_rows": _COUNT_OR_ZERO,
+    "data.vary.delays": _COUNT_OR_ZERO,
+    "data.tokenizer.vocab_size": _COUNT,
+    "data.rows": "[2, 2147483648)",  # each row predicts the next
+    "data.batch_size": _COUNT,
+    "data.eval_percent": "[0, 100)",
+    "data.max_examples": _NOT_NEGATIVE,
+    "data.shards": "[1, 100000)",  # names of shards have five digits
+    "data.seed": _SEED,
+    "data.prefetch": "[0, 1000]",  # batches in memory
+    "optim.lr": _POSITIVE,
+    "optim.warmup_steps": _COUNT_OR_ZERO,
+    "optim.decay_fraction": "(0, 1]",
+    "optim.final_lr_ratio": "[0, 1]",
+    "optim.b1": "[0, 1)",
+    "optim.b2": "[0, 1)",
+    "optim.eps": _POSITIVE,
+    "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.stream_embedding_lr": _NOT_NEGATIVE,
+    "optim.silence_lr": _NOT_NEGATIVE,
+    "optim.clip_norm": _NOT_NEGATIVE,
+    "optim.accumulate": _COUNT,
+    "optim.max_skipped": _COUNT,
+    "loss.label_smoothing": "[0, 1)",
+    "loss.z_loss": _NOT_NEGATIVE,
+    "loss.chunk_tokens": _COUNT,
+    "loss.vocab_chunks": _COUNT,
+    "mesh.data": "[-1, 2147483648)",  # and not 0, see _validate_mesh
+    "mesh.fsdp": "[-1, 2147483648)",
+    "mesh.stream": "[-1, 2147483648)",
+    "mesh.tensor": "[-1, 2147483648)",
+    "checkpoint.every": _COUNT_OR_ZERO,
+    "checkpoint.every_minutes": _NOT_NEGATIVE,
+    "checkpoint.local_every": _COUNT,
+    "checkpoint.keep_last": _COUNT,
+    "checkpoint.keep_every": _COUNT_OR_ZERO,
+    "monitor.slow_step": "(1, inf)",
+    "monitor.profile_start": _COUNT_OR_ZERO,
+    "monitor.profile_steps": _COUNT,
+}
 
 
 def _validate(config: Config) -> None:
@@ -469,8 +570,11 @@ def _validate(config: Config) -> None:
     for path, choices in _CHOICES.items():
         rule = f"must be one of {', '.join(choices)}"
         _require(config, path, operator.attrgetter(path)(config) in choices, rule)
-    for path in _POSITIVE:
-        _require(config, path, operator.attrgetter(path)(config) > 0, "must be positive")
+    for path, interval in _RANGES.items():
+        numbers = list(_numbers(operator.attrgetter(path)(config)))
+        finite = "" if all(map(math.isfinite, numbers)) else "finite and "
+        inside = all(_is_inside(x, interval) for x in numbers)
+        _require(config, path, inside, f"must be {finite}{_describe(interval)}")
     _validate_model(config)
     _validate_data(config)
     _validate_tokenizer(config)
@@ -486,11 +590,36 @@ def _require(config: Config, path: str, ok: Any, rule: str) -> None:
         raise UserError(f"config.{path} is {operator.attrgetter(path)(config)!r}: {rule}")
 
 
+def _numbers(value: Any) -> Iterator[float]:
+    """Yields the numbers in a setting: itself, or those in its tuples."""
+    if isinstance(value, tuple):
+        for item in value:
+            yield from _numbers(item)
+    else:
+        yield value
+
+
+def _is_inside(value: float, interval: str) -> bool:
+    """Whether a finite number is in an interval such as "[0, 1)"."""
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return above and below and math.isfinite(value)
+
+
+def _describe(interval: str) -> str:
+    """The rule of an interval in words, such as "positive" for "(0, inf)"."""
+    low, high = interval[1:-1].split(", ")
+    if interval.startswith("(") and high == "inf":
+        return "positive" if low == "0" else f"greater than {low}"
+    if high == "inf" or interval.endswith(" 2147483648)"):
+        return "positive" if low == "1" else f"at least {low}"
+    return f"in {interval}"
+
+
 def _validate_model(config: Config) -> None:
     model, scaling = config.model, config.model.rope_scaling
     heads, kv_heads = model.num_heads, model.num_kv_heads
-    rule = "must be positive, or 0 for the tokenizer's size"
-    _require(config, "model.vocab_size", model.vocab_size >= 0, rule)
     rule = f"must divide model.num_heads={heads}"
     _require(config, "model.num_kv_heads", heads % kv_heads == 0, rule)
     rule = f"must divide model.num_kv_heads={kv_heads}"
@@ -506,11 +635,8 @@ def _validate_model(config: Config) -> None:
 
 def _validate_data(config: Config) -> None:
     data = config.data
-    _require(config, "data.rows", data.rows > 1, "must be at least 2 (each row predicts the next)")
-    _require(config, "data.eval_percent", 0 <= data.eval_percent < 100, "must be in [0, 100)")
     rule = "needs data.eval_path, the file to read"
     _require(config, "data.eval_format", data.eval_path or not data.eval_format, rule)
-    _require(config, "data.bad_percent", 0 <= data.bad_percent < 100, "must be in [0, 100)")
 
 
 def _validate_tokenizer(config: Config) -> None:
@@ -528,16 +654,13 @@ def _validate_tokenizer(config: Config) -> None:
 
 def _validate_vary(config: Config) -> None:
     vary, names = config.data.vary, config.streams.names
-    rule = "must be one or more numbers of rows >= 0"
-    _require(config, "data.vary.lead", vary.lead and min(vary.lead) >= 0, rule)
-    _require(config, "data.vary.pause_rows", vary.pause_rows and min(vary.pause_rows) >= 0, rule)
-    _require(
-        config, "data.vary.pause_percent", 0 <= vary.pause_percent <= 100, "must be in [0, 100]"
-    )
+    rule = "must be one or more numbers of rows"
+    _require(config, "data.vary.lead", vary.lead, rule)
+    _require(config, "data.vary.pause_rows", vary.pause_rows, rule)
     rule = f"must be among streams.names={names}"
     _require(config, "data.vary.permute", set(vary.permute) <= set(names), rule)
-    fit = all(len(delays) == len(names) and min(delays) >= 0 for delays in vary.delays)
-    rule = f"each must be {len(names)} numbers of rows >= 0, one per stream"
+    fit = all(len(delays) == len(names) for delays in vary.delays)
+    rule = f"each must be {len(names)} numbers of rows, one per stream"
     _require(config, "data.vary.delays", fit, rule)
 
 
@@ -550,7 +673,7 @@ def _validate_mixture(config: Config) -> None:
             _require(config, f"{path}.{field}", not getattr(mixture, field), rule)
         return
     _validate_source_names(config)
-    rule = f"weights must be {size} numbers >= 0, one per directory, one of them positive"
+    rule = f"weights must be {size} numbers, one per directory, one of them positive"
     _require(config, f"{path}.weights", _are_weights(mixture.weights, size), rule)
     scheduled = [weights for _, weights in mixture.schedule]
     fit = all(_are_weights(weights, size) for weights in scheduled)
@@ -564,7 +687,7 @@ def _validate_mixture(config: Config) -> None:
 
 
 def _are_weights(weights: Sequence[float], size: int) -> bool:
-    return len(weights) == size and all(0 <= w < math.inf for w in weights) and sum(weights) > 0
+    return len(weights) == size and sum(weights) > 0
 
 
 def _validate_source_names(config: Config) -> None:
@@ -586,17 +709,11 @@ def _validate_training(config: Config) -> None:
     optim, batch_size = config.optim, config.data.batch_size
     rule = f"must divide data.batch_size={batch_size}"
     _require(config, "optim.accumulate", batch_size % optim.accumulate == 0, rule)
-    _require(config, "optim.decay_fraction", 0 < optim.decay_fraction <= 1, "must be in (0, 1]")
-    smoothing = config.loss.label_smoothing
-    _require(config, "loss.label_smoothing", 0 <= smoothing < 1, "must be in [0, 1)")
     objective, parts = config.loss.objective, config.loss.vocab_chunks
     rule = "must be package.module:function, or empty"
     _require(config, "loss.objective", not objective or ":" in objective, rule)
     rule = "must be 1 with loss.objective, which needs the whole head"
     _require(config, "loss.vocab_chunks", not objective or parts == 1, rule)
-    minutes = config.checkpoint.every_minutes
-    _require(config, "checkpoint.every_minutes", minutes >= 0, "must be >= 0")
-    _require(config, "monitor.slow_step", config.monitor.slow_step > 1, "must be greater than 1")
 
 
 def _validate_mesh(config: Config) -> None:

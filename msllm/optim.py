@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from msllm.config import OptimConfig, find_object
+from msllm.errors import UserError
 
 TOKEN_TABLES = ("embedding", "head")  # parameters with a row for each token
 
@@ -62,6 +63,21 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     make = find_object(config.optimizer, OPTIMIZERS, "config.optim.optimizer")
     optimizer = make(config, steps)
     return optimizer if config.optimizer in OPTIMIZERS else _skip_nonfinite(optimizer)
+
+
+def check_no_decay(config: OptimConfig, names: Sequence[str]) -> None:
+    """Raises UserError if an entry of `config.no_decay` is part of no parameter's name.
+
+    Args:
+      config: the optimizer's settings.
+      names: the names of all parameters. The default entries need fit none: no model has all.
+    """
+    for part in config.no_decay:
+        if part not in OptimConfig.no_decay and not any(part in name for name in names):
+            raise UserError(
+                f"config.optim.no_decay has {part!r}, which is part of no parameter's name: correct"
+                f" or remove it (there are {', '.join(sorted(names))})"
+            )
 
 
 def adamw(config: OptimConfig, steps: int) -> optax.GradientTransformationExtraArgs:

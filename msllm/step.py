@@ -20,6 +20,7 @@ from msllm.model.block import check_block
 from msllm.model.layers import gather_weight
 from msllm.model.model import abstract_model, bind, init_parameters, parameter_shardings
 from msllm.optim import (
+    check_no_decay,
     global_norm,
     leaf_norms,
     make_optimizer,
@@ -99,6 +100,7 @@ class Program:
         self._parameter_specs = jax.tree.map(
             lambda a: partition_spec(*a), axes, is_leaf=lambda a: isinstance(a, tuple)
         )
+        check_no_decay(config.optim, self.parameter_names)
         self._optimizer = make_optimizer(config.optim, config.steps)
         self.abstract_batch = self._abstract_batch(streams.size + absent)
         self.state_shardings, self.abstract_state = self._abstract_state(shapes, axes)

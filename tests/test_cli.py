@@ -111,7 +111,10 @@ def test_bad_command_lines_end_with_one_line(capsys, line, message):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("--config.optim.lrr=1", "unknown key lrr: did you mean lr? (msllm/config.py lists"),
+        ("--config.optim.lrr=1", "unknown config key config.optim.lrr: did you mean config.optim"),
+        ("--config.optm.lr=1", "unknown config key config.optm: did you mean config.optim?"),
+        ("--config.optim.lr.x=1", "config.optim.lr is not a section"),
+        ("--config.data.options.examples.x=1", "config.data.options.examples is 20000, not a"),
         ("--config.steps=many", "flag --config.steps=many: invalid literal for int()"),
         ("--config.steps=-1", "config.steps"),
     ],
@@ -126,6 +129,7 @@ def test_invalid_overrides_are_refused(override, message):
     "line, message",
     [
         ("config.optim.lrr = 1", "line 4: unknown key lrr: did you mean lr?"),
+        ("config.zzz = 1", "line 4: unknown key zzz (msllm/config.py lists all settings)"),
         ("config.steps = missing", "line 4: NameError: name 'missing' is not defined"),
         ("config.steps = = 1", "invalid syntax (config.py, line 4)"),
     ],
@@ -148,6 +152,52 @@ def test_overrides_of_a_config():
     assert (flags.config.optim.lr, flags.config.steps, flags.processes) == (0.5, 7, 3)
     assert flags.config.streams.lags == (("output", "user", "3"),)
     assert flags.config.model.d_model != settings().model.d_model  # set in the config file
+
+
+@pytest.mark.parametrize("text", ["norm,head", "norm, head,", "('norm','head')", "['norm','head']"])
+def test_a_tuple_of_strings_may_be_written_without_quotes(text):
+    given = ["--config=configs/quickstart.py", f"--config.optim.no_decay={text}"]
+    assert parser_of("prepare").parse(given).config.optim.no_decay == ("norm", "head")
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("roles.assistant=output", {"roles": {"assistant": "output"}}),
+        ("k=[1, 2]", {"k": [1, 2]}),
+        ("k=1.5", {"k": 1.5}),
+        ("spoken=true", {"spoken": True}),
+        ("name=a,b", {"name": "a,b"}),
+        ("name='5'", {"name": "5"}),
+    ],
+)
+def test_free_form_options_may_have_any_key_and_value(text, value):
+    given = ["--config=configs/quickstart.py", f"--config.data.options.{text}"]
+    options = parser_of("prepare").parse(given).config.data.options
+    assert value.items() <= options.items() and "examples" in options  # of the config file
+
+
+def test_an_option_that_is_a_string_stays_one(tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text(
+        "from msllm.config import default_config\ndef get_config():\n  config = default_config()\n"
+        "  config.data.options = {'name': 'x'}\n  return config\n"
+    )
+    given = [f"--config={file}", "--config.data.options.name=5"]
+    assert parser_of("prepare").parse(given).config.data.options == {"name": "5"}
+
+
+def test_a_tilde_is_the_home_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.py").write_text("from msllm.config import default_config as get_config\n")
+    given = ["--config=~/c.py", "--workdir=~/run", "--config.data.path=~/x.jsonl"]
+    flags = parser_of("train").parse(
+        [*given, "--config.data.mixture.dirs=~/a,b", "--config.data.mixture.weights=(1.0,1.0)"]
+    )
+    assert (flags.workdir, flags.config.data.path) == (f"{tmp_path}/run", f"{tmp_path}/x.jsonl")
+    assert flags.config.data.mixture.dirs == (f"{tmp_path}/a", "b")
+    flags = parser_of("evaluate").parse(["--checkpoint=~/run", "--json=~/out.json"])
+    assert flags.checkpoint == f"{tmp_path}/run" and flags.json == tmp_path / "out.json"
 
 
 @pytest.mark.parametrize(

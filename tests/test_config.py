@@ -1,8 +1,12 @@
 """Configs: from a ConfigDict to the frozen Config and back, and messages for wrong settings."""
 
 import copy
+import dataclasses
 import json
+import math
+import operator
 import pathlib
+import re
 import runpy
 
 import ml_collections
@@ -10,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies
 
+from msllm import config as config_module
 from msllm.config import (
     Config,
     StreamsConfig,
@@ -79,6 +84,40 @@ def test_a_misspelt_key_raises():
         from_config_dict({"zzz": 1})
 
 
+def numbers(value, path="", hints=None):
+    """Yields the dotted path of every setting that is a number or holds numbers."""
+    for field in dataclasses.fields(value):
+        inner = getattr(value, field.name)
+        name = f"{path}.{field.name}".removeprefix(".")
+        if dataclasses.is_dataclass(inner):
+            yield from numbers(inner, name)
+        elif "int" in str(field.type) or "float" in str(field.type):
+            yield name
+
+
+def test_every_number_has_a_range():
+    found = list(numbers(Config()))
+    assert len(found) > 50 and set(found) == set(config_module._RANGES)
+
+
+@pytest.mark.parametrize("path", [path for path in numbers(Config()) if "mixture" not in path])
+def test_numbers_out_of_range_are_refused(path):
+    default = operator.attrgetter(path)(Config())
+    items = path in ("streams.loss_weights", "streams.delays", "data.vary.delays")
+    low = float(config_module._RANGES[path][1:].split(",")[0])
+    for wrong in (low - 1, math.nan, math.inf):
+        if path == "data.max_examples" and wrong == math.inf:
+            continue  # any number of examples may be used
+        if not isinstance(default, float) and not items:
+            wrong = int(min(wrong, 2.0**40)) if wrong == wrong else -(2**40)
+        if isinstance(default, tuple):
+            wrong = (wrong,) * (3 if items else 1)
+        if path == "data.vary.delays":
+            wrong = (wrong,)
+        with pytest.raises(UserError, match=rf"config\.{re.escape(path)} .*must be|expected int"):
+            from_config_dict(settings(**{path: wrong}))
+
+
 @pytest.mark.parametrize(
     "values, message",
     [
@@ -136,14 +175,14 @@ def test_an_integer_is_accepted_for_a_float():
             for name in ("d_model", "num_layers", "num_heads", "num_kv_heads")
         ),
         *((f"model.{name}", -2, "must be positive") for name in ("head_dim", "d_ff")),
-        ("model.vocab_size", -1, "must be positive, or 0 for the tokenizer's size"),
+        ("model.vocab_size", -1, "must be at least 0"),
         ("model.num_kv_heads", 3, "must divide model.num_heads=4"),
         ("model.head_dim", 7, "must be even"),
         ("steps", 0, "must be positive"),
         ("log_every", 0, "must be positive"),
         ("data.rows", 1, "must be at least 2"),
         ("data.batch_size", 0, "must be positive"),
-        ("data.shards", 0, "must be positive"),
+        ("data.shards", 0, "must be in [1, 100000)"),
         ("data.eval_percent", 100.0, "must be in [0, 100)"),
         ("optim.lr", 0.0, "must be positive"),
         ("optim.accumulate", 0, "must be positive"),

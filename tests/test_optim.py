@@ -12,9 +12,10 @@ from runs import host, place
 
 from msllm import step as step_lib
 from msllm.config import Config, DataConfig, LossConfig, MeshConfig, OptimConfig
+from msllm.errors import UserError
 from msllm.loss import targets_and_weights
 from msllm.model.model import bind
-from msllm.optim import adamw, leaf_norms, schedule
+from msllm.optim import adamw, check_no_decay, leaf_norms, schedule
 from msllm.sharding import make_mesh
 from msllm.step import Program
 from msllm.streams import make_cells, positions
@@ -149,6 +150,14 @@ def test_weight_decay_spares_norms_biases_and_the_stream_embedding():
     everywhere = one_update(0.0, weight_decay=0.5, no_decay=(), stream_embedding_lr=3.0)
     np.testing.assert_allclose(everywhere["blocks"]["mlp_norm"], -0.05)
     np.testing.assert_allclose(everywhere["stream_embedding"], -0.15)
+
+
+def test_an_entry_of_no_decay_that_fits_no_parameter_is_refused():
+    names = ("embedding", "blocks/mlp/gate")
+    check_no_decay(OptimConfig(), names)  # the default entries may fit nothing
+    check_no_decay(OptimConfig(no_decay=("gate", "norm")), names)
+    with pytest.raises(UserError, match="no_decay has 'norm,bias', which is part of no parameter"):
+        check_no_decay(OptimConfig(no_decay=("norm,bias",)), names)
 
 
 def test_stream_embedding_has_its_own_rate():

@@ -14,9 +14,11 @@ once.
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import json
 import logging
+import os
 import pathlib
 import re
 import sys
@@ -160,6 +162,11 @@ class Parser(argparse.ArgumentParser):
         """
         self._refuse_unknown(arguments)
         flags, rest = self.parse_known_args([self._without_boolean(text) for text in arguments])
+        for action in self._actions:
+            value = getattr(flags, action.dest, None)
+            # A shell leaves the ~ of --name=~/path as it is.
+            if action.metavar in ("DIR", "FILE") and isinstance(value, str):
+                setattr(flags, action.dest, os.path.expanduser(value))
         if self._takes_config:
             flags.config_file = flags.config
             flags.config, rest = _read_config(flags.config, rest)
@@ -285,7 +292,7 @@ def comma_list(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 def output_file(text: str) -> pathlib.Path:
     """Flag type: the path of a file to write, in a directory that exists."""
-    path = pathlib.Path(text)
+    path = pathlib.Path(text).expanduser()
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(
             f"is {text!r}: there is no directory {path.parent}; create it first"
@@ -353,7 +360,8 @@ def _read_config(file: str, arguments: list[str]) -> tuple[Config, list[str]]:
 
     if not pathlib.Path(file.partition(":")[0]).is_file():
         raise UserError(f"--config is {file!r}: there is no such file")
-    arguments = ["msllm", f"--config={file}", *arguments]
+    overrides, options = _split_overrides(arguments)
+    arguments = ["msllm", f"--config={file}", *overrides]
     # A registry of its own: a program that calls this function may use the global flags of absl.
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
@@ -361,7 +369,53 @@ def _read_config(file: str, arguments: list[str]) -> tuple[Config, list[str]]:
         rest = values(arguments, known_only=True)[1:]
     except Exception as error:  # the file may raise anything
         raise UserError(_explain(file, error)) from error
-    return from_config_dict(values.config), rest
+    settings = values.config.to_dict()
+    for path, text in options.items():
+        _set_option(settings, path, text)
+    return from_config_dict(settings), rest
+
+
+def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Splits off the overrides of free-form options, of which the config may have any.
+
+    A tuple of strings may be written as `a,b`. config_flags would read that as one string.
+
+    Returns:
+      The arguments for config_flags, and {dotted path without "config.": text}.
+
+    Raises UserError for an override of a setting that does not exist.
+    """
+    from msllm.config import setting_type
+
+    others, options = [], {}
+    for argument in arguments:
+        name, _, text = argument.partition("=")
+        override = re.fullmatch(r"--(?:no)?config\.(.+)", name)
+        kind = setting_type(override[1]) if override else None
+        if override and kind is Any and "=" in argument:
+            options[override[1]] = text
+            continue
+        if kind == tuple[str, ...] and "," in text and text[0] not in "([\"'":
+            argument = f"{name}={tuple(word.strip() for word in text.split(',') if word.strip())!r}"
+        others.append(argument)
+    return others, options
+
+
+def _set_option(settings: dict[str, Any], path: str, text: str) -> None:
+    """Sets one of the free-form options in nested dicts. A string need not be quoted."""
+    *sections, last = path.split(".")
+    for i, key in enumerate(sections):
+        settings = settings.setdefault(key, {})
+        if not isinstance(settings, dict):
+            section = ".".join(sections[: i + 1])
+            raise UserError(
+                f"--config.{path}={text}: config.{section} is {settings!r}, not a section"
+            )
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text.lower(), text))
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = text
+    settings[last] = text if isinstance(settings.get(last), str) else value
 
 
 def _explain(file: str, error: Exception) -> str:
@@ -373,5 +427,7 @@ def _explain(file: str, error: Exception) -> str:
     listed = "(msllm/config.py lists all settings)"
     if close := re.search(r'Did you mean "(.*?)" instead of "(.*?)"', str(error)):
         return f"{where}unknown key {close[2]}: did you mean {close[1]}? {listed}"
+    if unknown := re.search(r'Key "(.*?)" does not exist', str(error)):
+        return f"{where}unknown key {unknown[1]} {listed}"
     text = " ".join(str(error).split())
     return f"{where}{type(error).__name__}: {text}" if lines else f"{where}{text} {listed}"
