@@ -1,20 +1,29 @@
 """Tiny configs, batches, meshes and files for the tests of steps, runs and checkpoints."""
 
 import dataclasses
+import importlib.util
 import json
 import pathlib
+import signal
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
+import pytest
 
 from msllm.config import Config, MeshConfig, default_config, from_config_dict, to_json
 from msllm.data.global_batch import to_devices
+from msllm.monitor import KINDS, PAST, Monitor
 from msllm.sharding import make_mesh
 from msllm.step import Program
 from msllm.streams import StreamSpec
+from msllm.weights.load import load
 
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason='the TPU compiler is not installed: pip install "jax[tpu]"',
+)
 SILENCE = 1
 SMALL = {
     "model.d_model": 16,
@@ -27,6 +36,16 @@ SMALL = {
     "optim.warmup_steps": 0,
     "loss.chunk_tokens": 32,
 }
+# Metrics of speed and memory, which differ between equal runs.
+TIMES = (
+    "tokens_per_second",
+    "spoken_tokens_per_second",
+    "step_seconds",
+    "data_wait_share",
+    "memory_mib",
+    "goodput",
+    *(f"time/{kind}" for kind in (*KINDS, *PAST)),
+)
 FOUR_STREAMS = {
     "streams.names": ("user", "tool", "thought", "output"),
     "streams.kinds": ("input", "input", "thought", "output"),
@@ -124,6 +143,46 @@ def replace(config: Config, section: str, **changes: Any) -> Config:
 def metrics(workdir: pathlib.Path) -> list[dict]:
     """Reads the lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def reproducible_metrics(workdir: pathlib.Path) -> list[dict]:
+    """Reads metrics.jsonl without times and other values that differ between equal runs."""
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics(workdir)]
+
+
+def assert_same_parameters(workdir: pathlib.Path, other: pathlib.Path) -> None:
+    """Asserts that the last checkpoints of two runs hold equal parameters, bit for bit."""
+    parameters, expected = (host(load(path).parameters) for path in (workdir, other))
+    jax.tree.map(np.testing.assert_array_equal, parameters, expected)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Presses Ctrl-C when `step` has been dispatched."""
+    after_dispatch = Monitor.after_dispatch
+
+    def interrupting(self, done, *rest):
+        if done == step:
+            signal.raise_signal(signal.SIGINT)
+        after_dispatch(self, done, *rest)
+
+    monkeypatch.setattr(Monitor, "after_dispatch", interrupting)
+
+
+def assert_same_batch(batch: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Asserts that two batches hold equal arrays."""
+    assert batch.keys() == expected.keys()
+    jax.tree.map(np.testing.assert_array_equal, batch, expected)
+
+
+def concatenate(batches: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Joins parts of a batch."""
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def table_keys(batch: dict[str, np.ndarray]) -> list[bytes]:
+    """The contents of each table of a batch, as keys for sets and comparisons."""
+    arrays = [batch[name] for name in ("tokens", "present", "segment")]
+    return [b"".join(array[i].tobytes() for array in arrays) for i in range(len(arrays[0]))]
 
 
 def flip_a_bit(path: pathlib.Path) -> None:

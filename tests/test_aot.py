@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from runs import four_streams, make_config, replace, write_config_file
+from runs import four_streams, make_config, needs_libtpu, replace, write_config_file
 
 from msllm.config import MeshConfig
 from msllm.errors import UserError
@@ -24,10 +24,6 @@ from msllm.pod import aot, collectives
 from msllm.pod import report as pages
 from msllm.sharding import RULES, gather, make_mesh, partition_spec
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason='the TPU compiler is not installed: pip install "jax[tpu]"',
-)
 SIZES = {
     "model.vocab_size": 160,
     "model.compute_dtype": "bfloat16",

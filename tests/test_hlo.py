@@ -4,7 +4,6 @@ The first part reads handwritten texts. The second part compiles programs whose 
 known with the TPU compiler.
 """
 
-import importlib.util
 import math
 from types import SimpleNamespace
 
@@ -17,16 +16,13 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from runs import needs_libtpu
 
 from msllm.pod.aot import topology_devices
 from msllm.pod.collectives import axes_of, read, replica_groups
 from msllm.pod.hlo import parse, shapes_of, size_of
 
 AXES = ("data", "fsdp", "stream", "tensor")
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason='the TPU compiler is not installed: pip install "jax[tpu]"',
-)
 
 
 def devices(count):

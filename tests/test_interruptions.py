@@ -1,4 +1,4 @@
-"""Corrections midway: what counts as followed, ignored and noticed, and what sessions are fed."""
+"""Interruptions: how outputs and thoughts are judged, and what live sessions are fed."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ USER, THOUGHT, OUTPUT = range(3)
 
 
 def table(tokenizer: Tokenizer, **columns) -> np.ndarray:
-    """[16, 3]; a column is {row: text}."""
+    """Tokens [16, 3] with texts {row: text} in some columns, and silence elsewhere."""
     tokens = np.full((16, 3), tokenizer.silence_id)
     for s, name in enumerate(("user", "thought", "output")):
         for row, text in columns.get(name, {}).items():
@@ -25,32 +25,32 @@ def table(tokenizer: Tokenizer, **columns) -> np.ndarray:
     return tokens
 
 
-def test_an_output_follows_or_ignores_a_correction_and_a_thought_notices_it(loaded):
+def test_verdicts_on_outputs_and_thoughts(loaded):
     case = next(_corrected(loaded, "", 1))
     user = {0: "take 3 add 1 no wait add 2 ?"}
     encode = loaded.tokenizer.encode
     case = case._replace(answer=[encode("that makes 5 .")])
 
-    def look(**columns):
+    def verdict(**columns):
         return judge(table(loaded.tokenizer, user=user, **columns), case, loaded)
 
-    thought = {0: "undo", 8: "undo =3"}  # before the user's "wait" it is no reaction to it
-    assert look(thought=thought, output={11: "that makes 5 ."}) == Verdict(True, False, 3)
-    assert look(thought=thought, output={11: "that makes 4 ."}) == Verdict(False, True, 3)
-    assert look(output={11: "that makes 5 . ."}) == Verdict(False, False, None)
+    # The "undo" before the user's "wait" is not a reaction to it.
+    thought = {0: "undo", 8: "undo =3"}
+    assert verdict(thought=thought, output={11: "that makes 5 ."}) == Verdict(True, False, 3)
+    assert verdict(thought=thought, output={11: "that makes 4 ."}) == Verdict(False, True, 3)
+    assert verdict(output={11: "that makes 5 . ."}) == Verdict(False, False, None)
 
 
-def test_the_examples_follow_their_own_corrections(loaded):
+def test_verdicts_on_the_training_data_are_followed(loaded):
     wait = loaded.tokenizer.encode("wait")[0]
     tables = [t for t in examples(open_split(loaded)) if (t.tokens == wait).any()]
     verdicts = [judge(t.tokens, streams_case(t, loaded), loaded) for t in tables]
-    assert len(verdicts) >= 3 and {(v.followed, v.ignored, v.rows_to_notice) for v in verdicts} == {
-        (True, False, REACTION)
-    }
+    assert len(verdicts) >= 3
+    assert set(verdicts) == {Verdict(followed=True, ignored=False, rows_to_notice=REACTION)}
     assert len(list(_corrected(loaded, "", 500))) == len(tables)
 
 
-def test_sessions_hear_every_word_in_its_order(loaded):
+def test_sessions_are_fed_every_word_of_the_user_in_order(loaded):
     cases = list(_corrected(loaded, "", 3))
 
     def said(column):
@@ -59,11 +59,12 @@ def test_sessions_hear_every_word_in_its_order(loaded):
     for case, given, live in zip(cases, _given(loaded, cases, 40), _live(loaded, cases, 40)):
         assert (given[: len(case.prompt), USER] == case.prompt[:, USER]).all()
         assert said(live[:, USER]) == said(case.prompt[:, USER])
+        # A word that follows silence goes into the row that was shown last.
         late = np.flatnonzero(live[:, USER] == said(case.prompt[:, USER])[-1])[-1] - case.end
-        assert -1 <= late <= 0  # after silence a word still comes into the row that was shown last
+        assert -1 <= late <= 0
 
 
-def test_figures_and_data_of_another_kind(loaded):
+def test_evaluate_counts_cases_and_refuses_other_converters(loaded):
     found = evaluate(loaded, examples=2)
     assert found.table.cases == found.live.cases == 2
     other = dataclasses.replace(

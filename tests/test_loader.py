@@ -1,6 +1,7 @@
-"""A batch is a pure function of the step, for any number of hosts, epoch after epoch."""
+"""A batch is a pure function of the step, for any number of hosts and in every epoch."""
 
 import dataclasses
+import math
 import shutil
 import threading
 import time
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import assert_same_batch, concatenate, table_keys
 
 from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
 from msllm.data import records
@@ -23,7 +25,7 @@ SPEC = StreamSpec.from_config(StreamsConfig())
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Prepared dictation: some 50 tables of 64 rows, in batches of 8."""
+    """The config of prepared dictation examples: about 50 tables of 64 rows, in batches of 8."""
     directory = tmp_path_factory.mktemp("data") / "dictation"
     tokenizer = TokenizerConfig(model_type="word", vocab_size=256)
     data = DataConfig(
@@ -41,92 +43,80 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loader(config):
     loader = Loader(config, "train", SPEC)
-    assert loader.num_tables % config.batch_size  # an epoch ends inside a batch
+    assert loader.num_tables % config.batch_size  # a batch can hold tables of two epochs
     return loader
 
 
-def key(batch, i):
-    return b"".join(batch[name][i].tobytes() for name in ("tokens", "present", "segment"))
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
-
-
-def test_shapes(config, loader):
+def test_shapes_and_dtypes(loader):
     batch = loader.batch(3)
-    assert batch["tokens"].shape == batch["present"].shape == (8, 64, 3) and batch[
-        "segment"
-    ].shape == (8, 64)
-    assert (batch["tokens"].dtype, batch["present"].dtype, batch["segment"].dtype) == (
-        np.int32,
-        bool,
-        np.int32,
-    )
+    found = {name: (array.shape, array.dtype) for name, array in batch.items()}
+    assert found == {
+        "tokens": ((8, 64, 3), np.int32),
+        "present": ((8, 64, 3), bool),
+        "segment": ((8, 64), np.int32),
+    }
     assert not batch["present"][batch["segment"] == 0].any()
     assert batch["tokens"].min() >= 0 and batch["tokens"].max() < loader.tokenizer.vocab_size
 
 
 @settings(max_examples=25, deadline=None)
 @given(step=st.integers(0, 40), hosts=st.sampled_from([1, 2, 4, 8]))
-def test_hosts_together_hold_the_batch(loader, step, hosts):
-    whole, size = loader.batch(step), 8 // hosts
+def test_the_parts_of_all_hosts_are_the_batch(loader, step, hosts):
+    size = 8 // hosts
     parts = [loader.batch(step, range(host * size, (host + 1) * size)) for host in range(hosts)]
-    assert same(whole, {name: np.concatenate([part[name] for part in parts]) for name in whole})
+    assert_same_batch(concatenate(parts), loader.batch(step))
     ids = [loader.example_ids(step, slice(host * size, (host + 1) * size)) for host in range(hosts)]
     assert loader.example_ids(step) == [names for part in ids for names in part]
 
 
 def test_every_epoch_is_another_permutation(config, loader):
     n = loader.num_tables
-    flat = [key(batch, i) for batch in map(loader.batch, range(-(-3 * n // 8))) for i in range(8)]
+    batches = map(loader.batch, range(math.ceil(3 * n / 8)))
+    flat = [table for batch in batches for table in table_keys(batch)]
     epochs = [flat[e * n : (e + 1) * n] for e in range(3)]
     assert len(set(epochs[0])) == n
     assert set(epochs[0]) == set(epochs[1]) == set(epochs[2])
-    assert epochs[0] != epochs[1] != epochs[2]
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     other = Loader(dataclasses.replace(config, seed=1), "train", SPEC)
-    assert [key(other.batch(0), i) for i in range(8)] != flat[:8]
+    assert table_keys(other.batch(0)) != flat[:8]
 
 
 def test_a_new_loader_gives_the_same_batches(config, loader):
     again = Loader(config, "train", SPEC)
-    assert all(same(loader.batch(step), again.batch(step)) for step in (0, 7, 100_000))
+    for step in (0, 7, 100_000):
+        assert_same_batch(again.batch(step), loader.batch(step))
 
 
-def test_one_source_is_read_in_grains_order(config, loader):
-    """The order and the bytes are those of grain's shuffle and of its source, which is slower."""
+def test_tables_come_in_the_order_of_grains_shuffle(config, loader):
+    """Compares with grain's own source, which is slower than the loader's."""
     paths = records.open_prepared(config.dir, "train")[1]
     source = grain.sources.ArrayRecordDataSource(paths)
     order = grain.MapDataset.range(len(source)).shuffle(seed=config.seed).repeat()
-    for index in range(0, 200):
+    for index in range(200):
         table = records.decode_record(source[order[index]], SPEC.size, loader.tokenizer.vocab_size)
         batch = loader.batch(index // 8, range(index % 8, index % 8 + 1))
-        assert all(np.array_equal(batch[name][0], getattr(table, name)) for name in batch)
+        for name, array in batch.items():
+            np.testing.assert_array_equal(array[0], getattr(table, name))
 
 
-def test_processes_share_the_checking_and_still_name_every_damage(config, tmp_path):
+def test_processes_share_the_check_of_hashes_and_all_report_damage(config, tmp_path):
+    """A process that does not check the damaged shard notices it when it reads the shard."""
     shutil.copytree(config.dir, tmp_path / "data")
     damaged = dataclasses.replace(config, dir=str(tmp_path / "data"))
     shard = tmp_path / "data/train-00002-of-00004.array_record"
     content = bytearray(shard.read_bytes())
     content[2000] ^= 1
     shard.write_bytes(content)
+    name = "train-00002-of-00004.array_record"
     for part in ((0, 1), (0, 2), (2, 3), (2, 5)):
-        with pytest.raises(
-            UserError, match="train-00002-of-00004.array_record is corrupt .sha256 differs"
-        ):
+        with pytest.raises(UserError, match=f"{name} is corrupt .sha256 differs"):
             Loader(damaged, "train", SPEC, part)
     for part in ((1, 2), (1, 3), (4, 5)):
         loader = Loader(damaged, "train", SPEC, part)
-        with pytest.raises(
-            UserError,
-            match=r"train-00002-of-00004.array_record is corrupt at record \d+ .*hash mismatch",
-        ):
+        with pytest.raises(UserError, match=rf"{name} is corrupt at record \d+ .*hash mismatch"):
             list(loader.iterate(range(8)))
     shard.write_bytes(content[:-1])
-    with pytest.raises(
-        UserError, match="train-00002-of-00004.array_record has .* bytes, manifest.json says"
-    ):
+    with pytest.raises(UserError, match=f"{name} has .* bytes, manifest.json says"):
         Loader(damaged, "train", SPEC, (1, 2))
 
 
@@ -134,24 +124,21 @@ def test_batch_size_does_not_change_the_order(config, loader):
     small = Loader(dataclasses.replace(config, batch_size=4), "train", SPEC)
     for step in range(10):
         pair = [small.batch(2 * step), small.batch(2 * step + 1)]
-        assert same(
-            loader.batch(step), {name: np.concatenate([p[name] for p in pair]) for name in pair[0]}
-        )
+        assert_same_batch(concatenate(pair), loader.batch(step))
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 4])
 @pytest.mark.parametrize("start", [0, 5, 9])
-def test_iterate_gives_the_batches_from_any_step_on(config, prefetch, start):
+def test_iterate_starts_at_any_step(config, prefetch, start):
     loader = Loader(dataclasses.replace(config, prefetch=prefetch), "train", SPEC)
     batches = list(loader.iterate(range(start, 14), range(2, 5)))
     assert len(batches) == 14 - start
-    assert all(
-        same(batch, loader.batch(step, range(2, 5))) for step, batch in enumerate(batches, start)
-    )
+    for step, batch in enumerate(batches, start):
+        assert_same_batch(batch, loader.batch(step, range(2, 5)))
     assert list(loader.iterate(range(14, 14))) == []
 
 
-def test_iterate_works_ahead_and_ends_when_abandoned(loader):
+def test_iterate_prefetches_in_threads_that_end_with_it(loader):
     before = threading.active_count()
     for _ in range(3):
         batches = loader.iterate(range(1_000_000))
@@ -165,7 +152,7 @@ def test_iterate_works_ahead_and_ends_when_abandoned(loader):
 
 
 @given(st.integers(1, 500), st.integers(1, 600))
-def test_a_part_is_spread_over_the_whole(total, count):
+def test_spread_chooses_evenly(total, count):
     chosen = spread(total, count)
     assert len(chosen) == min(total, count) and chosen[0] == 0
     gaps = np.diff([*chosen, total])
@@ -176,39 +163,41 @@ def test_iterate_takes_any_steps(config):
     loader = Loader(config, "eval", SPEC)
     steps = spread(loader.num_batches, 2)
     assert steps[-1] > 0
-    assert all(same(a, loader.batch(s)) for s, a in zip(steps, loader.iterate(steps), strict=True))
+    for step, batch in zip(steps, loader.iterate(steps), strict=True):
+        assert_same_batch(batch, loader.batch(step))
 
 
-def test_eval_is_in_order_once_and_filled_up(config):
+def test_evaluation_reads_each_table_once_and_pads_the_last_batch(config):
     config = dataclasses.replace(config, batch_size=4)
     loader = Loader(config, "eval", SPEC)
     batches = list(loader.iterate(range(loader.num_batches)))
-    keys = [key(batch, i) for batch in batches for i in range(4)]
+    keys = [table for batch in batches for table in table_keys(batch)]
     assert loader.num_tables % 4 and len(set(keys[: loader.num_tables])) == loader.num_tables
     for batch in batches:
         assert batch["tokens"].shape == (4, 64, 3)
-    rest = loader.num_batches * 4 - loader.num_tables
-    assert not batches[-1]["segment"][-rest:].any() and not batches[-1]["present"][-rest:].any()
+    padding = loader.num_batches * 4 - loader.num_tables
+    assert not batches[-1]["segment"][-padding:].any()
+    assert not batches[-1]["present"][-padding:].any()
     assert loader.example_ids(loader.num_batches - 1)[-1] == []
     other = Loader(dataclasses.replace(config, seed=9), "eval", SPEC)
-    assert same(other.batch(0), loader.batch(0))
+    assert_same_batch(other.batch(0), loader.batch(0))
     with pytest.raises(ValueError, match="step is"):
         loader.batch(loader.num_batches)
 
 
-def test_fewer_tables_than_a_batch_repeat(config):
+def test_tables_repeat_in_a_batch_that_is_larger_than_an_epoch(config):
     large = Loader(dataclasses.replace(config, batch_size=500), "train", SPEC)
-    batch = large.batch(0)
-    assert len({key(batch, i) for i in range(500)}) == large.num_tables
+    keys = table_keys(large.batch(0))
+    assert len(keys) == 500 and len(set(keys)) == large.num_tables
 
 
 @pytest.mark.parametrize("rows", [range(0, 9), range(-1, 3), range(0, 8, 2)])
-def test_rows_outside_the_batch(loader, rows):
+def test_rows_outside_the_batch_are_refused(loader, rows):
     with pytest.raises(ValueError, match="rows is"):
         loader.batch(0, rows)
 
 
-def test_data_that_does_not_fit_the_config(config):
+def test_data_that_does_not_fit_the_config_is_refused(config):
     with pytest.raises(UserError, match="config.data.rows is 128, but .* was prepared with 64"):
         Loader(dataclasses.replace(config, rows=128), "train", SPEC)
     for streams, message in [

@@ -1,4 +1,4 @@
-"""The next-row loss: chunks, its own gradient, its options."""
+"""The next-row loss: its value, its custom gradient in chunks, its options, its targets."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def inputs(seed=0, scale=1.0):
 
 
 def dense(hidden, table, targets, weights, options):
-    """The definition, with all logits in memory."""
+    """The definition of the loss, with all logits in memory."""
     logits = hidden @ table.T
     log_p = jax.nn.log_softmax(logits)
     nll = -jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0]
@@ -46,7 +46,7 @@ def dense(hidden, table, targets, weights, options):
 
 @pytest.mark.parametrize("chunk, parts", [(7, 1), (1000, 1), (7, 3), (1000, 4)])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_value_and_gradients_are_those_of_the_definition(name, chunk, parts):
+def test_value_and_gradients_equal_the_definition(name, chunk, parts):
     options = LossConfig(chunk_tokens=chunk, vocab_chunks=parts, **OPTIONS[name])
     arguments = inputs()
 
@@ -59,19 +59,20 @@ def test_value_and_gradients_are_those_of_the_definition(name, chunk, parts):
     np.testing.assert_allclose(nll, expected_nll, rtol=1e-4, atol=1e-5)
     for ours, theirs in zip(gradients, expected_gradients):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-    value = next_row_loss(*arguments, options)  # without a gradient: another path
+    value = next_row_loss(*arguments, options)  # a separate code path computes no gradient
     np.testing.assert_allclose(value[0], loss, rtol=1e-6)
 
 
-def test_the_gradient_scales_with_what_follows():
+def test_the_gradient_scales_with_the_incoming_gradient():
     arguments = inputs()
 
-    def slope(factor):
-        return jax.grad(lambda h: factor * next_row_loss(h, *arguments[1:], LossConfig())[0])(
-            arguments[0]
-        )
+    def gradient(factor):
+        def loss(hidden):
+            return factor * next_row_loss(hidden, *arguments[1:], LossConfig())[0]
 
-    np.testing.assert_allclose(slope(-3.0), -3.0 * slope(1.0), rtol=1e-5)
+        return jax.grad(loss)(arguments[0])
+
+    np.testing.assert_allclose(gradient(-3.0), -3.0 * gradient(1.0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -115,9 +116,9 @@ def test_targets_and_weights():
     targets, counted, weights = targets_and_weights(batch, (0.0, 2.0))
     np.testing.assert_array_equal(targets[:, :-1], tokens[:, 1:])
     expected = np.zeros((2, 4, 2), bool)
-    expected[0, 0] = True  # row 1 predicts another segment's
+    expected[0, 0] = True  # the row after row 1 belongs to another segment
     expected[0, 2] = (True, False)  # an absent cell predicts nothing
-    expected[1, :2] = True  # and row 2 nothing that is there
+    expected[1, :2] = True  # the row after row 2 is empty
     np.testing.assert_array_equal(counted, expected)
     np.testing.assert_array_equal(weights, expected * np.array([0.0, 2.0]))
     masked = targets_and_weights(batch, (1.0, 2.0), np.arange(4)[:, None] >= 1)[1]

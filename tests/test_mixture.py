@@ -1,6 +1,7 @@
-"""Mixtures: exact shares of the counted tokens, at any step and for any number of hosts.
+"""Mixtures: shares of tokens, batches, settings that are refused, and runs.
 
-Each source has a held-out split of its own.
+The shares are exact at any step and for any number of hosts. Each source has its own held-out
+split.
 """
 
 import dataclasses
@@ -11,9 +12,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import dictation, metrics, replace
-from test_loader import key, same
-from test_train import reproducible, same_parameters, stop_after
+from runs import (
+    assert_same_batch,
+    assert_same_parameters,
+    concatenate,
+    dictation,
+    metrics,
+    replace,
+    reproducible_metrics,
+    stop_after,
+    table_keys,
+)
 
 from msllm.config import DataConfig, MixtureConfig, StreamsConfig, from_config_dict
 from msllm.data.loader import Loader
@@ -37,8 +46,8 @@ WEIGHTS = st.lists(st.integers(0, 1000).map(lambda x: x / 1000), min_size=1, max
     tables=st.lists(st.integers(1, 9999), min_size=8, max_size=8),
     begin=st.integers(0, 10**12),
 )
-def test_turns_are_exact_at_any_place(weights, tables, begin):
-    """Also after 10^12 tables, where a float would have lost count."""
+def test_turns_are_exact_at_any_index(weights, tables, begin):
+    """Also after 10^12 tables, where sums of floats would be wrong."""
     shares = [Fraction(repr(w)) / n for w, n in zip(weights, tables)]
     turns, total, size = Turns(shares), sum(shares), len(shares)
     counts = turns.counts(begin)
@@ -47,14 +56,14 @@ def test_turns_are_exact_at_any_place(weights, tables, begin):
         assert before == counts[source] and shares[source] > 0
         counts[source] += 1
         assert counts == turns.counts(index + 1)
+        # Sources are split in halves, and each split can be wrong by half a table.
         halvings = (size - 1).bit_length()
-        assert all(
-            abs(n - share / total * (index + 1)) <= Fraction(halvings, 2)
-            for n, share in zip(counts, shares)
-        )
+        for n, share in zip(counts, shares):
+            assert abs(n - share / total * (index + 1)) <= Fraction(halvings, 2)
 
 
 def manifest(tables, **tokens):
+    """The counts of a manifest: tables, and tokens of each stream."""
     return {"splits": {"train": {"tables": tables, "tokens": tokens}}}
 
 
@@ -77,40 +86,37 @@ def test_shares_of_tokens_are_within_a_table_of_the_target(weights, sizes, index
     assert sum(counts) == index
     per_table = [Fraction(tokens, tables) for tables, tokens in sizes]
     wanted = [Fraction(repr(w)) / mean for w, mean in zip(weights, per_table)]
-    assert all(abs(n - index * w / sum(wanted)) <= 1 for n, w in zip(counts, wanted))
+    for n, share in zip(counts, wanted):
+        assert abs(n - index * share / sum(wanted)) <= 1
 
 
 def test_weights_count_the_tokens_of_chosen_streams():
     manifests = [manifest(10, user=100, output=100), manifest(10, user=300, output=50)]
-    assert plan((1.0, 1.0), manifests).counts(2 * 750) == [
-        2 * 350 * 15 // 11 + 1,
-        2 * 200 * 15 // 11,
-    ]
+    # Tables of 20 and 35 tokens: 1500 tables are 1500 * 7 / 11 and 1500 * 4 / 11.
+    assert plan((1.0, 1.0), manifests).counts(1500) == [955, 545]
     assert plan((1.0, 1.0), manifests, streams=("output",)).counts(900) == [300, 600]
     assert plan((1.0, 1.0), manifests, streams=("user",)).counts(800) == [600, 200]
     assert plan((3.0, 1.0), manifests, streams=("user",)).counts(1000) == [900, 100]
     silent = [manifest(10, user=100, output=0), manifest(10, user=300, output=50)]
-    rule = (
-        r"source 's0' \(s0\) has weight 1.0 and only silence in config.data.mixture.streams output"
-    )
+    rule = r"source 's0' .* has weight 1.0 and only silence in config.data.mixture.streams output"
     with pytest.raises(UserError, match=rule):
         plan((1.0, 1.0), silent, streams=("output",))
     assert plan((0.0, 1.0), silent, streams=("output",)).counts(9) == [0, 9]
 
 
-def test_a_schedule_goes_on_where_each_source_was():
+def test_a_schedule_continues_each_source_where_it_stopped():
     alike = [manifest(10, output=100), manifest(20, output=200)]
     scheduled = plan((1.0, 0.0), alike, batch_size=4, schedule=((3, (0.5, 0.5)), (10, (1.0, 3.0))))
     places = [scheduled.place(i) for i in range(80)]
     for source in (0, 1):
-        mine = [count for s, count in places if s == source]
-        assert mine == list(range(len(mine)))
+        indices = [index for s, index in places if s == source]
+        assert indices == list(range(len(indices)))
     sources = [source for source, _ in places]
     assert sources[:12] == [0] * 12 and sum(sources[12:40]) == 14 and sum(sources[40:80]) == 30
     assert scheduled.counts(80) == [80 - 44, 44] and scheduled.counts(12) == [12, 0]
-    assert [scheduled.targets(step) for step in (0, 2, 3, 9, 10)] == [[1, 0]] * 2 + [
-        [0.5, 0.5]
-    ] * 2 + [[0.25, 0.75]]
+    assert scheduled.targets(0) == scheduled.targets(2) == [1, 0]
+    assert scheduled.targets(3) == scheduled.targets(9) == [0.5, 0.5]
+    assert scheduled.targets(10) == [0.25, 0.75]
     assert scheduled.epochs(20) == [36 / 10, 44 / 20]
 
 
@@ -119,7 +125,7 @@ SPEC = StreamSpec.from_config(StreamsConfig())
 
 @pytest.fixture(scope="session")
 def directories(tmp_path_factory):
-    """Three prepared directories: two dictations with one tokenizer, and one with another."""
+    """Three prepared directories, `first` and `second` with one tokenizer, `other` with another."""
     base = tmp_path_factory.mktemp("mixture")
     first = dictation(**{"data.options": {"examples": 200}})
     prepare(first, base / "first")
@@ -131,13 +137,17 @@ def directories(tmp_path_factory):
 
 
 def mixed(directories, names=("first", "second"), weights=(3.0, 1.0), **settings):
+    """The config of a mixture of some of the directories."""
     dirs = tuple(str(directories / name) for name in names)
     return dictation(**{"data.mixture.dirs": dirs, "data.mixture.weights": weights, **settings})
 
 
 @pytest.fixture
 def config(directories):
-    """Half of the tokens of users and outputs from each; from step 5 on, 3/4 from the second."""
+    """Half of the tokens from each source. From step 5 on, 3/4 come from the second one.
+
+    Only the tokens of the streams user and output count.
+    """
     schedule = ((5, (1.0, 3.0)),)
     settings = {"data.mixture.schedule": schedule, "data.mixture.streams": ("user", "output")}
     return mixed(directories, weights=(1.0, 1.0), **settings)
@@ -147,44 +157,39 @@ def test_every_table_is_the_next_of_its_source(config):
     loader = Loader(config.data, "train", SPEC)
     alone = [Loader(data, "train", SPEC) for data in by_source(config.data).values()]
     assert list(by_source(config.data)) == ["first", "second"] == list(loader.manifests)
-    orders = [[key(b, i) for b in map(one.batch, range(12)) for i in range(8)] for one in alone]
+    orders = [[key for step in range(12) for key in table_keys(one.batch(step))] for one in alone]
     for step in range(12):
         batch, sources = loader.batch(step), loader.sources(step)
-        assert [key(batch, i) for i in range(8)] == [orders[source].pop(0) for source in sources]
+        assert table_keys(batch) == [orders[source].pop(0) for source in sources]
     assert loader.plan.counts(96) == [96 - len(order) for order in orders]
 
 
-def test_a_source_has_a_seed_of_its_own(directories):
+def test_the_seed_of_a_source_depends_on_its_name_and_the_seed_of_the_run(directories):
     def seeds(config):
         return {name: data.seed for name, data in by_source(config.data).items()}
 
     both = seeds(mixed(directories))
     assert both["first"] != both["second"]
-    assert (
-        seeds(mixed(directories, ("second", "other", "first"), (1.0, 1.0, 1.0))).items()
-        >= both.items()
-    )
+    three = seeds(mixed(directories, ("second", "other", "first"), (1.0, 1.0, 1.0)))
+    assert three.items() >= both.items()
     assert not both.items() & seeds(mixed(directories, **{"data.seed": 1})).items()
 
 
 @settings(max_examples=10)
 @given(step=st.integers(0, 40), hosts=st.sampled_from([2, 4, 8]))
-def test_hosts_together_hold_the_batch(directories, step, hosts):
-    loader = Loader(
-        mixed(directories, **{"data.mixture.schedule": ((7, (1.0, 1.0)),)}).data, "train", SPEC
-    )
-    whole, size = loader.batch(step), 8 // hosts
+def test_the_parts_of_all_hosts_are_the_batch(directories, step, hosts):
+    config = mixed(directories, **{"data.mixture.schedule": ((7, (1.0, 1.0)),)})
+    loader, size = Loader(config.data, "train", SPEC), 8 // hosts
     parts = [loader.batch(step, range(host * size, (host + 1) * size)) for host in range(hosts)]
-    assert same(whole, {name: np.concatenate([part[name] for part in parts]) for name in whole})
+    assert_same_batch(concatenate(parts), loader.batch(step))
     sources = [loader.sources(step, range(host * size, (host + 1) * size)) for host in range(hosts)]
     assert loader.sources(step) == sum(sources, [])
-    assert all(
-        same(a, loader.batch(s)) for s, a in enumerate(loader.iterate(range(step, step + 3)), step)
-    )
+    for index, batch in enumerate(loader.iterate(range(step, step + 3)), step):
+        assert_same_batch(batch, loader.batch(index))
 
 
-def test_the_tokens_that_are_read_have_the_shares(directories):
-    """Counted in the tables, over whole epochs of the first source."""
+def test_shares_of_the_tokens_in_batches(directories):
+    """Counts the tokens of several epochs of the first source."""
     for streams in ((), ("thought",), ("user", "output")):
         loader = Loader(mixed(directories, **{"data.mixture.streams": streams}).data, "train", SPEC)
         columns = [SPEC.names.index(name) for name in streams or SPEC.names]
@@ -196,7 +201,7 @@ def test_the_tokens_that_are_read_have_the_shares(directories):
         assert counts[0] / counts.sum() == pytest.approx(0.75, abs=0.01)
 
 
-def test_sources_that_do_not_fit_each_other(directories, tmp_path):
+def test_sources_that_do_not_fit_each_other_are_refused(directories, tmp_path):
     remedy = "prepare it with --config.data.tokenizer.path=.*first/tokenizer.model"
     remedy += " --config.data.tokenizer.silence="
     rule = "other was prepared with another tokenizer than .*first .sha256 is"
@@ -245,19 +250,16 @@ def test_sources_that_do_not_fit_each_other(directories, tmp_path):
         ({"dirs": ()}, "needs data.mixture.dirs"),
     ],
 )
-def test_wrong_mixtures_are_refused(changes, message):
-    right = {"dirs": ("x/a", "y/b"), "weights": (1.0, 2.0)}
-    assert from_config_dict({"data": {"mixture": right}}).data.mixture.source_names == ("a", "b")
+def test_invalid_mixtures_are_refused(changes, message):
+    valid = {"dirs": ("x/a", "y/b"), "weights": (1.0, 2.0)}
+    assert from_config_dict({"data": {"mixture": valid}}).data.mixture.source_names == ("a", "b")
     with pytest.raises(UserError, match=message):
-        from_config_dict({"data": {"mixture": right | changes}})
+        from_config_dict({"data": {"mixture": valid | changes}})
 
 
 @pytest.fixture
 def uninterrupted(config, tmp_path_factory):
-    """The workdir of a finished run with a mixture whose weights change at step 5.
-
-    It is the same for all tests of a session.
-    """
+    """The workdir of a finished run of `config`, shared by all tests of a session. Read only."""
     workdir = tmp_path_factory.getbasetemp() / "uninterrupted_mixture"
     if not workdir.exists():
         train(replace(config, "mesh", data=2, fsdp=4), workdir)
@@ -274,9 +276,8 @@ def test_a_run_logs_shares_and_evaluates_each_source(config, uninterrupted):
     assert steps[-1]["mixture/second/epoch"] == loader.plan.counts(64)[1] / tables
     for line in steps:
         batch, sources = loader.batch(line["step"] - 1), np.array(loader.sources(line["step"] - 1))
-        said = (batch["present"] & (batch["tokens"] != loader.tokenizer.silence_id))[
-            :, :, [0, 2]
-        ].sum((1, 2))
+        spoken = batch["present"] & (batch["tokens"] != loader.tokenizer.silence_id)
+        said = spoken[:, :, [0, 2]].sum((1, 2))  # of user and output
         assert line["mixture/second/share"] == pytest.approx(said[sources == 1].sum() / said.sum())
         assert line["mixture/first/share"] + line["mixture/second/share"] == pytest.approx(1)
     evaluated = [line for line in lines if "eval/loss" in line]
@@ -284,7 +285,8 @@ def test_a_run_logs_shares_and_evaluates_each_source(config, uninterrupted):
     for line in evaluated:
         for kind in ("loss", "loss_spoken", "nll/output", "nll_spoken/user"):
             parts = [line[f"eval/{name}/{kind}"] for name in ("first", "second")]
-            assert parts[0] != parts[1] and line[f"eval/{kind}"] == pytest.approx(np.mean(parts))
+            assert parts[0] != parts[1]
+            assert line[f"eval/{kind}"] == pytest.approx(np.mean(parts))
 
 
 @pytest.mark.slow
@@ -304,7 +306,8 @@ def test_each_source_is_evaluated_on_its_own_split(config, uninterrupted, direct
         assert values["loss"] == pytest.approx(line[f"eval/{name}/loss"], rel=1e-5)
 
 
-def test_the_whole_is_weighted():
+def test_weighted_mean_of_the_metrics_of_sources():
+    """Metrics that a source of weight 0 alone has are left out."""
     parts = {
         "a": {"loss": 1.0, "nll/x": 2.0},
         "b": {"loss": 4.0},
@@ -320,12 +323,12 @@ def test_a_stopped_run_continues_bit_for_bit(config, uninterrupted, tmp_path, mo
         stop_after(patch, 4)
         assert int(train(config, tmp_path).step) == 4
     train(config, tmp_path)
-    assert reproducible(tmp_path) == reproducible(uninterrupted)
-    same_parameters(tmp_path, uninterrupted)
+    assert reproducible_metrics(tmp_path) == reproducible_metrics(uninterrupted)
+    assert_same_parameters(tmp_path, uninterrupted)
 
 
 @pytest.mark.slow
-def test_evaluate_wants_one_source(uninterrupted, directories):
+def test_evaluate_needs_one_source(uninterrupted, directories):
     with pytest.raises(
         UserError, match="trained on a mixture of .*first, .*second: choose one, --data=DIR"
     ):

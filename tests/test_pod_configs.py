@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from test_aot import needs_libtpu
+from runs import needs_libtpu
 
 from msllm.config import from_config_dict
 from msllm.pod import aot

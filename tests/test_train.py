@@ -9,27 +9,28 @@ import sys
 import jax
 import numpy as np
 import pytest
-from runs import dictation, host, metrics, replace, write_config_file
+from runs import (
+    TIMES,
+    assert_same_parameters,
+    dictation,
+    flip_a_bit,
+    host,
+    metrics,
+    replace,
+    reproducible_metrics,
+    stop_after,
+    write_config_file,
+)
 
 from msllm.checkpoint import Checkpoints
 from msllm.errors import UserError
 from msllm.hooks import EVALUATIONS, held_out_losses
-from msllm.monitor import KINDS, PAST, Monitor
 from msllm.training import train
 from msllm.weights.load import load
 
 pytestmark = pytest.mark.slow
 
 AGAIN = "run `msllm prepare` again into an empty directory"
-TIMES = (
-    "tokens_per_second",
-    "spoken_tokens_per_second",
-    "step_seconds",
-    "data_wait_share",
-    "memory_mib",
-    "goodput",
-)
-TIMES += tuple(f"time/{kind}" for kind in (*KINDS, *PAST))
 
 
 @pytest.fixture
@@ -44,30 +45,6 @@ def uninterrupted(config, tmp_path_factory):
     if not workdir.exists():
         train(config, workdir)
     return workdir
-
-
-def reproducible(workdir):
-    """What metrics.jsonl says apart from times, which no run repeats."""
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics(workdir)]
-
-
-def stop_after(monkeypatch, step):
-    """Ctrl-C while the step after `step` is being dispatched."""
-    after_dispatch = Monitor.after_dispatch
-
-    def interrupting(self, done, *rest):
-        if done == step:
-            signal.raise_signal(signal.SIGINT)
-        after_dispatch(self, done, *rest)
-
-    monkeypatch.setattr(Monitor, "after_dispatch", interrupting)
-
-
-def same_parameters(workdir, other):
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        *(host(load(path).parameters) for path in (workdir, other)),
-    )
 
 
 def test_a_run_writes_what_it_measured(uninterrupted):
@@ -133,8 +110,8 @@ def test_a_stopped_run_continues_bit_for_bit(config, uninterrupted, tmp_path, mo
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finished = train(config, tmp_path)
     assert int(finished.step) == 8
-    assert reproducible(tmp_path) == reproducible(uninterrupted)
-    same_parameters(tmp_path, uninterrupted)
+    assert reproducible_metrics(tmp_path) == reproducible_metrics(uninterrupted)
+    assert_same_parameters(tmp_path, uninterrupted)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     jax.tree.map(
         np.testing.assert_array_equal, host(train(config, tmp_path)), host(finished)
@@ -147,7 +124,7 @@ def test_a_run_continues_on_another_mesh(config, uninterrupted, tmp_path, monkey
         stop_after(patch, 5)
         train(config, tmp_path)
     train(replace(config, "mesh", data=8, fsdp=1), tmp_path)
-    lines = zip(reproducible(tmp_path), reproducible(uninterrupted), strict=True)
+    lines = zip(reproducible_metrics(tmp_path), reproducible_metrics(uninterrupted), strict=True)
     for line, expected in lines:
         assert line.keys() == expected.keys()
         np.testing.assert_allclose(list(line.values()), list(expected.values()), rtol=2e-5)
@@ -236,8 +213,8 @@ def test_ctrl_c_saves_and_the_same_command_continues(config, uninterrupted, tmp_
         progress = r"step \d/8  loss \d+\.\d{4}  [\d,]+ tokens/s  ETA 0:0\d"
         evaluation = r"step 8  evaluation: loss \d+\.\d{4}  nll/user .*  loss_spoken \d+\.\d{4}"
         assert re.fullmatch(f"{progress}|{evaluation}", text), text
-    assert reproducible(tmp_path / "run") == reproducible(uninterrupted)
-    same_parameters(tmp_path / "run", uninterrupted)
+    assert reproducible_metrics(tmp_path / "run") == reproducible_metrics(uninterrupted)
+    assert_same_parameters(tmp_path / "run", uninterrupted)
 
 
 def test_commands_that_cannot_run_say_so_in_one_line(config, data_dir, tmp_path):
@@ -281,25 +258,19 @@ def changed_data(data_dir, tmp_path, change):
     return str(copy)
 
 
-def flip_a_byte(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize(
     "change, message",
     [
         (
-            lambda data: flip_a_byte(next(data.glob("train-00001*"))),
+            lambda data: flip_a_bit(next(data.glob("train-00001*"))),
             r"train-00001.* is corrupt \(sha256 differs",
         ),
         (
-            lambda data: flip_a_byte(next(data.glob("eval-00000*"))),
+            lambda data: flip_a_bit(next(data.glob("eval-00000*"))),
             r"eval-00000.* is corrupt \(sha256 differs",
         ),
         (
-            lambda data: flip_a_byte(next(data.glob("*.model"))),
+            lambda data: flip_a_bit(next(data.glob("*.model"))),
             r"is not the tokenizer of this data \(sha256 differs\)",
         ),
         (lambda data: (data / "manifest.json").write_text("{"), r"manifest.json is damaged"),
