@@ -1,4 +1,4 @@
-"""Import, growth and export of checkpoints, and training from them."""
+"""Importing models, adding streams to them, training from them, and exporting them."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
-from runs import make_config, make_program
+from runs import flip_a_bit, make_config, make_program
 from safetensors.numpy import load_file, save_file
 
 from msllm.config import TokenizerConfig, from_config_dict
@@ -41,7 +41,7 @@ FAMILIES = ("llama_llama3", "qwen2_yarn", "qwen3")  # of tests/hf
 
 
 def tokenizer_file(pieces=30, special=("<eos>", "<unused>")) -> bytes:
-    """A `tokenizers` file with so many pieces: words, with the special tokens last."""
+    """A `tokenizers` file with `pieces` tokens: words, then the special tokens."""
     words = sorted({word for text in TEXTS for word in text.split()})[: pieces - len(special)]
     words += [f"word{i}" for i in range(pieces - len(special) - len(words))]
     model = tokenizers.Tokenizer(
@@ -54,7 +54,10 @@ def tokenizer_file(pieces=30, special=("<eos>", "<unused>")) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path):
-    """folder(name, pieces): a copy of a recorded model with a tokenizer of so many pieces."""
+    """A function folder(name, pieces) that copies a recorded model.
+
+    The copy has a tokenizer with `pieces` tokens. The function returns its path.
+    """
 
     def make(name="qwen3", pieces=hf_models.VOCABULARY):
         path = tmp_path / name
@@ -75,17 +78,19 @@ def tensors_of(path):
 
 
 def assert_same_tensors(ours, theirs):
+    """Asserts that names, dtypes and bytes are equal."""
     assert set(ours) == set(theirs)
     for name, x in theirs.items():
         assert ours[name].dtype == x.dtype and ours[name].tobytes() == x.tobytes(), name
 
 
 def logits_of(model, tokens):
+    """Logits [B, T, S, V] of a full forward pass."""
     return score(model, {"tokens": tokens}).logits
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_grown_streams_compute_what_the_base_did(name, folder, tmp_path):
+def test_added_streams_compute_what_the_imported_model_computes(name, folder, tmp_path):
     source, recorded = folder(name), np.load(hf_models.RECORDED / name / "logits.npz")
     from_hf(source, tmp_path / "out", streams=STREAMS)
     model = load(tmp_path / "out")
@@ -96,17 +101,16 @@ def test_grown_streams_compute_what_the_base_did(name, folder, tmp_path):
     tokens[0, :, 2] = recorded["tokens"]
     ours = logits_of(model, tokens)[0, :, 2]
     np.testing.assert_allclose(ours[:, :-1], recorded["logits"], rtol=0, atol=1e-4)
-    # Silence, the new token, is as likely as the others on average: no cell is forced to speak.
+    # The logit of silence, the new token, is the mean of the other logits.
     np.testing.assert_allclose(ours[:, -1], recorded["logits"].mean(1), rtol=0, atol=1e-4)
 
     if name != "qwen3":
         return
-    # Other streams are seen once the visibility says so, unless they are silent and silence is
-    # hidden.
-    open_rule = model.with_visibility("block_causal")
-    assert np.abs(logits_of(open_rule, tokens)[0, :, 2, :-1] - recorded["logits"]).max() > 1e-2
+    # A change of the visibility makes other streams visible, except for silence if it is hidden.
+    block_causal = model.with_visibility("block_causal")
+    assert np.abs(logits_of(block_causal, tokens)[0, :, 2, :-1] - recorded["logits"]).max() > 1e-2
     tokens[..., :2] = model.tokenizer.silence_id
-    ours = logits_of(open_rule.with_streams(skip_silence=True), tokens)[0, :, 2, :-1]
+    ours = logits_of(block_causal.with_streams(skip_silence=True), tokens)[0, :, 2, :-1]
     np.testing.assert_allclose(ours, recorded["logits"], rtol=0, atol=1e-4)
 
 
@@ -116,7 +120,7 @@ def test_grown_streams_compute_what_the_base_did(name, folder, tmp_path):
 @pytest.mark.parametrize(
     "pieces", [hf_models.VOCABULARY, hf_models.VOCABULARY - 3], ids=["full", "padded"]
 )
-def test_one_stream_round_trip_is_exact(name, pieces, folder, tmp_path):
+def test_the_round_trip_of_one_stream_is_exact(name, pieces, folder, tmp_path):
     source = folder(name, pieces)
     from_hf(source, tmp_path / "out", vocab_multiple=16 if name == "llama" else 1)
     to_hf(tmp_path / "out", tmp_path / "back")
@@ -131,7 +135,7 @@ def test_one_stream_round_trip_is_exact(name, pieces, folder, tmp_path):
         assert there[key] == back[key]
 
 
-def test_grown_round_trip_is_exact_and_names_its_streams(folder, tmp_path):
+def test_the_round_trip_of_several_streams_is_exact_and_keeps_their_names(folder, tmp_path):
     from_hf(
         folder("qwen3", hf_models.VOCABULARY - 3),
         tmp_path / "grown",
@@ -144,10 +148,8 @@ def test_grown_round_trip_is_exact_and_names_its_streams(folder, tmp_path):
     first, exported, second = (load(tmp_path / name) for name in ("grown", "hf", "again"))
     for other in (exported, second):
         assert (other.config, other.streams) == (first.config, first.streams)
-        assert (
-            other.tokenizer.hash == first.tokenizer.hash
-            and other.tokenizer.silence_id == first.tokenizer.silence_id
-        )
+        assert other.tokenizer.hash == first.tokenizer.hash
+        assert other.tokenizer.silence_id == first.tokenizer.silence_id
         jax.tree.map(np.testing.assert_array_equal, other.parameters, first.parameters)
     from_hf(tmp_path / "hf", tmp_path / "renamed", streams="x=input,y=thought,z=output")
     renamed = load(tmp_path / "renamed").streams
@@ -157,7 +159,7 @@ def test_grown_round_trip_is_exact_and_names_its_streams(folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["s7_c3_causal", "s7_c1_block", "s7_noembed", "s5_three_stream"])
-def test_checkpoints_of_the_reference_import_as_they_are(name, tmp_path):
+def test_checkpoints_of_the_reference_are_imported_unchanged(name, tmp_path):
     source = golden_cases.case(name).path
     from_hf(source, tmp_path / "out")
     expected, ours = load(source), load(tmp_path / "out")
@@ -170,7 +172,7 @@ def test_checkpoints_of_the_reference_import_as_they_are(name, tmp_path):
         open_split(ours)
 
 
-def test_a_stream_vector_is_kept_when_streams_are_added(tmp_path):
+def test_added_streams_share_the_stream_vector_of_the_import(tmp_path):
     source = golden_cases.case("s7_c1_block").path
     from_hf(source, tmp_path / "out", streams="user,output")
     one, two = load(source), load(tmp_path / "out")
@@ -182,13 +184,13 @@ def test_a_stream_vector_is_kept_when_streams_are_added(tmp_path):
         )
 
 
-def test_dtype_is_kept_unless_it_would_round(folder, tmp_path):
+def test_the_dtype_is_kept_unless_it_would_round(folder, tmp_path):
     source = folder()
     from_hf(source, tmp_path / "out")
     to_hf(tmp_path / "out", tmp_path / "wide", dtype="float32")
     wide = tensors_of(tmp_path / "wide")
     assert {x.dtype for x in wide.values()} == {np.dtype(np.float32)}
-    # The same model in float32, one number of which is none of bfloat16's.
+    # In float32, change one number so that bfloat16 cannot represent it.
     wide["model.norm.weight"][0] += 1e-6
     save_file(wide, tmp_path / "wide" / hf.WEIGHTS)
     from_hf(tmp_path / "wide", tmp_path / "out2")
@@ -199,7 +201,7 @@ def test_dtype_is_kept_unless_it_would_round(folder, tmp_path):
     assert_same_tensors(tensors_of(tmp_path / "rounded"), tensors_of(source))
 
 
-def test_shards_hold_the_same(tmp_path):
+def test_one_file_and_shards_hold_the_same_tensors(tmp_path):
     config, streams, parameters = hf.read_folder(hf_models.RECORDED / "qwen3_yarn")
     for name, size in (("one", hf.SHARD_BYTES), ("many", 3000)):
         hf.write_folder(tmp_path / name, config, streams, parameters, shard_bytes=size)
@@ -214,39 +216,35 @@ def test_silence_is_found_or_added(folder, tmp_path):
     base = hf.read_folder(source)[2]
     from_hf(source, tmp_path / "added")
     added = load(tmp_path / "added")
-    assert (
-        added.tokenizer.silence == "<silence>"
-        and added.tokenizer.silence_id == hf_models.VOCABULARY - 3
-    )
+    assert added.tokenizer.silence == "<silence>"
+    assert added.tokenizer.silence_id == hf_models.VOCABULARY - 3
     from_hf(source, tmp_path / "named", silence="<unused>")
     named = load(tmp_path / "named")
     assert named.tokenizer.silence_id == hf_models.VOCABULARY - 4
     assert named.tokenizer.to_bytes() == (source / "tokenizer.json").read_bytes()
-    for model in (added, named):  # the table is long enough: nothing in it changes
+    imported = Tokenizer.load(source / "tokenizer.json", "<eos>")
+    for model in (added, named):
+        # The table has room for the token, so it does not change.
         np.testing.assert_array_equal(model.parameters["embedding"], base["embedding"])
-        assert model.tokenizer.encode("take 4") == Tokenizer.load(
-            source / "tokenizer.json", "<eos>"
-        ).encode("take 4")
+        assert model.tokenizer.encode("take 4") == imported.encode("take 4")
     with pytest.raises(UserError, match="no such special token .*<eos>, <unused>"):
         from_hf(source, tmp_path / "none", silence="<quiet>")
     assert not (tmp_path / "none").exists()
 
 
 def test_silence_is_added_to_sentencepiece_files():
-    data = train_tokenizer(
-        TEXTS, TokenizerConfig(model_type="char", vocab_size=60, silence="<s>")
-    ).to_bytes()
+    settings = TokenizerConfig(model_type="char", vocab_size=60, silence="<s>")
+    data = train_tokenizer(TEXTS, settings).to_bytes()
     before = Tokenizer("sentencepiece", data, "<s>")
     tokenizer, added = with_silence(TokenizerFile("sentencepiece", data, "here"), "")
     assert added and tokenizer.silence_id == before.vocab_size == tokenizer.vocab_size - 1
     assert tokenizer.encode(TEXTS[0]) == before.encode(TEXTS[0])
     assert tokenizer.silence_id not in tokenizer.encode("<silence>")
-    assert (
-        with_silence(TokenizerFile("sentencepiece", tokenizer.to_bytes(), "here"), "")[1] is False
-    )
+    _, added = with_silence(TokenizerFile("sentencepiece", tokenizer.to_bytes(), "here"), "")
+    assert added is False
 
 
-def test_tables_are_made_divisible(folder, tmp_path):
+def test_vocab_multiple_pads_the_tables(folder, tmp_path):
     from_hf(folder("llama"), tmp_path / "out", vocab_multiple=32)
     model, base = load(tmp_path / "out"), hf.read_folder(hf_models.RECORDED / "llama")[2]
     assert model.config.vocab_size == 64
@@ -254,13 +252,13 @@ def test_tables_are_made_divisible(folder, tmp_path):
         np.testing.assert_array_equal(model.parameters[name][: hf_models.VOCABULARY], base[name])
 
 
-def test_ids_with_gaps_are_refused():
+def test_token_ids_with_gaps_are_refused():
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 2}, unk_token="a"))
     with pytest.raises(UserError, match="have gaps"):
         with_silence(TokenizerFile("tokenizers", model.to_str().encode(), "here"), "")
 
 
-def test_wrong_sources_are_named_and_leave_nothing(folder, tmp_path):
+def test_the_error_names_a_wrong_source_and_no_output_is_left(folder, tmp_path):
     source = folder("qwen3")
     out = tmp_path / "out"
 
@@ -299,34 +297,37 @@ def test_wrong_sources_are_named_and_leave_nothing(folder, tmp_path):
 def test_nothing_is_overwritten(folder, tmp_path):
     source = folder()
     from_hf(source, tmp_path / "out")
-    kept = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+    def contents():
+        return {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+    before = contents()
     for again in (
         lambda: from_hf(source, tmp_path / "out"),
         lambda: to_hf(tmp_path / "out", tmp_path / "out"),
     ):
         with pytest.raises(UserError, match="exists already, and nothing is overwritten"):
             again()
-    assert kept == {
-        path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()
-    }
+    assert contents() == before
     (tmp_path / "empty").mkdir()
     to_hf(tmp_path / "out", tmp_path / "empty")
     assert tensors_of(tmp_path / "empty")
 
 
-def test_streams_as_text():
+def test_streams_are_parsed():
     assert parse_streams("user, output").kinds == ("input", "output")
     assert parse_streams("sensor=input,plan=thought,output").names == ("sensor", "plan", "output")
 
 
 @pytest.fixture
 def imported(folder, tmp_path):
-    """An imported model of three streams."""
+    """The folder of an imported model with three streams."""
     from_hf(folder("qwen3"), tmp_path / "base", streams=STREAMS)
     return tmp_path / "base"
 
 
-def tuned(folder, **dotted):
+def fine_tuning_config(folder, **dotted):
+    """A config of one step that starts from an imported model."""
     settings = fine_tune(folder)
     small = {"data.rows": 16, "data.batch_size": 8, "optim.warmup_steps": 0, "steps": 1}
     settings.update_from_flattened_dict(small | dotted)
@@ -352,7 +353,9 @@ def test_a_run_starts_from_an_import(imported, tmp_path):
         "streams.visibility": "block_causal",
         "eval_every": 0,
     }
-    config = tuned(imported, **changes, **{"optim.lr": 1e-8, "optim.weight_decay": 0.0})
+    config = fine_tuning_config(
+        imported, **changes, **{"optim.lr": 1e-8, "optim.weight_decay": 0.0}
+    )
     prepare(config, config.data.dir)
     with pytest.raises(
         UserError, match="holds a model: choose another, and start .* --config.init_from"
@@ -365,19 +368,21 @@ def test_a_run_starts_from_an_import(imported, tmp_path):
         return np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=1e-7)
 
     jax.tree.map(close, state.parameters, base.parameters)
-    shutil.rmtree(imported)  # needed by a new run only
+    shutil.rmtree(imported)  # only a new run needs it
     again = train(config, tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, again.parameters, state.parameters)
     report = to_hf(tmp_path / "run", tmp_path / "back", like=str(tmp_path / "qwen3"))
     assert "step 1" in report and "float32 is written" in report
-    assert (
-        json.loads((tmp_path / "back" / "config.json").read_text())["max_position_embeddings"] == 64
-    )
+    settings = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert settings["max_position_embeddings"] == 64
 
 
 @pytest.mark.parametrize("size", ["2", "3"])
-def test_streams_start_where_one_stream_would_go_on(size, folder, tmp_path, monkeypatch):
-    """configs/smollm2_streams.py: before training, the streams work as the imported model does."""
+def test_streams_continue_each_other_before_training(size, folder, tmp_path, monkeypatch):
+    """configs/smollm2_streams.py: the thought or output continues the question in user.
+
+    Its logits must be those of the imported model on the question and the continuation as one text.
+    """
     path = golden_cases.HERE.parent / "configs/smollm2_streams.py"
     (tmp_path / "data/gsm8k").mkdir(parents=True)
     solved = {"question": "take 4 add 3 no wait", "answer": "The total is 6.\n#### 6"}
@@ -395,31 +400,31 @@ def test_streams_start_where_one_stream_would_go_on(size, folder, tmp_path, monk
     streams = StreamSpec.from_config(config.streams)
     loader = Loader(config.data, "eval", streams)
     (table,) = unpack(loader.batch(0))
-    silence, working = loader.tokenizer.silence_id, 1  # the thought, or the output
+    silence, user, working = loader.tokenizer.silence_id, 0, 1  # stream 1 is thought or output
 
-    def said(s):
-        return table.present[:, s] & (table.tokens[:, s] != silence)
+    def speaks(stream):
+        return table.present[:, stream] & (table.tokens[:, stream] != silence)
 
-    begin, end = np.flatnonzero(said(working))[[0, -1]]
-    assert begin == np.flatnonzero(said(0))[-1] + 1 and end > begin + 2
+    begin, end = np.flatnonzero(speaks(working))[[0, -1]]
+    assert begin == np.flatnonzero(speaks(user))[-1] + 1 and end > begin + 2
     parameters = initial_parameters(config.init_from, make_program(config), loader.tokenizer)
     model = LoadedModel(config.model, streams, parameters, loader.tokenizer)
     tables = {"tokens": table.tokens[None], "present": table.present[None]}
     logits = score(model, tables).logits[0, begin : end + 1, working]
 
-    text = np.concatenate([table.tokens[said(s), s] for s in (0, working)])
-    base = load("models/smollm2")  # isolated: every stream is the imported model
+    text = np.concatenate([table.tokens[speaks(stream), stream] for stream in (user, working)])
+    base = load("models/smollm2")  # its streams are isolated: each computes the imported model
     expected = logits_of(base, np.tile(text[None, :, None], 3))[0, :, 0]
     np.testing.assert_allclose(logits, expected[begin:], rtol=0, atol=1e-4)
     assert np.abs(expected[begin:] - expected[:1]).max() > 0.1
 
 
-def test_initial_parameters_are_laid_out_for_the_mesh(imported, caplog):
+def test_initial_parameters_are_sharded_over_the_mesh(imported, caplog):
     streams = {
         "streams.names": ("output", "tool", "user"),
         "streams.kinds": ("output", "input", "input"),
     }
-    config = tuned(imported, **streams)
+    config = fine_tuning_config(imported, **streams)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, rope_theta=1e4))
     program = make_program(config, 4, data=2, fsdp=2)
     tokenizer = Tokenizer.load(imported / "tokenizer.json")
@@ -441,12 +446,14 @@ def test_stream_vectors_follow_the_names_of_streams():
     )
 
 
-def test_a_model_that_does_not_fit_is_named(imported, tmp_path):
+def test_the_error_says_how_a_model_differs(imported, tmp_path):
     tokenizer = Tokenizer.load(imported / "tokenizer.json")
 
     def refused(message, tokenizer=tokenizer, folder=imported, **dotted):
         with pytest.raises(UserError, match=message):
-            initial_parameters(folder, make_program(tuned(imported, **dotted)), tokenizer)
+            initial_parameters(
+                folder, make_program(fine_tuning_config(imported, **dotted)), tokenizer
+            )
 
     refused(
         r"blocks/mlp/up is \(2, 16, 20\) there, \(2, 16, 24\) here.*fine_tune", **{"model.d_ff": 24}
@@ -456,10 +463,8 @@ def test_a_model_that_does_not_fit_is_named(imported, tmp_path):
     refused("stream_embedding is only there", **{"model.stream_embedding": False})
     refused("another tokenizer", Tokenizer("tokenizers", tokenizer_file(), "<eos>"))
     refused("there is no checkpoint in", folder=tmp_path / "nowhere")
-    file = max((imported / "parameters" / "d").iterdir(), key=lambda path: path.stat().st_size)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 4
-    file.write_bytes(content)
+    files = (imported / "parameters" / "d").iterdir()
+    flip_a_bit(max(files, key=lambda path: path.stat().st_size))
     refused("config.init_from is .*base: ")
 
 
@@ -469,22 +474,20 @@ def test_command_line(folder, tmp_path):
     def run(*arguments):
         command = [sys.executable, "-m", "msllm", "convert", *map(str, arguments)]
         environment = os.environ | {"PYTHONPATH": str(golden_cases.HERE.parent)}
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=golden_cases.HERE.parent, env=environment
-        )
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert "Traceback" not in done.stderr, done.stderr
         return done
 
     done = run("from_hf", source, tmp_path / "out", f"--streams={STREAMS}")
-    assert done.returncode == 0 and "silence: <silence>, token 40, added" in done.stdout, (
-        done.stderr
-    )
+    assert done.returncode == 0, done.stderr
+    assert "silence: <silence>, token 40, added" in done.stdout
     done = run("from_hf", source, tmp_path / "out2", "--dtype=bfloat16")
     assert done.returncode == 2 and "from_hf takes no --dtype" in done.stderr
     done = run("convert", source)
     assert done.returncode == 2 and "from_hf|from_gguf|to_hf" in done.stderr
 
 
+# A module that leaves a file when it is imported.
 OUTSIDE = """
 import pathlib
 pathlib.Path(__file__).with_suffix(".ran").touch()
@@ -519,7 +522,7 @@ def test_code_that_an_export_names_is_not_run(imported, tmp_path, monkeypatch):
 
 
 def test_config_of_an_import_is_complete(imported):
-    config = tuned(imported)
+    config = fine_tuning_config(imported)
     assert config.init_from == str(imported) and config.model == load(imported).config
     assert config.data.tokenizer.path == str(imported / "tokenizer.json")
     with pytest.raises(UserError, match="nowhere/config.json cannot be read"):

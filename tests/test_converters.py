@@ -1,12 +1,12 @@
-"""Converters: no token is lost, the order inside a stream is kept, and bad records are named."""
+"""Converters keep all tokens and the order in each stream, and errors name bad records."""
 
-import dataclasses
 import json
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import replace
 
 from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
 from msllm.data import dictation
@@ -21,9 +21,8 @@ WORDS = "a b c d e f g user thought output #### 1 2 3"
 TOKENIZER = train([WORDS], TokenizerConfig(model_type="word", vocab_size=64))
 CHARACTERS = train([WORDS + "ä\n"], TokenizerConfig(model_type="char", vocab_size=64))
 SENTENCE = st.lists(st.sampled_from("abcdefg"), max_size=6).map(" ".join)
-
-
-THREE = StreamsConfig()
+THREE = StreamsConfig()  # user, thought, output
+ONE = StreamsConfig(names=("text",), kinds=("output",))
 
 
 def make_config(converter, path="", streams=THREE, **data):
@@ -31,10 +30,12 @@ def make_config(converter, path="", streams=THREE, **data):
 
 
 def run(config, tokenizer=TOKENIZER):
+    """The tables that the converter makes."""
     return list(convert(config, StreamSpec.from_config(config.streams), tokenizer))
 
 
 def jsonl(tmp_path, *records):
+    """Writes records as JSON lines, and strings as they are."""
     path = tmp_path / "records.jsonl"
     path.write_text(
         "".join(json.dumps(r) + "\n" if not isinstance(r, str) else r + "\n" for r in records)
@@ -43,19 +44,17 @@ def jsonl(tmp_path, *records):
 
 
 def spoken(table, stream, tokenizer=TOKENIZER):
-    """What a stream says, and the row of its first and after its last token."""
-    said = table.present[:, stream] & (table.tokens[:, stream] != tokenizer.silence_id)
-    rows = np.flatnonzero(said)
-    return tokenizer.decode(table.tokens[said, stream]), (int(rows[0]), int(rows[-1]) + 1) if len(
-        rows
-    ) else None
+    """(text of a stream, (row of its first token, row after its last token) or None)."""
+    speaks = table.present[:, stream] & (table.tokens[:, stream] != tokenizer.silence_id)
+    rows = np.flatnonzero(speaks)
+    text = tokenizer.decode(table.tokens[speaks, stream])
+    return text, (int(rows[0]), int(rows[-1]) + 1) if len(rows) else None
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp(
-        "data"
-    )  # module scope, because hypothesis runs a test many times
+    """A folder for hypothesis, which runs a test many times with the same fixtures."""
+    return tmp_path_factory.mktemp("data")
 
 
 @settings(max_examples=30, deadline=None)
@@ -72,35 +71,32 @@ def test_gsm8k_streams(folder, question, worked, after):
     thought, (thought_start, thought_end) = spoken(table, 1, CHARACTERS)
     output, (output_start, output_end) = spoken(table, 2, CHARACTERS)
     assert asked == question and output == "3"
-    assert thought == "\n".join(f"{line} 3" for line in worked)  # without the calculator marks
+    assert thought == "\n".join(f"{line} 3" for line in worked)  # without calculator annotations
     assert thought_start == (asked_end if after < 0 else after)
     assert output_start == max(thought_end, asked_end)
-    assert (
-        1 <= len(table.tokens) - output_end <= MAX_CLOSING_ROWS and table.present.all()
-    )  # then silence
+    assert table.present.all()
+    assert 1 <= len(table.tokens) - output_end <= MAX_CLOSING_ROWS  # rows of silence at the end
 
 
-def test_gsm8k_answer_waits_for_a_question_that_outlasts_the_thought(tmp_path):
+def test_the_gsm8k_answer_waits_for_the_end_of_the_question(tmp_path):
     path = jsonl(tmp_path, {"question": "a b c d e f", "answer": "g\n#### 1"})
     (table,) = run(make_config("gsm8k", path, options={"think_after": 0}))
     assert spoken(table, 1) == ("g", (0, 1)) and spoken(table, 2) == ("1", (6, 7))
 
 
-def test_gsm8k_without_a_thought_is_said_by_the_output(tmp_path):
+def test_gsm8k_without_a_thought_stream_puts_the_working_into_output(tmp_path):
     path = jsonl(tmp_path, {"question": "a b", "answer": "c <<1+2=3>>3\nd\n#### 3"})
     streams = StreamsConfig(names=("user", "output"), kinds=("input", "output"))
     (table,) = run(make_config("gsm8k", path, streams=streams), CHARACTERS)
-    assert spoken(table, 0, CHARACTERS) == ("a b", (0, 3)) and spoken(table, 1, CHARACTERS) == (
-        "c 3\nd\n#### 3",
-        (3, 15),
-    )
+    assert spoken(table, 0, CHARACTERS) == ("a b", (0, 3))
+    assert spoken(table, 1, CHARACTERS) == ("c 3\nd\n#### 3", (3, 15))
     (table,) = run(
         make_config("gsm8k", path, streams=streams, options={"think_after": 1}), CHARACTERS
     )
     assert spoken(table, 1, CHARACTERS)[1] == (1, 13)
 
 
-def test_plain_text_in_one_of_several_streams(tmp_path):
+def test_single_puts_text_into_one_of_several_streams(tmp_path):
     (tmp_path / "x.txt").write_text("a b c d e")
     tables = run(make_config("single", tmp_path / "x.txt", options={"stream": "output"}, rows=4))
     assert [spoken(table, 2)[0] for table in tables] == ["a b c d", "d e"]
@@ -114,7 +110,7 @@ def test_plain_text_in_one_of_several_streams(tmp_path):
         st.tuples(*[st.sampled_from(["a", "b", "", None, 3])] * 2), min_size=1, max_size=6
     ).map(lambda rows: [list(column) for column in zip(*rows)])
 )
-def test_ready_tables_keep_every_cell(folder, cells):
+def test_tables_keep_every_cell(folder, cells):
     (table,) = run(
         make_config("tables", jsonl(folder, {"streams": {"user": cells[0], "output": cells[1]}}))
     )
@@ -132,7 +128,7 @@ def test_ready_tables_keep_every_cell(folder, cells):
     assert table.present[:, 1].all() and (table.tokens[:, 1] == TOKENIZER.silence_id).all()
 
 
-def test_ready_tables_from_texts_are_padded_with_silence(tmp_path):
+def test_tables_from_texts_are_padded_with_silence(tmp_path):
     (table,) = run(
         make_config("tables", jsonl(tmp_path, {"streams": {"user": "a b c", "output": "d"}}))
     )
@@ -153,16 +149,14 @@ def test_chat_keeps_every_turn_in_order(folder, turns, overlap):
     (table,) = run(make_config("chat", jsonl(folder, {"messages": messages}), options=options))
     for stream, role in enumerate(("human", "thought", "output")):
         assert spoken(table, stream)[0] == " ".join(c for r, c in turns if r == role and c)
-    if overlap == 0:  # one speaks at a time, without gaps, then silence
-        talking = (table.tokens != TOKENIZER.silence_id).sum(axis=1)
-        closing = len(table.tokens) - sum(talking)
-        assert (
-            talking.tolist() == [1] * sum(talking) + [0] * closing
-            and 1 <= closing <= MAX_CLOSING_ROWS
-        )
+    if overlap == 0:  # one stream speaks at a time, without gaps; silence follows
+        speaking = (table.tokens != TOKENIZER.silence_id).sum(axis=1)
+        closing = len(table.tokens) - sum(speaking)
+        assert speaking.tolist() == [1] * sum(speaking) + [0] * closing
+        assert 1 <= closing <= MAX_CLOSING_ROWS
 
 
-def test_chat_answers_overlap_but_inputs_wait(tmp_path):
+def test_chat_overlaps_answers_but_not_inputs(tmp_path):
     messages = [
         {"role": role, "content": text}
         for role, text in (("user", "a b c"), ("output", "d e"), ("user", "f"))
@@ -176,32 +170,26 @@ def test_chat_answers_overlap_but_inputs_wait(tmp_path):
 
 @settings(max_examples=30, deadline=None)
 @given(content=st.text("abc \n", min_size=2, max_size=60), rows=st.integers(2, 9))
-def test_text_predicts_each_character_once(folder, content, rows):
+def test_single_predicts_each_character_once(folder, content, rows):
     path = folder / "plain.txt"
     path.write_text(content, newline="")
-    one = StreamsConfig(names=("text",), kinds=("output",))
-    pieces = run(make_config("single", path, streams=one, rows=rows), CHARACTERS)
+    pieces = run(make_config("single", path, streams=ONE, rows=rows), CHARACTERS)
     columns = [piece.tokens[:, 0].tolist() for piece in pieces]
-    assert (
-        CHARACTERS.decode(columns[0][:1] + [token for column in columns for token in column[1:]])
-        == content
-    )
+    # The first token of a table is the last one of the table before.
+    tokens = columns[0][:1] + [token for column in columns for token in column[1:]]
+    assert CHARACTERS.decode(tokens) == content
     assert all(a[-1] == b[0] for a, b in zip(columns, columns[1:]))
     assert all(len(column) == rows for column in columns[:-1]) and 2 <= len(columns[-1]) <= rows
 
 
-def test_text_is_the_same_in_small_blocks(tmp_path, monkeypatch):
+def test_reading_text_in_small_blocks_changes_nothing(tmp_path, monkeypatch):
     path = tmp_path / "plain.txt"
     path.write_text("a b\nc ä\n" * 50)
-    config = make_config(
-        "single", path, streams=StreamsConfig(names=("text",), kinds=("output",)), rows=7
-    )
+    config = make_config("single", path, streams=ONE, rows=7)
     whole = run(config, CHARACTERS)
     monkeypatch.setattr("msllm.data.files.BLOCK_CHARACTERS", 5)
-    assert all(
-        np.array_equal(a.tokens, b.tokens)
-        for a, b in zip(whole, run(config, CHARACTERS), strict=True)
-    )
+    for ours, theirs in zip(run(config, CHARACTERS), whole, strict=True):
+        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
 
 
 def test_delays_and_max_examples(tmp_path):
@@ -213,7 +201,7 @@ def test_delays_and_max_examples(tmp_path):
     assert spoken(tables[0], 2) == ("c d", (1, 3))
 
 
-def test_texts_for_the_tokenizer(tmp_path):
+def test_the_tokenizer_is_trained_on_the_texts_of_tables(tmp_path):
     record = {"question": "a b", "answer": "c <<1+1=2>>2\n#### 2"}
     config = make_config("gsm8k", jsonl(tmp_path, record))
     assert list(texts(config, StreamSpec.from_config(config.streams))) == ["a b", "c 2", "2"]
@@ -223,7 +211,8 @@ def test_texts_for_the_tokenizer(tmp_path):
 
 
 def dictation_tables(single=False, count=200):
-    streams = StreamsConfig(names=("text",), kinds=("output",)) if single else StreamsConfig()
+    """(tables, tokenizer) of dictated sums in three streams, or in one."""
+    streams = ONE if single else THREE
     name = "dictation_single" if single else "dictation"
     config = make_config(name, streams=streams, options={"examples": count, "seed": 3})
     word = TokenizerConfig(model_type="word", vocab_size=256)
@@ -232,7 +221,7 @@ def dictation_tables(single=False, count=200):
 
 
 def test_dictation_answers_are_right():
-    """An oracle that does not use the generator's state: it replays the words step by step."""
+    """Computes the answers from the words alone, without the generator's state."""
     for example in dictation.generate(500, seed=1):
         steps = []
         for word, following in zip(example.question, example.question[1:]):
@@ -245,24 +234,20 @@ def test_dictation_answers_are_right():
             sign = -1 if word in ("subtract", "minus") else 1
             value = value * 2 if word == "double" else value + sign * int(operand)
             assert 0 <= value <= dictation.LARGEST
-        assert (
-            example.answer
-            == ["that", "makes", str(value), "."]
-            == dictation.expected_answer(example.question)
-        )
+        assert example.answer == ["that", "makes", str(value), "."]
+        assert example.answer == dictation.expected_answer(example.question)
 
 
-def test_dictation_has_corrections_and_no_repetition():
+def test_dictation_has_corrections_and_no_duplicates():
     examples = list(dictation.generate(2000, seed=5))
     assert len({" ".join(e.question) for e in examples}) == 2000
     assert 0.3 < np.mean(["wait" in e.question for e in examples]) < 0.4
-    assert [e.question for e in dictation.generate(50, seed=5)] == [
-        e.question for e in examples[:50]
-    ]
+    fewer = dictation.generate(50, seed=5)
+    assert [e.question for e in fewer] == [e.question for e in examples[:50]]
 
 
-def test_dictation_uses_only_what_could_be_heard():
-    """Each thought and the answer come as early as the visibility rule allows, and not before."""
+def test_dictation_reacts_as_soon_as_the_visibility_allows():
+    """Thoughts and answers come as early as the visibility rule allows, and not before."""
     tables, tokenizer = dictation_tables()
     for table in tables:
         question, (start, _) = spoken(table, 0, tokenizer)
@@ -271,24 +256,21 @@ def test_dictation_uses_only_what_could_be_heard():
         answer, (answer_start, answer_end) = spoken(table, 2, tokenizer)
         assert start == 0 and end == len(words) - 1
         assert answer.split() == dictation.expected_answer(words)
-        assert (
-            answer_start == end + dictation.REACTION
-            and 1 <= len(table.tokens) - answer_end <= MAX_CLOSING_ROWS
-        )
+        assert answer_start == end + dictation.REACTION
+        assert 1 <= len(table.tokens) - answer_end <= MAX_CLOSING_ROWS
         thoughts, _ = dictation.work_out(words)
         rows = np.flatnonzero(table.tokens[:, 1] != silence).tolist()
-        said = [tokenizer.decode([table.tokens[row, 1]]) for row in rows]
-        assert said == [word for _, thought in thoughts for word in thought]
+        thought_words = [tokenizer.decode([table.tokens[row, 1]]) for row in rows]
+        assert thought_words == [word for _, thought in thoughts for word in thought]
         for index, thought in thoughts:
             assert rows.pop(0) == index + dictation.REACTION
             del rows[: len(thought) - 1]
+        # "that makes" comes first, so the number is worked out before the output says it.
         value_row = max(np.flatnonzero(table.tokens[:, 1] != silence))
-        assert (
-            answer_start + 2 >= value_row + dictation.REACTION
-        )  # the number has been worked out before it is said
+        assert answer_start + 2 >= value_row + dictation.REACTION
 
 
-def test_single_layout_holds_the_same_examples():
+def test_dictation_in_one_stream_has_the_same_examples():
     multi, single = dictation_tables()[0], dictation_tables(single=True)[0]
     assert [t.example for t in multi] == [t.example for t in single]
     tokenizer = dictation_tables(single=True)[1]
@@ -297,7 +279,7 @@ def test_single_layout_holds_the_same_examples():
     assert words[end] == "?" and words[-4:] == dictation.expected_answer(words[: end + 1])
 
 
-def test_question_end_without_a_question():
+def test_question_end_is_negative_without_a_question():
     assert dictation.question_end(np.array([4, 5]), 9) == -1
 
 
@@ -337,7 +319,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("converter, records, message", BAD, ids=[str(i) for i in range(len(BAD))])
-def test_bad_records_are_named(tmp_path, converter, records, message):
+def test_the_error_names_a_bad_record(tmp_path, converter, records, message):
     with pytest.raises(UserError, match=message):
         run(make_config(converter, jsonl(tmp_path, *records)))
 
@@ -356,26 +338,27 @@ def test_bad_records_are_named(tmp_path, converter, records, message):
         ({"path": "/nowhere/*.jsonl"}, "/nowhere/.*--config.data.path=.*MSLLM_SHARED"),
     ],
 )
-def test_bad_settings_are_named(tmp_path, changes, message):
+def test_the_error_names_a_bad_setting(tmp_path, changes, message):
     config = make_config("gsm8k", jsonl(tmp_path, GOOD))
     with pytest.raises(UserError, match=message):
-        run(dataclasses.replace(config, data=dataclasses.replace(config.data, **changes)))
+        run(replace(config, "data", **changes))
 
 
-def test_not_utf8(tmp_path):
+def test_input_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'{"question": "\xff\xfe"}\n')
     with pytest.raises(UserError, match="x.jsonl:1: not UTF-8"):
         run(make_config("gsm8k", tmp_path / "x.jsonl"))
 
 
-# What the configs make of a text does not change, so that prepared data and checkpoints of earlier
-# versions stay comparable.
+# The tables of the example configs must not change: data and checkpoints of earlier versions must
+# stay comparable.
 
 SOLVED = {
     "question": "A pen costs 2. How much are 3?",
     "answer": "2*3=<<2*3=6>>6\nSo it is 6.\n#### 6",
 }
-KEPT = {
+# config: (converter, options, tokenizer, hash of the tables)
+TABLE_HASHES = {
     "quickstart": ("dictation", {"examples": 300}, "word", "5fba788acf5a4d5f"),
     "quickstart_single": ("dictation_single", {"examples": 300}, "word", "a2cac5aec0e38a39"),
     "gsm8k": ("gsm8k", {}, "char", "1c5ef32274f3e73c"),
@@ -383,32 +366,27 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize("name", KEPT)
-def test_the_tables_of_the_configs_are_kept(tmp_path, name):
-    converter, options, model_type, expected = KEPT[name]
+@pytest.mark.parametrize("name", TABLE_HASHES)
+def test_the_tables_of_the_configs_do_not_change(tmp_path, name):
+    converter, options, model_type, expected = TABLE_HASHES[name]
     (tmp_path / "x.jsonl").write_text(
         json.dumps(SOLVED) + "\n" + json.dumps(SOLVED | {"question": "And 1+1?"})
     )
     play = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak.\n"
     (tmp_path / "x.txt").write_text(play * 9)
     path = tmp_path / ("x.txt" if converter == "single" else "x.jsonl")
-    streams = (
-        StreamsConfig()
-        if name in ("quickstart", "gsm8k")
-        else StreamsConfig(names=("text",), kinds=("output",))
-    )
+    streams = THREE if name in ("quickstart", "gsm8k") else ONE
     config = make_config(converter, path, streams=streams, options=options, rows=65)
     tokenizer = train(
         texts(config, StreamSpec.from_config(streams)),
         TokenizerConfig(model_type=model_type, vocab_size=256),
     )
-    kept = [
+    content = [
         [[tokenizer.piece(token) for token in row] for row in table.tokens.tolist()]
         + [table.present.tolist(), table.example]
         for table in run(config, tokenizer)
     ]
-    if (
-        converter == "single"
-    ):  # an example's id is made of token ids, which another sentencepiece may number otherwise
-        kept = [table[:-1] for table in kept]
-    assert example_hash(json.dumps(kept)) == expected
+    if converter == "single":
+        # The example's id depends on token ids, which may differ between sentencepiece versions.
+        content = [table[:-1] for table in content]
+    assert example_hash(json.dumps(content)) == expected

@@ -1,6 +1,5 @@
-"""Readers of public corpora, on a few lines in the form of each, and on the corpus if available."""
+"""Readers of public corpora, on a few lines of each format and on the corpora if available."""
 
-import dataclasses
 import json
 
 import golden_cases
@@ -33,11 +32,11 @@ def test_switchboard(tmp_path):
 
 
 def test_apollo13(tmp_path):
-    def said(start, text):
+    def utterance(start, text):
         return {"id": 1, "start": start, "end": 9, "source": "CDR", "message": text}
 
-    write(tmp_path / "b-loop.json", [said(3, "two")])
-    path = write(tmp_path / "a-loop.json", [said(2, "one"), said(None, "lost")])
+    write(tmp_path / "b-loop.json", [utterance(3, "two")])
+    path = write(tmp_path / "a-loop.json", [utterance(2, "one"), utterance(None, "lost")])
     (recording,) = corpora.apollo13(path)
     assert [(u["speaker"], u["start"], u["text"]) for u in recording["utterances"]] == [
         ("a/CDR", 2, "one"),
@@ -79,44 +78,47 @@ def test_bfcl(tmp_path):
     write(tmp_path / "answer_BFCL.json", {"id": "x", "ground_truth": calls})
     (record,) = corpora.bfcl(path)
     assert [message["role"] for message in record["messages"]] == ["system", "user", "assistant"]
-    made = [call["function"] for call in record["messages"][-1]["tool_calls"]]
-    assert made == [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]
+    found = [call["function"] for call in record["messages"][-1]["tool_calls"]]
+    assert found == [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]
 
 
-# The whole corpora: how much there is of each, as counted without these readers.
+def count_pairs(record):
+    return 1
 
 
-def CALLS(record):
+def count_utterances(record):
+    return len(record["utterances"])
+
+
+def count_rows(record):
+    return len(record["rows"])
+
+
+def count_calls(record):
     return sum(len(message.get("tool_calls") or ()) for message in record["messages"])
 
 
+CHORALES = "jsb_chorales/Jsb16thSeparated.json"
+# reader: (path, number of records, number of items, items of a record). The numbers were counted
+# without these readers.
 WHOLE = {
     "switchboard": (
         "timed_switchboard_sample/timed-transcript",
         36,
         8881 - 2944,
-        lambda r: len(r["utterances"]),
+        count_utterances,
     ),
-    "apollo13": (
-        "apollo13_loops/air-ground-loop.json",
-        1,
-        4172 + 1104,
-        lambda r: len(r["utterances"]),
-    ),
-    "tatoeba": ("translation_tatoeba/eng-swe.txt", 25286, 25286, lambda r: 1),
-    "chorales_train": ("jsb_chorales/Jsb16thSeparated.json", 229, 55228, lambda r: len(r["rows"])),
-    "chorales_valid": ("jsb_chorales/Jsb16thSeparated.json", 76, 18408, lambda r: len(r["rows"])),
-    "chorales_test": ("jsb_chorales/Jsb16thSeparated.json", 77, 18900, lambda r: len(r["rows"])),
-    "quarter_chorales_test": (
-        "jsb_chorales/Jsb16thSeparated.json",
-        77,
-        4725,
-        lambda r: len(r["rows"]),
-    ),
-    "taskmaster4": ("dialogue_taskmaster4/data_0[67].json", 710, 2873, CALLS),
-    "bfcl": ("tools_bfcl/BFCL_v4_parallel.json", 200, 540, CALLS),
+    "apollo13": ("apollo13_loops/air-ground-loop.json", 1, 4172 + 1104, count_utterances),
+    "tatoeba": ("translation_tatoeba/eng-swe.txt", 25286, 25286, count_pairs),
+    "chorales_train": (CHORALES, 229, 55228, count_rows),
+    "chorales_valid": (CHORALES, 76, 18408, count_rows),
+    "chorales_test": (CHORALES, 77, 18900, count_rows),
+    "quarter_chorales_test": (CHORALES, 77, 4725, count_rows),
+    "taskmaster4": ("dialogue_taskmaster4/data_0[67].json", 710, 2873, count_calls),
+    "bfcl": ("tools_bfcl/BFCL_v4_parallel.json", 200, 540, count_calls),
 }
-MODEL = {
+# reader: (converter, names of streams, options)
+CONVERTERS = {
     "switchboard": ("timed", ("A", "B"), {}),
     "apollo13": (
         "timed",
@@ -135,6 +137,7 @@ MODEL = {
 
 
 def whole(name):
+    """The path of a corpus; skips the test if it is missing."""
     path = golden_cases.shared_folder() / "data" / WHOLE[name][0]
     if not path.parent.is_dir():
         pytest.skip(f"{path.parent} is missing: set MSLLM_SHARED")
@@ -142,7 +145,7 @@ def whole(name):
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_whole_corpora(name):
+def test_readers_find_all_records(name):
     _, records, items, count = WHOLE[name]
     found = [
         record.value
@@ -152,33 +155,33 @@ def test_whole_corpora(name):
     assert len(found) == records and sum(map(count, found)) == items
 
 
-@pytest.mark.parametrize("name", MODEL)
-def test_the_converters_take_whole_corpora(name):
-    """Every token of every text is in a table once: as many as the tokenizer makes of the texts."""
-    converter, names, options = MODEL[name]
+@pytest.mark.parametrize("name", CONVERTERS)
+def test_converters_keep_all_tokens_of_corpora(name):
+    """The tables hold as many tokens as the tokenizer makes of the texts."""
+    converter, names, options = CONVERTERS[name]
     streams = StreamsConfig(names=names, kinds=("output",) * len(names))
-    format, kind = f"msllm.data.corpora:{name}", "char" if name in ("tatoeba", "bfcl") else "word"
     data = DataConfig(
-        converter=converter, path=whole(name), format=format, options=options, rows=1 << 20
+        converter=converter,
+        path=whole(name),
+        format=f"msllm.data.corpora:{name}",
+        options=options,
+        rows=1 << 20,
+        max_examples=300,
     )
-    data = dataclasses.replace(data, max_examples=300)
     config, spec = Config(streams=streams, data=data), StreamSpec.from_config(streams)
-    said = list(texts(config, spec))
-    tokenizer = train(said, TokenizerConfig(model_type=kind, vocab_size=30000))
+    all_texts = list(texts(config, spec))
+    kind = "char" if name in ("tatoeba", "bfcl") else "word"
+    tokenizer = train(all_texts, TokenizerConfig(model_type=kind, vocab_size=30000))
     tables = list(convert(config, spec, tokenizer))
     placed = sum(
         int((table.present & (table.tokens != tokenizer.silence_id)).sum()) for table in tables
     )
-    if converter == "aligned":  # an item that occurred before is not encoded again
-        items = [
-            item
-            for song in corpora.chorales_test(data.path)
-            for row in song["rows"]
-            for item in row
-        ]
+    if converter == "aligned":  # its texts hold each distinct item once
+        songs = corpora.chorales_test(data.path)
+        items = [item for song in songs for row in song["rows"] for item in row]
         assert placed == sum(item != -1 for item in items)
     else:
-        assert placed == sum(len(tokenizer.encode(text)) for text in said) > 5000
+        assert placed == sum(len(tokenizer.encode(text)) for text in all_texts) > 5000
 
 
 def test_transposed_chorales_keep_every_interval():
@@ -187,11 +190,11 @@ def test_transposed_chorales_keep_every_interval():
     transposed = [
         np.array(song["rows"]) for song in corpora.quarter_chorales_train_transposed(file)
     ]
-    assert {json.dumps(song.tolist()) for song in transposed} >= original and len(
-        transposed
-    ) > 9 * len(original)
+    assert {json.dumps(song.tolist()) for song in transposed} >= original
+    assert len(transposed) > 9 * len(original)
 
     def intervals(song):
+        """Pitches relative to the lowest; -1 stays -1."""
         return np.where(song == -1, -1, song - song[song >= 0].min())
 
     known = {json.dumps(intervals(np.array(json.loads(song))).tolist()) for song in original}

@@ -1,4 +1,4 @@
-"""Data prepared before the package was split into folders (tests/golden/before/data) stay valid."""
+"""Data prepared by an earlier layout of the package (tests/golden/before/data) stay valid."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ READER = "msllm.data.corpora:tatoeba"
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A copy of the artifacts; the user's module is imported from it."""
+    """A copy of the earlier data, from which the user's module `own` is imported."""
     shutil.copytree(BEFORE, tmp_path / "data")
     monkeypatch.syspath_prepend(tmp_path / "data")
     monkeypatch.delitem(sys.modules, "own", raising=False)
@@ -33,15 +33,17 @@ def folder(tmp_path, monkeypatch):
 
 
 def config_of(folder, case):
+    """The config with which the data of a case were prepared."""
     return from_config_dict(runpy.run_path(str(folder / "config.py"))["get_config"](case))
 
 
 def contents(folder):
+    """The bytes of each file."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def said(config, split):
-    """What user and output say in each example of a split."""
+def pairs_in(config, split):
+    """The texts {(user, output)} in the examples of a split."""
     loader = Loader(config.data, split, StreamSpec.from_config(config.streams))
     tables = []
     for step in range(loader.num_batches):
@@ -51,7 +53,7 @@ def said(config, split):
 
 
 @pytest.mark.parametrize("case", ["tatoeba", "built_in", "own"])
-def test_prepared_data_is_accepted_and_read(folder, case, capsys):
+def test_earlier_data_are_accepted_and_read(folder, case, capsys):
     config = config_of(folder, case)
     before = contents(folder / case)
     manifest = prepare(config, folder / case)
@@ -59,9 +61,9 @@ def test_prepared_data_is_accepted_and_read(folder, case, capsys):
     assert contents(folder / case) == before
     assert manifest == json.loads(before["manifest.json"])
     pairs = [line.split("\t")[:2] for line in (folder / "pairs.txt").read_text().splitlines()]
-    found = said(config, "train")
+    found = pairs_in(config, "train")
     if case == "tatoeba":
-        held_out = said(config, "eval")
+        held_out = pairs_in(config, "eval")
         assert len(held_out) == 2 and not held_out & found
         found |= held_out
     assert found == set(map(tuple, pairs))
@@ -74,7 +76,7 @@ def test_an_unfinished_run_is_continued(folder, capsys):
     prepare(config, folder / "interrupted")
     assert "holds 1 of 1 portions" in capsys.readouterr().out
     assert shard.stat().st_mtime_ns == before
-    assert len(said(config, "train")) == 5
+    assert len(pairs_in(config, "train")) == 5
 
 
 def test_a_changed_input_is_refused(folder):
@@ -112,7 +114,7 @@ def test_a_new_revision_of_a_function_of_msllm_is_refused(folder, changed, case,
         prepare(config, folder / "new")
 
 
-def test_msllm_counts_by_name_and_the_user_by_content(folder):
+def test_only_user_functions_are_identified_by_content(folder):
     def code(case):
         config = config_of(folder, case)
         settings = identity.get_settings(config, StreamSpec.from_config(config.streams))

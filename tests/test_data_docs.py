@@ -1,4 +1,4 @@
-"""Every example drawn in docs/data.md is what its converter makes of the text above it."""
+"""Each table in docs/data.md is what the converter makes of the text above it."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ INPUTS = re.compile("user|result.*")
 
 
 def examples():
-    """{converter: (records, settings, drawn tables)} of the first block of each one's section."""
+    """{converter: (records, settings, tables)} from the first block of each converter's section."""
     found = {}
     for section in re.split(r"^### ", DOCS.read_text(), flags=re.M)[1:]:
         name = re.match(r"`(\w+)`", section)
@@ -39,32 +39,36 @@ def examples():
 
 
 def draw(table, names, tokenizer):
-    """The cells of a table as in the document.
+    """{stream: cells} of a table, in the notation of the page.
 
-    `.` is silence, `-` is absent, and `<...>` is a word that could be mistaken for these.
+    `.` is silence, `-` is absent, and the words `.` and `-` are `<.>` and `<->`.
     """
+
+    def cell(token, present):
+        if not present:
+            return "-"
+        if token == tokenizer.silence_id:
+            return "."
+        word = tokenizer.decode([token])
+        return f"<{word}>" if word in (".", "-") else word
+
     columns = {}
     for stream, name in enumerate(names):
-        cells = []
-        for token, present in zip(table.tokens[:, stream].tolist(), table.present[:, stream]):
-            word = tokenizer.decode([token])
-            silent = (
-                "."
-                if token == tokenizer.silence_id
-                else f"<{word}>"
-                if word in (".", "-")
-                else word
-            )
-            cells.append(silent if present else "-")
-        columns[name] = cells
+        tokens, present = table.tokens[:, stream].tolist(), table.present[:, stream]
+        columns[name] = [cell(*both) for both in zip(tokens, present)]
     return columns
 
 
-def made(tmp_path, converter, records, settings, names):
-    kinds = tuple(
-        "input" if INPUTS.fullmatch(n) else "thought" if n == "thought" else "output" for n in names
-    )
-    streams = StreamsConfig(names=names, kinds=kinds)
+def kind_of(name):
+    """The kind of a stream on the page."""
+    if INPUTS.fullmatch(name):
+        return "input"
+    return "thought" if name == "thought" else "output"
+
+
+def converted(tmp_path, converter, records, settings, names):
+    """Yields the drawn tables that a converter makes of records."""
+    streams = StreamsConfig(names=names, kinds=tuple(map(kind_of, names)))
     path = tmp_path / ("x.jsonl" if records.startswith("{") else "x.txt")
     path.write_text(records)
     config = Config(
@@ -76,14 +80,17 @@ def made(tmp_path, converter, records, settings, names):
         yield draw(table, names, tokenizer)
 
 
-def test_every_converter_is_drawn():
+def test_the_page_has_a_table_for_each_converter():
     assert set(examples()) == set(CONVERTERS) - {"dictation_single"}
 
 
 @pytest.mark.parametrize("converter", [name for name in CONVERTERS if name != "dictation_single"])
-def test_the_document_draws_what_is_made(tmp_path, converter):
+def test_the_page_draws_the_tables_of_the_converter(tmp_path, converter):
     records, settings, tables = examples()[converter]
     if converter == "dictation":
         settings = {"options": {"examples": 100}}
-    found = made(tmp_path, converter, records, settings, tuple(tables[0]))
-    assert tables == list(found) if converter != "dictation" else tables[0] in found
+    found = converted(tmp_path, converter, records, settings, tuple(tables[0]))
+    if converter == "dictation":
+        assert tables[0] in found
+    else:
+        assert tables == list(found)

@@ -1,5 +1,4 @@
-"""Cached decoding against the full forward pass, with every rule, cache and mesh; endless sessions;
-sampling."""
+"""Cached decoding equals the full forward pass with every visibility, cache and mesh; sampling."""
 
 import golden_cases
 import jax
@@ -26,11 +25,13 @@ WARM = DecodeOptions(temperature=1.0, seed=5)
 
 
 def full_logits(model, transcript, window=0, kept=0):
-    """Logits [R, S, V] of one pass over all rows; with a window, a row sees the kept rows and the
-    last of the others."""
+    """Logits [R, S, V] of a forward pass over all rows of a transcript.
+
+    With a window, a row sees the first `kept` rows and the last `window - kept` rows.
+    """
 
     def dense(q, k, v, visibility):
-        """The reference, with one more rule."""
+        """Reference attention, restricted to the window."""
         q_row, k_row = visibility.queries.row, visibility.keys.row
         back = q_row[:, :, None, None, None] - k_row[:, None, None, :, None]
         in_window = (back < window - kept) | (k_row < kept)[:, None, None, :, None]
@@ -52,8 +53,10 @@ def full_logits(model, transcript, window=0, kept=0):
 
 
 def crowd(model, rows, prefills, absent=0.0, window=16, **settings):
-    """Sessions of one engine that begin at different moments, with input: (sessions, their rows)
-    after `rows` steps."""
+    """Steps sessions of one engine that begin at different times and are fed input.
+
+    Returns (sessions, {session: its first `rows` rows}).
+    """
     rng = np.random.default_rng(1)
     engine = Engine(
         model,
@@ -66,12 +69,10 @@ def crowd(model, rows, prefills, absent=0.0, window=16, **settings):
     sessions, shown = [], {}
     for step in range(rows + len(prefills) - 1):
         if step < len(prefills):
-            table = (
-                rng.integers(0, 32, (prefills[step], 3)),
-                rng.random((prefills[step], 3)) >= absent,
-            )
-            first = {"prefill": table[0], "present": table[1]} if prefills[step] else {}
-            sessions.append(engine.open(DecodeOptions(temperature=1.0, seed=step), **first))
+            shape = (prefills[step], 3)
+            prefill, present = rng.integers(0, 32, shape), rng.random(shape) >= absent
+            arguments = {"prefill": prefill, "present": present} if prefills[step] else {}
+            sessions.append(engine.open(DecodeOptions(temperature=1.0, seed=step), **arguments))
             shown[sessions[-1]] = []
         active = [
             session
@@ -86,13 +87,12 @@ def crowd(model, rows, prefills, absent=0.0, window=16, **settings):
 
 
 def check_crowd(model, sessions, shown, tolerance=1e-4):
+    """Checks the rows of `crowd` against full forward passes."""
     for session in sessions:
         transcript = session.transcript()
         expected = full_logits(model, transcript)
-        assert (
-            transcript.present.shape == transcript.tokens.shape
-            and len(transcript.row) == session.rows
-        )
+        assert transcript.present.shape == transcript.tokens.shape
+        assert len(transcript.row) == session.rows
         compared = 0
         for row in shown[session]:
             if row.logits is not None:
@@ -122,7 +122,7 @@ def check_crowd(model, sessions, shown, tolerance=1e-4):
     ],
     ids=lambda s: "-".join(str(k if k == "lag" else v) for k, v in s.items()),
 )
-def test_cached_equals_full_forward(make_model, settings):
+def test_cached_decoding_equals_the_full_forward_pass(make_model, settings):
     settings = dict(settings)
     prefills, absent = settings.pop("prefills", (5, 0)), settings.pop("absent", 0.0)
     model = make_model(3, **settings)
@@ -139,8 +139,8 @@ def test_cached_equals_full_forward(make_model, settings):
     [{"data": 2, "stream": 2, "tensor": 2}, {"fsdp": 2, "stream": 4}],
     ids=lambda axes: "-".join(axes),
 )
-def test_sharded_equals_full_forward(make_model, axes):
-    """Three streams on two and four devices: places that are left over hold absent ones."""
+def test_sharded_decoding_equals_the_full_forward_pass(make_model, axes):
+    """Three streams on two or four devices are padded with absent streams."""
     model = make_model(3, lag=LAG, skip_silence=True)
     mesh = make_mesh(MeshConfig(**({"data": 1, "fsdp": 1, "stream": 1, "tensor": 1} | axes)))
     check_crowd(model, *crowd(model, 4, (2, 3), mesh=mesh))
@@ -151,14 +151,13 @@ def test_sharded_equals_full_forward(make_model, axes):
     [(cache.ROWS_LAST, 6, 16, (9, 1)), (cache.PANELS, 32, 70, (62, 1, 40))],
     ids=["rows", "panels"],
 )
-def test_windows_of_many_blocks(make_model, monkeypatch, layout, block, window, prefills):
-    """Three blocks, of which sessions fill one, two, three and all again; the last one not to its
-    end."""
+def test_windows_of_several_blocks(make_model, monkeypatch, layout, block, window, prefills):
+    """The window has three blocks, the last one smaller. Sessions fill from one to all of them."""
     if layout == cache.PANELS and cpu_kernels.unavailable_reason():
         pytest.skip(f"no kernels in C++: {cpu_kernels.unavailable_reason()}")
     monkeypatch.setattr(cache, "BLOCK_ROWS", block)
     assert cache.block_sizes(window, layout) == (3, block)
-    model = make_model(3, d_ff=40 + block)  # a program of its own
+    model = make_model(3, d_ff=40 + block)  # a shape that no other test compiles
     if layout == cache.ROWS_LAST:
         monkeypatch.setattr(cpu_kernels, "unavailable_reason", lambda: "not asked for")
     check_crowd(model, *crowd(model, 6, prefills, window=window))
@@ -172,20 +171,23 @@ def test_windows_of_many_blocks(make_model, monkeypatch, layout, block, window, 
     np.testing.assert_array_equal([row.tokens for row in run()], [row.tokens for row in in_blocks])
 
 
-@pytest.mark.parametrize("head_dim", [8, 32])  # of 32 the kernels round queries and weights, too
+# With a head_dim of 32, the kernels also round queries and weights.
+@pytest.mark.parametrize("head_dim", [8, 32])
 @pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 0.03), ("int8", 0.08)])
-def test_small_caches_come_near(make_model, dtype, tolerance, head_dim):
+def test_caches_of_few_bits_round_little(make_model, dtype, tolerance, head_dim):
     model = make_model(3, head_dim=head_dim)
     sessions, shown = crowd(model, 6, (5, 0), cache_dtype=dtype)
     check_crowd(model, sessions, shown, tolerance)
-    with pytest.raises(AssertionError):  # it is no float32 cache
+    with pytest.raises(AssertionError):  # the cache is not float32
         check_crowd(model, sessions, shown)
 
 
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "xla"])
-def test_a_model_in_bfloat16_comes_near_itself_in_float32(make_model, monkeypatch, kernels):
-    """Nearer than twice what its full forward is off: cached decoding rounds as often,
-    elsewhere."""
+def test_decoding_in_bfloat16_is_close_to_float32(make_model, monkeypatch, kernels):
+    """The error is less than twice that of a full forward pass in bfloat16.
+
+    Cached decoding rounds as often as the full pass, but other values.
+    """
     if not kernels:
         monkeypatch.setattr(cpu_kernels, "unavailable_reason", lambda: "not asked for")
     exact, model = (
@@ -202,9 +204,8 @@ def test_a_model_in_bfloat16_comes_near_itself_in_float32(make_model, monkeypatc
 
 
 @pytest.mark.parametrize("kept", [0, 3])
-def test_endless_session_sees_what_remains(make_model, kept):
-    """To ten times the window, against a full pass over all rows in which each sees only those that
-    remained."""
+def test_a_long_session_sees_the_rows_in_its_window(make_model, kept):
+    """Compares ten windows of rows with a full pass in which each row sees only its window."""
     model, window = make_model(3), 8
     engine = Engine(model, sessions=2, window=window, all_logits=True, silence_id=SILENCE)
     prefill = np.random.default_rng(0).integers(0, 32, (5, 3))
@@ -220,22 +221,20 @@ def test_endless_session_sees_what_remains(make_model, kept):
             row.tokens[0] = 9
         tokens.append(row.tokens)
     tokens = np.array(tokens)
-    seen = type(session.transcript())(np.arange(len(tokens)), tokens, np.ones(tokens.shape, bool))
-    expected = full_logits(model, seen, window, kept)
+    transcript = session.transcript()
+    every = type(transcript)(np.arange(len(tokens)), tokens, np.ones(tokens.shape, bool))
+    expected = full_logits(model, every, window, kept)
     for index, ours in logits.items():
         np.testing.assert_allclose(ours, expected[index - 1], rtol=0, atol=1e-4)
-    assert (
-        np.abs(full_logits(model, seen)[-2] - logits[index]).max() > 1e-2
-    )  # rows that fell out would be missed
-    transcript = session.transcript()
-    assert transcript.row.tolist() == [
-        *range(kept),
-        *range(len(tokens) - window + kept, len(tokens)),
-    ]
+    # The rows outside the window would make a difference.
+    assert np.abs(full_logits(model, every)[-2] - logits[index]).max() > 1e-2
+    remaining = [*range(kept), *range(len(tokens) - window + kept, len(tokens))]
+    assert transcript.row.tolist() == remaining
     np.testing.assert_array_equal(transcript.tokens, tokens[transcript.row])
 
 
-def sampling(count, **settings):
+def sampling(shape, **settings):
+    """Sampling settings with arrays of a shape; those not given change nothing."""
     neutral = {
         "temperature": 1.0,
         "top_k": 0,
@@ -246,7 +245,7 @@ def sampling(count, **settings):
     } | settings
     dtypes = {"top_k": np.int32, "top_p_inside": bool}
     return Sampling(
-        *(jnp.full(count, neutral[name], dtypes.get(name, np.float32)) for name in Sampling._fields)
+        *(jnp.full(shape, neutral[name], dtypes.get(name, np.float32)) for name in Sampling._fields)
     )
 
 
@@ -254,8 +253,11 @@ def sampling(count, **settings):
     "sampler, number", [("row", n) for n in range(4)] + [("flat", n) for n in range(5)]
 )
 def test_sampler_probabilities(sampler, number):
-    """The reference's two samplers; the second drops the crossing token, and calls an absolute
-    limit min_p."""
+    """The probabilities are those of the reference's two samplers.
+
+    With top_p, the flat sampler drops the token that crosses the limit. Its min_p is an absolute
+    limit, msllm's min_probability.
+    """
     case = golden_cases.case("sampler")
     settings = dict(case.meta[f"{sampler}_sampler"][number])
     logits, penalty = jnp.asarray(case["logits"]), settings.pop("presence_penalty", 0.0)
@@ -275,23 +277,28 @@ def test_min_p_is_relative_to_the_best():
     kept = np.isfinite(filtered_logits(logits, sampling(2, min_p=0.5)))
     assert kept.tolist() == [[True, True, False], [False, False, True]]
     kept = np.isfinite(filtered_logits(logits, sampling(2, min_probability=0.6)))
-    assert kept.tolist() == [[True, False, False], [False, False, True]]  # the best stays
+    assert kept.tolist() == [[True, False, False], [False, False, True]]  # the best token stays
 
 
 def test_draws_follow_the_probabilities():
     tables, logits = 4000, np.array([[0.0, 1.0, 2.0, -1.0], [1.0, 0.0, 0.0, 0.5]], np.float32)
     keys = row_keys(jnp.arange(tables, dtype=jnp.uint32), jnp.full(tables, 2), jnp.arange(2))
-    everything = jnp.ones((tables, 2, 4), bool), sampling((tables, 2)), jnp.full((tables, 2), FREE)
     drawn = sample(
-        jnp.broadcast_to(logits, (tables, 2, 4)), 0.0, *everything, keys, jnp.ones(tables, bool)
+        jnp.broadcast_to(logits, (tables, 2, 4)),
+        bias=0.0,
+        allowed=jnp.ones((tables, 2, 4), bool),
+        sampling=sampling((tables, 2)),
+        given=jnp.full((tables, 2), FREE),
+        keys=keys,
+        active=jnp.ones(tables, bool),
     ).tokens
     for stream in range(2):
         share = np.bincount(drawn[:, stream], minlength=4) / tables
         np.testing.assert_allclose(share, jax.nn.softmax(logits[stream]), rtol=0, atol=0.03)
-    assert abs(np.corrcoef(drawn.T)[0, 1]) < 0.1  # streams are drawn independently
+    assert abs(np.corrcoef(drawn.T)[0, 1]) < 0.1  # streams are sampled independently
 
 
-def test_sampling_depends_on_seed_and_not_on_other_tables(make_model):
+def test_sampling_depends_on_the_seed_and_not_on_other_tables(make_model):
     model = make_model(3)
 
     def run(seed, batch):
@@ -317,24 +324,25 @@ def test_temperature_and_top_k_per_stream(make_model):
     assert mixed[0, 1, 1] != greedy[0, 1, 1]
 
 
-def test_silent_rows_stop(make_model):
+def test_silent_rows_end_the_generation(make_model):
     model = make_model(3)
-    loud = DecodeOptions(
-        silence_penalty=-1e4, penalty_start=0, penalty_ramp=1
-    )  # everything is silent
-    assert generate(model, 9, loud, silent_rows_to_stop=3, silence_id=SILENCE).read.shape[1] == 3
+    # A negative penalty makes all rows silent.
+    silent = DecodeOptions(silence_penalty=-1e4, penalty_start=0, penalty_ramp=1)
+
+    def rows(**arguments):
+        generated = generate(
+            model, 9, silent, silent_rows_to_stop=3, silence_id=SILENCE, **arguments
+        )
+        return generated.read.shape[1]
+
+    assert rows() == 3
     forced = np.full((9, 3), FREE)
     forced[1, 2] = 5
-    assert (
-        generate(
-            model, 9, loud, forced=forced, silent_rows_to_stop=3, silence_id=SILENCE
-        ).read.shape[1]
-        == 5
-    )
+    assert rows(forced=forced) == 5
 
 
-def test_tables_of_one_call_are_those_of_many(make_model):
-    """Rows that never touch the host, forced at some cells, against the same ones step by step."""
+def test_one_call_for_all_rows_equals_single_steps(make_model):
+    """Compares rows that stay on the device, with forced cells, to rows made one at a time."""
     model, rng = make_model(3), np.random.default_rng(2)
     forced = np.where(rng.random((2, 40, 3)) < 0.2, rng.integers(0, 32, (2, 40, 3)), FREE)
     at_once = generate(model, 40, WARM, forced=forced, silence_id=SILENCE, batch=2)
@@ -363,9 +371,8 @@ def test_wrong_arrays_are_refused(make_model):
             bad()
 
 
-def test_positions_stay_right_at_large_rows():
-    """Rows of endless sessions, against float64; where tables are trained, to the last bit what
-    they were."""
+def test_rotary_angles_are_accurate_at_large_rows():
+    """Compares with float64. The first 4096 rows equal the plain float32 formula bit by bit."""
     config = ModelConfig(head_dim=64)
     frequencies = rope_frequencies(64, config.rope_theta, config.rope_scaling)
     angles = jax.jit(lambda rows: rope_angles(rows, config))

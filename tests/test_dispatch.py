@@ -1,4 +1,4 @@
-"""Which attention backend a model gets, and what is said about it."""
+"""The choice of an attention backend, and what is logged about it."""
 
 import dataclasses
 import logging
@@ -25,7 +25,7 @@ TPU, HOPPER = ("tpu", "TPU v6 lite"), ("gpu", "NVIDIA H100 80GB HBM3")
 
 
 def mesh_of(platform, device_kind, **axes):
-    """What `choose_backend` reads of a mesh, for devices that are not here."""
+    """A fake mesh with what `choose_backend` reads, for devices that this machine does not have."""
     device = types.SimpleNamespace(platform=platform, device_kind=device_kind)
     return types.SimpleNamespace(
         devices=np.array([device], object), shape=dict.fromkeys(AXES, 1) | axes
@@ -33,14 +33,14 @@ def mesh_of(platform, device_kind, **axes):
 
 
 def chosen(mesh, caplog, lag=LAG, rows=64, **changes):
-    """(the backend's name, what was logged)."""
+    """(name of the chosen backend, logged messages) for MODEL with changes."""
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="msllm"):
         backend = choose_backend(dataclasses.replace(MODEL, **changes), lag, rows, mesh)
     return backend.name, [record.getMessage() for record in caplog.records]
 
 
-def test_on_a_cpu_the_log_names_what_was_passed_over(caplog):
+def test_the_log_says_why_each_backend_declines(caplog):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     name, logged = chosen(mesh, caplog)
     assert name == "chunked"
@@ -51,7 +51,7 @@ def test_on_a_cpu_the_log_names_what_was_passed_over(caplog):
     ]
 
 
-def test_a_cpu_gets_its_kernels_if_they_can_be_made(caplog, monkeypatch):
+def test_a_cpu_gets_its_kernels_if_they_can_be_compiled(caplog, monkeypatch):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     monkeypatch.setattr(cpu_kernels, "unavailable_reason", lambda: None)
     name, (line,) = chosen(mesh, caplog, compute_dtype="float32")
@@ -61,7 +61,7 @@ def test_a_cpu_gets_its_kernels_if_they_can_be_made(caplog, monkeypatch):
     assert name == "chunked" and line.endswith("; not cpu: there is no C++ compiler")
 
 
-def test_a_tpu_gets_splash_in_its_blocks(caplog):
+def test_a_tpu_gets_splash_with_its_block_sizes(caplog):
     for kind in ("TPU v6 lite", "TPU v5 lite"):
         mesh = mesh_of("tpu", kind)
         assert chosen(mesh, caplog) == ("splash", ["attention: splash"])
@@ -70,7 +70,7 @@ def test_a_tpu_gets_splash_in_its_blocks(caplog):
             assert function.keywords == {"blocks": splash.blocks_for(kind)}
 
 
-def test_a_hopper_card_gets_its_kernels(caplog):
+def test_a_hopper_gpu_gets_its_kernels(caplog):
     name, logged = chosen(mesh_of(*HOPPER), caplog)
     assert name == "gpu"
     assert logged == [
@@ -103,20 +103,20 @@ def test_a_hopper_card_gets_its_kernels(caplog):
         ),
         (TPU, {"head_dim": 512}, "not splash: it needs a head_dim of at most 256, not 512"),
     ],
-    ids=["head_dim", "dtype", "lags", "older card", "wide heads on a TPU"],
+    ids=["head_dim", "dtype", "lags", "older GPU", "wide heads on a TPU"],
 )
-def test_what_a_kernel_declines_is_chunked_and_says_why(caplog, device, changes, reason):
+def test_chunked_is_chosen_where_a_kernel_declines(caplog, device, changes, reason):
     name, (line,) = chosen(mesh_of(*device), caplog, **changes)
     assert name == "chunked"
     assert line.startswith("attention: chunked; ") and re.search(reason, line)
 
 
-def test_a_device_is_asked_for_its_own_share(caplog):
-    """Streams over a mesh axis are filled up to a multiple of it, and heads are divided."""
+def test_backends_are_asked_about_the_share_of_a_device(caplog):
+    """Streams are padded to a multiple of their mesh axis, and heads are divided."""
     lag = lag_matrix("block_causal", 10)
     assert chosen(mesh_of(*TPU), caplog, lag, rows=30_000)[0] == "chunked"
     assert chosen(mesh_of(*TPU, stream=4), caplog, lag, rows=30_000)[0] == "splash"
-    # With NEVER for absent streams, this matrix has one lag too many.
+    # Padding adds the lag NEVER, which is one distinct lag too many for the GPU kernel.
     distinct = np.arange(8, dtype=np.int32)[None, :].repeat(8, 0)
     assert chosen(mesh_of(*HOPPER), caplog, distinct)[0] == "gpu"
     assert chosen(mesh_of(*HOPPER, stream=3), caplog, distinct)[0] == "chunked"
@@ -161,9 +161,9 @@ def test_the_reference_is_never_chosen_automatically(caplog):
             "'splash': it needs a head_dim of at most 256",
         ),
     ],
-    ids=["no TPU", "no float32", "no GPU", "head_dim on a card", "head_dim on a TPU"],
+    ids=["no TPU", "no float32", "no GPU", "head_dim on a GPU", "head_dim on a TPU"],
 )
-def test_what_is_asked_for_and_declines_is_an_error(device, changes, message):
+def test_a_requested_backend_that_declines_is_an_error(device, changes, message):
     with pytest.raises(
         UserError,
         match=f"config.model.attention is {message}.*; set it to 'auto' or another backend",
@@ -171,7 +171,7 @@ def test_what_is_asked_for_and_declines_is_an_error(device, changes, message):
         choose_backend(dataclasses.replace(MODEL, **changes), LAG, 64, mesh_of(*device))
 
 
-def test_the_reference_takes_no_keys_in_turns(caplog):
+def test_the_reference_does_not_support_kv_ring(caplog):
     ring = {"kv_ring": True, "attention": "reference"}
     assert chosen(mesh_of(*TPU), caplog, **ring)[0] == "reference"  # one device has all keys
     with pytest.raises(
@@ -184,7 +184,7 @@ def test_the_reference_takes_no_keys_in_turns(caplog):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_a_backend_is_named_as_its_module_is(name):
+def test_a_backend_has_the_name_of_its_module(name):
     backend = get_backend(name)
     assert backend.name == name
     with pytest.raises(dataclasses.FrozenInstanceError):

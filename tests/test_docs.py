@@ -1,4 +1,4 @@
-"""README and docs name files and modules that exist, and describe the package as it is laid out."""
+"""README and docs name existing files and modules, and describe the layout of the package."""
 
 import pathlib
 import re
@@ -9,10 +9,10 @@ import test_imports
 import msllm
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md") if (ROOT / name).is_file()]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")]
 PAGES += [page for page in (ROOT / "docs").rglob("*.md") if "api" not in page.parts]
 
-# A path of the repository; the user's own files have no folder in front of them.
+# A path in the repository. Users' files on the pages have no folder.
 PATH = re.compile(r"(?<![\w./-])(?:msllm|docs|tests|configs|launch|notebooks|\.ci)/[\w./*-]*")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[\w-]*)?\)")
 MODULE = re.compile(r"(?<![\w./-])msllm(?:\.[A-Za-z]\w*)+")
@@ -21,14 +21,14 @@ DEFINED = re.compile(r"`(\w+)(?:\(\))?` in `(msllm/[\w/]+\.py)`")
 
 
 def missing_paths(text: str, folder: pathlib.Path) -> list[str]:
-    """Paths of the repository and targets of links, from a page in `folder`, that do not exist."""
+    """Paths in the repository and link targets on a page in `folder` that do not exist."""
     paths = {path.rstrip(".") for path in PATH.findall(text)}
     missing = [path for path in paths if not any(ROOT.glob(path))]
     return missing + [link for link in LINK.findall(text) if not (folder / link).exists()]
 
 
 def missing_names(text: str) -> list[str]:
-    """Dotted names below `msllm`, and names said to be in a file, that are not defined."""
+    """Names such as `msllm.a.b`, and names "in" a file of msllm, that are not defined."""
     named = [(name, name.split(".")[1:]) for name in MODULE.findall(text)]
     named += [
         (name, [*pathlib.Path(path).with_suffix("").parts[1:], name])
@@ -38,6 +38,7 @@ def missing_names(text: str) -> list[str]:
 
 
 def is_defined(parts: list[str]) -> bool:
+    """Whether msllm defines a name, given as its parts below `msllm`."""
     path = ROOT / "msllm"
     for place, part in enumerate(parts):
         if (path / part).is_dir():
@@ -59,7 +60,7 @@ def test_named_files_and_modules_exist(page):
     assert not missing_names(text)
 
 
-def test_what_is_missing_is_found():
+def test_missing_files_and_names_are_found():
     text = "`msllm/gone.py` [gone](gone.md) `configs/gone_*.py` msllm.gone msllm.streams.gone"
     text += " `gone()` in `msllm/loss.py`"
     assert sorted(missing_paths(text, ROOT)) == ["configs/gone_*.py", "gone.md", "msllm/gone.py"]
@@ -75,7 +76,7 @@ def top_level() -> set[str]:
     return {p.name for p in paths if (p.is_dir() or p.suffix == ".py") and p.name[0] != "_"}
 
 
-def test_the_tree_in_the_readme_is_the_package():
+def test_the_tree_in_the_readme_lists_the_package():
     tree = re.search(r"```\n(msllm/\n.*?)```", (ROOT / "README.md").read_text(), flags=re.S)[1]
     folders, named = [], []
     for line in tree.splitlines():
@@ -86,12 +87,12 @@ def test_the_tree_in_the_readme_is_the_package():
     assert {path.split("/")[1] for path in named if path.startswith("msllm/")} - {""} == top_level()
 
 
-def test_architecture_lists_the_layers():
+def test_the_architecture_page_lists_the_layers():
     page = (ROOT / "docs/architecture.md").read_text()
     assert f"```\n{test_imports.LAYERS.strip()}\n```" in page
 
 
-def test_the_reference_lists_every_module_and_public_name():
+def test_the_api_page_lists_every_module_and_public_name():
     page = (ROOT / "docs/api.md").read_text()
     modules = {f"{name}.py" for name in re.findall(r"^   msllm\.(\w+)$", page, flags=re.M)}
     documented = {name if name in top_level() else name.removesuffix(".py") for name in modules}
@@ -102,7 +103,7 @@ def test_the_reference_lists_every_module_and_public_name():
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["getting_started", "decoding", "training"])
 def test_examples_run(page, loaded, monkeypatch, capsys):
-    """The Python blocks of a page that load a model, on another model of the same streams."""
+    """Runs a page's Python blocks that load a model, with a model that has the same streams."""
     monkeypatch.setattr(msllm, "load", lambda path: loaded, raising=False)
     monkeypatch.setattr(msllm, "configure_jax", lambda: None, raising=False)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), flags=re.S)

@@ -1,5 +1,4 @@
-"""Sessions: input while they run, options, stopping, forks and snapshots, many at a time, what is
-refused."""
+"""Sessions: input while they run, options, stopping, forks, snapshots, concurrency, and errors."""
 
 import asyncio
 import dataclasses
@@ -20,9 +19,9 @@ WARM = DecodeOptions(temperature=1.5, seed=5)
 
 @pytest.fixture
 def engine(make_model):
-    """All tests use one shape of engine: its program is compiled once."""
+    """An engine for three sessions. All have the same shape, so their program is compiled once."""
     model = make_model(3)
-    # As those of a checkpoint, they are bound to a device.
+    # Parameters from a checkpoint are committed to a device.
     model = dataclasses.replace(
         model, parameters=jax.device_put(model.parameters, jax.devices()[0])
     )
@@ -30,22 +29,23 @@ def engine(make_model):
 
 
 def tokens(rows):
+    """The tokens [R, S] of rows."""
     return np.array([row.tokens for row in rows])
 
 
 def steps(session, count):
+    """The tokens [R, S] of `count` single steps."""
     return tokens([session.step() for _ in range(count)])
 
 
 def test_input_enters_the_next_row_that_is_read(engine):
     session, other = engine.open(), engine.open()
     session.feed("user", [10])
-    assert session.step().tokens[0] == 10  # known before the row was shown
+    assert session.step().tokens[0] == 10  # was fed before the row was shown
     assert session.step().tokens[0] == SILENCE
     session.feed("user", [11, 12, 13])
-    assert (
-        session.step().tokens[0] == 12
-    )  # 11 went into the row before, which had been shown but not read
+    # 11 entered the row before, which had been shown but not read.
+    assert session.step().tokens[0] == 12
     session.feed("user", [14])
     assert tokens(session.run(3))[:, 0].tolist() == [13, 14, SILENCE]
     whole = session.transcript()
@@ -55,9 +55,8 @@ def test_input_enters_the_next_row_that_is_read(engine):
     assert other.rows == 0
 
 
-def test_a_session_depends_on_nobody(engine):
-    """Alone, in a crowd that comes and goes, in another slot, and by many rows at a time: the same
-    tokens."""
+def test_a_session_does_not_depend_on_other_sessions(engine):
+    """In another slot, among others and with `run`, a session gets the same tokens as alone."""
     alone = engine.open(WARM)
     expected = steps(alone, 12)
     alone.close()
@@ -71,14 +70,15 @@ def test_a_session_depends_on_nobody(engine):
     assert np.any(steps(noise[1], 8) != expected[:8])
 
 
-def test_changes_do_not_recompile(engine):
+def test_changes_of_options_do_not_recompile(engine):
     engine.warm_up()
     compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: (
-            compiled.append(name) if name.endswith("backend_compile_duration") else None
-        )
-    )
+
+    def listen(name, *_, **__):
+        if name.endswith("backend_compile_duration"):
+            compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         session = engine.open(prefill=np.full((5, 3), 4), keep=2)
         for options in (
@@ -94,17 +94,15 @@ def test_changes_do_not_recompile(engine):
             session.feed("user", [4])
             session.force("output", [FREE, 8])
             session.allow("thought", [1, 2])
-            (
-                session.step(),
-                session.run(3),
-                session.fork().step(),
-                engine.restore(session.snapshot()).step(),
-            )
+            session.step()
+            session.run(3)
+            session.fork().step()
+            engine.restore(session.snapshot()).step()
             for other in engine._slots[1:]:
                 other.close()
         assert compiled == []
         jax.jit(lambda x: x + 17)(1.0)
-        assert compiled  # it does hear of compilations
+        assert compiled  # the listener works
     finally:
         jax.monitoring.clear_event_listeners()
 
@@ -118,26 +116,23 @@ def test_forced_allowed_and_ablated_cells(engine):
     assert shown[[0, 2], 2].tolist() == [9, 8]
     assert set(np.delete(shown[:, 2], [0, 2])) == {20, 21}
     assert np.all(shown[:, 1] == SILENCE)
-    # What an ablated input is fed waits, and is lost neither in the row shown last nor in a later
-    # one.
+    # Tokens fed to an ablated input wait until it is no longer ablated.
     session.options = DecodeOptions(ablated=("user",))
     session.feed("user", [10, 11])
     assert set(steps(session, 2)[:, 0]) == {SILENCE} and session.waiting == {"user": 2}
     session.options = DecodeOptions()
     session.step()
-    assert session.transcript(2).tokens[:, 0].tolist() == [10, 11] and session.waiting == {
-        "user": 0
-    }
+    assert session.transcript(2).tokens[:, 0].tolist() == [10, 11]
+    assert session.waiting == {"user": 0}
     session.allow("output", None)
     session.options = WARM
     shown = tokens(session.run(12))
     assert len(set(shown[:, 2])) > 2 and np.any(shown[:, 1] != SILENCE)
 
 
-def test_presence_penalty_counts_a_token_once_and_forever(engine):
-    """So large that no token comes twice in a stream until all have been there; silence is
-    exempt."""
-    for _ in range(2):  # also in a place where another session has been
+def test_the_presence_penalty_remembers_all_tokens_of_a_stream(engine):
+    """With a large penalty no token repeats before all others have appeared. Silence is exempt."""
+    for _ in range(2):  # the second session is in the slot of a closed one
         session = engine.open(
             DecodeOptions(
                 presence_penalty=1e3, silence_penalty=1e6, penalty_start=0, penalty_ramp=1
@@ -150,38 +145,37 @@ def test_presence_penalty_counts_a_token_once_and_forever(engine):
     assert np.all(tokens(other.run(20))[:, 1:] != 11)
 
 
-def test_silence_penalty_starts_after_the_input(engine):
+def test_the_silence_penalty_starts_after_the_input(engine):
     session = engine.open(DecodeOptions(silence_penalty=10.0))
     penalties = []
     for row in range(10):
         session.feed("user", [7] if row == 2 else [])
         session.step()
         penalties.append(session._script.penalty(session.rows)[2])
-    # Of the row after each step. The token went into row 1, row 2 is chosen from that, row 3 from
-    # silent input.
+    # Penalties of the row after each step. The token entered row 1, from which row 2 is chosen.
+    # Row 3 is the first that is chosen from silent input.
     assert penalties == [0, 0, 2, 4, 6, 8, 10, 10, 10, 10]
     session.options = DecodeOptions(silence_penalty=10.0, penalty_start=9)
     assert session._script.penalty(session.rows)[2] == 4  # rows 9 and 10
-    loud = engine.open(DecodeOptions(silence_penalty=-1e6, penalty_start=3, penalty_ramp=1))
-    shown = tokens(loud.run(6))
+    # A negative penalty makes all rows silent.
+    silent = engine.open(DecodeOptions(silence_penalty=-1e6, penalty_start=3, penalty_ramp=1))
+    shown = tokens(silent.run(6))
     assert np.all(shown[3:] == SILENCE) and np.any(shown[1:3] != SILENCE)
 
 
 def test_stop_conditions(engine):
-    def count(**stop):
-        return (
-            session := engine.open(WARM, stop=Stop(**stop)),
-            len(list(session)),
-            session.close(),
-        )[:2]
+    def run(**conditions):
+        """(number of rows, why the session finished)."""
+        with engine.open(WARM, stop=Stop(**conditions)) as session:
+            return len(list(session)), session.finished
 
     rows = tokens(engine.open(WARM).run(12))
     token = int(rows[6, 2])
     first = int(np.argmax(rows[:, 2] == token))
-    session, shown = count(tokens={"output": [token]})
-    assert shown == first + 1 and "'output' showed token" in session.finished
-    assert count(rows=4)[1] == 4
-    assert count(when=lambda row: row.index == 8)[1] == 9
+    count, reason = run(tokens={"output": [token]})
+    assert count == first + 1 and "'output' showed token" in reason
+    assert run(rows=4)[0] == 4
+    assert run(when=lambda row: row.index == 8)[0] == 9
     silent = engine.open(DecodeOptions(ablated=("thought", "output")), stop=Stop(silent_rows=5))
     silent.force("output", [SILENCE, SILENCE, 8])
     assert len(list(silent)) == 8 and silent.finished == "5 silent rows"
@@ -189,7 +183,7 @@ def test_stop_conditions(engine):
         engine.open(stop=Stop(tokens={"out": [1]}))
 
 
-def test_forks_and_snapshots_go_on_alike(engine):
+def test_forks_and_snapshots_continue_with_the_same_tokens(engine):
     session = engine.open(WARM, allowed={"thought": [5, 6, 7]})
     session.feed("user", range(8, 28))
     session.run(6)
@@ -197,13 +191,16 @@ def test_forks_and_snapshots_go_on_alike(engine):
     other_seed = session.fork(seed=6)
     expected = tokens(session.run(20))  # past the window
     other = tokens(other_seed.run(20))
-    np.testing.assert_array_equal(other[:14, 0], expected[:14, 0])  # it took the queues along
+    np.testing.assert_array_equal(
+        other[:14, 0], expected[:14, 0]
+    )  # a fork has the queues of its parent
     assert np.any(other != expected) and set(other[:, 1]) <= {5, 6, 7}
-    other_seed.close(), session.close()
+    other_seed.close()
+    session.close()
     np.testing.assert_array_equal(steps(fork, 20), expected)
     again = Engine(engine.model, sessions=2, window=16, silence_id=SILENCE)
     again.open()
-    for _ in range(2):  # a snapshot stays as it is
+    for _ in range(2):  # restoring does not change a snapshot
         restored = again.restore(snapshot)
         np.testing.assert_array_equal(tokens(restored.run(20)), expected)
         np.testing.assert_array_equal(restored.transcript().tokens, fork.transcript().tokens)
@@ -218,52 +215,58 @@ def test_awaited_rows_share_a_step(engine):
     ]
     for session in list(engine._slots):
         session.close()
-    dispatched, dispatch = [], engine._dispatch
-    engine._dispatch = lambda sessions: (dispatched.append(len(sessions)), dispatch(sessions))[1]
+    sessions_per_step, dispatch = [], engine._dispatch
 
-    async def use(seed):
+    def counting_dispatch(sessions):
+        sessions_per_step.append(len(sessions))
+        return dispatch(sessions)
+
+    engine._dispatch = counting_dispatch
+
+    async def run_session(seed):
         session = engine.open(dataclasses.replace(WARM, seed=seed), stop=Stop(rows=9))
         return tokens([row async for row in session])
 
-    async def everybody():
-        return await asyncio.gather(*(use(seed) for seed in range(3)))
+    async def run_all():
+        return await asyncio.gather(*(run_session(seed) for seed in range(3)))
 
-    np.testing.assert_array_equal(asyncio.run(everybody()), expected)
-    assert dispatched == [3] * 9
+    np.testing.assert_array_equal(asyncio.run(run_all()), expected)
+    assert sessions_per_step == [3] * 9
 
-    async def twice():
+    async def await_two_rows():
         session = engine._slots[0]
         return await asyncio.gather(session.next(), session.next(), return_exceptions=True)
 
-    row, error = asyncio.run(twice())
+    row, error = asyncio.run(await_two_rows())
     assert row.index == 9
     assert isinstance(error, UserError) and "already being computed" in str(error)
 
 
-def test_text_of_each_stream(make_model):
+def test_text_is_shown_once_its_bytes_are_complete(make_model):
     letters = tokenizer.train(
         ["abc déf ghi"] * 20, TokenizerConfig(model_type="bpe", vocab_size=280)
     )
     model = dataclasses.replace(make_model(3, vocab_size=letters.vocab_size), tokenizer=letters)
     session = Engine(model, window=64).open()
-    text = "abc déf 漢字"  # the last two are bytes, three tokens each
+    text = "abc déf 漢字"  # each of the last two characters is three byte tokens
     session.feed("user", text)
     count = len(letters.encode(text))
     shown = [session.step().text[0] for _ in range(count + 3)]
-    assert (
-        "".join(shown) == text and shown[-1] == "" and len(shown) > len([t for t in shown if t]) + 4
-    )
+    assert "".join(shown) == text and shown[-1] == ""
+    assert len(shown) > len([piece for piece in shown if piece]) + 4
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(shown)
-    session.force("output", "ghi" * 20)
-    assert (
-        "".join(session.step().text[2] for _ in range(len(letters.encode("ghi" * 20))))
-        == "ghi" * 20
-    )
+    forced = "ghi" * 20
+    session.force("output", forced)
+    shown = [session.step().text[2] for _ in letters.encode(forced)]
+    assert "".join(shown) == forced
 
 
-def test_inputs_have_no_head(engine):
-    row = (session := engine.open(WARM), session.step(), session.step())[2]
-    assert np.isnan(row.logprob[0]) and np.all(row.logprob[1:] <= 0) and np.all(row.entropy[1:] > 0)
+def test_inputs_have_no_log_probability(engine):
+    session = engine.open(WARM)
+    session.step()
+    row = session.step()
+    assert np.isnan(row.logprob[0])
+    assert np.all(row.logprob[1:] <= 0) and np.all(row.entropy[1:] > 0)
     assert row.logits is None
 
 
@@ -297,7 +300,8 @@ def test_errors_name_what_is_wrong(engine):
         with pytest.raises(UserError, match=message):
             bad()
     assert engine.free == 2
-    engine.open(), engine.open()
+    engine.open()
+    engine.open()
     with pytest.raises(UserError, match="all 3 sessions are open: close one"):
         engine.open()
     with pytest.raises(UserError, match="all 3 sessions are open"):
@@ -306,7 +310,7 @@ def test_errors_name_what_is_wrong(engine):
 
 @pytest.mark.slow
 def test_many_sessions_do_not_mix():
-    """The script of ten minutes, for some seconds."""
+    """Runs tests/many_sessions.py for a few seconds. Both engines share one program."""
     check = Check(sessions=6, seed=1, replay_sessions=6)
     for _ in range(150):
         check.act()

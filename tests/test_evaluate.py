@@ -1,4 +1,4 @@
-"""Exact match on held-out examples, against transcripts made by hand."""
+"""Exact match on held-out examples, with handwritten transcripts in place of generation."""
 
 import numpy as np
 import pytest
@@ -12,25 +12,12 @@ from msllm.evals import exact_match as evaluation
 from msllm.streams import StreamSpec
 
 SILENCE = 0
-WORDS = [
-    "<silence>",
-    "take",
-    "3",
-    "add",
-    "1",
-    "?",
-    "=3",
-    "+1",
-    "=4",
-    "that",
-    "makes",
-    "4",
-    ".",
-    "##",
-]
+WORDS = "<silence> take 3 add 1 ? =3 +1 =4 that makes 4 . ##".split()
 
 
 class WordTokenizer:
+    """A token for each of WORDS."""
+
     silence_id = SILENCE
 
     def encode(self, text):
@@ -41,15 +28,17 @@ class WordTokenizer:
 
 
 class FakeLoaded:
+    """A LoadedModel without parameters."""
+
     tokenizer = WordTokenizer()
     config = run_config = None
     parameters = None
 
-    def require_tokenizer(self):
-        return self.tokenizer
-
     def __init__(self, names, kinds):
         self.streams = StreamSpec.from_config(StreamsConfig(names=names, kinds=kinds))
+
+    def require_tokenizer(self):
+        return self.tokenizer
 
 
 def placed(stream, start, text):
@@ -57,16 +46,20 @@ def placed(stream, start, text):
 
 
 def say(monkeypatch, tokens, absent=()):
-    """Makes the model 'generate' these tokens whatever it is asked.
+    """Replaces generation: the result is always these tokens.
 
-    `absent`: (row, stream) of cells that do not exist, whatever token stands in them.
+    Args:
+      monkeypatch: pytest's fixture.
+      tokens: [T, S].
+      absent: (row, stream) of cells that are absent, whatever their token.
 
-    Returns a dict that gets the tokens that the model was forced to say.
+    Returns:
+      A dict whose item "forced" will be the forced tokens of the call.
     """
-    asked = {}
+    call = {}
 
     def generate(model, rows, *, forced, batch):
-        asked["forced"] = forced
+        call["forced"] = forced
         shown = np.full((batch, rows, tokens.shape[1]), SILENCE)
         shown[:, : len(tokens)] = tokens
         present = shown >= 0
@@ -75,7 +68,7 @@ def say(monkeypatch, tokens, absent=()):
         return Generated(shown, shown, present, [])
 
     monkeypatch.setattr(evaluation, "generate", generate)
-    return asked
+    return call
 
 
 STREAMS = (("user", "thought", "output"), ("input", "thought", "output"))
@@ -92,65 +85,53 @@ EXAMPLE = make_table(
 )
 
 
-def test_streams_are_right_whatever_the_thoughts_and_the_timing(monkeypatch):
+def test_only_the_words_of_the_answer_count(monkeypatch):
     loaded = FakeLoaded(*STREAMS)
     case = evaluation.streams_case(EXAMPLE, loaded)
-    later = make_table(
-        [placed(0, 0, "take 3 add 1 ?"), placed(2, 9, "that makes 4 .")], 14, 3, SILENCE
-    ).tokens
-    asked = say(monkeypatch, later)
+    # Without thoughts, and three rows later than in the example.
+    question, answer = placed(0, 0, "take 3 add 1 ?"), placed(2, 9, "that makes 4 .")
+    call = say(monkeypatch, make_table([question, answer], 14, 3, SILENCE).tokens)
     assert evaluation._answer([case], loaded, rows=20, batch=2) == [(True, 9 - 4, 12 - 4)]
-    forced = asked["forced"][0]
-    assert (
-        forced[:5, 0].tolist() == WordTokenizer().encode("take 3 add 1 ?")
-        and (forced[5:, 0] == SILENCE).all()
-    )
-    assert (forced[1:, 1:] == FREE).all()  # the model chooses all else
+    forced = call["forced"][0]
+    assert forced[:5, 0].tolist() == WordTokenizer().encode("take 3 add 1 ?")
+    assert (forced[5:, 0] == SILENCE).all()
+    assert (forced[1:, 1:] == FREE).all()  # the model chooses all other cells
     assert case.one_stream_rows == 3 + 1  # three words of thought, then the answer
 
 
 @pytest.mark.parametrize("answer", ["that makes 3 .", "that makes 4", "that makes 4 . .", ""])
 def test_a_wrong_short_or_long_answer_is_wrong(monkeypatch, answer):
     loaded = FakeLoaded(*STREAMS)
+    case = evaluation.streams_case(EXAMPLE, loaded)
     say(monkeypatch, make_table([placed(2, 6, answer)], 12, 3, SILENCE).tokens)
-    assert not evaluation._answer(
-        [evaluation.streams_case(EXAMPLE, loaded)], loaded, rows=20, batch=2
-    )[0][0]
+    assert not evaluation._answer([case], loaded, rows=20, batch=2)[0][0]
 
 
 def test_one_stream_is_prompted_with_the_question_and_judged_by_its_last_words(monkeypatch):
     loaded = FakeLoaded(("text",), ("output",))
-    question, thoughts, answer = (
-        "take 3 add 1 ?",
-        "=3 +1 =4",
-        " ".join(expected_answer("take 3 add 1 ?".split())),
-    )
+    question, thoughts = "take 3 add 1 ?", "=3 +1 =4"
+    answer = " ".join(expected_answer(question.split()))
     table = make_table([placed(0, 0, f"{question} {thoughts} {answer}")], 14, 1, SILENCE)
     case = evaluation._single_case(table, loaded)
-    asked = say(monkeypatch, table.tokens)
-    assert (
-        evaluation._answer([case], loaded, rows=20, batch=2) == [(True, 4, 7)]
-        and case.one_stream_rows == 4
-    )
-    assert (asked["forced"][0, :5, 0] != FREE).all() and (asked["forced"][0, 5:, 0] == FREE).all()
-    say(
-        monkeypatch,
-        make_table([placed(0, 0, f"{question} {thoughts} that makes 3 .")], 14, 1, SILENCE).tokens,
-    )
+    call = say(monkeypatch, table.tokens)
+    assert evaluation._answer([case], loaded, rows=20, batch=2) == [(True, 4, 7)]
+    assert case.one_stream_rows == 4
+    assert (call["forced"][0, :5, 0] != FREE).all() and (call["forced"][0, 5:, 0] == FREE).all()
+    wrong = placed(0, 0, f"{question} {thoughts} that makes 3 .")
+    say(monkeypatch, make_table([wrong], 14, 1, SILENCE).tokens)
     assert not evaluation._answer([case], loaded, rows=20, batch=2)[0][0]
 
 
-def test_absent_cells_say_nothing(monkeypatch):
+def test_absent_cells_are_ignored(monkeypatch):
     loaded = FakeLoaded(*STREAMS)
+    case = evaluation.streams_case(EXAMPLE, loaded)
     shown = EXAMPLE.tokens.copy()
-    shown[0, 2] = WORDS.index("take")  # above a stream that begins a row late
+    shown[0, 2] = WORDS.index("take")
     say(monkeypatch, shown, absent=[(0, 2)])
-    assert evaluation._answer(
-        [evaluation.streams_case(EXAMPLE, loaded)], loaded, rows=20, batch=1
-    ) == [(True, 2, 5)]
+    assert evaluation._answer([case], loaded, rows=20, batch=1) == [(True, 2, 5)]
 
 
-def test_an_answer_may_come_after_its_working(monkeypatch):
+def test_with_a_mark_only_the_words_after_it_count(monkeypatch):
     loaded = FakeLoaded(("user", "output"), ("input", "output"))
 
     def table(text):
@@ -164,8 +145,8 @@ def test_an_answer_may_come_after_its_working(monkeypatch):
         say(monkeypatch, table(text).tokens)
         return evaluation._answer([case], loaded, rows=20, batch=1, mark="##")[0]
 
-    assert result("=3 ## 4 .") == (True, 3, 4)  # other working
-    assert result("## 3 . ## 4 .") == (True, 5, 6)  # the last one counts
+    assert result("=3 ## 4 .") == (True, 3, 4)  # the working differs
+    assert result("## 3 . ## 4 .") == (True, 5, 6)  # the last mark counts
     assert result("=3 ## 3") == (False, 3, 3)
     assert result("=3 +1 4 .") == result("4 . ##") == (False, None, None)
     with pytest.raises(
@@ -174,7 +155,7 @@ def test_an_answer_may_come_after_its_working(monkeypatch):
         evaluation._only_after(case, "##", loaded.tokenizer)
 
 
-def test_the_end_of_a_mark_of_several_tokens():
+def test_the_end_of_a_mark_is_found_in_several_tokens():
     class Letters:
         def decode(self, tokens):
             return "".join(tokens)
@@ -182,13 +163,15 @@ def test_the_end_of_a_mark_of_several_tokens():
     def end(*tokens):
         return evaluation._end_of_mark(tokens, "##", Letters())
 
-    assert end("a", "#", "#", "b") == 3 and end("##", "b") == 1 and end("a#", "#b", "c") == 2
-    assert (
-        end("##", "b", "#", "#", "c") == 4 and end("#", "#", "#", "b") == 3 and end("a", "#") == 2
-    )
+    assert end("a", "#", "#", "b") == 3
+    assert end("##", "b") == 1
+    assert end("a#", "#b", "c") == 2
+    assert end("##", "b", "#", "#", "c") == 4
+    assert end("#", "#", "#", "b") == 3
+    assert end("a", "#") == 2
 
 
-def test_a_part_of_the_examples_is_taken_from_everywhere(loaded, monkeypatch):
+def test_fewer_examples_are_spread_evenly(loaded, monkeypatch):
     taken = []
     case = evaluation.streams_case
     monkeypatch.setattr(

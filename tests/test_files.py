@@ -1,4 +1,4 @@
-"""Files that are complete or keep the content that they had."""
+"""Atomic writes: a file has the new content, or keeps what it had."""
 
 import functools
 import os
@@ -9,7 +9,7 @@ import pytest
 from msllm.runtime.files import write_atomically
 
 
-def test_text_bytes_and_what_a_function_writes(tmp_path):
+def test_writes_text_bytes_and_the_output_of_a_function(tmp_path):
     write_atomically(tmp_path / "text", "für\n")
     assert (tmp_path / "text").read_bytes() == "für\n".encode()
     write_atomically(str(tmp_path / "text"), b"new")
@@ -33,7 +33,7 @@ def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path):
     assert (tmp_path / "old").read_text() == "content"
 
 
-def test_a_reader_that_has_the_file_open_keeps_the_old_content(tmp_path):
+def test_an_open_reader_keeps_the_old_content(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
     with path.open() as reader:
@@ -42,7 +42,7 @@ def test_a_reader_that_has_the_file_open_keeps_the_old_content(tmp_path):
     assert path.read_text() == "new"
 
 
-def test_an_existing_file_is_kept_where_it_shall_be(tmp_path):
+def test_an_existing_file_is_kept_without_overwrite(tmp_path):
     path = tmp_path / "file"
     write_atomically(path, "one", overwrite=False)
     with pytest.raises(FileExistsError, match="file exists already"):
@@ -50,7 +50,7 @@ def test_an_existing_file_is_kept_where_it_shall_be(tmp_path):
     assert path.read_text() == "one"
 
 
-def test_links_and_devices_stay_what_they_are(tmp_path):
+def test_links_and_devices_are_written_through(tmp_path):
     (tmp_path / "target").write_text("old")
     (tmp_path / "link").symlink_to("target")
     write_atomically(tmp_path / "link", "new")

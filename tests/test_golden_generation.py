@@ -1,7 +1,4 @@
-"""Every recorded generation run, row by row.
-
-The harness only maps recorded settings onto decode's arguments.
-"""
+"""Generation gives the rows and logits of each run that the reference implementation recorded."""
 
 import golden_cases
 import numpy as np
@@ -11,19 +8,25 @@ from msllm.decode.engine import FREE, DecodeOptions, generate
 from msllm.weights.load import load
 
 RUNS = [
-    *[("s7_c10_block", run) for run in ("interactive", "penalty", "forced", "seed")],
-    *[("s7_c10_skip", "skip"), ("s7_c1_block", "greedy"), ("s7_c3_pad", "interactive")],
+    ("s7_c10_block", "interactive"),
+    ("s7_c10_block", "penalty"),
+    ("s7_c10_block", "forced"),
+    ("s7_c10_block", "seed"),
+    ("s7_c10_skip", "skip"),
+    ("s7_c1_block", "greedy"),
+    ("s7_c3_pad", "interactive"),
 ]
 
 
-def test_all_runs_are_covered():
-    recorded = [(name, run) for name in golden_cases.COPIED if name.startswith("s7_")
-                for run in golden_cases.case(name).meta["generation"]]  # fmt: skip
+def test_all_recorded_runs_are_tested():
+    names = [name for name in golden_cases.COPIED if name.startswith("s7_")]
+    recorded = [(name, run) for name in names for run in golden_cases.case(name).meta["generation"]]
     assert sorted(recorded) == sorted(RUNS)
 
 
 @pytest.mark.parametrize("name, run", RUNS)
-def test_generation(name, run):
+def test_generation_equals_the_recorded_run(name, run):
+    """Maps the recorded settings to arguments of `generate`."""
     case = golden_cases.case(name)
     settings = case.meta["generation"][run].get("settings", {})
 
@@ -36,9 +39,9 @@ def test_generation(name, run):
     first = max(int(record("is_prefill").sum()), 1)  # without a prefill, row 0 is given
     rows = len(shown) - first
 
-    penalty = [0.0, settings.get("silence_penalty", 0.0)] + [
-        settings.get("think_silence_penalty", 0.0)
-    ] * size
+    # Streams are user, output, then thoughts.
+    thoughts = [settings.get("think_silence_penalty", 0.0)] * size
+    penalty = [0.0, settings.get("silence_penalty", 0.0), *thoughts][:size]
     ablated = tuple(f"stream{s}" for s in settings.get("ablate_channels") or ())
     forced, start = np.full((rows, size), FREE), None
     if f"gen_{run}__user_tokens" in case:
@@ -46,8 +49,8 @@ def test_generation(name, run):
         forced[at : at + len(text), 0] = text
         start = settings["pre_think"] + len(text)
     elif size > 1:
-        # An oddity of the reference: the user's cell of the first row after the prefill is the
-        # model's own choice.
+        # In the reference, the model itself chooses the user's cell of the first row after the
+        # prefill.
         only = generate(
             model,
             1,
@@ -60,7 +63,7 @@ def test_generation(name, run):
     result = generate(
         model,
         rows,
-        DecodeOptions(silence_penalty=tuple(penalty[:size]), penalty_start=start, ablated=ablated),
+        DecodeOptions(silence_penalty=tuple(penalty), penalty_start=start, ablated=ablated),
         prefill=shown[:first],
         forced=forced,
         fed=[

@@ -1,8 +1,8 @@
-"""The two- and three-stream packing of the reference: flat sequences, as tables with absent cells.
+"""The reference's packing of two and three streams, expressed as tables with absent cells.
 
-In the reference each stream is a contiguous block of a flat sequence and a token's position y is
-free; rows of a table are time. docs/semantics.md says how the one is expressed by the other, and
-where the reference's loop differs.
+In the reference each stream is a contiguous block of a flat sequence, and the position y of a token
+is arbitrary. In a table, rows are time steps. docs/semantics.md describes how tables express the
+packing, and where the reference's decoding loop differs.
 """
 
 import dataclasses
@@ -31,13 +31,14 @@ LOOPS = [
 
 
 def spec_of(size, lag=None):
+    """A StreamSpec of output streams."""
     names = tuple(f"s{s}" for s in range(size))
     spec = StreamSpec.from_config(StreamsConfig(names=names, kinds=("output",) * size))
     return spec if lag is None else dataclasses.replace(spec, lag=tuple(map(tuple, lag.tolist())))
 
 
 def table_of(row, stream, values, shape, dtype=np.int32):
-    """A table [1, T, S] with values at the cells (row, stream), and which cells those are."""
+    """(table, present) [1, T, S] with values at the cells (row, stream) and the others absent."""
     table, present = np.zeros(shape, dtype), np.zeros(shape, bool)
     table[row, stream], present[row, stream] = values, True
     assert present.sum() == len(row), "two tokens in one cell"
@@ -45,16 +46,17 @@ def table_of(row, stream, values, shape, dtype=np.int32):
 
 
 @pytest.mark.parametrize("name, loop", LOOPS)
-def test_loop(name, loop):
+def test_decoding_loops(name, loop):
+    """A full forward pass gives the logits and tokens of the reference's decoding loop."""
     case = golden_cases.case(name)
     ids, (cid, y) = case[f"{loop}__ids"], case[f"{loop}__pos"].T
     lengths = case[f"{loop}__call_lengths"]
     call = np.repeat(np.arange(len(lengths)), lengths)
     config, size, parameters = read_folder(case.path)
 
-    # A row is the moment of arrival: step 0 arrives row by row, then each call is one row. Tokens
-    # of the loop get streams of their own (system, user, assistants, then user and assistants of
-    # the loop), since their distance row - y differs from that of step 0.
+    # A row is the time at which a token arrives: the tokens of step 0 row by row, then one row for
+    # each call. The distance row - y of tokens in the loop differs from that of tokens in step 0,
+    # so they have separate streams: system, user, assistants, then the loop's user and assistants.
     row = np.where(call == 0, y, y[call == 0].max() + call)
     stream = np.where(call == 0, cid, cid + size - 1)
     embedding = parameters["stream_embedding"]
@@ -64,7 +66,7 @@ def test_loop(name, loop):
         distances = np.unique((row - y)[stream == s])
         assert len(distances) == 1
         offset[s] = distances[0]
-    # row_k < row_q (it has arrived) and y_k < y_q, where y = row - offset.
+    # A key is visible if it has arrived (row_k < row_q) and y_k < y_q, where y = row - offset.
     lag = np.maximum(1, 1 + offset[:, None] - offset[None, :])
     if loop == "samestep":
         lag[size + 1 :, size] = 0
@@ -83,7 +85,7 @@ def test_loop(name, loop):
     np.testing.assert_allclose(
         golden_cases.thin("logits", logits), case[f"{loop}__logits_loop"], rtol=0, atol=1e-4
     )
-    # What the loop sampled from those logits: each head's next fed token.
+    # The loop feeds each head the token with the largest logit.
     for head in range(2, size):
         chosen = np.argmax(logits[(stream == head + size - 1)], axis=-1)
         np.testing.assert_array_equal(
@@ -91,30 +93,29 @@ def test_loop(name, loop):
         )
 
 
-def test_training_form():
+def test_training():
+    """Masks, loss, logits and gradients equal those of the reference's training sequences."""
     case = golden_cases.case("s5_train")
     config, size, parameters = read_folder(case.path)
     model = LoadedModel(config, spec_of(size), jax.tree.map(jnp.asarray, parameters))
     labels, rows = case["labels"], int(case["position_ids"][..., 1].max()) + 1
-    tokens, present, mask, cells_of = [], [], [], []
+    tokens, present, loss_masks, cells_of = [], [], [], []
     for b in range(len(labels)):
         visible = case["visible"][b]
-        is_pad = (np.arange(len(visible)) == len(visible) - 1) & (
-            labels[b] == -100
-        )  # only the second has one
+        # Only the second sequence has a padding token, at its end.
+        is_pad = (np.arange(len(visible)) == len(visible) - 1) & (labels[b] == -100)
         cid, y = case["position_ids"][b][~is_pad].T
         table, exists = table_of(y, cid, case["input_ids"][b][~is_pad], (rows, size))
         predicts = np.zeros((rows, size), bool)
         for start, end, ok in zip(case["head_start"][b], case["head_end"][b], case["head_ok"][b]):
             for t in range(start, end if ok else start):
                 predicts[y[t] - 1, cid[t]] = labels[b][t] != -100
-        (
-            tokens.append(table),
-            present.append(exists),
-            mask.append(predicts),
-            cells_of.append((y, cid)),
-        )
-    tokens, present, mask = np.concatenate(tokens), np.concatenate(present), np.stack(mask)
+        tokens.append(table)
+        present.append(exists)
+        loss_masks.append(predicts)
+        cells_of.append((y, cid))
+    tokens, present = np.concatenate(tokens), np.concatenate(present)
+    loss_mask = np.stack(loss_masks)
     segment = np.ones(tokens.shape[:2], np.int32)
     cells = make_cells(present, segment)
     position = np.broadcast_to(np.arange(rows, dtype=np.int32), segment.shape)
@@ -123,7 +124,7 @@ def test_training_form():
         np.testing.assert_array_equal(seen, case["visible"][b][: len(y), : len(y)])
 
     batch = {"tokens": tokens, "present": present, "segment": segment}
-    targets, counted, weights = targets_and_weights(batch, (1.0,) * size, mask)
+    targets, counted, weights = targets_and_weights(batch, (1.0,) * size, loss_mask)
     assert counted.sum() == case["loss_tokens"]
 
     def loss_of(parameters):
