@@ -70,6 +70,43 @@ def checksums(items: dict[str, Any]) -> dict[str, dict[str, int]]:
     }
 
 
+@functools.cache
+def _finiteness_function(platform: str) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    def finite(arrays: list[jax.Array]) -> list[jax.Array]:
+        return [jnp.isfinite(x).all() for x in arrays]
+
+    return jax.jit(finite, compiler_options=compiler_options(platform))
+
+
+def non_finite(tree: Any) -> list[str]:
+    """The paths of the arrays that hold a number that is not finite."""
+    named = [
+        (path_name(path), x)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        if jnp.issubdtype(x.dtype, jnp.inexact)
+    ]
+    platform = next(iter(named[0][1].devices())).platform
+    finite = _finiteness_function(platform)([x for _, x in named])
+    return [name for (name, _), good in zip(named, finite) if not good]
+
+
+def refuse_patterns(path: str | os.PathLike, setting: str) -> None:
+    """Raises UserError for a folder that Orbax cannot write checkpoints to.
+
+    Orbax (0.12.8) searches inside the folder with a pattern that contains the folder's own path,
+    and TensorStore takes a backslash for a slash. What was written could never be read.
+
+    Args:
+      path: the folder.
+      setting: what names it, for the message.
+    """
+    if found := [c for c in "[]*?\\" if c in str(path)]:
+        raise UserError(
+            f"{setting} is {path}: checkpoints cannot be kept in a path with {' '.join(found)};"
+            " choose another"
+        )
+
+
 def _split(state: TrainState) -> dict[str, Any]:
     """The state as the items ARRAY_ITEMS."""
     rest = {
@@ -165,6 +202,8 @@ class _CheckpointFolder:
           **options: further options of Orbax's CheckpointManager.
         """
         self._name, self.directory, self._multiprocessing = name, directory, multiprocessing
+        self._unread: tuple[int, Any] | None = None  # what was written last, see _read_back
+        refuse_patterns(directory, f"the folder of each {name}")
         directory.mkdir(parents=True, exist_ok=True)
         handlers: dict[str, Any] = {item: array_handler(multiprocessing) for item in ARRAY_ITEMS}
         handlers["description"] = ocp.JsonCheckpointHandler(multiprocessing_options=multiprocessing)
@@ -180,15 +219,30 @@ class _CheckpointFolder:
         """The steps of the complete checkpoints, in ascending order."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, config: Config, tokenizer: Tokenizer) -> None:
+    def save(self, state: TrainState, config: Config, tokenizer: Tokenizer) -> bool:
         """Writes a checkpoint of `state` in the background, unless its step has one already.
 
-        When this returns, training may continue and donate the state. Raises RunError if an earlier
-        checkpoint could not be written.
+        A state with numbers that are not finite is not written, because it would in time replace
+        the good checkpoints. When this returns, training may continue and donate the state.
+
+        Returns:
+          Whether the step has a checkpoint now, or will have it soon.
+
+        Raises RunError if an earlier checkpoint could not be written, or cannot be read.
         """
         step, items = int(state.step), _split(state)
         if step in self._manager.all_steps():
-            return
+            return True
+        if bad := non_finite(items):
+            log.warning(
+                "no %s of step %d: %s and %d other arrays hold numbers that are not finite; the"
+                " last good checkpoint stays",
+                self._name,
+                step,
+                bad[0],
+                len(bad) - 1,
+            )
+            return False
         description = describe(step, config, tokenizer, items, layout=_layout(state))
         arguments = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
         arguments["description"] = ocp.args.JsonSave(description)
@@ -203,22 +257,56 @@ class _CheckpointFolder:
             step,
             time.monotonic() - begin,
         )
+        self._unread = step, {name: _smallest(tree) for name, tree in items.items()}
+        return True
 
     def check_for_errors(self) -> None:
-        """Raises RunError if a checkpoint could not be written in the background."""
+        """Raises RunError if a checkpoint could not be written in the background, or be read."""
         try:
             self._manager.check_for_errors()
         except Exception as error:  # a full or missing disk makes Orbax raise many types of errors
             self._raise_not_written(error)
+        if self._unread and not self._manager.is_saving_in_progress():
+            self._read_back()
 
     def close(self) -> None:
-        """Waits until everything is written. Raises RunError if that fails."""
+        """Waits until everything is written and could be read. Raises RunError if that fails."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # see check_for_errors
             self._raise_not_written(error)
         finally:
             self._manager.close()
+        self._read_back()
+
+    def _read_back(self) -> None:
+        """Reads the description and the smallest array of each item of what was written last.
+
+        Storage that keeps nothing that can be read is found in this way before it has cost a run.
+        To read everything would take as much memory as the state.
+
+        Raises RunError if they differ from what was written.
+        """
+        if not self._unread:
+            return
+        (step, abstract), self._unread = self._unread, None
+        path = self.directory / str(step)
+        try:
+            expected = read_description(path)["checksums"]
+            found = {
+                name: read_arrays(path / name, tree, self._multiprocessing, partial=True)
+                for name, tree in abstract.items()
+            }
+            for name, sums in checksums(found).items():
+                if any(expected[name][key] != value for key, value in sums.items()):
+                    raise ValueError(f"a checksum in {name} differs")
+        except Exception as error:  # see check_for_errors
+            if processes.is_peer_failure(error):
+                raise
+            raise RunError(
+                f"the checkpoint of step {step} was written to {self.directory} and cannot be read"
+                f" ({error_summary(error)}): choose another storage for --workdir"
+            ) from error
 
     def _raise_not_written(self, error: Exception) -> NoReturn:
         if processes.is_peer_failure(error):
@@ -419,6 +507,7 @@ def read_arrays(
     path: epath.Path,
     abstract: Any,
     multiprocessing: ocp.options.MultiprocessingOptions | None = None,
+    partial: bool = False,
 ) -> Any:
     """Reads the arrays in `path`. Each process reads its part and waits for no other process.
 
@@ -426,11 +515,24 @@ def read_arrays(
       path: an item of a checkpoint.
       abstract: a tree with the shapes, dtypes and shardings of the result.
       multiprocessing: as in `array_handler`.
+      partial: whether the item may hold more arrays than `abstract`.
     """
     arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
     return array_handler(multiprocessing).restore(
-        path, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments)
+        path,
+        args=ocp.args.PyTreeRestore(abstract, restore_args=arguments, partial_restore=partial),
     )
+
+
+def _smallest(tree: Any) -> Any:
+    """The abstract form of the smallest array below dicts alone, in the same place of a tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = [leaf for leaf in leaves if all(hasattr(key, "key") for key in leaf[0])]
+    path, x = min(leaves, key=lambda leaf: leaf[1].size)
+    abstract: Any = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    for key in reversed(path):
+        abstract = {key.key: abstract}
+    return abstract
 
 
 def _layout(state: Any) -> dict[str, Any]:

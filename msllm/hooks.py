@@ -160,10 +160,6 @@ class CheckStop(Hook):
         # A signal that arrives after this line ends the run after the next step.
         run.stopping = self._signal.should_stop(step) or run.stop_requested
 
-    def at_end(self, run: Run) -> None:
-        if run.step < run.config.steps:
-            run.say(f"stopped at step {run.step}, saved; the same command continues here")
-
 
 class SaveCheckpoints(Hook):
     """Saves checkpoints as `config.checkpoint` says, and when the run ends."""
@@ -171,16 +167,24 @@ class SaveCheckpoints(Hook):
     def __init__(self, checkpoints: Checkpoints, local: LocalCheckpoints | None):
         self._checkpoints, self._local = checkpoints, local
         self._last_save = 0  # milliseconds, by the monitor's clock
+        self._saved_step: int | None = None  # the step of the newest checkpoint of this process
 
     def at_step(self, run: Run, step: int, metrics: Mapping[str, jax.Array]) -> None:
         self._checkpoints.check_for_errors()
         if self._local:
             self._local.check_for_errors()
-        if run.stopping or step == run.config.steps or self._is_due(run):
-            self._save(run, self._checkpoints)
+        ends = run.stopping or step == run.config.steps
+        if ends or self._is_due(run):
+            self._save(run, self._checkpoints, even_if_skipping=ends)
             self._last_save = run.monitor.clock
         elif self._local and step % run.config.checkpoint.local_every == 0:
             self._save(run, self._local)
+
+    def at_end(self, run: Run) -> None:
+        if run.step < run.config.steps:
+            saved = self._saved_step == run.step
+            place = "saved; the same command continues here" if saved else "not saved"
+            run.say(f"stopped at step {run.step}, {place}")
 
     def _is_due(self, run: Run) -> bool:
         every, minutes = run.config.checkpoint.every, run.config.checkpoint.every_minutes
@@ -188,9 +192,19 @@ class SaveCheckpoints(Hook):
             return True
         return bool(minutes) and run.monitor.clock - self._last_save >= minutes * 60_000
 
-    def _save(self, run: Run, checkpoints: Checkpoints | LocalCheckpoints) -> None:
+    def _save(
+        self,
+        run: Run,
+        checkpoints: Checkpoints | LocalCheckpoints,
+        even_if_skipping: bool = False,
+    ) -> None:
         with run.pause("checkpoint"):
-            checkpoints.save(run.state, run.config, run.loader.tokenizer)
+            # While updates are skipped, nothing changes that would be worth a good checkpoint.
+            if int(run.state.skipped_in_row) and not even_if_skipping:
+                return
+            if not checkpoints.save(run.state, run.config, run.loader.tokenizer):
+                return
+        self._saved_step = run.step
         run.monitor.goodput.saved(run.step)
         for hook in run.hooks:
             hook.at_save(run, run.step)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import resource
@@ -23,6 +25,8 @@ from msllm.errors import UserError
 from msllm.runtime.files import write_atomically
 from msllm.runtime.processes import AsyncAllGather, is_primary
 from msllm.streams import StreamSpec
+
+log = logging.getLogger("msllm")
 
 FLUSH_SECONDS = 30.0  # the longest time that metrics stay in memory before they are written
 
@@ -174,18 +178,38 @@ class MetricsWriters:
             names += ("wandb",)
         classes = [find_object(name, WRITERS, "config.monitor.writers") for name in names]
         self._writers: list[MetricsWriter] = []
+        self._failed: set[MetricsWriter] = set()  # those whose last write failed
         if is_primary():
             self._writers = [make(workdir, config) for make in classes]
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes metrics, measured after `step` steps."""
+        """Writes metrics, measured after `step` steps.
+
+        A writer that cannot write does not end the run: it is reported and tried again next time.
+        """
         for writer in self._writers:
-            writer.write(step, values)
+            try:
+                writer.write(step, values)
+            except OSError as error:
+                if writer not in self._failed:
+                    log.warning(
+                        "%s cannot write metrics from step %d on (%s): make room or repair the"
+                        " storage; training goes on",
+                        type(writer).__name__,
+                        step,
+                        error,
+                    )
+                self._failed.add(writer)
+            else:
+                self._failed.discard(writer)
 
     def close(self) -> None:
         """Closes all writers."""
         for writer in self._writers:
-            writer.close()
+            try:
+                writer.close()
+            except OSError as error:
+                log.warning("the last metrics are not written (%s)", error)
 
 
 def append_lines(path: epath.Path) -> IO[str]:
@@ -217,8 +241,16 @@ class JsonLines:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = json.dumps({"step": step, **finite}) + "\n"
         if self._file:
-            self._file.write(line)
-            self._file.flush()
+            if self._file.closed:
+                self._file = append_lines(self._path)
+            try:
+                self._file.write(line)
+                self._file.flush()
+            except OSError:
+                # The next call opens the file again, and removes what was written of the line.
+                with contextlib.suppress(OSError):
+                    self._file.close()
+                raise
             return
         self._text += line
         if time.monotonic() - self._written > FLUSH_SECONDS:

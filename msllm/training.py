@@ -18,7 +18,7 @@ import jax
 from etils import epath
 
 import msllm
-from msllm.checkpoint import Checkpoints, LocalCheckpoints
+from msllm.checkpoint import Checkpoints, LocalCheckpoints, refuse_patterns
 from msllm.config import Config, to_config_dict, to_json
 from msllm.data.global_batch import global_batches
 from msllm.data.loader import Loader
@@ -39,6 +39,7 @@ from msllm.metrics import MetricsWriters, MixtureShares
 from msllm.monitor import Goodput, Monitor
 from msllm.runtime import processes
 from msllm.runtime.compiler import compile_step, enable_compilation_cache
+from msllm.runtime.environment import refuse_x64
 from msllm.runtime.files import write_atomically
 from msllm.runtime.progress import Progress
 from msllm.sharding import make_mesh
@@ -79,6 +80,7 @@ def train(
         were skipped (`config.optim.max_skipped`).
       RunError: the run cannot continue, for example because the disk is full.
     """
+    refuse_x64()
     config = resolve_visibility(config)
     workdir = open_workdir(workdir)
     with processes.exclusive_workdir(workdir), contextlib.ExitStack() as stack:
@@ -190,6 +192,7 @@ def _restore_or_initialise(
 def open_workdir(path: str | os.PathLike) -> epath.Path:
     """Creates the folder of a run. Raises UserError if that fails, or if it holds a model."""
     workdir = epath.Path(path)
+    refuse_patterns(workdir, "--workdir")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except (ImportError, OSError) as error:

@@ -17,8 +17,9 @@ from runs import flip_a_bit, four_streams, host, make_program, replace
 from msllm import tokenizer as tokenizer_lib
 from msllm.checkpoint import Checkpoints, LocalCheckpoints, checksums
 from msllm.config import CheckpointConfig, TokenizerConfig
-from msllm.errors import UserError
+from msllm.errors import RunError, UserError
 from msllm.runtime import processes
+from msllm.training import open_workdir
 from msllm.weights.load import load
 
 pytestmark = pytest.mark.slow
@@ -364,3 +365,39 @@ def test_a_newer_format_is_refused(workdir, program, tokenizer, monkeypatch):
     monkeypatch.setattr("msllm.checkpoint.FORMAT", 2)
     with pytest.raises(UserError, match="has format 1: this version of msllm reads 2"):
         restore(workdir, program, tokenizer)
+
+
+def test_a_state_that_is_not_finite_is_not_saved(workdir, program, state, tokenizer, caplog):
+    broken = at_step(program, state, 40)
+    name = "final_norm"
+    broken.parameters[name] = broken.parameters[name].at[0].set(np.nan)
+    checkpoints = Checkpoints(workdir, CheckpointConfig(keep_last=3))
+    with caplog.at_level(logging.WARNING, "msllm"):
+        assert not checkpoints.save(broken, program.config, tokenizer)
+    assert checkpoints.save(at_step(program, state, 50), program.config, tokenizer)
+    checkpoints.close()
+    assert checkpoints.steps() == [20, 30, 50]
+    assert f"no checkpoint of step 40: parameters/{name} and 0 other arrays" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["description", "rest"])
+def test_a_checkpoint_that_cannot_be_read_back_ends_the_run(
+    tmp_path, program, state, tokenizer, damage
+):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(at_step(program, state, 5), program.config, tokenizer)
+    checkpoints._manager.wait_until_finished()
+    shutil.rmtree(tmp_path / "checkpoints" / "5" / damage)
+    with pytest.raises(RunError, match="step 5 was written to .* and cannot be read"):
+        checkpoints.check_for_errors()
+    checkpoints.check_for_errors()  # it is said once
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("name", ["exp[lr=1e-3]", "a\\b", "what?", "*"])
+def test_a_path_that_orbax_takes_for_a_pattern_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match="checkpoints cannot be kept in a path with"):
+        open_workdir(tmp_path / name)
+    with pytest.raises(UserError, match="checkpoints cannot be kept in a path with"):
+        Checkpoints(tmp_path / name, CheckpointConfig())
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """The command `msllm`: help, flags, errors in one line, exit statuses."""
 
 import ast
+import os
 import pathlib
 import re
 import shlex
@@ -235,6 +236,22 @@ def test_exit_statuses(capsys, result, status):
     assert capsys.readouterr().err == (
         f"error: {result}\n" if isinstance(result, Exception) else ""
     )
+
+
+def test_64_bits_are_refused_before_anything_else():
+    command = [sys.executable, "-m", "msllm", "generate", "--checkpoint=none"]
+    done = subprocess.run(
+        command, env=os.environ | {"JAX_ENABLE_X64": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: JAX_ENABLE_X64 is on: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_leaves_early_sees_no_traceback():
+    command = [sys.executable, "-m", "msllm", "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() in (0, base.EXIT_BROKEN_PIPE)
 
 
 def test_version():

@@ -1,6 +1,8 @@
 """How a run watches itself: goodput, MFU, slow steps, traces, and where metrics are written."""
 
 import json
+import logging
+import os
 import sys
 import types
 
@@ -280,3 +282,44 @@ def test_processes_that_differ_are_told_apart(monkeypatch):
 def test_what_cannot_be_a_cluster_is_refused(tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
         processes.connect(tmp_path, **arguments)
+
+
+def test_a_writer_that_cannot_write_does_not_end_the_run(tmp_path, caplog):
+    config = dictation(**{"monitor.writers": ("tensorboard", "jsonl")})
+    (tmp_path / "tensorboard").write_text("")  # in the place of the folder
+    writers = MetricsWriters(epath.Path(tmp_path), config)
+    with caplog.at_level(logging.WARNING, "msllm"):
+        writers.write(1, {"loss": 3.0})
+        writers.write(2, {"loss": 2.0})
+    assert caplog.text.count("TensorBoard cannot write metrics from step 1 on") == 1
+    (tmp_path / "tensorboard").unlink()
+    writers.write(3, {"loss": 1.0})
+    writers.close()
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
+    writers = MetricsWriters(epath.Path(tmp_path), dictation(**{"monitor.writers": ("jsonl",)}))
+    writers.write(1, {"loss": 3.0})
+    file = writers._writers[0]._file
+
+    def fill(line):
+        os.write(file.fileno(), line[:5].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writers._writers[0], "_file", Wrapped(file, fill))
+    writers.write(2, {"loss": 2.0})
+    writers.write(3, {"loss": 1.0})
+    writers.close()
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 3]
+
+
+class Wrapped:
+    """An open file whose `write` is replaced."""
+
+    def __init__(self, file, write):
+        self._file, self.write = file, write
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)

@@ -1,10 +1,12 @@
 """Runs: continuing, stopping, what is written, what goes wrong."""
 
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -155,7 +157,7 @@ def test_a_run_whose_gradients_are_not_finite_names_them_and_stops(
         r"\(config.optim.max_skipped is 3\)"
     )
     with pytest.raises(UserError, match=rule):
-        train(replace(replace(config, "optim", max_skipped=3), "checkpoint", every=0), tmp_path)
+        train(replace(replace(config, "optim", max_skipped=3), "checkpoint", every=1), tmp_path)
     said = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
     first = (
         r"step 1: the gradients of blocks/\S+, .* and others were not finite; "
@@ -217,6 +219,41 @@ def test_ctrl_c_saves_and_the_same_command_continues(config, uninterrupted, tmp_
     assert_same_parameters(tmp_path / "run", uninterrupted)
 
 
+def test_a_hang_up_without_a_reader_of_the_output_saves(config, tmp_path):
+    with subprocess.Popen(
+        command(tmp_path / "run", config, "--config.steps=2000"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for said in process.stdout:
+            if said.startswith("step 2/"):
+                break
+        process.stdout.close()  # as `| head` does
+        (tmp_path / "run" / "metrics.jsonl").stat()
+        steps = [line["step"] for line in metrics(tmp_path / "run")]
+        while len(metrics(tmp_path / "run")) < len(steps) + 3:  # it goes on without a reader
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGHUP)
+        errors = process.stderr.read()
+        assert process.wait(timeout=120) == 75, errors
+    assert "Traceback" not in errors
+    assert load(tmp_path / "run").step == metrics(tmp_path / "run")[-1]["step"]
+
+
+def test_a_run_needs_neither_stdout_nor_stderr(config, tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command(tmp_path / "run", config),
+            stdout=full,
+            preexec_fn=lambda: os.close(2),
+            timeout=120,
+        )
+    assert done.returncode == 0
+    assert load(tmp_path / "run").step == 8 == metrics(tmp_path / "run")[-1]["step"]
+
+
 def test_commands_that_cannot_run_say_so_in_one_line(config, data_dir, tmp_path):
     copy = tmp_path / "data"
     shutil.copytree(data_dir, copy)
@@ -234,7 +271,7 @@ def test_commands_that_cannot_run_say_so_in_one_line(config, data_dir, tmp_path)
         [*line, "--config.optim.lrr=1"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode != 0
-    assert "unknown key lrr: did you mean lr?" in done.stderr
+    assert "unknown config key config.optim.lrr: did you mean config.optim.lr?" in done.stderr
 
 
 def test_a_workdir_that_cannot_be_made_is_refused(config, tmp_path):

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from msllm.config import Config
     from msllm.weights.load import LoadedModel
 
+EXIT_BROKEN_PIPE = 128 + 13  # as a shell reports SIGPIPE
+
 
 def execute(command: Callable[[], int | None]) -> int:
     """Sets up logging, calls `command` and returns the exit status.
@@ -47,6 +49,19 @@ def execute(command: Callable[[], int | None]) -> int:
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except BrokenPipeError:  # the reader of the output has what it wanted, as with `| head`
+        return EXIT_BROKEN_PIPE
+    finally:
+        _flush_stdout()
+
+
+def _flush_stdout() -> None:
+    """Writes what is left of the output. If it cannot be written, Python shall not try again."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

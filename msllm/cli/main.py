@@ -74,6 +74,7 @@ def _run(arguments: list[str]) -> int | None:
         hint = base.did_you_mean(name, COMMANDS)
         raise UserError(f"unknown command {name!r}{hint} (msllm --help lists the commands)")
     flags = parser_of(name).parse(rest)
+    environment.refuse_x64()
     environment.configure_jax()
     return load_command(name).run(flags)
 

@@ -7,6 +7,8 @@ import re
 import sys
 import warnings
 
+from msllm.errors import UserError
+
 # Loop unrolling takes a quarter of the time in which XLA:CPU compiles a train step, and does not
 # make the step faster.
 _UNROLLING = "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling"
@@ -32,6 +34,23 @@ def configure_jax() -> None:
         )
         return
     os.environ.update(wanted)
+
+
+def refuse_x64() -> None:
+    """Raises UserError if JAX would compute in 64 bits.
+
+    Arrays would silently get other types than checkpoints and compiled programs have.
+    """
+    enabled = os.environ.get("JAX_ENABLE_X64", "").lower() in ("1", "true", "t", "yes", "y", "on")
+    if "jax" in sys.modules:
+        import jax
+
+        enabled = jax.config.jax_enable_x64
+    if enabled:
+        raise UserError(
+            "JAX_ENABLE_X64 is on: msllm computes in 32 bits and below; unset JAX_ENABLE_X64, and"
+            " do not set jax_enable_x64"
+        )
 
 
 def _settings() -> dict[str, str]:

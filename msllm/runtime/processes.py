@@ -348,10 +348,10 @@ def exit_on_error() -> Iterator[None]:
 
 
 class StopSignal:
-    """Decides when a run stops early: on Ctrl-C, SIGTERM or a preemption notice in any process.
+    """Decides when a run stops early: on Ctrl-C, SIGTERM, a hang-up or a preemption notice.
 
-    This is a context manager. Inside it these signals do not interrupt the program, except for a
-    second Ctrl-C.
+    Any process may get it. This is a context manager. Inside it these signals do not interrupt the
+    program, except for a second Ctrl-C.
 
     Attributes:
       interrupted: whether Ctrl-C was pressed in any process. A launcher should not restart such a
@@ -366,6 +366,8 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         try:
             self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as it is under nohup
+                self._previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._hang_up)
             if jax.process_count() == 1:
                 self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._terminate)
             # With several processes, JAX's preemption service handles SIGTERM.
@@ -380,6 +382,9 @@ class StopSignal:
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _hang_up(self, number: int, frame: FrameType | None) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:

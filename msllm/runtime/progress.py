@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -44,7 +45,9 @@ class Progress:
     ):
         self._stage, self._total, self._start = stage, total, done
         self._file, self._keep, self._enabled = file, keep, enabled
-        self._terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        # Without a stderr (2>&-) it is None.
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._terminal = terminal and os.environ.get("TERM") != "dumb"
         self._every = min(every, BAR_SECONDS) if self._terminal else every
         self._began = self._shown = time.monotonic()
         self._bar: rich.progress.Progress | None = None  # started when it is first drawn
@@ -81,23 +84,27 @@ class Progress:
         else:
             count = f" {done}/{self._total}" if self._total else ""
             line = "  ".join((self._stage + count, *facts))
-            print(line, file=self._file or sys.stderr, flush=True)
+            _print(line, self._file or sys.stderr)
 
     def say(self, text: str) -> None:
         """Prints a line to stdout, above the bar."""
         if self._enabled:
-            print(text, flush=True)  # while there is a bar, rich moves it out of the way
+            _print(text, sys.stdout)  # while there is a bar, rich moves it out of the way
 
     def close(self) -> None:
         """Ends the bar, if there is one."""
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()
 
     def _draw(self, done: int, facts: str) -> None:
-        if self._bar is None:
-            self._bar = self._start_bar(done, facts)
-        self._bar.update(self._bar.task_ids[0], completed=done, facts=facts)
-        self._bar.refresh()
+        try:
+            if self._bar is None:
+                self._bar = self._start_bar(done, facts)
+            self._bar.update(self._bar.task_ids[0], completed=done, facts=facts)
+            self._bar.refresh()
+        except OSError:  # the terminal is gone
+            self._enabled = False
 
     def _start_bar(self, done: int, facts: str) -> rich.progress.Progress:
         # Imported with the first bar: the import takes 0.05 s, which most commands do not need.
@@ -119,6 +126,13 @@ class Progress:
         # rich hides the cursor, and a process that ends with os._exit would not restore it.
         bar.console.show_cursor()
         return bar
+
+
+def _print(text: str, file: TextIO | None) -> None:
+    """Prints a line, if it can be printed: a reader that is gone must not end the work."""
+    if file is not None:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the file is closed
+            print(text, file=file, flush=True)
 
 
 def _clock_time(seconds: float) -> str:

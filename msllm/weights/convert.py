@@ -18,6 +18,7 @@ from typing import Any, TypedDict, Unpack
 import jax
 import numpy as np
 
+from msllm.checkpoint import refuse_patterns
 from msllm.config import Config, DataConfig, ModelConfig, StreamsConfig, TokenizerConfig
 from msllm.errors import UserError
 from msllm.runtime.files import new_folder, refuse_existing
@@ -105,6 +106,7 @@ def from_hf(
             f"there is no folder {folder}: name one that holds {hf.CONFIG} and safetensors"
         )
     refuse_existing(out)
+    refuse_patterns(out, "OUT")
     settings = hf.read_settings(folder)
     config, size, parameters = hf.read_folder(folder)
     streams, silence = hf_config.read_streams(settings, size, str(folder / hf.CONFIG))
@@ -144,6 +146,7 @@ def from_gguf(
     Raises UserError if msllm cannot represent the model, or if the file is missing or damaged.
     """
     refuse_existing(out)
+    refuse_patterns(out, "OUT")
     model = gguf.read_gguf(file, with_tokenizer=not options.get("tokenizer"))
     origin, tokenizer = {hf.CONFIG: _origin_config(model.settings, "float32")}, None
     if model.tokenizer:

@@ -19,6 +19,7 @@ from flax import nnx
 from msllm.config import Config, ModelConfig, code_named_by, from_config_dict
 from msllm.errors import UserError
 from msllm.model.model import abstract_model
+from msllm.runtime.environment import refuse_x64
 from msllm.streams import StreamSpec, lag_matrix
 from msllm.tokenizer import FILE_NAMES, Tokenizer
 from msllm.weights import hf, hf_config
@@ -91,6 +92,7 @@ def load(path: str | os.PathLike, allow_code: bool = False) -> LoadedModel:
     Raises UserError if there is no model at `path`, if it cannot be read, or if it names code and
     `allow_code` is false.
     """
+    refuse_x64()
     path = epath.Path(path)
     if _is_hf_folder(path):
         return _load_hf_folder(pathlib.Path(path))

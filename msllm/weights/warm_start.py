@@ -25,6 +25,7 @@ from msllm.checkpoint import (
     indicates_damage,
     read_arrays,
     read_description,
+    refuse_patterns,
 )
 from msllm.config import (
     Config,
@@ -64,6 +65,7 @@ def write_model(
       tokenizer: the tokenizer; None if the model has none.
     """
     root = epath.Path(folder)
+    refuse_patterns(root, "the folder of the model")
     arrays = jax.tree.map(jnp.asarray, parameters)
     description = describe(0, config, tokenizer, {"parameters": arrays})
     with ocp.Checkpointer(array_handler()) as writer:
