@@ -183,3 +183,23 @@ def loaded(data_dir) -> LoadedModel:
     program = Program(config, streams, make_mesh(config.mesh), tokenizer.silence_id)
     parameters = program.init().parameters
     return LoadedModel(config.model, streams, parameters, tokenizer, "", 0, config)
+
+
+class Clock:
+    """Stands in for the module `time`. The time is `now`, which only the test changes."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    time = process_time = monotonic
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    """The clock that `msllm.monitor` and `msllm.runtime.progress` read."""
+    clock = Clock()
+    monkeypatch.setattr("msllm.monitor.time", clock)
+    monkeypatch.setattr("msllm.runtime.progress.time", clock)
+    return clock

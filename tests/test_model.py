@@ -1,4 +1,4 @@
-"""The model: S = 1, permuted streams, meshes, recomputation."""
+"""The model with one stream, permuted streams, on meshes, and with recomputation."""
 
 import dataclasses
 
@@ -14,33 +14,33 @@ from msllm.streams import NEVER, Cells, make_cells, positions
 from msllm.weights.load import LoadedModel
 
 
-def table(rows, streams, batch=1, vocab_size=32, seed=0, absent=0.0, segments=1, silence=None):
+def random_table(rows, streams, batch=1, absent=0.0, segments=1):
     """(tokens, cells, position) of random tables."""
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, vocab_size, (batch, rows, streams)).astype(np.int32)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 32, (batch, rows, streams)).astype(np.int32)
     segment = np.sort(rng.integers(1, segments + 1, (batch, rows)), axis=1).astype(np.int32)
     present = rng.random(tokens.shape) >= absent
-    cells = make_cells(present, segment, None if silence is None else tokens == silence)
-    return tokens, cells, positions(segment)
+    return tokens, make_cells(present, segment), positions(segment)
 
 
 def forward(model, tokens, cells, position, parameters=None):
+    """The logits of all cells."""
     bound = bind(model.graph, model.parameters if parameters is None else parameters)
     return bound.logits(bound(tokens, cells, position))
 
 
 def plain_decoder(config, parameters, tokens):
-    """An ordinary causal language model in numpy, without msllm: tokens [T] -> logits [T, V]."""
+    """An ordinary causal language model in numpy: tokens [T] -> logits [T, V]."""
 
     def norm(x, weight):
         return weight * x / np.sqrt(np.mean(x * x, -1, keepdims=True) + config.norm_eps)
 
     rows, half = len(tokens), config.head_dim // 2
     angle = np.arange(rows)[:, None] * config.rope_theta ** (-np.arange(half) / half)
-    turn = np.exp(1j * angle)[:, None]
+    rotation = np.exp(1j * angle)[:, None]
 
     def rotated(x):
-        z = (x[..., :half] + 1j * x[..., half:]) * turn
+        z = (x[..., :half] + 1j * x[..., half:]) * rotation
         return np.concatenate([z.real, z.imag], -1)
 
     blocks = jax.tree.map(lambda x: np.asarray(x, np.float64), parameters["blocks"])
@@ -70,30 +70,27 @@ def plain_decoder(config, parameters, tokens):
 
 def test_one_stream_is_an_ordinary_decoder(make_model):
     model = make_model(1)
-    tokens, cells, position = table(11, 1)
+    tokens, cells, position = random_table(11, 1)
     ours = forward(model, tokens, cells, position)[0, :, 0]
-    np.testing.assert_allclose(
-        ours, plain_decoder(model.config, model.parameters, tokens[0, :, 0]), rtol=0, atol=1e-4
-    )
+    theirs = plain_decoder(model.config, model.parameters, tokens[0, :, 0])
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
 
 
-def test_streams_are_interchangeable(make_model):
+def test_permuting_streams_permutes_logits(make_model):
     model, order = make_model(3), np.array([2, 0, 1])
-    tokens, cells, position = table(7, 3, absent=0.2)
-    parameters = dict(
-        model.parameters, stream_embedding=model.parameters["stream_embedding"][order]
-    )
+    tokens, cells, position = random_table(7, 3, absent=0.2)
+    embedding = model.parameters["stream_embedding"][order]
+    parameters = model.parameters | {"stream_embedding": embedding}
     moved = Cells(cells.row, cells.segment, cells.present[..., order], cells.seen[..., order])
     ours = forward(model, tokens[..., order], moved, position, parameters)
-    np.testing.assert_allclose(
-        ours, forward(model, tokens, cells, position)[:, :, order], rtol=0, atol=1e-5
-    )
+    expected = forward(model, tokens, cells, position)[:, :, order]
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 4, 2)], ids=str)
 def test_sharded_equals_unsharded(make_model, sizes):
     model = make_model(4, lag=np.random.default_rng(3).choice([0, 1, 2, NEVER], (4, 4)))
-    tokens, cells, position = table(6, 4, batch=8, absent=0.1, segments=2)
+    tokens, cells, position = random_table(6, 4, batch=8, absent=0.1, segments=2)
     axes = abstract_model(model.config, model.streams)[2]
     specs = jax.tree.map(lambda a: partition_spec(*a), axes, is_leaf=lambda a: isinstance(a, tuple))
     cell, row = partition_spec("batch", "row", "stream"), partition_spec("batch", "row")
@@ -110,16 +107,18 @@ def test_sharded_equals_unsharded(make_model, sizes):
     np.testing.assert_allclose(ours, forward(model, tokens, cells, position), rtol=0, atol=1e-4)
 
 
-def test_remat_changes_no_gradient(make_model):
+def test_remat_does_not_change_gradients(make_model):
     model = make_model(3)
-    inputs = table(6, 3)
+    inputs = random_table(6, 3)
 
     def gradient(remat):
         config = dataclasses.replace(model.config, remat=remat)
         other = LoadedModel(config, model.streams, model.parameters)
-        return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(forward(other, *inputs, p)))))(
-            model.parameters
-        )
+
+        def loss(parameters):
+            return jnp.sum(jnp.sin(forward(other, *inputs, parameters)))
+
+        return jax.jit(jax.grad(loss))(model.parameters)
 
     expected = gradient("none")
     for remat in ("dots", "full", "offload"):

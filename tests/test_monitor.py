@@ -1,4 +1,4 @@
-"""How a run watches itself: goodput, MFU, slow steps, traces, and where metrics are written."""
+"""Monitoring of a run: goodput, MFU, slow steps, traces, metrics writers, and hosts that differ."""
 
 import json
 import logging
@@ -12,7 +12,6 @@ import pytest
 from etils import epath
 from runs import SILENCE, dictation, four_streams, make_program, metrics
 
-from msllm import monitor
 from msllm.errors import UserError
 from msllm.metrics import MetricsWriters, append_lines
 from msllm.monitor import KINDS, PAST, Goodput, Monitor
@@ -23,26 +22,7 @@ from msllm.runtime.progress import Progress
 from msllm.training import train
 
 
-class Clock:
-    """Stands in for the module `time`: stands still until it is told to go on."""
-
-    now = 1000.0
-
-    def monotonic(self):
-        return self.now
-
-    time = process_time = monotonic
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr("msllm.monitor.time", clock)
-    monkeypatch.setattr("msllm.monitor.time", clock)
-    return clock
-
-
-def test_every_second_of_all_attempts_has_one_name(clock, tmp_path):
+def test_goodput_accounts_for_every_second_of_all_attempts(clock, tmp_path):
     path = epath.Path(tmp_path / "goodput.json")
     first = Goodput(path, seconds_before=2.0)
     first.restored(0)
@@ -57,7 +37,7 @@ def test_every_second_of_all_attempts_has_one_name(clock, tmp_path):
         clock.now += 4
     first.write()
 
-    clock.now += 7  # dead
+    clock.now += 7  # no process runs for 6 s; then the second one takes 1 s to start
     second = Goodput(path, seconds_before=1.0)
     second.restored(5)
     expected = dict.fromkeys((*KINDS, *PAST), 0.0)
@@ -76,39 +56,36 @@ def test_every_second_of_all_attempts_has_one_name(clock, tmp_path):
     assert sum(second.seconds.values()) == clock.now - 1000.0 + 2.0
 
 
-class Times:
-    """Stands in for the clocks of two processes; the second one is 9 s late for some steps."""
+class FakeClocks:
+    """Stands in for the clocks of two processes, of which the second is 9 s late for some steps."""
 
     hosts = ["a", "b"]
     latest = processes.DispatchClocks.latest
 
-    def __init__(self, *late_for):
-        self._late_for, self._step = late_for, 0
+    def __init__(self, *late_steps):
+        self._late_steps, self._step = late_steps, 0
 
     def read(self):
         self._step += 1
-        return np.array([0, 9000 * (self._step in self._late_for)], np.int32)
+        return np.array([0, 9000 * (self._step in self._late_steps)], np.int32)  # ms
 
 
 def make_monitor(tmp_path, clocks, **settings):
+    """(monitor, program) of a small run that has begun its steps."""
     config = four_streams(**{"data.batch_size": 2, **settings})
     program = make_program(config)
     workdir = epath.Path(tmp_path)
-    parts = (
-        MetricsWriters(workdir, config),
-        Progress("step", config.steps, every=0, file=sys.stdout),
-        Goodput(workdir / "goodput.json"),
-    )
-    parts[-1].begin("steps")
-    return Monitor(program, *parts, clocks), program
+    goodput = Goodput(workdir / "goodput.json")
+    goodput.begin("steps")
+    progress = Progress("step", config.steps, every=0, file=sys.stdout)
+    writers = MetricsWriters(workdir, config)
+    return Monitor(program, writers, progress, goodput, clocks), program
 
 
 def fake_metrics(program, cells=128.0, targets=30.0):
-    streams = program.streams.size
-    sums = {
-        name: np.full(streams, targets / 2)
-        for name in ("nll", "nll_spoken", "targets", "targets_spoken")
-    }
+    """Metrics of a step with these numbers of cells and, in each stream, half of these targets."""
+    per_stream = ("nll", "nll_spoken", "targets", "targets_spoken")
+    sums = {name: np.full(program.streams.size, targets / 2) for name in per_stream}
     scalars = (
         "loss",
         "gradient_norm",
@@ -118,14 +95,12 @@ def fake_metrics(program, cells=128.0, targets=30.0):
         "skipped",
         "skipped_in_row",
     )
-    return (
-        sums
-        | dict.fromkeys(scalars, np.float32(0))
-        | {"cells": np.float32(cells), "spoken": np.float32(cells / 2)}
-    )
+    counts = {"cells": np.float32(cells), "spoken": np.float32(cells / 2)}
+    return sums | dict.fromkeys(scalars, np.float32(0)) | counts
 
 
 def full_tables(program):
+    """Tables without absent cells, all silent."""
     shape = program.abstract_batch["tokens"].shape
     return {
         "tokens": np.full(shape, SILENCE, np.int32),
@@ -135,51 +110,46 @@ def full_tables(program):
 
 
 @pytest.mark.parametrize(
-    "late_for, who",
+    "late_step, cause",
     [
         (9, "process 1 on b dispatched it 9.0 s after the others"),
-        (
-            10,
-            "process 1 on b dispatched it 9.0 s after the others",
-        ),  # this process was late to read step 9
+        # Step 9 is read after the dispatch of step 10, which is late.
+        (10, "process 1 on b dispatched it 9.0 s after the others"),
         (None, "all processes dispatched it in time: devices or network were slow"),
     ],
 )
-def test_a_slow_step_is_reported_with_the_process_that_was_late(
-    clock, tmp_path, capsys, late_for, who
-):
-    watch, program = make_monitor(tmp_path, Times(late_for))
+def test_a_slow_step_is_reported_with_its_cause(clock, tmp_path, capsys, late_step, cause):
+    monitor, program = make_monitor(tmp_path, FakeClocks(late_step))
     for step in range(1, 15):
         clock.now += 10.0 if step == 10 else 1.0  # step 9 is read when step 10 has been dispatched
-        watch.after_dispatch(step, fake_metrics(program), full_tables(program))
-    said = [line for line in capsys.readouterr().out.splitlines() if "times the median" in line]
-    assert said == [f"step 9 took 10.0 s, 10 times the median: {who}"]
+        monitor.after_dispatch(step, fake_metrics(program), full_tables(program))
+    reports = [line for line in capsys.readouterr().out.splitlines() if "times the median" in line]
+    assert reports == [f"step 9 took 10.0 s, 10 times the median: {cause}"]
 
 
 def test_steps_after_an_evaluation_are_not_slow(clock, tmp_path, capsys):
-    watch, program = make_monitor(tmp_path, processes.DispatchClocks())
+    monitor, program = make_monitor(tmp_path, processes.DispatchClocks())
     for step in range(1, 12):
         clock.now += 1
-        watch.after_dispatch(step, fake_metrics(program), full_tables(program))
-    watch.flush()
+        monitor.after_dispatch(step, fake_metrics(program), full_tables(program))
+    monitor.flush()
     clock.now += 50
     for step in range(12, 15):
         clock.now += 1
-        watch.after_dispatch(step, fake_metrics(program), full_tables(program))
+        monitor.after_dispatch(step, fake_metrics(program), full_tables(program))
     assert "times the median" not in capsys.readouterr().out
 
 
-def test_mfu_is_the_formula_over_time_and_peak(clock, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        monitor, "lookup", lambda kind: Hardware(flops=1e9, hbm_gib=1, hbm_bandwidth=1)
-    )
-    watch, program = make_monitor(tmp_path, processes.DispatchClocks(), log_every=2)
+def test_mfu_is_flops_over_time_and_peak(clock, tmp_path, monkeypatch):
+    hardware = Hardware(flops=1e9, hbm_gib=1, hbm_bandwidth=1)
+    monkeypatch.setattr("msllm.monitor.lookup", lambda kind: hardware)
+    monitor, program = make_monitor(tmp_path, processes.DispatchClocks(), log_every=2)
     config, streams = program.config, program.streams
     cells = config.data.batch_size * config.data.rows * streams.size
-    targets = config.data.batch_size * config.data.rows * 2  # two streams are trained
+    targets = config.data.batch_size * config.data.rows * 2  # of the two streams with a loss
     for step in (1, 2, 3):
         clock.now += 0.5
-        watch.after_dispatch(step, fake_metrics(program, cells, targets), full_tables(program))
+        monitor.after_dispatch(step, fake_metrics(program, cells, targets), full_tables(program))
     (line,) = metrics(tmp_path)
     flops = train_flops(config.model, streams, config.data.batch_size, config.data.rows)
     assert line["mfu"] == pytest.approx(2 * flops / 1.5 / (1e9 * jax.device_count()))
@@ -188,30 +158,30 @@ def test_mfu_is_the_formula_over_time_and_peak(clock, tmp_path, monkeypatch):
 
 def test_weights_and_biases_gets_the_same_numbers(tmp_path, monkeypatch):
     config = four_streams(**{"monitor.wandb_project": "mine"})
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="wandb_project is 'mine', and wandb is not installed"):
-        monkeypatch.setitem(sys.modules, "wandb", None)
         MetricsWriters(epath.Path(tmp_path), config)
-    logged = []
-    run = types.SimpleNamespace(
-        log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("end")
-    )
-    started = {}
-    monkeypatch.setitem(
-        sys.modules, "wandb", types.SimpleNamespace(init=lambda **kw: started.update(kw) or run)
-    )
+
+    logged, started = [], {}
+
+    def init(**arguments):
+        started.update(arguments)
+        return types.SimpleNamespace(
+            log=lambda values, step: logged.append((step, values)),
+            finish=lambda: logged.append("end"),
+        )
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     writer = MetricsWriters(epath.Path(tmp_path), config)
     writer.write(3, {"loss": 1.5})
     writer.close()
-    assert (
-        logged == [(3, {"loss": 1.5}), "end"]
-        and started["project"] == "mine"
-        and started["resume"] == "allow"
-    )
+    assert logged == [(3, {"loss": 1.5}), "end"]
+    assert started["project"] == "mine" and started["resume"] == "allow"
     assert metrics(tmp_path) == [{"step": 3, "loss": 1.5}]
 
 
 @pytest.mark.slow
-def test_a_trace_the_examples_and_the_compiled_programs_are_kept(data_dir, tmp_path):
+def test_a_run_writes_a_trace_and_the_ids_of_its_examples(data_dir, tmp_path):
     changes = {
         "monitor.profile_start": 2,
         "monitor.profile_steps": 2,
@@ -225,16 +195,16 @@ def test_a_trace_the_examples_and_the_compiled_programs_are_kept(data_dir, tmp_p
     assert list((tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb"))
     (file,) = (tmp_path / "examples").iterdir()
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(5)) and all(
-        line["rows"] == [0, 8] for line in lines
-    )
-    assert all(len(line["examples"]) == 8 and line["examples"][0] for line in lines)
+    assert [line["step"] for line in lines] == list(range(5))
+    for line in lines:
+        assert line["rows"] == [0, 8]
+        assert len(line["examples"]) == 8 and line["examples"][0]
 
 
 @pytest.mark.parametrize(
     "content, kept", [(None, ""), ("", ""), ("a\nb\n", "a\nb\n"), ("a\nb", "a\n"), ("a", "")]
 )
-def test_a_line_that_was_cut_off_is_left_out(tmp_path, content, kept):
+def test_appending_drops_a_last_line_that_is_incomplete(tmp_path, content, kept):
     path = epath.Path(tmp_path / "lines")
     if content is not None:
         path.write_text(content)
@@ -243,25 +213,23 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path, content, kept):
     assert path.read_text() == kept + "new\n"
 
 
-def test_processes_that_differ_are_told_apart(monkeypatch):
-    everyone = []
-    monkeypatch.setattr(processes, "all_gather_json", lambda value: everyone)
+def test_a_process_that_differs_is_named(monkeypatch):
+    gathered = []
+    monkeypatch.setattr(processes, "all_gather_json", lambda value: gathered)
     facts = {"config": {"optim": {"lr": 0.1, "b1": 0.9}}, "tokenizer": "abc"}
 
-    def say(host, facts, error=None):
+    def message(host, facts, error=None):
         return {"host": host, "facts": facts, "error": error}
 
-    everyone[:] = [say("a", facts), say("b", facts)]
+    gathered[:] = [message("a", facts), message("b", facts)]
     processes.check_same_everywhere(facts)
-    everyone[:] = [
-        say("a", facts),
-        say("b", {**facts, "config": {"optim": {"lr": 0.2, "b1": 0.9}}}),
-    ]
+    other = {**facts, "config": {"optim": {"lr": 0.2, "b1": 0.9}}}
+    gathered[:] = [message("a", facts), message("b", other)]
     rule = r"process 1 on b has another config than process 0 on a: \w{12} there, \w{12} here "
     rule += r"\(optim.lr is 0.2 there, 0.1 here\)"
     with pytest.raises(UserError, match=rule):
         processes.check_same_everywhere(facts)
-    everyone[:] = [say("a", facts), say("b", {}, "no data")]
+    gathered[:] = [message("a", facts), message("b", {}, "no data")]
     with pytest.raises(UserError, match="process 1 on b: no data"):
         processes.check_same_everywhere(facts)
 
@@ -279,7 +247,7 @@ def test_processes_that_differ_are_told_apart(monkeypatch):
         ),
     ],
 )
-def test_what_cannot_be_a_cluster_is_refused(tmp_path, arguments, message):
+def test_invalid_cluster_settings_are_refused(tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
         processes.connect(tmp_path, **arguments)
 

@@ -1,4 +1,4 @@
-"""The kernels in C++ against float64 and against XLA, and what happens without a compiler."""
+"""The C++ kernels against float64 and XLA, on older CPUs, and without a compiler."""
 
 import functools
 import os
@@ -20,7 +20,7 @@ from msllm.model.linear import linear, linear_back
 
 pytestmark = pytest.mark.skipif(
     cpu_kernels.unavailable_reason() is not None,
-    reason=f"no kernels in C++: {cpu_kernels.unavailable_reason()}",
+    reason=f"no C++ kernels: {cpu_kernels.unavailable_reason()}",
 )
 
 
@@ -32,31 +32,30 @@ pytestmark = pytest.mark.skipif(
     st.integers(0, 2**31),
     st.sampled_from(("float32", "bfloat16")),
 )
-def test_products_are_products(m, k, n, seed, dtype):
+def test_products_equal_those_in_float64(m, k, n, seed, dtype):
     random = np.random.default_rng(seed)
     x, w = (
         jnp.asarray(random.standard_normal(shape, np.float32), dtype) for shape in ((m, k), (k, n))
     )
-    right = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    expected = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
     sums = cpu_kernels.matmul_table(x, cpu_kernels.TableWeight(w.T))
     packed = [cpu_kernels.pack(w, sum_over_first=True), cpu_kernels.pack(w.T, sum_over_first=False)]
     outs = [cpu_kernels.matmul_packed(x, [weight])[0] for weight in packed]
     assert sums.dtype == jnp.float32 and {out.dtype for out in outs} == {x.dtype}
     for out in (sums, *outs):
-        rounded = 2**-8 if out.dtype == jnp.bfloat16 else 1e-5
-        np.testing.assert_allclose(
-            np.asarray(out, np.float64), right, atol=3e-6 * k**0.5, rtol=rounded
-        )
+        rtol = 2**-8 if out.dtype == jnp.bfloat16 else 1e-5
+        out = np.asarray(out, np.float64)
+        np.testing.assert_allclose(out, expected, atol=3e-6 * k**0.5, rtol=rtol)
 
 
-def test_large_products_are_shared_among_threads():
+def test_products_large_enough_for_several_threads():
     random = np.random.default_rng(0)
 
     def draw(*shape):
         return jnp.asarray(random.standard_normal(shape, np.float32))
 
     x, weights = draw(10, 600), [draw(600, n) for n in (3000, 7, 900)]
-    right = [np.asarray(x, np.float64) @ np.asarray(w) for w in weights]
+    expected = [np.asarray(x, np.float64) @ np.asarray(w) for w in weights]
 
     @jax.jit
     def products(x, weights):
@@ -67,12 +66,12 @@ def test_large_products_are_shared_among_threads():
         )
 
     for outs in products(x, weights):
-        for out, expected in zip(outs, right, strict=True):
-            np.testing.assert_allclose(out, expected, atol=1e-4)
+        for out, product in zip(outs, expected, strict=True):
+            np.testing.assert_allclose(out, product, atol=1e-4)
 
 
-def test_weights_are_packed_panel_after_panel():
-    w = jnp.arange(3 * 70).reshape(3, 7, 10)  # 70 columns: two panels and six
+def test_weights_are_packed_into_panels():
+    w = jnp.arange(3 * 70).reshape(3, 7, 10)  # 70 columns: two panels of 32, and 6
     flat, packed = np.asarray(w.reshape(3, 70)), cpu_kernels.pack(w, sum_over_first=True)
     assert packed.shape == w.shape and packed.panels.shape == flat.shape
     expected = [flat[:, :32].ravel(), flat[:, 32:64].ravel(), flat[:, 64:].ravel()]
@@ -81,8 +80,8 @@ def test_weights_are_packed_panel_after_panel():
     np.testing.assert_array_equal(back.panels, packed.panels)
 
 
-def test_the_model_multiplies_by_packed_weights():
-    """`linear` and `linear_back` give the same with either type of weight."""
+def test_packed_weights_give_the_same_products_in_the_model():
+    """Tests `linear` and `linear_back` with either type of weight."""
     random = np.random.default_rng(0)
 
     def draw(*shape):
@@ -101,16 +100,21 @@ DTYPES = ("float32", BITS, "int8")
 
 
 def attend_both(dtype, q, blocks, *rest):
-    """`attend` by the kernel and by XLA, over `blocks` of keys and of values [B, R, S, K, H]."""
+    """The outputs of `attend` with the kernel and with XLA.
 
-    def lies(layout):
-        return [
-            [store(x, jnp.dtype(dtype), axes) for x in some] for axes, some in zip(layout, blocks)
-        ]
+    `blocks` are the blocks of keys and the blocks of values, each [B, R, S, K, H].
+    """
 
-    return attend(q, *lies(PANELS), *rest, cpu_kernels.attend_row), attend(
-        q, *lies(ROWS_LAST), *rest
-    )
+    def stored(layout):
+        keys, values = (
+            [store(x, jnp.dtype(dtype), axes) for x in arrays]
+            for axes, arrays in zip(layout, blocks)
+        )
+        return keys, values
+
+    by_kernel = attend(q, *stored(PANELS), *rest, cpu_kernels.attend_row)
+    by_xla = attend(q, *stored(ROWS_LAST), *rest)
+    return by_kernel, by_xla
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -124,8 +128,8 @@ def attend_both(dtype, q, blocks, *rest):
         (1, 1, 7, 3, 64, 1),
     ],
 )
-def test_attention_of_a_row_is_that_of_xla(sizes, dtype):
-    batch, kv_heads, of_head, streams, head_dim, rows = sizes
+def test_attention_of_a_row_equals_xla(sizes, dtype):
+    batch, kv_heads, group, streams, head_dim, rows = sizes
     rows *= cpu_kernels.PANEL
     both = jax.jit(functools.partial(attend_both, dtype))
     for seed in range(4):
@@ -134,9 +138,9 @@ def test_attention_of_a_row_is_that_of_xla(sizes, dtype):
         def draw(*shape, random=random):
             return random.standard_normal(shape, np.float32)
 
-        # Whole numbers up to 127, over 16, also when they are scaled by 64 ** -0.5: where the
-        # kernel rounds queries, to bfloat16 or to eight bits, these stay as they are.
-        q = np.clip(np.round(48 * draw(batch, 1, streams, kv_heads * of_head, head_dim)), -127, 127)
+        # Multiples of 1/16 up to 127/16. The kernel can round these queries to bfloat16 or to eight
+        # bits without error, also after it scales them by 64 ** -0.5.
+        q = np.clip(np.round(48 * draw(batch, 1, streams, kv_heads * group, head_dim)), -127, 127)
         q[..., random.integers(head_dim)] = 127
         q = jnp.asarray(q / 16)
         blocks = [
@@ -146,35 +150,38 @@ def test_attention_of_a_row_is_that_of_xla(sizes, dtype):
         mask = (random.random((batch, streams, streams, 2 * rows)) < 0.6) & (
             np.arange(2 * rows) < filled
         )
-        mask[..., 0] = True  # a query sees something
-        # Weights that are rounded to bfloat16 are wrong by 2 ** -9 of themselves, to eight bits by
-        # 2 ** -9 of the largest; in sums over keys much of that cancels out.
+        mask[..., 0] = True  # each query sees at least one key
+        # Rounding an attention weight to bfloat16 has an error of 2 ** -9 of the weight, and
+        # rounding it to eight bits 2 ** -9 of the largest weight. In sums over keys, most of the
+        # errors cancel out.
         exact = dtype == "float32" or head_dim % 32
-        most, usual = (
+        largest_error, mean_error = (
             (2e-6, 2e-6) if exact else {BITS: (2**-8, 2**-10), "int8": (2**-7, 2**-7)}[dtype]
         )
         ours, theirs = map(np.asarray, both(q, blocks, mask, filled))
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=most * np.abs(blocks[1]).max())
-        assert np.square(ours - theirs).mean() < usual**2 * np.square(theirs).mean()
-        # Of a single key nothing is weighted.
+        atol = largest_error * np.abs(blocks[1]).max()
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
+        assert np.square(ours - theirs).mean() < mean_error**2 * np.square(theirs).mean()
+        # The weight of a single key is 1, which needs no rounding.
         one = np.zeros_like(mask)
         one[..., random.integers(streams), random.integers(filled)] = True
         np.testing.assert_allclose(*both(q, blocks, one, filled), atol=1e-6)
 
 
 def test_rows_that_are_not_filled_are_not_read():
+    """These rows hold nan, which would reach the output."""
     q, filled = jnp.ones((1, 1, 1, 1, 8)), 17
-    nothing = [jnp.full((1, 64, 1, 1, 8), jnp.nan).at[:, :filled].set(1.0)]
+    block = [jnp.full((1, 64, 1, 1, 8), jnp.nan).at[:, :filled].set(1.0)]
     mask = (jnp.arange(64) < filled)[None, None, None]
-    by_kernel, _ = attend_both("float32", q, [nothing, nothing], mask, jnp.int32(filled))
+    by_kernel, _ = attend_both("float32", q, [block, block], mask, jnp.int32(filled))
     np.testing.assert_allclose(by_kernel, 1.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", [PANELS, ROWS_LAST], ids=["panels", "rows"])
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (3, 2, 5, 7, 2), (1, 4, 10, 64, 1)])
-def test_a_row_is_put_in_its_place(sizes, layout, dtype):
-    """Of two blocks; a place beyond them is none."""
+def test_a_row_is_written_at_its_index(sizes, layout, dtype):
+    """Writes into two blocks. An index beyond them writes nothing."""
     batch, kv_heads, streams, head_dim, rows = sizes
     rows *= cpu_kernels.PANEL
     random = np.random.default_rng(0)
@@ -185,25 +192,22 @@ def test_a_row_is_put_in_its_place(sizes, layout, dtype):
             for _ in range(2)
         ]
 
-    def lies(x, axes):
+    def stored(x, axes):
         return [store(jnp.asarray(part), jnp.dtype(dtype), axes) for part in np.split(x, 2, axis=1)]
 
     write = jax.jit(write_row, static_argnums=(5, 6))
     for _ in range(6):
         old, new, at = draw(2 * rows), draw(1), random.integers(0, 3 * rows, batch)
-        new[0][0, 0, random.integers(streams)] = 0  # of int8 the scale is 0, too
-        written = write(*map(lies, old, layout), *new, jnp.asarray(at), layout, rows)
+        new[0][0, 0, random.integers(streams)] = 0  # an int8 scale of 0
+        written = write(*map(stored, old, layout), *new, jnp.asarray(at), layout, rows)
         for b in np.flatnonzero(at < 2 * rows):
             for x, row in zip(old, new):
                 x[b, at[b]] = row[b, 0]
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            list(written),
-            [lies(x, axes) for x, axes in zip(old, layout)],
-        )
+        expected = [stored(x, axes) for x, axes in zip(old, layout)]
+        jax.tree.map(np.testing.assert_array_equal, list(written), expected)
 
 
-def test_what_is_not_a_number_stays_so_in_eight_bits():
+def test_nan_in_a_row_makes_its_int8_scale_nan():
     empty = [
         [store(jnp.zeros((1, cpu_kernels.PANEL, 2, 1, 8)), jnp.dtype("int8"), axes)]
         for axes in PANELS
@@ -211,11 +215,8 @@ def test_what_is_not_a_number_stays_so_in_eight_bits():
     row = jnp.ones((1, 1, 2, 1, 8)).at[..., 1, :, 3].set(jnp.nan)
     for [written] in write_row(*empty, row, row, jnp.array([5]), PANELS, cpu_kernels.PANEL):
         scale = written.scale.reshape(2, cpu_kernels.PANEL)
-        assert (
-            scale[0, 5] == jnp.float32(1 / 127)
-            and jnp.isnan(scale[1, 5])
-            and not jnp.isnan(scale).sum() > 1
-        )
+        assert scale[0, 5] == jnp.float32(1 / 127)
+        assert jnp.isnan(scale[1, 5]) and jnp.isnan(scale).sum() == 1
 
 
 DECODE = """
@@ -241,6 +242,7 @@ print("TOKENS", *np.concatenate(tokens))
 
 
 def decode(tmp_path, **environment):
+    """Runs DECODE in a new process; returns (its tokens as text, its log)."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment}
     done = subprocess.run(
         [sys.executable, "-c", DECODE], env=environment, capture_output=True, text=True
@@ -251,44 +253,41 @@ def decode(tmp_path, **environment):
 
 @pytest.fixture(scope="module")
 def decoded(tmp_path_factory):
-    """Tokens of sessions by the kernels made for this CPU."""
+    """The tokens that the kernels give when they are compiled for this CPU."""
     folder = tmp_path_factory.mktemp("kernels")
-    tokens, said = decode(folder)
-    assert (
-        "compiling kernels for this CPU" in said
-        and len(list(folder.glob("msllm/native-*.so"))) == 1
-    )
-    again, said = decode(folder)
-    assert "compiling kernels" not in said and again == tokens
+    tokens, log = decode(folder)
+    assert "compiling kernels for this CPU" in log
+    assert len(list(folder.glob("msllm/native-*.so"))) == 1
+    again, log = decode(folder)
+    assert "compiling kernels" not in log and again == tokens
     return tokens
 
 
 @pytest.mark.skipif(
     platform.machine() != "x86_64",
-    reason=f"the CPU is {platform.machine()}, and these are of x86-64",
+    reason=f"the CPU is {platform.machine()}: needs x86-64",
 )
-@pytest.mark.parametrize(
-    "cpu", ["x86-64", "x86-64-v3", "x86-64-v4"]
-)  # vectors of four, eight and sixteen numbers
-def test_lesser_cpus_give_the_same(decoded, tmp_path, cpu):
-    """Without products of bfloat16 in pairs, and of eight bits in fours."""
+@pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v3", "x86-64-v4"])
+def test_kernels_for_older_cpus_give_the_same_tokens(decoded, tmp_path, cpu):
+    """The vectors hold 4, 8 and 16 numbers, without dot-product instructions for short types."""
     if cpu == "x86-64-v4" and "avx512dq" not in pathlib.Path("/proc/cpuinfo").read_text():
         pytest.skip("this CPU has no AVX-512")
     compiler = tmp_path / "c++"
-    compiler.write_text(
-        f'#!/bin/bash\nexec {os.environ.get("CXX", "c++")} "${{@/-march=native/-march={cpu}}}"\n'
-    )
+    real = os.environ.get("CXX", "c++")
+    compiler.write_text(f'#!/bin/bash\nexec {real} "${{@/-march=native/-march={cpu}}}"\n')
     compiler.chmod(0o755)
-    tokens, said = decode(tmp_path, CXX=str(compiler))
-    assert "compiling kernels for this CPU" in said and "decoding by XLA alone" not in said
+    tokens, log = decode(tmp_path, CXX=str(compiler))
+    assert "compiling kernels for this CPU" in log and "decoding by XLA alone" not in log
     assert tokens == decoded
 
 
-def test_without_a_compiler_decoding_says_so_and_gives_the_same(decoded, tmp_path):
-    for compiler, reason in (("/nowhere/c++", "No such file"), ("false", "false failed")):
-        tokens, said = decode(tmp_path, CXX=compiler)
-        assert (
-            "decoding by XLA alone, which is slower with several streams: " in said
-            and reason in said
-        )
-        assert tokens == decoded
+@pytest.mark.parametrize(
+    "compiler, reason", [("/nowhere/c++", "No such file"), ("false", "false failed")]
+)
+def test_without_a_compiler_decoding_warns_and_gives_the_same_tokens(
+    decoded, tmp_path, compiler, reason
+):
+    tokens, log = decode(tmp_path, CXX=compiler)
+    assert "decoding by XLA alone, which is slower with several streams: " in log
+    assert reason in log
+    assert tokens == decoded

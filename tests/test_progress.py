@@ -1,4 +1,4 @@
-"""Progress is a bar on a terminal and lines elsewhere."""
+"""Progress: a bar on a terminal, and lines of text elsewhere."""
 
 import contextlib
 import os
@@ -9,30 +9,14 @@ import sys
 
 import pytest
 
-from msllm.runtime import progress
 from msllm.runtime.progress import Progress
 
 
-class Clock:
-    """Stands in for the module `time`."""
-
-    now = 100.0
-
-    def monotonic(self):
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(progress, "time", clock)
-    return clock
-
-
-def test_lines_come_every_few_seconds_and_estimate_the_rest(clock, capsys):
+def test_lines_are_rate_limited_and_estimate_the_remaining_time(clock, capsys):
+    start = clock.now
     with Progress("prepare: portions", 9, 3) as shown:
         for seconds, done in ((4, 3), (12, 5), (13, 6), (3650, 7)):
-            clock.now = 100.0 + seconds
+            clock.now = start + seconds
             shown.show(done, f"{done * 1000:,} examples", f"{done / shown.seconds:.2f} a second")
     out, lines = capsys.readouterr()
     assert out == "" and lines.splitlines() == [
@@ -41,13 +25,15 @@ def test_lines_come_every_few_seconds_and_estimate_the_rest(clock, capsys):
     ]
 
 
-def test_lines_without_a_total_or_with_an_estimate_of_the_caller(clock, capsys):
+def test_lines_without_a_total_or_with_the_estimate_of_the_caller(clock, capsys):
     Progress("tokenizer", every=0).show(12, "12 texts")
     steps = Progress("step", 8, every=0, file=sys.stdout)
     steps.show(1, "loss 2.0", seconds_left=3725.9)
     steps.say("slow")
     silent = Progress("step", 8, every=0, file=sys.stdout, enabled=False)
-    silent.show(2), silent.say("not the first process"), silent.close()
+    silent.show(2)
+    silent.say("not the first process")
+    silent.close()
     assert capsys.readouterr() == (
         "step 1/8  loss 2.0  ETA 1:02:05\nslow\n",
         "tokenizer  12 texts\n",
@@ -67,7 +53,7 @@ with Progress("step", 8, 2, every=0, keep=True) as shown:
 
 
 def on_a_terminal(*arguments, piped=False):
-    """(what the terminal gets, what a pipe gets as stdout) of CODE on a terminal of its own."""
+    """Runs CODE on a new terminal; returns (text on the terminal, stdout if it is a pipe)."""
     ours, theirs = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
     environment.pop("NO_COLOR", None)
@@ -81,7 +67,7 @@ def on_a_terminal(*arguments, piped=False):
     )
     os.close(theirs)
     screen = b""
-    with contextlib.suppress(OSError):  # the end on Linux
+    with contextlib.suppress(OSError):  # Linux raises it at the end of the output
         while part := os.read(ours, 1 << 16):
             screen += part
     os.close(ours)
@@ -89,7 +75,7 @@ def on_a_terminal(*arguments, piped=False):
 
 
 @pytest.mark.parametrize("piped", [False, True])
-def test_a_bar_leaves_lines_whole_and_stdout_alone(piped):
+def test_a_bar_does_not_break_lines_or_write_to_stdout(piped):
     screen, stdout = on_a_terminal(piped=piped)
     text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", screen).replace("\r", "")
     assert "3/8 loss 2.0" in text and text.rstrip().endswith("8/8 loss 1.0  ETA 0:00")
