@@ -45,7 +45,7 @@ def refuse_x64() -> None:
     if "jax" in sys.modules:
         import jax
 
-        enabled = jax.config.jax_enable_x64
+        enabled = jax.config.read("jax_enable_x64")
     if enabled:
         raise UserError(
             "JAX_ENABLE_X64 is on: msllm computes in 32 bits and below; unset JAX_ENABLE_X64, and"
