@@ -297,10 +297,8 @@ def test_local_checkpoints_are_restored_by_the_mesh_that_wrote_them(
 
     for step in (2, 4, 6):
         saved(step)
-    assert with_local(lambda local: local.steps()) == [
-        4,
-        6,
-    ]  # two are kept, since local disks are small
+    # Two are kept, since local disks are small.
+    assert with_local(lambda local: local.steps()) == [4, 6]
     assert with_local(lambda local: local.steps(), tmp_path / "another run") == []
     (newest,) = (tmp_path / "disk").glob("*/0-of-1/6")
     damage_arrays(newest / "parameters", flip_a_bit)

@@ -23,9 +23,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 @pytest.fixture(autouse=True)
 def in_root(monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv(
-        "PJRT_NPROC", "1"
-    )  # so that `main` leaves the settings of this process alone
+    # If this is set, `main` leaves the settings of this process alone.
+    monkeypatch.setenv("PJRT_NPROC", "1")
 
 
 def output_of(capsys, *arguments):

@@ -191,9 +191,8 @@ def test_forks_and_snapshots_continue_with_the_same_tokens(engine):
     other_seed = session.fork(seed=6)
     expected = tokens(session.run(20))  # past the window
     other = tokens(other_seed.run(20))
-    np.testing.assert_array_equal(
-        other[:14, 0], expected[:14, 0]
-    )  # a fork has the queues of its parent
+    # A fork has the queues of its parent.
+    np.testing.assert_array_equal(other[:14, 0], expected[:14, 0])
     assert np.any(other != expected) and set(other[:, 1]) <= {5, 6, 7}
     other_seed.close()
     session.close()

@@ -226,8 +226,8 @@ def test_hooks_from_python(config, tmp_path, capsys):
     lines = [line for line in metrics(tmp_path) if "sample/silence" in line]
     assert [line["step"] for line in lines] == [3, 4]  # every 3 steps, and after the last one
     assert all(0 <= line["sample/silence"] <= 1 for line in lines)
-    said = capsys.readouterr().out
-    assert re.search(r"step 3  user: .*\nstep 3  thought: .*\nstep 3  output: ", said)
+    printed = capsys.readouterr().out
+    assert re.search(r"step 3  user: .*\nstep 3  thought: .*\nstep 3  output: ", printed)
 
 
 @pytest.mark.slow
