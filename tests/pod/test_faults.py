@@ -158,7 +158,7 @@ def test_killed_processes_are_noticed_and_the_run_continues(files, reference, tm
     assert saved(workdir) == before
     with Pod(files, workdir) as pod:
         first, _ = pod.expect_end(0, 0)
-    assert "its writing was interrupted; it is not used" in first
+    assert "is not used: writing it was interrupted" in first
     assert f"continuing at step {before[-1]}" in first
     assert not incomplete_checkpoints(workdir)
     run = assert_same_run(workdir, reference, exact=True)
