@@ -46,7 +46,7 @@ from msllm.sharding import make_mesh
 from msllm.step import Program, TrainState
 from msllm.streams import StreamSpec, resolve_visibility
 from msllm.tokenizer import Tokenizer
-from msllm.weights.warm_start import initial_parameters
+from msllm.weights.warm_start import initial_parameters, keep_origin
 
 log = logging.getLogger("msllm")
 
@@ -184,6 +184,8 @@ def _restore_or_initialise(
     if program.config.init_from:
         state = state._replace(parameters=None)  # frees their memory
         parameters = initial_parameters(program.config.init_from, program, tokenizer)
+        if processes.is_primary():
+            keep_origin(program.config.init_from, workdir)
         return state._replace(parameters=parameters)
     # 3. Random parameters.
     return state

@@ -372,6 +372,17 @@ def test_a_run_starts_from_an_import(imported, tmp_path):
     again = train(config, tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, again.parameters, state.parameters)
     report = to_hf(tmp_path / "run", tmp_path / "back", like=str(tmp_path / "qwen3"))
+    # The run has kept what the import had kept of the folder.
+    (newest,) = (tmp_path / "run" / "checkpoints").iterdir()
+    for i, path in enumerate((tmp_path / "run", newest)):
+        assert to_hf(path, tmp_path / f"kept{i}") == report
+        assert_same_tensors(tensors_of(tmp_path / f"kept{i}"), tensors_of(tmp_path / "back"))
+        for file in (tmp_path / "back").glob("*.json"):
+            kept = json.loads((tmp_path / f"kept{i}" / file.name).read_text())
+            assert kept == json.loads(file.read_text()), file.name
+    shutil.rmtree(tmp_path / "run" / "hf")  # as runs of earlier versions
+    lost = to_hf(tmp_path / "run", tmp_path / "without")
+    assert f"there is no {imported}, from which the run was started" in lost
     assert "step 1" in report and "float32 is written" in report
     settings = json.loads((tmp_path / "back" / "config.json").read_text())
     assert settings["max_position_embeddings"] == 64

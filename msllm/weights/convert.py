@@ -17,6 +17,7 @@ from typing import Any, TypedDict, Unpack
 
 import jax
 import numpy as np
+from etils import epath
 
 from msllm.checkpoint import refuse_patterns
 from msllm.config import Config, DataConfig, ModelConfig, StreamsConfig, TokenizerConfig
@@ -33,9 +34,8 @@ from msllm.weights.vocabulary import (
     with_silence,
     without_silence,
 )
-from msllm.weights.warm_start import stream_vectors, write_model
+from msllm.weights.warm_start import ORIGIN, origin_folders, stream_vectors, write_model
 
-ORIGIN = "hf"  # folder in OUT for the source's files other than weights; to_hf exports them again
 TOKENIZER_COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -247,7 +247,7 @@ def to_hf(
     if model.run_config is None:
         raise UserError(f"{checkpoint} is already a Hugging Face folder: name a checkpoint")
     size = model.streams.size
-    origin = _origin_folder(checkpoint, model.run_config, like)
+    origin, note = _origin_folder(checkpoint, model.run_config, like)
     settings = hf.read_settings(origin) if origin else {}
     settings.pop(hf_config.OWN, None)
     family = hf_config.to_hf(model.config, size)["model_type"]
@@ -264,7 +264,7 @@ def to_hf(
         if model.tokenizer:
             own["silence"] = model.tokenizer.silence
         settings[hf_config.OWN] = own
-    notes = []
+    notes = [note] if note else []
     if not dtype:
         dtype, imported = "float32", settings.get("torch_dtype", settings.get("dtype"))
         if imported in hf_tensors.DTYPES:
@@ -378,14 +378,25 @@ def _add_streams(source: Source, size: int) -> tuple[ModelConfig, dict[str, Any]
     return config, source.parameters | {"stream_embedding": np.asarray(vectors)}
 
 
-def _origin_folder(checkpoint: str | os.PathLike, config: Config, like: str) -> pathlib.Path | None:
-    """Returns the Hugging Face folder whose settings an export takes over, if there is one."""
+def _origin_folder(
+    checkpoint: str | os.PathLike, config: Config, like: str
+) -> tuple[pathlib.Path | None, str]:
+    """Finds the Hugging Face folder whose settings an export takes over.
+
+    Returns:
+      The folder, None if there is none; and a note if there might have been one.
+    """
     if like:
-        return pathlib.Path(like)
-    folders = [pathlib.Path(checkpoint) / ORIGIN]
-    if config.init_from:
-        folders.append(pathlib.Path(config.init_from) / ORIGIN)
-    return next((folder for folder in folders if (folder / hf.CONFIG).is_file()), None)
+        return pathlib.Path(like), ""
+    for path in filter(None, (str(checkpoint), config.init_from)):
+        for folder in origin_folders(path):
+            return pathlib.Path(folder), ""
+    if config.init_from and not epath.Path(config.init_from).exists():
+        return None, (
+            f"there is no {config.init_from}, from which the run was started: if it was imported,"
+            " name the folder that it came from with --like, to take over its settings"
+        )
+    return None, ""
 
 
 def _exported_vocabulary(

@@ -44,6 +44,9 @@ from msllm.streams import StreamSpec
 from msllm.tokenizer import FILE_NAMES, Tokenizer
 
 STREAM_EMBEDDING = "stream_embedding"
+# The folder inside an imported model for the files beside its weights. A run that starts from the
+# model keeps a copy in its workdir, and an export writes them again.
+ORIGIN = "hf"
 # Settings that change what a model computes, but not the shapes of its parameters.
 INVISIBLE_SETTINGS = ("norm_eps", "rope_theta", "rope_scaling")
 
@@ -156,6 +159,28 @@ def initial_parameters(
         parameters[STREAM_EMBEDDING] = jax.jit(vectors, out_shardings=sharding)(old)
     log.info("starting from the parameters of %s, step %d", path, description["step"])
     return parameters
+
+
+def keep_origin(model: str | os.PathLike, workdir: epath.Path) -> None:
+    """Copies the folder ORIGIN of the model that a run starts from into the run's workdir.
+
+    An export of the run then needs neither the model nor the folder that the run was started in.
+    """
+    for folder in origin_folders(model):
+        for file in folder.iterdir():
+            (workdir / ORIGIN).mkdir(exist_ok=True)
+            (workdir / ORIGIN / file.name).write_bytes(file.read_bytes())
+        return
+
+
+def origin_folders(path: str | os.PathLike) -> list[epath.Path]:
+    """The folder ORIGIN of a model, a workdir or a checkpoint in a workdir, or no folder."""
+    root = epath.Path(path)
+    return [
+        folder / ORIGIN
+        for folder in (root, root.parent.parent)
+        if (folder / ORIGIN / "config.json").exists()
+    ][:1]
 
 
 def stream_vectors(
