@@ -383,7 +383,7 @@ def test_a_run_starts_from_an_import(imported, tmp_path):
     shutil.rmtree(tmp_path / "run" / "hf")  # as runs of earlier versions
     lost = to_hf(tmp_path / "run", tmp_path / "without")
     assert f"there is no {imported}, from which the run was started" in lost
-    assert "step 1" in report and "float32 is written" in report
+    assert "step 1" in report and "parameters are written as float32" in report
     settings = json.loads((tmp_path / "back" / "config.json").read_text())
     assert settings["max_position_embeddings"] == 64
 
