@@ -1,27 +1,28 @@
-"""A workdir in Google Cloud Storage, by its emulator.
+"""A workdir in Google Cloud Storage, stood in for by an emulator.
 
-What the emulator lacks is added here: the generations and conditions that TensorStore's writes rely
-on, and moving objects.
+The fixture adds what the emulator lacks: moving objects, and the generations and conditions that
+TensorStore's writes rely on.
 """
 
 import contextlib
 import http.server
-import json
 import os
+import pathlib
 import socket
 import subprocess
 import sys
 import threading
 
 import pytest
-from runs import dictation, write_config_file
+from etils import epath
+from runs import dictation, metrics, write_config_file
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """gs://bucket in a server of this process; yields the environment in which programs find it."""
+    """Serves gs://bucket in this process; yields an environment in which programs find it."""
     from gcp_storage_emulator.handlers import objects
 
     def generation(storage, bucket, name):
@@ -31,20 +32,16 @@ def bucket(monkeypatch):
 
     def download(request, response, storage, *rest, inner=objects.download):
         inner(request, response, storage, *rest)
-        response["x-goog-generation"] = generation(
-            storage, request.params["bucket_name"], request.params["object_id"]
-        )
+        place = request.params["bucket_name"], request.params["object_id"]
+        response["x-goog-generation"] = generation(storage, *place)
 
     def insert(request, response, storage, *rest, inner=objects.insert):
         wanted, name = request.query.get("ifGenerationMatch"), request.query.get("name")
-        if (
-            wanted
-            and name
-            and generation(storage, request.params["bucket_name"], name[0]) != wanted[0]
-        ):
-            response.status = http.HTTPStatus.PRECONDITION_FAILED
-        else:
-            inner(request, response, storage, *rest)
+        if wanted and name:
+            if generation(storage, request.params["bucket_name"], name[0]) != wanted[0]:
+                response.status = http.HTTPStatus.PRECONDITION_FAILED
+                return
+        inner(request, response, storage, *rest)
 
     def move(request, response, storage):
         request.params["dest_bucket_name"] = request.params["bucket_name"]
@@ -53,7 +50,8 @@ def bucket(monkeypatch):
 
     monkeypatch.setattr(objects, "download", download)
     monkeypatch.setattr(objects, "insert", insert)
-    sys.modules.pop("gcp_storage_emulator.server", None)  # its routes hold the functions
+    # Import the server again, because its table of routes holds the original functions.
+    sys.modules.pop("gcp_storage_emulator.server", None)
     from gcp_storage_emulator import server as emulator
 
     path = (
@@ -65,21 +63,21 @@ def bucket(monkeypatch):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    # A thread for each connection: else one that a client keeps in reserve would hold up all
-    # others. But one request after the other: the emulator's dictionaries are not made for threads.
+    # Serve each connection in its own thread, because an idle connection would block all others.
+    # Handle one request at a time, because the emulator is not thread-safe.
     monkeypatch.setattr(http.server, "HTTPServer", http.server.ThreadingHTTPServer)
-    turn, handle = threading.Lock(), emulator.Router.handle
+    lock, handle = threading.Lock(), emulator.Router.handle
 
-    def in_turn(router, method):
-        with turn:
+    def handle_alone(router, method):
+        with lock:
             handle(router, method)
 
-    monkeypatch.setattr(emulator.Router, "handle", in_turn)
+    monkeypatch.setattr(emulator.Router, "handle", handle_alone)
     server = emulator.create_server("localhost", port, in_memory=True, default_bucket="bucket")
     server.start()
     address = f"http://localhost:{port}"
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
-    # Else every file that is opened asks the network for credentials first, and waits.
+    # Without this, opening a file waits for credentials from the network.
     monkeypatch.setenv("NO_GCE_CHECK", "true")
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     yield {**os.environ, "TENSORSTORE_GCS_HTTP_URL": address}
@@ -87,13 +85,12 @@ def bucket(monkeypatch):
 
 
 def run(environment, command, *arguments):
+    """Runs a command of msllm."""
     line = [sys.executable, "-m", "msllm", command, *arguments]
     return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_a_run_lives_in_a_bucket_and_continues_there(data_dir, bucket, tmp_path):
-    from etils import epath
-
     config = dictation(**{"data.dir": data_dir, "mesh.data": 8, "steps": 3, "eval_every": 0})
     arguments = [
         f"--config={write_config_file(tmp_path / 'config.py', config)}",
@@ -102,17 +99,15 @@ def test_a_run_lives_in_a_bucket_and_continues_there(data_dir, bucket, tmp_path)
     first = run(bucket, "train", *arguments)
     assert first.returncode == 0, first.stderr
     second = run(bucket, "train", *arguments, "--config.steps=5")
-    assert second.returncode == 0 and "continuing at step 3 of gs://bucket/run" in second.stderr, (
-        second.stderr
-    )
+    assert second.returncode == 0, second.stderr
+    assert "continuing at step 3 of gs://bucket/run" in second.stderr
 
     workdir = epath.Path("gs://bucket/run")
     names = {path.name for path in workdir.iterdir()}
     assert names >= {"checkpoints", "config.json", "goodput.json", "metrics.jsonl", "tensorboard"}
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in metrics(workdir)] == [1, 2, 3, 4, 5]
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"3", "4", "5"}
-    assert not (tmp_path / "gs:").exists()
+    assert not pathlib.Path("gs:").exists()  # nothing was written to the local disk
 
     shown = run(
         bucket, "generate", "--checkpoint=gs://bucket/run", "--rows=2", "--input=user=please take 2"

@@ -1,4 +1,4 @@
-"""Optimizer and schedules; four AdamW steps of the reference implementation."""
+"""The optimizer and its schedules, also against steps of the reference implementation."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from msllm.weights.load import load
 
 
 @pytest.mark.usefixtures("compile_fast")
-def test_four_steps_of_the_reference(monkeypatch):
+def test_four_steps_equal_the_reference_implementation(monkeypatch):
     case = golden_cases.case("s7_c3_pad")
     rule, model = case.meta["train"], load(case.path)
     everything, embedding = rule["param_groups"]
@@ -48,8 +48,8 @@ def test_four_steps_of_the_reference(monkeypatch):
         "present": np.broadcast_to(segment[:, :, None] > 0, tokens.shape),
         "segment": segment,
     }
-    # Rows of a prefix are read, not predicted from; training data has no such rows, so the step
-    # takes no loss mask.
+    # The reference has no loss on the rows of a prefix. Training data has no such rows, so the step
+    # has no loss mask, and the test has to add one.
     mask = np.broadcast_to((row >= case["prefix_rows"][:, None])[:, :, None], tokens.shape)
     monkeypatch.setattr(
         step_lib, "targets_and_weights", functools.partial(targets_and_weights, loss_mask=mask)
@@ -57,9 +57,9 @@ def test_four_steps_of_the_reference(monkeypatch):
     assert model.streams.loss_weights == (0, 1, 1)
 
     data = DataConfig(batch_size=len(tokens), rows=tokens.shape[1])
-    # Dense attention compiles faster, and is not what this test is about.
-    shape = dataclasses.replace(model.config, attention="reference")
-    config = Config(model=shape, optim=optim, data=data, loss=LossConfig(chunk_tokens=40))
+    # Dense attention compiles fastest.
+    model_config = dataclasses.replace(model.config, attention="reference")
+    config = Config(model=model_config, optim=optim, data=data, loss=LossConfig(chunk_tokens=40))
     with jax.default_matmul_precision("highest"):
         program = Program(config, model.streams, make_mesh(MeshConfig(), jax.devices()[:1]))
         state = program.init()._replace(parameters=jax.tree.map(jnp.array, model.parameters))
@@ -93,7 +93,7 @@ def first_logits(graph, parameters, tables):
 
 
 def rates(steps, **fields):
-    """The rate of every update of a run of `steps` steps, at lr = 2."""
+    """The learning rate of every update in a run of `steps` steps, with lr=2."""
     return np.asarray(schedule(OptimConfig(lr=2.0, **fields), steps)(jnp.arange(steps + 1)))
 
 
@@ -107,17 +107,17 @@ def test_warmup_rises_evenly_to_the_full_rate(kind):
 def test_cosine_ends_at_the_final_ratio():
     values = rates(40, schedule="cosine", warmup_steps=8, final_lr_ratio=0.1)
     assert values[40] == pytest.approx(0.2)
-    assert values[24] == pytest.approx((2.0 + 0.2) / 2)  # half way
+    assert values[24] == pytest.approx((2.0 + 0.2) / 2)  # half way through the decay
     assert np.all(np.diff(values[8:]) < 0)
 
 
-def test_wsd_is_stable_and_then_falls_in_a_line():
+def test_wsd_is_constant_and_then_falls_linearly():
     values = rates(40, schedule="wsd", warmup_steps=8, decay_fraction=0.25, final_lr_ratio=0.1)
     np.testing.assert_allclose(values[8:31], 2.0, rtol=1e-6)
     np.testing.assert_allclose(values[30:], np.linspace(2.0, 0.2, 11), rtol=1e-5)
 
 
-def test_constant_and_a_warmup_longer_than_the_run():
+def test_a_constant_rate_and_a_warmup_longer_than_the_run():
     np.testing.assert_array_equal(rates(10, schedule="constant", warmup_steps=0), 2.0)
     np.testing.assert_allclose(
         rates(10, schedule="cosine", warmup_steps=50)[:10], 0.2 * np.arange(1, 11), rtol=1e-6
@@ -132,21 +132,21 @@ PARAMETERS = {
 
 
 def one_update(gradient, **fields):
-    """Update of PARAMETERS for the same gradient of every entry."""
+    """The first update of PARAMETERS if every entry has this gradient."""
     optim = adamw(OptimConfig(lr=0.1, schedule="constant", warmup_steps=0, **fields), 10)
     gradients = jax.tree.map(lambda x: np.full_like(x, gradient), PARAMETERS)
     return optim.update(gradients, optim.init(PARAMETERS), PARAMETERS)[0]
 
 
-def test_weight_decay_spares_norms_biases_and_the_stream_embedding():
+def test_weight_decay_excludes_norms_biases_and_the_stream_embedding():
     updates = one_update(0.0, weight_decay=0.5)
     np.testing.assert_allclose(updates["blocks"]["mlp"]["gate"], -0.05)
-    spared = (
+    excluded = (
         updates["blocks"]["mlp_norm"],
         updates["blocks"]["attention"]["q_bias"],
         updates["stream_embedding"],
     )
-    assert not np.any(spared)
+    assert not np.any(excluded)
     everywhere = one_update(0.0, weight_decay=0.5, no_decay=(), stream_embedding_lr=3.0)
     np.testing.assert_allclose(everywhere["blocks"]["mlp_norm"], -0.05)
     np.testing.assert_allclose(everywhere["stream_embedding"], -0.15)
@@ -162,9 +162,8 @@ def test_an_entry_of_no_decay_that_fits_no_parameter_is_refused():
 
 def test_stream_embedding_has_its_own_rate():
     updates = one_update(0.3, weight_decay=0.0, stream_embedding_lr=5.0)
-    np.testing.assert_allclose(
-        updates["blocks"]["mlp"]["gate"], -0.1, rtol=1e-5
-    )  # Adam's first step is of size 1
+    # Adam's first step has size 1 before it is scaled by the rate.
+    np.testing.assert_allclose(updates["blocks"]["mlp"]["gate"], -0.1, rtol=1e-5)
     np.testing.assert_allclose(updates["stream_embedding"], -0.5, rtol=1e-5)
 
 
@@ -172,27 +171,25 @@ def test_silence_has_its_own_rate():
     parameters = {name: np.ones((4, 2), np.float32) for name in ("embedding", "head", "final_norm")}
 
     def updates(**fields):
-        optim = adamw(
-            OptimConfig(lr=0.1, schedule="constant", warmup_steps=0, weight_decay=0.0, **fields),
-            10,
+        config = OptimConfig(
+            lr=0.1, schedule="constant", warmup_steps=0, weight_decay=0.0, **fields
         )
+        optim = adamw(config, 10)
         state = optim.init(parameters)
         return optim.update(parameters, state, parameters, silence_id=2)[0], state
 
     (scaled, _), (plain, state) = updates(silence_lr=3.0), updates()
     for name in ("embedding", "head"):
-        np.testing.assert_allclose(
-            scaled[name], plain[name] * np.array([[1], [1], [3], [1]]), rtol=1e-6
-        )
+        expected = plain[name] * np.array([[1], [1], [3], [1]])
+        np.testing.assert_allclose(scaled[name], expected, rtol=1e-6)
     np.testing.assert_array_equal(scaled["final_norm"], plain["final_norm"])
-    assert len(state) == 5  # as in checkpoints that were written before there was this rate
+    assert len(state) == 5  # as in checkpoints from before this setting existed
 
 
 @pytest.mark.parametrize("clip_norm, factor", [(2.0, 2.0 / 8.0), (100.0, 1.0), (0.0, 1.0)])
 def test_clipping_is_by_global_norm(clip_norm, factor):
     gradient = np.sqrt(8.0)  # 8 entries: a global norm of 8
-    # With a large epsilon Adam's first update is gradient / epsilon: it shows what the clipping
-    # left.
+    # With a large epsilon, Adam's first update is the clipped gradient divided by epsilon.
     updates = one_update(gradient, weight_decay=0.0, clip_norm=clip_norm, eps=1e6)
     expected = -0.1 * factor * gradient / 1e6
     np.testing.assert_allclose(updates["blocks"]["mlp"]["gate"], expected, rtol=1e-4)

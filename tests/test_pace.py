@@ -1,6 +1,6 @@
 """The training loop keeps the device busy.
 
-Nothing compiles again, no state is copied, and no result is waited for.
+It compiles nothing twice, copies no state, and dispatches a step before it reads the last one.
 """
 
 import jax
@@ -17,10 +17,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def watch_steps(monkeypatch):
-    """watch_steps(before, after) wraps the compiled step.
+    """A function watch_steps(before, after) that wraps the compiled step.
 
-    A step is given the state that before(number, state, batch) returns, and the loop gets what
-    after(number, old state, state, metrics) returns.
+    A step gets the state that before(number, state, batch) returns. The loop gets the state and the
+    metrics that after(number, old state, state, metrics) returns.
     """
     compile_step = training.compile_step
 
@@ -41,14 +41,14 @@ def watch_steps(monkeypatch):
 
 
 def test_nothing_compiles_after_everything_ran_once(data_dir, tmp_path, watch_steps):
-    """Steps 1 to 4 contain a step, an evaluation and a checkpoint; the four after them the same."""
-    seen, started = [], []
+    """Steps 1 to 4 include an evaluation and a checkpoint, and so do steps 5 to 8."""
+    compiled, started, deleted = [], [], []
 
     def listen(name, seconds, **_):
-        return seen.append(name) if started and name.startswith("/jax/core/compile/") else None
+        if started and name.startswith("/jax/core/compile/"):
+            compiled.append(name)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    deleted = []
 
     def before(number, state, batch):
         if number == 5:
@@ -65,26 +65,26 @@ def test_nothing_compiles_after_everything_ran_once(data_dir, tmp_path, watch_st
     )
     try:
         train(config, tmp_path)
-        assert seen == []
+        assert compiled == []
         jax.jit(lambda x: x + 1)(np.ones(3))
-        assert seen  # the listener would have heard it
+        assert compiled  # the listener works
     finally:
-        started.clear()
+        started.clear()  # the listener stays registered
     assert deleted == [True] * config.steps
 
 
 class Watched:
-    """An array that tells when the host uses its value or waits for it."""
+    """An array that calls `on_use` when the host uses its value or waits for it."""
 
-    def __init__(self, value, used):
-        self.value, self.used = value, used
+    def __init__(self, value, on_use):
+        self.value, self.on_use = value, on_use
 
     def __getattr__(self, name):
-        self.used()
+        self.on_use()
         return getattr(self.value, name)
 
     def __array__(self, *args, **kwargs):
-        self.used()
+        self.on_use()
         return np.asarray(self.value, *args, **kwargs)
 
     def __float__(self):
@@ -98,38 +98,32 @@ class Watched:
 
 
 def test_a_step_is_dispatched_before_the_last_one_is_read(data_dir, tmp_path, watch_steps):
-    dispatched, reads = [], []  # steps; (step whose results are used, steps dispatched by then)
+    dispatched = []  # steps
+    reads = []  # (step whose results are used, number of steps dispatched by then)
 
     def watched(number, tree):
-        return jax.tree.map(
-            lambda x: Watched(x, lambda: reads.append((number, len(dispatched)))), tree
-        )
+        def on_use():
+            reads.append((number, len(dispatched)))
+
+        return jax.tree.map(lambda x: Watched(x, on_use), tree)
 
     def before(number, state, batch):
         dispatched.append(number)
-        assert all(
-            isinstance(x, jax.Array) for x in jax.tree.leaves(batch)
-        )  # nothing is copied by the call itself
+        # The call would copy other arrays to the devices.
+        assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(batch))
         return jax.tree.map(lambda x: x.value if isinstance(x, Watched) else x, state)
 
-    watch_steps(
-        before, lambda number, old, state, values: (watched(number, state), watched(number, values))
-    )
-    config = dictation(
-        **{
-            "data.dir": data_dir,
-            "mesh.data": 2,
-            "mesh.fsdp": 4,
-            "eval_every": 0,
-            "checkpoint.every": 0,
-        }
-    )
-    # The last step is saved, which reads it.
+    def after(number, old, state, values):
+        return watched(number, state), watched(number, values)
+
+    watch_steps(before, after)
+    mesh = {"mesh.data": 2, "mesh.fsdp": 4}
+    config = dictation(**{"data.dir": data_dir, "eval_every": 0, "checkpoint.every": 0}, **mesh)
+    # Saving the last step would read it.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoints, "save", lambda *_: None)
         train(config, tmp_path)
     assert {step for step, _ in reads} == set(range(1, config.steps + 1))
-    assert {(step, by) for step, by in reads if step < config.steps} == {
-        (n, n + 1) for n in range(1, config.steps)
-    }
+    before_last = {(step, count) for step, count in reads if step < config.steps}
+    assert before_last == {(n, n + 1) for n in range(1, config.steps)}
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, config.steps + 1))

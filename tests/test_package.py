@@ -1,4 +1,4 @@
-"""The package as it is installed: the wheel's contents and metadata, and the command `msllm`."""
+"""The wheel: its contents and metadata, and whether it requires what the package imports."""
 
 import ast
 import email
@@ -22,7 +22,7 @@ DATA = {".py", ".typed", ".cc", ".h", ".html"}
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel of a copy of the package: a build leaves files beside what it builds."""
+    """The wheel. It is built from a copy, because a build leaves files in its source folder."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "msllm", source / "msllm", ignore=ignored)
@@ -35,7 +35,7 @@ def wheel(tmp_path_factory):
         yield file
 
 
-def test_wheel_holds_the_package_alone(wheel):
+def test_the_wheel_holds_the_package_only(wheel):
     names = set(wheel.namelist())
     info = f"msllm-{msllm.__version__}.dist-info"
     package = {name for name in names if not name.startswith(info)}
@@ -45,7 +45,7 @@ def test_wheel_holds_the_package_alone(wheel):
     assert f"{info}/licenses/LICENSE" in names
 
 
-def test_wheel_describes_itself(wheel):
+def test_metadata_and_entry_point_of_the_wheel(wheel):
     info = f"msllm-{msllm.__version__}.dist-info"
     metadata = email.message_from_bytes(wheel.read(f"{info}/METADATA"))
     assert metadata["Name"] == "msllm" and metadata["Version"] == msllm.__version__
@@ -55,14 +55,14 @@ def test_wheel_describes_itself(wheel):
     assert b"msllm = msllm.cli.main:main" in wheel.read(f"{info}/entry_points.txt")
 
 
-def test_everything_that_is_imported_is_required():
-    """Checks imports at the top of modules. Functions may import what an extra installs."""
+def test_imported_packages_are_required():
+    """Checks imports at the top of modules. Functions may import packages of an extra."""
 
     def canonical(name):
         return re.sub(r"[-_.]+", "-", re.split(r"[\[<>=!~ ]", name)[0]).lower()
 
     required = {canonical(name) for name in PROJECT["dependencies"]}
-    optional = {"matplotlib", "textual", "torch", "transformers"}  # of modules for extras
+    optional = {"matplotlib", "textual", "torch", "transformers"}  # of modules that need an extra
     distributions = importlib.metadata.packages_distributions()
     imported = set()
     for path in (ROOT / "msllm").rglob("*.py"):
