@@ -709,6 +709,9 @@ def _validate_training(config: Config) -> None:
     optim, batch_size = config.optim, config.data.batch_size
     rule = f"must divide data.batch_size={batch_size}"
     _require(config, "optim.accumulate", batch_size % optim.accumulate == 0, rule)
+    start = config.monitor.profile_start
+    rule = f"must be before the last of steps={config.steps}, or 0 for no trace"
+    _require(config, "monitor.profile_start", start < config.steps, rule)
     objective, parts = config.loss.objective, config.loss.vocab_chunks
     rule = "must be package.module:function, or empty"
     _require(config, "loss.objective", not objective or ":" in objective, rule)

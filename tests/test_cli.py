@@ -246,6 +246,15 @@ def test_64_bits_are_refused_before_anything_else():
     assert done.stderr.count("\n") == 1
 
 
+def test_characters_that_the_output_cannot_show_are_replaced():
+    code = "from msllm.cli import base; base.execute(lambda: print('a\u2423b'))"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("a?b\n", "")
+
+
 def test_a_reader_that_leaves_early_sees_no_traceback():
     command = [sys.executable, "-m", "msllm", "train", "--help"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

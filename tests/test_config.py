@@ -191,6 +191,7 @@ def test_an_integer_is_accepted_for_a_float():
         ("loss.label_smoothing", 1.0, "must be in [0, 1)"),
         ("loss.chunk_tokens", 0, "must be positive"),
         ("checkpoint.keep_last", 0, "must be positive"),
+        ("monitor.profile_start", 1000, "must be before the last of steps=1000"),
     ],
 )
 def test_the_error_names_key_value_and_rule(key, value, rule):

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msllm.data import files, sources
+from msllm.data.files import input_files
 from msllm.data.sources import BadRecord, BadRecords, parts, read, texts
 from msllm.errors import UserError
 
@@ -174,6 +175,13 @@ def test_remote_files(tmp_path, monkeypatch, path):
 BAD_LINES = (
     b'{"text": "a"}\n{"text"\n\n[1]\n{"text": "\xff"}\n{"text": 5}\n' + b'{"text": "a"}\n' * 20
 )
+
+
+def test_a_name_may_hold_what_a_pattern_would(tmp_path):
+    for name in ("chat[1].jsonl", "chat1.jsonl"):
+        (tmp_path / name).write_text("{}")
+    assert input_files(str(tmp_path / "chat[1].jsonl")) == [str(tmp_path / "chat[1].jsonl")]
+    assert input_files(str(tmp_path / "chat[12].jsonl")) == [str(tmp_path / "chat1.jsonl")]
 
 
 def test_bad_records_are_left_out_counted_and_shown(tmp_path, capsys):

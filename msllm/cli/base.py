@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import io
 import json
 import logging
 import os
@@ -44,6 +45,8 @@ def execute(command: Callable[[], int | None]) -> int:
     # Show the info messages of msllm, but only warnings of other libraries.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("msllm").setLevel(logging.INFO)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # in tests it is something else
+        sys.stdout.reconfigure(errors="replace")  # its encoding may lack a character
     try:
         return command() or 0
     except (UserError, RunError) as error:

@@ -50,7 +50,12 @@ def input_files(path: str, setting: str = "path") -> list[str]:
 
     Raises UserError if there is no such file.
     """
-    files = _remote_files(path) if "://" in path else glob.glob(path, recursive=True)
+    if "://" in path:
+        files = _remote_files(path)
+    elif os.path.isfile(path):  # a name may hold what a pattern would: chat[1].jsonl
+        files = [path]
+    else:
+        files = glob.glob(path, recursive=True)
     if not files:
         raise UserError(
             f"config.data.{setting} is {path!r}: there is no such file; name one with"
