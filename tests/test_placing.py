@@ -1,8 +1,7 @@
-"""Converters that place text in time.
+"""Converters that place text in time: chat, wait_k, timed, tools, aligned, parallel_documents.
 
-Nothing is lost, the order in a stream is kept, and nothing comes before its cause.
-
-Every word of an example is another one, so that a test finds the cell of each.
+They lose no word, keep the order within a stream, and place nothing before its cause. The words of
+an example are all different, so that a test can find the cell of each word.
 """
 
 import itertools
@@ -28,10 +27,11 @@ LENGTHS = st.integers(1, 4)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """run(converter, records, streams, tokenizer, **data settings): the tables of records."""
-    folder = tmp_path_factory.mktemp(
-        "data"
-    )  # module scope, because hypothesis runs a test many times
+    """A function run(converter, records, streams, tokenizer, **data) that returns tables.
+
+    It has module scope because hypothesis runs a test many times.
+    """
+    folder = tmp_path_factory.mktemp("data")
 
     def run(converter, records, streams=THREE, tokenizer=TOKENIZER, **data):
         path = folder / "records.jsonl"
@@ -45,12 +45,12 @@ def run(tmp_path_factory):
 
 
 def text(words, length):
-    """The next words of an iterator, as a text."""
+    """The next words of an iterator as a text."""
     return " ".join(itertools.islice(words, length))
 
 
 def cells(table):
-    """{word: (row, stream)}; fails if a word comes twice, or after a later word of its stream."""
+    """{word: (row, stream)}. Fails if a word occurs twice."""
     found = {}
     for row, stream in zip(*np.nonzero(table.present & (table.tokens != TOKENIZER.silence_id))):
         word = TOKENIZER.decode([table.tokens[row, stream]])
@@ -60,13 +60,14 @@ def cells(table):
 
 
 def span(found, text, stream):
-    """(first row, row after the last) of a text, all of it in a stream, in order."""
+    """(first row, row after the last) of a text. Fails unless it is in `stream` and in order."""
     rows = [found[word][0] for word in text.split()]
     assert {found[word][1] for word in text.split()} == {stream} and rows == sorted(rows)
     return rows[0], rows[-1] + 1
 
 
 def assert_complete(found, texts):
+    """Asserts that the words in a table are those of the texts."""
     assert sorted(found) == sorted(word for text in texts for word in text.split())
 
 
@@ -82,34 +83,37 @@ def assert_complete(found, texts):
     wait=st.integers(-1, 4),
     thoughts=st.sampled_from(["before", "beside"]),
 )
-def test_chat(run, turns, overlap, wait, thoughts):
+def test_chat_places_turns_after_what_they_follow(run, turns, overlap, wait, thoughts):
     words = iter(WORDS)
     messages = [{"role": role, "content": text(words, length)} for role, length in turns]
     options = {"overlap": overlap, "wait": wait, "thoughts": thoughts}
     (table,) = run("chat", [{"messages": messages}], options=options)
-    found, spans, followed, heard = cells(table), [], None, False
+    found, spans = cells(table), []
+    followed, from_user = None, False  # the span that the next turn follows
     assert_complete(found, [message["content"] for message in messages])
     for message in messages:
         stream = THREE.names.index(message["role"])
         start, end = span(found, message["content"], stream)
-        earlier = [last for first, last in spans]
-        own = [
-            last for (_, last), other in zip(spans, messages) if other["role"] == message["role"]
-        ]
+        earlier = [last for _, last in spans]
+        own = [last for last, other in zip(earlier, messages) if other["role"] == message["role"]]
         if message["role"] == "user":
             assert start == max(earlier, default=0)
         elif followed is None:
             assert start == max(own, default=0)
         else:
             first, last = followed
-            early = min(first + wait, last) if heard and wait >= 0 else max(last - overlap, first)
-            assert start == max([early, *own]) and end - start == len(message["content"].split())
+            if from_user and wait >= 0:
+                earliest = min(first + wait, last)
+            else:
+                earliest = max(last - overlap, first)
+            assert start == max([earliest, *own])
+            assert end - start == len(message["content"].split())
         spans.append((start, end))
         if message["role"] != "thought" or thoughts == "before":
-            followed, heard = (start, end), message["role"] == "user"
+            followed, from_user = (start, end), message["role"] == "user"
 
 
-def test_chat_settings(run):
+def test_chat_maps_roles_and_checks_its_options(run):
     messages = [{"role": "user", "content": "w1 w2 w3"}, {"role": "bot", "content": "w4"}]
     (table,) = run("chat", [{"messages": messages}], options={"roles": {"*": "output"}})
     assert cells(table)["w4"] == (3, 2)
@@ -121,7 +125,7 @@ def test_chat_settings(run):
 
 
 @given(source=LENGTHS, target=LENGTHS, k=st.integers(-1, 6))
-def test_wait_k_tokens(run, source, target, k):
+def test_wait_k_starts_after_k_tokens(run, source, target, k):
     words = iter(WORDS)
     pair = {"source": text(words, source), "target": text(words, target)}
     (table,) = run("wait_k", [pair], options={"k": k})
@@ -136,29 +140,26 @@ SENTENCE = st.lists(LENGTHS, min_size=1, max_size=5)
 
 
 @given(source=SENTENCE, target=SENTENCE, k=st.integers(-1, 6))
-def test_wait_k_words(run, source, target, k):
-    pair = {
-        "source": " ".join("w" * n for n in source),
-        "target": " ".join("w" * n for n in target),
-    }
+def test_wait_k_starts_words_after_k_words(run, source, target, k):
+    """A token is a character here, and a word has several."""
+    texts = [" ".join("w" * n for n in lengths) for lengths in (source, target)]
+    pair = dict(zip(("source", "target"), texts))
     (table,) = run("wait_k", [pair], tokenizer=CHARACTERS, options={"k": k, "unit": "word"})
     silent = table.tokens == CHARACTERS.silence_id
     rows = [np.flatnonzero(~silent[:, stream]).tolist() for stream in (0, 2)]
-    assert [CHARACTERS.decode(table.tokens[r, s]) for r, s in zip(rows, (0, 2))] == list(
-        pair.values()
-    )
-    # Rows or characters after each word and none; the space between two belongs to the second.
-    ends = [
+    assert [CHARACTERS.decode(table.tokens[r, s]) for r, s in zip(rows, (0, 2))] == texts
+    # The number of characters in the first 0, 1, ... words. A space belongs to the word after it.
+    source_ends, target_ends = (
         np.cumsum([0, lengths[0], *(n + 1 for n in lengths[1:])]) for lengths in (source, target)
-    ]
-    for j, (first, last) in enumerate(zip(ends[1], ends[1][1:])):
-        read = len(source) if k < 0 else min(j + k, len(source))
+    )
+    for j, (first, last) in enumerate(zip(target_ends, target_ends[1:])):
+        words_read = len(source) if k < 0 else min(j + k, len(source))
         free = rows[1][first - 1] + 1 if first else 0
-        assert rows[1][first] == max(free, ends[0][read])
-        assert rows[1][last - 1] - rows[1][first] == last - first - 1  # a word is not torn
+        assert rows[1][first] == max(free, source_ends[words_read])
+        assert rows[1][last - 1] - rows[1][first] == last - first - 1  # no silence inside a word
 
 
-def test_drawn_numbers(run):
+def test_options_drawn_from_a_list_depend_on_the_record_only(run):
     pairs = [
         {"source": f"{a} {b} w0", "target": "w1"} for a, b in itertools.permutations(WORDS[2:10], 2)
     ]
@@ -197,7 +198,7 @@ def recording(utterances):
 
 
 @given(utterances=UTTERANCES, row=st.sampled_from([0.25, 0.5, 1]))
-def test_timed(run, utterances, row):
+def test_timed_places_words_at_their_times(run, utterances, row):
     said = recording(utterances)
     (table,) = run("timed", [{"utterances": said}], options={"row_seconds": row, "roles": SPEAKERS})
     found = cells(table)
@@ -206,51 +207,43 @@ def test_timed(run, utterances, row):
     for utterance in sorted(said, key=lambda u: (u["start"], u["end"])):
         name, words = SPEAKERS[utterance["speaker"]], utterance["text"].split()
         for number, word in enumerate(words, 1):
-            moment = (
-                utterance["start"]
-                - first
-                + (utterance["end"] - utterance["start"]) * number / len(words)
-            )
+            duration = utterance["end"] - utterance["start"]
+            end_of_word = utterance["start"] - first + duration * number / len(words)
             place, stream = found[word]
             assert stream == THREE.names.index(name)
-            assert (place + 1) * row >= moment - 1e-9  # never before it was said
-            assert place == free[name] or place * row <= moment + 1e-9  # and no later than it must
+            assert (place + 1) * row >= end_of_word - 1e-9  # not before the word was said
+            # Not later than necessary.
+            assert place == free[name] or place * row <= end_of_word + 1e-9
             assert place >= free[name]
             free[name] = place + 1
     assert (table.tokens[:, 1] == TOKENIZER.silence_id).all() and table.present.all()
 
 
 @given(utterances=UTTERANCES, longest=st.integers(1, 3))
-def test_timed_with_short_silences(run, utterances, longest):
+def test_timed_shortens_long_silences(run, utterances, longest):
     record, options = {"utterances": recording(utterances)}, {"roles": SPEAKERS}
     (whole,) = run("timed", [record], options=options)
     (short,) = run("timed", [record], options=options | {"longest_silence": longest})
     before, after = cells(whole), cells(short)
-    assert {word: stream for word, (_, stream) in before.items()} == {
-        w: stream for w, (_, stream) in after.items()
-    }
-    moved = sorted(
-        {(before[word][0], after[word][0]) for word in before}
-    )  # a row goes to one row, in order
+    streams, streams_after = (
+        {word: stream for word, (_, stream) in places.items()} for places in (before, after)
+    )
+    assert streams == streams_after
+    # Words of one row stay in one row, and rows keep their order.
+    moved = sorted({(before[word][0], after[word][0]) for word in before})
     assert len(moved) == len({old for old, _ in moved}) == len({new for _, new in moved})
-    gaps = [(b[0] - a[0] - 1, b[1] - a[1] - 1) for a, b in zip([(-1, -1), *moved], moved)]
-    assert all(new == min(old, longest) for old, new in gaps)
+    for (old, new), (next_old, next_new) in zip([(-1, -1), *moved], moved):
+        assert next_new - new - 1 == min(next_old - old - 1, longest)
 
 
-def test_timed_recordings_go_on_in_the_next_table(run):
+def test_timed_recordings_continue_in_the_next_table(run):
     said = [{"start": i, "end": i + 1, "speaker": "AB"[i % 2], "text": WORDS[i]} for i in range(40)]
     options = {"roles": SPEAKERS, "row_seconds": 1.0}
     (whole,) = run("timed", [{"utterances": said}], options=options, rows=100)
-    parts = run(
-        "timed",
-        [{"utterances": said}],
-        options=options,
-        rows=16,
-        streams=StreamsConfig(delays=(0, 0, 3)),
-    )
-    assert (
-        max(len(part.tokens) for part in parts) == 16 and len(parts) > 3
-    )  # with the rows that delays take
+    delayed = StreamsConfig(delays=(0, 0, 3))
+    parts = run("timed", [{"utterances": said}], options=options, rows=16, streams=delayed)
+    assert max(len(part.tokens) for part in parts) == 16  # with the rows that delays add
+    assert len(parts) > 3
     assert {part.example[:12] for part in parts} == {whole.example[:12]}
     assert len({part.example for part in parts}) == len(parts)
     for stream, delay in enumerate((0, 0, 3)):
@@ -262,7 +255,7 @@ def test_timed_recordings_go_on_in_the_next_table(run):
         assert joined == whole.tokens[:, stream].tolist()
 
 
-def test_timed_leaves_out_what_it_is_told_to(run):
+def test_timed_drops_ignored_texts_and_empty_recordings(run):
     said = [{"start": 0, "end": 1, "speaker": "A", "text": t} for t in ("[silence]", "w1")]
     options = {"roles": SPEAKERS, "ignored": ["[silence]"]}
     (table,) = run("timed", [{"utterances": said}, {"utterances": []}], options=options)
@@ -288,7 +281,7 @@ ROUNDS = st.lists(
 
 @settings(max_examples=100)
 @given(rounds=ROUNDS, latency=st.integers(0, 2), after=st.integers(-1, 3))
-def test_tools(run, rounds, latency, after):
+def test_tools_places_calls_and_results(run, rounds, latency, after):
     words, messages = iter(WORDS), []
     for asked, calls, speaks, backwards in rounds:
         messages += [{"role": "user", "content": text(words, asked)}] * (asked > 0)
@@ -314,16 +307,13 @@ def test_tools(run, rounds, latency, after):
         return f"{call['function']['name']} {call['function']['arguments']}"
 
     everything = [m["content"] for m in messages if m["content"]]
-    assert_complete(
-        found, everything + [said(call) for m in messages for call in m.get("tool_calls", ())]
-    )
+    everything += [said(call) for m in messages for call in m.get("tool_calls", ())]
+    assert_complete(found, everything)
 
-    last, known, heard, calls = (
-        0,
-        0,
-        0,
-        {},
-    )  # row after all before; after the results; start of the question
+    last = 0  # the row after all messages so far
+    known = 0  # the row after all results so far
+    question = 0  # the row at which the last question begins
+    calls = {}  # (stream, row after the call) by id
     for message in messages:
         now = last
         if message["role"] == "tool":
@@ -334,24 +324,23 @@ def test_tools(run, rounds, latency, after):
             continue
         if message["content"]:
             start, stop = span(found, message["content"], 0 if message["role"] == "user" else 5)
-            assert start == now  # speech waits for all before it, and for nothing else
+            assert start == now  # a message starts as soon as all before it have ended
             last = max(last, stop)
         if message["role"] == "user":
-            heard = start
+            question = start
         starts = []
         for call in message.get("tool_calls", ()):
             stream = found[call["function"]["name"]][1]
             start, stop = span(found, said(call), stream)
             calls[call["id"]], last = (stream, stop), max(last, stop)
             starts.append(start)
-        earliest = now if after < 0 else min(now, max(heard + after, known))
+        earliest = now if after < 0 else min(now, max(question + after, known))
         assert all(start >= earliest for start in starts)
-        assert starts[:2] == [earliest] * len(
-            starts[:2]
-        )  # calls run at once, as far as there are streams
+        # Two calls start at once, because there are two streams for them.
+        assert all(start == earliest for start in starts[:2])
 
 
-def test_arguments_as_an_object_and_ids_that_nobody_gave(run):
+def test_tools_accepts_arguments_as_an_object_and_calls_without_ids(run):
     said = 'f {"a": "ü"}'
     tokenizer = train([said], TokenizerConfig(model_type="char", vocab_size=64))
     call = {"function": {"name": "f", "arguments": {"a": "ü"}}}
@@ -362,7 +351,7 @@ def test_arguments_as_an_object_and_ids_that_nobody_gave(run):
     assert np.flatnonzero(table.tokens[:, 3] != tokenizer.silence_id).tolist() == [len(said)]
 
 
-# Bad input.
+# Bad input
 
 TALK = {"speaker": "A", "text": "w1", "start": 0, "end": 1}
 BAD = [
@@ -432,18 +421,16 @@ def test_bad_options_are_named(run, converter, options, message):
     ),
     size=st.integers(2, 9),
 )
-def test_aligned(run, rows, size):
+def test_aligned_keeps_every_cell(run, rows, size):
+    """A part begins with the last row of the part before it."""
     parts = run("aligned", [{"rows": rows}], options={"silence": [-1, -7]}, rows=size)
     assert all(len(part.tokens) <= size for part in parts)
-    joined = parts[0].tokens.tolist() + [
-        row for part in parts[1:] for row in part.tokens[1:].tolist()
-    ]
-    present = parts[0].present.tolist() + [
-        row for part in parts[1:] for row in part.present[1:].tolist()
-    ]
+    tokens = np.concatenate([parts[0].tokens, *(part.tokens[1:] for part in parts[1:])])
+    present = np.concatenate([parts[0].present, *(part.present[1:] for part in parts[1:])])
     ids = {"w1": TOKENIZER.encode("w1")[0], "w2": TOKENIZER.encode("w2")[0], None: 0}
-    assert joined == [[ids.get(item, TOKENIZER.silence_id) for item in row] for row in rows]
-    assert present == [[item is not None for item in row] for row in rows]
+    expected = [[ids.get(item, TOKENIZER.silence_id) for item in row] for row in rows]
+    assert tokens.tolist() == expected
+    assert present.tolist() == [[item is not None for item in row] for row in rows]
 
 
 @given(
@@ -452,7 +439,8 @@ def test_aligned(run, rows, size):
     streams=st.integers(1, 3),
     shuffle=st.integers(0, 5),
 )
-def test_parallel_documents(run, lengths, size, streams, shuffle):
+def test_parallel_documents_keep_every_pair_of_words(run, lengths, size, streams, shuffle):
+    """Every word but the last of a document is followed by the next one, in the same table."""
     words = iter(WORDS)
     documents = [text(words, length) for length in lengths]
     spec = StreamsConfig(names=tuple("abc"[:streams]), kinds=("output",) * streams)
@@ -462,7 +450,7 @@ def test_parallel_documents(run, lengths, size, streams, shuffle):
     for table in tables:
         assert len(table.tokens) <= size
         for column, present in zip(table.tokens.T, table.present.T):
-            assert not present[int(present.sum()) :].any()  # absent from somewhere on
+            assert not present[int(present.sum()) :].any()  # only the end of a column is absent
             said = [TOKENIZER.decode([token]) for token in column[present]]
             pairs += [pair for pair in zip(said, said[1:]) if all(pair)]
             ends += said.count("")
@@ -473,7 +461,7 @@ def test_parallel_documents(run, lengths, size, streams, shuffle):
     assert ends <= sum(length > 1 for length in lengths)
 
 
-def test_shuffled_documents_leave_their_neighbours_and_come_in_the_same_order_again(run):
+def test_shuffling_documents_is_reproducible_and_separates_neighbours(run):
     documents = [{"text": f"w{2 * i} w{2 * i + 1}"} for i in range(100)]
     spec = StreamsConfig(names=("a", "b"), kinds=("output",) * 2)
 
