@@ -1,4 +1,4 @@
-"""Pictures for notebooks show the arrays that they are made of."""
+"""The plots of notebooks show the values of the arrays that they get."""
 
 import numpy as np
 import pytest
@@ -28,13 +28,11 @@ def axes():
     return Figure().subplots()
 
 
-def test_a_table_shows_words_silence_and_what_is_absent(axes):
+def test_a_table_shows_words_silence_and_absent_cells(axes):
     tokenizer = train(["one two three $"], TokenizerConfig(model_type="word", vocab_size=16))
     one, two, silence = *tokenizer.encode("one two"), tokenizer.silence_id
-    tokens, present = (
-        np.array([[one, silence, 0], [two, one, silence]]),
-        np.array([[1, 1, 0], [1, 1, 1]], bool),
-    )
+    tokens = np.array([[one, silence, 0], [two, one, silence]])
+    present = np.array([[1, 1, 0], [1, 1, 1]], bool)
     shade = np.array([[0.2, np.nan, 1.0], [0.9, 0.4, 0.0]])
     plots.table(axes, Columns(NAMES, (), tokenizer), tokens, present, shade, cell=(1, 0))
     shown = {text.get_position(): (text.get_text(), text.get_color()) for text in axes.texts}
@@ -49,37 +47,30 @@ def test_a_table_shows_words_silence_and_what_is_absent(axes):
     np.testing.assert_array_equal(image.mask, ~present)
     np.testing.assert_array_equal(image.data[present], [0.2, 0, 0.9, 0.4, 0])
     assert [label.get_text() for label in axes.get_xticklabels()] == list(NAMES)
-    left, right = (
-        np.array(axes.lines[0].get_data()).min(1),
-        np.array(axes.lines[0].get_data()).max(1),
-    )
-    assert (left < [0, 1]).all() and (right > [0, 1]).all() and (right - left < 1).all()
+    # The frame around `cell` at x = 0, y = 1.
+    frame = np.array(axes.lines[0].get_data())
+    low, high = frame.min(1), frame.max(1)
+    assert (low < [0, 1]).all() and (high > [0, 1]).all() and (high - low < 1).all()
 
 
-def test_visibility_is_the_rule(axes):
+def test_visibility_shows_the_predicate(axes):
     lag = np.array([[1, 1, 1], [1, 1, 2], [1 << 30, 1, 1]])
     present = np.ones((1, 4, 3), bool)
     present[0, 0, 2] = False
-    plots.visibility(
-        axes, visibility_table(make_cells(present, np.array([[1, 1, 2, 2]])), lag), NAMES
-    )
     segment = (1, 1, 2, 2)
-    expected = [
-        [
-            visible(
-                t, s, segment[t], present[0, t, s], u, z, segment[u], present[0, u, z], lag[s, z]
-            )
-            for u, z in np.ndindex(4, 3)
-        ]
-        for t, s in np.ndindex(4, 3)
-    ]
+    plots.visibility(axes, visibility_table(make_cells(present, np.array([segment])), lag), NAMES)
+
+    def sees(t, s, u, z):
+        """Whether the cell (t, s) sees the cell (u, z)."""
+        query = t, s, segment[t], present[0, t, s]
+        key = u, z, segment[u], present[0, u, z]
+        return visible(*query, *key, lag[s, z])
+
+    table = list(np.ndindex(4, 3))
+    expected = [[sees(*query, *key) for key in table] for query in table]
     np.testing.assert_array_equal(axes.images[0].get_array(), expected)
-    assert [label.get_text() for label in axes.get_yticklabels()][:4] == [
-        "user 0",
-        "thought 0",
-        "output 0",
-        "user 1",
-    ]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels[:4] == ["user 0", "thought 0", "output 0", "user 1"]
 
 
 def test_losses_of_each_stream(axes, tmp_path):
@@ -87,7 +78,7 @@ def test_losses_of_each_stream(axes, tmp_path):
         '{"step": 1, "loss": 3.0, "nll/thought": 3.0, "nll/output": 2.0}',
         '{"step": 2, "nll/thought": 9.0, "nll/output": null}',
         '{"step": 2, "eval/nll/user": 4.0}',
-        '{"step": 2, "nll/thought": 2.5, "nll/output": null}',  # again, after a crash
+        '{"step": 2, "nll/thought": 2.5, "nll/output": null}',  # repeated after a crash
         '{"step": 3, "nll/th',  # being written
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
@@ -99,43 +90,40 @@ def test_losses_of_each_stream(axes, tmp_path):
     np.testing.assert_array_equal(drawn["output, nll"].get_data(), [[1, 2], [2.0, np.nan]])
     plots.losses(axes, found, NAMES, "eval/nll")
     assert axes.lines[-1].get_xydata().tolist() == [[2, 4]]
-    assert [to_rgba(line.get_color()) for line in axes.lines] == [
-        to_rgba(f"C{s}") for s in (1, 2, 0)
-    ]
+    colors = [to_rgba(line.get_color()) for line in axes.lines]
+    assert colors == [to_rgba(f"C{s}") for s in (1, 2, 0)]
     with pytest.raises(UserError, match="'nll_spoken': there are eval/nll, nll"):
         plots.losses(axes, found, NAMES, "nll_spoken")
     with pytest.raises(UserError, match="no metrics in"):
         metrics.read(tmp_path / "none")
 
 
-def test_what_streams_take_of_each_other(axes):
+def test_shares_of_attention_between_streams(axes):
     shares = np.array([[0.9, 0.1, 0.0], [0.25, 0.5, 0.25], [0.0, 0.7, 0.3]])
     plots.between(axes, shares, NAMES)
     np.testing.assert_array_equal(axes.images[0].get_array(), shares)
-    written = {
-        (text.get_position()[1], text.get_position()[0]): text.get_text() for text in axes.texts
-    }
+    written = {text.get_position()[::-1]: text.get_text() for text in axes.texts}
     assert written == {(s, z): f"{shares[s, z]:.2f}" for s, z in np.ndindex(3, 3)}
     assert axes.get_xlabel() == "attends to"
 
 
 def test_entropy_is_that_of_the_logits(axes, make_model):
-    session = Engine(make_model(), window=16, all_logits=True, silence_id=1).open(
-        DecodeOptions(temperature=1.0, seed=3)
-    )
+    engine = Engine(make_model(), window=16, all_logits=True, silence_id=1)
+    session = engine.open(DecodeOptions(temperature=1.0, seed=3))
     rows = [session.step() for _ in range(4)]
     plots.entropy(axes, rows, NAMES)
-    for s, line in enumerate(axes.lines):  # of inputs too, since the engine computes all logits
+    for s, line in enumerate(axes.lines):  # includes inputs, because of all_logits=True
         number, values = line.get_data()
         np.testing.assert_array_equal(number, [0, 1, 2, 3])
         assert np.isnan(values[0])  # nothing predicts the first row
         expected = [scipy_entropy(np.exp(row.logits[s] - row.logits[s].max())) for row in rows[1:]]
         np.testing.assert_allclose(values[1:], expected, atol=1e-5)
     axes.clear()
-    rows = [
+    # Without all_logits, the entropy of an input is nan, and it has no line.
+    no_inputs = [
         row._replace(entropy=np.where([True, False, False], np.nan, row.entropy)) for row in rows
     ]
-    plots.entropy(axes, rows, NAMES)
+    plots.entropy(axes, no_inputs, NAMES)
     assert [(line.get_label(), line.get_color()) for line in axes.lines] == [
         ("thought", "C1"),
         ("output", "C2"),
