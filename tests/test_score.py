@@ -1,4 +1,4 @@
-"""Scoring: the command line on a golden case, packing, batches, and bad tables."""
+"""Scoring: a golden case on the command line, packing, batches, and invalid tables."""
 
 import subprocess
 import sys
@@ -14,11 +14,12 @@ from msllm.weights.load import load
 
 
 def run(*arguments):
+    """Runs `msllm score`."""
     command = [sys.executable, "-m", "msllm", "score", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=golden_cases.HERE.parent)
 
 
-def test_command_line(tmp_path):
+def test_the_command_reproduces_a_golden_case(tmp_path):
     case = golden_cases.case("s7_c10_skip")
     tokens, rows = case["tokens"], np.arange(case["tokens"].shape[1])
     present = np.broadcast_to((rows < case["num_rows"][:, None])[:, :, None], tokens.shape)
@@ -56,18 +57,17 @@ def test_packed_examples_score_like_single_ones(make_model):
     assert np.isnan(ours.logprob[0, [3, 8, 9, 10]]).all()
 
 
-def test_a_few_tables_at_a_time(make_model, monkeypatch):
+def test_batches_are_as_large_as_their_logits_allow(make_model, monkeypatch):
     model, tokens = make_model(3), np.random.default_rng(0).integers(0, 32, (5, 4, 3))
     whole = score(model, {"tokens": tokens})
     monkeypatch.setattr(score_module, "LOGITS_AT_ONCE", 2 * 4 * 3 * 32)
     parts = list(score_batches(model, {"tokens": tokens}))
     assert [len(part.logits) for part in parts] == [2, 2, 1]
-    np.testing.assert_allclose(
-        score(model, {"tokens": tokens}).logits, whole.logits, rtol=0, atol=1e-5
-    )
+    again = score(model, {"tokens": tokens})
+    np.testing.assert_allclose(again.logits, whole.logits, rtol=0, atol=1e-5)
 
 
-def test_visibility_is_used(make_model):
+def test_visibility_changes_logits(make_model):
     model, tokens = make_model(3), np.random.default_rng(0).integers(0, 32, (1, 4, 3))
     logits = score(model, {"tokens": tokens}).logits
     other = score(model.with_visibility("same_row"), {"tokens": tokens}).logits
@@ -90,7 +90,7 @@ def test_visibility_is_used(make_model):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_bad_tables_are_named(change, message):
+def test_invalid_tables_are_refused(change, message):
     tables = {"tokens": np.zeros((1, 4, 3), int), "present": np.ones((1, 4, 3), bool)} | change
     if "tokens" in change:
         tables.pop("present")
@@ -98,15 +98,14 @@ def test_bad_tables_are_named(change, message):
         check_tables(tables, 3, 32)
 
 
-def test_absent_cells_may_hold_anything(make_model):
+def test_absent_cells_may_hold_any_token(make_model):
     tokens = np.full((1, 4, 3), -1)
     tokens[:, :2] = 5
     present = tokens >= 0
-    assert np.isfinite(
-        score(make_model(3), {"tokens": tokens, "present": present}).logits[present]
-    ).all()
+    found = score(make_model(3), {"tokens": tokens, "present": present})
+    assert np.isfinite(found.logits[present]).all()
 
 
-def test_load_names_the_missing_directory(tmp_path):
+def test_load_names_a_missing_checkpoint(tmp_path):
     with pytest.raises(UserError, match="there is no checkpoint in"):
         load(tmp_path / "none")

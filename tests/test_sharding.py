@@ -1,4 +1,4 @@
-"""Meshes: what a mesh must divide, and that every mesh computes the same as one device."""
+"""Every mesh computes the same as one device, and a mesh that does not fit is refused."""
 
 import functools
 import itertools
@@ -27,7 +27,7 @@ LAYOUTS = {
         "streams.skip_silence": True,
         "model.tie_embeddings": False,
         "model.attention_bias": True,
-        "model.kv_ring": True,  # the others gather keys and values
+        "model.kv_ring": True,  # the other layout gathers keys and values
     },
     "accumulated": {
         "data.batch_size": 16,
@@ -51,12 +51,15 @@ MESHES = [
 
 
 def run(program, state):
-    """(losses of each step, metrics of the last, its parameters, its state) of a few steps."""
+    """Takes a few steps.
+
+    Returns (losses of all steps, metrics and parameters of the last step, last state).
+    """
     losses = []
     for seed in range(STEPS):
         batch = place(program, random_tables(program.config, seed))
-        # One step at a time: the virtual devices of a busy machine may else wait for each other
-        # until XLA gives up.
+        # Wait for each step. Otherwise the virtual devices of a busy machine may wait for each
+        # other until XLA gives up.
         state, metrics = jax.block_until_ready(program.step(state, batch))
         losses.append(float(metrics["loss"]))
     return losses, host(metrics), host(state.parameters), state
@@ -64,18 +67,16 @@ def run(program, state):
 
 @functools.cache
 def one_device(layout):
-    """The initial state and what `run` makes of it, on one device."""
+    """(initial state, losses, metrics, parameters) of `run` on one device."""
     program = make_program(four_streams(**ADAM | LAYOUTS[layout]))
     state = program.init()
     return host(state), *run(program, state)[:3]
 
 
 def mesh_name(value):
-    return (
-        value
-        if isinstance(value, str)
-        else "-".join(f"{axis}{size}" for axis, size in value.items())
-    )
+    if isinstance(value, str):
+        return value
+    return "-".join(f"{axis}{size}" for axis, size in value.items())
 
 
 @pytest.mark.parametrize("layout, axes", MESHES, ids=mesh_name)
@@ -88,15 +89,15 @@ def test_a_mesh_computes_what_one_device_computes(layout, axes):
     assert losses[-1] < losses[0]
     for name, value in metrics.items():
         np.testing.assert_allclose(sharded_metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(parameters), jax.tree.leaves(sharded_parameters)
-    ):
-        np.testing.assert_allclose(b, a, rtol=0, atol=2e-5, err_msg=jax.tree_util.keystr(path))
-    check_parts(program, state)
+    leaves = jax.tree_util.tree_leaves_with_path(parameters)
+    for (path, expected), found in zip(leaves, jax.tree.leaves(sharded_parameters), strict=True):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5, err_msg=name)
+    assert_sharded_by_rules(program, state)
 
 
-def test_a_part_of_fsdp_inside_a_physical_axis_changes_nothing(monkeypatch):
-    """On a TPU torus `fsdp` is two axes of the mesh."""
+def test_splitting_the_fsdp_axis_changes_nothing(monkeypatch):
+    """On a TPU torus, `fsdp` can be two axes of the mesh."""
     monkeypatch.setattr(sharding, "_shared_fsdp", lambda devices, fsdp, within: 2 - fsdp % 2)
     layout, axes = "lags", {"fsdp": 4, "stream": 2}
     assert dict(make_mesh(MeshConfig(**{"data": 1} | axes)).shape)["fsdp_inner"] == 2
@@ -104,12 +105,9 @@ def test_a_part_of_fsdp_inside_a_physical_axis_changes_nothing(monkeypatch):
 
 
 FACTORS = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(sizes) == 8]
-EVERY = {
-    "streams.names": (
-        "user",
-        "thought",
-        "output",
-    ),  # no axis divides three: absent streams fill it up
+THREE_STREAMS = {
+    # No mesh axis divides three streams, so absent streams pad them.
+    "streams.names": ("user", "thought", "output"),
     "streams.kinds": ("input", "thought", "output"),
     "streams.lags": (("output", "user", "2"),),
     "model.num_heads": 8,
@@ -121,15 +119,14 @@ EVERY = {
 
 
 def losses_of_20_steps(sizes):
-    config = four_streams(**ADAM | EVERY)
-    program = make_program(
-        config, int(np.prod(sizes)), **dict(zip(("data", "fsdp", "stream", "tensor"), sizes))
-    )
+    """[20, 7]: the loss, and the nll and targets of each stream, of every step."""
+    config = four_streams(**ADAM | THREE_STREAMS)
+    axes = dict(zip(("data", "fsdp", "stream", "tensor"), sizes))
+    program = make_program(config, int(np.prod(sizes)), **axes)
     state, losses = program.init(), []
     for step in range(20):
-        state, metrics = jax.block_until_ready(
-            program.step(state, place(program, random_tables(config, step % 4)))
-        )
+        batch = place(program, random_tables(config, step % 4))
+        state, metrics = jax.block_until_ready(program.step(state, batch))
         losses.append([float(metrics["loss"]), *metrics["nll"], *metrics["targets"]])
     return np.array(losses)
 
@@ -140,7 +137,7 @@ def losses_on_one_device():
 
 
 @pytest.mark.parametrize("sizes", FACTORS, ids=lambda sizes: "x".join(map(str, sizes)))
-def test_every_factorisation_of_eight_devices_has_the_losses_of_one(sizes):
+def test_every_factorisation_of_eight_devices_gives_the_losses_of_one_device(sizes):
     expected = losses_on_one_device()
     assert expected.shape == (20, 7) and expected[-1, 0] < expected[0, 0]
     np.testing.assert_allclose(losses_of_20_steps(sizes), expected, rtol=1e-5, atol=1e-5)
@@ -152,45 +149,38 @@ def test_initial_parameters_do_not_depend_on_the_mesh():
     jax.tree.map(np.testing.assert_array_equal, host(program.init()), one_device(layout)[0])
 
 
-def check_parts(program, state):
-    """Every parameter and both of its moments are sharded as the table of rules says."""
+def assert_sharded_by_rules(program, state):
+    """Asserts that parameters and their moments are sharded as the table of rules says."""
     shape = program.mesh.shape
 
     def parts(*axes):
+        """The number of shards of an array with these logical axes."""
         return int(np.prod([shape[mesh_axis] for axis in axes for mesh_axis in mesh_axes(axis)]))
 
-    expected = {
-        "embedding": parts("vocab", "embed"),
-        "stream_embedding": parts("embed"),
-        "final_norm": parts("embed"),
-    }
     adam = next(part for part in state.opt_state if hasattr(part, "mu"))
     for tree in (state.parameters, adam.mu, adam.nu):
-        sizes = {
-            name: tree[name].size / tree[name].addressable_shards[0].data.size for name in expected
-        }
-        assert sizes == expected
         attention, mlp = tree["blocks"]["attention"], tree["blocks"]["mlp"]
-        for name, axes in (
-            ("q", ("embed", "heads")),
-            ("k", ("embed", "kv_heads")),
-            ("o", ("heads", "embed")),
+        for array, axes in (
+            (tree["embedding"], ("vocab", "embed")),
+            (tree["stream_embedding"], ("embed",)),
+            (tree["final_norm"], ("embed",)),
+            (attention["q"], ("embed", "heads")),
+            (attention["k"], ("embed", "kv_heads")),
+            (attention["o"], ("heads", "embed")),
+            (mlp["down"], ("mlp", "embed")),
         ):
-            part = attention[name].addressable_shards[0].data
-            assert attention[name].size == part.size * parts(*axes), name
-        assert mlp["down"].size == mlp["down"].addressable_shards[0].data.size * parts(
-            "mlp", "embed"
-        )
+            shard = array.addressable_shards[0].data
+            assert array.size == shard.size * parts(*axes), axes
 
 
-def test_make_mesh_fills_the_axis_left_open():
+def test_make_mesh_infers_the_size_of_an_axis():
     mesh = make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2))
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "fsdp_inner": 1, "stream": 1, "tensor": 2}
     assert mesh.axis_names == AXES
 
 
 @pytest.mark.parametrize("axes", [{"data": 3}, {"data": -1, "stream": 3}, {"data": 16}])
-def test_make_mesh_names_the_devices_and_what_was_asked(axes):
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(axes):
     with pytest.raises(
         UserError, match=r"config\.mesh \(data=.*\) does not fit 8 devices.*set one axis to -1"
     ):
@@ -234,14 +224,14 @@ def test_make_mesh_names_the_devices_and_what_was_asked(axes):
         ),
     ],
 )
-def test_a_mesh_that_does_not_divide_names_what_and_by_what(axes, changes, length, name):
+def test_a_mesh_that_does_not_divide_a_length_is_refused(axes, changes, length, name):
     with pytest.raises(UserError) as error:
         make_program(four_streams(**changes), 8, **axes)
     assert f"does not divide {name}" in str(error.value) and length in str(error.value)
     assert "choose mesh axes" in str(error.value)
 
 
-def test_partition_refuses_a_mesh_axis_twice():
+def test_partition_spec_refuses_to_use_a_mesh_axis_twice():
     assert partition_spec("vocab", "embed") == jax.sharding.PartitionSpec(
         ("tensor",), ("fsdp", "fsdp_inner", "stream")
     )
