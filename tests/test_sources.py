@@ -1,4 +1,4 @@
-"""Files of every format give the same records, named by file and line, in any number of parts."""
+"""Input files: every format gives the same records in any number of parts; bad records."""
 
 import gzip
 import json
@@ -27,7 +27,8 @@ def write_gz(path):
     path.write_bytes(gzip.compress(LINES))
 
 
-def write_zst(path):  # two frames, as `cat a.zst b.zst` makes them
+def write_zst(path):
+    """Writes two frames, as `cat a.zst b.zst` does."""
     compress = zstandard.ZstdCompressor().compress
     path.write_bytes(compress(LINES[:5000]) + compress(LINES[5000:]))
 
@@ -53,7 +54,7 @@ WRITERS = {
     "a.parquet": write_parquet,
     "a.array_record": write_array_record,
 }
-PARTED = ("a.jsonl", "a.data", "a.parquet", "a.array_record")
+SPLITTABLE = ("a.jsonl", "a.data", "a.parquet", "a.array_record")
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -62,13 +63,12 @@ def test_every_format_gives_the_same_records(tmp_path, name, count):
     path = tmp_path / name
     WRITERS[name](path)
     found = parts(str(path), count=count)
-    assert len(found) == (count if name in PARTED else 1)
+    assert len(found) == (count if name in SPLITTABLE else 1)
     records = [list(read(part)) for part in found]
-    assert all(records)  # each part holds some
+    assert all(records)  # no part is empty
     assert [record.value for part in records for record in part] == RECORDS
-    assert [record.where for part in records for record in part] == [
-        f"{path}:{i}" for i in range(1, 701)
-    ]
+    places = [record.where for part in records for record in part]
+    assert places == [f"{path}:{i}" for i in range(1, 701)]
     documents = [
         (where, "".join(blocks))
         for part in found
@@ -86,9 +86,8 @@ def test_a_line_belongs_to_exactly_one_part(tmp_path_factory, lines, count):
     whole = list(files.lines(str(path)))
     assert b"".join(line for _, line in whole) == path.read_bytes()
     before = files.lines_before(str(path), count)
-    assert [
-        item for i in range(count) for item in files.lines(str(path), i, count, before[i])
-    ] == whole
+    split = [files.lines(str(path), i, count, before[i]) for i in range(count)]
+    assert [line for part in split for line in part] == whole
 
 
 def test_a_text_is_one_document_read_in_blocks(tmp_path, monkeypatch):
@@ -103,20 +102,17 @@ def test_a_text_is_one_document_read_in_blocks(tmp_path, monkeypatch):
         for where, blocks in texts(part, "text", BadRecords())
     ]
     assert [where for where, _ in documents] == [f"{tmp_path}/a.txt:1", f"{tmp_path}/b.txt.gz:1"]
-    assert (
-        len(documents[0][1]) > 4
-        and "".join(documents[0][1]) == text
-        and documents[1][1] == ["second"]
-    )
+    (_, first), (_, second) = documents
+    assert len(first) > 4 and "".join(first) == text
+    assert second == ["second"]
     (record,) = read(parts(str(tmp_path / "a.txt"), "text")[0])
     assert record.value == text
 
 
-def test_the_config_overrides_names(tmp_path, monkeypatch):
+def test_a_format_in_the_config_overrides_file_names(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_bytes(LINES)
-    assert [
-        record.value for record in read(parts(str(tmp_path / "a.txt"), "jsonl", "text")[0])
-    ] == RECORDS
+    (part,) = parts(str(tmp_path / "a.txt"), "jsonl", "text")
+    assert [record.value for record in read(part)] == RECORDS
     (tmp_path / "own_reader.py").write_text(
         "def rows(file):\n    yield from open(file).read().split()\n"
     )
@@ -129,7 +125,7 @@ def test_the_config_overrides_names(tmp_path, monkeypatch):
 
 
 class Bucket:
-    """What sources use of etils.epath.Path, in a folder."""
+    """Stands in for etils.epath.Path: gs://bucket is a local folder."""
 
     folder = None
 
@@ -184,7 +180,7 @@ def test_a_name_may_hold_what_a_pattern_would(tmp_path):
     assert input_files(str(tmp_path / "chat[12].jsonl")) == [str(tmp_path / "chat1.jsonl")]
 
 
-def test_bad_records_are_left_out_counted_and_shown(tmp_path, capsys):
+def test_bad_records_are_dropped_counted_and_shown(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     path.write_bytes(BAD_LINES)
     (part,) = parts(str(path))
@@ -193,9 +189,8 @@ def test_bad_records_are_left_out_counted_and_shown(tmp_path, capsys):
     bad.finish()
     assert found == ["a"] * 21 and (bad.bad, bad.records) == (4, 25)
     reasons = ["2: invalid JSON", "4: '[1]': each line", "5: not UTF-8", "6: 'text' is 5"]
-    assert [
-        message.startswith(f"{path}:{why}") for message, why in zip(bad.shown, reasons, strict=True)
-    ] == [True] * 4
+    for message, reason in zip(bad.shown, reasons, strict=True):
+        assert message.startswith(f"{path}:{reason}")
     assert capsys.readouterr().err.splitlines() == [f"left out: {message}" for message in bad.shown]
 
 
@@ -206,7 +201,9 @@ def test_a_run_stops_when_too_many_are_bad(tmp_path):
     with pytest.raises(BadRecord, match="a.jsonl:2: invalid JSON"):
         list(read(part))
     bad = BadRecords(percent=11.0)
-    assert len(list(read(part, bad))) == 22  # 3 of 25: below a share of the first 1,000
+    assert (
+        len(list(read(part, bad))) == 22
+    )  # the share is checked from 1,000 records on, or at the end
     with pytest.raises(
         UserError,
         match=r"3 of 25 records are bad, .*bad_percent=11.0.*a.jsonl:2: invalid JSON.*:4:",
@@ -241,11 +238,11 @@ def test_damaged_files_are_named(tmp_path, name, damage):
     WRITERS[name](tmp_path / name)
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(damage(content))
-    with pytest.raises(UserError, match=f"{name}"):
+    with pytest.raises(UserError, match=name):
         list(read(parts(str(tmp_path / name))[0]))
 
 
-def test_not_utf8_in_a_text(tmp_path):
+def test_a_text_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"good\n\xff\n")
     (part,) = parts(str(tmp_path / "a.txt"), other="text")
     with pytest.raises(UserError, match="a.txt:2: not UTF-8"):

@@ -1,4 +1,4 @@
-"""The train step: what it computes, what it skips, what it never holds."""
+"""The train step: its values, skipped updates, and the arrays and FLOPs that it must not have."""
 
 import functools
 import re
@@ -29,13 +29,13 @@ OPTIONS = {
 
 @functools.cache
 def program(**dotted):
-    """A program on one device, compiled once for all tests."""
+    """A program on one device. Tests with the same settings share it."""
     return make_program(four_streams(**OPTIONS | dotted))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def dense_nll(graph, parameters, tables, seen):
-    """-log p [B, T, S] of the next row's token of every cell, with all logits in memory."""
+    """-log p [B, T - 1, S] of the token that follows each cell, with all logits in memory."""
     model = bind(graph, parameters)
     cells = make_cells(tables["present"], tables["segment"], ~seen)
     hidden = model(tables["tokens"], cells, positions(tables["segment"]))
@@ -43,7 +43,7 @@ def dense_nll(graph, parameters, tables, seen):
     return -jnp.take_along_axis(log_p, tables["tokens"][:, 1:, :, None], axis=-1)[..., 0]
 
 
-def test_loss_and_sums_are_those_of_a_dense_computation():
+def test_loss_and_sums_equal_a_dense_computation():
     machine = program()
     tables, state = random_tables(machine.config), machine.init()
     parameters = host(state.parameters)
@@ -64,30 +64,29 @@ def test_loss_and_sums_are_those_of_a_dense_computation():
     assert metrics["cells"] == present.sum()
     assert metrics["spoken"] == (present & (tables["tokens"] != SILENCE)).sum()
 
-    sums = machine.evaluate(
-        parameters, place(machine, tables)
-    )  # all streams, also those without weight
+    # Evaluation includes the streams of weight 0.
+    sums = machine.evaluate(parameters, place(machine, tables))
     np.testing.assert_allclose(sums["nll"], (nll * counted).sum((0, 1)), rtol=1e-5)
     np.testing.assert_array_equal(sums["targets"], counted.sum((0, 1)))
     assert float(sums["loss"] / sums["weight"]) == pytest.approx(float(metrics["loss"]), abs=1e-6)
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch():
+def test_accumulated_gradients_equal_those_of_the_full_batch():
     parts = 4
     whole, accumulated = program(), program(**{"optim.accumulate": parts})
     states = [whole.init(), accumulated.init()]
     for seed in range(3):
         tables = random_tables(whole.config, seed)
         cells = tables["present"].sum((1, 2)).reshape(-1, parts).sum(0)
-        assert len(set(cells.tolist())) > 1  # unequal micro-batches: a mean of means would differ
+        # Micro-batches differ in size, so a mean of their means would be wrong.
+        assert len(set(cells.tolist())) > 1
         results = [p.step(s, place(p, tables)) for p, s in zip((whole, accumulated), states)]
         states, (one, other) = [state for state, _ in results], [metrics for _, metrics in results]
         for name in ("loss", "nll", "targets_spoken", "cells", "gradient_norms", "update_norm"):
             np.testing.assert_allclose(other[name], one[name], rtol=2e-5, err_msg=name)
     for a, b in zip(*(jax.tree.leaves(host(state.parameters)) for state in states)):
-        np.testing.assert_allclose(
-            b, a, atol=3e-5
-        )  # Adam's quotient magnifies the noise of small gradients
+        # Adam divides by small numbers, which magnifies rounding errors of small gradients.
+        np.testing.assert_allclose(b, a, atol=3e-5)
 
 
 @pytest.mark.parametrize("value", [np.inf, 1e25])
@@ -103,7 +102,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(value):
         state, metrics = machine.step(state, batch)
         assert int(metrics["skipped"]) == int(metrics["skipped_in_row"]) == expected
         assert float(metrics["update_norm"]) == 0
-    # Of the large value the loss is finite, and only the gradient is not.
+    # With the large finite value, the loss is finite and the gradient is not.
     assert np.isfinite(metrics["loss"]) == np.isfinite(value)
     assert not np.isfinite(metrics["gradient_norms"]).all()
     jax.tree.map(np.testing.assert_array_equal, poisoned.parameters, host(state.parameters))
@@ -113,7 +112,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(value):
     healthy = jax.device_put(good.parameters, machine.state_shardings.parameters)
     state, metrics = machine.step(state._replace(parameters=healthy), batch)
     assert int(metrics["skipped"]) == 2 and int(metrics["skipped_in_row"]) == 0
-    # It is the second update, as if nothing had been skipped: so are the schedule and the moments.
+    # The schedule and the moments continue as if the skipped steps had not happened.
     second, expected = machine.step(jax.device_put(good, machine.state_shardings), batch)
     assert float(metrics["learning_rate"]) == float(expected["learning_rate"])
     jax.tree.map(np.testing.assert_array_equal, host(state.parameters), host(second.parameters))
@@ -124,10 +123,10 @@ def lowered(machine):
 
 
 def test_no_array_of_all_logits_exists():
-    vocab = 31  # the length of no other axis
+    vocab = 31  # no other axis has this length
     machine = program(**{"model.vocab_size": vocab, "loss.chunk_tokens": 24})
-    text = lowered(machine).compile().as_text()
-    shapes = [tuple(map(int, found.split(","))) for found in re.findall(r"\bf32\[([\d,]+)\]", text)]
+    found = re.findall(r"\bf32\[([\d,]+)\]", lowered(machine).compile().as_text())
+    shapes = [tuple(map(int, shape.split(","))) for shape in found]
     width = machine.config.model.d_model
     logits = [shape for shape in shapes if vocab in shape and width not in shape]
     assert (24, vocab) in logits or (vocab, 24) in logits
@@ -136,11 +135,11 @@ def test_no_array_of_all_logits_exists():
 
 def test_the_head_is_not_computed_for_streams_without_weight():
     def head_flops(loss_weights):
-        """What 512 more entries of the vocabulary cost: the head, and a little of the optimizer."""
+        """FLOPs of 512 more entries of the vocabulary, nearly all of them in the head."""
         sizes = [
             {"model.vocab_size": size, "streams.loss_weights": loss_weights} for size in (512, 1024)
         ]
-        # One chunk: the analysis counts the body of a loop once.
+        # Use one chunk, because the cost analysis counts the body of a loop once.
         programs = [program(**size, **{"loss.chunk_tokens": 1024}) for size in sizes]
         small, large = (lowered(machine).cost_analysis()["flops"] for machine in programs)
         return large - small
@@ -148,25 +147,23 @@ def test_the_head_is_not_computed_for_streams_without_weight():
     assert 0.45 < head_flops(WEIGHTS) / head_flops((1.0, 1.0, 0.5, 2.0)) < 0.6
 
 
-def test_the_step_compiles_once_and_reuses_the_state():
+def test_the_step_compiles_once_and_donates_the_state():
     machine = program()
-    state, before = machine.init(), machine.step._cache_size()
+    state = machine.init()
     for seed in range(3):
         old = state
         state, _ = machine.step(state, place(machine, random_tables(machine.config, seed)))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
-    assert machine.step._cache_size() == max(before, 1) == 1
+    assert machine.step._cache_size() == 1
 
 
-def test_the_moments_exist_once():
-    """Memory besides the state grows by gradients and updates, not by copies of the moments."""
+def test_the_step_does_not_copy_the_moments():
+    """Temporaries grow with the gradients and updates only."""
 
     def temporaries(vocab_size):
-        compiled = lowered(
-            program(**{"model.vocab_size": vocab_size, "loss.chunk_tokens": 8})
-        ).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        machine = program(**{"model.vocab_size": vocab_size, "loss.chunk_tokens": 8})
+        return lowered(machine).compile().memory_analysis().temp_size_in_bytes
 
     width = program().config.model.d_model
-    more = 4 * 8192 * width  # bytes of as many rows of the embedding table
+    more = 4 * 8192 * width  # bytes of 8192 more rows of the embedding table
     assert (temporaries(16384) - temporaries(8192)) / more < 3

@@ -1,4 +1,4 @@
-"""The tokenizer: round trips, silence that no text can spell, reproducible training, errors."""
+"""The tokenizer: round trips, control pieces, reproducible training, and errors."""
 
 import functools
 
@@ -24,8 +24,9 @@ def trained(model_type):
     return train(CORPUS, TokenizerConfig(model_type=model_type, vocab_size=400))
 
 
-def imported_json():
-    """A byte-level BPE file of the `tokenizers` library, with special tokens."""
+@functools.cache
+def imported():
+    """A tokenizer from a byte-level BPE file of the `tokenizers` library with special tokens."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
@@ -36,7 +37,7 @@ def imported_json():
         show_progress=False,
     )
     model.train_from_iterator(CORPUS, trainer)
-    return model.to_str().encode()
+    return Tokenizer.from_bytes("tokenizers", model.to_str().encode(), "<silence>")
 
 
 @pytest.mark.parametrize("model_type", ["unigram", "bpe"])
@@ -51,13 +52,13 @@ def test_any_text_round_trips(model_type, text):
 
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(ALPHABET))
-def test_characters_of_the_corpus_round_trip_one_token_each(text):
+def test_a_char_tokenizer_has_one_token_per_character(text):
     tokenizer = trained("char")
     assert len(tokenizer.encode(text)) == len(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_words_are_the_same_token_everywhere():
+def test_a_word_has_the_same_token_everywhere():
     tokenizer = trained("word")
     first, *_, last = tokenizer.encode("48 clips, then 48")
     assert first == last != tokenizer.unknown_id
@@ -67,38 +68,32 @@ def test_words_are_the_same_token_everywhere():
 
 @settings(max_examples=60, deadline=None)
 @given(before=ANY_TEXT, after=ANY_TEXT)
-def test_imported_file_round_trips_and_text_cannot_spell_special_tokens(before, after):
-    tokenizer = Tokenizer.from_bytes("tokenizers", IMPORTED, "<silence>")
+def test_an_imported_file_round_trips_and_text_cannot_spell_special_tokens(before, after):
+    tokenizer = imported()
     ids = tokenizer.encode(f"{before}<silence><eos>{after}")
     assert tokenizer.decode(ids) == f"{before}<silence><eos>{after}"
     assert not {tokenizer.piece(i) for i in ids} & {"<silence>", "<eos>"}
 
 
-IMPORTED = imported_json()
-
-
 @pytest.mark.parametrize("model_type", ["unigram", "bpe", "word", "char"])
-def test_silence_comes_from_no_text_and_is_dropped_by_decode(model_type):
+def test_text_cannot_spell_silence_and_decode_drops_it(model_type):
     tokenizer = trained(model_type)
     assert tokenizer.silence_id not in tokenizer.encode("<silence> then<silence>")
-    ids = tokenizer.encode("then half")
-    assert (
-        tokenizer.decode([tokenizer.silence_id, ids[0], tokenizer.silence_id, *ids[1:]])
-        == "then half"
-    )
+    first, *rest = tokenizer.encode("then half")
+    tokens = [tokenizer.silence_id, first, tokenizer.silence_id, *rest]
+    assert tokenizer.decode(tokens) == "then half"
     assert tokenizer.piece(tokenizer.silence_id) == "<silence>"
 
 
 @settings(max_examples=40, deadline=None)
 @given(before=st.text(ALPHABET), after=st.text(ALPHABET))
-def test_reserved_pieces_come_from_no_text(before, after):
+def test_text_cannot_spell_reserved_pieces(before, after):
     tokenizer = with_reserved()
     ids = tokenizer.encode(f"{before}<turn>{after}<silence><end>")
     assert tokenizer.decode(ids) == f"{before}<turn>{after}<silence><end>"
     assert set(tokenizer.control) == {"<silence>", "<turn>", "<end>"}
-    assert (
-        not set(ids) & set(tokenizer.control.values()) and len(set(tokenizer.control.values())) == 3
-    )
+    control_ids = set(tokenizer.control.values())
+    assert len(control_ids) == 3 and not set(ids) & control_ids
 
 
 @functools.cache
@@ -107,7 +102,7 @@ def with_reserved():
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "invalid",
     [
         {"reserved": ("<a>", "<a>")},
         {"reserved": ("<silence>",)},
@@ -115,19 +110,17 @@ def with_reserved():
         {"reserved": ("<a>",), "path": "t.model"},
     ],
 )
-def test_wrong_reserved_pieces_are_named(wrong):
+def test_invalid_reserved_pieces_are_refused(invalid):
     with pytest.raises(
         UserError, match=r"config.data.tokenizer.reserved is \('.*must be different pieces"
     ):
-        Config(data=DataConfig(tokenizer=TokenizerConfig(**wrong)))
+        Config(data=DataConfig(tokenizer=TokenizerConfig(**invalid)))
 
 
-def test_imported_decode_drops_silence():
-    tokenizer = Tokenizer.from_bytes("tokenizers", IMPORTED, "<silence>")
-    assert (
-        tokenizer.decode([tokenizer.silence_id, *tokenizer.encode("half"), tokenizer.silence_id])
-        == "half"
-    )
+def test_decode_of_an_imported_file_drops_silence():
+    tokenizer = imported()
+    tokens = [tokenizer.silence_id, *tokenizer.encode("half"), tokenizer.silence_id]
+    assert tokenizer.decode(tokens) == "half"
 
 
 @pytest.mark.parametrize("model_type", ["unigram", "bpe", "word", "char"])
@@ -137,15 +130,12 @@ def test_training_is_reproducible(model_type):
 
 
 def test_save_and_load(tmp_path):
-    for tokenizer in (trained("unigram"), Tokenizer("tokenizers", IMPORTED, "<silence>")):
+    for tokenizer in (trained("unigram"), imported()):
         path = tmp_path / ("t.json" if tokenizer.kind == "tokenizers" else "t.model")
         path.write_bytes(tokenizer.to_bytes())
         loaded = Tokenizer.load(path)
-        assert (loaded.kind, loaded.hash, loaded.vocab_size) == (
-            tokenizer.kind,
-            tokenizer.hash,
-            tokenizer.vocab_size,
-        )
+        for name in ("kind", "hash", "vocab_size"):
+            assert getattr(loaded, name) == getattr(tokenizer, name), name
         assert loaded.encode(CORPUS[0]) == tokenizer.encode(CORPUS[0])
 
 
@@ -160,8 +150,8 @@ def test_errors_name_the_file_and_the_remedy(tmp_path):
         UserError, match="good.model has no control .*'<quiet>'.*config.data.tokenizer.silence"
     ):
         Tokenizer.load(tmp_path / "good.model", "<quiet>")
-    with pytest.raises(UserError, match="no control"):  # a piece, but one that text gives
-        Tokenizer.from_bytes("tokenizers", IMPORTED, "h")
+    with pytest.raises(UserError, match="no control"):  # an ordinary piece
+        Tokenizer.from_bytes("tokenizers", imported().to_bytes(), "h")
     with pytest.raises(UserError, match="no text to train"):
         train([], TokenizerConfig())
     with pytest.raises(UserError, match="vocab_size is 9"):
