@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from msllm.bench import gpu
 from msllm.config import import_object
 from msllm.errors import UserError
 from msllm.runtime import environment
@@ -53,6 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "prepare": {"size_mb": [64, 256], "converter": "chat", "processes": 2},
     "loader": {"tables": 4000, "sources": 1, "silence": 60, "epochs": 4},
+    "gpu": {"small": False, "parts": list(gpu.PARTS), "minutes": 8.5, "json": "gpu_bench.json"},
 }
 
 
@@ -71,6 +73,8 @@ def make_cases(benchmark: str, given: Mapping[str, Any]) -> list[dict[str, Any]]
         _check_torch(settings)
     if benchmark == "prepare":
         return [{**settings, "size_mb": size} for size in settings["size_mb"]]
+    if benchmark == "gpu":
+        return [settings]
     if benchmark == "loader":
         return [{"rows": 512, "batch": 32, "streams": size, **settings} for size in (1, 3, 10)]
     rows, batches = settings["rows"], settings["batch"]
@@ -93,9 +97,13 @@ def make_cases(benchmark: str, given: Mapping[str, Any]) -> list[dict[str, Any]]
 def run_case(benchmark: str, case: dict[str, Any]) -> None:
     """Runs a case in a new process, with the memory allocator settings of launch/env.sh.
 
+    The case of `gpu` starts its own processes.
+
     Raises:
       UserError: the process failed.
     """
+    if benchmark == "gpu":
+        return gpu.run(case)
     defaults = {
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1",
         # Without this setting, idle threads of torch spin while jax works.

@@ -51,7 +51,7 @@ def train_case(case: dict[str, Any]) -> list[dict[str, Any]]:
       case: the settings of `runner.SETTINGS["train"]`, with one value of rows and of batch.
     """
     program = _make_program(case)
-    tables = _random_tables(case)
+    tables = random_tables(case)
     batch = {
         name: jax.device_put(tables[name], x.sharding) for name, x in program.abstract_batch.items()
     }
@@ -117,7 +117,7 @@ def _make_program(case: dict[str, Any]) -> Program:
     return Program(config, StreamSpec.from_config(config.streams), make_mesh(config.mesh))
 
 
-def _random_tables(case: dict[str, Any]) -> dict[str, np.ndarray]:
+def random_tables(case: dict[str, Any]) -> dict[str, np.ndarray]:
     """Returns tables of random tokens without absent cells.
 
     The arrays are tokens and present, [B, T, S], and segment, [B, T].

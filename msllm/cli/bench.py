@@ -6,6 +6,9 @@ decode     one session row by row, with all streams and with one stream
 prepare    preparation of a synthetic corpus: time and memory
 loader     reading prepared tables from disk into batches (T = 512, B = 32,
            S = 1, 3 and 10)
+gpu        one NVIDIA GPU in one command, within --minutes: numerics of the
+           attention kernels, training of 1.7 B parameters beside cuDNN and
+           a dense mask, and decoding; one line per part, results in --json
 
 Each case runs in a new process, on the devices that jax finds. CPU-seconds are
 user and system time of that process (for prepare, also of its workers), so they
@@ -30,6 +33,7 @@ from msllm.cli.base import (
     comma_list,
     given_flags,
     non_negative_int,
+    output_file,
     positive_int,
 )
 
@@ -37,6 +41,7 @@ EXAMPLES = """
 msllm bench train --rows=102,512 --batch=4,1 --d_model=512
 msllm bench attention --backends=chunked,reference --head_dim=128
 msllm bench decode --cache_dtype=int8 --streams=3
+msllm bench gpu --json=results.json
 """
 
 
@@ -85,6 +90,10 @@ _FLAGS = {
     "sources": _Flag("Number of sources; several are mixed.", "N", positive_int),
     "silence": _Flag("Share of silent cells if S > 1.", "PERCENT", non_negative_int),
     "epochs": _Flag("Measured epochs, after a warm-up.", "N", positive_int),
+    "small": _Flag("Smallest sizes, to try the command. They need no GPU."),
+    "parts": _Flag("Parts to run.", "NAME,...", comma_list(str)),
+    "minutes": _Flag("Parts that do not fit into this time are left out.", "N", float),
+    "json": _Flag("File of the results. It is written after every result.", "FILE", output_file),
 }
 
 
