@@ -210,11 +210,12 @@ def test_the_tokenizer_is_trained_on_the_texts_of_tables(tmp_path):
 # Dictated sums.
 
 
-def dictation_tables(single=False, count=200):
+def dictation_tables(single=False, count=200, options=None, rows=64):
     """(tables, tokenizer) of dictated sums in three streams, or in one."""
     streams = ONE if single else THREE
     name = "dictation_single" if single else "dictation"
-    config = make_config(name, streams=streams, options={"examples": count, "seed": 3})
+    given = {"examples": count, "seed": 3} | (options or {})
+    config = make_config(name, streams=streams, options=given, rows=rows)
     word = TokenizerConfig(model_type="word", vocab_size=256)
     tokenizer = train(texts(config, StreamSpec.from_config(streams)), word)
     return run(config, tokenizer), tokenizer
@@ -252,7 +253,7 @@ def test_dictation_reacts_as_soon_as_the_visibility_allows():
     for table in tables:
         question, (start, _) = spoken(table, 0, tokenizer)
         words, silence = question.split(), tokenizer.silence_id
-        end = dictation.question_end(table.tokens[:, 0], tokenizer.encode("?")[0])
+        (end,) = dictation.question_ends(table.tokens[:, 0], tokenizer.encode("?")[0])
         answer, (answer_start, answer_end) = spoken(table, 2, tokenizer)
         assert start == 0 and end == len(words) - 1
         assert answer.split() == dictation.expected_answer(words)
@@ -275,12 +276,67 @@ def test_dictation_in_one_stream_has_the_same_examples():
     assert [t.example for t in multi] == [t.example for t in single]
     tokenizer = dictation_tables(single=True)[1]
     words = tokenizer.decode(single[0].tokens[:, 0]).split()
-    end = dictation.question_end(single[0].tokens[:, 0], tokenizer.encode("?")[0])
+    (end,) = dictation.question_ends(single[0].tokens[:, 0], tokenizer.encode("?")[0])
     assert words[end] == "?" and words[-4:] == dictation.expected_answer(words[: end + 1])
 
 
-def test_question_end_is_negative_without_a_question():
-    assert dictation.question_end(np.array([4, 5]), 9) == -1
+CONVERSATIONS = {"questions": 3, "silence": 60}
+
+
+def test_conversations_draw_their_pauses_and_ask_no_question_twice():
+    conversations = list(dictation.converse(2000, seed=5, **CONVERSATIONS))
+    turns = [turn for conversation in conversations for turn in conversation]
+    assert {len(conversation) for conversation in conversations} == {1, 2, 3}
+    assert len({" ".join(turn.dictation.question) for turn in turns}) == len(turns)
+    between = [turn.silence[0] for c in conversations for turn in c[1:]]
+    inside = [rows for turn in turns for rows in turn.silence[1:]]
+    for pauses, share in ((between, 0.6), (inside, 0.06)):
+        assert min(pauses) == 0 and share - 0.02 < np.mean(np.array(pauses) > 0) < share + 0.02
+    assert max(between) > 50 and max(sum(sum(t.silence) for t in c) for c in conversations) == 60
+    plain = list(dictation.converse(50, seed=5))
+    assert [c[0].dictation for c in plain] == list(dictation.generate(50, seed=5))
+    assert not any(sum(turn.silence) for (turn,) in plain)
+
+
+def test_conversations_react_as_soon_as_the_visibility_allows():
+    tables, tokenizer = dictation_tables(options=CONVERSATIONS, rows=100)
+    silence = tokenizer.silence_id
+    turns = 0
+    for table in tables:
+        assert len(table.tokens) <= 100
+        user, thought, output = table.tokens.T
+        start = 0
+        for end in dictation.question_ends(user, tokenizer.encode("?")[0]):
+            at = np.flatnonzero(user[start : end + 1] != silence) + start
+            words = [tokenizer.decode([user[row]]) for row in at]
+            answer = output[end + dictation.REACTION :][:4]
+            assert tokenizer.decode(answer).split() == dictation.expected_answer(words)
+            for index, said in dictation.work_out(words)[0]:
+                rows = at[index] + dictation.REACTION + np.arange(len(said))
+                assert [tokenizer.decode([thought[row]]) for row in rows] == said
+            start, turns = end + 1, turns + 1
+        assert (user[start:] == silence).all()
+    assert turns > 1.5 * len(tables)
+
+
+def test_conversations_in_one_stream_have_the_same_examples():
+    options = CONVERSATIONS
+    multi, tokenizer = dictation_tables(options=options, rows=300)
+    single, _ = dictation_tables(single=True, options=options, rows=300)
+    assert [t.example for t in multi] == [t.example for t in single]
+    end_id = tokenizer.encode("?")[0]
+    for first, second in zip(multi, single):
+        asked = dictation.question_ends(second.tokens[:, 0], end_id)
+        assert len(dictation.question_ends(first.tokens[:, 0], end_id)) == len(asked)
+        closing = second.tokens[:, 0] == tokenizer.silence_id
+        assert not closing[: closing.argmax()].any() and closing[closing.argmax() :].all()
+
+
+def test_options_of_conversations_have_limits():
+    for options in ({"questions": 0}, {"silence": -1}, {"examples": 0}):
+        message = rf"options.{next(iter(options))} is .*must be at least"
+        with pytest.raises(UserError, match=message):
+            dictation_tables(options=options)
 
 
 # Bad input.

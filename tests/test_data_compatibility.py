@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-from msllm.config import from_config_dict
+from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig, from_config_dict
 from msllm.data import identity, records
 from msllm.data.loader import Loader
 from msllm.data.prepare import prepare
@@ -77,6 +77,25 @@ def test_an_unfinished_run_is_continued(folder, capsys):
     assert "holds 1 of 1 portions" in capsys.readouterr().out
     assert shard.stat().st_mtime_ns == before
     assert len(pairs_in(config, "train")) == 5
+
+
+def test_data_prepared_before_an_option_existed_are_accepted(tmp_path, capsys):
+    options = {"examples": 20, "seed": 0}
+    tokenizer = TokenizerConfig(model_type="word", vocab_size=256)
+    data = DataConfig(
+        converter="dictation", options=options, rows=64, shards=1, tokenizer=tokenizer
+    )
+    streams = StreamsConfig(("user", "thought", "output"), ("input", "thought", "output"))
+    prepare(Config(data=data, streams=streams), tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["settings"]["options"] == options | {"questions": 1, "silence": 0}
+    manifest["settings"]["options"] = options  # as in a manifest of an earlier version
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    prepare(Config(data=data, streams=streams), tmp_path)
+    assert "already holds this data" in capsys.readouterr().out
+    other = dataclasses.replace(data, options=options | {"questions": 2})
+    with pytest.raises(UserError, match=r"other settings \(options differ\)"):
+        prepare(Config(data=other, streams=streams), tmp_path)
 
 
 def test_a_changed_input_is_refused(folder):

@@ -9,7 +9,8 @@ import pytest
 from many_sessions import Check
 
 from msllm import tokenizer
-from msllm.config import TokenizerConfig
+from msllm.config import Config, DataConfig, TokenizerConfig
+from msllm.decode import script
 from msllm.decode.engine import FREE, DecodeOptions, Engine, Stop
 from msllm.errors import UserError
 
@@ -36,6 +37,28 @@ def tokens(rows):
 def steps(session, count):
     """The tokens [R, S] of `count` single steps."""
     return tokens([session.step() for _ in range(count)])
+
+
+def test_more_rows_than_in_training_get_one_warning(make_model, caplog):
+    data = DataConfig(rows=12)
+    trained = dataclasses.replace(make_model(3), step=1, run_config=Config(data=data))
+    assert script.default_window(trained) == 12
+    assert script.default_window(make_model(3)) == script.DEFAULT_WINDOW
+    imported = dataclasses.replace(trained.run_config, init_from="folder")
+    for model, window in (
+        (trained, 12),
+        (dataclasses.replace(trained, run_config=imported), 16),
+        (dataclasses.replace(trained, step=0), 16),
+    ):
+        Engine(model, sessions=1, window=window, silence_id=SILENCE).open().run(20)
+    assert not caplog.records
+    engine = Engine(trained, sessions=2, window=16, silence_id=SILENCE)
+    engine.open().run(15)  # 12 rows and a quarter
+    assert not caplog.records
+    engine.open()
+    engine.run(20)
+    (record,) = caplog.records
+    assert "trained on tables of 12 rows" in record.message and "window=12" in record.message
 
 
 def test_input_enters_the_next_row_that_is_read(engine):

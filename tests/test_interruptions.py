@@ -7,7 +7,7 @@ import pytest
 
 from msllm.data.dictation import REACTION
 from msllm.errors import UserError
-from msllm.evals.exact_match import streams_case
+from msllm.evals.exact_match import Turn, streams_case
 from msllm.evals.held_out import examples, open_split
 from msllm.evals.interruptions import Verdict, _corrected, _given, _live, evaluate, judge
 from msllm.tokenizer import Tokenizer
@@ -15,9 +15,9 @@ from msllm.tokenizer import Tokenizer
 USER, THOUGHT, OUTPUT = range(3)
 
 
-def table(tokenizer: Tokenizer, **columns) -> np.ndarray:
-    """Tokens [16, 3] with texts {row: text} in some columns, and silence elsewhere."""
-    tokens = np.full((16, 3), tokenizer.silence_id)
+def table(tokenizer: Tokenizer, rows: int = 16, **columns) -> np.ndarray:
+    """Tokens [rows, 3] with texts {row: text} in some columns, and silence elsewhere."""
+    tokens = np.full((rows, 3), tokenizer.silence_id)
     for s, name in enumerate(("user", "thought", "output")):
         for row, text in columns.get(name, {}).items():
             ids = tokenizer.encode(text)
@@ -26,13 +26,14 @@ def table(tokenizer: Tokenizer, **columns) -> np.ndarray:
 
 
 def test_verdicts_on_outputs_and_thoughts(loaded):
-    case = next(_corrected(loaded, "", 1))
+    case = _corrected(loaded, "", 1)[0]
     user = {0: "take 3 add 1 no wait add 2 ?"}
     encode = loaded.tokenizer.encode
-    case = case._replace(answer=[encode("that makes 5 .")])
+    case = case._replace(turns=[Turn(8, [encode("that makes 5 .")], 1)])
 
     def verdict(**columns):
-        return judge(table(loaded.tokenizer, user=user, **columns), case, loaded)
+        (verdict,) = judge(table(loaded.tokenizer, user=user, **columns), case, loaded)
+        return verdict
 
     # The "undo" before the user's "wait" is not a reaction to it.
     thought = {0: "undo", 8: "undo =3"}
@@ -44,14 +45,28 @@ def test_verdicts_on_outputs_and_thoughts(loaded):
 def test_verdicts_on_the_training_data_are_followed(loaded):
     wait = loaded.tokenizer.encode("wait")[0]
     tables = [t for t in examples(open_split(loaded)) if (t.tokens == wait).any()]
-    verdicts = [judge(t.tokens, streams_case(t, loaded), loaded) for t in tables]
+    verdicts = [v for t in tables for v in judge(t.tokens, streams_case(t, loaded), loaded)]
     assert len(verdicts) >= 3
     assert set(verdicts) == {Verdict(followed=True, ignored=False, rows_to_notice=REACTION)}
-    assert len(list(_corrected(loaded, "", 500))) == len(tables)
+    assert len(_corrected(loaded, "", 500)) == len(tables)
+
+
+def test_each_correction_of_a_conversation_has_a_verdict(loaded):
+    encode = loaded.tokenizer.encode
+    corrected = "take 3 add 1 no wait add 2 ?"
+    user, ends = {0: corrected, 12: "take 4 add 1 ?", 22: corrected}, (8, 16, 30)
+    columns = {
+        "thought": {7: "undo =3", 29: "undo =3"},
+        "output": {10: "that makes 5 .", 18: "that makes 5 .", 32: "that makes 4 ."},
+    }
+    tokens = table(loaded.tokenizer, rows=40, user=user, **columns)
+    turns = [Turn(end, [encode("that makes 5 .")], 1) for end in ends]
+    case = _corrected(loaded, "", 1)[0]._replace(turns=turns)
+    assert judge(tokens, case, loaded) == [Verdict(True, False, 2), Verdict(False, True, 2)]
 
 
 def test_sessions_are_fed_every_word_of_the_user_in_order(loaded):
-    cases = list(_corrected(loaded, "", 3))
+    cases = _corrected(loaded, "", 3)
 
     def said(column):
         return column[column != loaded.tokenizer.silence_id].tolist()
@@ -60,7 +75,8 @@ def test_sessions_are_fed_every_word_of_the_user_in_order(loaded):
         assert (given[: len(case.prompt), USER] == case.prompt[:, USER]).all()
         assert said(live[:, USER]) == said(case.prompt[:, USER])
         # A word that follows silence goes into the row that was shown last.
-        late = np.flatnonzero(live[:, USER] == said(case.prompt[:, USER])[-1])[-1] - case.end
+        end = case.turns[-1].end
+        late = np.flatnonzero(live[:, USER] == said(case.prompt[:, USER])[-1])[-1] - end
         assert -1 <= late <= 0
 
 

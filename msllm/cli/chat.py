@@ -42,8 +42,8 @@ def define_flags(parser: Parser) -> None:
         "--window",
         metavar="ROWS",
         type=positive_int,
-        default=1024,
-        help="Number of past rows that the model sees. The session itself has no limit.",
+        help="Number of past rows that the model sees. The session itself has no limit. Default: "
+        "as many rows as the model was trained on, or 1024 if that is unknown.",
     )
     parser.add_argument(
         "--out",
@@ -62,6 +62,7 @@ def open_player(flags: argparse.Namespace) -> Player:
     from msllm.chat.player import Live, Replay, warm_up
     from msllm.chat.recording import Recording
     from msllm.decode.engine import Engine
+    from msllm.decode.script import check_rows, default_window
 
     if (flags.checkpoint is None) == (flags.replay is None):
         raise UserError(
@@ -72,7 +73,9 @@ def open_player(flags: argparse.Namespace) -> Player:
         return Replay(Recording.load(flags.replay), 1.0 if flags.pace is None else flags.pace)
     model = load_model(flags)
     model.require_tokenizer()
-    engine = Engine(model, window=flags.window)
+    window = flags.window or default_window(model)
+    check_rows(model.trained_rows, window)  # now, because a later warning would disturb the screen
+    engine = Engine(model, window=window)
     print("compiling ...", file=sys.stderr)
     warm_up(engine)
     options = generate.sampling_options(flags, model.streams)

@@ -11,10 +11,14 @@ With the default visibility, another stream reads a word of row r in row r + 1, 
 to it in row r + 2. Every thought therefore starts `REACTION` rows after the word that it answers,
 and the answer starts `REACTION` rows after the question mark. The number is the third word of the
 answer, so that the output has read the last thought by then.
+
+An example is a conversation: `converse` draws how many questions the user asks, and the silent rows
+before, between and inside them. A model that has seen such silences answers whenever it is asked.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -30,21 +34,59 @@ ADD, SUBTRACT = ("add", "plus"), ("subtract", "minus")
 OPENINGS = ((), (), ("please",), ("ok",), ("now", "please"))
 FILLERS = ((), (), ("then",), ("now",), ("and",), ("um",), ("and", "then"), ("well", "now"))
 BACK = "undo"
+UNTIL_NEXT = 0.4  # fraction of the questions before which the user does not pause
+HESITATIONS = 0.5  # fraction of the questions inside which the user pauses
+HESITATION_ROWS = 5  # rows of the longest pause inside a question, and before the first one
 
 
 class Dictation(NamedTuple):
-    """One example."""
+    """One question and its answer."""
 
     question: list[str]  # the user's words, the last of them "?"
     thoughts: list[tuple[int, list[str]]]  # (index of the word that it answers, words)
     answer: list[str]  # the output's words
 
 
+class Turn(NamedTuple):
+    """A question of a conversation."""
+
+    dictation: Dictation
+    silence: list[int]  # silent rows before each word of the question, from the word before it on
+
+
 def generate(count: int, seed: int) -> Iterator[Dictation]:
-    """Yields `count` distinct examples, which depend on the seed alone."""
+    """Yields `count` distinct questions, which depend on the seed alone."""
+    return itertools.islice(_dictations(seed), count)
+
+
+def converse(count: int, seed: int, questions: int = 1, silence: int = 0) -> Iterator[list[Turn]]:
+    """Yields `count` conversations, in which no question occurs twice.
+
+    Args:
+      count: the number of conversations.
+      seed: they depend on it and on the other arguments alone.
+      questions: the most questions of a conversation. Each conversation draws its number.
+      silence: the most rows in which the user pauses, in all of a conversation. How often and how
+        long the user pauses before and inside questions is drawn. 0: the user never pauses.
+    """
+    rng = random.Random(f"conversations {seed}")
+    dictations = _dictations(seed)
+    for _ in range(count):
+        asked = itertools.islice(dictations, _pick(rng, range(1, questions + 1)))
+        conversation, left = [], silence
+        for asked_next in asked:
+            before = left if conversation else HESITATION_ROWS
+            rows = _silence(rng, len(asked_next.question), before, left)
+            conversation.append(Turn(asked_next, rows))
+            left -= sum(rows)
+        yield conversation
+
+
+def _dictations(seed: int) -> Iterator[Dictation]:
+    """Yields distinct questions without end."""
     rng = random.Random(seed)
     seen: set[str] = set()
-    while len(seen) < count:
+    while True:
         question = _question(rng)
         if question in seen:
             continue
@@ -52,6 +94,29 @@ def generate(count: int, seed: int) -> Iterator[Dictation]:
         words = question.split()
         thoughts, value = work_out(words)
         yield Dictation(words, thoughts, answer_words(value))
+
+
+def _silence(rng: random.Random, words: int, before: int, most: int) -> list[int]:
+    """Draws the silent rows before each word of a question, at most `most` in all.
+
+    `before` is the longest pause before the question.
+    """
+    rows = [0] * words
+    pauses = []  # (index of a word, the longest pause before it)
+    if rng.random() >= UNTIL_NEXT:
+        pauses.append((0, before))
+    if rng.random() < HESITATIONS:
+        pauses += [(_pick(rng, range(1, words)), HESITATION_ROWS) for _ in range(2)]
+    for word, longest in pauses:
+        longest = min(longest, most - sum(rows))
+        if longest > 0:
+            rows[word] += _log_uniform(rng, longest)
+    return rows
+
+
+def _log_uniform(rng: random.Random, longest: int) -> int:
+    """Returns a random number from 1 to `longest`. Each power of two is about equally likely."""
+    return min(int((longest + 1) ** rng.random()), longest)
 
 
 def answer_words(value: int) -> list[str]:
@@ -94,14 +159,13 @@ def work_out(question: Sequence[str]) -> tuple[list[tuple[int, list[str]]], int]
     return thoughts, values[-1]
 
 
-def question_end(tokens: np.ndarray, end_id: int) -> int:
-    """Returns the row of the question mark (id `end_id`) in one stream's tokens [T], or -1.
+def question_ends(tokens: np.ndarray, end_id: int) -> list[int]:
+    """Returns the rows of the question marks (id `end_id`) in one stream's tokens [T].
 
-    The stream is the user's or, in the single layout, the only one. In the single layout the prompt
-    ends with the row of the question mark.
+    The stream is the user's or, in the single layout, the only one. In the single layout a question
+    ends, and its thoughts begin, after the row of its question mark.
     """
-    rows = np.flatnonzero(np.asarray(tokens) == end_id)
-    return int(rows[0]) if len(rows) else -1
+    return np.flatnonzero(np.asarray(tokens) == end_id).tolist()
 
 
 def _question(rng: random.Random) -> str:

@@ -107,14 +107,22 @@ def _belongs_to_msllm(path: str) -> bool:
 
 
 def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings without the hashes of msllm's own modules, which older manifests hold."""
+    """Returns settings in the form of this version.
+
+    Older manifests hold the hashes of msllm's own modules, and lack the options of converters that
+    were added later. A missing option has its default value.
+    """
     paths = {
         "converter_code": settings.get("converter", ""),
         "format_code": settings.get("data.format", ""),
         "eval_format_code": settings.get("data.eval_format", ""),
     }
-    return {
+    found = {
         name: value
         for name, value in settings.items()
         if not (name in paths and _belongs_to_msllm(paths[name]))
     }
+    converter, options = settings.get("converter"), settings.get("options")
+    if converter in converters.CONVERTERS and isinstance(options, dict):
+        found["options"] = converters.get_converter(converter, {})[1] | options
+    return found

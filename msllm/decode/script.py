@@ -8,7 +8,9 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import functools
 import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +21,34 @@ from msllm.errors import UserError
 from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
 from msllm.weights.load import LoadedModel
+
+log = logging.getLogger("msllm")
+
+# A session that sees more than this many times the rows that its model was trained on gets a
+# warning.
+FAR = 1.25
+DEFAULT_WINDOW = 1024  # rows, for models whose number of training rows is unknown
+
+
+def default_window(model: LoadedModel) -> int:
+    """The window of the commands: as many rows as the model was trained on, if that is known."""
+    return max(model.trained_rows or DEFAULT_WINDOW, 2)
+
+
+def check_rows(trained: int | None, rows: int) -> None:
+    """Warns, once, if a session sees `rows` rows and its model was trained on far fewer."""
+    if trained is not None and rows > FAR * trained:
+        _warn_once(
+            f"the model was trained on tables of {trained} rows, and sessions see more than"
+            f" {int(FAR * trained)}: attention over longer distances is untrained, and answers may"
+            f" become wrong; open the engine with window={trained}, or train with a"
+            " larger config.data.rows"
+        )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +187,10 @@ class Script:
         """`keep` and `window` are those of the engine, in rows. Raises UserError."""
         size = model.streams.size
         self.streams, self.silence_id, self.stop, self.keep = model.streams, silence_id, stop, keep
+        self._trained_rows = model.trained_rows
+        # The row with which the session sees too many rows; 0: it never does.
+        far = int(FAR * (self._trained_rows or window)) + 1
+        self._far_row = far if far <= window else 0
         self._tokenizer, self._vocab_size = model.tokenizer, model.config.vocab_size
         self._is_input = np.array([kind == "input" for kind in self.streams.kinds])
         self._delays = np.array(self.streams.delays or (0,) * size)
@@ -351,6 +385,8 @@ class Script:
         rows = self._kept_rows if self.rows < self.keep else self._recent_rows
         rows.append((tokens, present))
         self.rows += 1
+        if self.rows == self._far_row:
+            check_rows(self._trained_rows, self.rows)
 
     def _take(self, stream: int, tokens: np.ndarray, row: int) -> None:
         """Moves a token from the stream's input queue into `tokens`, those of row `row`."""

@@ -1,9 +1,10 @@
 """Exact match: how often the output streams say exactly what they should, and how soon.
 
 The input streams of each held-out example are given row by row, and the model generates all other
-streams. An answer is right if the tokens of every output stream, without silence, equal those of
-the example. If an output holds working before the answer, a mark separates the two, and only the
-tokens after the mark are compared.
+streams. If the input and the outputs of an example take turns, each turn has an answer of its own;
+otherwise the example has one answer. An answer is right if the tokens of every output stream,
+without silence, equal those of the example. If an output holds working before the answer, a mark
+separates the two, and only the tokens after the mark are compared.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from msllm.data.dictation import QUESTION_END, expected_answer, question_end
+from msllm.data.dictation import QUESTION_END, expected_answer, question_ends, work_out
 from msllm.data.loader import spread
 from msllm.data.tables import Table
 from msllm.decode.engine import FREE, generate
@@ -31,28 +32,32 @@ SLACK = 8  # rows by which an answer may come later than in the example
 
 @dataclasses.dataclass(frozen=True)
 class ExactMatch:
-    """The answers to held-out examples. Rows are counted from the last token of the input.
+    """The answers to held-out examples. Rows are counted from the last token of a turn's input.
 
     Attributes:
       examples: number of examples.
-      exact_match: share of the examples with an exact answer.
-      answered: share of the examples in which every output stream gave an answer, right or wrong.
+      answers: number of the answers that the examples hold, one for each turn.
+      exact_match: share of the answers that are exact.
+      answered: share of the turns in which every output stream gave an answer, right or wrong.
+      by_turn: share of exact answers among the first turns of the examples, the second ones, ...
       rows_to_first: median number of rows to the first token of the answer, over exact answers.
       rows_to_last: median number of rows to the last token of the answer, over exact answers.
       answered_rows: median number of rows to the first token of the answer, over all answers.
       one_stream_rows: median number of rows to the first token of the answer if a single stream
         held the question, the thoughts and the answer.
 
-    A median over no values is nan.
+    A median over no values is None.
     """
 
     examples: int
+    answers: int
     exact_match: float
     answered: float
-    rows_to_first: float
-    rows_to_last: float
-    answered_rows: float
-    one_stream_rows: float
+    by_turn: tuple[float, ...]
+    rows_to_first: float | None
+    rows_to_last: float | None
+    answered_rows: float | None
+    one_stream_rows: float | None
 
 
 def evaluate(
@@ -74,40 +79,78 @@ def evaluate(
     wanted = set(spread(loader.manifest["splits"]["eval"]["examples"], examples))
     tables = [table for i, table in enumerate(held_out_examples(loader)) if i in wanted]
     converter = model.run_config.data.converter if model.run_config else ""
-    make_case = _single_case if converter == "dictation_single" else streams_case
-    cases = [make_case(table, model) for table in tables]
+    if converter == "dictation_single":
+        cases = [case for table in tables for case in _single_cases(table, model)]
+    else:
+        cases = [streams_case(table, model) for table in tables]
     if after:
         cases = [_only_after(case, after, model.require_tokenizer()) for case in cases]
     # All batches have the same shape, so decoding compiles once.
     rows, size = max(len(case.prompt) for case in cases) + SLACK, min(BATCH, len(cases))
-    answers: list[Answer] = []
+    answers: list[list[Answer]] = []
     for start in range(0, len(cases), size):
         answers += _answer(cases[start : start + size], model, rows, size, after)
-    answered = [answer for answer in answers if answer.first is not None]
+    given = [answer for of_case in answers for answer in of_case]
+    answered = [answer for answer in given if answer.first is not None]
     right = [answer for answer in answered if answer.right]
+    turns: dict[int, list[bool]] = {}
+    for case, of_case in zip(cases, answers):
+        for number, answer in enumerate(of_case, case.first_turn):
+            turns.setdefault(number, []).append(answer.right and answer.first is not None)
     return ExactMatch(
-        examples=len(cases),
-        exact_match=len(right) / len(cases),
-        answered=len(answered) / len(cases),
+        examples=len(tables),
+        answers=len(given),
+        exact_match=len(right) / len(given),
+        answered=len(answered) / len(given),
+        by_turn=tuple(sum(turns[number]) / len(turns[number]) for number in sorted(turns)),
         rows_to_first=_median(answer.first for answer in right),
         rows_to_last=_median(answer.last for answer in right),
         answered_rows=_median(answer.first for answer in answered),
-        one_stream_rows=_median(case.one_stream_rows for case in cases),
+        one_stream_rows=_median(turn.one_stream_rows for case in cases for turn in case.turns),
     )
 
 
 def describe(result: ExactMatch) -> str:
-    """The result as lines of text."""
-    return "\n".join(
-        [
-            f"{result.exact_match:.1%} of {result.examples} held-out examples answered exactly",
-            "rows from the end of the question to the answer: first token"
-            f" {result.rows_to_first:g}, last token {result.rows_to_last:g} (first token in one"
-            f" stream, after reading and thinking: {result.one_stream_rows:g})",
-            f"{result.answered:.1%} answered at all, right or wrong: first token after"
-            f" {result.answered_rows:g} rows",
-        ]
-    )
+    """The result as lines of text. Figures that do not exist are left out."""
+    what = f"{result.examples} held-out examples answered exactly"
+    if result.answers > result.examples:
+        what = f"{result.answers} answers in {result.examples} held-out examples are exact"
+    lines = [f"{result.exact_match:.1%} of {what}"]
+    if len(result.by_turn) > 1:
+        shares = [f"turn {number} {share:.1%}" for number, share in enumerate(result.by_turn, 1)]
+        lines.append("by turn: " + ", ".join(shares))
+    if result.rows_to_first is not None and result.rows_to_last is not None:
+        lines.append(
+            f"exact answers: first token {_after(result.rows_to_first)}, last token"
+            f" {_after(result.rows_to_last)} (first token in one stream, after reading and"
+            f" thinking: {result.one_stream_rows:g} rows after it)"
+        )
+    answered = f"{result.answered:.1%} answered at all, right or wrong"
+    if result.answered_rows is not None:
+        answered += f": first token {_after(result.answered_rows)}"
+    return "\n".join([*lines, answered])
+
+
+def _after(rows: float) -> str:
+    """Says where a row lies that comes `rows` rows after the end of the input."""
+    if rows < 0:
+        return f"{-rows:g} rows before the end of the input"
+    return f"{rows:g} rows after the end of the input"
+
+
+class Turn(NamedTuple):
+    """A question and its answer, in a held-out example.
+
+    Attributes:
+      end: the row of the last token of the turn's input.
+      answer: the tokens of each output stream without silence.
+      one_stream_rows: rows from the end of the question to the first token of the answer if a
+        single stream held the example.
+    """
+
+    end: int
+    answer: list[list[int]]
+    one_stream_rows: int
 
 
 class Case(NamedTuple):
@@ -115,20 +158,28 @@ class Case(NamedTuple):
 
     Attributes:
       prompt: [T, S] int32, the given tokens; FREE where the model samples.
-      end: the row of the input's last token.
-      answer: the tokens of each output stream without silence.
-      one_stream_rows: rows from the end of the question to the first token of the answer if a
-        single stream held the example.
+      turns: the turns to answer, in order.
+      first_turn: the number of the first one of them in the example, from 0.
     """
 
     prompt: np.ndarray
-    end: int
-    answer: list[list[int]]
-    one_stream_rows: int
+    turns: list[Turn]
+    first_turn: int = 0
+
+    def rows_of(self, turn: int) -> slice:
+        """The rows in which the answer to a turn may come.
+
+        An answer comes after the end of its input and at the latest with the end of the next one.
+        The answer of the only turn may come in any row.
+        """
+        if len(self.turns) == 1:
+            return slice(0, None)
+        last = turn + 1 == len(self.turns)
+        return slice(self.turns[turn].end + 1, None if last else self.turns[turn + 1].end + 1)
 
 
 class Answer(NamedTuple):
-    """The answer of a model to an example.
+    """The answer of a model to a turn.
 
     Attributes:
       right: whether the answer equals that of the example.
@@ -156,40 +207,85 @@ def streams_case(table: Table, model: LoadedModel) -> Case:
     spoken = table.present & (table.tokens != silence)
     prompt = np.full(table.tokens.shape, FREE)
     prompt[:, inputs] = np.where(spoken[:, inputs], table.tokens[:, inputs], silence)
+    is_dictation = bool(model.run_config) and model.run_config.data.converter == "dictation"
+    if is_dictation:
+        end_id = model.require_tokenizer().encode(QUESTION_END)[0]
+        ends = question_ends(table.tokens[:, inputs[0]], end_id)
+    else:
+        ends = _turn_ends(spoken[:, inputs].any(1), spoken[:, outputs].any(1))
     thoughts = spoken[:, _streams_of_kind(streams, "thought")]
-    return Case(
-        prompt=prompt,
-        end=int(np.flatnonzero(spoken[:, inputs].any(1))[-1]),
-        answer=[table.tokens[spoken[:, s], s].tolist() for s in outputs],
-        one_stream_rows=int(thoughts.sum()) + 1,
-    )
+    case = Case(prompt, [Turn(end, [], 0) for end in ends])
+    last = 0  # the row after the last token of the answer before
+    for number, turn in enumerate(case.turns):
+        rows = case.rows_of(number)
+        answer = [table.tokens[rows, s][spoken[rows, s]].tolist() for s in outputs]
+        # In one stream, all thoughts since the last answer would come after the question.
+        since, said = last, np.flatnonzero(spoken[rows][:, outputs].any(1))
+        last = rows.start + int(said[-1]) + 1 if len(said) else turn.end + 1
+        working = thoughts[since : last if number + 1 < len(case.turns) else None]
+        case.turns[number] = Turn(turn.end, answer, one_stream_rows=int(working.sum()) + 1)
+    return case
 
 
-def _single_case(table: Table, model: LoadedModel) -> Case:
-    """A dictation in one stream as a task: the model generates the thoughts and the answer."""
+def _turn_ends(listening: np.ndarray, speaking: np.ndarray) -> list[int]:
+    """The last row of each turn's input.
+
+    A turn ends where an input speaks again after the outputs began to answer it. An example in
+    which inputs and outputs speak at the same time is a single turn.
+
+    Args:
+      listening: [T] bool, the rows in which an input speaks. At least one is True.
+      speaking: [T] bool, the rows in which an output speaks.
+    """
+    said = np.flatnonzero(listening)
+    ends = []
+    for row, following in zip(said, said[1:]):
+        if speaking[row + 1 : following].any():
+            ends.append(int(row))
+    ends.append(int(said[-1]))
+    first = int(np.flatnonzero(speaking)[0]) if speaking.any() else ends[0] + 1
+    if first <= ends[0] or (listening & speaking).any():
+        return ends[-1:]
+    return ends
+
+
+def _single_cases(table: Table, model: LoadedModel) -> list[Case]:
+    """Dictations in one stream as tasks: the model generates the thoughts and the answer.
+
+    Each question is a case of its own, in which everything before the question is given.
+    """
     text, tokenizer = table.tokens[:, 0], model.require_tokenizer()
-    end = question_end(text, tokenizer.encode(QUESTION_END)[0])
-    spoken = text[text != tokenizer.silence_id]
-    question = tokenizer.decode(spoken[: end + 1]).split()
-    length = len(tokenizer.encode(" ".join(expected_answer(question))))
-    prompt = np.where(np.arange(len(text)) <= end, text, FREE)[:, None]
-    return Case(prompt, end, [spoken[-length:].tolist()], len(spoken) - length - end)
+    text = text[text != tokenizer.silence_id]
+    cases = []
+    start = 0  # of the question
+    ends = question_ends(text, tokenizer.encode(QUESTION_END)[0])
+    for number, end in enumerate(ends):
+        question = tokenizer.decode(text[start : end + 1]).split()
+        answer = tokenizer.encode(" ".join(expected_answer(question)))
+        thoughts = sum(len(words) for _, words in work_out(question)[0])
+        start = end + 1 + thoughts + len(answer)  # of the next question
+        prompt = np.where(np.arange(start) <= end, text[:start], FREE)[:, None]
+        cases.append(Case(prompt, [Turn(end, [answer], thoughts + 1)], number))
+    return cases
 
 
 def _only_after(case: Case, mark: str, tokenizer: Tokenizer) -> Case:
-    """The case with only the tokens after the mark as its answer.
+    """The case with only the tokens after the mark as its answers.
 
     Raises UserError if no token follows the mark.
     """
-    answer = [tokens[_end_of_mark(tokens, mark, tokenizer) :] for tokens in case.answer]
-    if not all(answer):
-        texts = [tokenizer.decode(tokens) for tokens in case.answer]
-        raise UserError(
-            f"--after={mark}: nothing comes after it in the example's output {texts}: correct the"
-            " mark"
-        )
-    working = sum(map(len, case.answer)) - sum(map(len, answer))
-    return case._replace(answer=answer, one_stream_rows=case.one_stream_rows + working)
+    turns = []
+    for turn in case.turns:
+        answer = [tokens[_end_of_mark(tokens, mark, tokenizer) :] for tokens in turn.answer]
+        if not all(answer):
+            texts = [tokenizer.decode(tokens) for tokens in turn.answer]
+            raise UserError(
+                f"--after={mark}: nothing comes after it in the example's output {texts}: correct"
+                " the mark"
+            )
+        working = sum(map(len, turn.answer)) - sum(map(len, answer))
+        turns.append(Turn(turn.end, answer, turn.one_stream_rows + working))
+    return case._replace(turns=turns)
 
 
 def _end_of_mark(tokens: Sequence[int], mark: str, tokenizer: Tokenizer) -> int:
@@ -206,13 +302,17 @@ def _end_of_mark(tokens: Sequence[int], mark: str, tokenizer: Tokenizer) -> int:
 
 def _answer(
     cases: Sequence[Case], model: LoadedModel, rows: int, batch: int, mark: str = ""
-) -> list[Answer]:
-    """Generates answers to at most `batch` cases, in tables of `rows` rows."""
+) -> list[list[Answer]]:
+    """Generates the answers of at most `batch` cases, in tables of `rows` rows."""
     forced = forced_tables(cases, model, rows, batch)
     generated = generate(model, rows, forced=forced, batch=batch)
     spoken = generated.present & (generated.shown != model.require_tokenizer().silence_id)
     return [
-        _judge(case, generated.shown[b], spoken[b], model, mark) for b, case in enumerate(cases)
+        [
+            _judge(case, turn, generated.shown[b], spoken[b], model, mark)
+            for turn in range(len(case.turns))
+        ]
+        for b, case in enumerate(cases)
     ]
 
 
@@ -234,34 +334,35 @@ def forced_tables(cases: Sequence[Case], model: LoadedModel, rows: int, batch: i
 
 
 def _judge(
-    case: Case, tokens: np.ndarray, spoken: np.ndarray, model: LoadedModel, mark: str
+    case: Case, number: int, tokens: np.ndarray, spoken: np.ndarray, model: LoadedModel, mark: str
 ) -> Answer:
-    """Compares generated tokens with the answer of a case.
+    """Compares generated tokens with the answer to turn `number` of a case.
 
     Args:
       tokens: [T, S].
       spoken: [T, S] bool, which cells are neither silent nor absent.
     """
     outputs = _streams_of_kind(model.streams, "output")
+    turn, window = case.turns[number], case.rows_of(number)
     rows, said = [], []  # the answer's rows and tokens, per output stream
-    for s, answer in zip(outputs, case.answer):
-        at = np.flatnonzero(spoken[:, s])
+    for s, answer in zip(outputs, turn.answer):
+        at = np.flatnonzero(spoken[window, s]) + window.start
         if len(outputs) == model.streams.size:  # the stream also holds the question and the working
-            at = at[at > case.end][-len(answer) :]
+            at = at[at > turn.end][: turn.one_stream_rows - 1 + len(answer)][-len(answer) :]
         elif mark:
             at = at[_end_of_mark(tokens[at, s].tolist(), mark, model.require_tokenizer()) :]
-        rows.append(at - case.end)
+        rows.append(at - turn.end)
         said.append(tokens[at, s].tolist())
     if not all(len(at) for at in rows):
-        return Answer(said == case.answer, None, None)
+        return Answer(said == turn.answer, None, None)
     first, last = min(at[0] for at in rows), max(at[-1] for at in rows)
-    return Answer(said == case.answer, int(first), int(last))
+    return Answer(said == turn.answer, int(first), int(last))
 
 
 def _streams_of_kind(streams: StreamSpec, kind: str) -> list[int]:
     return [s for s in range(streams.size) if streams.kinds[s] == kind]
 
 
-def _median(values: Iterable[float | None]) -> float:
+def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return float(np.median(known or [np.nan]))
+    return float(np.median(known)) if known else None

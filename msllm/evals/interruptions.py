@@ -7,13 +7,12 @@ known beforehand. The second time, a live session is fed word by word, as a user
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from msllm.data.dictation import BACK, expected_answer
+from msllm.data.dictation import BACK, REACTION, expected_answer
 from msllm.decode.engine import Engine, generate
 from msllm.errors import UserError
 from msllm.evals.exact_match import SLACK, Case, forced_tables, streams_case
@@ -22,7 +21,7 @@ from msllm.evals.held_out import open_split
 from msllm.weights.load import LoadedModel
 
 BATCH = 64  # sessions that are decoded together
-FIRST, LAST = "no", "wait"  # the words of a correction
+LAST = "wait"  # the last word of a correction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Reactions:
       followed: share whose output is exactly the answer to the corrected question.
       ignored: share whose output is the answer to the question without the correction.
       noticed: share whose thought stream takes a step back after the correction.
-      rows_to_notice: median number of rows until the step back; nan if there is none.
+      rows_to_notice: median number of rows until the step back; None if there is none.
       most_rows_to_notice: the largest number of rows until the step back; 0 if there is none.
     """
 
@@ -42,7 +41,7 @@ class Reactions:
     followed: float
     ignored: float
     noticed: float
-    rows_to_notice: float
+    rows_to_notice: float | None
     most_rows_to_notice: int
 
 
@@ -71,14 +70,15 @@ def evaluate(model: LoadedModel, data: str = "", examples: int = 500) -> Interru
             f"the checkpoint's data.converter is {converter!r}: must be 'dictation'; evaluate a"
             " model that was trained on dictations"
         )
-    cases = list(_corrected(model, data, examples))
+    cases = _corrected(model, data, examples)
     if not cases:
         raise UserError("no held-out question has a correction: prepare more examples")
     rows = max(len(case.prompt) for case in cases) + SLACK
 
     def reactions(read: Callable[..., Iterator[np.ndarray]]) -> Reactions:
         tables = read(model, cases, rows)
-        return _summarize([judge(table, case, model) for table, case in zip(tables, cases)])
+        verdicts = [v for table, case in zip(tables, cases) for v in judge(table, case, model)]
+        return _summarize(verdicts[:examples])
 
     return Interruptions(table=reactions(_given), live=reactions(_live))
 
@@ -87,11 +87,13 @@ def describe(result: Interruptions) -> str:
     """The result as lines of text."""
     lines = [f"{result.table.cases} held-out questions with a correction"]
     for name, found in (("table", result.table), ("live", result.live)):
-        lines.append(
+        line = (
             f"{name:5}  output follows it {found.followed:.1%}, ignores it {found.ignored:.1%};"
-            f" noticed {found.noticed:.1%}, after {found.rows_to_notice:g} rows (at most"
-            f" {found.most_rows_to_notice})"
+            f" noticed {found.noticed:.1%}"
         )
+        if found.rows_to_notice is not None:
+            line += f", after {found.rows_to_notice:g} rows (at most {found.most_rows_to_notice})"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -106,19 +108,30 @@ class Verdict(NamedTuple):
     rows_to_notice: int | None
 
 
-def judge(table: np.ndarray, case: Case, model: LoadedModel) -> Verdict:
-    """The reaction in a table [T, S] of tokens."""
+def judge(table: np.ndarray, case: Case, model: LoadedModel) -> list[Verdict]:
+    """The reactions to the corrections of a case, in a table [T, S] of tokens."""
     tokenizer, kinds = model.require_tokenizer(), model.streams.kinds
     user, thought, output = (table[:, kinds.index(kind)] for kind in ("input", "thought", "output"))
-    said = tokenizer.decode(output).split()
-    wait = int(np.flatnonzero(user == tokenizer.encode(LAST)[0])[0])
-    step_back = thought == tokenizer.encode(BACK)[0]
-    noticed = np.flatnonzero(step_back & (np.arange(len(table)) > wait))
-    return Verdict(
-        followed=said == tokenizer.decode(case.answer[0]).split(),
-        ignored=said == _answer_without_correction(tokenizer.decode(user).split()),
-        rows_to_notice=int(noticed[0]) - wait if len(noticed) else None,
-    )
+    step_back = np.flatnonzero(thought == tokenizer.encode(BACK)[0])
+    verdicts = []
+    start = 0  # of the question
+    for number, turn in enumerate(case.turns):
+        rows = slice(start, turn.end + 1)
+        start = rows.stop
+        waits = np.flatnonzero(user[rows] == tokenizer.encode(LAST)[0]) + rows.start
+        if not len(waits):
+            continue
+        wait = int(waits[0])
+        said = tokenizer.decode(output[case.rows_of(number)]).split()
+        noticed = step_back[(step_back > wait) & (step_back <= turn.end + REACTION)]
+        verdicts.append(
+            Verdict(
+                followed=said == tokenizer.decode(turn.answer[0]).split(),
+                ignored=said == _answer_without_correction(tokenizer.decode(user[rows]).split()),
+                rows_to_notice=int(noticed[0]) - wait if len(noticed) else None,
+            )
+        )
+    return verdicts
 
 
 def _answer_without_correction(words: Sequence[str]) -> list[str] | None:
@@ -132,13 +145,18 @@ def _answer_without_correction(words: Sequence[str]) -> list[str] | None:
     return answer if answer != expected_answer(words) else None
 
 
-def _corrected(model: LoadedModel, data: str, examples: int) -> Iterator[Case]:
-    """At most `examples` held-out questions with a correction."""
-    tokenizer = model.require_tokenizer()
-    correction = {tokenizer.encode(word)[0] for word in (FIRST, LAST)}
-    cases = (streams_case(table, model) for table in held_out_examples(open_split(model, data)))
-    corrected = (case for case in cases if correction <= set(case.prompt.ravel().tolist()))
-    return itertools.islice(corrected, examples)
+def _corrected(model: LoadedModel, data: str, examples: int) -> list[Case]:
+    """Held-out examples that hold corrections, with at least `examples` of them if there are."""
+    wait = model.require_tokenizer().encode(LAST)[0]
+    cases, corrections = [], 0
+    for table in held_out_examples(open_split(model, data)):
+        if corrections >= examples:
+            break
+        found = int((table.tokens == wait).sum())
+        if found:
+            cases.append(streams_case(table, model))
+            corrections += found
+    return cases
 
 
 def _given(model: LoadedModel, cases: Sequence[Case], rows: int) -> Iterator[np.ndarray]:
@@ -177,6 +195,6 @@ def _summarize(verdicts: Sequence[Verdict]) -> Reactions:
         followed=float(np.mean([v.followed for v in verdicts])),
         ignored=float(np.mean([v.ignored for v in verdicts])),
         noticed=len(noticed) / len(verdicts),
-        rows_to_notice=float(np.median(noticed)) if noticed else float("nan"),
+        rows_to_notice=float(np.median(noticed)) if noticed else None,
         most_rows_to_notice=max(noticed, default=0),
     )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import rich.console
 import rich.text
 
 from msllm.decode.engine import DecodeOptions, Engine
+from msllm.decode.script import default_window
 from msllm.errors import UserError
 from msllm.view import cells
 from msllm.weights.load import LoadedModel
@@ -27,7 +29,7 @@ def print_generation(
     Args:
       model: a model with a tokenizer.
       inputs: {input stream: text}. Each text is fed at one token per row from the first row on.
-      rows: the number of rows.
+      rows: the number of rows. The model sees at most as many rows as it was trained on.
       options: how rows are sampled.
       console: where to print.
 
@@ -36,19 +38,22 @@ def print_generation(
     tokenizer = model.require_tokenizer()
     if rows < 1:
         raise UserError(f"--rows={rows}: must be at least 1")
-    session = Engine(model, window=max(rows, 2)).open(options)
+    session = Engine(model, window=min(max(rows, 2), default_window(model))).open(options)
     for name, text in inputs.items():
         session.feed(name, text)
     streams, widths = model.streams, [5] + [WIDTH] * model.streams.size
     header = [rich.text.Text(name, style="bold") for name in ("row", *streams.names)]
     cells.print_line(console, header, widths)
+    shown = []
     for _ in range(rows):
         row = session.step()
+        shown.append(row)
         texts = [
             cells.cell(tokenizer, int(row.tokens[stream]), bool(row.present[stream]), kind)
             for stream, kind in enumerate(streams.kinds)
         ]
         cells.print_line(console, [rich.text.Text(str(row.index), style="dim"), *texts], widths)
-    _, tokens, present = session.transcript()
+    tokens = np.array([row.tokens for row in shown])
+    present = np.array([row.present for row in shown])
     console.print()
     cells.print_texts(console, tokenizer, streams.names, tokens, present)

@@ -54,6 +54,18 @@ class LoadedModel:
         """The structure of the model; `msllm.model.model.bind(graph, parameters)` is the module."""
         return abstract_model(self.config, self.streams)[0]
 
+    @property
+    def trained_rows(self) -> int | None:
+        """T, the rows of the tables that the model was trained on.
+
+        None if it is unknown: the model is an import, or a fine-tuned import that may have been
+        trained on longer texts before.
+        """
+        run = self.run_config
+        if run is None or not self.step or run.init_from:
+            return None
+        return run.data.rows
+
     def require_tokenizer(self) -> Tokenizer:
         """Returns the tokenizer. Raises UserError if the model has none."""
         if self.tokenizer is None:
