@@ -73,7 +73,8 @@ def converse(count: int, seed: int, questions: int = 1, silence: int = 0) -> Ite
     dictations = _dictations(seed)
     for _ in range(count):
         asked = itertools.islice(dictations, _pick(rng, range(1, questions + 1)))
-        conversation, left = [], silence
+        conversation: list[Turn] = []
+        left = silence
         for asked_next in asked:
             before = left if conversation else HESITATION_ROWS
             rows = _silence(rng, len(asked_next.question), before, left)
