@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Compiles the pod configs for their TPUs and compares memory and collectives with their budgets.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=/dev/null
+. "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
+# shellcheck disable=SC2329 # take_arguments calls it
 usage() {
   cat <<'USAGE'
 usage: launch/check_budgets.sh [--write] [NAME ...]
@@ -19,30 +21,17 @@ PYTHON=/path/to/python selects the Python that .venv is made with.
 USAGE
 }
 
-write=
-names=()
-for argument in "$@"; do
-  case $argument in
-    --help | -h)
-      usage
-      exit
-      ;;
-    --write) write=--write_budget ;;
-    *)
-      if [[ ! -e configs/budgets/$argument.json ]]; then
-        echo "error: there is no configs/budgets/$argument.json: name a config that has a budget (see --help)" >&2
-        exit 2
-      fi
-      names+=("$argument")
-      ;;
-  esac
+write='' words=()
+take_arguments "" write "" "" "$@"
+names=(${words[@]+"${words[@]}"})
+for name in ${names[@]+"${names[@]}"}; do
+  [[ -e configs/budgets/$name.json ]] ||
+    fail "there is no configs/budgets/$name.json: name a config that has a budget (see --help)"
 done
 if [[ ${#names[@]} -eq 0 ]]; then
   for budget in configs/budgets/*.json; do names+=("$(basename "$budget" .json)"); done
 fi
 
-# shellcheck source=/dev/null
-. launch/common.sh
 use_environment dev
 
 status=0
@@ -54,7 +43,7 @@ for name in "${names[@]}"; do
     python -c 'import json, sys; b = json.load(open(sys.argv[1])); print(b["topology"], b["num_slices"])' "$budget"
   )
   flags=(--config="configs/$name.py" --topology="$topology" --num_slices="$slices" --budget="$budget")
-  if python -m msllm aot "${flags[@]}" ${write:+"$write"} >"$log" 2>&1; then
+  if python -m msllm aot "${flags[@]}" ${write:+--write_budget} >"$log" 2>&1; then
     result=ok
   else
     result=FAILED

@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # Rehearses a pod: runs several processes of `msllm train` with CPU devices on this machine and restarts them.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=/dev/null
-. launch/common.sh
+. "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
   cat <<'EOF'
@@ -12,7 +11,7 @@ usage: launch/local_pod.sh PROCESSES CONFIG [OPTION ...]
 Trains CONFIG (e.g. configs/quickstart.py) with PROCESSES processes on this machine, connected over the loopback
 interface in the same way as the hosts of a pod. The output of process I of start K goes to
 WORKDIR/logs/attempt-K/process-I.log, and its process id to process-I.pid in the same folder. The output of process 0 is
-also shown here. If a process dies, the others get some time to end by themselves before they are killed.
+also shown here, without the stacks of C++ code. If a process dies, the others get some time to end by themselves before they are killed.
 
   --devices=D               CPU devices of each process; default 1
   --workdir=DIR             folder for checkpoints, metrics and logs; default runs/local_pod
@@ -31,40 +30,22 @@ the same command continues; otherwise the status of the process that died first.
 EOF
 }
 
-processes='' config='' devices=1 workdir=runs/local_pod restarts=0 grace=150 python='' dry_run=''
-passed=()
-for argument in "$@"; do
-  case $argument in
-    --help | -h)
-      usage
-      exit
-      ;;
-    --dry-run) dry_run=1 ;;
-    --devices=*) devices=${argument#*=} ;;
-    --workdir=*) workdir=${argument#*=} ;;
-    --restarts=*) restarts=${argument#*=} ;;
-    --grace=*) grace=${argument#*=} ;;
-    --python=*) python=${argument#*=} ;;
-    --config.?*=* | --initialization_timeout=* | --heartbeat_timeout=*) passed+=("$argument") ;;
-    -*) fail "unknown argument $argument (see --help)" ;;
-    *)
-      if [[ -z $processes ]]; then
-        processes=$argument
-      elif [[ -z $config ]]; then
-        config=$argument
-      else
-        fail "unexpected argument '$argument': PROCESSES and CONFIG are already given (see --help)"
-      fi
-      ;;
-  esac
-done
-[[ -n $config ]] || fail "PROCESSES or CONFIG are missing: e.g. launch/local_pod.sh 4 configs/quickstart.py (see --help)"
+devices=1 workdir=runs/local_pod restarts=0 grace=150 python='' dry_run='' config='' words=() passed=()
+take_arguments "devices workdir restarts grace python" dry-run "" train "$@"
+[[ ${#words[@]} -ge 2 ]] ||
+  fail "PROCESSES or CONFIG are missing: e.g. launch/local_pod.sh 4 configs/quickstart.py (see --help)"
+[[ ${#words[@]} -eq 2 ]] ||
+  fail "unexpected argument '${words[2]}': PROCESSES and CONFIG are already given (see --help)"
+processes=${words[0]}
 need_number PROCESSES "$processes" 1
 need_number --devices "$devices" 1
 need_number --restarts "$restarts" 0
 need_number --grace "$grace" 1
-need_config "$config"
-[[ $workdir != *://* ]] || fail "--workdir is '$workdir': the logs of a rehearsal are local files; name a local folder"
+use_config "${words[1]}"
+[[ -n $workdir && $workdir != *://* ]] ||
+  fail "--workdir is '$workdir': the logs of a rehearsal are local files; name a local folder"
+if [[ $workdir != runs/local_pod ]]; then workdir=$(from_start "$workdir"); fi
+if [[ $python == */* ]]; then python=$(from_start "$python"); fi
 
 # Prints a free port of the loopback interface, below the range from which the kernel assigns ports.
 free_port() {
@@ -122,6 +103,35 @@ pids=() alive=() deadline='' tail_pid='' stop=''
 guard=()
 if setpriv --pdeathsig TERM true 2>/dev/null; then guard=(setpriv --pdeathsig TERM); fi
 
+# From one of these lines on, a log holds only the stacks of a process that is about to die. They stay in the log, and are
+# not shown on the screen: a line of C++ with level F (fatal), an error of jax's coordination service, a signal.
+fatal='^(F[0-9]{4} [0-9]|E[0-9]{4} .*coordination_service|\*\*\* (SIG|Check failure)|Fatal Python error: )'
+
+# cause LOG STATUS: prints why a process ended, in one line.
+cause() {
+  local line name
+  line=$(grep -aE '^error: ' "$1" | tail -n 1)
+  if [[ -z $line ]]; then line=$(grep -aE '^[A-Za-z_][A-Za-z0-9_.]*(Error|Exception)(: |$)' "$1" | tail -n 1); fi
+  if [[ -z $line ]]; then line=$(grep -aE '^(F[0-9]{4} [0-9]|Fatal Python error: )' "$1" | head -n 1 | sed 's/^F.*[0-9]\] //'); fi
+  line=${line#error: }
+  if [[ -z $line && $2 -eq 75 ]]; then line="stopped and saved"; fi
+  if [[ -z $line && $2 -gt 128 ]] && name=$(kill -l "$2"); then
+    line="killed by SIG$name"
+    if [[ $name == KILL ]]; then line+=", by hand or by the kernel for lack of memory"; fi
+  fi
+  printf '%s\n' "${line:-its log does not say why}"
+}
+
+# say_waiting: says which processes have not ended, and how long this script waits for them.
+say_waiting() {
+  local i left=()
+  for ((i = 0; i < processes; i++)); do
+    if [[ " ${alive[*]-} " == *" ${pids[i]} "* ]]; then left+=("$i"); fi
+  done
+  if [[ ${#left[@]} -eq 0 ]]; then return; fi
+  say "waiting up to $grace s (--grace) for ${#left[@]} process(es) to end by themselves: ${left[*]}"
+}
+
 # Kills processes, together with everything that they have started.
 kill_groups() {
   local pid
@@ -130,7 +140,7 @@ kill_groups() {
 
 leave() {
   kill_groups ${pids[@]+"${pids[@]}"}
-  if [[ -n $tail_pid ]]; then kill "$tail_pid" 2>/dev/null || true; fi
+  if [[ -n $tail_pid ]]; then kill -- "-$tail_pid" 2>/dev/null || true; fi
 }
 trap leave EXIT
 
@@ -157,7 +167,7 @@ attempt() {
     pids+=($!) alive+=($!)
     echo $! >"$logs/process-$i.pid"
   done
-  tail -n +1 -s 0.1 --pid="${pids[0]}" -f "$logs/process-0.log" 2>/dev/null 3>&- &
+  { tail -n +1 -s 0.1 --pid="${pids[0]}" -f "$logs/process-0.log" | sed -u -E "/$fatal/,\$d"; } 2>/dev/null 3>&- &
   tail_pid=$!
   # The signal may have arrived before the processes were started.
   if [[ -n $stop ]]; then kill -TERM "${alive[@]}" 2>/dev/null || true; fi
@@ -174,14 +184,24 @@ attempt() {
       code=0
       wait "$pid" || code=$?
       if [[ $code -ne 0 ]]; then
-        say "process $i ended with status $code"
+        if [[ -n $killed ]]; then
+          say "process $i ended with status $code"
+        else
+          say "process $i ended with status $code: $(cause "$logs/process-$i.log" "$code") ($logs/process-$i.log)"
+        fi
         # The status of bad input takes precedence, then that of the first process that died and was not killed here.
-        # 75 is used only if no process died.
-        if [[ $code -eq 2 || $status -eq 0 || ($status -eq 75 && -z $killed) ]]; then status=$code; fi
+        # 75 is used only if no process died, and 76 (another process was lost) only if the lost process is not seen.
+        if [[ $code -eq 2 || $status -eq 0 || ($status -eq 75 && -z $killed) ]] ||
+          [[ $status -eq 76 && -z $killed && $code -ne 134 && $code -ne 75 ]]; then
+          status=$code
+        fi
       fi
     done
     alive=(${rest[@]+"${rest[@]}"})
-    if [[ -z $deadline && ($status -ne 0 || -n $stop) ]]; then deadline=$((SECONDS + grace)); fi
+    if [[ -z $deadline && ($status -ne 0 || -n $stop) ]]; then
+      deadline=$((SECONDS + grace))
+      say_waiting
+    fi
     if [[ -n $deadline && -z $killed && ${#alive[@]} -gt 0 ]] && ((SECONDS >= deadline)); then
       killed=1
       say "killing ${#alive[@]} process(es) that did not end within $grace s"

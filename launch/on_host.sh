@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # tpu_vm.sh runs this on every host of a pod: it installs msllm and keeps one training process in the background.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=/dev/null
-. launch/common.sh
+. "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
   cat <<'EOF'
-usage: launch/on_host.sh install [DATA] | start [VARIABLE=VALUE ...] -- ARGUMENT ... | status | stop
+usage: launch/on_host.sh install [DATA] | start [--environment] -- ARGUMENT ... | arguments | status | stop
 
   install   makes .venv with msllm in it, with a newer Python if that of the host is too old, and copies the folder DATA
             (gs://BUCKET/FOLDER) to data/FOLDER
-  start     ends the running process, then runs `msllm train ARGUMENT ...` in the background
+  start     ends the running process, then runs `msllm train ARGUMENT ...` in the background. With --environment, it gets
+            the variables in ~/msllm-environment, VARIABLE=VALUE entries that end with a NUL byte. The file is deleted
+  arguments prints the arguments of the last start
   status    prints none, running, stopped or "exit STATUS"
   stop      ends the running process, which finishes the step and saves
 
@@ -73,7 +74,7 @@ case ${1:---help} in
     fi
     use_environment tpu
     if [[ -n ${2:-} ]]; then
-      folder=data/$(basename "$2")
+      folder=data/$(basename -- "$2")
       mkdir -p "$folder"
       gcloud storage rsync --recursive "$2" "$folder"
     fi
@@ -85,11 +86,14 @@ case ${1:---help} in
     rm -f "$state"/{exit-status,stopped,pid,session}
     boot >"$state/boot"
     while read -r line; do export "${line?}"; done < <(environment_of tpu)
-    while [[ ${1:---} != -- ]]; do
-      export "${1?}"
+    if [[ ${1:-} == --environment ]]; then
+      while IFS= read -r -d '' line; do export "${line?}"; done <"$HOME/msllm-environment"
       shift
-    done
+    fi
+    rm -f "$HOME/msllm-environment"
+    [[ ${1:-} == -- ]] || fail "start takes --environment, then -- and the arguments of msllm train, not '${1:-}'"
     shift
+    quoted "$@" >"$state/arguments"
     setsid -f bash launch/on_host.sh supervise "$@" </dev/null >>"$state/train.log" 2>&1
     for _ in {1..50}; do
       if [[ -e $state/pid ]]; then exit; fi
@@ -101,6 +105,7 @@ case ${1:---help} in
     shift
     supervise "$@"
     ;;
+  arguments) cat "$state/arguments" ;;
   status)
     # Check for a running process before its files, so that a stop or an end in between does not look like a crash.
     if alive; then
@@ -126,5 +131,5 @@ case ${1:---help} in
     touch "$state/stopped"
     end_process 300
     ;;
-  *) fail "unknown command '$1': one of install, start, status, stop (see --help)" ;;
+  *) fail "unknown command '$1': one of install, start, arguments, status, stop (see --help)" ;;
 esac

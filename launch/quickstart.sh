@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained three-stream model that answers, on a CPU.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=/dev/null
+. "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
   cat <<'EOF'
@@ -19,30 +20,15 @@ PYTHON=/path/to/python selects the Python (3.11 or later) that .venv is made wit
 EOF
 }
 
-for argument in "$@"; do
-  case $argument in
-    --help | -h)
-      usage
-      exit
-      ;;
-    --config.?*=*) ;;
-    *)
-      echo "error: unknown argument $argument: only --config.KEY=VALUE is passed on (see --help)" >&2
-      exit 2
-      ;;
-  esac
-done
+words=() passed=()
+take_arguments "" "" "" config "$@"
+[[ ${#words[@]} -eq 0 ]] || fail "unexpected argument '${words[0]}': only --config.KEY=VALUE is passed on (see --help)"
 
 question="please take 2 then add 3 no wait add 4 and double it ?" # not among the examples; the answer is 12
 
 # Prints a command, then runs it.
 run() {
-  local word line=
-  for word in "$@"; do
-    if [[ $word == *[[:space:]]* ]]; then word="\"$word\""; fi
-    line+=" $word"
-  done
-  printf '\n$%s\n' "$line"
+  printf '\n$ %s\n' "$(quoted "$@")"
   "$@"
 }
 
@@ -53,14 +39,12 @@ steps() {
   run msllm generate --checkpoint=runs/quickstart --input="user=$question" --rows=22
 }
 
-# shellcheck source=/dev/null
-. launch/common.sh
 use_environment
 # shellcheck source=/dev/null
 . launch/env.sh
 
 TIMEFORMAT=$'\nCPU time without installation: %U s user, %S s system; wall time: %R s.'
-time steps "$@"
+time steps ${passed[@]+"${passed[@]}"}
 
 cat <<'EOF'
 

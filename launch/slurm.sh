@@ -2,9 +2,8 @@
 # Trains on the GPUs of a Slurm cluster: submits a job that saves before its time limit and requeues itself until the
 # run is complete.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=/dev/null
-. launch/common.sh
+. "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
   cat <<'EOF'
@@ -30,6 +29,7 @@ limited number of times, when a process has died. Run this script in a clone of 
   --name=NAME               name of the job; default msllm
   --sbatch=OPTION           an option for sbatch, e.g. --sbatch=--partition=gpu; may be repeated
   --env=VARIABLE=VALUE      a variable for the processes, beside the gpu lines of launch/flags.env; may be repeated
+  --env=VARIABLE            the same, with the value that it has here, which sbatch passes on: use this for secrets
   --python=PROGRAM          the Python that runs msllm on the nodes; default: that of .venv, which is made if missing
   --config.KEY=VALUE, --initialization_timeout=SECONDS, --heartbeat_timeout=SECONDS
                             passed on to msllm train
@@ -38,61 +38,51 @@ limited number of times, when a process has died. Run this script in a clone of 
 EOF
 }
 
-config='' workdir='' nodes=1 gpus=8 per=node time=24:00:00 save=300 grace=150 requeues=10 name=msllm python=''
-dry_run=''
-options=() variables=() passed=()
-for argument in "$@"; do
-  value=${argument#*=}
-  case $argument in
-    --help | -h)
-      usage
-      exit
-      ;;
-    --config=*) config=$value ;;
-    --workdir=*) workdir=$value ;;
-    --nodes=*) nodes=$value ;;
-    --gpus=*) gpus=$value ;;
-    --per=*) per=$value ;;
-    --time=*) time=$value ;;
-    --save-seconds=*) save=$value ;;
-    --grace=*) grace=$value ;;
-    --requeues=*) requeues=$value ;;
-    --name=*) name=$value ;;
-    --sbatch=*) options+=("$value") ;;
-    --env=*) variables+=("$value") ;;
-    --python=*) python=$value ;;
-    --dry-run) dry_run=1 ;;
-    --config.?*=* | --initialization_timeout=* | --heartbeat_timeout=*) passed+=("$argument") ;;
-    *) fail "unknown argument $argument (see --help)" ;;
-  esac
-done
-need_config "$config"
+config='' workdir='' nodes=1 gpus=8 per=node time=24:00:00 save_seconds=300 grace=150 requeues=10 name=msllm python=''
+dry_run='' words=() passed=() all_sbatch=() variables=() inherited=()
+# shellcheck disable=SC2034 # take_variables reads it
+all_env=()
+take_arguments "config workdir nodes gpus per time save-seconds grace requeues name python" dry-run "env sbatch" train "$@"
+[[ ${#words[@]} -eq 0 ]] || fail "unexpected argument '${words[0]}': write options as --name=value (see --help)"
+use_config "$config"
 [[ -n $workdir && $workdir != *://* ]] || fail "--workdir is '$workdir': must be a folder that all nodes see"
+[[ $workdir != *\\* ]] || fail "--workdir is '$workdir': sbatch reads a backslash as an escape; choose another name"
+workdir=$(from_start "$workdir")
 [[ $workdir == /* ]] || workdir=$PWD/$workdir
+if [[ $python == */* ]]; then python=$(from_start "$python"); fi
 need_number --nodes "$nodes" 1
 need_number --gpus "$gpus" 1
-need_number --save-seconds "$save" 1
+need_number --save-seconds "$save_seconds" 1
 need_number --grace "$grace" 1
 need_number --requeues "$requeues" 0
 [[ $per == node || $per == gpu ]] || fail "--per is '$per': must be node or gpu (one process per node or per GPU)"
-[[ $time =~ ^([0-9]+-)?[0-9]{1,2}:[0-9]{2}:[0-9]{2}$ ]] || fail "--time is '$time': must be [D-]HH:MM:SS, e.g. 24:00:00"
+[[ $time =~ ^(([0-9]{1,4})-)?([0-9]{1,2}):([0-9]{2}):([0-9]{2})$ ]] ||
+  fail "--time is '$time': must be [D-]HH:MM:SS, e.g. 24:00:00"
+limit=$((((10#${BASH_REMATCH[2]:-0} * 24 + 10#${BASH_REMATCH[3]}) * 60 + 10#${BASH_REMATCH[4]}) * 60 + 10#${BASH_REMATCH[5]}))
+((limit > save_seconds)) ||
+  fail "--time is '$time': must be longer than --save-seconds=$save_seconds, or the job saves as soon as it starts"
 [[ $name =~ ^[A-Za-z0-9._-]+$ ]] || fail "--name is '$name': use only letters, digits, dots, hyphens and underscores"
-for option in ${options[@]+"${options[@]}"}; do
-  [[ $option == -* ]] || fail "--sbatch is '$option': must be an option of sbatch, e.g. --sbatch=--partition=gpu"
+for option in ${all_sbatch[@]+"${all_sbatch[@]}"}; do
+  [[ $option =~ ^(--[a-z][a-z-]*(=.*)?|-[A-Za-z][^\ ]*)$ && $option != *\\* ]] ||
+    fail "--sbatch is '$option': must be one option of sbatch without backslashes, e.g. --sbatch=--partition=gpu"
+  case ${option%%=*} in
+    --job-name | --nodes | --ntasks-per-node | --gpus-per-node | --time | --signal | --no-requeue | --open-mode | --output)
+      fail "--sbatch is '$option': this script sets ${option%%=*} (see --help)"
+      ;;
+  esac
 done
-for variable in ${variables[@]+"${variables[@]}"}; do
-  [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "--env is '$variable': must be VARIABLE=VALUE"
-done
+take_variables
 
 # Prints the job's script. jax finds the other processes and the coordinator from Slurm's variables.
 script() {
   local option line tasks=1
   if [[ $per == gpu ]]; then tasks=$gpus; fi
   echo "#!/usr/bin/env bash"
+  # sbatch splits these lines into words as a shell does, and replaces %-patterns in the name of the log.
   for option in --job-name="$name" --nodes="$nodes" --ntasks-per-node="$tasks" --gpus-per-node="$gpus" --time="$time" \
-    --signal="B:TERM@$save" --requeue --open-mode=append \
-    --output="$workdir/slurm-%j.log" ${options[@]+"${options[@]}"}; do
-    echo "#SBATCH $option"
+    --signal="B:TERM@$save_seconds" --requeue --open-mode=append --output="${workdir//%/%%}/slurm-%j.log" \
+    ${inherited[@]+--export=ALL} ${all_sbatch[@]+"${all_sbatch[@]}"}; do
+    echo "#SBATCH $(quoted "$option")"
   done
   cat <<EOF
 
@@ -106,7 +96,14 @@ EOF
     echo "# By default under Slurm, jax gives each process only the GPU with its local number."
     echo "export JAX_LOCAL_DEVICE_IDS=$(seq -s , 0 $((gpus - 1)))"
   fi
-  for line in ${variables[@]+"${variables[@]}"}; do echo "export ${line%%=*}=$(quoted "${line#*=}")"; done
+  for line in ${variables[@]+"${variables[@]}"}; do
+    if [[ " ${inherited[*]-} " == *" ${line%%=*} "* ]]; then
+      # sbatch passes the environment on, so that the value is in no file.
+      echo "[[ -n \${${line%%=*}+set} ]] || { echo 'error: the job did not get ${line%%=*} from sbatch' >&2; exit 2; }"
+    else
+      echo "export ${line%%=*}=$(quoted "${line#*=}")"
+    fi
+  done
   line=$(quoted "$python" -m msllm train --config="$config" --workdir="$workdir" ${passed[@]+"${passed[@]}"})
   cat <<EOF
 
@@ -131,7 +128,9 @@ case $status in
     ;;
   75) echo "slurm: saved" ;;
   *)
-    crashes=$(($(cat "$crashes_file" 2>/dev/null || echo 0) + 1))
+    crashes=$(cat "$crashes_file" 2>/dev/null)
+    if ! [[ $crashes =~ ^[1-9][0-9]{0,8}$ ]]; then crashes=0; fi
+    crashes=$((crashes + 1))
     echo "$crashes" >"$crashes_file"
     echo "slurm: ended with status $status, crash $crashes"
     if ((crashes > requeues)); then
@@ -161,5 +160,6 @@ if [[ -z $python ]]; then
   use_environment cuda
   python=$PWD/.venv/bin/python
 fi
+check_training "$python" --config="$config" --workdir="$workdir" ${passed[@]+"${passed[@]}"}
 mkdir -p "$workdir"
 sbatch < <(script)

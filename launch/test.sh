@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs the tests. Arguments go to pytest.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=/dev/null
+. "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 if [[ ${1:-} == --help || ${1:-} == -h ]]; then
   cat <<'EOF'
@@ -21,7 +22,5 @@ EOF
   exit
 fi
 
-# shellcheck source=/dev/null
-. launch/common.sh
 use_environment dev
 exec python -m pytest -q -rs -n 2 "$@"

@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # Trains on Cloud TPU VMs, on one slice or several, until the run is complete. Requests them as a queued resource.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=/dev/null
-. launch/common.sh
+. "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
   cat <<'EOF'
@@ -35,14 +34,16 @@ Options:
                             settings of the VMs; default: those of the project
   --commit=REVISION         the commit to install; default HEAD
   --repository=URL          a repository to clone on the hosts; default: a copy of this one
-  --env=VARIABLE=VALUE      a variable for the hosts, beside the tpu lines of launch/flags.env; may be repeated
+  --env=VARIABLE=VALUE      a variable for the hosts, beside the tpu lines of launch/flags.env; may be repeated (start,
+                            run). The values are sent in a file, not on a command line
+  --env=VARIABLE            the same, with the value that it has here: use this for secrets
   --ssh-option=OPTION       an option for gcloud's ssh and scp, e.g. --ssh-option=--tunnel-through-iap; may be repeated
   --slice=I, --worker=J     the host whose log is shown; default 0 and 0
   --poll=SECONDS            how often run checks the state; default 60
   --restarts=R              how often run restarts training after a crash; default 20. Preemptions do not count
   --keep                    do not delete the VMs at the end of run
   --config.KEY=VALUE, --initialization_timeout=SECONDS, --heartbeat_timeout=SECONDS
-                            passed on to msllm train
+                            passed on to msllm train (start, run)
   --dry-run                 print the commands without running them
   --help                    this text
 
@@ -50,52 +51,21 @@ Exit status of run: 0 if complete; 2 for bad input; 75 if stopped with `stop`, a
 EOF
 }
 
-command='' name='' zone='' project='' type='' config='' workdir='' data='' slices=1 spot='' reserved='' runtime=''
+name='' zone='' project='' type='' config='' workdir='' data='' slices=1 spot='' reserved='' runtime=''
 service_account='' network='' subnetwork='' commit=HEAD repository='' slice=0 worker=0 poll=60 restarts=20 keep=''
-dry_run=''
-variables=() ssh_options=() passed=()
-for argument in "$@"; do
-  value=${argument#*=}
-  case $argument in
-    --help | -h)
-      usage
-      exit
-      ;;
-    --name=*) name=$value ;;
-    --zone=*) zone=$value ;;
-    --project=*) project=$value ;;
-    --type=*) type=$value ;;
-    --config=*) config=$value ;;
-    --workdir=*) workdir=$value ;;
-    --data=*) data=$value ;;
-    --slices=*) slices=$value ;;
-    --spot) spot=1 ;;
-    --reserved) reserved=1 ;;
-    --runtime=*) runtime=$value ;;
-    --service-account=*) service_account=$value ;;
-    --network=*) network=$value ;;
-    --subnetwork=*) subnetwork=$value ;;
-    --commit=*) commit=$value ;;
-    --repository=*) repository=$value ;;
-    --env=*) variables+=("$value") ;;
-    --ssh-option=*) ssh_options+=("$value") ;;
-    --slice=*) slice=$value ;;
-    --worker=*) worker=$value ;;
-    --poll=*) poll=$value ;;
-    --restarts=*) restarts=$value ;;
-    --keep) keep=1 ;;
-    --dry-run) dry_run=1 ;;
-    --config.?*=* | --initialization_timeout=* | --heartbeat_timeout=*) passed+=("$argument") ;;
-    -*) fail "unknown argument $argument (see --help)" ;;
-    *)
-      [[ -z $command ]] || fail "unexpected argument '$argument': the command is already $command (see --help)"
-      command=$argument
-      ;;
-  esac
-done
-
+dry_run='' words=() passed=() all_env=() all_ssh_option=() variables=()
+take_arguments \
+  "name zone project type config workdir data slices runtime service-account network subnetwork commit repository slice \
+worker poll restarts" "spot reserved keep dry-run" "env ssh-option" train "$@"
+[[ ${#words[@]} -le 1 ]] || fail "unexpected argument '${words[1]}': the command is already ${words[0]} (see --help)"
+command=${words[0]-}
 case $command in
-  create | install | start | status | logs | stop | delete | run) ;;
+  start | run) ;;
+  create | install | status | logs | stop | delete)
+    for argument in ${passed[@]+"${passed[@]}"} ${all_env[@]+"--env=${all_env[@]%%=*}"}; do
+      fail "$command takes no $argument: only start and run pass it on (see --help)"
+    done
+    ;;
   '') fail "the command is missing: create, install, start, status, logs, stop, delete or run (see --help)" ;;
   *) fail "unknown command '$command': one of create, install, start, status, logs, stop, delete, run (see --help)" ;;
 esac
@@ -110,9 +80,7 @@ need_number --slice "$slice" 0
 need_number --worker "$worker" 0
 need_number --poll "$poll" 1
 need_number --restarts "$restarts" 0
-for variable in ${variables[@]+"${variables[@]}"}; do
-  [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "--env is '$variable': must be VARIABLE=VALUE"
-done
+take_variables
 if [[ $command == create || $command == run ]]; then
   [[ $type =~ ^[a-z0-9]+-[0-9]+$ ]] || fail "--type is '$type': must be an accelerator type, e.g. v5litepod-256"
   runtime=${runtime:-$(awk -v type="${type%-*}" '$1 !~ /^#/ && $2 == type { print $3 }' launch/tpus.txt)}
@@ -120,15 +88,28 @@ if [[ $command == create || $command == run ]]; then
   [[ -z $spot || -z $reserved ]] || fail "--spot and --reserved exclude each other: choose one"
 fi
 if [[ $command == start || $command == run ]]; then
-  need_config "$config"
+  use_config "$config"
+  [[ $config != /* ]] || fail "--config is '$config': the hosts get only files of this repository; copy it to configs/"
   [[ $workdir == gs://?* || $workdir == /* ]] ||
     fail "--workdir is '$workdir': every host must see the same place; give gs://BUCKET/FOLDER or a shared folder"
 fi
 if [[ $command == install || $command == run ]]; then
   revision=$(git rev-parse --verify --quiet "$commit^{commit}") || fail "--commit is '$commit': git knows no such commit"
 fi
+if [[ $command == run ]]; then
+  git cat-file -e "$revision:${config%%:*}" 2>/dev/null ||
+    fail "--config is '$config': --commit=$commit, which the hosts get, has no such file; commit it"
+fi
 [[ -n $dry_run ]] || command -v gcloud >/dev/null ||
   fail "gcloud is not installed: see https://cloud.google.com/sdk/docs/install"
+
+# A folder for the files that are sent to the hosts. Only this user can read it.
+if [[ -n $dry_run ]]; then
+  scratch=${TMPDIR:-/tmp}/msllm.XXXXXX
+else
+  scratch=$(mktemp -d "${TMPDIR:-/tmp}/msllm.XXXXXX")
+  trap 'rm -rf -- "$scratch"' EXIT
+fi
 
 queued_resources() {
   local verb=$1
@@ -138,7 +119,12 @@ queued_resources() {
 
 # on_hosts SLICE WORKER COMMAND: runs a shell command on one host, or on `all`.
 on_hosts() {
-  queued_resources ssh "$name" --node="$1" --worker="$2" --command="$3" ${ssh_options[@]+"${ssh_options[@]}"}
+  queued_resources ssh "$name" --node="$1" --worker="$2" --command="$3" ${all_ssh_option[@]+"${all_ssh_option[@]}"}
+}
+
+# send FILE NAME: copies a file to the home folder of every host.
+send() {
+  queued_resources scp "$1" "$name:$2" --node=all --worker=all ${all_ssh_option[@]+"${all_ssh_option[@]}"}
 }
 
 # Prints the state of the queued resource, or MISSING if it does not exist. Fails if gcloud gets no answer.
@@ -183,18 +169,37 @@ install() {
 git -C msllm fetch -q origin && git -C msllm checkout -q $revision && $make"
     return
   fi
-  archive=${TMPDIR:-/tmp}/msllm-$revision.tar.gz
+  archive=$scratch/msllm.tar.gz
   do_or_say git archive --format=tar.gz --output="$archive" "$revision" &&
-    queued_resources scp "$archive" "$name:msllm.tar.gz" --node=all --worker=all ${ssh_options[@]+"${ssh_options[@]}"} &&
-    do_or_say rm -f "$archive" &&
+    send "$archive" msllm.tar.gz &&
     on_hosts all all "mkdir -p msllm && \
 find msllm -mindepth 1 -maxdepth 1 ! -name .venv ! -name data -exec rm -rf {} + && \
 tar -xzf msllm.tar.gz -C msllm && $make"
 }
 
 start() {
-  local words=(${variables[@]+"${variables[@]}"} -- --config="$config" --workdir="$workdir" ${passed[@]+"${passed[@]}"})
-  on_hosts all all "bash msllm/launch/on_host.sh start $(quoted "${words[@]}")"
+  local with=
+  if [[ ${#variables[@]} -gt 0 ]]; then
+    with="--environment "
+    if [[ -z $dry_run ]]; then (umask 077 && printf '%s\0' "${variables[@]}" >"$scratch/environment"); fi
+    send "$scratch/environment" msllm-environment || return 1
+  fi
+  on_hosts all all "bash msllm/launch/on_host.sh start $with-- $(training_arguments)"
+}
+
+# Prints the arguments of msllm train, quoted for a shell.
+training_arguments() {
+  quoted --config="$config" --workdir="$workdir" ${passed[@]+"${passed[@]}"}
+}
+
+# Fails if the run on the hosts has other arguments than this command. Options that take no effect must not be accepted.
+check_same_arguments() {
+  local theirs
+  theirs=$(on_hosts 0 0 'bash msllm/launch/on_host.sh arguments') || return 0 # no answer, or started by an older version
+  theirs=${theirs##*$'\n'}
+  if [[ $theirs == --config=* && $theirs != "$(training_arguments)" ]]; then
+    fail "training is already running, with other arguments: $theirs; give these, or end it with the command stop"
+  fi
 }
 
 show_logs() { # show_logs LINES [follow]
@@ -263,6 +268,7 @@ run() {
         watch
       fi
     else
+      check_same_arguments
       say "training is already running"
       watch
     fi

@@ -40,14 +40,14 @@ JOBSET = (
 )
 
 
-def launch(*command, timeout=30, **environment):
-    """Runs a command in the root folder, without variables that the launchers should set."""
+def launch(*command, timeout=120, cwd=ROOT, **environment):
+    """Runs a command, by default in the root, without variables that the launchers should set."""
     unset = ("XLA_FLAGS", "JAX_PLATFORMS", "SLURM_JOB_ID")
     clean = {key: value for key, value in os.environ.items() if key not in unset}
     clean["PYTHONPATH"] = str(ROOT)
     clean |= {key: str(value) for key, value in environment.items()}
     return subprocess.run(
-        command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=timeout
+        command, cwd=cwd, env=clean, capture_output=True, text=True, timeout=timeout
     )
 
 
@@ -114,9 +114,10 @@ def test_help_names_every_option(script):
     assert shown.stdout and "error" not in shown.stderr
     if script in ("local_pod.sh", "tpu_vm.sh", "slurm.sh"):
         assert shown.returncode == 0
-        cases = r"^    (--[a-z-]+)(?:=\*)?(?: \||\))"  # of the `case` that parses the arguments
-        accepted = set(re.findall(cases, (LAUNCH / script).read_text(), re.M))
-        assert accepted and accepted <= set(re.findall(r"--[a-z-]+", shown.stdout))
+        text = (LAUNCH / script).read_text().replace("\\\n", "")
+        names = re.search(r"^take_arguments +(.*) train \"\$@\"$", text, re.M)[1]
+        accepted = {f"--{name}" for name in re.findall("[a-z-]+", names)}
+        assert "--dry-run" in accepted and accepted <= set(re.findall(r"--[a-z-]+", shown.stdout))
 
 
 @pytest.mark.parametrize(
@@ -152,8 +153,33 @@ def test_help_names_every_option(script):
         ((*TPU_VM, "start", "--workdir=runs/x"), "every host must see the same place"),
         ((*TPU_VM, "install", "--commit=none"), "git knows no such commit"),
         ((*TPU_VM, "start", "--env=3=4"), "--env is '3=4'"),
+        ((*TPU_VM, "start", "--env=HF_TOKEN=x"), "export HF_TOKEN and give --env=HF_TOKEN"),
+        ((*TPU_VM, "start", "--env=NOT_SET_HERE"), "there is no such variable here"),
+        ((*TPU_VM, "start", "--config=/etc/passwd"), "the hosts get only files of this repository"),
+        ((*TPU_VM, "stop", "--config.steps=3"), "stop takes no --config.steps=3: only start"),
+        ((*TPU_VM, "stop", "--env=A=3"), "stop takes no --env=A: only start and run"),
+        ((*TPU_VM, "stop", "--keep=yes"), "--keep takes no value"),
+        ((*TPU_VM, "stop", "--slice", "1"), "--slice has no value: write --slice=VALUE"),
+        ((*TPU_VM, "stop", "start"), "unexpected argument 'start'"),
+        ((*TPU_VM, "start", "--config.steps", "3"), "write --config.KEY=VALUE, in one word"),
+        ((*TPU_VM, "start", "--config.a;b=3"), "write --config.KEY=VALUE"),
+        ((*TPU_VM, "start", "--workdir=/a\nrm -rf x"), "a line break or another control character"),
+        (
+            (*TPU_VM, "start", "--heartbeat_timeout=x"),
+            "--heartbeat_timeout is 'x':",
+        ),
+        ((*TPU_VM, "start", "-config.steps=3"), "unknown argument -config.steps=3"),
         ((*SLURM, "--workdir=/tmp/x", "--per=core"), "--per is 'core': must be node or gpu"),
         ((*SLURM, "--workdir=/tmp/x", "--time=9"), "--time is '9'"),
+        ((*SLURM, "--workdir=/tmp/x", "--gpus=08"), "--gpus is '08': must be a whole number"),
+        ((*SLURM, "--workdir=/tmp/x", "--time=0:05:00"), "must be longer than --save-seconds=300"),
+        ((*SLURM, "--workdir=/tmp/a\nsbatch"), "a line break or another control character"),
+        ((*SLURM, "--workdir=/tmp/a\\b"), "sbatch reads a backslash as an escape"),
+        ((*SLURM, "--workdir=/tmp/x", "--sbatch=-p gpu"), "must be one option of sbatch"),
+        ((*SLURM, "--workdir=/tmp/x", "--sbatch=--nodes=2"), "this script sets --nodes"),
+        ((*SLURM, "--workdir=/tmp/x", "extra"), "unexpected argument 'extra'"),
+        (("launch/quickstart.sh", "--heartbeat_timeout=3"), "unknown argument --heartbeat_timeout"),
+        (("launch/check_budgets.sh", "--config.steps=3"), "this script overrides no config"),
         (SLURM, "--workdir is ''"),
         ((*JOBSET, "--topology=v5e:16x16"), "--config must be given"),
         (
@@ -164,6 +190,14 @@ def test_help_names_every_option(script):
             (*JOBSET, "--config=configs/8b_v5e_256.py", "--topology=v5e:16x16", "--restarts=-1"),
             "--restarts is -1",
         ),
+        ((*JOBSET, "-config.optim.lr=1"), "unknown flag -config.optim.lr"),
+        ((*JOBSET, "--flagfile=x"), "unknown flag --flagfile"),
+        ((*JOBSET, "--env=HF_TOKEN=x"), "keep it in a Kubernetes Secret"),
+        ((*JOBSET, "--image=a b"), "--image is 'a b'"),
+        (
+            (*JOBSET, "--config=configs/8b_v5e_256.py", "--topology=v5e:16x16", "--config.KEY=1"),
+            "unknown key KEY",
+        ),
     ],
 )
 def test_bad_arguments_end_with_status_2(command, message):
@@ -171,6 +205,22 @@ def test_bad_arguments_end_with_status_2(command, message):
     assert found.returncode == 2 and message in found.stderr
     # libtpu may print a line of its own first.
     assert found.stderr.startswith(("error: ", "Failed to find host"))
+
+
+def test_cdpath_and_the_folder_of_the_caller_do_not_change_what_a_script_does(tmp_path):
+    # A folder of the same name, to which `cd launch/..` would go.
+    (tmp_path / "launch").mkdir()
+    options = ("--workdir=/shared/x", "--dry-run")
+    expected = launch(*SLURM, *options).stdout
+    assert f"\ncd {ROOT} " in expected
+    assert launch("bash", *SLURM, *options, CDPATH=tmp_path).stdout == expected
+    config = "--config=../configs/1b_h100_8.py"
+    assert launch("bash", "slurm.sh", config, *options, cwd=LAUNCH).stdout == expected
+    # Relative paths begin in the folder of the caller.
+    relative = launch(f"{ROOT}/{SLURM[0]}", SLURM[1], "--workdir=x", "--dry-run", cwd=tmp_path)
+    assert f"--output={tmp_path}/x/slurm-%j.log\n" in relative.stdout
+    home = launch(*SLURM, "--workdir=~/x", "--dry-run", HOME=tmp_path)
+    assert f"--output={tmp_path}/x/slurm-%j.log\n" in home.stdout
 
 
 def test_jaxlib_knows_the_xla_flags():
@@ -267,8 +317,46 @@ def test_local_pod_starts_again_after_a_process_dies(tmp_path):
     assert found.returncode == 0, found.stderr
     assert "noticed" in logs(tmp_path, 1)[2] and len(logs(tmp_path, 2)) == 3
     assert "process 1 ended with status 137" in found.stderr
+    assert "killed by SIGKILL, by hand or by the kernel for lack of memory" in found.stderr
+    assert "waiting up to 3 s (--grace) for 2 process(es) to end by themselves: 0 2" in found.stderr
+    assert found.stderr.index("waiting up to") < found.stderr.index("process 2 ended")
     assert "killing 1 process" in found.stderr
     assert_no_orphans(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "lines, status, cause",
+    [
+        (("error: no such data", "and more"), 2, "no such data"),
+        (
+            ("Traceback", "  File x", "pkg.OwnError: bad shape", "at exit"),
+            1,
+            "pkg.OwnError: bad shape",
+        ),
+        (("F1130 08:40:19.2   15 client.h:80] Lost", "    @ 0x7f  absl::Log()"), 134, "Lost"),
+        (("Fatal Python error: Aborted", "Thread 0x7f:"), 134, "Fatal Python error: Aborted"),
+        (("fine",), 143, "killed by SIGTERM"),
+        (("fine",), 7, "its log does not say why"),
+    ],
+)
+def test_local_pod_says_why_a_process_ended(tmp_path, lines, status, cause):
+    words = " ".join(map(shlex.quote, lines))
+    body = f"if [[ $id == 1 ]]; then printf '%s\\n' {words}; exit {status}; fi; sleep 0.5; exit 76"
+    found = launch(*local_pod(tmp_path, body))
+    assert found.returncode == status
+    assert f"process 1 ended with status {status}: {cause} (" in found.stderr
+
+
+def test_local_pod_keeps_stacks_off_the_screen(tmp_path):
+    lines = [
+        "step 1",
+        "E1130 08:40:19.2 15 coordination_service.cc:1] Lost",
+        "    @ 0x7f  absl::Log()",
+    ]
+    words = " ".join(map(shlex.quote, lines))
+    found = launch(*local_pod(tmp_path, f"printf '%s\\n' {words}; exit 134"))
+    assert found.stdout == "step 1\n"
+    assert logs(tmp_path, 1)[0].splitlines() == lines
 
 
 def test_local_pod_starts_again_after_a_preemption(tmp_path):
@@ -342,16 +430,13 @@ def test_tpu_vm_requests_one_slice_or_several():
 
 def test_tpu_vm_quotes_arguments_for_the_shell_of_a_host():
     lags = "--config.streams.lags=(('output', 'user', '3'),)"
-    (command,) = printed_commands(
-        *TPU_VM, "start", lags, "--env=A=b c", "--ssh-option=--tunnel-through-iap"
-    )
+    (command,) = printed_commands(*TPU_VM, "start", lags, "--ssh-option=--tunnel-through-iap")
     assert {"--node=all", "--worker=all", "--tunnel-through-iap"} <= set(command)
     (sent,) = [word.removeprefix("--command=") for word in command if word.startswith("--command=")]
     assert shlex.split(sent) == [
         "bash",
         "msllm/launch/on_host.sh",
         "start",
-        "A=b c",
         "--",
         *TRAIN,
         lags,
@@ -363,7 +448,7 @@ def test_a_dry_run_of_tpu_vm_run_prints_all_commands():
         commands = printed_commands(*TPU_VM, "run", *options)
         return [command[4] if command[0] == "gcloud" else command[0] for command in commands]
 
-    assert verbs() == ["create", "list", "git", "scp", "rm", "ssh", "ssh", "ssh", "delete"]
+    assert verbs() == ["create", "list", "git", "scp", "ssh", "ssh", "ssh", "delete"]
     assert verbs("--keep") == verbs()[:-1]
 
 
@@ -435,12 +520,48 @@ def calls(folder):
 def test_tpu_vm_runs_until_complete(cloud):
     folder, environment = cloud
     (folder / "statuses").write_text("preempted\n1\n0\n")
-    found = launch(*TPU_VM, "run", "--poll=1", "--env=MINE=1", timeout=60, **environment)
+    found = launch(*TPU_VM, "run", "--poll=1", "--env=MINE=1", **environment)
     assert found.returncode == 0, found.stderr
     assert calls(folder).count("create") == calls(folder).count("delete") == 2
     assert not (folder / "state").exists()
     log = (folder / "host" / "msllm-run" / "train.log").read_text().splitlines()
     assert log == [f"train -m msllm train {' '.join(TRAIN)} tpu,cpu"] * 3
+
+
+def test_tpu_vm_sends_variables_in_a_file_that_it_deletes(cloud):
+    folder, environment = cloud
+    (folder / "statuses").write_text("0\n")
+    python = folder / "host" / "msllm" / ".venv" / "bin" / "python"
+    python.write_text(python.read_text().replace("echo", 'printf "%s|" "$A" "$HF_TOKEN"\necho'))
+    options = ("--poll=1", "--env=A=b 'c'", "--env=HF_TOKEN")
+    found = launch(*TPU_VM, "run", *options, HF_TOKEN="secret\nword", **environment)
+    assert found.returncode == 0, found.stderr
+    log = (folder / "host" / "msllm-run" / "train.log").read_text()
+    assert log.startswith("b 'c'|secret\nword|train")
+    assert "secret" not in (folder / "calls").read_text() + found.stderr + found.stdout
+    assert not list(folder.glob("msllm.*")) and not (folder / "host/msllm-environment").exists()
+
+
+def test_tpu_vm_does_not_watch_a_run_with_other_arguments(cloud):
+    folder, environment = cloud
+    (folder / "statuses").write_text("wait\n")
+    (folder / "state").write_text("ACTIVE")
+    for verb in ("install", "start"):
+        options = ["--config.steps=3"] if verb == "start" else []
+        assert launch(*TPU_VM, verb, *options, **environment).returncode == 0
+    found = launch(*TPU_VM, "run", "--poll=1", "--config.steps=4", **environment)
+    assert found.returncode == 2 and "--config.steps=3; give these, or end it" in found.stderr
+    assert launch(*TPU_VM, "stop", **environment).returncode == 0
+
+
+def test_tpu_vm_refuses_a_config_that_the_hosts_do_not_get(tmp_path):
+    config = ROOT / "configs" / "not_committed.py"
+    config.touch()
+    try:
+        found = launch(*TPU_VM, "run", "--config=configs/not_committed.py", "--dry-run")
+    finally:
+        config.unlink()
+    assert found.returncode == 2 and "has no such file; commit it" in found.stderr
 
 
 def test_tpu_vm_stops_at_bad_input(cloud):
@@ -568,6 +689,64 @@ def test_slurm_job_requests_its_resources(tmp_path):
     assert per_node.index("\ntrap ") < per_node.index("\nsrun ")
 
 
+def sbatch_options(script):
+    """The options in a job's script, split into words as sbatch does: \\ also escapes in quotes."""
+    options = []
+    for line in re.findall(r"^#SBATCH(.*)", script, re.M):
+        words, quote, escaped = [""], "", False
+        for character in line.strip():
+            if escaped or not (character == "\\" or (not quote and character in " '\"#")):
+                if character != quote or escaped:
+                    words[-1] += character
+                else:
+                    quote = ""
+                escaped = False
+            elif character == "\\":
+                escaped = True
+            elif character == "#":
+                break
+            elif character == " ":
+                words.append("")
+            else:
+                quote = character
+        options += words
+    return options
+
+
+def test_slurm_quotes_paths_and_options():
+    workdir = "/shared/it's my #1 run %j $(touch x)"
+    script = launch(
+        *SLURM, f"--workdir={workdir}", "--sbatch=--constraint=a b|c", "--dry-run"
+    ).stdout
+    options = sbatch_options(script)
+    assert f"--output={workdir.replace('%', '%%')}/slurm-%j.log" in options
+    assert "--constraint=a b|c" in options
+    (srun,) = re.findall("^srun (.*) &$", script, re.M)
+    assert f"--workdir={workdir}" in shlex.split(srun)
+    crashes = re.search("^crashes_file=.*", script, re.M)[0]
+    shown = launch("bash", "-c", f'{crashes}; echo "$crashes_file"', SLURM_JOB_ID="7").stdout
+    assert shown == f"{workdir}/slurm-7.crashes\n"
+
+
+def test_slurm_passes_variables_on_without_writing_their_values(cluster):
+    folder, environment = cluster
+    options = (f"--workdir={folder}/run", "--env=HF_TOKEN", "--python=/opt/python")
+    assert launch(*SLURM, *options, HF_TOKEN="secret", **environment).returncode == 0
+    script = (folder / "job.sh").read_text()
+    assert "secret" not in script and "--export=ALL" in sbatch_options(script)
+    assert run_job(cluster, MODE="0", HF_TOKEN="secret") == (0, False)
+    assert run_job(cluster, MODE="0") == (2, False)
+
+
+def test_slurm_checks_the_arguments_before_it_submits(cluster):
+    folder, environment = cluster
+    (folder / "job.sh").unlink()
+    options = (f"--workdir={folder}/run", f"--python={sys.executable}", "--config.stepz=3")
+    found = launch(*SLURM, *options, **environment)
+    assert found.returncode == 2 and "unknown key stepz" in found.stderr
+    assert not (folder / "job.sh").exists()
+
+
 @pytest.mark.parametrize("mode, requeued", [("0", False), ("2", False), ("75", True)])
 def test_slurm_job_requeues_a_run_that_was_stopped_and_saved(cluster, mode, requeued):
     assert run_job(cluster, MODE=mode) == (int(mode), requeued)
@@ -685,6 +864,11 @@ def test_jobset_of_a_slice(tmp_path):
         "--config=configs/8b_v5e_256.py",
         "--topology=v5e:16x16",
         "--config.optim.lr=1e-3",
+        "--config.log_every",
+        "7",
+        "--noconfig.monitor.examples",
+        "--config.data.options.text=$(A) $$",
+        "--heartbeat_timeout=50",
         f"--out={out}",
     )
     made = launch(*JOBSET, *options)
@@ -709,11 +893,22 @@ def test_jobset_of_a_slice(tmp_path):
         "train",
         *TRAIN,
         "--config.optim.lr=1e-3",
+        "--config.log_every",
+        "7",
+        "--noconfig.monitor.examples",
+        "--config.data.options.text=$$(A) $$$$",  # $$ stands for $ in a manifest
+        "--heartbeat_timeout=50",
     ]
     assert {entry["name"]: entry["value"] for entry in container["env"]} == values_of("tpu")
     # To save 8.2e9 parameters of 12 bytes on 64 hosts at 50 MB/s takes 31 s, which is rounded up to
     # a multiple of half a minute. Another minute is for the step that is running.
     assert pod["terminationGracePeriodSeconds"] == 60 + 60
+
+
+def test_jobset_refuses_a_config_that_is_not_in_the_image(tmp_path):
+    config = shutil.copy(ROOT / "configs" / "8b_v5e_256.py", tmp_path)
+    found = launch(*JOBSET, f"--config={config}", "--topology=v5e:16x16")
+    assert found.returncode == 2 and "the image has only files of" in found.stderr
 
 
 def test_jobset_of_several_slices(jobset):
@@ -723,6 +918,8 @@ def test_jobset_of_several_slices(jobset):
         "data_bucket": "data",
         "spot": True,
         "host_network": True,
+        "variables": {"A": "$B"},
+        "secrets": ["keys"],
     }
     manifest = jobset.manifest("mine", "image", ["--workdir=gs://b/r"], shape, 3, 90, 5, **options)
     pod = validated(manifest)["template"]["spec"]
@@ -732,6 +929,8 @@ def test_jobset_of_several_slices(jobset):
     assert variables["MEGASCALE_COORDINATOR_ADDRESS"]["value"] == "mine-slice-0-0.mine"
     index = "metadata.annotations['jobset.sigs.k8s.io/job-index']"
     assert variables["MEGASCALE_SLICE_ID"]["valueFrom"]["fieldRef"]["fieldPath"] == index
+    assert variables["A"]["value"] == "$$B"
+    assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": "keys"}}]
     assert pod["serviceAccountName"] == "trainer"
     assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     assert pod["hostNetwork"] and pod["dnsPolicy"] == "ClusterFirstWithHostNet"

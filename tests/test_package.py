@@ -55,6 +55,15 @@ def test_metadata_and_entry_point_of_the_wheel(wheel):
     assert b"msllm = msllm.cli.main:main" in wheel.read(f"{info}/entry_points.txt")
 
 
+def test_dependencies_state_their_lowest_versions():
+    """`.ci/floors` tests with these versions. The tools of developers are the newest."""
+    extras = PROJECT["optional-dependencies"]
+    groups = [extras[name] for name in extras.keys() - {"dev", "docs", "test"}]
+    entries = [entry for group in (PROJECT["dependencies"], *groups) for entry in group]
+    unstated = [entry for entry in entries if not re.search(r">=|==|^msllm\[", entry)]
+    assert len(entries) > 20 and not unstated
+
+
 def test_imported_packages_are_required():
     """Checks imports at the top of modules. Functions may import packages of an extra."""
 

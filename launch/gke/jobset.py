@@ -13,7 +13,7 @@ import math
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -128,6 +128,8 @@ def manifest(
     data_bucket: str | None = None,
     spot: bool = False,
     host_network: bool = False,
+    variables: Mapping[str, str] | None = None,
+    secrets: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The JobSet as nested dicts. Raises UserError for a name that Kubernetes refuses.
 
@@ -143,6 +145,8 @@ def manifest(
       data_bucket: a bucket to mount at /data.
       spot: run on Spot VMs.
       host_network: use the network of the nodes.
+      variables: environment variables of the container.
+      secrets: Kubernetes Secrets, whose entries become environment variables.
     """
     # The name of a pod becomes a label, which has at most 63 characters.
     longest = 63 - len(f"-{JOB}-{num_slices - 1}-{shape.hosts - 1}-abcde")
@@ -154,13 +158,16 @@ def manifest(
     container = {
         "name": "msllm",
         "image": image,
-        "command": ["python", "-m", "msllm", "train", *arguments],
-        "env": environment(num_slices, name),
+        "command": ["python", "-m", "msllm", "train", *map(_literal, arguments)],
+        "env": environment(num_slices, name)
+        + [{"name": key, "value": _literal(value)} for key, value in (variables or {}).items()],
         "ports": [{"name": key, "containerPort": port} for key, port in PORTS.items()],
         "resources": {"limits": {"google.com/tpu": shape.chips_per_host}},
         # The loader passes batches through shared memory. The default of a container is 64 MiB.
         "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],
     }
+    if secrets:
+        container["envFrom"] = [{"secretRef": {"name": secret}} for secret in secrets]
     pod = {
         "restartPolicy": "Never",  # a single pod cannot continue: all are restarted together
         "terminationGracePeriodSeconds": grace,
@@ -253,6 +260,49 @@ def manifest(
     }
 
 
+def _literal(text: str) -> str:
+    """Escapes text that Kubernetes would expand: it replaces $(VARIABLE), and $$ by $."""
+    return text.replace("$", "$$")
+
+
+def _variable(text: str) -> tuple[str, str]:
+    """Flag type: VARIABLE=VALUE. The manifest is no place for secrets."""
+    name, equals, value = text.partition("=")
+    if not equals or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+        raise argparse.ArgumentTypeError(f"is {text!r}: must be VARIABLE=VALUE")
+    if re.search("_((api_?)?key|token|secret|passwd|password)_", f"_{name}_", re.IGNORECASE):
+        raise argparse.ArgumentTypeError(
+            f"is for {name}, which the manifest and the command line would show: keep it in a "
+            "Kubernetes Secret and give --secret=NAME"
+        )
+    return name, value
+
+
+def _name(text: str) -> str:
+    """Flag type: the name of a Kubernetes object, of a bucket or of an image."""
+    if not re.fullmatch("[A-Za-z0-9]([A-Za-z0-9._/:@-]*[A-Za-z0-9])?", text):
+        raise argparse.ArgumentTypeError(
+            f"is {text!r}: letters, digits and the characters ._/:@-, with a letter or digit at "
+            "both ends"
+        )
+    return text
+
+
+def _file_in_image(config_file: str) -> str:
+    """The path of a config in the image, which has the folder configs of this repository.
+
+    Raises UserError if the file is elsewhere.
+    """
+    file, colon, argument = config_file.partition(":")
+    path = pathlib.Path(file).resolve()
+    if not path.is_relative_to(LAUNCH.parent / "configs"):
+        raise UserError(
+            f"--config is {config_file!r}: the image has only files of {LAUNCH.parent / 'configs'}"
+            " (launch/gke/Dockerfile); copy it there"
+        )
+    return f"{path.relative_to(LAUNCH.parent)}{colon}{argument}"
+
+
 def _parse_flags() -> argparse.Namespace:
     parser = Parser("python launch/gke/jobset.py", __doc__ or "", _EXAMPLES)
     parser.add_config()
@@ -262,7 +312,8 @@ def _parse_flags() -> argparse.Namespace:
         ("name", "NAME", "Name of the JobSet; pods are named after it."),
         ("workdir", "PLACE", "Folder for checkpoints and metrics, gs://BUCKET/FOLDER."),
     ):
-        parser.add_argument(f"--{name}", metavar=metavar, required=True, help=text)
+        kind = _name if name == "image" else str
+        parser.add_argument(f"--{name}", metavar=metavar, required=True, type=kind, help=text)
     parser.add_argument(
         "--num_slices",
         metavar="N",
@@ -287,13 +338,38 @@ def _parse_flags() -> argparse.Namespace:
     parser.add_argument(
         "--service_account",
         metavar="NAME",
+        type=_name,
         help="Kubernetes service account of the pods, with access to the workdir.",
     )
     parser.add_argument(
         "--data_bucket",
         metavar="BUCKET",
+        type=_name,
         help="A bucket to mount at /data, for --config.data.dir=/data/FOLDER (Cloud Storage FUSE).",
     )
+    parser.add_argument(
+        "--env",
+        metavar="VARIABLE=VALUE",
+        type=_variable,
+        action="append",
+        default=[],
+        help="An environment variable of the pods, beside the tpu lines of launch/flags.env. "
+        "Repeatable.",
+    )
+    parser.add_argument(
+        "--secret",
+        metavar="NAME",
+        type=_name,
+        action="append",
+        default=[],
+        help="A Kubernetes Secret, whose entries become environment variables of the pods. "
+        "Repeatable.",
+    )
+    for name, text in (
+        ("initialization_timeout", "Passed on to msllm train."),
+        ("heartbeat_timeout", "Passed on to msllm train."),
+    ):
+        parser.add_argument(f"--{name}", metavar="SECONDS", type=positive_int, help=text)
     parser.add_argument("--spot", action=Switch, default=False, help="Run on Spot VMs.")
     parser.add_argument(
         "--host_network",
@@ -329,11 +405,20 @@ def _main() -> None:
             f"{flags.topology} has one: choose a larger topology"
         )
     make_mesh(flags.config.mesh, devices)  # the mesh must fit these devices
-    overrides = [word for word in sys.argv[1:] if re.match(r"--config\.\S+?=", word)]
+    timeouts = [
+        f"--{name}={getattr(flags, name)}"
+        for name in ("initialization_timeout", "heartbeat_timeout")
+        if getattr(flags, name) is not None
+    ]
     written = manifest(
         flags.name,
         flags.image,
-        [f"--config={flags.config_file}", f"--workdir={flags.workdir}", *overrides],
+        [
+            f"--config={_file_in_image(flags.config_file)}",
+            f"--workdir={flags.workdir}",
+            *flags.overrides,
+            *timeouts,
+        ],
         shape,
         flags.num_slices,
         flags.grace or grace_seconds(flags.config, shape.hosts),
@@ -342,6 +427,8 @@ def _main() -> None:
         flags.data_bucket,
         flags.spot,
         flags.host_network,
+        dict(flags.env),
+        flags.secret,
     )
     content = yaml.safe_dump(written, sort_keys=False, width=120)
     if flags.out and not flags.dry_run:

@@ -173,8 +173,9 @@ class Parser(argparse.ArgumentParser):
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parses command-line arguments.
 
-        After `add_config`, `config` in the result is the `Config` with all overrides applied, and
-        `config_file` is the path of its file.
+        After `add_config`, `config` in the result is the `Config` with all overrides applied,
+        `config_file` is the path of its file, and `overrides` are the arguments that override
+        settings, as given. A command that writes a command line passes these on.
 
         Raises UserError if the arguments are invalid.
         """
@@ -186,7 +187,12 @@ class Parser(argparse.ArgumentParser):
             if action.metavar in ("DIR", "FILE") and isinstance(value, str):
                 setattr(flags, action.dest, os.path.expanduser(value))
         if self._takes_config:
-            flags.config_file = flags.config
+            if getattr(flags, "config.KEY") is not None:
+                raise UserError(
+                    "unknown key KEY: --config.KEY stands for a setting, such as "
+                    "--config.optim.lr=1e-3 (msllm/config.py lists all settings)"
+                )
+            flags.config_file, flags.overrides = flags.config, rest
             flags.config, rest = _read_config(flags.config, rest)
         if rest:
             raise UserError(
