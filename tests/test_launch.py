@@ -196,7 +196,7 @@ def test_help_names_every_option(script):
         ((*JOBSET, "--image=a b"), "--image is 'a b'"),
         (
             (*JOBSET, "--config=configs/8b_v5e_256.py", "--topology=v5e:16x16", "--config.KEY=1"),
-            "unknown key KEY",
+            "unknown config key config.KEY",
         ),
     ],
 )
@@ -743,7 +743,7 @@ def test_slurm_checks_the_arguments_before_it_submits(cluster):
     (folder / "job.sh").unlink()
     options = (f"--workdir={folder}/run", f"--python={sys.executable}", "--config.stepz=3")
     found = launch(*SLURM, *options, **environment)
-    assert found.returncode == 2 and "unknown key stepz" in found.stderr
+    assert found.returncode == 2 and "did you mean config.steps?" in found.stderr
     assert not (folder / "job.sh").exists()
 
 

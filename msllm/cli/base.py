@@ -189,7 +189,7 @@ class Parser(argparse.ArgumentParser):
         if self._takes_config:
             if getattr(flags, "config.KEY") is not None:
                 raise UserError(
-                    "unknown key KEY: --config.KEY stands for a setting, such as "
+                    "unknown config key config.KEY: --config.KEY stands for a setting, such as "
                     "--config.optim.lr=1e-3 (msllm/config.py lists all settings)"
                 )
             flags.config_file, flags.overrides = flags.config, rest
