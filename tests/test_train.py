@@ -1,4 +1,4 @@
-"""Runs: continuing, stopping, what is written, what goes wrong."""
+"""Training runs: what they write, how they stop and continue, and errors."""
 
 import os
 import re
@@ -23,6 +23,7 @@ from runs import (
     stop_after,
     write_config_file,
 )
+from tensorboardX.proto.event_pb2 import Event
 
 from msllm.checkpoint import Checkpoints
 from msllm.errors import UserError
@@ -42,14 +43,14 @@ def config(data_dir):
 
 @pytest.fixture
 def uninterrupted(config, tmp_path_factory):
-    """The workdir of a finished run; the same for all tests of a session."""
+    """The workdir of a finished run, shared by all tests of a session. Read only."""
     workdir = tmp_path_factory.getbasetemp() / "uninterrupted"
     if not workdir.exists():
         train(config, workdir)
     return workdir
 
 
-def test_a_run_writes_what_it_measured(uninterrupted):
+def test_metrics_of_a_run(uninterrupted):
     lines = metrics(uninterrupted)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 9))
@@ -63,14 +64,8 @@ def test_a_run_writes_what_it_measured(uninterrupted):
         "nll_spoken/output",
         *TIMES,
     }
-    names |= {
-        "gradient_norm",
-        "parameter_norm",
-        "update_norm",
-        "learning_rate",
-        "skipped_updates",
-        "step",
-    }
+    names |= {"gradient_norm", "parameter_norm", "update_norm"}
+    names |= {"learning_rate", "skipped_updates", "step"}
     assert set(steps[-1]) == names
     evaluated = {
         f"eval/{kind}/{s}" for kind in ("nll", "nll_spoken") for s in ("user", "thought", "output")
@@ -91,15 +86,12 @@ def test_tensorboard_holds_the_same_numbers(uninterrupted):
 
 def scalars(content):
     """{(name, step): value} of an event file."""
-    from tensorboardX.proto.event_pb2 import Event
-
     result = {}
-    while content:  # records: length, its checksum, event, its checksum
+    while content:  # a record: length, checksum of the length, event, checksum of the event
         size = int.from_bytes(content[:8], "little")
         event, content = Event.FromString(content[12 : 12 + size]), content[16 + size :]
-        result.update(
-            {(value.tag, event.step): value.simple_value for value in event.summary.value}
-        )
+        for value in event.summary.value:
+            result[value.tag, event.step] = value.simple_value
     return result
 
 
@@ -114,10 +106,10 @@ def test_a_stopped_run_continues_bit_for_bit(config, uninterrupted, tmp_path, mo
     assert int(finished.step) == 8
     assert reproducible_metrics(tmp_path) == reproducible_metrics(uninterrupted)
     assert_same_parameters(tmp_path, uninterrupted)
+    # Starting a finished run again changes nothing.
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    jax.tree.map(
-        np.testing.assert_array_equal, host(train(config, tmp_path)), host(finished)
-    )  # nothing to do
+    again = train(config, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, host(again), host(finished))
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
@@ -132,7 +124,9 @@ def test_a_run_continues_on_another_mesh(config, uninterrupted, tmp_path, monkey
         np.testing.assert_allclose(list(line.values()), list(expected.values()), rtol=2e-5)
 
 
-def test_a_signal_during_evaluation_loses_nothing(config, tmp_path, monkeypatch, capsys):
+def test_a_signal_during_evaluation_saves_after_the_next_step(
+    config, tmp_path, monkeypatch, capsys
+):
     def interrupting(run):
         signal.raise_signal(signal.SIGINT)
         return held_out_losses(run)
@@ -143,7 +137,7 @@ def test_a_signal_during_evaluation_loses_nothing(config, tmp_path, monkeypatch,
     assert "stopped at step 5, saved" in capsys.readouterr().out
 
 
-def test_a_run_whose_gradients_are_not_finite_names_them_and_stops(
+def test_a_run_stops_after_too_many_gradients_that_are_not_finite(
     config, tmp_path, monkeypatch, capsys
 ):
     def poisoned(self, program, tokenizer):
@@ -169,17 +163,10 @@ def test_a_run_whose_gradients_are_not_finite_names_them_and_stops(
 
 
 def command(workdir, config, *options):
-    """`msllm train` with a config file."""
+    """A command line of `msllm train` with a config file."""
     file = write_config_file(workdir.parent / f"{workdir.name}.py", config)
-    return [
-        sys.executable,
-        "-m",
-        "msllm",
-        "train",
-        f"--config={file}",
-        f"--workdir={workdir}",
-        *options,
-    ]
+    arguments = [f"--config={file}", f"--workdir={workdir}", *options]
+    return [sys.executable, "-m", "msllm", "train", *arguments]
 
 
 def test_ctrl_c_saves_and_the_same_command_continues(config, uninterrupted, tmp_path):
@@ -188,30 +175,23 @@ def test_ctrl_c_saves_and_the_same_command_continues(config, uninterrupted, tmp_
         line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         for said in process.stdout:
-            if said.startswith("step 4/8"):  # then it evaluates, which takes a while
-                with pytest.raises(
-                    UserError,
-                    match=f"in which process {process.pid} on .* is training: wait for it",
-                ):
+            if said.startswith("step 4/8"):  # the run evaluates now, which takes a while
+                locked = f"in which process {process.pid} on .* is training: wait for it"
+                with pytest.raises(UserError, match=locked):
                     train(config, tmp_path / "run")
                 process.send_signal(signal.SIGINT)
                 break
         rest, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert (
-        "stopped at step 5, saved; the same command continues here" in rest
-        and "step 6/8" not in rest
-    )
+    assert "stopped at step 5, saved; the same command continues here" in rest
+    assert "step 6/8" not in rest
     assert metrics(tmp_path / "run")[-1]["step"] == 5
 
     done = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert (
-        "continuing at step 5" in done.stderr
-        and "step 8/8" in done.stdout
-        and "step 5/8" not in done.stdout
-    )
-    for text in done.stdout.splitlines():  # plain lines: this is no terminal
+    assert "continuing at step 5" in done.stderr
+    assert "step 8/8" in done.stdout and "step 5/8" not in done.stdout
+    for text in done.stdout.splitlines():  # plain lines, because stdout is not a terminal
         progress = r"step \d/8  loss \d+\.\d{4}  [\d,]+ tokens/s  ETA 0:0\d"
         evaluation = r"step 8  evaluation: loss \d+\.\d{4}  nll/user .*  loss_spoken \d+\.\d{4}"
         assert re.fullmatch(f"{progress}|{evaluation}", text), text
@@ -219,7 +199,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(config, uninterrupted, tmp_
     assert_same_parameters(tmp_path / "run", uninterrupted)
 
 
-def test_a_hang_up_without_a_reader_of_the_output_saves(config, tmp_path):
+def test_a_run_without_a_reader_continues_and_saves_on_hang_up(config, tmp_path):
     with subprocess.Popen(
         command(tmp_path / "run", config, "--config.steps=2000"),
         stdout=subprocess.PIPE,
@@ -230,9 +210,8 @@ def test_a_hang_up_without_a_reader_of_the_output_saves(config, tmp_path):
             if said.startswith("step 2/"):
                 break
         process.stdout.close()  # as `| head` does
-        (tmp_path / "run" / "metrics.jsonl").stat()
-        steps = [line["step"] for line in metrics(tmp_path / "run")]
-        while len(metrics(tmp_path / "run")) < len(steps) + 3:  # it goes on without a reader
+        lines = len(metrics(tmp_path / "run"))
+        while len(metrics(tmp_path / "run")) < lines + 3:
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGHUP)
@@ -254,7 +233,7 @@ def test_a_run_needs_neither_stdout_nor_stderr(config, tmp_path):
     assert load(tmp_path / "run").step == 8 == metrics(tmp_path / "run")[-1]["step"]
 
 
-def test_commands_that_cannot_run_say_so_in_one_line(config, data_dir, tmp_path):
+def test_a_command_that_cannot_run_prints_one_line(config, data_dir, tmp_path):
     copy = tmp_path / "data"
     shutil.copytree(data_dir, copy)
     shard = next(copy.glob("train-00002*"))
@@ -262,14 +241,11 @@ def test_commands_that_cannot_run_say_so_in_one_line(config, data_dir, tmp_path)
     line = command(tmp_path / "run", config, f"--config.data.dir={copy}")
     done = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == ""
-    assert (
-        done.stderr
-        == f"error: {shard} is missing (manifest.json lists it): restore it, or {AGAIN}\n"
-    )
+    message = f"{shard} is missing (manifest.json lists it): restore it, or {AGAIN}"
+    assert done.stderr == f"error: {message}\n"
 
-    done = subprocess.run(
-        [*line, "--config.optim.lrr=1"], capture_output=True, text=True, timeout=120
-    )
+    line.append("--config.optim.lrr=1")
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert "unknown config key config.optim.lrr: did you mean config.optim.lr?" in done.stderr
 
@@ -285,14 +261,6 @@ def test_a_workdir_that_cannot_be_made_is_refused(config, tmp_path):
         UserError, match=r"--workdir is .*run, where lock cannot be written \(.*\): repair that"
     ):
         train(config, tmp_path / "run")
-
-
-def changed_data(data_dir, tmp_path, change):
-    """A copy of the data, changed."""
-    copy = tmp_path / "data"
-    shutil.copytree(data_dir, copy)
-    change(copy)
-    return str(copy)
 
 
 @pytest.mark.parametrize(
@@ -316,9 +284,11 @@ def changed_data(data_dir, tmp_path, change):
     ids=["shard", "evaluation shard", "tokenizer", "manifest", "no data"],
 )
 def test_damaged_data_stops_the_run_before_it_starts(config, data_dir, tmp_path, change, message):
-    data = changed_data(data_dir, tmp_path, change)
+    data = tmp_path / "data"
+    shutil.copytree(data_dir, data)
+    change(data)
     with pytest.raises(UserError, match=message):
-        train(replace(config, "data", dir=data), tmp_path / "run")
+        train(replace(config, "data", dir=str(data)), tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""The `transformers` library itself, where it and torch are installed, in both directions.
+"""Exchange of models with the `transformers` library, where it and torch are installed.
 
-CI has neither; the same models are recorded in tests/hf (tests/hf_models.py).
+CI has neither. It uses recordings of the same models in tests/hf, see tests/hf_models.py.
 """
 
 import hf_models
@@ -16,16 +16,14 @@ from msllm.weights.gguf import PATTERNS
 from msllm.weights.load import load
 from msllm.weights.vocabulary import TokenizerFile, with_silence
 
-pytest.importorskip(
-    "torch", reason="torch is not installed; tests/hf holds what transformers computes"
-)
+pytest.importorskip("torch", reason="torch is not installed; test_hf.py uses recordings instead")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("variant", hf_models.VARIANTS)
-def test_logits_of_both(variant, tmp_path):
+def test_an_imported_model_gives_the_logits_of_transformers(variant, tmp_path):
     hf_models.make(variant, tmp_path / "theirs")
     recorded = np.load(tmp_path / "theirs" / "logits.npz")
     (tmp_path / "theirs" / "tokenizer.json").write_bytes(tokenizer_file(hf_models.VOCABULARY))
@@ -39,9 +37,8 @@ def test_logits_of_both(variant, tmp_path):
     from_hf(tmp_path / "theirs", tmp_path / "one")
     for dtype in ("", "float32"):
         to_hf(tmp_path / "one", tmp_path / f"back{dtype}", dtype)
-        assert np.array_equal(
-            hf_models.logits(tmp_path / f"back{dtype}", recorded["tokens"]), recorded["logits"]
-        )
+        again = hf_models.logits(tmp_path / f"back{dtype}", recorded["tokens"])
+        np.testing.assert_array_equal(again, recorded["logits"])
 
 
 FAMILIES = {
@@ -52,7 +49,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_of_ours_opens_there(family, make_model, tmp_path):
+def test_transformers_opens_an_exported_model(family, make_model, tmp_path):
     model = make_model(1, stream_embedding=False, tie_embeddings=False, **FAMILIES[family])
     files = {
         "tokenizer.json": byte_level(),
@@ -64,17 +61,16 @@ def test_a_model_of_ours_opens_there(family, make_model, tmp_path):
     np.testing.assert_allclose(hf_models.logits(tmp_path / "out", tokens), ours, rtol=0, atol=1e-4)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = f"{TEXTS[0]}<silence>{TEXTS[1]}"
-    assert (
-        tokenizer(text).input_ids
-        == tokenizers.Tokenizer.from_str(byte_level().decode()).encode(text).ids
-    )
+    expected = tokenizers.Tokenizer.from_str(byte_level().decode()).encode(text).ids
+    assert tokenizer(text).input_ids == expected
     assert tokenizer.convert_tokens_to_ids("<silence>") in tokenizer(text).input_ids
 
 
 def byte_level() -> bytes:
     """A byte-level BPE file with silence.
 
-    It splits text as Qwen does: `transformers` does so whatever the file in a qwen2 folder says.
+    It splits text as Qwen does, because `transformers` does so for every qwen2 folder, whatever its
+    file says.
     """
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(PATTERNS["qwen2"]), "isolated")
@@ -86,6 +82,5 @@ def byte_level() -> bytes:
         vocab_size=280, initial_alphabet=alphabet, show_progress=False
     )
     model.train_from_iterator(TEXTS, trainer)
-    return with_silence(TokenizerFile("tokenizers", model.to_str().encode(), "here"), "")[
-        0
-    ].to_bytes()
+    file = TokenizerFile("tokenizers", model.to_str().encode(), "here")
+    return with_silence(file, "")[0].to_bytes()

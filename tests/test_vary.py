@@ -1,4 +1,4 @@
-"""Variations of tables: drawn by the example's id; no token is lost, reordered or moved up."""
+"""Variations of tables: drawn by the example's id, without loss or reordering of tokens."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ TOKENIZER = train(
 )
 TABLES = st.builds(
     lambda cells, name: Table(np.array(cells, np.int32), np.array(cells) > 0, example_hash(name)),
-    st.lists(st.tuples(*[st.integers(0, 5)] * 3), min_size=1, max_size=20),  # 0: absent
+    st.lists(st.tuples(*[st.integers(0, 5)] * 3), min_size=1, max_size=20),  # 0 is absent
     st.text("abc", max_size=4),
 )
 
@@ -40,12 +40,12 @@ TABLES = st.builds(
     percent=st.sampled_from([0.0, 30.0, 100.0]),
     lengths=st.lists(st.integers(0, 3), min_size=1, max_size=3),
 )
-def test_silence_is_put_in_between_rows(table, lead, percent, lengths):
+def test_silence_is_inserted_between_rows(table, lead, percent, lengths):
     settings = VaryConfig(tuple(lead), percent, tuple(lengths))
     longer = vary.insert_silence(table, settings, SILENCE)
     again = vary.insert_silence(table, settings, SILENCE)
     assert np.array_equal(longer.tokens, again.tokens) and longer.example == table.example
-    # The old rows, in order, are those that are not pauses; count the pauses before each.
+    # Match the old rows in order. All other rows are pauses. Count the pauses before each old row.
     old, pauses = 0, [0]
     for tokens, present in zip(longer.tokens, longer.present):
         fits = old < len(table.tokens) and np.array_equal(tokens, table.tokens[old])
@@ -53,53 +53,59 @@ def test_silence_is_put_in_between_rows(table, lead, percent, lengths):
             old += 1
             pauses.append(0)
         else:
-            assert (tokens == np.where(present, SILENCE, 0)).all()  # nobody speaks
+            assert (tokens == np.where(present, SILENCE, 0)).all()  # no stream speaks
             neighbours = table.present[old] & table.present[max(old - 1, 0)]
             assert np.array_equal(present, neighbours)
             pauses[-1] += 1
-    if table.present.any(axis=1).all():  # else an absent row looks like a pause of absent streams
+    # An old row without a present cell cannot be told from a pause of absent streams.
+    if table.present.any(axis=1).all():
         assert old == len(table.tokens) and pauses.pop() == 0
         assert pauses[0] in lead
-        allowed = {*lengths, 0} if percent == 30 else set(lengths) if percent else {0}
-        assert set(pauses[1:]) <= allowed
+        allowed = {0.0: {0}, 30.0: {0, *lengths}, 100.0: set(lengths)}
+        assert set(pauses[1:]) <= allowed[percent]
 
 
 def test_draws_differ_between_examples():
     def table(i):
         return Table(np.ones((9, 3), np.int32), np.ones((9, 3), bool), example_hash(str(i)))
 
-    settings = VaryConfig(lead=(0, 1, 5))
-    lengths = [len(vary.insert_silence(table(i), settings, SILENCE).tokens) - 9 for i in range(90)]
-    assert all(lengths.count(n) > 15 for n in (0, 1, 5))
-    settings = VaryConfig(pause_percent=25.0)
-    lengths = [len(vary.insert_silence(table(i), settings, SILENCE).tokens) - 9 for i in range(90)]
-    assert np.mean(lengths) / 8 == pytest.approx(0.25, abs=0.06) and len(set(lengths)) > 3
+    def inserted(**settings):
+        """The number of rows that are inserted into each of 90 tables."""
+        settings = VaryConfig(**settings)
+        longer = [vary.insert_silence(table(i), settings, SILENCE) for i in range(90)]
+        return [len(table.tokens) - 9 for table in longer]
+
+    leads = inserted(lead=(0, 1, 5))
+    assert all(leads.count(n) > 15 for n in (0, 1, 5))
+    pauses = inserted(pause_percent=25.0)
+    assert np.mean(pauses) / 8 == pytest.approx(0.25, abs=0.06)
+    assert len(set(pauses)) > 3
 
 
 @given(table=TABLES)
-def test_permuted_streams_change_places_whole(table):
+def test_permute_exchanges_complete_streams(table):
     after = vary.permute(table, (0, 2))
     columns = [[table.tokens[:, s].tolist(), table.present[:, s].tolist()] for s in range(3)]
     found = [[after.tokens[:, s].tolist(), after.present[:, s].tolist()] for s in range(3)]
-    assert found in ([columns[0], columns[1], columns[2]], [columns[2], columns[1], columns[0]])
+    assert found in (columns, columns[::-1])
 
 
 @given(table=TABLES, rows=st.integers(2, 8), percent=st.integers(0, 100))
-def test_pieces_share_one_row_and_one_side_of_the_split(table, rows, percent):
+def test_pieces_overlap_by_one_row_and_stay_in_one_split(table, rows, percent):
     parts = list(vary.pieces(table, rows))
     joined = np.concatenate([parts[0].tokens, *(part.tokens[1:] for part in parts[1:])])
     assert np.array_equal(joined, table.tokens) and all(len(part.tokens) <= rows for part in parts)
     assert all(np.array_equal(a.tokens[-1], b.tokens[0]) for a, b in zip(parts, parts[1:]))
     assert {held_out(part.example, percent) for part in parts} == {held_out(table.example, percent)}
-    assert len({part.example for part in parts}) == len(parts) and all(
-        len(part.tokens) > 1 for part in parts[1:]
-    )
+    assert len({part.example for part in parts}) == len(parts)
+    assert all(len(part.tokens) > 1 for part in parts[1:])
 
 
-# In `convert`, from the config.
+# Variations that `convert` makes as the config says
 
 
 def run(tmp_path, records, model, **data):
+    """The tables of records of the converter `aligned`. `model` is a StreamsConfig."""
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     config = Config(streams=model, data=DataConfig(converter="aligned", path=str(path), **data))
@@ -107,13 +113,13 @@ def run(tmp_path, records, model, **data):
 
 
 def said(table):
+    """A text for each stream, with "." for silence and "-" for absent cells."""
+
     def piece(token, present):
         return TOKENIZER.decode([token]) or "." if present else "-"
 
-    return [
-        "".join(map(piece, *column)).replace("w", "")
-        for column in zip(table.tokens.T, table.present.T)
-    ]
+    columns = zip(table.tokens.T, table.present.T)
+    return ["".join(map(piece, *column)).replace("w", "") for column in columns]
 
 
 ROWS = {"rows": [["w1", "w2", "w3"], ["w4", "w5", "w6"]]}
@@ -124,28 +130,22 @@ def test_streams_are_chosen_by_name_and_delayed(tmp_path):
     (table,) = run(tmp_path, [ROWS], TWO, streams=("a", "b", "c"))
     assert said(table) == ["36", "14"] and table.source == f"{tmp_path}/t.jsonl:1"
     vary = VaryConfig(lead=(1,), delays=((0, 1),))
-    (table,) = run(
-        tmp_path,
-        [ROWS],
-        dataclasses.replace(TWO, delays=(5, 0)),
-        streams=("a", "b", "c"),
-        vary=vary,
-    )
+    delayed = dataclasses.replace(TWO, delays=(5, 0))
+    (table,) = run(tmp_path, [ROWS], delayed, streams=("a", "b", "c"), vary=vary)
     assert said(table) == [".36-", "-.14"]
     with pytest.raises(UserError, match=r"config.data.streams is \('b', 'c'\): it lacks a"):
         run(tmp_path, [ROWS], TWO, streams=("b", "c"))
 
 
-def test_delays_and_sides_are_drawn(tmp_path):
+def test_delays_and_permutations_are_drawn(tmp_path):
     records = [{"rows": [[f"w{i}", f"w{i + 1}"], ["w1", "w2"]]} for i in range(40)]
     tables = run(tmp_path, records, TWO, vary=VaryConfig(delays=((0, 0), (0, 2))))
     assert sorted({len(table.tokens) for table in tables}) == [2, 4]
     assert 10 < sum(len(table.tokens) == 4 for table in tables) < 30
     swapped = run(tmp_path, records, TWO, vary=VaryConfig(permute=("a", "c")))
     assert {said(table)[0][-1] for table in swapped} == {"1", "2"}
-    with pytest.raises(
-        UserError, match=r"config.data.rows is 3: delays of \(\(0, 2\),\) rows leave none"
-    ):
+    message = r"config.data.rows is 3: delays of \(\(0, 2\),\) rows leave none"
+    with pytest.raises(UserError, match=message):
         run(tmp_path, records, TWO, vary=VaryConfig(delays=((0, 2),)), rows=3)
 
 
@@ -159,28 +159,22 @@ def test_delays_and_sides_are_drawn(tmp_path):
         ({"delays": ((0, 0),)}, "data.vary.delays .*must be 3 numbers"),
     ],
 )
-def test_bad_settings_are_named(changes, message):
+def test_invalid_settings_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         from_config_dict({"data": {"vary": changes}})
 
 
-def test_prepared_data_is_told_apart_by_them(tmp_path):
+def test_prepare_refuses_a_directory_with_other_settings(tmp_path):
     path = tmp_path / "t.jsonl"
-    path.write_text(
-        "".join(
-            json.dumps({"rows": [[f"w{i}", "w1", "w2"], ["w1", "w2", "w3"]]}) + "\n"
-            for i in range(9)
-        )
-    )
+    records = [{"rows": [[f"w{i}", "w1", "w2"], ["w1", "w2", "w3"]]} for i in range(9)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     word = TokenizerConfig(model_type="word", vocab_size=64)
     data = DataConfig(
         converter="aligned", path=str(path), streams=("a", "b", "c"), rows=16, tokenizer=word
     )
     plain = DataConfig(converter="aligned", path=str(path), rows=16, tokenizer=word)
-    prepare(
-        Config(streams=StreamsConfig(), data=dataclasses.replace(plain, bad_percent=1.0)),
-        tmp_path / "bad",
-    )
+    lenient = dataclasses.replace(plain, bad_percent=1.0)
+    prepare(Config(streams=StreamsConfig(), data=lenient), tmp_path / "bad")
     with pytest.raises(UserError, match=r"other settings \(data.bad_percent differ"):
         prepare(Config(streams=StreamsConfig(), data=plain), tmp_path / "bad")
     manifest = prepare(Config(streams=TWO, data=data), tmp_path / "out")
@@ -192,14 +186,12 @@ def test_prepared_data_is_told_apart_by_them(tmp_path):
         "format": "jsonl",
         "bad_percent": 1.0,
     }.items():
+        changed = Config(streams=TWO, data=dataclasses.replace(data, **{name: value}))
         with pytest.raises(UserError, match=rf"other settings \(data.{name} differ"):
-            prepare(
-                Config(streams=TWO, data=dataclasses.replace(data, **{name: value})),
-                tmp_path / "out",
-            )
+            prepare(changed, tmp_path / "out")
 
 
-# A converter of the user's own.
+# A converter outside the package
 
 OWN = """
 from msllm.data.sources import BadRecord
@@ -214,7 +206,7 @@ def convert(layout, record):
 """
 
 
-def test_own_converter(tmp_path, monkeypatch):
+def test_a_converter_outside_the_package(tmp_path, monkeypatch):
     module = tmp_path / "own_converter.py"
     module.write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
@@ -245,7 +237,7 @@ def test_own_converter(tmp_path, monkeypatch):
         prepare(config, tmp_path / "crash")
     assert failure.value.__notes__ == [f"in {path}:1"]
     for name in ("own_converter:nothing", "nowhere:convert"):
-        with pytest.raises(
-            UserError, match=f"config.data.converter is '{name}': cannot be imported"
-        ):
-            prepare(Config(data=dataclasses.replace(data, converter=name)), tmp_path / "none")
+        missing = Config(data=dataclasses.replace(data, converter=name))
+        message = f"config.data.converter is '{name}': cannot be imported"
+        with pytest.raises(UserError, match=message):
+            prepare(missing, tmp_path / "none")

@@ -1,4 +1,4 @@
-"""Checkpoints, exports and imports of an earlier msllm still load and give the same numbers."""
+"""Checkpoints, exports and imports of an earlier version load and give the same numbers."""
 
 import json
 import pathlib
@@ -20,14 +20,14 @@ EXPECTED = json.loads((BEFORE / "expected.json").read_text())
 
 
 def stored_config(**changes):
-    """The config of the stored run, with the data where they are now."""
+    """The config of the stored run, with the current path of its data."""
     settings = json.loads((BEFORE / "run" / "config.json").read_text())
     settings["data"]["dir"] = str(BEFORE / "data")
     return from_config_dict(settings | changes)
 
 
 def assert_metrics(lines, expected):
-    """Holds the lines of a metrics file against recorded ones, which name fewer metrics."""
+    """Compares the lines of a metrics file with recorded lines, which have fewer metrics."""
     assert len(lines) == len(expected)
     for line, recorded in zip(lines, expected, strict=True):
         found = {key: line[key] for key in recorded}
@@ -39,15 +39,13 @@ def test_scores_are_the_same(name):
     recorded = np.load(BEFORE / "scores.npz")
     model = load(BEFORE / name)
     assert model.tokenizer.silence == "<silence>" and model.config.vocab_size == 58
-    assert (model.step, model.streams.names) == (
-        {"run": 20, "export": None, "import": 0}[name],
-        ("user", "thought", "output"),
-    )
+    assert model.step == {"run": 20, "export": None, "import": 0}[name]
+    assert model.streams.names == ("user", "thought", "output")
     found = score(model, {"tokens": recorded["tokens"]})
     np.testing.assert_allclose(found.logprob, recorded["logprob"], rtol=0, atol=1e-5)
 
 
-def test_the_evaluation_is_the_same():
+def test_likelihoods_are_the_same():
     units = likelihood.evaluate(load(BEFORE / "run"), data=str(BEFORE / "data"))
     assert units.targets.sum(0).tolist() == EXPECTED["targets"]
     np.testing.assert_allclose(units.nll.sum(0), EXPECTED["nll"], rtol=1e-5)
