@@ -139,7 +139,7 @@ def test_loading_a_checkpoint_requires_allow_code(data_dir, tmp_path, monkeypatc
     with pytest.raises(UserError, match=message):
         msllm.load(tmp_path / "checkpoints" / "1")
     with pytest.raises(
-        UserError, match="its config.model.block is 'outside.layer:Paral.*, that of"
+        UserError, match="its config.model.block is 'outside.layer:Paral.*, but that of the run"
     ):
         other = dictation(**settings | {"model.block": ""}, init_from=str(tmp_path), steps=1)
         train(other, tmp_path / "other")

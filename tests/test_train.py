@@ -205,6 +205,8 @@ def test_a_run_without_a_reader_continues_and_saves_on_hang_up(config, tmp_path)
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Under nohup, tests inherit that hang-ups are ignored, which a run respects.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     ) as process:
         for said in process.stdout:
             if said.startswith("step 2/"):

@@ -303,7 +303,7 @@ def _compare(case: Case, sizes: Sizes) -> Results:
         "gpu_bfloat16": (gpu_backend().attend, jnp.bfloat16, "highest")
     }
     if case.float32:
-        tiles = {"tiles": _FLOAT32_TILES, "interpret": not on_gpu()}
+        tiles: dict[str, Any] = {"tiles": _FLOAT32_TILES, "interpret": not on_gpu()}
         kernels = functools.partial(gpu_attention, **tiles)
         runs["gpu_float32"] = kernels, jnp.float32, "highest"
         # What a model in float32 uses on a GPU, in the precision that it gets.
@@ -397,7 +397,7 @@ def gpu_backend(tiles: Tiles | None = None) -> Backend:
     return get_backend("gpu").with_options(tiles=_INTERPRETED, interpret=True)
 
 
-def _implementation(name: str) -> str:
+def _implementation(name: str) -> Any:
     """`name`, an implementation in `jax.nn.dot_product_attention`, or "xla" without a GPU."""
     return name if on_gpu() else "xla"
 
@@ -527,7 +527,7 @@ def train(sizes: Sizes, form: str, streams: int) -> Results:
     }
     state = program.init()
     step, _, seconds = timed(compile_step, program.step, state, batch)
-    memory = step.memory_analysis()
+    memory: Any = step.memory_analysis()
     yield {
         "compile_seconds": round(seconds, 1),
         "temporary_gib": round(memory.temp_size_in_bytes / 2**30, 2),
@@ -657,11 +657,12 @@ def _measure_attention(
         return backend.attend(q, k, v, Visibility(cells, cells, lag, jnp.arange(streams)))
 
     def both(q, k, v, cells):
-        out, pull_back = jax.vjp(lambda *x: attend(*x, cells), q, k, v)
+        out, pull_back = jax.vjp(lambda q, k, v: attend(q, k, v, cells), q, k, v)
         return out, pull_back(out)
 
     flops = attention_flops(model.num_heads, model.head_dim, batch * visible_pairs(lag, rows))
-    result, shown = {}, []
+    result: dict[str, Any] = {}
+    shown: list[str] = []
     passes = {"forward": (attend, flops), "both": (both, 3 * flops)}
     for name in ("forward", "both") if forward else ("both",):
         function, work = passes[name]

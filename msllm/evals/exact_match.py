@@ -207,7 +207,8 @@ def streams_case(table: Table, model: LoadedModel) -> Case:
     spoken = table.present & (table.tokens != silence)
     prompt = np.full(table.tokens.shape, FREE)
     prompt[:, inputs] = np.where(spoken[:, inputs], table.tokens[:, inputs], silence)
-    is_dictation = bool(model.run_config) and model.run_config.data.converter == "dictation"
+    config = model.run_config
+    is_dictation = config is not None and config.data.converter == "dictation"
     if is_dictation:
         end_id = model.require_tokenizer().encode(QUESTION_END)[0]
         ends = question_ends(table.tokens[:, inputs[0]], end_id)
