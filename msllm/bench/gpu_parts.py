@@ -279,7 +279,7 @@ def numerics(sizes: Sizes) -> Results:
     checks = failures = 0
     for case in sizes.cases:
         try:
-            results = list(_compare(case, sizes))
+            results: list[Result] = list(_compare(case, sizes))
         except Exception:
             results = [{"case": case.name, "passed": False, "error": traceback.format_exc()}]
         for result in results:
