@@ -46,7 +46,11 @@ _NOT_SMALL = {"train_gpu_s1", "train_cudnn_mask_s8"}
 _LEAST_SECONDS = 10.0
 _STDERR_LINES = 30  # lines of a dead worker's standard error that are kept
 
-WORKER = [sys.executable, "-m", "msllm.bench.gpu_parts"]
+WORKER = [
+    sys.executable,
+    "-c",
+    "import sys; from msllm.bench.gpu_parts import main; sys.exit(main())",
+]
 # What the project aims at.
 GOALS = {"mfu": 0.5, "gpu_s8_to_cudnn_s1": 0.9}
 

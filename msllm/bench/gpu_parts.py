@@ -43,6 +43,7 @@ from msllm.model.attention.dispatch import choose_backend, get_backend
 from msllm.model.attention.gpu import TILES, Tile, Tiles, gpu_attention
 from msllm.model.attention.reference import reference_attention
 from msllm.model.model import init_parameters
+from msllm.runtime import environment
 from msllm.runtime.compiler import compile_step
 from msllm.runtime.flops import attention_flops, train_flops, visible_pairs
 from msllm.runtime.hardware import lookup
@@ -711,8 +712,8 @@ PARTS: dict[str, Callable[[Sizes], Results]] = {
     "tiles": tiles,
 }
 
-if __name__ == "__main__":
-    from msllm.runtime import environment
 
+def main() -> int:
+    """Runs a worker: its one argument says in JSON whether the sizes are small."""
     environment.configure_jax()
-    sys.exit(serve(SMALL if json.loads(sys.argv[1]) else FULL))
+    return serve(SMALL if json.loads(sys.argv[1]) else FULL)

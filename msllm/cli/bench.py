@@ -39,7 +39,6 @@ from msllm.cli.base import (
 
 EXAMPLES = """
 msllm bench train --rows=102,512 --batch=4,1 --d_model=512
-msllm bench attention --backends=chunked,reference --head_dim=128
 msllm bench decode --cache_dtype=int8 --streams=3
 msllm bench gpu --json=results.json
 """
