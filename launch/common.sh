@@ -1,22 +1,24 @@
 # shellcheck shell=bash
 # The scripts define and read variables of these functions.
 # shellcheck disable=SC2034,SC2154
-# Functions shared by the scripts in this folder. A script sources this file first. That changes to the root of the
-# repository and sets `start`, the folder in which the user started the script.
+# Functions shared by the scripts in this folder. A script sources this file first. That changes to
+# the root of the repository and sets `start`, the folder in which the user started the script.
 
 # With CDPATH set, `cd` may go to a folder of the same name elsewhere.
 unset CDPATH
 start=$PWD
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit
 
-# Ctrl-C ends the script even if the running command handles it and exits with status 0. Without this trap, bash would
-# continue with the next command.
+# Ctrl-C ends the script even if the running command handles it and exits with status 0. Without
+# this trap, bash would continue with the next command.
 trap 'exit 130' INT
 
-# Prints a Python that runs, is at least 3.11 and can make virtual environments. With $PYTHON set, tries only that one.
+# Prints a Python that runs, is at least 3.11 and can make virtual environments. With $PYTHON set,
+# tries only that one.
 find_python() {
   local candidate
-  # A name on the PATH may be a version manager's shim that only prints an error, so each candidate is run.
+  # A name on the PATH may be a version manager's shim that only prints an error, so each candidate
+  # is run.
   for candidate in ${PYTHON:+"$PYTHON"} python3.13 python3.12 python3.11 python3 python; do
     if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
       printf '%s\n' "$candidate"
@@ -32,7 +34,8 @@ find_python() {
   return 1
 }
 
-# use_environment [EXTRA]: makes .venv if needed, installs msllm[EXTRA] if pyproject.toml has changed, and activates it.
+# use_environment [EXTRA]: makes .venv if needed, installs msllm[EXTRA] if pyproject.toml has
+# changed, and activates it.
 use_environment() {
   local extra=${1:-} python stamp
   if ! .venv/bin/python -c '' >/dev/null 2>&1; then
@@ -56,13 +59,15 @@ fail() {
   exit 2
 }
 
-# take_arguments OPTIONS SWITCHES LISTS PASSED WORD ...: parses the arguments of a script. All scripts use this parser.
+# take_arguments OPTIONS SWITCHES LISTS PASSED WORD ...: parses the arguments of a script. All
+# scripts use this parser.
 #
 # OPTIONS   names of options with a value: --some-name=VALUE sets the variable some_name
 # SWITCHES  names of options without a value: --some-name sets some_name to 1
-# LISTS     names of options that can be repeated: --some-name=VALUE appends to the array all_some_name
-# PASSED    which arguments the script passes on to msllm: nothing, `config` (--config.KEY=VALUE), or `train` (the
-#           timeouts of msllm train as well). They are appended to the array passed
+# LISTS     names of options that can be repeated: --some-name=VALUE appends to the array
+#           all_some_name
+# PASSED    which arguments the script passes on to msllm: nothing, `config` (--config.KEY=VALUE),
+#           or `train` (the timeouts of msllm train as well). They are appended to the array passed
 #
 # Words that are not options are appended to the array words. Anything else fails.
 take_arguments() {
@@ -113,16 +118,17 @@ take_arguments() {
   done
 }
 
-# need_number NAME VALUE LEAST: fails unless VALUE is a whole number of at least LEAST. bash would read a number that
-# begins with 0 as octal.
+# need_number NAME VALUE LEAST: fails unless VALUE is a whole number of at least LEAST. bash would
+# read a number that begins with 0 as octal.
 need_number() {
   if ! [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] || (($2 < $3)); then
     fail "$1 is '$2': must be a whole number of at least $3 (see --help)"
   fi
 }
 
-# from_start PATH: prints a path of the command line so that it is valid in the root of the repository. The path may be
-# relative to the folder in which the user started the script, or begin with ~.
+# from_start PATH: prints a path of the command line so that it is valid in the root of the
+# repository. The path may be relative to the folder in which the user started the script, or begin
+# with ~.
 from_start() {
   local path=$1
   # shellcheck disable=SC2088
@@ -131,9 +137,10 @@ from_start() {
   printf '%s\n' "$path"
 }
 
-# use_config FILE: sets `config` to the path of a config file, relative to the root if it is in this repository. Fails if
-# there is no such file. FILE is relative to the folder in which the user started the script, or to the root. It may end
-# with :ARGUMENT, for a config that takes an argument.
+# use_config FILE: sets `config` to the path of a config file, relative to the root if it is in this
+# repository. Fails if there is no such file. FILE is relative to the folder in which the user
+# started the script, or to the root. It may end with :ARGUMENT, for a config that takes an
+# argument.
 use_config() {
   local file=${1%%:*} folder
   [[ -n $1 ]] || fail "--config is missing: name a file, e.g. --config=configs/quickstart.py (see --help)"
@@ -144,9 +151,9 @@ use_config() {
   config=$folder${file##*/}${1#"${1%%:*}"}
 }
 
-# take_variables: checks the values of --env, and sets `variables` to NAME=VALUE words and `inherited` to the names of
-# those whose values come from the environment of this script. Every user of a machine can see its command lines, so
-# secrets must not be on one.
+# take_variables: checks the values of --env, and sets `variables` to NAME=VALUE words and
+# `inherited` to the names of those whose values come from the environment of this script. Every
+# user of a machine can see its command lines, so secrets must not be on one.
 take_variables() {
   local entry name secret='_(api_?)?(key|token|secret|passwd|password)_'
   variables=() inherited=()
@@ -180,8 +187,8 @@ quoted() {
   printf '%s\n' "${line# }"
 }
 
-# check_training PYTHON ARGUMENT ...: fails if msllm train refuses these arguments, before they wait in a queue. Checks
-# nothing if msllm does not run with that Python here.
+# check_training PYTHON ARGUMENT ...: fails if msllm train refuses these arguments, before they wait
+# in a queue. Checks nothing if msllm does not run with that Python here.
 check_training() {
   local python=$1
   shift

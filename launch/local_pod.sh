@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Rehearses a pod: runs several processes of `msllm train` with CPU devices on this machine and restarts them.
+# Rehearses a pod: runs several processes of `msllm train` with CPU devices on this machine and
+# restarts them.
 set -euo pipefail
 # shellcheck source=/dev/null
 . "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
@@ -61,8 +62,8 @@ free_port() {
   return 1
 }
 
-# set_command I: sets `command` to the command of process I. The user's XLA_FLAGS come last, because XLA uses the last
-# value of a repeated flag.
+# set_command I: sets `command` to the command of process I. The user's XLA_FLAGS come last, because
+# XLA uses the last value of a repeated flag.
 set_command() {
   local line flags=
   command=(env)
@@ -103,8 +104,9 @@ pids=() alive=() deadline='' tail_pid='' stop=''
 guard=()
 if setpriv --pdeathsig TERM true 2>/dev/null; then guard=(setpriv --pdeathsig TERM); fi
 
-# From one of these lines on, a log holds only the stacks of a process that is about to die. They stay in the log, and are
-# not shown on the screen: a line of C++ with level F (fatal), an error of jax's coordination service, a signal.
+# From one of these lines on, a log holds only the stacks of a process that is about to die. They
+# stay in the log, and are not shown on the screen: a line of C++ with level F (fatal), an error of
+# jax's coordination service, a signal.
 fatal='^(F[0-9]{4} [0-9]|E[0-9]{4} .*coordination_service|\*\*\* (SIG|Check failure)|Fatal Python error: )'
 
 # cause LOG STATUS: prints why a process ended, in one line.
@@ -189,8 +191,9 @@ attempt() {
         else
           say "process $i ended with status $code: $(cause "$logs/process-$i.log" "$code") ($logs/process-$i.log)"
         fi
-        # The status of bad input takes precedence, then that of the first process that died and was not killed here.
-        # 75 is used only if no process died, and 76 (another process was lost) only if the lost process is not seen.
+        # The status of bad input takes precedence, then that of the first process that died and was
+        # not killed here. 75 is used only if no process died, and 76 (another process was lost)
+        # only if the lost process is not seen.
         if [[ $code -eq 2 || $status -eq 0 || ($status -eq 75 && -z $killed) ]] ||
           [[ $status -eq 76 && -z $killed && $code -ne 134 && $code -ne 75 ]]; then
           status=$code

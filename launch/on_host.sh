@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# tpu_vm.sh runs this on every host of a pod: it installs msllm and keeps one training process in the background.
+# tpu_vm.sh runs this on every host of a pod: it installs msllm and keeps one training process in
+# the background.
 set -euo pipefail
 # shellcheck source=/dev/null
 . "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
@@ -35,7 +36,8 @@ runs() {
 alive() { runs "$state/pid"; }
 supervised() { runs "$state/session"; }
 
-# end_process SECONDS: sends SIGTERM to the process and, after SECONDS, SIGKILL to everything that it has started.
+# end_process SECONDS: sends SIGTERM to the process and, after SECONDS, SIGKILL to everything that
+# it has started.
 end_process() {
   local waited
   if ! alive; then return; fi
@@ -107,7 +109,8 @@ case ${1:---help} in
     ;;
   arguments) cat "$state/arguments" ;;
   status)
-    # Check for a running process before its files, so that a stop or an end in between does not look like a crash.
+    # Check for a running process before its files, so that a stop or an end in between does not
+    # look like a crash.
     if alive; then
       echo running
       exit

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains on the GPUs of a Slurm cluster: submits a job that saves before its time limit and requeues itself until the
-# run is complete.
+# Trains on the GPUs of a Slurm cluster: submits a job that saves before its time limit and requeues
+# itself until the run is complete.
 set -euo pipefail
 # shellcheck source=/dev/null
 . "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
@@ -78,7 +78,8 @@ script() {
   local option line tasks=1
   if [[ $per == gpu ]]; then tasks=$gpus; fi
   echo "#!/usr/bin/env bash"
-  # sbatch splits these lines into words as a shell does, and replaces %-patterns in the name of the log.
+  # sbatch splits these lines into words as a shell does, and replaces %-patterns in the name of the
+  # log.
   for option in --job-name="$name" --nodes="$nodes" --ntasks-per-node="$tasks" --gpus-per-node="$gpus" --time="$time" \
     --signal="B:TERM@$save_seconds" --requeue --open-mode=append --output="${workdir//%/%%}/slurm-%j.log" \
     ${inherited[@]+--export=ALL} ${all_sbatch[@]+"${all_sbatch[@]}"}; do
@@ -107,8 +108,9 @@ EOF
   line=$(quoted "$python" -m msllm train --config="$config" --workdir="$workdir" ${passed[@]+"${passed[@]}"})
   cat <<EOF
 
-# The job gets SIGTERM shortly before its time limit, and when it is preempted. Only this script gets the signal, so
-# scancel passes it on to all processes. They finish the step, save and end with status 75.
+# The job gets SIGTERM shortly before its time limit, and when it is preempted. Only this script
+# gets the signal, so scancel passes it on to all processes. They finish the step, save and end with
+# status 75.
 trap 'scancel --signal=TERM "\$SLURM_JOB_ID"' TERM
 
 # When one process ends, give the others time to end by themselves, because they may be saving.
@@ -140,7 +142,8 @@ case $status in
     ;;
 esac
 
-# Do not requeue a job that was cancelled, or that has Requeue=0 (scontrol update JobId=ID Requeue=0).
+# Do not requeue a job that was cancelled, or that has Requeue=0 (scontrol update JobId=ID
+# Requeue=0).
 job=$(scontrol show job "$SLURM_JOB_ID")
 if [[ $job == *JobState=RUNNING* && $job == *Requeue=1* ]]; then
   echo "slurm: requeueing"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU VMs, on one slice or several, until the run is complete. Requests them as a queued resource.
+# Trains on Cloud TPU VMs, on one slice or several, until the run is complete. Requests them as a
+# queued resource.
 set -euo pipefail
 # shellcheck source=/dev/null
 . "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
@@ -127,14 +128,16 @@ send() {
   queued_resources scp "$1" "$name:$2" --node=all --worker=all ${all_ssh_option[@]+"${all_ssh_option[@]}"}
 }
 
-# Prints the state of the queued resource, or MISSING if it does not exist. Fails if gcloud gets no answer.
+# Prints the state of the queued resource, or MISSING if it does not exist. Fails if gcloud gets no
+# answer.
 state() {
   local answer
   answer=$(queued_resources list --filter="name ~ /queuedResources/$name\$" --format="value(state.state)") || return 1
   printf '%s\n' "${answer:-MISSING}"
 }
 
-# statuses SLICE WORKER: prints the status that on_host.sh reports on each host. Fails if a host does not answer.
+# statuses SLICE WORKER: prints the status that on_host.sh reports on each host. Fails if a host
+# does not answer.
 statuses() {
   local answer
   answer=$(on_hosts "$1" "$2" \
@@ -192,7 +195,8 @@ training_arguments() {
   quoted --config="$config" --workdir="$workdir" ${passed[@]+"${passed[@]}"}
 }
 
-# Fails if the run on the hosts has other arguments than this command. Options that take no effect must not be accepted.
+# Fails if the run on the hosts has other arguments than this command. Options that take no effect
+# must not be accepted.
 check_same_arguments() {
   local theirs
   theirs=$(on_hosts 0 0 'bash msllm/launch/on_host.sh arguments') || return 0 # no answer, or started by an older version
@@ -230,7 +234,8 @@ bring_up() {
   done
 }
 
-# Waits until training has ended and sets `outcome` to a status of on_host.sh, `preempted` or `lost`.
+# Waits until training has ended and sets `outcome` to a status of on_host.sh, `preempted` or
+# `lost`.
 watch() {
   local now silent=0
   while true; do

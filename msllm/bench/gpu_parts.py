@@ -198,7 +198,7 @@ def serve(sizes: Sizes) -> int:
                 emit(result)
         except UserError as problem:
             error = str(problem)
-        except Exception:
+        except Exception:  # the parent records it
             error = traceback.format_exc()
         emit({"end": error})
         if error:
@@ -207,6 +207,14 @@ def serve(sizes: Sizes) -> int:
         jax.clear_caches()
         gc.collect()
     return 0
+
+
+def _measure(setting: Result, function: Callable[[], Results]) -> Results:
+    """Yields the results of one measurement of a part, or its error: the others go on."""
+    try:
+        yield from function()
+    except Exception:  # a compiler or a GPU may raise anything
+        yield {**setting, "passed": False, "error": traceback.format_exc()}
 
 
 def on_gpu() -> bool:
@@ -279,11 +287,7 @@ def numerics(sizes: Sizes) -> Results:
     worst: dict[str, float] = {}
     checks = failures = 0
     for case in sizes.cases:
-        try:
-            results: list[Result] = list(_compare(case, sizes))
-        except Exception:
-            results = [{"case": case.name, "passed": False, "error": traceback.format_exc()}]
-        for result in results:
+        for result in _measure({"case": case.name}, functools.partial(_compare, case, sizes)):
             checks, failures = checks + 1, failures + (not result["passed"])
             if "errors" in result:
                 name = result["backend"]
@@ -572,19 +576,15 @@ def decode(sizes: Sizes) -> Results:
     `bytes_per_row` is the least that a row must read: each parameter once in the compute dtype, and
     the keys and values of the rows so far.
     """
-    engine = None
     for streams in sizes.decoded:
-        try:
-            engine = _decoding_engine(sizes, streams)
-            yield _measure_decoding(sizes, engine)
-        except Exception:
-            yield {"streams": streams, "passed": False, "error": traceback.format_exc()}
-    if engine is not None:  # last: it compiles another function
-        session = engine.open()
-        session.run(2)
-        session.step()
-        walls = [timed(session.step)[2] for _ in range(32 * sizes.calls)]
-        yield {"step_streams": engine.streams.size, "step_ms_per_row": _ms(np.median(walls))}
+        function = functools.partial(_measure_decoding, sizes, streams)
+        yield from _measure({"streams": streams}, function)
+    # Single steps come last, because they compile another function.
+    session = _decoding_engine(sizes, sizes.decoded[-1]).open()
+    session.run(2)
+    session.step()
+    walls = [timed(session.step)[2] for _ in range(32 * sizes.calls)]
+    yield {"step_streams": sizes.decoded[-1], "step_ms_per_row": _ms(np.median(walls))}
 
 
 def _decoding_engine(sizes: Sizes, streams: int) -> Engine:
@@ -594,8 +594,8 @@ def _decoding_engine(sizes: Sizes, streams: int) -> Engine:
     return Engine(model, window=2 * sizes.filled, sessions=2, silence_id=0)
 
 
-def _measure_decoding(sizes: Sizes, engine: Engine) -> Result:
-    model, streams = engine.model.config, engine.streams.size
+def _measure_decoding(sizes: Sizes, streams: int) -> Results:
+    engine, model = _decoding_engine(sizes, streams), sizes.model
     session = engine.open()
     session.run(sizes.filled + 1)  # compiles; and the first row takes no computation
     walls, rows = [], 32
@@ -620,7 +620,7 @@ def _measure_decoding(sizes: Sizes, engine: Engine) -> Result:
     if hardware := lookup(jax.devices()[0].device_kind):
         share = result["bandwidth_share"] = round(read / wall / hardware.hbm_bandwidth, 4)
         result["line"] += f", {100 * share:.0f} % of the bandwidth"
-    return result
+    yield result
 
 
 def _ms(seconds: float) -> float:
@@ -634,10 +634,13 @@ def attention(sizes: Sizes) -> Results:
     """Measures the forms of attention alone, with the heads of the model and full tables."""
     for form, streams in sizes.forms:
         setting = {"attention": form, "streams": streams}
-        try:
-            yield {**setting, **_measure_attention(sizes, backend_of(form), streams, setting)}
-        except Exception:
-            yield {**setting, "passed": False, "error": traceback.format_exc()}
+        function = functools.partial(_measure_form, sizes, setting)
+        yield from _measure(setting, function)
+
+
+def _measure_form(sizes: Sizes, setting: Result) -> Results:
+    backend = backend_of(setting["attention"])
+    yield {**setting, **_measure_attention(sizes, backend, setting["streams"], setting)}
 
 
 def _measure_attention(
