@@ -92,10 +92,10 @@ def non_finite(tree: Any) -> list[str]:
 
 
 def refuse_patterns(path: str | os.PathLike, setting: str) -> None:
-    """Raises UserError for a folder that Orbax cannot write checkpoints to.
+    """Raises UserError for a folder whose checkpoints could never be read.
 
-    Orbax (0.12.8) searches inside the folder with a pattern that contains the folder's own path,
-    and TensorStore takes a backslash for a slash. What was written could never be read.
+    Orbax (0.12.8) searches the folder with a glob pattern that contains the folder's own path, and
+    TensorStore treats a backslash as a slash.
 
     Args:
       path: the folder.
@@ -203,7 +203,8 @@ class _CheckpointFolder:
           **options: further options of Orbax's CheckpointManager.
         """
         self._name, self.directory, self._multiprocessing = name, directory, multiprocessing
-        self._unread: tuple[int, Any] | None = None  # what was written last, see _read_back
+        # (step, abstract arrays) of the last checkpoint until it is read back
+        self._unread: tuple[int, Any] | None = None
         refuse_patterns(directory, f"the folder of each {name}")
         directory.mkdir(parents=True, exist_ok=True)
         handlers: dict[str, Any] = {item: array_handler(multiprocessing) for item in ARRAY_ITEMS}
@@ -281,12 +282,12 @@ class _CheckpointFolder:
         self._read_back()
 
     def _read_back(self) -> None:
-        """Reads the description and the smallest array of each item of what was written last.
+        """Reads back the description and the smallest array of each item of the last checkpoint.
 
-        Storage that keeps nothing that can be read is found in this way before it has cost a run.
-        To read everything would take as much memory as the state.
+        This detects storage whose content cannot be read before the run depends on it. Reading back
+        everything would need as much memory as the state.
 
-        Raises RunError if they differ from what was written.
+        Raises RunError if something differs from what was written.
         """
         if not self._unread:
             return
@@ -528,7 +529,7 @@ def read_arrays(
 
 
 def _checksum_on_host(x: jax.Array) -> int:
-    """The checksum of a replicated array, for which nothing is compiled in the middle of a run."""
+    """The checksum of a replicated array, by numpy: nothing is compiled in the middle of a run."""
     values = np.asarray(x.addressable_data(0)).reshape(-1)
     if values.dtype != bool:
         values = values.view(f"uint{8 * values.dtype.itemsize}")
@@ -536,9 +537,9 @@ def _checksum_on_host(x: jax.Array) -> int:
 
 
 def _smallest(tree: Any) -> Any:
-    """The abstract form of the smallest replicated array, in its place in a tree of dicts.
+    """The abstract form of the smallest replicated array, nested in dicts as in `tree`.
 
-    Returns {} if there is none.
+    Returns {} if no replicated array is in dicts alone.
     """
     leaves = [
         (path, x)

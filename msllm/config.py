@@ -33,7 +33,7 @@ def _import_path(default: Any = "") -> Any:
 
 
 def _path(default: Any = "") -> Any:
-    """A setting, or a tuple of settings, that is a path. A leading `~` is the home directory."""
+    """A setting that is a path, or a tuple of paths. A leading `~` is expanded."""
     return dataclasses.field(default=default, metadata={"path": True})
 
 
@@ -158,9 +158,8 @@ class MixtureConfig:
 class DataConfig:
     """Where tables come from and how they are packed and batched (docs/data.md)."""
 
-    dir: str = (
-        _path()
-    )  # prepared data: `prepare` writes it; `train` reads it unless there is a mixture
+    # prepared data: `prepare` writes it; `train` reads it unless there is a mixture
+    dir: str = _path()
     mixture: MixtureConfig = MixtureConfig()
     converter: str = _import_path()  # a name from docs/data.md, or package.module:function
     path: str = _path()  # input of the converter: a file or a glob
@@ -397,11 +396,11 @@ def code_named_by(config: Any, setting: str = "config") -> dict[str, str]:
 
 
 def setting_type(path: str) -> Any:
-    """Returns the type of a setting as its field declares it.
+    """Returns the declared type of a setting.
 
     Args:
-      path: the dotted path without "config.", e.g. "optim.lr". Below free-form options any path is
-        a setting, of the type Any.
+      path: the dotted path without "config.", e.g. "optim.lr". Below free-form options, any path is
+        a setting of type Any.
 
     Raises UserError if there is no such setting.
     """
@@ -488,8 +487,7 @@ _CHOICES = {
     "data.tokenizer.model_type": ("unigram", "bpe", "word", "char"),
     "data.split": ("hash", "tail"),
 }
-# The values that each number may have, alone or as an item of a tuple, for every number of the
-# config.
+# The range of every number in the config; for a tuple, the range of each item.
 _POSITIVE, _NOT_NEGATIVE = "(0, inf)", "[0, inf)"
 _COUNT, _COUNT_OR_ZERO = "[1, 2147483648)", "[0, 2147483648)"  # the devices count in int32
 _SEED = "[0, 4294967296)"

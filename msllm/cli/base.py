@@ -59,7 +59,7 @@ def execute(command: Callable[[], int | None]) -> int:
 
 
 def _flush_stdout() -> None:
-    """Writes what is left of the output. If it cannot be written, Python shall not try again."""
+    """Flushes stdout. If that fails, redirects it, so that Python does not fail again at exit."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -400,9 +400,9 @@ def _read_config(file: str, arguments: list[str]) -> tuple[Config, list[str]]:
 
 
 def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Splits off the overrides of free-form options, of which the config may have any.
+    """Splits off the overrides of free-form options, which config_flags would not add.
 
-    A tuple of strings may be written as `a,b`. config_flags would read that as one string.
+    Also rewrites `a,b` for a tuple of strings, which config_flags would read as one string.
 
     Returns:
       The arguments for config_flags, and {dotted path without "config.": text}.
