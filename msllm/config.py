@@ -571,8 +571,8 @@ def _validate(config: Config) -> None:
     for path, interval in _RANGES.items():
         numbers = list(_numbers(operator.attrgetter(path)(config)))
         finite = "" if all(map(math.isfinite, numbers)) else "finite and "
-        inside = all(_is_inside(x, interval) for x in numbers)
-        _require(config, path, inside, f"must be {finite}{_describe(interval)}")
+        inside = all(is_inside(x, interval) for x in numbers)
+        _require(config, path, inside, f"must be {finite}{describe_interval(interval)}")
     _validate_model(config)
     _validate_data(config)
     _validate_tokenizer(config)
@@ -597,7 +597,7 @@ def _numbers(value: Any) -> Iterator[float]:
         yield value
 
 
-def _is_inside(value: float, interval: str) -> bool:
+def is_inside(value: float, interval: str) -> bool:
     """Whether a finite number is in an interval such as "[0, 1)"."""
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     above = value >= low if interval[0] == "[" else value > low
@@ -605,7 +605,7 @@ def _is_inside(value: float, interval: str) -> bool:
     return above and below and math.isfinite(value)
 
 
-def _describe(interval: str) -> str:
+def describe_interval(interval: str) -> str:
     """The rule of an interval in words, such as "positive" for "(0, inf)"."""
     low, high = interval[1:-1].split(", ")
     if interval.startswith("(") and high == "inf":

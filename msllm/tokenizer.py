@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import itertools
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -118,12 +119,23 @@ class Tokenizer:
         return self._encode_word(word)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids. Silence is dropped."""
-        return self._decode([int(i) for i in ids if i != self.silence_id])
+        """The text of the ids. Silence is dropped.
+
+        A model may have more ids than the tokenizer. These are spelled by number, such as `<id
+        4000>`.
+        """
+        ids = [int(i) for i in ids if i != self.silence_id]
+        if not ids or max(ids) < self.vocab_size:
+            return self._decode(ids)
+        runs = itertools.groupby(ids, lambda i: i < self.vocab_size)
+        return "".join(
+            self._decode(list(run)) if known else "".join(map(self.piece, run))
+            for known, run in runs
+        )
 
     def piece(self, token: int) -> str:
-        """The vocabulary's spelling of one id."""
-        return self._pieces[token]
+        """The vocabulary's spelling of one id; `<id N>` for ids that the tokenizer lacks."""
+        return self._pieces[token] if token < self.vocab_size else f"<id {token}>"
 
 
 class _Model(Protocol):

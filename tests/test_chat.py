@@ -14,7 +14,7 @@ from textual import events
 
 from msllm.chat.player import Live, Pacer, Replay
 from msllm.chat.recording import Recording, free_name
-from msllm.chat.screen import KEYS, ChatApp
+from msllm.chat.screen import KEYS, ChatApp, Line
 from msllm.cli import chat
 from msllm.cli.main import parser_of
 from msllm.decode.engine import DecodeOptions, Engine
@@ -94,6 +94,9 @@ def without_a_screen(engine, branch, options=OPTIONS):
                 event = events.popleft()
                 if event["what"] == "feed":
                     session.feed(event["stream"], event["text"])
+                    continue
+                if event["what"] == "drop":
+                    session.drop()
                     continue
                 ablated = set(session.options.ablated)
                 if event["what"] == "mute":
@@ -524,3 +527,39 @@ def test_the_server_of_the_page(engine):
     (first, second), later = asyncio.run(run_clients())
     assert len(first) > 8 and isinstance(second, list) and isinstance(later, list)
     assert max(sessions_per_step) == 2  # a step makes rows of both sessions
+
+
+def test_pasted_lines_are_sent_and_waiting_text_is_dropped(engine):
+    live = Live(engine, OPTIONS)
+    app = ChatApp(live)
+
+    async def body(driver):
+        live.pause()
+        line = app.query_one(Line)
+        line.focus()
+        await press(driver, "a")
+        line.post_message(events.Paste("abc\rdef\r\ngh"))
+        await redraw(driver)
+        assert line.value == "aabc\ndef\ngh"
+        assert "aabc\N{RETURN SYMBOL}def\N{RETURN SYMBOL}gh" in "".join(lines(app))
+        await press(driver, "enter")
+        await redraw(driver)
+        assert live.current.events[-1]["text"] == "aabc\ndef\ngh" and not line.value
+        assert sum(live.waiting.values()) > 0
+        await press(driver, "escape")
+        await redraw(driver)
+        assert sum(live.waiting.values()) == 0 and live.current.events[-1]["what"] == "drop"
+
+        def fail(*_):
+            raise RuntimeError("no such text")
+
+        live.feed, feed = fail, live.feed
+        await press(driver, "b", "enter")
+        await until(lambda: any("no such text" in n.message for n in app._notifications))
+        assert line.value == "b"  # what was typed is not lost, and the session goes on
+        live.feed = feed
+        live.pause(False)
+        await until(lambda: live.rows > 2)
+
+    pilot(app, body)
+    check(engine, live.current)

@@ -313,7 +313,7 @@ def test_errors_name_what_is_wrong(engine):
         "has 17 rows and the window 16": lambda: engine.open(prefill=np.zeros((17, 3), int)),
         "keep is 15": lambda: engine.open(keep=15),
         "the session is closed": lambda: closed.feed("user", [1]),
-        "a session is closed": lambda: closed.step(),
+        "session is closed: open another": lambda: closed.step(),
         "named twice": lambda: engine.step([session, session]),
         "rows is 0": lambda: session.run(0),
         "cache_dtype is 'int4'": lambda: Engine(model, cache_dtype="int4", silence_id=SILENCE),

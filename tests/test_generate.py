@@ -6,7 +6,7 @@ import io
 import pytest
 import rich.console
 
-from msllm.decode.arguments import parse_inputs, parse_values
+from msllm.decode.arguments import parse_inputs, parse_texts, parse_values
 from msllm.decode.engine import DecodeOptions
 from msllm.errors import UserError
 from msllm.view import cells
@@ -18,10 +18,10 @@ def model(make_model, letters):
     return dataclasses.replace(make_model(3, vocab_size=letters.vocab_size), tokenizer=letters)
 
 
-def printed(model, *arguments):
-    """The lines that `print_generation` prints."""
+def printed(model, inputs, rows, options, forced=None):
+    """Returns the lines that `print_generation` prints."""
     console = rich.console.Console(file=io.StringIO(), width=200)
-    print_generation(model, *arguments, console)
+    print_generation(model, inputs, rows, options, console, forced)
     return console.file.getvalue().splitlines()
 
 
@@ -52,3 +52,21 @@ def test_arguments_are_parsed_and_checked(model):
     }.items():
         with pytest.raises(UserError, match=message):
             bad()
+
+
+def test_text_that_does_not_fit_is_reported(model, caplog):
+    printed(model, {"user": "abc"}, 3, DecodeOptions())
+    assert not caplog.records
+    printed(model, {"user": "abc def"}, 3, DecodeOptions())
+    (record,) = caplog.records
+    assert record.getMessage() == "4 tokens of user were never read: use --rows=7 or more"
+
+
+def test_streams_can_be_forced(model, caplog):
+    forced = parse_texts("force", ["output=a", "thought=abc", "output=b"], model.streams)
+    assert forced == {"output": "ab", "thought": "abc"}
+    lines = printed(model, {"user": "d"}, 2, DecodeOptions(), forced)
+    assert [line.split()[1:] for line in lines[1:3]] == [["d", "a", "a"], [cells.SILENT, "b", "b"]]
+    assert "1 tokens of thought were never said: use --rows=3 or more" in caplog.text
+    with pytest.raises(UserError, match="--force='hello': write it as stream=text"):
+        parse_texts("force", ["hello"], model.streams)

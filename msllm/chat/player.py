@@ -291,6 +291,10 @@ class Live(Player):
         if self.recording.tokenizer.encode(text):
             self._between_rows(self._feed, stream, text)
 
+    def drop(self) -> None:
+        """Drops the fed text of all input streams that the model has not read yet."""
+        self._between_rows(self._drop)
+
     def mute(self, stream: str) -> None:
         """Mutes a stream from the next row on, or unmutes it.
 
@@ -312,6 +316,10 @@ class Live(Player):
         self._session.feed(stream, text)
         self.current.add_event("feed", stream=stream, text=text)
 
+    def _drop(self) -> None:
+        if any(self._session.drop().values()):
+            self.current.add_event("drop")
+
     def _mute(self, stream: str) -> None:
         muted = self.muted ^ {stream}
         ablated = tuple(sorted(muted))
@@ -326,9 +334,15 @@ class Live(Player):
     def _switch(self, branch: int) -> None:
         if branch == self.branch:
             return
-        self._snapshots[self.branch] = self._session.snapshot()
-        self._session.close()
-        self._session = self._engine.restore(self._snapshots.pop(branch))
+        current = self._session.snapshot()
+        self._session.close()  # first, because the engine may have no other slot
+        try:
+            self._session = self._engine.restore(self._snapshots[branch])
+        except BaseException:
+            self._session = self._engine.restore(current)
+            raise
+        self._snapshots[self.branch] = current
+        del self._snapshots[branch]
         self.branch = branch
         self._restart()
 

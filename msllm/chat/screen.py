@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from rich.cells import cell_len
 from rich.text import Text
 from textual import events
 from textual.app import App, ComposeResult
@@ -26,6 +28,8 @@ from msllm.view import cells
 
 COLUMN, TEXT_COLUMN = 24, 60  # the largest width of a stream in characters, as cells and as text
 TEXT_ROWS = 1000  # the text view shows this many of the last rows
+# What the input line shows for characters that would break it.
+SIGNS = {ord("\n"): "\N{RETURN SYMBOL}", ord("\t"): "\N{RIGHTWARDS ARROW TO BAR}"}
 TARGET, MUTED = "\N{BLACK RIGHT-POINTING SMALL TRIANGLE}", "\N{MULTIPLICATION X}"
 
 
@@ -46,6 +50,7 @@ class Key(NamedTuple):
 KEYS = (
     Key({"enter": "send"}, "Enter", "send", live=True),
     Key({"tab": "target(1)", "shift+tab": "target(-1)"}, "Tab", "next input", live=True),
+    Key({"escape": "drop"}, "Esc", "drop waiting input", live=True),
     Key({"ctrl+p": "pause"}, "^P", "pause, resume"),
     Key({"ctrl+n": "step"}, "^N", "one row"),
     Key({"up": "pace(1)", "down": "pace(-1)"}, "↑↓", "pace"),
@@ -65,6 +70,22 @@ class Line(Input):
 
     It handles all keys itself, in order, so that Enter and Tab act on the text typed before them.
     """
+
+    def _on_paste(self, event: events.Paste) -> None:
+        """Inserts all lines of pasted text. Textual calls it; `Input` would keep the first one."""
+        text = re.sub("\r\n?", "\n", event.text)  # terminals paste a line break as \r
+        self.replace(text, *self.selection)
+        event.prevent_default()  # of `Input`, whose handler Textual would call as well
+        event.stop()
+
+    @property
+    def _value(self) -> Text:
+        """The text on one line, as `Input` draws it."""
+        return Text(self.value.translate(SIGNS), no_wrap=True, overflow="ignore", end="")
+
+    def _position_to_cell(self, position: int) -> int:
+        """The column of a character on the screen, for `Input`."""
+        return cell_len(self.value[:position].translate(SIGNS))
 
     async def on_key(self, event: events.Key) -> None:
         if action := ACTIONS.get(event.key):
@@ -258,8 +279,12 @@ class ChatApp(App[None]):
     def action_send(self) -> None:
         if self._live and self._inputs:
             line = self.query_one(Line)
-            self._try(self._live.feed, self.columns.target, line.value)
-            line.clear()
+            if self._try(self._live.feed, self.columns.target, line.value):
+                line.clear()
+
+    def action_drop(self) -> None:
+        if self._live:
+            self._try(self._live.drop)
 
     def action_target(self, steps: int) -> None:
         if self._inputs:
@@ -326,12 +351,18 @@ class ChatApp(App[None]):
         self._saved = self._progress()
         self.notify(f"saved as {path}")
 
-    def _try(self, action: Callable[..., None], *arguments: Any) -> None:
-        """Calls `action` and shows the message of a UserError."""
+    def _try(self, action: Callable[..., None], *arguments: Any) -> bool:
+        """Calls `action` and shows its error, which must not end an unsaved session.
+
+        Returns: whether there was none.
+        """
         try:
             action(*arguments)
-        except UserError as error:
-            self.notify(str(error), severity="error")
+        except Exception as error:
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            self.notify(f"{kind}{error}", severity="error", markup=False)
+            return False
+        return True
 
     def _progress(self) -> list[int]:
         """A value that differs from `_saved` if there is something to save."""

@@ -33,6 +33,13 @@ def define_flags(parser: Parser) -> None:
         "silent.",
     )
     parser.add_argument(
+        "--force",
+        metavar="STREAM=TEXT",
+        action="append",
+        default=[],
+        help="Text that a stream of any kind says, from the first row on. Repeatable.",
+    )
+    parser.add_argument(
         "--rows", metavar="N", type=positive_int, default=64, help="Number of rows to generate."
     )
     define_sampling_flags(parser)
@@ -79,11 +86,12 @@ def sampling_options(flags: argparse.Namespace, streams: StreamSpec) -> DecodeOp
 
 def run(flags: argparse.Namespace) -> None:
     """Generates a table and prints it."""
-    from msllm.decode.arguments import parse_inputs
+    from msllm.decode.arguments import parse_inputs, parse_texts
     from msllm.view import cells
     from msllm.view.generation import print_generation
 
     model = load_model(flags)
     inputs = parse_inputs(flags.input, model.streams)
+    forced = parse_texts("force", flags.force, model.streams)
     options = sampling_options(flags, model.streams)
-    print_generation(model, inputs, flags.rows, options, cells.console())
+    print_generation(model, inputs, flags.rows, options, cells.console(), forced)

@@ -12,26 +12,44 @@ Value = TypeVar("Value", int, float)
 
 
 def parse_inputs(arguments: Sequence[str], streams: StreamSpec) -> dict[str, str]:
-    """The text of each input stream, from arguments "stream=text".
+    """Parses arguments "stream=text" to {input stream: text}.
 
-    Several texts of one stream are joined. Raises UserError for a stream that is not an input.
+    The texts of arguments for the same stream are joined. Raises UserError for a stream that is not
+    an input.
     """
+    inputs = parse_texts("input", arguments, streams)
     names = [name for name, kind in zip(streams.names, streams.kinds) if kind == "input"]
-    inputs: dict[str, str] = {}
+    for name, text in inputs.items():
+        if name not in names:
+            raise UserError(
+                f"--input={f'{name}={text}'!r}: {name} is generated; inputs are"
+                f" {', '.join(names) or '(none)'}; --force sets what other streams say"
+            )
+    return inputs
+
+
+def parse_texts(flag: str, arguments: Sequence[str], streams: StreamSpec) -> dict[str, str]:
+    """Parses arguments "stream=text" to {stream: text}.
+
+    The texts of arguments for the same stream are joined. Raises UserError for unknown streams.
+
+    Args:
+      flag: the name of the flag, for error messages.
+      arguments: the values of the flag.
+      streams: the streams of the model.
+    """
+    texts: dict[str, str] = {}
     for argument in arguments:
         name, separator, text = argument.partition("=")
         if not separator:
-            example = names[0] if names else "STREAM"
+            is_input = [kind == "input" for kind in streams.kinds]
+            example = streams.names[is_input.index(True) if any(is_input) else 0]
             raise UserError(
-                f"--input={argument!r}: write it as stream=text, e.g. --input='{example}=Hello'"
+                f"--{flag}={argument!r}: write it as stream=text, e.g. --{flag}='{example}=Hello'"
             )
-        if streams.kinds[streams.index(name)] != "input":
-            raise UserError(
-                f"--input={argument!r}: {name} is generated; "
-                f"inputs are {', '.join(names) or '(none)'}"
-            )
-        inputs[name] = inputs.get(name, "") + text
-    return inputs
+        name = streams.names[streams.index(name)]
+        texts[name] = texts.get(name, "") + text
+    return texts
 
 
 def parse_values(

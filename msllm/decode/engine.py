@@ -16,8 +16,11 @@ when its window is full, its oldest rows fall out. docs/decoding.md is the guide
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,18 +29,21 @@ from jax.sharding import Mesh
 
 from msllm.config import ModelConfig
 from msllm.decode.cache import DTYPES
-from msllm.decode.program import RUN_ROWS, Controls, RowInputs, State, decode_program
+from msllm.decode.program import NOWHERE, RUN_ROWS, Controls, RowInputs, State, decode_program
 from msllm.decode.sampling import FREE, Sampled, Sampling
 from msllm.decode.script import (
     DecodeOptions,
+    Plan,
     Row,
     Script,
     Stop,
     Transcript,
+    check_number,
     check_tokens,
     per_stream,
 )
-from msllm.errors import UserError
+from msllm.errors import RunError, UserError
+from msllm.runtime.interrupts import deferred_signals
 from msllm.sharding import check_lengths
 from msllm.streams import StreamSpec
 from msllm.weights.load import LoadedModel
@@ -54,11 +60,19 @@ __all__ = [
     "generate",
 ]
 
+log = logging.getLogger("msllm")
+
 _ROW_PENDING = "a session's next row is already being computed: await it before you ask for another"
 
 
 class Engine:
-    """Runs up to `sessions` sessions of one model on a device or a mesh. Use it from one thread."""
+    """Runs up to `sessions` sessions of one model on a device or a mesh. Use it from one thread.
+
+    The compiled functions donate the state of all sessions, so the engine would lose it if an
+    interrupt fell between a call and the assignment of its result. Such statements run in
+    `_transaction`, which delays signals. A step is done once its plans are committed: whoever next
+    uses one of its sessions collects its rows. Before that, nothing has changed.
+    """
 
     def __init__(
         self,
@@ -87,11 +101,8 @@ class Engine:
 
         Raises UserError.
         """
-        if sessions < 1 or window < 2:
-            raise UserError(
-                f"sessions is {sessions} and window is {window}: must be at least 1 session and 2"
-                " rows"
-            )
+        check_number("sessions", sessions, int, "[1, 2147483648)")
+        check_number("window", window, int, f"[2, {NOWHERE}]")
         cache_dtype = cache_dtype or model.config.compute_dtype
         if cache_dtype not in DTYPES:
             raise UserError(f"cache_dtype is {cache_dtype!r}: must be one of {', '.join(DTYPES)}")
@@ -102,35 +113,45 @@ class Engine:
 
         silence = -1 if self.silence_id is None else self.silence_id
         self._program = decode_program(
-            model.config, model.streams, sessions, window, mesh, cache_dtype, all_logits, silence
-        )
-        layout = "in panels" if self._program.layout.in_panels else "rows last"
-        self._kind = _Kind(
             model.config,
             model.streams,
+            sessions,
             window,
-            f"{cache_dtype}, {layout}",
+            mesh,
+            cache_dtype,
+            all_logits,
             silence,
-            self._program.streams,
+            _decodable(model),
         )
-        self._weights, self._state = self._program.prepare(model.parameters), self._program.empty()
+        self._cache_dtype = cache_dtype
+        self._weights = self._program.prepare(model.parameters)
         devices = jax.tree.leaves(self._weights)[0].devices()
-        if mesh is None and len(devices) == 1:
-            # Commit both to the device from the start. The weights of a checkpoint are committed,
-            # so the state would be committed after the first row, and every function would be
-            # compiled again for it.
-            self._weights, self._state = jax.device_put((self._weights, self._state), *devices)
+        # Commit weights and state to the device from the start. The weights of a checkpoint are
+        # committed, so the state would be committed after the first row, and every function would
+        # be compiled again for it.
+        self._device = next(iter(devices)) if mesh is None and len(devices) == 1 else None
+        if self._device:
+            self._weights = jax.device_put(self._weights, self._device)
+        self._state = self._empty_state()
 
         self._slots: list[Session | None] = [None] * sessions
         self._controls = _neutral_controls(sessions, self._program.streams)
         self._device_controls: Controls | None = None  # a copy of `_controls`; None: outdated
-        self._waiting: dict[Session, asyncio.Future] = {}
+        # The event loop in which rows are awaited, the calls of `Session.next` that wait there, and
+        # the task that computes their rows.
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting: dict[Session, asyncio.Future[None]] = {}
         self._driver: asyncio.Task | None = None
 
     @property
     def free(self) -> int:
         """The number of sessions that can still be opened."""
         return self._slots.count(None)
+
+    @property
+    def sessions(self) -> list[Session]:
+        """The open sessions."""
+        return [session for session in self._slots if session]
 
     def open(
         self,
@@ -155,69 +176,93 @@ class Engine:
 
         Raises UserError if there is no room for the session or its prefill.
         """
-        slot = self._free_slot()
-        if not 0 <= keep < self.window - 1:
+        options, stop = _default(options, DecodeOptions), _default(stop, Stop)
+        check_number("keep", keep, int, "[0, 2147483648)")
+        if keep >= self.window - 1:
             raise UserError(
                 f"keep is {keep}: must be at least 0 and leave two of the window's {self.window}"
                 " rows"
             )
-        options, stop = options or DecodeOptions(), stop or Stop()
         script = Script(self.model, self.silence_id, options, stop, keep, self.window)
         if prefill is not None:
             prefill, present = self._checked_prefill(prefill, present)
             script.prefill(prefill, present)
         for stream, tokens in (allowed or {}).items():
             script.allow(stream, tokens)
-        self._state = self._program.clear(self._state, np.int32(slot))
-        if prefill is not None and present is not None and len(prefill) > 1:
-            self._read(slot, prefill[:-1], present[:-1])
-        session = self._add_session(slot, script)
-        if script.allowed:
-            self._set_allowed(session)
-        return session
+
+        def fill(slot: int) -> None:
+            self._state = self._program.clear(self._state, np.int32(slot))
+            if prefill is not None and present is not None and len(prefill) > 1:
+                self._read(slot, prefill[:-1], present[:-1])
+            if script.allowed:
+                self._set_allowed(slot, script)
+
+        return self._add_session(script, fill)
 
     def step(self, sessions: Sequence[Session] | None = None) -> list[Row]:
         """Computes the next row of each session in one step on the device.
 
+        If the call is interrupted, or if one of the sessions cannot go on, the next call returns
+        the rows that were computed. An error of `Stop.when` is not raised here: the session holds
+        it (`Session.error`), and `Session.finished` names it.
+
         `sessions` is None for all open sessions. Raises UserError.
         """
-        return self._collect(self._dispatch(self._checked_sessions(sessions)))
+        sessions = self._checked_sessions(sessions)
+        errors = self._advance(sessions)
+        if errors:
+            raise next(iter(errors.values()))
+        for session in sessions:
+            session._log_error()
+        return [session._take_row() for session in sessions]
 
     def run(self, rows: int, sessions: Sequence[Session] | None = None) -> list[list[Row]]:
         """Computes the next `rows` rows of each session without returning to the host in between.
 
         One call to the device computes up to 32 rows. Stop conditions are ignored, and the rows
-        have no logits. Raises UserError.
+        have no logits. If the call is interrupted, the sessions keep the rows computed so far
+        (`Session.transcript`). Raises UserError.
         """
-        if rows < 1:
-            raise UserError(f"rows is {rows}: must be at least 1")
+        check_number("rows", rows, int, "[1, 2147483648)")
         sessions = self._checked_sessions(sessions)
+        # Rows that no call has returned yet, and first rows, which the device does not compute.
+        errors = self._advance([session for session in sessions if not session.rows])
         shown: dict[Session, list[Row]] = {
-            session: [] if session.rows else [session._script.first()] for session in sessions
+            session: [session._take_row()] if session._row else []
+            for session in sessions
+            if session not in errors
         }
         while True:
-            missing = {session: rows - len(shown[session]) for session in sessions}
-            wanted = {s: min(RUN_ROWS, count) for s, count in missing.items() if count}
+            missing = {session: rows - len(old) for session, old in shown.items()}
+            wanted = {session: min(RUN_ROWS, count) for session, count in missing.items() if count}
             if not wanted:
-                return list(shown.values())
-            for session, new in self._run(wanted).items():
+                break
+            flight = self._dispatch_run(wanted)
+            for session, error in flight.errors.items():
+                errors[session] = error
+                del shown[session]
+            self._collect(flight)
+            for session, new in flight.rows.items():
                 shown[session] += new
+        if errors:
+            raise next(iter(errors.values()))
+        return list(shown.values())
 
     def warm_up(self) -> None:
         """Compiles every function that sessions use. Needs a free slot."""
-        session = self.open(allowed={name: [0] for name in self.streams.names})
-        session.force(self.streams.names[0], [0])
-        session.run(3)
-        session.step()
-        # The loop reads all lengths to which `_read` pads a prefill.
-        slot, length = np.int32(session._slot), 1
-        while length < 2 * self.window:
-            table = np.zeros((min(length, self.window), self.streams.size), np.int32)
-            self._read(session._slot, table, table > 0)
-            length *= 2
-        self._state = self._program.copy(self._state, slot, slot)
-        snapshot = session.snapshot()
-        session.close()
+        with self.open(allowed={name: [0] for name in self.streams.names}) as session:
+            session.force(self.streams.names[0], [0])
+            session.run(3)
+            session.step()
+            slot, length = np.int32(session._slot), 1
+            while length < 2 * self.window:
+                table = np.zeros((min(length, self.window), self.streams.size), np.int32)
+                with self._transaction():
+                    self._read(session._slot, table, table > 0)
+                length *= 2
+            with self._transaction():
+                self._state = self._program.copy(self._state, slot, slot)
+            snapshot = session.snapshot()
         self.restore(snapshot).close()
 
     def restore(self, snapshot: Snapshot) -> Session:
@@ -226,21 +271,88 @@ class Engine:
         The snapshot may come from another engine with the same model, window and cache. Raises
         UserError if they differ, or if no slot is free.
         """
-        if snapshot.kind != self._kind:
-            ours, theirs = self._kind, snapshot.kind
+        if differences := snapshot.kind.differences(self._kind):
             raise UserError(
-                "the snapshot is from an engine with another model, window or cache (its window is"
-                f" {theirs.window} and its cache {theirs.cache}; here they are {ours.window} and"
-                f" {ours.cache}): restore it in an engine with the same model, window and cache"
+                "the snapshot is from an engine with another model, window or cache"
+                f" ({'; '.join(differences)}): restore it in an engine with the same ones"
             )
-        slot = self._free_slot()
-        self._state = self._program.put(self._state, np.int32(slot), snapshot.state)
-        return self._add_session(slot, snapshot.script.copy())
 
-    def _add_session(self, slot: int, script: Script) -> Session:
-        session = self._slots[slot] = Session(self, slot, script)
-        self._controls.keep[slot] = script.keep
-        self._set_options(session)
+        def fill(slot: int) -> None:
+            self._state = self._program.put(self._state, np.int32(slot), snapshot.state)
+
+        return self._add_session(snapshot.script.copy(), fill)
+
+    @functools.cached_property
+    def _kind(self) -> _Kind:
+        from msllm.checkpoint import checksums  # imports orbax, which is slow
+
+        model = self.model
+        layout = "in panels" if self._program.layout.in_panels else "rows last"
+        return _Kind(
+            model.config,
+            model.streams,
+            checksums({"parameters": model.parameters})["parameters"],
+            model.tokenizer.hash[:12] if model.tokenizer else None,
+            self.window,
+            f"{self._cache_dtype}, {layout}",
+            self.silence_id,
+            self._program.streams,
+        )
+
+    def _empty_state(self) -> State:
+        state = self._program.empty()
+        return jax.device_put(state, self._device) if self._device else state
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """A block that replaces the state. No signal handler runs inside it.
+
+        If the block fails after the state was donated, the sessions are lost, and the engine goes
+        on with an empty state.
+        """
+        with deferred_signals():
+            try:
+                yield
+            except BaseException as error:
+                self._recover(error)
+                raise
+
+    def _recover(self, error: BaseException) -> None:
+        """Closes all sessions if their state is lost. Raises RunError from `error` if it is."""
+        try:
+            deleted = any(leaf.is_deleted() for leaf in jax.tree.leaves(self._state))
+            if not deleted:
+                jax.block_until_ready(self._state)  # raises if computing the state has failed
+                return
+        except Exception:  # the devices' errors have several types
+            pass
+        cause = f"{type(error).__name__}: {error}".split("\n")[0]
+        lost = self.sessions
+        for session in lost:
+            session._close_because(
+                f"the session is lost, because the device failed ({cause}): open another with"
+                " engine.open(), or restore a snapshot"
+            )
+        self._state = self._empty_state()
+        if isinstance(error, Exception):
+            raise RunError(
+                f"the device failed ({cause}), and the {len(lost)} open sessions are lost: open"
+                " others, or restore snapshots"
+            ) from error
+
+    def _add_session(self, script: Script, fill: Callable[[int], None]) -> Session:
+        """Opens a session in a free slot, whose state `fill(slot)` sets. Raises UserError."""
+        slot = self._free_slot()
+        try:
+            with self._transaction():
+                fill(slot)
+                session = Session(self, slot, script)
+                self._controls.keep[slot] = script.keep
+                self._set_options(session)
+                self._slots[slot] = session
+        except BaseException:  # also an interrupt at the end of the transaction
+            self._slots[slot] = None
+            raise
         return session
 
     def _set_options(self, session: Session) -> None:
@@ -253,17 +365,19 @@ class Engine:
         self._controls.seed[slot] = options.seed % (1 << 32)
         self._device_controls = None
 
-    def _set_allowed(self, session: Session) -> None:
+    def _set_allowed(self, slot: int, script: Script) -> None:
         mask = np.ones((self._program.streams, self.model.config.vocab_size), bool)
-        for stream, tokens in session._script.allowed.items():
+        mask[:, self._program.decodable :] = False
+        for stream, tokens in script.allowed.items():
             mask[stream] = False
             mask[stream, tokens] = True
-        self._state = self._program.allow(self._state, np.int32(session._slot), mask)
+        self._state = self._program.allow(self._state, np.int32(slot), mask)
 
     def _free_slot(self) -> int:
         if None not in self._slots:
             raise UserError(
-                f"all {len(self._slots)} sessions are open: close one, or make an engine with more"
+                f"all {len(self._slots)} sessions are open: close one (engine.sessions lists them),"
+                " or make an engine with more"
             )
         return self._slots.index(None)
 
@@ -284,7 +398,13 @@ class Engine:
             )
         mask = np.ones(tokens.shape, bool)
         if present is not None:
-            mask[:] = present
+            try:
+                mask[:] = present
+            except ValueError as error:
+                raise UserError(
+                    f"present has shape {np.shape(present)}: must be that of the prefill,"
+                    f" {list(tokens.shape)}"
+                ) from error
         check_tokens("the prefill", tokens[mask], self.model.config.vocab_size)
         return np.where(mask, tokens, 0).astype(np.int32), mask
 
@@ -302,19 +422,30 @@ class Engine:
         )
 
     def _checked_sessions(self, sessions: Sequence[Session] | None) -> list[Session]:
-        """The sessions to advance; None: all open ones. Raises UserError."""
-        if sessions is None:
-            sessions = [session for session in self._slots if session]
+        """The sessions to advance; None: all open ones. Collects rows of interrupted calls.
+
+        Raises UserError.
+        """
+        sessions = self.sessions if sessions is None else list(sessions)
         for session in sessions:
-            if session.closed or session._engine is not self:
-                raise UserError(
-                    "a session is closed or belongs to another engine: open one with engine.open()"
-                )
-            if session._in_flight:
-                raise UserError(_ROW_PENDING)
+            self._check_own(session)
         if len(set(sessions)) < len(sessions):
             raise UserError("a session is named twice: name each session once")
-        return list(sessions)
+        for session in sessions:
+            if session._flight:
+                self._collect(session._flight)
+            if session._row:
+                session._judge(session._row)
+        return sessions
+
+    def _check_own(self, session: Session) -> None:
+        """Raises UserError if a session cannot advance now."""
+        if session._engine is not self:
+            raise UserError("a session belongs to another engine: open one with engine.open()")
+        session._require_open()
+        future = self._waiting.get(session)
+        if future and not future.done() and self._loop and self._loop.is_running():
+            raise UserError(_ROW_PENDING)
 
     def _empty_inputs(self, *rows: int) -> RowInputs:
         """Inputs of one row, or of `rows` rows, in which no session advances."""
@@ -329,78 +460,148 @@ class Engine:
             penalty=np.zeros(cells, np.float32),
         )
 
-    def _dispatch(self, sessions: Sequence[Session]) -> _PendingStep:
+    def _advance(self, sessions: Sequence[Session]) -> dict[Session, Exception]:
+        """Ensures that each session has a row to return. Returns the errors of those without."""
+        missing = [session for session in sessions if not session._row]
+        if not missing:
+            return {}
+        flight = self._dispatch(missing)
+        self._collect(flight)
+        for session in missing:
+            if session._row:
+                session._judge(session._row)
+        return flight.errors
+
+    def _dispatch(self, sessions: Sequence[Session]) -> _Flight:
         """Starts the next row of each session."""
-        first_rows = {session: session._script.first() for session in sessions if not session.rows}
-        pending = _PendingStep(sessions, first_rows, {}, None)
-        if len(first_rows) == len(sessions):
-            return pending
+        flight = self._plan(dict.fromkeys(sessions, 1))
         inputs, size = self._empty_inputs(), self.streams.size
-        for session in sessions:
-            if session in first_rows:
+        on_device = False  # the device does not compute a session's first row
+        for session, plan in flight.plans.items():
+            if not session.rows:
                 continue
-            slot, script = session._slot, session._script
-            inputs.active[slot], inputs.row[slot] = True, script.rows - 1
-            inputs.read[slot, :size], inputs.read_present[slot, :size] = script.read()
-            inputs.given[slot, :size], pending.present[session] = script.given()
-            inputs.penalty[slot, :size] = script.penalty(script.rows)
-            session._in_flight = True
-        self._state, *out = self._program.advance(
-            self._weights, self._state, self._placed_controls(), inputs
-        )
-        return pending._replace(out=out)
+            slot, on_device = session._slot, True
+            inputs.active[slot], inputs.row[slot] = True, session.rows - 1
+            inputs.read[slot, :size] = plan.read
+            inputs.read_present[slot, :size] = plan.read_present
+            inputs.given[slot, :size] = plan.given[0]
+            inputs.penalty[slot, :size] = plan.penalty[0]
+        if on_device:
+            self._launch(flight, self._program.advance, inputs)
+        else:
+            self._launch(flight)
+        return flight
 
-    def _collect(self, pending: _PendingStep) -> list[Row]:
-        """The rows of `_dispatch`, in the order of its sessions."""
-        if pending.out is None:
-            return [pending.first_rows[session] for session in pending.sessions]
-        packed, logits = pending.out
-        sampled = Sampled.unpacked(np.asarray(packed))
-        logits = None if logits is None else np.asarray(logits)
-        rows, size = [], self.streams.size
-        for session in pending.sessions:
-            if session in pending.first_rows:
-                rows.append(pending.first_rows[session])
-                continue
-            session._in_flight = False
-            tokens, logprob, entropy = (x[session._slot, :size] for x in sampled)
-            own_logits = None if logits is None else logits[session._slot, :size]
-            present = pending.present[session]
-            rows.append(session._script.show(tokens, present, logprob, entropy, own_logits))
-        return rows
+    def _dispatch_run(self, wanted: Mapping[Session, int]) -> _Flight:
+        """Starts up to RUN_ROWS next rows of each session, in one call to the device.
 
-    def _run(self, wanted: Mapping[Session, int]) -> dict[Session, list[Row]]:
-        """Computes up to RUN_ROWS next rows of each session in one call to the device.
+        Args:
+          wanted: {session: number of rows}. Each session has a row already.
+        """
+        flight = self._plan(wanted)
+        flight.is_run = True
+        inputs, size = self._empty_inputs(RUN_ROWS), self.streams.size
+        inputs.read[1:] = FREE
+        for session, plan in flight.plans.items():
+            slot, count = session._slot, len(plan.given)
+            inputs.active[:count, slot] = True
+            inputs.row[:count, slot] = session.rows - 1 + np.arange(count)
+            inputs.read[0, slot, :size] = plan.read
+            inputs.read_present[:count, slot, :size] = [plan.read_present, *plan.present[:-1]]
+            inputs.given[:count, slot, :size] = plan.given
+            inputs.penalty[:count, slot, :size] = plan.penalty
+        if flight.plans:
+            most = max(len(plan.given) for plan in flight.plans.values())
+            self._launch(flight, self._program.run, inputs, np.int32(most))
+        return flight
+
+    def _plan(self, wanted: Mapping[Session, int]) -> _Flight:
+        """Plans rows of each session. Changes nothing.
 
         Args:
           wanted: {session: number of rows}.
         """
-        inputs, size = self._empty_inputs(RUN_ROWS), self.streams.size
-        inputs.read[1:] = FREE
-        present: dict[Session, list[np.ndarray]] = {}
-        for session, rows in wanted.items():
-            slot, script = session._slot, session._script
-            inputs.read[0, slot, :size], here = script.read()
-            present[session] = []
-            for i in range(rows):
-                inputs.active[i, slot], inputs.row[i, slot] = True, script.rows - 1 + i
-                inputs.read_present[i, slot, :size] = here
-                inputs.given[i, slot, :size], here = script.given(script.rows + i, here)
-                inputs.penalty[i, slot, :size] = script.penalty(script.rows + i)
-                present[session].append(here)
-        most = np.int32(max(wanted.values()))
-        self._state, packed = self._program.run(
-            self._weights, self._state, self._placed_controls(), inputs, most
-        )
-        sampled = Sampled.unpacked(np.asarray(packed))
+        flight = _Flight()
+        for session, count in wanted.items():
+            try:
+                flight.plans[session] = session._script.plan(count)
+            except Exception as error:  # it concerns this session alone
+                flight.errors[session] = error
+        return flight
 
-        def show(session: Session, i: int) -> Row:
-            tokens, logprob, entropy = (x[i, session._slot, :size] for x in sampled)
-            return session._script.show(tokens, present[session][i], logprob, entropy)
+    def _launch(self, flight: _Flight, function: Callable | None = None, *arguments: Any) -> None:
+        """Starts a planned step. From here on it is done, although its rows are not known yet.
 
-        return {
-            session: [show(session, i) for i in range(rows)] for session, rows in wanted.items()
-        }
+        Args:
+          function: `advance` or `run` of the program; None: nothing is left to compute.
+          arguments: those after the controls.
+        """
+        controls = self._placed_controls() if function else None
+        with self._transaction():
+            if function:
+                self._state, *flight.out = function(
+                    self._weights, self._state, controls, *arguments
+                )
+            for session, plan in flight.plans.items():
+                session._script.commit(plan)
+                session._flight = flight
+
+    def _collect(self, flight: _Flight) -> None:
+        """Waits for a step and shows its rows to their sessions, unless that has happened."""
+        if flight.collected:
+            return
+        sampled = logits = None
+        if flight.out:
+            try:
+                sampled = Sampled.unpacked(np.asarray(flight.out[0]))
+                logits = None if flight.is_run else flight.out[1]
+                logits = None if logits is None else np.asarray(logits)
+            except Exception as error:  # the devices' errors have several types
+                with deferred_signals():
+                    self._recover(error)
+                raise
+        with deferred_signals():
+            flight.collected = True
+            for session, plan in flight.plans.items():
+                session._flight = None
+                if session.closed:
+                    continue
+                try:
+                    flight.rows[session] = self._show(session, plan, sampled, logits)
+                except Exception as error:
+                    # The device is a row ahead of the host, so the session cannot go on.
+                    flight.errors[session] = error
+                    session._close_because(
+                        f"the session is closed, because its row could not be shown"
+                        f" ({type(error).__name__}: {error}): open another with engine.open()"
+                    )
+                    continue
+                if not flight.is_run:
+                    (session._row,) = flight.rows[session]
+        for session, rows in flight.rows.items() if flight.is_run else ():
+            for row in rows:
+                session._judge(row)
+            session._log_error()
+
+    def _show(
+        self, session: Session, plan: Plan, sampled: Sampled | None, logits: np.ndarray | None
+    ) -> list[Row]:
+        """Shows the planned rows of a session.
+
+        Args:
+          sampled: arrays [B, S], or [rows, B, S] from `run`; None: there are first rows only.
+          logits: [B, S, V] or None.
+        """
+        script, slot, size = session._script, session._slot, self.streams.size
+        if sampled is None or not script.rows:
+            nothing = np.full(size, np.nan, np.float32)
+            return [script.show(plan.given[0], plan.present[0], nothing, nothing)]
+        tokens, logprob, entropy = (x[..., slot, :size].reshape(-1, size) for x in sampled)
+        own_logits = None if logits is None else logits[slot, :size]
+        return [
+            script.show(tokens[i], present, logprob[i], entropy[i], own_logits)
+            for i, present in enumerate(plan.present)
+        ]
 
     def _placed_controls(self) -> Controls:
         """The controls on the device. They are transferred only after a change."""
@@ -412,42 +613,104 @@ class Engine:
 
     async def _next(self, session: Session) -> Row:
         """The session's next row, computed in one step with all other rows awaited by then."""
-        self._checked_sessions([session])
-        if session in self._waiting:
-            raise UserError(_ROW_PENDING)
+        self._check_own(session)
+        loop = self._enter_loop()
+        while not session._row:
+            session._require_open()
+            future = self._waiting[session] = loop.create_future()
+            try:
+                if self._driver is None or self._driver.done():
+                    self._start_driver(loop)
+                await future
+            finally:
+                # The future says that the row is there. A call that is cancelled leaves the row to
+                # the next one.
+                if self._waiting.get(session) is future:
+                    del self._waiting[session]
+        session._judge(session._row)
+        session._raise_error()
+        return session._take_row()
+
+    def _enter_loop(self) -> asyncio.AbstractEventLoop:
+        """The running event loop. Forgets calls that wait in a loop that has ended."""
         loop = asyncio.get_running_loop()
-        future = self._waiting[session] = loop.create_future()
-        if self._driver is None or self._driver.done():
-            self._driver = loop.create_task(self._drive())
-        return await future
+        if self._loop is not loop:
+            if self._loop and self._loop.is_running():
+                raise UserError(
+                    "rows of this engine are awaited in another event loop, in another thread: use"
+                    " an engine from one thread"
+                )
+            for future in self._waiting.values():
+                if self._loop and not self._loop.is_closed():
+                    future.cancel()
+            self._loop, self._waiting, self._driver = loop, {}, None
+        return loop
+
+    def _start_driver(self, loop: asyncio.AbstractEventLoop) -> None:
+        def go_on(driver: asyncio.Task) -> None:
+            """Starts another driver if this one was cancelled while calls wait."""
+            if driver is self._driver and not all(f.done() for f in self._waiting.values()):
+                self._start_driver(loop)
+
+        self._driver = loop.create_task(self._drive())
+        self._driver.add_done_callback(go_on)
 
     async def _drive(self) -> None:
         """Advances sessions while rows are awaited."""
-        while self._waiting:
+        while True:
             await asyncio.sleep(0)  # let all tasks that are ready ask for their next row
-            waiting, self._waiting = self._waiting, {}
-            waiting = {session: future for session, future in waiting.items() if not session.closed}
+            waiting = {s: future for s, future in self._waiting.items() if not future.done()}
+            if not waiting:
+                return
+            errors: dict[Session, Exception] = {}
             try:
-                pending = self._dispatch(list(waiting))
-                await asyncio.to_thread(jax.block_until_ready, pending.out)
-                rows = self._collect(pending)
+                await self._fly(list(waiting), errors)
             except Exception as error:  # raise it where the rows are awaited
-                for future in waiting.values():
-                    if not future.done():
-                        future.set_exception(error)
-                continue
-            for future, row in zip(waiting.values(), rows):
-                if not future.done():
-                    future.set_result(row)
+                errors = dict.fromkeys(waiting, error) | errors
+            for session, future in waiting.items():
+                if future.done():
+                    continue
+                if session._row:
+                    future.set_result(None)
+                elif session in errors:
+                    future.set_exception(errors[session])
+                elif session.closed:
+                    future.set_result(None)  # the call says that it is closed
+
+    async def _fly(self, sessions: Sequence[Session], errors: dict[Session, Exception]) -> None:
+        """Computes the next row of each session; adds to `errors` those of single sessions."""
+        flights = [session._flight for session in sessions if session._flight]
+        needed = [s for s in sessions if not (s._flight or s._row or s.closed)]
+        if needed:
+            flights.append(self._dispatch(needed))
+        out = [flight.out for flight in flights]
+        with contextlib.suppress(Exception):  # `_collect` raises it
+            await asyncio.to_thread(jax.block_until_ready, out)
+        for flight in flights:
+            self._collect(flight)
+            errors.update(flight.errors)
 
 
 class Session:
-    """One conversation in an engine, from `Engine.open`. Iterate over it, or call `step`."""
+    """One conversation in an engine, from `Engine.open`. Iterate over it, or call `step`.
+
+    Attributes:
+      error: the exception that `Stop.when` raised for the last row; None: none.
+    """
 
     def __init__(self, engine: Engine, slot: int, script: Script):
         self._engine, self._slot, self._script = engine, slot, script
-        self._in_flight = False  # the device is computing its next row
-        self.closed = False
+        self._flight: _Flight | None = None  # the step that computes its next rows
+        self._row: Row | None = None  # the last row, while no call has returned it
+        self._judged: Row | None = None  # the last row whose stop conditions were evaluated
+        self.error: Exception | None = None
+        self._error_to_raise: Exception | None = None
+        self._why_closed = "the session is closed: open another with engine.open()"
+
+    @property
+    def closed(self) -> bool:
+        """Whether the slot was given back."""
+        return self._engine._slots[self._slot] is not self
 
     @property
     def options(self) -> DecodeOptions:
@@ -456,8 +719,10 @@ class Session:
 
     @options.setter
     def options(self, options: DecodeOptions) -> None:
-        self._require_open()._script.set_options(options)
-        self._engine._set_options(self)
+        script, options = self._require_open()._script, _default(options, DecodeOptions)
+        with deferred_signals():
+            script.set_options(options)
+            self._engine._set_options(self)
 
     @property
     def rows(self) -> int:
@@ -466,7 +731,7 @@ class Session:
 
     @property
     def finished(self) -> str | None:
-        """The stop condition that the last row met; None: none."""
+        """The stop condition that the last row met, or the error of `Stop.when`; None: neither."""
         return self._script.finished
 
     def feed(self, stream: str | int, tokens: Sequence[int] | str) -> None:
@@ -486,35 +751,74 @@ class Session:
 
     def allow(self, stream: str | int, tokens: Sequence[int] | str | None) -> None:
         """Restricts a stream to these tokens from the next row on; None: all. Raises UserError."""
-        self._require_open()._script.allow(stream, tokens)
-        self._engine._set_allowed(self)
+        script, engine = self._require_open()._script, self._engine
+        before = dict(script.allowed)
+        with engine._transaction():
+            try:
+                script.allow(stream, tokens)
+                engine._set_allowed(self._slot, script)
+            except BaseException:
+                script.allowed = before
+                raise
+
+    def drop(self, stream: str | int | None = None) -> dict[str, list[int]]:
+        """Drops the fed tokens of an input stream that wait, and returns them.
+
+        `stream` is None for all input streams. Raises UserError if the stream is not an input.
+        """
+        return self._require_open()._script.drop(stream)
 
     def step(self) -> Row:
-        """Computes the next row. `Engine.step` advances many sessions at the same cost."""
-        return self._engine.step([self])[0]
+        """Computes the next row. `Engine.step` advances many sessions at the same cost.
+
+        If the call is interrupted, the next call returns the row. An error of `Stop.when` is raised
+        once; the next call then returns the row.
+        """
+        engine = self._engine
+        errors = engine._advance(engine._checked_sessions([self]))
+        for error in errors.values():
+            raise error
+        self._raise_error()
+        return self._take_row()
 
     async def next(self) -> Row:
-        """The next row. Rows of sessions that are awaited together share a step on the device."""
+        """The next row. Rows of sessions that are awaited together share a step on the device.
+
+        If the call is cancelled, the next call returns the row.
+        """
         return await self._engine._next(self)
 
     def run(self, rows: int) -> list[Row]:
         """Computes the next `rows` rows in as few calls to the device as possible."""
         return self._engine.run(rows, [self])[0]
 
-    def __iter__(self) -> Iterator[Row]:
-        """Yields rows from `step` until a stop condition holds."""
-        while self.finished is None:
-            yield self.step()
+    def __iter__(self) -> Session:
+        """Iterates over rows from `step` until a stop condition holds."""
+        return self
 
-    async def __aiter__(self) -> AsyncIterator[Row]:
-        """Yields rows from `next` until a stop condition holds."""
-        while self.finished is None:
-            yield await self.next()
+    def __next__(self) -> Row:
+        if self._row is None and self.finished is not None:
+            raise StopIteration
+        return self.step()
+
+    def __aiter__(self) -> Session:
+        """Iterates over rows from `next` until a stop condition holds."""
+        return self
+
+    async def __anext__(self) -> Row:
+        if self._row is None and self.finished is not None:
+            raise StopAsyncIteration
+        return await self.next()
 
     @property
     def waiting(self) -> dict[str, int]:
         """{input stream: number of fed tokens that are not in a row yet}."""
         return self._script.waiting()
+
+    @property
+    def waiting_forced(self) -> dict[str, int]:
+        """{stream: number of forced tokens that are not in a row yet}."""
+        return self._script.waiting_forced()
 
     def transcript(self, last: int | None = None) -> Transcript:
         """The rows in the window, or the last `last` of them, as the model reads them."""
@@ -526,13 +830,17 @@ class Session:
         It samples the same tokens as this session, unless it gets another seed. Raises UserError if
         no slot is free.
         """
-        engine, slot = self._require_open()._engine, self._engine._free_slot()
+        engine, script = self._require_open()._engine, self._script
         engine._checked_sessions([self])
-        engine._state = engine._program.copy(engine._state, np.int32(self._slot), np.int32(slot))
-        session = engine._add_session(slot, self._script.copy())
+        script = script.copy()
         if seed is not None:
-            session.options = dataclasses.replace(self.options, seed=seed)
-        return session
+            script.set_options(dataclasses.replace(script.options, seed=seed))
+
+        def fill(slot: int) -> None:
+            source, target = np.int32(self._slot), np.int32(slot)
+            engine._state = engine._program.copy(engine._state, source, target)
+
+        return engine._add_session(script, fill)
 
     def snapshot(self) -> Snapshot:
         """A copy of the session on the host, from which `Engine.restore` continues."""
@@ -544,7 +852,7 @@ class Session:
     def close(self) -> None:
         """Frees the slot for another session."""
         if not self.closed:
-            self._engine._slots[self._slot], self.closed = None, True
+            self._engine._slots[self._slot] = None
 
     def __enter__(self) -> Session:
         return self
@@ -555,8 +863,44 @@ class Session:
     def _require_open(self) -> Session:
         """This session. Raises UserError if it is closed."""
         if self.closed:
-            raise UserError("the session is closed: open another with engine.open()")
+            raise UserError(self._why_closed)
         return self
+
+    def _close_because(self, why: str) -> None:
+        self._why_closed = why
+        self.close()
+
+    def _judge(self, row: Row) -> None:
+        """Evaluates the stop conditions of the last row, once. Keeps an error of `Stop.when`."""
+        if row is self._judged:
+            return
+        error = None
+        try:
+            finished = self._script.stop_reason(row)
+        except Exception as raised:  # of a function of the user's
+            error = raised
+            finished = f"Stop.when raised {type(error).__name__}: {error}"
+        self._script.finished = finished
+        self.error = self._error_to_raise = error
+        self._judged = row
+
+    def _raise_error(self) -> None:
+        """Raises the error of `Stop.when` if that has not happened."""
+        error, self._error_to_raise = self._error_to_raise, None
+        if error:
+            raise error
+
+    def _log_error(self) -> None:
+        """Logs the error of `Stop.when`, where it is not raised."""
+        error, self._error_to_raise = self._error_to_raise, None
+        if error:
+            log.warning("%s, at row %d of a session", self.finished, self.rows - 1)
+
+    def _take_row(self) -> Row:
+        """The row that no call has returned yet."""
+        row, self._row = self._row, None
+        assert row is not None
+        return row
 
 
 class _Kind(NamedTuple):
@@ -564,10 +908,33 @@ class _Kind(NamedTuple):
 
     config: ModelConfig
     streams: StreamSpec
+    weights: dict[str, int]  # the checksum of each parameter
+    tokenizer: str | None  # the beginning of its hash
     window: int
     cache: str  # dtype and layout
-    silence_id: int
+    silence_id: int | None
     padded_streams: int
+
+    def differences(self, other: _Kind) -> list[str]:
+        """What differs in another engine, in words."""
+        found = []
+        for name, mine, its in zip(self._fields, self, other):
+            if mine == its:
+                continue
+            if isinstance(mine, dict) and isinstance(its, dict):
+                names = sorted(key for key in mine.keys() | its if mine.get(key) != its.get(key))
+                found.append(f"the weights differ in {len(names)} arrays, such as {names[0]}")
+            elif dataclasses.is_dataclass(mine) and dataclasses.is_dataclass(its):
+                fields = [field.name for field in dataclasses.fields(mine)]
+                values = ((f"{name}.{field}", mine, its, field) for field in fields)
+                found += [
+                    f"{path} is {getattr(a, field)!r} there and {getattr(b, field)!r} here"
+                    for path, a, b, field in values
+                    if getattr(a, field) != getattr(b, field)
+                ]
+            else:
+                found.append(f"{name} is {mine!r} there and {its!r} here")
+        return found
 
 
 class Snapshot(NamedTuple):
@@ -578,13 +945,26 @@ class Snapshot(NamedTuple):
     state: State  # NumPy arrays, with B = 1
 
 
-class _PendingStep(NamedTuple):
-    """A step that the device is computing."""
+@dataclasses.dataclass(eq=False)
+class _Flight:
+    """A step of several sessions, from its plans to its rows.
 
-    sessions: Sequence[Session]
-    first_rows: Mapping[Session, Row]  # the first row of a session is computed on the host
-    present: dict[Session, np.ndarray]  # [S], the present cells of the row that is sampled
-    out: Any  # [packed Sampled, logits]; None: no session needs the device
+    Attributes:
+      plans: the host's part of the rows.
+      errors: why sessions have no row.
+      is_run: whether it computes several rows, without logits.
+      out: arrays on the device: the packed `Sampled`, and logits or None; empty: all rows are first
+        rows, which the device does not compute.
+      collected: whether the rows were shown.
+      rows: the rows.
+    """
+
+    plans: dict[Session, Plan] = dataclasses.field(default_factory=dict)
+    errors: dict[Session, Exception] = dataclasses.field(default_factory=dict)
+    is_run: bool = False
+    out: list[Any] = dataclasses.field(default_factory=list)
+    collected: bool = False
+    rows: dict[Session, list[Row]] = dataclasses.field(default_factory=dict)
 
 
 class Generated(NamedTuple):
@@ -683,6 +1063,20 @@ def generate(
     )
 
 
+def _default(given: Any, kind: type) -> Any:
+    """`given`, or an instance of `kind` for None. Raises UserError for other types."""
+    given = kind() if given is None else given
+    if not isinstance(given, kind):
+        raise UserError(f"{given!r} is given for {kind.__name__}: must be a msllm.{kind.__name__}")
+    return given
+
+
+def _decodable(model: LoadedModel) -> int:
+    """The number of token ids that may be sampled: those that the tokenizer can decode."""
+    size = model.config.vocab_size
+    return min(size, model.tokenizer.vocab_size) if model.tokenizer else size
+
+
 def _checked_tables(prefill: np.ndarray, streams: int) -> np.ndarray:
     """The prefill of `generate` as [B, P, S]. Raises UserError."""
     prefill = np.asarray(prefill)
@@ -716,6 +1110,8 @@ def _silence_of(model: LoadedModel, silence_id: int | None) -> int | None:
         raise UserError(
             "the model has no tokenizer: pass the token that means silence as silence_id=..."
         )
+    if silence_id is not None:
+        check_tokens("silence_id", np.asarray(silence_id), model.config.vocab_size)
     return silence_id
 
 

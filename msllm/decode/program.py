@@ -172,6 +172,7 @@ class DecodeProgram:
         cache_dtype: str,
         all_logits: bool,
         silence_id: int,
+        decodable: int | None = None,
     ):
         """Builds the functions. jax compiles each of them when it is first called.
 
@@ -184,12 +185,14 @@ class DecodeProgram:
           cache_dtype: one of `cache.DTYPES`.
           all_logits: compute and return the logits of all streams, inputs included.
           silence_id: the silence token; -1 if there is none.
+          decodable: only token ids below this number are sampled; None: all.
 
         Raises UserError if `config.block` is a user's class that keeps a state besides the cache.
         """
         check_block(config, streams.size, cached=True)
         self.config, self.spec, self.mesh, self.window = config, streams, mesh, window
         self.sessions, self.all_logits, self.silence_id = sessions, all_logits, silence_id
+        self.decodable = config.vocab_size if decodable is None else decodable
         self.streams = streams.size + (-streams.size % mesh.shape["stream"] if mesh else 0)
         self._lag = pad_lag(streams.lag_array, self.streams)
         self.graph, _, axes = abstract_model(config, streams)
@@ -295,7 +298,12 @@ class DecodeProgram:
             self.layout,
         )
         tokens = (self.sessions, self.streams, self.config.vocab_size)
-        return State(cache, jnp.full(tokens, False), jnp.full(tokens, True))
+        allowed = jnp.broadcast_to(self._allowed(), tokens)
+        return State(cache, jnp.full(tokens, False), allowed)
+
+    def _allowed(self) -> jax.Array:
+        """[V] bool: the tokens that a session may sample unless it is restricted."""
+        return jnp.arange(self.config.vocab_size) < self.decodable
 
     def _prepare(self, parameters: Parameters) -> Weights:
         """Converts the weights once to the form in which every row uses them.
@@ -543,7 +551,7 @@ class DecodeProgram:
             present=cells.present.at[slot].set(False),
             seen=cells.seen.at[slot].set(False),
         )
-        said, allowed = state.said.at[slot].set(False), state.allowed.at[slot].set(True)
+        said, allowed = state.said.at[slot].set(False), state.allowed.at[slot].set(self._allowed())
         return State(state.cache._replace(cells=cells), said, allowed)
 
     def _copy(self, state: State, source: jax.Array, target: jax.Array) -> State:

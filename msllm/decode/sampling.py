@@ -161,9 +161,11 @@ def _logprob_and_entropy(logits, tokens) -> tuple[jax.Array, jax.Array]:
 
 
 def _argmax(x: jax.Array) -> jax.Array:
-    """`argmax` over the last axis; the last index if all entries are nan.
+    """`argmax` over the last axis; 0 if an entry is nan.
 
     XLA:CPU vectorizes this form, but not its own argmax.
     """
     index = jnp.arange(x.shape[-1])
-    return jnp.min(jnp.where(x == jnp.max(x, axis=-1, keepdims=True), index, index[-1]), axis=-1)
+    top = jnp.max(x, axis=-1, keepdims=True)
+    found = jnp.min(jnp.where(x == top, index, index[-1]), axis=-1)
+    return jnp.where(jnp.isnan(top[..., 0]), 0, found)

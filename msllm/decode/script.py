@@ -11,11 +11,12 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from msllm.config import describe_interval, is_inside
 from msllm.decode.sampling import FREE
 from msllm.errors import UserError
 from msllm.streams import StreamSpec
@@ -56,6 +57,7 @@ class DecodeOptions:
     """How rows are sampled.
 
     An option whose type allows a tuple takes one value for all streams, or one value per stream.
+    Raises UserError for values outside their ranges (`OPTION_RANGES`).
     """
 
     temperature: float | tuple[float, ...] = 0.0  # 0: the most likely token
@@ -79,49 +81,96 @@ class DecodeOptions:
     ablated: tuple[str, ...] = ()
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name, (kind, interval) in OPTION_RANGES.items():
+            value = getattr(self, name)
+            value = value.tolist() if hasattr(value, "tolist") else value
+            if name == "penalty_start" and value is None:
+                continue
+            several = name in _PER_STREAM and isinstance(value, tuple | list)
+            for number in value if several else [value]:
+                check_number(name, number, kind, interval)
+                if name == "temperature" and 0 < number < _LEAST_TEMPERATURE:
+                    raise UserError(
+                        f"temperature is {number!r}: must be 0, for the most likely token, or at"
+                        f" least {_LEAST_TEMPERATURE}"
+                    )
+        if isinstance(self.ablated, str) or not isinstance(self.ablated, Iterable):
+            raise UserError(
+                f"ablated is {self.ablated!r}: must be a tuple of streams, such as ('thought',)"
+            )
 
-class _Constraint(NamedTuple):
-    """The type and the valid values of an option."""
 
-    dtype: Any
-    holds: Callable[[np.ndarray], Any]
-    text: str
-
-
-_NON_NEGATIVE = _Constraint(
-    np.float32, lambda x: (x >= 0) & np.isfinite(x), "must be a number >= 0 (0: the best)"
-)
-_PROBABILITY = _Constraint(np.float32, lambda x: (x >= 0) & (x <= 1), "must be in [0, 1]")
-_FINITE = _Constraint(np.float32, np.isfinite, "must be a finite number")
-# The options with one value per stream.
-_CONSTRAINTS = {
-    "temperature": _NON_NEGATIVE,
-    "top_k": _Constraint(np.int32, lambda x: x >= 0, "must be >= 0 (0: all tokens)"),
-    "top_p": _Constraint(np.float32, lambda x: (x > 0) & (x <= 1), "must be in (0, 1]"),
-    "top_p_inside": _Constraint(bool, np.isfinite, "must be true or false"),
-    "min_p": _PROBABILITY,
-    "min_probability": _PROBABILITY,
-    "presence_penalty": _FINITE,
-    "silence_penalty": _FINITE,
+_LEAST_TEMPERATURE = 1e-6  # logits divided by less than this may overflow float32
+_ROWS = "[0, 2147483648)"  # the devices count rows in int32
+# Penalties are added to logits in float32, whose steps are 0.06 at 1e6. Larger penalties would
+# erase the differences between logits.
+_PENALTY = "[-1000000, 1000000]"
+# The type and the range of every number in `DecodeOptions` and `Stop`.
+OPTION_RANGES: dict[str, tuple[type, str]] = {
+    "temperature": (float, "[0, 1000000]"),  # and not below _LEAST_TEMPERATURE, unless it is 0
+    "top_k": (int, "[0, 2147483648)"),  # more than the vocabulary has: all tokens
+    "top_p": (float, "(0, 1]"),
+    "top_p_inside": (bool, "[0, 1]"),
+    "min_p": (float, "[0, 1]"),
+    "min_probability": (float, "[0, 1]"),
+    "presence_penalty": (float, _PENALTY),
+    "silence_penalty": (float, _PENALTY),
+    "penalty_ramp": (int, "[1, 2147483648)"),
+    "penalty_start": (int, _ROWS),
+    "seed": (int, "[0, 4294967296)"),  # the devices' seeds have 32 bits
 }
+STOP_RANGES: dict[str, tuple[type, str]] = {"rows": (int, _ROWS), "silent_rows": (int, _ROWS)}
+_DTYPES = {float: np.float32, int: np.int32, bool: np.bool_}
+_PER_STREAM = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "top_p_inside",
+    "min_p",
+    "min_probability",
+    "presence_penalty",
+    "silence_penalty",
+)
+
+
+def check_number(name: str, value: Any, kind: type, interval: str) -> None:
+    """Raises UserError unless the value is of this kind and inside the interval.
+
+    Args:
+      name: what to call the value in the message.
+      value: a number of Python or NumPy.
+      kind: float (which admits integers), int or bool.
+      interval: such as "[0, 1)".
+    """
+    value = value.tolist() if hasattr(value, "tolist") else value
+    is_bool = isinstance(value, bool)
+    if kind is bool:
+        if not is_bool:
+            raise UserError(f"{name} is {value!r}: must be True or False")
+        return
+    numbers = (int,) if kind is int else (int, float)
+    if is_bool or not isinstance(value, numbers):
+        what = "an integer" if kind is int else "a number"
+        raise UserError(f"{name} is {value!r}: must be {what}")
+    if not is_inside(value, interval):
+        too_large = value > float(interval[1:-1].split(",")[1])
+        rule = f"in {interval}" if too_large else describe_interval(interval)
+        raise UserError(f"{name} is {value!r}: must be {rule}")
 
 
 def per_stream(options: DecodeOptions, streams: StreamSpec) -> dict[str, np.ndarray]:
     """The options that have one value per stream, and `ablated`: {name: [S]}. Raises UserError."""
-    arrays = {}
-    for name, constraint in _CONSTRAINTS.items():
+    arrays: dict[str, np.ndarray] = {}
+    for name in _PER_STREAM:
         value = getattr(options, name)
-        array = np.asarray(value, constraint.dtype)
+        array: np.ndarray = np.asarray(value, _DTYPES[OPTION_RANGES[name][0]])
         if array.shape not in ((), (streams.size,)):
             raise UserError(
                 f"{name} is {value!r}: must be one value, or one for each of the {streams.size}"
                 " streams"
             )
-        if not np.all(constraint.holds(array)):
-            raise UserError(f"{name} is {value!r}: {constraint.text}")
         arrays[name] = np.broadcast_to(array, (streams.size,))
-    if options.penalty_ramp < 1:
-        raise UserError(f"penalty_ramp is {options.penalty_ramp}: must be at least one row")
     arrays["ablated"] = np.zeros(streams.size, bool)
     arrays["ablated"][[streams.index(name) for name in options.ablated]] = True
     return arrays
@@ -131,14 +180,25 @@ def per_stream(options: DecodeOptions, streams: StreamSpec) -> dict[str, np.ndar
 class Stop:
     """Conditions that end the iteration over a session. One of them is enough.
 
-    `Session.step` and `Session.run` ignore them.
+    `Session.step` and `Session.run` ignore them. Raises UserError for values outside their ranges.
     """
 
     rows: int = 0  # the session has this many rows, including the prefill; 0: no limit
     silent_rows: int = 0  # this many rows in succession were silent in all streams; 0: no limit
     # {stream: tokens}: the stream shows one of the tokens
     tokens: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
-    when: Callable[[Row], bool] | None = None  # the function returns True for a row
+    # The function returns True for a row. If it raises, that error ends the iteration.
+    when: Callable[[Row], bool] | None = None
+
+    def __post_init__(self) -> None:
+        for name, (kind, interval) in STOP_RANGES.items():
+            check_number(name, getattr(self, name), kind, interval)
+        if not isinstance(self.tokens, Mapping):
+            raise UserError(
+                f"tokens is {self.tokens!r}: must be a mapping from streams to lists of tokens"
+            )
+        if self.when is not None and not callable(self.when):
+            raise UserError(f"when is {self.when!r}: must be a function of a row, or None")
 
 
 class Row(NamedTuple):
@@ -161,6 +221,31 @@ class Transcript(NamedTuple):
     row: np.ndarray  # [R] int32: the numbers of the rows
     tokens: np.ndarray  # [R, S] int32; 0 where absent
     present: np.ndarray  # [R, S] bool
+
+
+class Plan(NamedTuple):
+    """The host's part of the next rows of a session, and what it takes from the queues.
+
+    Attributes:
+      read: [S] int32, the row shown last with the tokens that were fed since.
+      read_present: [S] bool, the cells of that row that are present.
+      given: for each row, [S] int32: the tokens that are set and not sampled; FREE elsewhere.
+      present: for each row, [S] bool: the cells that are present.
+      penalty: for each row, [S] float32: subtracted from the logit of silence.
+      fed, forced: for each stream, how many tokens leave the queue of fed or forced tokens.
+      is_fed: [S] bool, the cells of the last row that were fed.
+      last_fed_row: the row of the last fed token that is not silence; -1: none.
+    """
+
+    read: np.ndarray
+    read_present: np.ndarray
+    given: list[np.ndarray]
+    present: list[np.ndarray]
+    penalty: list[np.ndarray]
+    fed: list[int]
+    forced: list[int]
+    is_fed: np.ndarray
+    last_fed_row: int
 
 
 class Script:
@@ -195,7 +280,11 @@ class Script:
         self._is_input = np.array([kind == "input" for kind in self.streams.kinds])
         self._delays = np.array(self.streams.delays or (0,) * size)
         self._stop_tokens = [
-            (self.streams.index(name), set(tokens)) for name, tokens in stop.tokens.items()
+            (
+                self.streams.index(name),
+                set(self._checked(f"stop tokens of stream {name!r}", tokens)),
+            )
+            for name, tokens in stop.tokens.items()
         ]
 
         self.rows, self.silent_rows = 0, 0
@@ -226,15 +315,9 @@ class Script:
 
     def feed(self, stream: str | int, tokens: Sequence[int] | str) -> None:
         """See `Session.feed`."""
-        index = self._index(stream)
-        name = self.streams.names[index]
-        if not self._is_input[index]:
-            names = [n for n, is_input in zip(self.streams.names, self._is_input) if is_input]
-            raise UserError(
-                f"stream {name!r} is not an input: inputs are {', '.join(names) or 'none'}; use"
-                " `force` for other streams"
-            )
-        self._fed[index].extend(self._checked(f"input for stream {name!r}", tokens))
+        index = self._input(stream)
+        what = f"input for stream {self.streams.names[index]!r}"
+        self._fed[index].extend(self._checked(what, tokens))
 
     def force(self, stream: str | int, tokens: Sequence[int] | str) -> None:
         """See `Session.force`."""
@@ -250,6 +333,9 @@ class Script:
             return
         name = self.streams.names[index]
         tokens = self._checked(f"allowed tokens of stream {name!r}", tokens)
+        if self._tokenizer:
+            size = self._tokenizer.vocab_size
+            check_tokens(f"allowed tokens of stream {name!r}", np.asarray(tokens), size)
         if not tokens:
             raise UserError(
                 f"stream {name!r} is allowed no token: give at least one, or None to allow all"
@@ -281,59 +367,80 @@ class Script:
             self._append(*row)
         self._is_fed = np.ones(self.streams.size, bool)
 
-    def first(self) -> Row:
-        """Shows the first row of a session without a prefill. No row predicts it."""
-        given, present = self.given()
-        nothing = np.full(self.streams.size, np.nan, np.float32)
-        tokens = np.where(given == FREE, self._silence(), given)
-        return self.show(tokens, present, nothing, nothing)
+    def plan(self, count: int = 1) -> Plan:
+        """Plans the next `count` rows. Nothing changes before `commit`.
 
-    def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """The last row as the model reads it: tokens [S] and present [S].
+        The first row of a session without a prefill must be planned alone: all its tokens are
+        given.
 
-        It includes tokens that were fed after the row was shown.
+        Raises UserError if a cell must be silent and there is no silence token.
         """
-        for stream, fed in enumerate(self._fed):
-            waits = self._ablated[stream] or self._is_fed[stream]
-            if fed and self.present[stream] and self._is_input[stream] and not waits:
-                self._take(stream, self.tokens, self.rows - 1)
-        return self.tokens, self.present
+        size = self.streams.size
+        fed, forced = [0] * size, [0] * size
+        is_fed, last_fed_row = self._is_fed, self._last_fed_row
+        read, last_present = self.tokens, self.present
+        given, present, penalty = [], [], []
 
-    def given(
-        self, row: int | None = None, last_present: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The given tokens of a row, and which of its cells are present; [S] each.
+        def take(stream: int, tokens: np.ndarray, row: int) -> None:
+            """Moves a fed token into `tokens`, those of row `row`."""
+            nonlocal last_fed_row
+            tokens[stream] = self._fed[stream][fed[stream]]
+            fed[stream] += 1
+            if tokens[stream] != self.silence_id:
+                last_fed_row = row
 
-        The tokens are FREE where the model samples. Tokens that come from a queue are removed from
-        it.
+        for stream, queue in enumerate(self._fed):
+            waits = self._ablated[stream] or is_fed[stream]
+            if queue and last_present[stream] and not waits:
+                read = read.copy() if read is self.tokens else read
+                take(stream, read, self.rows - 1)
+        for row in range(self.rows, self.rows + count):
+            here = row >= self._delays
+            tokens = np.full(size, FREE, np.int32)
+            starts = here & ~last_present  # a stream starts with silence
+            is_fed = np.zeros(size, bool)
+            for stream, (known, queue) in enumerate(zip(self._forced, self._fed)):
+                if len(known) > forced[stream]:
+                    token = known[forced[stream]]
+                    forced[stream] += 1
+                    if token != FREE:
+                        tokens[stream] = token
+                        continue
+                if len(queue) > fed[stream] and here[stream] and not self._ablated[stream]:
+                    take(stream, tokens, row)
+                    is_fed[stream] = True
+            # No row predicts the first one.
+            silent = self._is_input | self._ablated | starts | (row == 0)
+            silent &= tokens == FREE
+            if np.count_nonzero(silent):
+                tokens[silent] = self.require_silence()
+            given.append(tokens)
+            present.append(here)
+            penalty.append(self.penalty(row, last_fed_row))
+            last_present = here
+        return Plan(read, self.present, given, present, penalty, fed, forced, is_fed, last_fed_row)
 
-        Args:
-          row: the number of the row; None: the next row.
-          last_present: which cells of the row before it are present; None: those of the last row.
+    def commit(self, plan: Plan) -> None:
+        """Takes the tokens of a plan from the queues, so that the next plan follows this one."""
+        for queues, counts in ((self._fed, plan.fed), (self._forced, plan.forced)):
+            for queue, taken in zip(queues, counts):
+                for _ in range(taken):
+                    queue.popleft()
+        # In place: the transcript shares this array.
+        self.tokens[:] = plan.read
+        self._is_fed, self._last_fed_row = plan.is_fed, plan.last_fed_row
+
+    def penalty(self, row: int, last_fed_row: int | None = None) -> np.ndarray:
+        """[S] float32: subtracted from the logit of silence when row `row` is sampled.
+
+        `last_fed_row` is the row of the last fed token that is not silence; None: as of now.
         """
-        row = self.rows if row is None else row
-        last_present = self.present if last_present is None else last_present
-        present = row >= self._delays
-        given = np.full(self.streams.size, FREE, np.int32)
-        starts = present & ~last_present  # a stream starts with silence
-        silent = self._is_input | self._ablated | starts
-        if np.count_nonzero(silent):
-            given[silent] = self._silence()
-        self._is_fed = np.zeros(self.streams.size, bool)
-        for stream, (forced, fed) in enumerate(zip(self._forced, self._fed)):
-            if forced and (token := forced.popleft()) != FREE:
-                given[stream] = token
-            elif fed and present[stream] and not self._ablated[stream]:
-                self._take(stream, given, row)
-        return given, present
-
-    def penalty(self, row: int) -> np.ndarray:
-        """[S] float32: subtracted from the logit of silence when row `row` is sampled."""
+        last_fed_row = self._last_fed_row if last_fed_row is None else last_fed_row
         options = self.options
         if options.penalty_start is not None:
             count = row - options.penalty_start + 1
         else:
-            count = row - 1 - self._last_fed_row if self._last_fed_row >= 0 else 0
+            count = row - 1 - last_fed_row if last_fed_row >= 0 else 0
         return self._silence_penalty * np.float32(min(max(count / options.penalty_ramp, 0), 1))
 
     def show(
@@ -346,7 +453,6 @@ class Script:
     ) -> Row:
         """Appends the row that the device sampled. The arguments are as in `Row`."""
         tokens = tokens * present  # absent cells hold token 0
-        self._append(tokens, present)
         spoken = present & (tokens != self.silence_id)
         text = None
         if self._detokenizers is not None:
@@ -355,15 +461,43 @@ class Script:
                 detokenizer.add(int(token)) if is_spoken else ""
                 for detokenizer, token, is_spoken in cells
             )
-        row = Row(self.rows - 1, tokens.copy(), present, logprob, entropy, text, logits)
+        # Last, so that a row whose text cannot be decoded is not shown.
+        self._append(tokens, present)
         self.silent_rows = 0 if np.count_nonzero(spoken) else self.silent_rows + 1
-        self.finished = self._stop_reason(row)
-        return row
+        return Row(self.rows - 1, tokens.copy(), present, logprob, entropy, text, logits)
+
+    def stop_reason(self, row: Row) -> str | None:
+        """The condition of `stop` that the row, which is the last one, meets; None: none.
+
+        Raises whatever the function `Stop.when` raises.
+        """
+        if self.stop.rows and self.rows >= self.stop.rows:
+            return f"{self.rows} rows"
+        if self.stop.silent_rows and self.silent_rows >= self.stop.silent_rows:
+            return f"{self.silent_rows} silent rows"
+        for stream, tokens in self._stop_tokens:
+            if row.present[stream] and int(row.tokens[stream]) in tokens:
+                return f"stream {self.streams.names[stream]!r} showed token {row.tokens[stream]}"
+        return "a condition" if self.stop.when is not None and self.stop.when(row) else None
+
+    def drop(self, stream: str | int | None = None) -> dict[str, list[int]]:
+        """See `Session.drop`."""
+        inputs = np.flatnonzero(self._is_input) if stream is None else [self._input(stream)]
+        dropped = {}
+        for index in inputs:
+            # Replaced, not emptied: an interrupt leaves either all tokens or none.
+            fed, self._fed[index] = self._fed[index], collections.deque()
+            dropped[self.streams.names[index]] = list(fed)
+        return dropped
 
     def waiting(self) -> dict[str, int]:
         """{input stream: number of fed tokens that are not in a row yet}."""
         queues = zip(self.streams.names, self._is_input, self._fed)
         return {name: len(fed) for name, is_input, fed in queues if is_input}
+
+    def waiting_forced(self) -> dict[str, int]:
+        """{stream: number of forced tokens that are not in a row yet}."""
+        return dict(zip(self.streams.names, map(len, self._forced)))
 
     def transcript(self, last: int | None = None) -> Transcript:
         """The rows in the window, or the last `last` of them."""
@@ -388,27 +522,21 @@ class Script:
         if self.rows == self._far_row:
             check_rows(self._trained_rows, self.rows)
 
-    def _take(self, stream: int, tokens: np.ndarray, row: int) -> None:
-        """Moves a token from the stream's input queue into `tokens`, those of row `row`."""
-        tokens[stream] = self._fed[stream].popleft()
-        self._is_fed[stream] = True
-        if tokens[stream] != self.silence_id:
-            self._last_fed_row = row
-
-    def _stop_reason(self, row: Row) -> str | None:
-        if self.stop.rows and self.rows >= self.stop.rows:
-            return f"{self.rows} rows"
-        if self.stop.silent_rows and self.silent_rows >= self.stop.silent_rows:
-            return f"{self.silent_rows} silent rows"
-        for stream, tokens in self._stop_tokens:
-            if row.present[stream] and int(row.tokens[stream]) in tokens:
-                return f"stream {self.streams.names[stream]!r} showed token {row.tokens[stream]}"
-        return "a condition" if self.stop.when is not None and self.stop.when(row) else None
-
     def _index(self, stream: str | int) -> int:
         index = self.streams.index(stream) if isinstance(stream, str) else stream
         if not 0 <= index < self.streams.size:
             raise UserError(f"stream {index}: the model has streams 0 to {self.streams.size - 1}")
+        return index
+
+    def _input(self, stream: str | int) -> int:
+        """The index of an input stream. Raises UserError for other streams."""
+        index = self._index(stream)
+        if not self._is_input[index]:
+            names = [n for n, is_input in zip(self.streams.names, self._is_input) if is_input]
+            raise UserError(
+                f"stream {self.streams.names[index]!r} is not an input: inputs are"
+                f" {', '.join(names) or 'none'}; use `force` for other streams"
+            )
         return index
 
     def _checked(self, what: str, tokens: Sequence[int] | str, least: int = 0) -> list[int]:
@@ -418,10 +546,13 @@ class Script:
                 raise UserError(f"{what} is text, and the model has no tokenizer: give token ids")
             tokens = self._tokenizer.encode(tokens)
         array = np.asarray(tokens)
+        if not array.size:
+            return []
         check_tokens(what, array, self._vocab_size, least)
         return array.reshape(-1).tolist()
 
-    def _silence(self) -> int:
+    def require_silence(self) -> int:
+        """The silence token. Raises UserError if there is none."""
         if self.silence_id is None:
             raise UserError(
                 "a cell must be silent, and the model has no tokenizer: pass the silence token as"

@@ -5,6 +5,7 @@ Activations are [B, T, S, D] throughout.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from msllm.config import INPUT_ONLY, ModelConfig
+from msllm.errors import UserError
 from msllm.model.attention.backend import Backend
 from msllm.model.attention.dispatch import KEEP_OUTPUT, attention, portable_backend
 from msllm.model.block import Block, block_class, check_variables
@@ -27,6 +29,7 @@ from msllm.model.layers import (
     rope_angles,
 )
 from msllm.model.linear import head_logits
+from msllm.optim import path_name
 from msllm.sharding import (
     FSDP,
     axis_index,
@@ -138,7 +141,13 @@ class MultiStreamLM(nnx.Module):
             streams = axis_index("stream") * tokens.shape[2] + jnp.arange(tokens.shape[2])
             # Streams past the last one only pad the mesh. They are absent, so any vector will do.
             streams = jnp.minimum(streams, self.streams.size - 1)
-            x = x + gather_param(self.stream_embedding, jnp.float32)[streams]
+            stream_table = gather_param(self.stream_embedding, jnp.float32)
+            if len(stream_table) != self.streams.size:  # indexing would clamp without an error
+                raise UserError(
+                    f"the parameters are those of {len(stream_table)} streams, and there are"
+                    f" {self.streams.size}: use the streams that the model was trained with"
+                )
+            x = x + stream_table[streams]
         return x.astype(self.config.compute_dtype)
 
     @property
@@ -215,6 +224,27 @@ def init_parameters(config: ModelConfig, streams: StreamSpec, seed: int) -> dict
     its own part.
     """
     return nnx.to_pure_dict(nnx.split(MultiStreamLM(config, streams, nnx.Rngs(seed)))[1])
+
+
+@functools.lru_cache(maxsize=32)
+def _parameter_shapes(config: ModelConfig, streams: StreamSpec) -> dict[str, tuple[int, ...]]:
+    _, shapes, _ = abstract_model(config, streams)
+    return {path_name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(shapes)}
+
+
+def check_parameters(config: ModelConfig, streams: StreamSpec, parameters: dict[str, Any]) -> None:
+    """Raises UserError unless the parameters have the names and shapes that the model needs."""
+    needed = _parameter_shapes(config, streams)
+    leaves = jax.tree_util.tree_leaves_with_path(parameters)
+    found = {path_name(path): x.shape for path, x in leaves}
+    for name in sorted(needed.keys() | found):
+        if needed.get(name) != found.get(name):
+            has, needs = found.get(name, "missing"), needed.get(name, "not to exist")
+            raise UserError(
+                f"the parameters are those of another model: {name} is {has} and has to be {needs}"
+                f" for {streams.size} streams: use the config and the streams that the model was"
+                " trained with"
+            )
 
 
 def bind(graph: nnx.GraphDef, parameters: dict[str, Any]) -> MultiStreamLM:

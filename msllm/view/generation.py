@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import numpy as np
 import rich.console
 import rich.text
 
-from msllm.decode.engine import DecodeOptions, Engine
+from msllm.decode.engine import DecodeOptions, Engine, Session
 from msllm.decode.script import default_window
 from msllm.errors import UserError
 from msllm.view import cells
 from msllm.weights.load import LoadedModel
+
+log = logging.getLogger("msllm")
 
 WIDTH = 14  # width of a column in characters
 
@@ -23,6 +26,7 @@ def print_generation(
     rows: int,
     options: DecodeOptions,
     console: rich.console.Console,
+    forced: Mapping[str, str] | None = None,
 ) -> None:
     """Decodes rows and prints each one at once, and then prints the text of each stream.
 
@@ -32,8 +36,11 @@ def print_generation(
       rows: the number of rows. The model sees at most as many rows as it was trained on.
       options: how rows are sampled.
       console: where to print.
+      forced: {stream: text} that streams of any kind must say, at one token per row from the first
+        row on.
 
-    Raises UserError if the model has no tokenizer.
+    Logs a warning if there are too few rows for a text. Raises UserError if the model has no
+    tokenizer.
     """
     tokenizer = model.require_tokenizer()
     if rows < 1:
@@ -41,6 +48,8 @@ def print_generation(
     session = Engine(model, window=min(max(rows, 2), default_window(model))).open(options)
     for name, text in inputs.items():
         session.feed(name, text)
+    for name, text in (forced or {}).items():
+        session.force(name, text)
     streams, widths = model.streams, [5] + [WIDTH] * model.streams.size
     header = [rich.text.Text(name, style="bold") for name in ("row", *streams.names)]
     cells.print_line(console, header, widths)
@@ -57,3 +66,20 @@ def print_generation(
     present = np.array([row.present for row in shown])
     console.print()
     cells.print_texts(console, tokenizer, streams.names, tokens, present)
+    _warn_of_rest(session, rows)
+
+
+def _warn_of_rest(session: Session, rows: int) -> None:
+    """Logs a warning if tokens are left that no row holds."""
+    left = [
+        (count, name, verb)
+        for waiting, verb in ((session.waiting, "read"), (session.waiting_forced, "said"))
+        for name, count in waiting.items()
+        if count
+    ]
+    if left:
+        parts = ", ".join(
+            f"{count} tokens of {name} were never {verb}" for count, name, verb in left
+        )
+        enough = rows + max(count for count, _, _ in left)
+        log.warning("%s: use --rows=%d or more", parts, enough)

@@ -18,7 +18,7 @@ from flax import nnx
 
 from msllm.config import Config, ModelConfig, code_named_by, from_config_dict
 from msllm.errors import UserError
-from msllm.model.model import abstract_model
+from msllm.model.model import abstract_model, check_parameters
 from msllm.runtime.environment import refuse_x64
 from msllm.streams import StreamSpec, lag_matrix
 from msllm.tokenizer import FILE_NAMES, Tokenizer
@@ -30,6 +30,8 @@ log = logging.getLogger("msllm")
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
     """A model with its streams, parameters and tokenizer, for decoding and scoring.
+
+    Raises UserError if the parameters do not have the shapes that the config and streams need.
 
     Attributes:
       config: the sizes and options of the model.
@@ -48,6 +50,9 @@ class LoadedModel:
     path: str | None = None
     step: int | None = None
     run_config: Config | None = None
+
+    def __post_init__(self) -> None:
+        check_parameters(self.config, self.streams, self.parameters)
 
     @functools.cached_property
     def graph(self) -> nnx.GraphDef:
