@@ -29,6 +29,7 @@ from msllm.errors import RunError, UserError
 from msllm.optim import path_name
 from msllm.runtime import processes
 from msllm.runtime.compiler import compiler_options
+from msllm.runtime.files import digest_differs, with_digest
 from msllm.step import Program, TrainState
 from msllm.tokenizer import Tokenizer
 
@@ -140,11 +141,6 @@ def indicates_damage(error: Exception) -> bool:
     return not (other_cause or processes.is_peer_failure(error))
 
 
-def _digest(description: dict[str, Any]) -> str:
-    content = {key: value for key, value in description.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def describe(
     step: int, config: Config, tokenizer: Tokenizer | None, items: dict[str, Any], **more: Any
 ) -> dict[str, Any]:
@@ -161,15 +157,16 @@ def describe(
     if tokenizer:
         content = base64.b64encode(tokenizer.to_bytes()).decode()
         stored = {"kind": tokenizer.kind, "silence": tokenizer.silence, "bytes": content}
-    description = {
-        **more,
-        "format": FORMAT,
-        "step": step,
-        "config": json.loads(to_json(config)),
-        "tokenizer": stored,
-        "checksums": checksums(items),
-    }
-    return description | {"digest": _digest(description)}
+    return with_digest(
+        {
+            **more,
+            "format": FORMAT,
+            "step": step,
+            "config": json.loads(to_json(config)),
+            "tokenizer": stored,
+            "checksums": checksums(items),
+        }
+    )
 
 
 class _Manager(ocp.CheckpointManager):
@@ -572,7 +569,7 @@ def read_description(path: epath.Path) -> dict[str, Any]:
       Exception: the description is damaged; see `indicates_damage`.
     """
     description = ocp.JsonCheckpointHandler().restore(path / "description")
-    if not isinstance(description, dict) or _digest(description) != description.get("digest"):
+    if not isinstance(description, dict) or digest_differs(description):
         raise ValueError("its description does not match its digest")
     if description["format"] != FORMAT:
         raise UserError(

@@ -456,7 +456,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if typing.get_origin(hint) is not None:  # a Mapping of free-form options
         return dict(value)
     if hint is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise UserError(f"{path} is {value!r}: too large for a float") from error
     if type(value) is not hint:
         raise UserError(
             f"{path} is {value!r}: expected {hint.__name__}, got {type(value).__name__}"
@@ -569,10 +572,10 @@ def _validate(config: Config) -> None:
         rule = f"must be one of {', '.join(choices)}"
         _require(config, path, operator.attrgetter(path)(config) in choices, rule)
     for path, interval in _RANGES.items():
-        numbers = list(_numbers(operator.attrgetter(path)(config)))
-        finite = "" if all(map(math.isfinite, numbers)) else "finite and "
-        inside = all(is_inside(x, interval) for x in numbers)
-        _require(config, path, inside, f"must be {finite}{describe_interval(interval)}")
+        numbers = _numbers(operator.attrgetter(path)(config))
+        outside = next((x for x in numbers if not is_inside(x, interval)), None)
+        rule = "" if outside is None else f"must be {describe_interval(interval, outside)}"
+        _require(config, path, outside is None, rule)
     _validate_model(config)
     _validate_data(config)
     _validate_tokenizer(config)
@@ -605,9 +608,13 @@ def is_inside(value: float, interval: str) -> bool:
     return above and below and math.isfinite(value)
 
 
-def describe_interval(interval: str) -> str:
-    """The rule of an interval in words, such as "positive" for "(0, inf)"."""
+def describe_interval(interval: str, value: float) -> str:
+    """The rule of an interval that a value breaks, such as "positive" for -1 and "(0, inf)"."""
     low, high = interval[1:-1].split(", ")
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"finite and {describe_interval(interval, -1)}"
+    if value > float(high):
+        return f"in {interval}"
     if interval.startswith("(") and high == "inf":
         return "positive" if low == "0" else f"greater than {low}"
     if high == "inf" or interval.endswith(" 2147483648)"):

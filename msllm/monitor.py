@@ -18,7 +18,7 @@ from etils import epath
 
 from msllm.errors import UserError
 from msllm.metrics import MetricsWriters, MixtureShares, memory_mib, named_losses
-from msllm.runtime.files import write_atomically
+from msllm.runtime.files import digest_differs, read_object, with_digest, write_atomically
 from msllm.runtime.flops import batch_pairs, step_flops
 from msllm.runtime.hardware import lookup
 from msllm.runtime.processes import DispatchClocks, is_primary
@@ -113,17 +113,21 @@ class Goodput:
             "steps_seconds_at": self._marks,
             "time": time.time(),
         }
-        write_atomically(self._path, json.dumps(state))
+        write_atomically(self._path, json.dumps(with_digest(state)))
 
 
 def _read_times(path: epath.Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        times = read_object(path, "the times of earlier attempts are lost")
     except FileNotFoundError:
         return {}
-    except (TypeError, ValueError):
+    except UserError as error:
+        log.warning("%s", error)
+        return {}
+    if "digest" in times and digest_differs(times):  # earlier versions wrote none
         log.warning("%s is damaged: the times of earlier attempts are lost", path)
         return {}
+    return times
 
 
 class Monitor:

@@ -115,7 +115,7 @@ def test_files_that_hold_no_weights_or_config_are_named(folder, change_config):
     with pytest.raises(UserError, match="config.json is a Git LFS pointer"):
         hf.read_folder(folder)
     (folder / hf.CONFIG).write_text("[" * 100_000)
-    with pytest.raises(UserError, match="config.json is no JSON file"):
+    with pytest.raises(UserError, match="config.json is damaged or no JSON"):
         hf.read_folder(folder)
 
 

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pathlib
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,8 @@ _UNREADABLE = (
     TypeError,
     IndexError,
     AttributeError,
+    MemoryError,  # an array's header names a size that the file does not hold
+    tokenize.TokenError,  # numpy parses such a header as Python
     zipfile.BadZipFile,
     zlib.error,
 )
@@ -245,6 +248,9 @@ class Recording:
         tokenizer = Tokenizer.from_bytes(kind, stored["tokenizer"].tobytes(), silence)
         recording = cls(about["names"], about["kinds"], tokenizer, about["options"])
         tables = check_tables(stored, len(recording.names), tokenizer.vocab_size)
+        time = stored["time"]
+        if time.shape != tables["segment"].shape or time.dtype.kind != "f":
+            raise ValueError(f"time is {time.dtype} {time.shape}: must be floats, one per row")
         recording.branches = []
         for b, about_branch in enumerate(about["branches"]):
             rows = int(np.sum(tables["segment"][b] > 0))
@@ -253,7 +259,7 @@ class Recording:
                     about_branch,
                     tables["tokens"][b, :rows],
                     tables["present"][b, :rows],
-                    stored["time"][b, :rows].astype(float),
+                    time[b, :rows].astype(float),
                 )
             )
         return recording

@@ -11,12 +11,12 @@ input.
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 from typing import Any
 
 from msllm.cli.base import Parser, Switch, output_file, positive_int, write_json, write_text
 from msllm.errors import UserError
+from msllm.runtime.files import read_object
 
 EXAMPLES = """
 msllm aot --config=configs/8b_v5e_256.py --topology=v5e:16x16
@@ -116,9 +116,14 @@ def run(flags: argparse.Namespace) -> int:
 
 
 def _read_budget(file: str) -> dict[str, Any]:
+    remedy = "correct --budget, or add --write_budget to write it"
     try:
-        return json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--budget is {file!r}: {error}; add --write_budget to create it"
-        ) from error
+        budget = read_object(file, remedy)
+    except OSError as error:
+        raise UserError(f"--budget is {file!r}: {error}; {remedy}") from error
+    bytes_of = budget.get("collective_bytes")
+    numbers = [budget.get("peak_gib"), budget.get("sum_gib")]
+    numbers += bytes_of.values() if isinstance(bytes_of, dict) else [None]
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise UserError(f"--budget is {file!r}: it holds no budget; {remedy}")
+    return budget

@@ -28,7 +28,7 @@ from array_record.python import array_record_module
 
 from msllm.data.packing import Packed
 from msllm.errors import UserError
-from msllm.runtime.files import write_atomically
+from msllm.runtime.files import digest_differs, read_object, with_digest, write_atomically
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -84,23 +84,22 @@ def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
             f"{path.parent} {what} (no {MANIFEST}): run `msllm prepare --config=...`, or correct"
             " config.data.dir"
         )
-    try:
-        manifest = json.loads(path.read_text())
-        version = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}): {_PREPARE_AGAIN}") from error
+    manifest = read_object(path, _PREPARE_AGAIN)
+    version = manifest.get("format")
     if version != FORMAT:
         raise UserError(
             f"{path} has format {version}, but this version of msllm reads format {FORMAT}:"
             f" {_PREPARE_AGAIN}"
         )
+    if "digest" in manifest and digest_differs(manifest):  # earlier versions wrote none
+        raise UserError(f"{path} is damaged (its digest differs): {_PREPARE_AGAIN}")
     return manifest
 
 
 def write_manifest(directory: str | pathlib.Path, manifest: Mapping[str, Any]) -> None:
     """Writes the manifest, atomically."""
     path = pathlib.Path(directory) / MANIFEST
-    write_atomically(path, json.dumps(manifest, indent=2) + "\n")
+    write_atomically(path, json.dumps(with_digest(manifest), indent=2) + "\n")
 
 
 def open_prepared(

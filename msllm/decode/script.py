@@ -154,9 +154,7 @@ def check_number(name: str, value: Any, kind: type, interval: str) -> None:
         what = "an integer" if kind is int else "a number"
         raise UserError(f"{name} is {value!r}: must be {what}")
     if not is_inside(value, interval):
-        too_large = value > float(interval[1:-1].split(",")[1])
-        rule = f"in {interval}" if too_large else describe_interval(interval)
-        raise UserError(f"{name} is {value!r}: must be {rule}")
+        raise UserError(f"{name} is {value!r}: must be {describe_interval(interval, value)}")
 
 
 def per_stream(options: DecodeOptions, streams: StreamSpec) -> dict[str, np.ndarray]:

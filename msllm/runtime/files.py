@@ -1,13 +1,15 @@
-"""Atomic writes: a reader finds a file or folder complete or not at all."""
+"""Files that a reader finds complete or not at all, and that show whether they are damaged."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO
 
 from msllm.errors import UserError
 
@@ -108,3 +110,40 @@ def refuse_existing(path: str | os.PathLike) -> None:
             f"{path} exists already, and nothing is overwritten: remove it, or choose another"
             " folder"
         )
+
+
+def read_object(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
+    """Returns the object in a JSON file.
+
+    Args:
+      path: the file, also in an object store.
+      remedy: what to do about a damaged file, for the message.
+
+    Raises:
+      UserError: the file does not hold a JSON object.
+      OSError: the file cannot be read.
+    """
+    from etils import epath
+
+    try:
+        value = json.loads(epath.Path(path).read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged or no JSON file ({error}): {remedy}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, not a JSON object: {remedy}")
+    return value
+
+
+def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a JSON object with the entry `digest`, from which damage is recognized."""
+    return dict(content) | {"digest": _digest(content)}
+
+
+def digest_differs(content: Mapping[str, Any]) -> bool:
+    """Returns whether a JSON object is not as `with_digest` returned it."""
+    return content.get("digest") != _digest(content)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    entries = {key: value for key, value in content.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()

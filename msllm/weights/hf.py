@@ -22,7 +22,7 @@ import safetensors.numpy
 
 from msllm.config import ModelConfig
 from msllm.errors import UserError
-from msllm.runtime.files import new_folder
+from msllm.runtime.files import new_folder, read_object
 from msllm.weights import hf_config, hf_tensors
 from msllm.weights.hf_tensors import DTYPES, StoredTensor
 
@@ -246,14 +246,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Returns the object in a JSON file; {} without a file. Raises UserError if it is damaged."""
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        refuse_pointer(path)
-        raise UserError(f"{path} is no JSON file ({error}): copy it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}: must be a JSON object")
-    return value
+    refuse_pointer(path)
+    return read_object(path, "copy it again")
 
 
 def refuse_pointer(path: pathlib.Path) -> None:

@@ -8,6 +8,7 @@ one vector per stream to the token embedding.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -228,8 +229,10 @@ class Settings:
     def number(self, key: str, default: float | None = None) -> float:
         """Returns a finite number; `default` if the key is missing."""
         value = self.get(key, default)
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float):
             self.refuse(key, "must be a number")
+        if not abs(value) <= sys.float_info.max:
+            self.refuse(key, "must be a finite number")
         return float(value)
 
     def flag(self, key: str) -> bool:
@@ -258,7 +261,8 @@ def _check_supported(read: Settings) -> None:
             "quantised weights are not supported; use the checkpoint that they were made from",
         )
     read.require("use_sliding_window", off, "sliding windows are not supported")
-    if set(read.get("layer_types", ())) - {"full_attention"}:
+    types = read.get("layer_types", [])
+    if not isinstance(types, list) or any(name != "full_attention" for name in types):
         read.refuse("layer_types", "every layer must be full_attention")
     read.require("mlp_bias", off, "biases in the MLP are not supported")
     if family != "qwen2":  # qwen2 has biases on q, k and v for any value of the key
@@ -331,7 +335,7 @@ def _read_rope_scaling(rope: Settings, read: Settings) -> RopeScalingConfig:
         # transformers writes the trained length for every type, but ignores it for this one.
         rope.refuse_unread(("original_max_position_embeddings",))
         return RopeScalingConfig()
-    if kind not in _ROPE_KEYS:
+    if kind not in list(_ROPE_KEYS):  # a list, because the file may hold a kind without a hash
         rule = "must be default, linear, llama3 or yarn"
         if kind == "dynamic":
             rule += (

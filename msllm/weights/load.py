@@ -118,9 +118,10 @@ def load(path: str | os.PathLike, allow_code: bool = False) -> LoadedModel:
 
 def _is_hf_folder(path: epath.Path) -> bool:
     try:
-        return "model_type" in json.loads((path / hf.CONFIG).read_text())
-    except (OSError, ValueError):
+        content = json.loads((path / hf.CONFIG).read_text())
+    except (OSError, ValueError, RecursionError):
         return False
+    return isinstance(content, dict) and "model_type" in content
 
 
 def _load_hf_folder(folder: pathlib.Path) -> LoadedModel:

@@ -142,9 +142,17 @@ def _added_tokens(folder: pathlib.Path) -> tuple[AddedToken, ...]:
         if type(i) is not int:
             raise UserError(f"{folder / 'added_tokens.json'}: {piece!r} is {i!r}: must be an id")
         found[i] = AddedToken(i, piece, piece in named)
-    for i, details in settings.get("added_tokens_decoder", {}).items():
+    decoder = settings.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise UserError(
+            f"{folder / TOKENIZER_SETTINGS}: added_tokens_decoder is {decoder!r}: must be an object"
+        )
+    for i, details in decoder.items():
         try:
-            token = AddedToken(int(i), details["content"], bool(details.get("special")))
+            piece = details["content"]
+            if not isinstance(piece, str):
+                raise TypeError("content is not a string")
+            token = AddedToken(int(i), piece, bool(details.get("special")))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{folder / TOKENIZER_SETTINGS}: added_tokens_decoder has {i!r}: {details!r}: must"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import json
 import logging
 import os
 from typing import Any
@@ -39,6 +38,7 @@ from msllm.errors import UserError
 from msllm.model.model import abstract_model, parameter_shardings
 from msllm.optim import path_name
 from msllm.runtime import processes
+from msllm.runtime.files import read_object
 from msllm.step import Program
 from msllm.streams import StreamSpec
 from msllm.tokenizer import FILE_NAMES, Tokenizer
@@ -93,8 +93,8 @@ def fine_tune(folder: str | os.PathLike) -> ml_collections.ConfigDict:
     """
     path = epath.Path(folder) / "config.json"
     try:
-        stored = from_config_dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
+        stored = from_config_dict(read_object(path, "import the model again"))
+    except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error}): import the model with `msllm convert`"
         ) from error

@@ -64,7 +64,7 @@ def _build(compiler: str) -> pathlib.Path:
     digest = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "msllm"
     library = cache / f"native-{digest}.so"
-    if not library.exists():
+    if not _is_complete(library):
         log.info("compiling kernels for this CPU with %s: %s", compiler, library)
         cache.mkdir(parents=True, exist_ok=True)
         # Several processes may compile at once: each renames a complete file into place.
@@ -72,10 +72,25 @@ def _build(compiler: str) -> pathlib.Path:
         units = [str(path) for path in sources if path.suffix == ".cc"]
         try:
             _run(compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", *units, "-o", str(partial))
+            content = partial.read_bytes()
+            partial.write_bytes(content + hashlib.sha256(content).digest())
             partial.replace(library)
         finally:
             partial.unlink(missing_ok=True)
     return library
+
+
+def _is_complete(library: pathlib.Path) -> bool:
+    """Returns whether a library ends with the sha256 of its content, which the loader ignores.
+
+    Loading a library that was cut short would end the process.
+    """
+    try:
+        content = library.read_bytes()
+    except FileNotFoundError:
+        return False
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(content[:-size]).digest() == content[-size:]
 
 
 def _run(*command: str) -> str:
