@@ -3,18 +3,21 @@
 import ast
 import os
 import pathlib
+import random
 import re
 import shlex
 import subprocess
 import sys
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 from runs import settings
 
 import msllm
 from msllm.cli import base
 from msllm.cli.main import COMMANDS, load_command, main, parser_of
-from msllm.config import Config
+from msllm.config import Config, default_config
 from msllm.errors import RunError, UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -142,6 +145,45 @@ def test_mistakes_in_a_config_file_are_located(tmp_path, line, message):
     file.write_text(f"{begin}  {line}\n  return config\n")
     with pytest.raises(UserError, match=re.escape(f"--config={file}: {message}")):
         parser_of("prepare").parse([f"--config={file}"])
+
+
+# Values that a shell, a template or a slip of the hand may produce.
+JUNK = (
+    *("", "x", "-1", "0", "1", "1.5", "1e400", "nan", "inf", "0x10", "1_000"),
+    *("1" * 400, "9" * 5000),
+    *("[1,2", "(1,", "[]", "()", "{'a':1}", "((0,(1.0,)),)", "1,2,3", "a,b", "'a','b'", "a=b"),
+    *("None", "True", "lambda: 1", "__import__('os')", "(" * 300, "-" * 50, "*", "[", '"', "'"),
+    *("~", "~nobody/x", "$HOME", "..", "/", "\x00", "\ud800", "é", "a b", "\n"),
+)
+
+
+def keys(settings, prefix=""):
+    """The dotted names of all settings and sections."""
+    for key, value in settings.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from keys(value, f"{prefix}{key}.")
+
+
+@hypothesis.given(seed=st.integers(0, 1 << 32), name=st.sampled_from(list(COMMANDS)))
+@hypothesis.settings(max_examples=400)
+def test_any_command_line_is_parsed_or_refused_in_one_line(seed, name):
+    draw, parser = random.Random(seed), parser_of(name)
+    options = [text for action in parser._actions for text in action.option_strings]
+    names = list(keys(default_config().to_dict()))
+    arguments = []
+    if parser._takes_config:
+        files = ("configs/quickstart.py",) * 4 + (draw.choice(JUNK),)
+        arguments = [f"--config={draw.choice(files)}"]
+    for _ in range(draw.randrange(1, 4)):
+        key, value, flag = draw.choice(names), draw.choice(JUNK), draw.choice(options)
+        key = draw.choice((key, key, key, key[:-1], f"{key}.a", f"{key}."))
+        lines = (f"--config.{key}={value}", f"{flag}={value}", f"--config.{key}", value)
+        arguments.append(draw.choices(lines, (6, 3, 1, 1))[0])
+    try:
+        parser.parse([text for text in arguments if text not in ("--help", "-h")])
+    except UserError as error:
+        assert "\n" not in str(error)
 
 
 def test_overrides_of_a_config():

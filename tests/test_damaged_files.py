@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from msllm.chat.recording import Branch, Recording
 from msllm.config import TokenizerConfig
 from msllm.data import records
-from msllm.data.loader import Loader
 from msllm.errors import UserError
 from msllm.kernels.cpu import build
 from msllm.monitor import Goodput
@@ -102,7 +101,9 @@ def bpe():
 def pieces():
     """The content of a tokenizer.model."""
     config = TokenizerConfig(model_type="char", vocab_size=40)
-    return train_tokenizer(["take 4 add 3 no wait add 2 ?", "the total is 6"] * 5, config).to_bytes()
+    return train_tokenizer(
+        ["take 4 add 3 no wait add 2 ?", "the total is 6"] * 5, config
+    ).to_bytes()
 
 
 def write_folder(folder, files, variant="llama"):

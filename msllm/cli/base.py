@@ -382,7 +382,7 @@ def _read_config(file: str, arguments: list[str]) -> tuple[Config, list[str]]:
 
     from msllm.config import from_config_dict
 
-    if not pathlib.Path(file.partition(":")[0]).is_file():
+    if not os.path.isfile(file.partition(":")[0]):  # false, too, for names that are too long
         raise UserError(f"--config is {file!r}: there is no such file")
     overrides, options = _split_overrides(arguments)
     arguments = ["msllm", f"--config={file}", *overrides]
