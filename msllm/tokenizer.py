@@ -3,6 +3,9 @@
 Sentencepiece models can be trained here. Silence ("this stream says nothing now") is a control
 symbol: no text encodes to it, and decoding drops it. A vocabulary may have further control symbols
 for other uses.
+
+A text should come back from its tokens. `encode` makes it so where the vocabulary allows it, and
+`Tokenizer.compare` says what became of a text.
 """
 
 from __future__ import annotations
@@ -11,13 +14,16 @@ import functools
 import hashlib
 import io
 import itertools
+import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import sentencepiece
 import tokenizers
+from sentencepiece import sentencepiece_model_pb2
 
 from msllm.config import TokenizerConfig
 from msllm.errors import UserError
@@ -28,6 +34,12 @@ TRAINING_CHARACTERS = 20_000_000
 CACHED_WORDS = 1 << 16
 # sentencepiece silently skips lines of more than max_sentence_length bytes, so `train` cuts them.
 LINE_CHARACTERS = 1000
+SPACE = "\u2581"  # sentencepiece's mark for a space
+_RESERVED = "\u2585"  # sentencepiece silently skips a line of training text that has it
+
+
+class TextError(UserError):
+    """A text that cannot be encoded, or that its tokens do not give back."""
 
 
 class Tokenizer:
@@ -40,6 +52,8 @@ class Tokenizer:
       control: {piece: id} of all pieces that no text encodes to, including silence.
       vocab_size: V.
       unknown_id: the id of text that the vocabulary does not cover, or None.
+      lossless: any text comes back from its tokens, by construction: the pieces of a text are the
+        text, and bytes express what the vocabulary lacks.
       hash: the sha256 (hex) of the bytes of the tokenizer file.
     """
 
@@ -70,9 +84,11 @@ class Tokenizer:
                 " config.data.tokenizer.silence to an unused one (it has:"
                 f" {', '.join(sorted(model.control)) or 'none'})"
             )
-        self._pieces, self._encode, self._decode = model.pieces, model.encode, model.decode
-        self._encode_word = functools.lru_cache(CACHED_WORDS)(self._encode)
-        self.unknown_id = model.unknown_id
+        self._model = model
+        self._pieces, self._decode = model.pieces, model.decode
+        self._encode_word = functools.lru_cache(CACHED_WORDS)(self.encode)
+        self._encode_next = functools.lru_cache(CACHED_WORDS)(self.encode_next)
+        self.unknown_id, self.lossless = model.unknown_id, model.lossless
         self.vocab_size = len(model.pieces)
         self.control = {piece: model.pieces.index(piece) for piece in sorted(model.control)}
         self.silence_id = self.control[silence]
@@ -107,16 +123,60 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of a text. They never include silence.
 
-        `decode` turns U+2581, sentencepiece's mark for a space, into a space.
+        Raises TextError if the text holds half of a surrogate pair, which no encoding can express.
         """
-        return self._encode(text)
+        return self._checked(self._model.encode, text)
 
-    def encode_word(self, word: str) -> Sequence[int]:
+    def encode_next(self, text: str) -> list[int]:
+        """The ids of a text that continues another one, such as its second word.
+
+        The vocabularies of some imported models begin every text with a space. `encode_next` does
+        not add this space. Raises TextError, as `encode` does.
+        """
+        return self._checked(self._model.encode_next, text)
+
+    def encode_word(self, word: str, first: bool = True) -> Sequence[int]:
         """Like `encode`, but cached, for text that is likely to recur. Do not modify the result.
 
-        The cache makes a repeated word seven times as fast.
+        The cache makes a repeated word seven times as fast. With `first=False`, the result is that
+        of `encode_next`.
         """
-        return self._encode_word(word)
+        return self._encode_word(word) if first else self._encode_next(word)
+
+    def compare(self, text: str, ids: Sequence[int]) -> str:
+        """Compares a text with the text that `ids` decode to.
+
+        Returns:
+          "same"; "unknown" if the ids include `unknown_id`; "changed" if the texts differ in white
+          space only, or as the tokenizer's own normalizer changes texts.
+
+        Raises TextError, naming the first difference, if anything else is lost or changed.
+        """
+        joined, content = self._model.join(ids), text.encode()
+        if joined == content or (self._model.prefix and joined == b" " + content):
+            return "same"
+        decoded = self.decode(ids)
+        if decoded == text:
+            return "same"
+        if self.unknown_id in ids:
+            return "unknown"
+        same = {_without_spaces(text)}
+        if decoded.count(SPACE) == text.count(SPACE):
+            same.add(_without_spaces(self._model.normalize(text)))
+        if _without_spaces(decoded) in same:
+            return "changed"
+        raise TextError(
+            f"the text does not survive the tokenizer: {_first_difference(text, decoded)}; correct"
+            " the text, or use a tokenizer that covers it (config.data.tokenizer)"
+        )
+
+    def _checked(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
+        """Returns encode(text). Raises TextError if the text is not valid Unicode."""
+        try:
+            return encode(text)
+        except (RuntimeError, TypeError, ValueError):
+            check_text(text)
+            raise
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids. Silence is dropped.
@@ -138,15 +198,55 @@ class Tokenizer:
         return self._pieces[token] if token < self.vocab_size else f"<id {token}>"
 
 
+def check_text(text: str) -> None:
+    """Raises TextError if a text holds half of a surrogate pair, as a cut JSON escape gives it.
+
+    Raises TypeError if it is no text.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"a text is {text!r:.40}: must be a string")
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"character {error.start} of the text is {text[error.start]!r}, half of a surrogate"
+            f" pair: {_excerpt(text, error.start)} was cut inside a character; correct it"
+        ) from None
+
+
+def _without_spaces(text: str) -> str:
+    return "".join(text.split())
+
+
+def _first_difference(text: str, decoded: str) -> str:
+    same = len(os.path.commonprefix([text, decoded]))
+    return f"{_excerpt(text, same)} comes back as {_excerpt(decoded, same)}"
+
+
+def _excerpt(text: str, place: int) -> str:
+    """Returns the characters around a place of a text, quoted."""
+    return repr(text[max(place - 10, 0) : place + 20])
+
+
 class _Model(Protocol):
     """A parsed tokenizer file."""
 
     pieces: list[str]  # index: id
     control: set[str]  # pieces that no text encodes to
     unknown_id: int | None
+    prefix: bool  # decoding drops a space that encoding puts before a text
+    lossless: bool
 
     def encode(self, text: str) -> list[int]: ...
+    def encode_next(self, text: str) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
+    def normalize(self, text: str) -> str: ...
+
+    def join(self, ids: Sequence[int]) -> bytes | None:
+        """The UTF-8 bytes of the pieces of ids, where that is simple and fast."""
+        ...
 
 
 class _SentencePiece:
@@ -155,16 +255,88 @@ class _SentencePiece:
         self.pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
         self.control = {piece for i, piece in enumerate(self.pieces) if model.is_control(i)}
         self.unknown_id: int | None = model.unk_id()
-        self._model = model
+        self._model = self._next = model
+        proto = sentencepiece_model_pb2.ModelProto.FromString(data)
+        rules = proto.normalizer_spec
+        self.prefix = rules.add_dummy_prefix
+        self.lossless = not (
+            rules.add_dummy_prefix
+            or rules.remove_extra_whitespaces
+            or rules.precompiled_charsmap
+            or proto.denormalizer_spec.precompiled_charsmap
+            or sum(map(model.is_byte, range(len(self.pieces)))) < 256
+        )
+        if self.prefix:
+            proto.normalizer_spec.add_dummy_prefix = False
+            content = proto.SerializeToString()
+            self._next = sentencepiece.SentencePieceProcessor(model_proto=content)
+        # Sentencepiece gives neighbouring unknown words or characters one token together. These
+        # expressions find the parts that should have a token each.
+        trainer = proto.trainer_spec
+        parts = {trainer.WORD: "[^ ]+", trainer.CHAR: "(?s)."}
+        part = parts.get(trainer.model_type)
+        self._part = re.compile(part) if part else None
+        # Sentencepiece encodes the mark for a space as a space. Where there are bytes, they express
+        # the mark itself; and a space, if the vocabulary has no piece with one.
+        self._by_bytes: dict[str, list[int]] = {}
+        self._lacks_space = SPACE not in self.pieces
+        if any(map(model.is_byte, range(len(self.pieces)))):
+            self._by_bytes[SPACE] = self._bytes(SPACE)
+            if self._lacks_space:
+                self._by_bytes[" "] = self._bytes(" ")
+        self._split = re.compile(f"([{''.join(self._by_bytes)}])") if self._by_bytes else None
+
+    @functools.cached_property
+    def _contents(self) -> list[bytes | None]:
+        return [self._content(i, piece) for i, piece in enumerate(self.pieces)]
+
+    def _content(self, number: int, piece: str) -> bytes | None:
+        """Returns the bytes of a piece; None if it stands for something else than its text."""
+        model = self._model
+        if model.is_byte(number):
+            return bytes([int(piece[3:5], 16)])
+        if model.is_control(number) or model.is_unknown(number) or model.is_unused(number):
+            return None
+        return piece.replace(SPACE, " ").encode()
+
+    def _bytes(self, character: str) -> list[int]:
+        return [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in character.encode()]
 
     def encode(self, text: str) -> list[int]:
-        return self._model.encode(text)
+        return self._encode(self._model, text)
+
+    def encode_next(self, text: str) -> list[int]:
+        return self._encode(self._next, text)
+
+    def _encode(self, model: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
+        if self._split is not None and (SPACE in text or (self._lacks_space and " " in text)):
+            ids: list[int] = []
+            for part in self._split.split(text):
+                if part:
+                    ids += self._by_bytes.get(part) or model.encode(part)
+                    model = self._next
+            return ids
+        ids = model.encode(text)
+        if self._part is not None and self.unknown_id in ids:
+            return [i for part in self._part.findall(text) for i in model.encode(part)]
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids)
 
+    def normalize(self, text: str) -> str:
+        return self._model.normalize(text).replace(SPACE, " ")
+
+    def join(self, ids: Sequence[int]) -> bytes | None:
+        try:
+            return b"".join(map(self._contents.__getitem__, ids))  # type: ignore[arg-type]
+        except TypeError:  # a None among them
+            return None
+
 
 class _Tokenizers:
+    prefix = lossless = False
+
     def __init__(self, data: bytes):
         self._model = model = tokenizers.Tokenizer.from_str(data.decode())
         model.encode_special_tokens = True  # a special token spelled out in text is text
@@ -173,12 +345,82 @@ class _Tokenizers:
         added = model.get_added_tokens_decoder().values()
         self.control = {token.content for token in added if token.special}
         self.unknown_id = model.token_to_id(getattr(model.model, "unk_token", None) or "")
+        settings = json.loads(data)
+        without = _without_prefix(settings)
+        self._next = model
+        if without != settings:
+            self._next = tokenizers.Tokenizer.from_str(json.dumps(without))
+            self._next.encode_special_tokens = True
+        decoder = (settings.get("decoder") or {}).get("type")
+        self._contents: list[bytes] | None = None
+        if decoder == "ByteLevel":
+            alphabet = _byte_alphabet()
+            self._contents = [_bytes_of(piece, alphabet) for piece in self.pieces]
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
 
+    def encode_next(self, text: str) -> list[int]:
+        return self._next.encode(text, add_special_tokens=False).ids
+
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids, skip_special_tokens=False)
+
+    def normalize(self, text: str) -> str:
+        normalizer = self._model.normalizer
+        return normalizer.normalize_str(text).replace(SPACE, " ") if normalizer else text
+
+    def join(self, ids: Sequence[int]) -> bytes | None:
+        if self._contents is None:
+            return None
+        return b"".join(map(self._contents.__getitem__, ids))
+
+
+def _bytes_of(piece: str, alphabet: dict[int, int]) -> bytes:
+    """Returns the bytes of a byte-level piece; of an added token with other characters, b""."""
+    try:
+        return piece.translate(alphabet).encode("latin-1")
+    except UnicodeEncodeError:
+        return b""
+
+
+def _byte_alphabet() -> dict[int, int]:
+    """Returns {character: byte} of the characters that stand for bytes in byte-level vocabularies.
+
+    Printable Latin-1 characters stand for themselves, and U+0100, U+0101, ... for the other bytes.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: byte for byte in printable} | {0x100 + i: byte for i, byte in enumerate(others)}
+
+
+def _without_prefix(settings: Any) -> Any:
+    """Returns the settings of a tokenizer.json without the parts that put a space before a text."""
+    changed = dict(settings)
+    for name in ("normalizer", "pre_tokenizer"):
+        changed[name] = _without_prefix_step(settings.get(name))
+    return changed
+
+
+def _without_prefix_step(step: Any) -> Any:
+    """Returns a normalizer or pre-tokenizer without a prefix; None if it did nothing else."""
+    if not isinstance(step, dict):
+        return step
+    kind = step.get("type")
+    if kind == "Prepend":
+        return None
+    if kind == "Sequence":
+        name = "normalizers" if "normalizers" in step else "pretokenizers"
+        steps = [_without_prefix_step(one) for one in step[name]]
+        return step | {name: [one for one in steps if one is not None]}
+    if kind == "Metaspace":
+        changed: dict[str, Any] = {"prepend_scheme": "never"}
+        if "add_prefix_space" in step:
+            changed["add_prefix_space"] = False
+        return step | changed
+    if kind == "ByteLevel" and step.get("add_prefix_space"):
+        return step | {"add_prefix_space": False}
+    return step
 
 
 def kind_of_file(path: str | os.PathLike) -> str:
@@ -191,13 +433,14 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 
     Text is not normalized: every space and newline is a token or part of one. Only the model type
     `word` splits text at spaces and drops them. `unigram` and `bpe` cover any text, falling back to
-    bytes.
+    bytes. All types but `word` cover spaces even if the corpus has none.
 
     Args:
       texts: the corpus.
       config: the model type and the size of the vocabulary. A small corpus may give fewer pieces.
 
-    Raises UserError if the corpus is empty or does not fit the size of the vocabulary.
+    Raises UserError if the corpus is empty, does not fit the size of the vocabulary, or has a text
+    that is not valid Unicode.
     """
     whole_words = config.model_type == "word"
     covers_bytes = config.model_type in ("unigram", "bpe")
@@ -207,6 +450,9 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
         raise UserError(
             "there is no text to train a tokenizer on: give one with config.data.tokenizer.path"
         )
+    settings: dict[str, Any] = {}
+    if not whole_words and not any(" " in line or SPACE in line for line in lines):
+        settings["required_chars"] = SPACE
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -231,6 +477,7 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
             num_threads=1,  # the order of floating-point sums depends on it
             max_sentence_length=8 * LINE_CHARACTERS,
             minloglevel=2,
+            **settings,
         )
     except RuntimeError as error:
         raise UserError(
@@ -241,8 +488,13 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 
 
 def _training_lines(texts: Iterable[str], control: Sequence[str]) -> Iterator[str]:
-    """Lines of at most LINE_CHARACTERS, with control symbols split into characters."""
+    """Lines of at most LINE_CHARACTERS, with control symbols split into characters.
+
+    Raises TextError for a text that is not valid Unicode.
+    """
     for text in texts:
+        check_text(text)
+        text = text.replace(_RESERVED, "\n")
         for piece in control:
             # Sentencepiece would skip a control symbol, and would not learn its characters.
             text = text.replace(piece, "\n".join(piece))

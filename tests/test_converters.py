@@ -364,11 +364,11 @@ BAD = [
     ("tables", [{"streams": {"user": [99999]}}], r"jsonl:1, user, row 0: 99999 is no cell"),
     ("tables", [{"streams": {"user": [True]}}], r"jsonl:1, user, row 0: True is no cell"),
     ("tables", [{"streams": {"user": 5}}], r"jsonl:1: stream 'user' is 5"),
-    ("chat", [{"messages": "hi"}], r"records.jsonl:1: must be"),
+    ("chat", [{"messages": "hi"}], r"records.jsonl:1: 'messages' is a text, but no JSON"),
     (
         "chat",
         [{"messages": [{"role": "bot", "content": "a"}]}],
-        r"jsonl:1: role 'bot' .*options.roles",
+        r"jsonl:1, message 0: role 'bot' .*options.roles",
     ),
     ("single", ["a"], r"exactly one stream; of several streams, name the one for the text"),
 ]
@@ -387,7 +387,10 @@ def test_the_error_names_a_bad_record(tmp_path, converter, records, message):
             {"converter": "gsm9k"},
             "config.data.converter is 'gsm9k': must be one of chat, .*package.module:function",
         ),
-        ({"converter": "single", "options": {"stream": "outptu"}}, "there is no stream 'outptu'"),
+        (
+            {"converter": "single", "options": {"stream": "outptu"}},
+            "stream names 'outptu', which is",
+        ),
         ({"options": {"think": 1}}, "options.think: the options of gsm8k are: think_after"),
         ({"options": {"think_after": "1"}}, "think_after is '1': expected int"),
         ({"options": {"think_after": -2}}, "think_after is -2"),

@@ -88,6 +88,7 @@ def test_plain_output(small):
         ["rows", "8, which fill 100.0% of the tables"],
         ["silence", "36.4% of the cells"],
         ["overlap", "12.5% of the rows have two or more streams that speak (all tables)"],
+        ["unknown", "none"],
         ["cut", "none"],
         ["dropped", "none"],
         ["tokenizer", "sentencepiece, 9 pieces, silence is <silence>"],

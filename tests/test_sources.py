@@ -119,7 +119,7 @@ def test_a_format_in_the_config_overrides_file_names(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (part,) = parts(str(tmp_path / "a.txt"), "own_reader:rows", count=5)
     assert [record.value for record in read(part)][:2] == LINES.decode().split()[:2]
-    for format in ("csv", "own_reader:columns", "nowhere:rows"):
+    for format in ("excel", "own_reader:columns", "nowhere:rows"):
         with pytest.raises(UserError, match=f"config.data.format is '{format}'"):
             list(read(parts(str(tmp_path / "a.txt"), format)[0]))
 

@@ -1,22 +1,24 @@
 """The tokenizer: round trips, control pieces, reproducible training, and errors."""
 
 import functools
+import io
 
 import pytest
+import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msllm.config import Config, DataConfig, TokenizerConfig
 from msllm.errors import UserError
-from msllm.tokenizer import Tokenizer, train
+from msllm.tokenizer import SPACE, TextError, Tokenizer, train
 
 CORPUS = [
     "Anna sold 48 clips,\n  then half as many. <silence>\n",
     "What is 48/2?\n\nIt is 24.\t",
 ] * 20
 ALPHABET = sorted(set("".join(CORPUS)))
-ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"))
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
 
 @functools.cache
@@ -165,3 +167,104 @@ def test_an_error_in_the_corpus_is_not_hidden_by_the_trainer():
 
     with pytest.raises(UserError, match="data.jsonl:3"):
         train(texts(), TokenizerConfig(model_type="word", vocab_size=50))
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe", "char"])
+def test_spaces_survive_a_corpus_without_any(model_type):
+    tokenizer = train(["天气很好天气"] * 9, TokenizerConfig(model_type=model_type, vocab_size=300))
+    for text in ("天 气", " 天", "天  气 "):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and tokenizer.compare(text, ids) == "same"
+
+
+def test_a_vocabulary_without_a_space_expresses_it_by_bytes():
+    """Vocabularies of earlier versions lack a piece with a space if their corpus had none."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["天气很好天气"] * 9),
+        model_writer=model,
+        vocab_size=270,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        control_symbols=["<silence>"],
+        bos_id=-1,
+        eos_id=-1,
+        minloglevel=2,
+    )
+    tokenizer = Tokenizer("sentencepiece", model.getvalue(), "<silence>")
+    assert SPACE not in map(tokenizer.piece, range(tokenizer.vocab_size))
+    assert tokenizer.decode(tokenizer.encode("天 气 \u2581")) == "天 气 \u2581"
+
+
+def test_lines_with_a_reserved_character_are_trained_on():
+    tokenizer = train(["sun \u2585 moon"], TokenizerConfig(model_type="word", vocab_size=64))
+    assert tokenizer.unknown_id not in tokenizer.encode("sun moon")
+
+
+def test_half_of_a_surrogate_pair_is_named():
+    for tokenizer in (trained("bpe"), imported()):
+        with pytest.raises(TextError, match=r"character 4 .*half of a surrogate pair: 'cut "):
+            tokenizer.encode("cut \ud83d")
+    with pytest.raises(TextError, match="half of a surrogate pair"):
+        train(["cut \ud83d"], TokenizerConfig())
+
+
+def test_each_unknown_word_or_character_is_a_token():
+    for model_type, text in (("word", "xx yy half zz"), ("char", "λμaν")):
+        tokenizer = trained(model_type)
+        ids, unknown = tokenizer.encode(text), tokenizer.unknown_id
+        assert [i == unknown for i in ids] == [True, True, False, True]
+        assert tokenizer.compare(text, ids) == "unknown"
+
+
+def test_a_text_that_does_not_survive_is_named():
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.decoder = tokenizers.decoders.Fuse()
+    trainer = tokenizers.trainers.BpeTrainer(special_tokens=["<silence>"], show_progress=False)
+    model.train_from_iterator(CORPUS, trainer)
+    tokenizer = Tokenizer("tokenizers", model.to_str().encode(), "<silence>")
+    assert not tokenizer.lossless and trained("unigram").lossless
+    with pytest.raises(TextError, match="'half é many' comes back as 'half *many'"):
+        tokenizer.compare("half é many", tokenizer.encode("half é many"))
+
+
+def with_prefix():
+    """Tokenizers that put a space before a text, and drop it when they decode."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_writer=model,
+        vocab_size=90,
+        hard_vocab_limit=False,
+        remove_extra_whitespaces=False,
+        control_symbols=["<silence>"],
+        minloglevel=2,
+    )
+    yield Tokenizer("sentencepiece", model.getvalue(), "<silence>")
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    model.decoder = tokenizers.decoders.Metaspace(prepend_scheme="first")
+    trainer = tokenizers.trainers.BpeTrainer(special_tokens=["<silence>"], show_progress=False)
+    model.train_from_iterator(CORPUS, trainer)
+    yield Tokenizer("tokenizers", model.to_str().encode(), "<silence>")
+    model.pre_tokenizer = None
+    model.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend(SPACE), tokenizers.normalizers.Replace(" ", SPACE)]
+    )
+    yield Tokenizer("tokenizers", model.to_str().encode(), "<silence>")
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_pieces_encoded_apart_gain_no_space(number):
+    tokenizer = list(with_prefix())[number]
+    text = "Anna sold half as many"
+    words = ["Anna", " sold", " half as", " many"]
+    ids = [i for n, word in enumerate(words) for i in tokenizer.encode_word(word, n == 0)]
+    assert tokenizer.decode(ids) == text and tokenizer.compare(text, ids) == "same"
+    assert tokenizer.decode(tokenizer.encode("Anna") + tokenizer.encode_next("s")) == "Annas"
+    if number == 0:
+        assert tokenizer.compare(text, tokenizer.encode(text)) == "same"

@@ -233,8 +233,10 @@ def test_a_converter_outside_the_package(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="t.jsonl:31: no text"):
         prepare(Config(data=data), tmp_path / "strict")
     path.write_text('{"text": 5}')
-    with pytest.raises(AttributeError) as failure:
+    with pytest.raises(UserError, match=r"1 of 1 records are bad.*t.jsonl:1: .*AttributeError"):
         prepare(config, tmp_path / "crash")
+    with pytest.raises(AttributeError) as failure:
+        prepare(Config(data=data), tmp_path / "crash")
     assert failure.value.__notes__ == [f"in {path}:1"]
     for name in ("own_converter:nothing", "nowhere:convert"):
         missing = Config(data=dataclasses.replace(data, converter=name))

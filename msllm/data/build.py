@@ -231,6 +231,7 @@ class ShardWriter:
       rows: the number of their rows that hold an example.
       tokens: [S] int64, the number of cells of each stream that hold a token.
       silence: [S] int64, the number of cells of each stream that are silent.
+      unknown: [S] int64, the number of tokens of each stream that are unknown to the tokenizer.
     """
 
     def __init__(
@@ -256,7 +257,7 @@ class ShardWriter:
         self._writers: list[Any] = []
         self._ids = Ids(directory / WORK, f"{portion.name}.{split}")
         self.tables = self.rows = 0
-        self.tokens, self.silence = np.zeros(streams, np.int64), np.zeros(streams, np.int64)
+        self.tokens, self.silence, self.unknown = np.zeros((3, streams), np.int64)
 
     def write(self, table: Packed) -> None:
         """Appends one table."""
@@ -270,6 +271,10 @@ class ShardWriter:
         silent = table.present & (table.tokens == self._tokenizer.silence_id)
         self.silence += silent.sum(axis=0)
         self.tokens += (table.present & ~silent).sum(axis=0)
+        if self._tokenizer.unknown_id is not None:
+            unknown = table.present & (table.tokens == self._tokenizer.unknown_id)
+            if unknown.any():
+                self.unknown += unknown.sum(axis=0)
         self.tables += 1
         self.rows += int((table.segment > 0).sum())
         self._ids.add(table.examples)
@@ -335,6 +340,7 @@ def _report(packer: Packer, writer: ShardWriter) -> dict[str, Any]:
         "dropped": packer.dropped,
         "tokens": writer.tokens.tolist(),
         "silence": writer.silence.tolist(),
+        "unknown": writer.unknown.tolist(),
     }
 
 

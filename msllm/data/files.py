@@ -1,16 +1,20 @@
 """Access to the user's input files: local or remote, plain or compressed.
 
-Every problem with a file becomes a UserError that names the file.
+Every problem with a file becomes a UserError that names the file. A byte order mark at the start of
+a file, as Windows programs write it, is no part of its text.
 """
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import contextlib
 import glob
 import gzip
 import hashlib
 import importlib
 import io
+import lzma
 import os
 import pathlib
 import re
@@ -25,7 +29,22 @@ from msllm.errors import UserError
 BLOCK_CHARACTERS = 1 << 16  # of plain text read at a time
 # The scheme, the bucket and the leading folders of a remote path that hold no wildcards.
 _PARTS_WITHOUT_WILDCARDS = re.compile(r"\w+://[^/]*(?:/[^/*?\[]*(?=/|$))*")
-COMPRESSED = re.compile(r"\.(gz|zst)$")
+COMPRESSED = re.compile(r"\.(gz|zst|xz|bz2)$")
+# How files of other formats begin, for messages.
+_SIGNATURES = {
+    b"\x1f\x8b": "gzip data (.gz)",
+    b"\x28\xb5\x2f\xfd": "Zstandard data (.zst)",
+    b"\xfd7zXZ": "xz data (.xz)",
+    b"BZh": "bzip2 data (.bz2)",
+    b"PAR1": "a parquet file (.parquet)",
+    b"ARROW1": "an Arrow file (.arrow)",
+    b"PK\x03\x04": "a zip archive, such as an Excel or Word file (.zip, .xlsx, .docx)",
+    b"%PDF": "a PDF document (.pdf)",
+    b"\x80\x04": "a pickle (.pkl)",
+    b"SQLite format 3": "an SQLite database",
+    codecs.BOM_UTF16_LE: "text in UTF-16",
+    codecs.BOM_UTF16_BE: "text in UTF-16",
+}
 
 
 def shared_file(name: str, config_file: str) -> str:
@@ -99,7 +118,8 @@ def lines(
     """
     with readable(file), open_file(file) as stream:
         if count == 1:
-            yield from enumerate(stream, 1)
+            for number, line in enumerate(stream, 1):
+                yield number, _without_mark(line) if number == 1 else line
             return
         size = stream.seek(0, io.SEEK_END)
         start, stop = size * index // count, size * (index + 1) // count
@@ -110,7 +130,40 @@ def lines(
             line = stream.readline()
             number += 1
             position += len(line)
-            yield number, line
+            yield number, _without_mark(line) if number == 1 else line
+
+
+def _without_mark(line: bytes) -> bytes:
+    return line.removeprefix(codecs.BOM_UTF8)
+
+
+def read_text(file: str) -> str:
+    """Returns the text of a small file, in UTF-8, or in UTF-16 with a byte order mark.
+
+    Raises UserError; NotUtf8 if it is neither.
+    """
+    with readable(file), open_file(file) as stream:
+        content = stream.read()
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise NotUtf8(f"{file}: {not_utf8(file, error)}") from error
+
+
+def not_utf8(file: str, error: UnicodeDecodeError) -> str:
+    """Says that a file is not UTF-8, and what it is instead if its first bytes tell."""
+    with readable(file), open_file(file) as stream:
+        start = stream.read(16)
+    for signature, what in _SIGNATURES.items():
+        if start.startswith(signature):
+            if "text" in what:
+                return f"not UTF-8, but {what}: convert the file to UTF-8"
+            return (
+                f"not UTF-8, but {what}: name the file accordingly, set config.data.format, or"
+                " convert the file"
+            )
+    return f"not UTF-8 ({error}): convert the file to UTF-8"
 
 
 def lines_before(file: str, count: int) -> list[int]:
@@ -132,15 +185,13 @@ def lines_before(file: str, count: int) -> list[int]:
 
 
 def text_blocks(file: str) -> Iterator[str]:
-    """Yields the text of a file in blocks of whole lines. Raises UserError if it is not UTF-8."""
+    """Yields the text of a file in blocks of whole lines. Raises NotUtf8, a UserError."""
     block, size = [], 0
     for number, line in lines(file):
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{file}:{number}: not UTF-8 ({error}): convert the file to UTF-8"
-            ) from error
+            raise NotUtf8(f"{file}:{number}: {not_utf8(file, error)}") from error
         block.append(text)
         size += len(text)
         if size >= BLOCK_CHARACTERS:
@@ -162,6 +213,12 @@ def open_file(file: str) -> Iterator[io.BufferedIOBase]:
         if file.endswith(".gz"):
             with gzip.open(raw) as stream:
                 yield stream
+        elif file.endswith(".xz"):
+            with lzma.open(raw) as stream:
+                yield stream
+        elif file.endswith(".bz2"):
+            with bz2.open(raw) as stream:
+                yield stream
         elif file.endswith(".zst"):
             yield io.BufferedReader(_BlockStream(_decompress_zst(raw, file)), 1 << 16)
         else:
@@ -173,7 +230,7 @@ def readable(file: str) -> Iterator[None]:
     """Turns errors of reading a file inside the `with` block into UserErrors that name the file."""
     try:
         yield
-    except (EOFError, OSError, zlib.error) as error:
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         what = getattr(error, "strerror", None) or error
         raise UserError(f"{file}: cannot be read ({what}): correct config.data.path") from error
     except ImportError as error:
@@ -182,12 +239,18 @@ def readable(file: str) -> Iterator[None]:
         ) from error
 
 
-def import_optional(module: str, file: str) -> Any:
-    """Returns a module that only some files need. Raises UserError if it is not installed."""
+def import_optional(module: str, file: str, package: str = "") -> Any:
+    """Returns a module that only some files need. Raises UserError if it is not installed.
+
+    Args:
+      module: the module.
+      file: the file that needs it.
+      package: the name of its package, if it is not that of the top-level module.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = module.partition(".")[0]
+        package = package or module.partition(".")[0]
         raise UserError(
             f"{file}: needs the package {package}: install it with `pip install {package}`, or"
             " install msllm[data]"
@@ -212,6 +275,10 @@ def _decompress_zst(raw: io.BufferedIOBase, file: str) -> Iterator[bytes]:
         raise UserError(f"{file}: cannot be read ({error}): correct config.data.path") from error
     if frame is not None:
         raise EOFError("the file ends in the middle of a frame")
+
+
+class NotUtf8(UserError):
+    """A text that is not UTF-8."""
 
 
 class _BlockStream(io.RawIOBase):

@@ -181,8 +181,13 @@ class _Source:
 
     def read(self, rank: int) -> Packed:
         """Returns table number `rank` in reading order, counted over all epochs."""
-        record = self._records[self._order[rank]]
-        return records.decode_record(record, self._streams, self._vocab_size)
+        index = self._order[rank]
+        try:
+            return records.decode_record(self._records[index], self._streams, self._vocab_size)
+        except records.Damaged as error:
+            raise UserError(
+                f"{self.directory}: table {index} is damaged ({error}): prepare the data again"
+            ) from error
 
 
 def _check(config: DataConfig, manifest: Mapping[str, Any], spec: StreamSpec) -> None:

@@ -45,6 +45,7 @@ def prepare(config: Config, out: str | pathlib.Path, processes: int = 1) -> dict
     """
     out, config = pathlib.Path(out), resolve_visibility(config)
     spec = StreamSpec.from_config(config.streams)
+    converters.check_streams(config, spec)
     settings = identity.get_settings(config, spec)
     if (out / records.MANIFEST).exists():
         return _check_finished(out, settings)
@@ -82,6 +83,11 @@ def _check_finished(out: pathlib.Path, settings: Mapping[str, Any]) -> dict[str,
         records.open_prepared(out, split)
     shutil.rmtree(out / build.WORK, ignore_errors=True)
     print(f"{out} already holds this data")
+    if not all("unknown" in part for part in manifest["splits"].values()):
+        print(
+            f"{out} was prepared by a version of msllm that did not look for texts and keys of"
+            " records that get lost: prepare it again into another --out to check"
+        )
     return manifest
 
 

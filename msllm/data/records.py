@@ -54,18 +54,33 @@ def encode_record(table: Packed, vocab_size: int) -> bytes:
 
 
 def decode_record(record: bytes, streams: int, vocab_size: int) -> Packed:
-    """Returns the packed table of a record; its tokens keep the stored dtype."""
-    fields = msgpack.unpackb(record)
-    segment = np.frombuffer(fields["segment"], np.int32)
-    shape = (len(segment), streams)
-    dtype = token_dtype(vocab_size)
-    tokens: np.ndarray = np.frombuffer(fields["tokens"], dtype).reshape(shape)
-    present = (
-        np.unpackbits(np.frombuffer(fields["present"], np.uint8), count=tokens.size)
-        .view(bool)
-        .reshape(shape)
-    )
-    return Packed(tokens, present, segment, fields["examples"])
+    """Returns the packed table of a record; its tokens keep the stored dtype.
+
+    Raises Damaged if the record is not one of a table of this many streams, or has tokens beyond
+    the vocabulary.
+    """
+    try:
+        fields = msgpack.unpackb(record)
+        segment = np.frombuffer(fields["segment"], np.int32)
+        shape = (len(segment), streams)
+        dtype = token_dtype(vocab_size)
+        tokens: np.ndarray = np.frombuffer(fields["tokens"], dtype).reshape(shape)
+        bits = np.frombuffer(fields["present"], np.uint8)
+        if len(bits) != -(-tokens.size // 8):
+            raise ValueError(f"{len(bits)} bytes of present cells for {tokens.size} cells")
+        present = np.unpackbits(bits, count=tokens.size).view(bool).reshape(shape)
+        examples = fields["examples"]
+    except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+        raise Damaged(f"{type(error).__name__}: {error}") from error
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        raise Damaged(
+            f"tokens from {tokens.min()} to {tokens.max()}, but the vocabulary has {vocab_size}"
+        )
+    return Packed(tokens, present, segment, examples)
+
+
+class Damaged(UserError):
+    """A record of prepared data that cannot be used."""
 
 
 def file_hash(path: str | pathlib.Path) -> str:

@@ -18,6 +18,7 @@ from msllm.tokenizer import Tokenizer
 
 # The folder in "folder/file:line". Manifests leave it out because it differs between machines.
 _FOLDER = re.compile(r"^.*/(?=[^/]*?:\d)")
+MAX_UNKNOWN = 0.01  # warn of a larger share of unknown tokens in a stream
 _SUMMED = ("tables", "examples", "rows", "cut", "cut_rows", "dropped")
 
 
@@ -59,6 +60,8 @@ def make_manifest(
         ),
         "empty": {"records": bad.empty, "reason": "nothing in them to make a table of"},
     }
+    if bad.texts["texts"]:
+        manifest["texts"] = {**bad.texts, "changed_text": bad.changed}
     if config.data.bad_percent:
         shown = [_FOLDER.sub("", message) for message in bad.shown]
         manifest["bad"] = {"records": bad.records, "bad": bad.bad, "shown": shown}
@@ -72,6 +75,8 @@ def sum_portions(
     sums = {name: sum(portion[name] for portion in portions) for name in _SUMMED}
     tokens = _sum_by_stream([portion["tokens"] for portion in portions])
     silence = _sum_by_stream([portion["silence"] for portion in portions])
+    # The reports of portions that an earlier version made do not count unknown tokens.
+    unknown = _sum_by_stream([portion.get("unknown", [0] * spec.size) for portion in portions])
     cells = sum(tokens) + sum(silence)
     tables, rows = sums["tables"], config.data.rows
     return {
@@ -80,6 +85,7 @@ def sum_portions(
         "rows": sums["rows"],
         "tokens": dict(zip(spec.names, tokens)),
         "silence": dict(zip(spec.names, silence)),
+        "unknown": dict(zip(spec.names, unknown)),
         "silence_rate": round(sum(silence) / cells, 4) if cells else 0.0,
         "packing_efficiency": round(sums["rows"] / (tables * rows), 4) if tables else 0.0,
         "cut": {
@@ -103,6 +109,7 @@ def describe(manifest: Mapping[str, Any]) -> str:
     """Returns the report that `prepare` prints, one fact per line."""
     tokenizer = manifest["tokenizer"]
     lines = [f"tokenizer: {tokenizer['kind']}, {tokenizer['vocab_size']:,} pieces"]
+    lines += _describe_texts(manifest.get("texts", {}))
     for split, part in manifest["splits"].items():
         lines += _describe_split(split, part, manifest["rows"])
     duplicates = manifest.get("duplicates", {})
@@ -120,6 +127,23 @@ def describe(manifest: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _describe_texts(texts: Mapping[str, Any]) -> list[str]:
+    """Describes how the tokenizer encodes the texts; {}: there are none."""
+    tokens, changed = texts.get("tokens", 0), texts.get("changed", 0)
+    lines = []
+    if tokens and texts["words"]:
+        lines.append(
+            f"  {tokens / texts['words']:.2f} tokens per word,"
+            f" {texts['characters'] / tokens:.2f} characters per token"
+        )
+    if changed:
+        lines.append(
+            f"  {changed:,} texts come back from their tokens with other spaces or normalized, the"
+            f" first: {texts['changed_text']}"
+        )
+    return lines
+
+
 def _describe_split(split: str, part: Mapping[str, Any], rows: int) -> list[str]:
     lines = [
         f"{split}: {part['examples']:,} examples, {part['rows']:,} rows in {part['tables']:,}"
@@ -127,7 +151,15 @@ def _describe_split(split: str, part: Mapping[str, Any], rows: int) -> list[str]
         f" {part['silence_rate']:.1%} silence"
     ]
     for name, tokens in part["tokens"].items():
-        lines.append(f"  {name}: {tokens:,} tokens, {part['silence'][name]:,} silence")
+        unknown = part.get("unknown", {}).get(name, 0)
+        line = f"  {name}: {tokens:,} tokens, {part['silence'][name]:,} silence"
+        lines.append(line + (f", {unknown:,} unknown" if unknown else ""))
+        if unknown > MAX_UNKNOWN * tokens:
+            lines.append(
+                f"  WARNING: {unknown / tokens:.1%} of the tokens of {name} are unknown: the"
+                " tokenizer does not cover this text; train one on it, or use one with bytes"
+                " (config.data.tokenizer)"
+            )
     for what in ("cut", "dropped"):
         if part[what]["examples"]:
             lines.append(f"  {what}: {part[what]['examples']:,} examples ({part[what]['reason']})")

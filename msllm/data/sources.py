@@ -3,45 +3,71 @@
 The formats, their file names, and what a record is:
 
 - `jsonl` (`.jsonl`, `.ndjson`): a line with a JSON object.
-- `json` (`.json`): an item of the JSON list, or the whole JSON value. A file that holds several
-  values is read as `jsonl`.
-- `parquet` (`.parquet`): a row.
+- `json` (`.json`): an item of the JSON list, or the whole JSON value. A file whose first line is a
+  JSON object by itself is read as `jsonl`.
+- `csv` (`.csv`), `tsv` (`.tsv`): a row, as an object with a string for every column. The first row
+  names the columns. It may be missing if the file has the columns that the converter reads.
+- `parquet` (`.parquet`), `arrow` (`.arrow`, `.feather`): a row.
 - `array_record` (`.array_record`, `.arrayrecord`): a record that holds a JSON object.
+- `vtt`, `srt`, `rttm`, `ctm`, `textgrid` (files of these names): a recording, with its utterances
+  (msllm/data/transcripts.py).
 - `text`: the whole file, as a string (`texts` reads it without keeping it in memory).
 
-A file with any other name is `text` if the converter reads texts, and `jsonl` otherwise.
+If the converter reads texts, csv, tsv and the formats of recordings are read as `text`, as is a
+file with any other name. Other converters read a file with any other name as `jsonl`.
 `config.data.format` overrides the name. It may also be the import path `package.module:function` of
-a reader, a function from a file's path to its records. `jsonl`, `json` and `text` may be compressed
-(`.gz` or `.zst` after the name). All formats but `array_record` may be remote (`gs://`, through
-etils).
+a reader, a function from a file's path to its records. All formats but `parquet`, `arrow` and
+`array_record` may be compressed (`.gz`, `.zst`, `.xz` or `.bz2` after the name). All formats but
+`array_record` may be remote (`gs://`, through etils).
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import functools
+import io
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from array_record.python import array_record_module
 
 from msllm.config import import_object
-from msllm.data import files
+from msllm.data import files, transcripts
 from msllm.errors import UserError
 
 PORTION_BYTES = 32 << 20  # of input that one process works on at a time
 MAX_PORTIONS = 1024  # of an input; a very large input has larger portions
 MAX_SHOWN = 5  # bad records whose messages are shown
 MIN_RECORDS = 1000  # with fewer records, the share of bad ones says little
-FORMATS = ("jsonl", "json", "parquet", "array_record", "text")
+_TEXTUAL = ("csv", "tsv", *transcripts.FORMATS)  # plain text for a converter that reads texts
+FORMATS = ("jsonl", "json", "parquet", "arrow", "array_record", *_TEXTUAL, "text")
 _FORMAT_OF_ENDING = {name: name for name in FORMATS} | {
     "ndjson": "jsonl",
     "arrayrecord": "array_record",
+    "feather": "arrow",
+}
+# File names of other formats that people have, with what to do.
+_UNREADABLE = {
+    "xlsx xls ods": "save the sheet as .csv",
+    "zip tar tgz 7z rar": "unpack it",
+    "lz4 br lzma z": "compress it as .gz, .zst, .xz or .bz2",
+    "pkl pickle pt pth npz npy h5 hdf5": "convert it to .jsonl",
+    "yaml yml xml eaf trs cha stm db sqlite": "convert it to .jsonl",
+    "pdf docx doc odt rtf epub html htm": "extract its text",
+    "wav mp3 flac ogg mp4 png jpg jpeg": "give a transcript of it",
+    "ass ssa sbv": "convert it to .srt or .vtt",
 }
 _DIVISIBLE = ("jsonl", "parquet", "array_record")
-_BATCH = 256  # records read at a time from parquet and ArrayRecord files
+_BATCH = 256  # records read at a time from parquet, Arrow and ArrayRecord files
+_FIELD_CHARACTERS = 1 << 30  # limit of a field of a csv file
+
+
+TEXT_COUNTS = ("texts", "changed", "words", "characters", "tokens")
+_SAMPLE = 16  # every 16th text is in the sample
 
 
 class BadRecord(UserError):
@@ -49,13 +75,16 @@ class BadRecord(UserError):
 
 
 class BadRecords:
-    """Counts records and the bad ones among them; raises UserError if too many are bad.
+    """Counts records, their texts and the bad ones; raises UserError if too many are bad.
 
     Attributes:
       records: the number of records read so far.
       bad: the number of records left out because they are bad.
       shown: the messages of the first MAX_SHOWN bad records.
       empty: the number of good records that gave no table.
+      texts: the numbers of encoded `texts`, and of `changed` ones among them
+        (`Tokenizer.compare`); the numbers of words, characters and tokens in a sample of them.
+      changed: the first text that the tokenizer changed.
     """
 
     def __init__(self, percent: float = 0.0, show: bool = False):
@@ -68,6 +97,13 @@ class BadRecords:
         self._percent, self._show = percent, show
         self.records = self.bad = self.empty = 0
         self.shown: list[str] = []
+        self.texts = dict.fromkeys(TEXT_COUNTS, 0)
+        self.changed = ""
+
+    @property
+    def allows_some(self) -> bool:
+        """Whether any record may be bad."""
+        return self._percent > 0
 
     def add(self, error: BadRecord) -> None:
         """Counts a bad record. Raises `error` if none is allowed, UserError if too many are bad."""
@@ -89,6 +125,8 @@ class BadRecords:
             "bad": self.bad,
             "empty": self.empty,
             "shown": self.shown,
+            "texts": self.texts,
+            "changed": self.changed,
         }
 
     def merge(self, counts: Mapping[str, Any]) -> None:
@@ -98,6 +136,33 @@ class BadRecords:
         self.empty += counts["empty"]
         for message in counts["shown"]:
             self.note(message)
+        # The reports of portions that an earlier version made have no counts of texts.
+        for name, count in counts.get("texts", {}).items():
+            self.texts[name] += count
+        self.changed = self.changed or counts.get("changed", "")
+
+    def starts_text(self) -> bool:
+        """Counts a text, and returns whether it belongs to the sample (`add_text`)."""
+        number = self.texts["texts"]
+        self.texts["texts"] = number + 1
+        return number % _SAMPLE == 0
+
+    def add_text(self, text: str, tokens: int, in_sample: bool, changed: bool) -> None:
+        """Counts a text that is in the sample, or that its tokens give back changed.
+
+        Args:
+          text: the text.
+          tokens: the number of its tokens.
+          in_sample: it is in the sample.
+          changed: its tokens give it back with other white space, or normalized.
+        """
+        if in_sample:
+            self.texts["words"] += len(text.split())
+            self.texts["characters"] += len(text)
+            self.texts["tokens"] += tokens
+        self.texts["changed"] += changed
+        if changed and not self.changed:
+            self.changed = _short(text)
 
     def finish(self) -> None:
         """Raises UserError if too many records are bad. Call it when all have been read."""
@@ -146,6 +211,7 @@ class Part:
     index: int = 0
     count: int = 1
     before: int = 0  # jsonl: the number of lines that begin before this part
+    columns: tuple[str, ...] = ()  # csv, tsv: the columns of a file that does not name them
 
 
 def text_of(value: Any, key: str, where: str) -> str:
@@ -160,23 +226,36 @@ def text_of(value: Any, key: str, where: str) -> str:
     raise BadRecord(f"{where}: {key!r} is {text!r}: must be a string ({found})")
 
 
-def parts(path: str, format: str = "", other: str = "jsonl", count: int = 1) -> list[Part]:
+def parts(
+    path: str,
+    format: str = "",
+    other: str = "jsonl",
+    count: int = 1,
+    columns: Sequence[str] = (),
+) -> list[Part]:
     """Divides each file that a path or glob names into `count` parts, in the order of the records.
 
-    Compressed files, `json`, `text`, and files for a user's reader are not divided.
+    Only `jsonl`, `parquet` and `array_record` files that are not compressed are divided.
 
     Args:
       path: the path or glob.
       format: `config.data.format`.
       other: the format of files whose names do not determine it.
       count: the number of parts of each file.
+      columns: the columns of a csv or tsv file whose first row does not name them.
 
     Raises UserError if there is no such file, or the format is unknown.
     """
-    return [part for file in files.input_files(path) for part in _parts(file, format, other, count)]
+    return [
+        part
+        for file in files.input_files(path)
+        for part in _parts(file, format, other, count, columns)
+    ]
 
 
-def portions(path: str, format: str = "", other: str = "jsonl") -> list[list[Part]]:
+def portions(
+    path: str, format: str = "", other: str = "jsonl", columns: Sequence[str] = ()
+) -> list[list[Part]]:
     """Divides the input into portions of about PORTION_BYTES, each with one or more parts.
 
     Together the portions hold all parts, in order. They depend on the sizes of the files alone. A
@@ -191,25 +270,45 @@ def portions(path: str, format: str = "", other: str = "jsonl") -> list[list[Par
     end = 0.0
     for file, length in sizes.items():
         count = max(round(length / size), 1) if size else 1
-        for part in _parts(file, format, other, count):
+        for part in _parts(file, format, other, count, columns):
             end += length / part.count
             middle = end - length / part.count / 2  # decides which portion takes the part
             found.setdefault(int(middle / size) if size else 0, []).append(part)
     return list(found.values())
 
 
-def _parts(file: str, format: str, other: str, count: int) -> list[Part]:
+def _parts(file: str, format: str, other: str, count: int, columns: Sequence[str]) -> list[Part]:
     if ":" not in format and format not in ("", *FORMATS):
         raise UserError(
             f"config.data.format is {format!r}: must be empty, package.module:function, or one of"
             f" {', '.join(FORMATS)}"
         )
-    ending = files.COMPRESSED.sub("", file).rpartition(".")[2].lower()
+    ending = _ending(file)
     kind = format or _FORMAT_OF_ENDING.get(ending, other)
+    if not format and other == "text" and kind in _TEXTUAL:
+        kind = "text"
+    if not format:
+        _check_ending(file, ending)
     if files.COMPRESSED.search(file) or kind not in _DIVISIBLE:
         count = 1
     before = files.lines_before(file, count) if kind == "jsonl" else [0] * count
-    return [Part(file, kind, i, count, before[i]) for i in range(count)]
+    return [Part(file, kind, i, count, before[i], tuple(columns)) for i in range(count)]
+
+
+def _ending(file: str) -> str:
+    """Returns the ending of a file's name, in lower case and without that of a compression."""
+    return files.COMPRESSED.sub("", file).rpartition("/")[2].rpartition(".")[2].lower()
+
+
+def _check_ending(file: str, ending: str) -> None:
+    """Raises UserError if a file is in a format that cannot be read."""
+    for endings, remedy in _UNREADABLE.items():
+        if ending in endings.split():
+            raise UserError(
+                f"{file}: msllm does not read .{ending} files: {remedy}, or read it with"
+                " config.data.format=package.module:function (it reads"
+                f" {', '.join(FORMATS)})"
+            )
 
 
 def read(part: Part, bad: BadRecords | None = None) -> Iterator[Record]:
@@ -253,7 +352,7 @@ def texts(part: Part, key: str, bad: BadRecords) -> Iterator[tuple[str, Iterator
 def _read_json_lines(part: Part) -> Iterator[tuple[int, Any]]:
     for number, line in files.lines(part.file, part.index, part.count, part.before):
         if line.strip():
-            yield number, _parse(line, f"{part.file}:{number}")
+            yield number, _parse(line, part.file, number)
 
 
 def _read_json(part: Part) -> Iterator[tuple[int, Any]]:
@@ -261,10 +360,114 @@ def _read_json(part: Part) -> Iterator[tuple[int, Any]]:
         content = stream.read()
     try:
         value = json.loads(content)
-    except ValueError:  # the file holds several values, one per line
+    except UnicodeDecodeError as error:
+        raise UserError(f"{part.file}: {files.not_utf8(part.file, error)}") from error
+    except json.JSONDecodeError as error:
+        if not _is_object(content.lstrip().partition(b"\n")[0]):
+            raise UserError(f"{part.file}:{_explain(error)}") from error
         yield from _read_json_lines(part)
         return
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{part.file}: invalid JSON ({error}): correct the file") from error
     yield from enumerate(value if isinstance(value, list) else [value], 1)
+
+
+def _is_object(line: bytes) -> bool:
+    """Returns whether a line is a JSON object by itself."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _explain(error: json.JSONDecodeError) -> str:
+    """Returns "line: what is wrong" of a JSON document."""
+    text, place = error.doc, error.pos
+    before = text[:place].rstrip()
+    if not text[place:].strip():
+        line = text.count("\n", 0, place) + 1
+        return (
+            f"{line}: invalid JSON: the file ends in the middle of a value; it may have been cut"
+            " off when it was copied"
+        )
+    comma = place if text[place] == "," else len(before) - 1
+    if before and text[comma] == "," and text[comma + 1 :].lstrip()[:1] in ("]", "}"):
+        line = text.count("\n", 0, comma) + 1
+        column = comma - text.rfind("\n", 0, comma)
+        return f"{line}: invalid JSON: remove the comma after the last item (column {column})"
+    return f"{error.lineno}: invalid JSON ({error.msg} in column {error.colno}): correct the file"
+
+
+def _read_csv(part: Part) -> Iterator[tuple[int, Any]]:
+    """Reads csv, with quoted fields, or tsv, in which quotes mean nothing."""
+    csv.field_size_limit(_FIELD_CHARACTERS)
+    # Bytes that are not UTF-8 become surrogates, which no valid text has.
+    lines = (line.decode(errors="surrogateescape") for _, line in files.lines(part.file))
+    rows = (
+        csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
+        if part.format == "tsv"
+        else csv.reader(lines, strict=True)
+    )
+    columns: Sequence[str] = ()
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            yield rows.line_num, BadRecord(f"{part.file}:{rows.line_num}: {error}")
+            continue
+        if row is None:
+            return
+        if not row:
+            continue
+        where = f"{part.file}:{rows.line_num}"
+        if not columns:
+            columns, is_named = _columns(part, row)
+            if is_named:
+                continue
+        try:
+            "".join(row).encode()
+        except UnicodeEncodeError:
+            yield rows.line_num, BadRecord(f"{where}: not UTF-8: convert the file to UTF-8")
+            continue
+        if len(row) != len(columns):
+            error_text = f"{len(row)} fields, but {len(columns)} columns ({', '.join(columns)})"
+            yield rows.line_num, BadRecord(f"{where}: the row has {error_text}")
+            continue
+        yield rows.line_num, dict(zip(columns, row))
+
+
+def _columns(part: Part, row: Sequence[str]) -> tuple[Sequence[str], bool]:
+    """Returns the columns of a csv or tsv file, and whether `row`, its first row, names them."""
+    wanted, found = part.columns, [name.strip() for name in row]
+    if set(wanted) <= set(found):
+        if len(set(found)) < len(found):
+            raise UserError(f"{part.file}:1: the columns are {found}: give each a name of its own")
+        return found, True
+    if len(wanted) != len(row):
+        raise UserError(
+            f"{part.file}:1: the first row is {_short(', '.join(row))}: it must name the columns"
+            f" {', '.join(wanted)}, or the file must have exactly these columns; correct the file,"
+            " or name its columns in config.data.options"
+        )
+    _note_once(
+        f"{part.file}: the first row does not name the columns {', '.join(wanted)}: the columns are"
+        " taken to be these, and the first row to be a record"
+    )
+    return wanted, False
+
+
+@functools.cache
+def _note_once(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _read_transcript(part: Part) -> Iterator[tuple[int, Any]]:
+    try:
+        recordings = transcripts.read(part.file, part.format)
+    except transcripts.Damaged as error:
+        yield 1, BadRecord(str(error))
+        return
+    yield from enumerate(recordings, 1)
 
 
 def _read_text(part: Part) -> Iterator[tuple[int, Any]]:
@@ -276,19 +479,44 @@ def _read_parquet(part: Part) -> Iterator[tuple[int, Any]]:
     with files.readable(part.file), files.open_raw(part.file) as stream:
         try:
             file = parquet.ParquetFile(stream)
-        except ValueError as error:  # includes pyarrow.ArrowInvalid
+            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            groups = _share(len(sizes), part)
+            if not groups:
+                return
+            number = sum(sizes[: groups.start])
+            for batch in file.iter_batches(batch_size=_BATCH, row_groups=list(groups)):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield number, value
+        except ValueError as error:  # includes pyarrow.ArrowInvalid and text that is not UTF-8
             raise UserError(
                 f"{part.file} is no parquet file ({error}): correct config.data.path"
             ) from error
-        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        groups = _share(len(sizes), part)
-        if not groups:
-            return
-        number = sum(sizes[: groups.start])
-        for batch in file.iter_batches(batch_size=_BATCH, row_groups=list(groups)):
-            for value in batch.to_pylist():
-                number += 1
-                yield number, value
+
+
+def _read_arrow(part: Part) -> Iterator[tuple[int, Any]]:
+    """Reads the file and the stream form of Arrow; Feather is the file form."""
+    ipc = files.import_optional("pyarrow.ipc", part.file)
+    with files.readable(part.file), files.open_raw(part.file) as stream:
+        try:
+            is_file = stream.read(6) == b"ARROW1"
+            stream.seek(0)
+            number = 0
+            for batch in _file_batches(ipc, stream) if is_file else ipc.open_stream(stream):
+                for start in range(0, batch.num_rows, _BATCH):
+                    for value in batch.slice(start, _BATCH).to_pylist():
+                        number += 1
+                        yield number, value
+        except ValueError as error:  # includes pyarrow.ArrowInvalid
+            raise UserError(
+                f"{part.file} is no Arrow file ({error}): correct config.data.path"
+            ) from error
+
+
+def _file_batches(ipc: Any, stream: io.BufferedReader) -> Iterator[Any]:
+    reader = ipc.open_file(stream)
+    for index in range(reader.num_record_batches):
+        yield reader.get_batch(index)
 
 
 def _read_array_record(part: Part) -> Iterator[tuple[int, Any]]:
@@ -303,7 +531,7 @@ def _read_array_record(part: Part) -> Iterator[tuple[int, Any]]:
         for start in range(rows.start, rows.stop, _BATCH):
             stop = min(start + _BATCH, rows.stop)
             for number, content in enumerate(reader.read(start, stop), start + 1):
-                yield number, _parse(content, f"{part.file}:{number}")
+                yield number, _parse(content, part.file, number)
         reader.close()  # raises if the file seemed empty because it is damaged
     except Exception as error:  # the library's errors have no common base class
         raise UserError(
@@ -313,30 +541,59 @@ def _read_array_record(part: Part) -> Iterator[tuple[int, Any]]:
 
 def _read_with_function(part: Part) -> Iterator[tuple[int, Any]]:
     reader = import_object(part.format, "config.data.format")
-    yield from enumerate(reader(part.file), 1)
+    number = 0
+    try:
+        for number, value in enumerate(reader(part.file), 1):
+            yield number, value
+    except UserError:
+        raise
+    except Exception as error:
+        place = f"{part.file}, after record {number}"
+        if not part.format.startswith("msllm."):
+            error.add_note(f"in {part.format}, reading {place}")
+            raise
+        raise UserError(
+            f"{place}: {part.format} cannot read the file ({type(error).__name__}: {error}):"
+            " correct the file or config.data.path"
+        ) from error
 
 
 _READERS = {
     "jsonl": _read_json_lines,
     "json": _read_json,
+    "csv": _read_csv,
+    "tsv": _read_csv,
     "text": _read_text,
     "parquet": _read_parquet,
+    "arrow": _read_arrow,
     "array_record": _read_array_record,
-}
+} | dict.fromkeys(transcripts.FORMATS, _read_transcript)
 
 
-def _parse(content: bytes, where: str) -> Any:
+def _parse(content: bytes, file: str, number: int) -> Any:
     """Returns the JSON object of a line or record, or a BadRecord if there is none."""
+    where = f"{file}:{number}"
     try:
         value = json.loads(content.decode())
     except UnicodeDecodeError as error:
-        return BadRecord(f"{where}: not UTF-8 ({error}): convert the file to UTF-8")
-    except json.JSONDecodeError as error:
-        return BadRecord(f"{where}: invalid JSON ({error}): each line must be a JSON object")
+        return BadRecord(f"{where}: {files.not_utf8(file, error)}")
+    except (ValueError, RecursionError, MemoryError) as error:
+        return BadRecord(f"{where}: invalid JSON ({error}): {_rule(file)}")
     if not isinstance(value, dict):
-        text = _short(content.decode().strip())
-        return BadRecord(f"{where}: {text}: each line must be a JSON object")
+        return BadRecord(f"{where}: {_short(content.decode().strip())}: {_rule(file)}")
     return value
+
+
+def _rule(file: str) -> str:
+    """Says how a record of JSON lines must look, and why the file is read as JSON lines."""
+    rule = "each line must be a JSON object"
+    ending = _ending(file)
+    if ending in _FORMAT_OF_ENDING:
+        return rule
+    return (
+        f"{rule}, because a file of this name is read as jsonl (for another format, set"
+        f" config.data.format to one of {', '.join(FORMATS)}, or to package.module:function)"
+    )
 
 
 def _share(total: int, part: Part) -> range:

@@ -58,9 +58,8 @@ class Split:
             self._opened = None
             self._opened = shard, self._open(shard)
         record = self._opened[1][number - int(self._starts[shard])]
-        return records.decode_record(
-            record, len(self.columns.names), self.columns.tokenizer.vocab_size
-        )
+        streams, size = len(self.columns.names), self.columns.tokenizer.vocab_size
+        return records.decode_record(record, streams, size)
 
     def _open(self, shard: int) -> records.Reader:
         stored = self.part["shards"][shard]

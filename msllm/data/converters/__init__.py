@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from msllm.config import Config, StreamsConfig, VaryConfig, import_object
 from msllm.data import sources
@@ -40,22 +43,34 @@ class Converter(NamedTuple):
     """A converter, its options with their defaults, and how its input and tables are treated."""
 
     function: Convert
-    options: Mapping[str, Any] | None  # None: any options
+    options: Mapping[str, Any] | None  # None: any options; the converter is a user's
     reads: str = "jsonl"  # the format of files whose names do not determine it; "": reads no files
     pieces: bool = False  # divide tables of more than T rows into pieces instead of cutting them
+    # The columns of csv and tsv files that do not name them; with a dot: the values of options.
+    columns: tuple[str, ...] = ()
 
+
+_EXAMPLE = re.compile("[0-9a-f]+")
+# The options that name streams.
+_STREAM_OPTIONS = ("roles", "calls", "results", "stream", "source_stream", "target_stream")
 
 CONVERTERS = {
     "chat": Converter(chat.convert, chat.OPTIONS),
-    "wait_k": Converter(wait_k.convert, wait_k.OPTIONS),
+    "wait_k": Converter(wait_k.convert, wait_k.OPTIONS, columns=(".source", ".target")),
     "timed": Converter(timed.convert, timed.OPTIONS, pieces=True),
     "tools": Converter(tools.convert, tools.OPTIONS),
     "aligned": Converter(aligned.convert, aligned.OPTIONS, pieces=True),
-    "single": Converter(single.convert, single.OPTIONS, reads="text", pieces=True),
-    "parallel_documents": Converter(
-        parallel_documents.convert, parallel_documents.OPTIONS, reads="text", pieces=True
+    "single": Converter(
+        single.convert, single.OPTIONS, reads="text", pieces=True, columns=(".key",)
     ),
-    "gsm8k": Converter(gsm8k.convert, gsm8k.OPTIONS),
+    "parallel_documents": Converter(
+        parallel_documents.convert,
+        parallel_documents.OPTIONS,
+        reads="text",
+        pieces=True,
+        columns=(".key",),
+    ),
+    "gsm8k": Converter(gsm8k.convert, gsm8k.OPTIONS, columns=("question", "answer")),
     "tables": Converter(tables.convert, tables.OPTIONS),
     "dictation": Converter(dictation.convert, dictation.OPTIONS, reads=""),
     "dictation_single": Converter(dictation.convert_single, dictation.OPTIONS, reads=""),
@@ -124,10 +139,11 @@ def input_parts(config: Config) -> Sequence[Part | None]:
 
     [None] stands for the input of a converter that reads no files.
     """
-    converter, _ = get_converter(config.data.converter, config.data.options)
+    converter, options = get_converter(config.data.converter, config.data.options)
     if not converter.reads:
         return [None]
-    return sources.parts(config.data.path, config.data.format, converter.reads)
+    columns = _columns(converter, options)
+    return sources.parts(config.data.path, config.data.format, converter.reads, columns=columns)
 
 
 def input_portions(config: Config) -> Sequence[Sequence[Part | None]]:
@@ -135,10 +151,37 @@ def input_portions(config: Config) -> Sequence[Sequence[Part | None]]:
 
     The portions depend on the settings and the input, but not on the number of processes.
     """
-    converter, _ = get_converter(config.data.converter, config.data.options)
+    converter, options = get_converter(config.data.converter, config.data.options)
     if not converter.reads:
         return [[None]]
-    return sources.portions(config.data.path, config.data.format, converter.reads)
+    columns = _columns(converter, options)
+    return sources.portions(config.data.path, config.data.format, converter.reads, columns)
+
+
+def _columns(converter: Converter, options: Mapping[str, Any]) -> list[str]:
+    return [options[c[1:]] if c.startswith(".") else c for c in converter.columns]
+
+
+def check_streams(config: Config, spec: StreamSpec) -> None:
+    """Raises UserError if an option of the converter names a stream that does not exist."""
+    converter, options = get_converter(config.data.converter, config.data.options)
+    if converter.options is None:
+        return  # the options of a user's converter may mean anything
+    names = data_spec(config, spec).names
+    for option in _STREAM_OPTIONS:
+        value = options.get(option) or {}
+        if isinstance(value, str):
+            value = [value]
+        pairs = value.items() if isinstance(value, Mapping) else zip(value, value)
+        for key, name in pairs:
+            if name in names or (name is None and option == "roles"):
+                continue
+            what = f"maps {key!r} to {name!r}" if option == "roles" else f"names {name!r}"
+            remedy = "; None leaves a role out" if option == "roles" else ""
+            raise UserError(
+                f"config.data.options.{option} {what}, which is none of {names}: name one of these"
+                f" streams{remedy}"
+            )
 
 
 def convert(
@@ -178,11 +221,13 @@ def convert_part(
             f"config.data.rows is {data.rows}: delays of {delays} rows leave none or one for an"
             " example; increase it, or use shorter delays"
         )
+    check_streams(config, spec)
     written = data_spec(config, spec)
     layout = Layout(written, tokenizer, rows, options, bad)
     columns = [written.index(name) for name in spec.names]
     permuted = [spec.index(name) for name in data.vary.permute]
     for table in converter.function(layout, part):
+        _check_table(data.converter, layout, table)
         if columns != list(range(written.size)):
             table = vary.select(table, columns)
         if permuted:
@@ -192,6 +237,35 @@ def convert_part(
         drawn = vary.draw(delays, "delays", table.example)
         for piece in vary.pieces(table, rows) if converter.pieces else [table]:
             yield shift(piece, drawn)
+
+
+def _check_table(converter: str, layout: Layout, table: Any) -> None:
+    """Raises UserError if what a converter yields is no table of the layout's streams."""
+    what = ""
+    if not isinstance(table, Table):
+        what = f"a {type(table).__name__}, not a Table"
+    else:
+        tokens, present = table.tokens, table.present
+        streams, size = layout.spec.size, layout.tokenizer.vocab_size
+        if not isinstance(tokens, np.ndarray) or tokens.dtype != np.int32:
+            what = "tokens that are no int32 array"
+        elif tokens.ndim != 2 or tokens.shape[1] != streams:
+            what = f"tokens of shape {tokens.shape}: must be [T, {streams}] for {layout.spec.names}"
+        elif not isinstance(present, np.ndarray) or present.dtype != bool:
+            what = "`present` that is no bool array"
+        elif present.shape != tokens.shape:
+            what = f"`present` of shape {present.shape} with tokens of shape {tokens.shape}"
+        # As an unsigned number, a negative id is beyond every vocabulary.
+        elif tokens.size and tokens.view(np.uint32).max() >= size:
+            what = f"tokens from {tokens.min()} to {tokens.max()}: must be ids below {size}"
+        elif not isinstance(table.example, str) or not _EXAMPLE.fullmatch(table.example):
+            what = f"the example id {table.example!r}: must be hexadecimal, as of `example_hash`"
+    if what:
+        where = f"{table.source}: " if isinstance(table, Table) and table.source else ""
+        raise UserError(
+            f"{where}config.data.converter {converter!r} yields {what}; make tables with"
+            " layout.table"
+        )
 
 
 def data_spec(config: Config, spec: StreamSpec) -> StreamSpec:
@@ -210,7 +284,9 @@ def data_spec(config: Config, spec: StreamSpec) -> StreamSpec:
             " silent)"
         )
     kinds = tuple(spec.kinds[spec.index(name)] if name in spec.names else "input" for name in names)
-    weights = (1.0,) * len(names)
+    weights = tuple(
+        spec.loss_weights[spec.index(name)] if name in spec.names else 0.0 for name in names
+    )
     return StreamSpec.from_config(StreamsConfig(names=names, kinds=kinds, loss_weights=weights))
 
 
@@ -232,13 +308,17 @@ def texts(
     if not portions or config.data.max_examples:
         portions = [input_parts(config)]
     bad = BadRecords(config.data.bad_percent)
+    all_read = not config.data.max_examples
     for portion in portions:
         taken = 0
         for text in _portion_texts(config, spec, portion, bad):
             yield text
             taken += len(text)
             if taken > characters / len(portions):
+                all_read = False
                 break
+    if all_read:
+        bad.finish()
 
 
 def _portion_texts(

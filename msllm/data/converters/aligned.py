@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from msllm.data.converters.layout import Layout, each_record
+from msllm.data.converters.layout import Layout, check_keys, each_record
 from msllm.data.sources import BadRecord, Record
 from msllm.data.tables import Placement, Table
 
-OPTIONS = {"key": "rows", "silence": [-1]}
+OPTIONS = {"key": "rows", "silence": [-1], "ignored_keys": []}
 
 
 @each_record
@@ -21,6 +21,7 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     option `silence` are silence; null is absent. The option `key` is the key of the rows.
     """
     rows = _rows_of(layout, record)
+    check_keys(layout, record.value, {layout.options["key"]}, record.where)
     ids = dict.fromkeys(["", *layout.options["silence"]], layout.tokenizer.silence_id)
     placements = []
     for stream, (name, column) in enumerate(zip(layout.spec.names, zip(*rows))):

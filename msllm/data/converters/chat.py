@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
-from msllm.data.converters.layout import Choice, Layout, each_record, messages_of
-from msllm.data.sources import Record, text_of
+from msllm.data.converters.layout import Choice, Layout, each_record
+from msllm.data.converters.messages import read_chat
+from msllm.data.sources import Record
 from msllm.data.tables import Table
 from msllm.errors import UserError
 
@@ -15,12 +15,13 @@ OPTIONS = {
     "overlap": Choice(0, least=0),
     "wait": Choice(-1, least=-1),
     "thoughts": "before",
+    "ignored_keys": [],
 }
 
 
 @each_record
 def convert(layout: Layout, record: Record) -> Iterator[Table]:
-    """From {"messages": [{"role", "content"}, ...]}.
+    """From {"messages": [{"role", "content"}, ...]}, or another form that `messages` reads.
 
     A turn of an input stream starts when all previous turns have ended. Any other turn starts when
     the turn before it has ended; with the options it may start earlier, but not before the start of
@@ -34,19 +35,17 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
       that turn, and at its end at the latest; -1: off.
     - `thoughts`: "before": a thought is a turn like any other; "beside": the turn after a thought
       starts as if the thought were not there.
+    - `ignored_keys`: keys of records and messages that are left out, as in `check_keys`.
     """
     thoughts, spec = layout.options["thoughts"], layout.spec
     if thoughts not in ("before", "beside"):
         raise UserError(f"config.data.options.thoughts is {thoughts!r}: must be before or beside")
-    messages = messages_of(record)
-    key = json.dumps(messages, sort_keys=True)
+    chat_turns, key = read_chat(layout, record)
     overlap, wait = layout.draw("overlap", key), layout.draw("wait", key)
     turns, ends = [], dict.fromkeys(spec.names, 0)
     before = None  # the turn that the next turn follows
-    for message in messages:
-        role = text_of(message, "role", record.where)
-        content = text_of(message, "content", record.where)
-        name = layout.stream_of(role, record.where)
+    for turn in chat_turns:
+        name = layout.stream_of(turn.role, turn.where)
         kind = spec.kinds[spec.index(name)]
         start = 0
         if kind == "input":
@@ -55,7 +54,7 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
             start = max(before.end - overlap, before.start)
             if wait >= 0 and spec.kinds[before.stream] == "input":
                 start = min(before.start + wait, before.end)
-        turns.append(layout.say(name, max(start, ends[name]), content))
+        turns.append(layout.say(name, max(start, ends[name]), turn.text or ""))
         ends[name] = turns[-1].end
         if kind != "thought" or thoughts == "before":
             before = turns[-1]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from msllm.data.converters.layout import Choice, Layout, each_record
+from msllm.data.converters.layout import Choice, Layout, check_keys, each_record
 from msllm.data.sources import BadRecord, Record
 from msllm.data.tables import Table
 
-OPTIONS = {"think_after": Choice(-1, least=-1)}
+OPTIONS = {"think_after": Choice(-1, least=-1), "ignored_keys": []}
 _CALCULATOR = re.compile(r"<<[^>]*>>")
 
 
@@ -23,6 +23,7 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     "#### number", as in the file.
     """
     question, answer = record.text("question"), record.text("answer")
+    check_keys(layout, record.value, {"question", "answer"}, record.where)
     worked, mark, number = answer.rpartition("####")
     if not mark:
         raise BadRecord(

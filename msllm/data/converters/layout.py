@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from operator import itemgetter
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from msllm.data.sources import BadRecord, BadRecords, Part, Record, read
 from msllm.data.tables import Placement, Table, example_hash, make_table
 from msllm.errors import UserError
 from msllm.streams import StreamSpec
-from msllm.tokenizer import Tokenizer
+from msllm.tokenizer import TextError, Tokenizer, check_text
 
 MAX_CLOSING_ROWS = 3  # of silence after an example
+# Rows of an example, at most: three days of a recording at four rows a second. Times of a record
+# that are in the wrong unit would give many more.
+MAX_ROWS = 1 << 20
+# Keys of records that say where a record comes from, and not what it says.
+METADATA = frozenset(
+    "id _id uuid idx index hash sha1 sha256 key doc_id record_id message_id prompt_id"
+    " conversation_id conversation_hash example_id dialogue_id"
+    " source attribution author dataset dataset_name subset split origin origin_dataset license url"
+    " file filename file_name file_path path line"
+    " lang language language_score locale domain category categories topic topics tag tags title"
+    " type task task_type task_name format version model generator"
+    " date time timestamp created created_at updated_at"
+    " meta metadata info stats score scores rating quality difficulty confidence"
+    " num_turns num_tokens token_count n_tokens length toxic redacted"
+    " cache_control __index_level_0__".split()
+)
 _WORD = re.compile(r"\s*\S+(?:\s+$)?")
 _Item = TypeVar("_Item")
 
@@ -35,9 +54,33 @@ class Layout(NamedTuple):
     options: Mapping[str, Any]
     bad: BadRecords  # counts the records that cannot be used
 
+    def encode(self, text: str, first: bool = True) -> list[int]:
+        """Returns the tokens of a text, and counts them.
+
+        Args:
+          text: the text.
+          first: False for a text that continues another one (`Tokenizer.encode_next`).
+
+        Raises TextError if the tokens do not give the text back (`Tokenizer.compare`).
+        """
+        tokenizer = self.tokenizer
+        ids = tokenizer.encode(text) if first else tokenizer.encode_next(text)
+        self._check(text, ids)
+        return ids
+
+    def _check(self, text: str, ids: Sequence[int]) -> None:
+        """Counts a text, and checks its tokens, if only a sample of those that cannot be wrong."""
+        in_sample = self.bad.starts_text()
+        changed = False
+        if in_sample or not self.tokenizer.lossless:
+            changed = self.tokenizer.compare(text, ids) == "changed"
+        if in_sample or changed:
+            self.bad.add_text(text, len(ids), in_sample, changed)
+
     def one_token(self, text: str, where: str) -> int:
         """Returns the id of a text that must be exactly one known token. Raises BadRecord."""
         ids = self.tokenizer.encode_word(text)
+        self.tokenizer.compare(text, ids)
         if len(ids) != 1 or ids[0] == self.tokenizer.unknown_id:
             raise BadRecord(
                 f"{where}: {text!r} is {len(ids)} tokens or unknown to the tokenizer: a cell takes"
@@ -47,12 +90,18 @@ class Layout(NamedTuple):
         return ids[0]
 
     def words(self, text: str) -> list[Sequence[int]]:
-        """Returns the tokens of each word of a text. White space belongs to the word after it."""
-        return [self.tokenizer.encode_word(word) for word in _WORD.findall(text)]
+        """Returns the tokens of each word of a text. White space belongs to the word after it.
+
+        Raises TextError, as `encode` does.
+        """
+        words = _WORD.findall(text) or ([text] if text else [])
+        found = [self.tokenizer.encode_word(word, not i) for i, word in enumerate(words)]
+        self._check(text, list(itertools.chain.from_iterable(found)))
+        return found
 
     def say(self, stream: str, start: int, text: str) -> Placement:
-        """Places a text in a stream from row `start` on, one token per row."""
-        return Placement(self.spec.index(stream), start, self.tokenizer.encode(text))
+        """Places a text in a stream from row `start` on, one token per row. Raises TextError."""
+        return Placement(self.spec.index(stream), start, self.encode(text))
 
     def say_words(self, stream: int, start: int, words: Sequence[str]) -> Placement:
         """Places words, each of one token, in stream number `stream` from row `start` on."""
@@ -70,8 +119,24 @@ class Layout(NamedTuple):
         if name not in names:
             raise BadRecord(
                 f"{where}: role {role!r} is none of {names}: map it by config.data.options.roles"
+                " to one of them, or to None to leave it out"
             )
         return name
+
+    def maps(self, role: str) -> bool:
+        """Returns whether a role has an entry in the option `roles`, or is a stream."""
+        return role in self.options["roles"] or role in self.spec.names
+
+    def leaves_out(self, role: str) -> bool:
+        """Returns whether the option `roles` maps a role to None: what it says is left out."""
+        roles = self.options["roles"]
+        if role in roles or role in self.spec.names:
+            return roles.get(role, role) is None
+        return roles.get("*", role) is None
+
+    def weighs(self, role: str, where: str) -> bool:
+        """Returns whether the loss counts what a role says. Raises BadRecord for no stream."""
+        return self.spec.loss_weights[self.spec.index(self.stream_of(role, where))] > 0
 
     def draw(self, option: str, key: str) -> int:
         """Returns the value of an option (a Choice) for the example of `key`.
@@ -100,28 +165,70 @@ class Layout(NamedTuple):
           closed: add silent rows at the end, from which the model learns to stop and stay silent.
             Their number is drawn for each example. From a fixed number, the model would learn to
             start again after that many rows.
+
+        Raises BadRecord if the placements overlap, or need more than MAX_ROWS rows.
         """
+        self._check_placements(placements)
         example = example_hash(key)
         closing_rows = 1 + int(example, 16) % MAX_CLOSING_ROWS if closed else 0
         rows = max((p.end for p in placements), default=0) + closing_rows
         return make_table(placements, rows, self.spec.size, self.tokenizer.silence_id, example)
 
+    def _check_placements(self, placements: Sequence[Placement]) -> None:
+        ends: dict[int, int] = {}
+        for stream, start, tokens in sorted(placements, key=itemgetter(0, 1)):
+            end = ends.get(stream, 0)
+            if start < end and len(tokens):
+                raise BadRecord(
+                    f"stream {self.spec.names[stream]!r} says two things in row {start}: place"
+                    " them one after the other"
+                )
+            ends[stream] = max(start + len(tokens), end)
+        check_rows(max(ends.values(), default=0))
+
+
+def check_rows(rows: int, where: str = "", why: str = "") -> None:
+    """Raises BadRecord if an example has more than MAX_ROWS rows.
+
+    Args:
+      rows: the number of rows.
+      where: the place of the record, if it is not added later.
+      why: how the record gives so many.
+    """
+    if rows > MAX_ROWS:
+        place = f"{where}: " if where else ""
+        raise BadRecord(
+            f"{place}the example has {rows:,} rows{why}, more than {MAX_ROWS:,}: correct or divide"
+            " the record"
+        )
+
 
 class Recorder:
     """Replaces a tokenizer that is not trained yet, and records the texts that it would encode."""
 
-    silence_id, unknown_id, vocab_size = 0, None, 1 << 31
+    silence_id, unknown_id, vocab_size, lossless = 0, None, 1 << 31, True
 
     def __init__(self) -> None:
         self._texts: list[str] = []
         self.control: Mapping[str, int] = collections.defaultdict(int)
 
     def encode(self, text: str) -> list[int]:
-        """Records a text and returns one arbitrary token."""
+        """Records a text and returns one arbitrary token. Raises TextError, as a tokenizer does."""
+        check_text(text)
         self._texts.append(text)
         return [1]
 
-    encode_word = encode
+    encode_next = encode
+
+    def encode_word(self, word: str, first: bool = True) -> list[int]:
+        """Records a word, as `encode` does."""
+        del first
+        return self.encode(word)
+
+    def compare(self, text: str, ids: Sequence[int]) -> str:
+        """Takes every text as covered by the vocabulary."""
+        del text, ids
+        return "same"
 
     def take(self) -> list[str]:
         """Returns the texts recorded since the last call."""
@@ -136,37 +243,75 @@ Convert = Callable[[Layout, Any], Iterator[Table]]
 def each_record(function: Callable[[Layout, Record], Iterable[Table]]) -> Convert:
     """Turns a function from one record to its tables into a converter.
 
-    A record for which the function raises BadRecord is counted and left out. Any other exception
-    but UserError gets a note that names the record.
+    A record for which the function raises BadRecord or TextError is counted and left out. So is a
+    record for which a function of msllm raises anything but UserError, or another function does so
+    while `config.data.bad_percent` allows bad records. Otherwise the exception gets a note that
+    names the record.
     """
+    name = f"{function.__module__}:{getattr(function, '__name__', 'the converter')}"
 
     @functools.wraps(function)
     def convert(layout: Layout, part: Part) -> Iterator[Table]:
         for record in read(part, layout.bad):
             try:
                 tables = list(function(layout, record))
-            except BadRecord as error:
-                layout.bad.add(error)
+            except (BadRecord, TextError) as error:
+                layout.bad.add(bad_record(error, record))
                 continue
             except UserError:
                 raise
             except Exception as error:
-                error.add_note(f"in {record.where}")
-                raise
+                if not (name.startswith("msllm.") or layout.bad.allows_some):
+                    error.add_note(f"in {record.where}")
+                    raise
+                what = f"{name} fails with {type(error).__name__}: {error}"
+                layout.bad.add(BadRecord(f"{record.where}: {what}"))
+                continue
             for table in layout.count_empty(tables):
                 yield table._replace(source=record.where)
 
     return convert
 
 
-def messages_of(record: Record) -> list[dict[str, Any]]:
-    """Returns the record's "messages", a list of JSON objects. Raises BadRecord."""
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+def bad_record(error: UserError, record: Record) -> BadRecord:
+    """Returns an error as a BadRecord whose message begins with the place of the record."""
+    if isinstance(error, BadRecord) and str(error).startswith(record.file):
+        return error
+    return BadRecord(f"{record.where}: {error}")
+
+
+def check_keys(
+    layout: Layout,
+    value: Mapping[str, Any],
+    read: Set[str],
+    where: str,
+    hints: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Raises BadRecord for a key of a record that nothing reads.
+
+    Keys that say nothing (null, "", an empty list or object), keys in METADATA, and keys that the
+    option `ignored_keys` lists do not matter. "*" in this option stands for all keys.
+
+    Args:
+      layout: has the option `ignored_keys`.
+      value: the record, or an object in it.
+      read: the keys that the converter reads.
+      where: the place of `value`, for the message.
+      hints: what to do about a key, for the message.
+    """
+    if value.keys() <= read:
+        return
+    ignored = layout.options["ignored_keys"]
+    for key, content in value.items():
+        if key in read or key in METADATA or key in ignored or content is None:
+            continue
+        if isinstance(content, (str, list, dict)) and not content or "*" in ignored:
+            continue
+        hint = f"{hints[key]}; " if key in hints else ""
         raise BadRecord(
-            f'{record.where}: must be {{"messages": [{{"role": ..., "content": ...}}, ...]}}'
+            f"{where}: nothing reads the key {key!r} ({content!r:.40}): {hint}remove it, or list it"
+            " in config.data.options.ignored_keys"
         )
-    return messages
 
 
 def require_one_stream(layout: Layout, converter: str, remedy: str = "") -> None:

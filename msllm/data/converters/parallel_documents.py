@@ -47,7 +47,7 @@ def _pieces(layout: Layout, part: Part) -> Iterator[tuple[str, Sequence[int], bo
     """Yields (place of the document, piece, whether it is the last piece of the document)."""
     for where, blocks in texts(part, layout.options["key"], layout.bad):
         before = None
-        for piece in layout.count_empty(pieces(layout, blocks)):
+        for piece in layout.count_empty(pieces(layout, blocks, where)):
             if before is not None:
                 yield where, before, False
             before = piece

@@ -6,8 +6,10 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 
 from msllm.data.converters.layout import Layout, require_one_stream
-from msllm.data.sources import Part, texts
+from msllm.data.files import NotUtf8
+from msllm.data.sources import BadRecord, Part, texts
 from msllm.data.tables import Placement, Table
+from msllm.tokenizer import TextError
 
 OPTIONS = {"key": "text", "stream": ""}
 
@@ -24,20 +26,35 @@ def convert(layout: Layout, part: Part) -> Iterator[Table]:
         require_one_stream(layout, "single", remedy)
     stream = layout.spec.index(name) if name else 0
     for where, blocks in texts(part, layout.options["key"], layout.bad):
-        for tokens in layout.count_empty(pieces(layout, blocks)):
+        for tokens in layout.count_empty(pieces(layout, blocks, where)):
             table = layout.table([Placement(stream, 0, tokens)], json.dumps(tokens), closed=False)
             yield table._replace(source=where)
 
 
-def pieces(layout: Layout, blocks: Iterable[str]) -> Iterator[Sequence[int]]:
-    """Yields the tokens of a text in pieces of T tokens (the last: fewer) that overlap by one."""
+def pieces(layout: Layout, blocks: Iterable[str], where: str) -> Iterator[Sequence[int]]:
+    """Yields the tokens of a text in pieces of T tokens (the last: fewer) that overlap by one.
+
+    The rest of a text that cannot be used is left out, and the text is counted as a bad record.
+
+    Args:
+      layout: encodes the text.
+      blocks: the text.
+      where: the place of the text.
+    """
     tokens: list[int] = []
-    for block in blocks:
-        tokens += layout.tokenizer.encode(block)
-        start = 0
-        while len(tokens) - start >= layout.rows:
-            yield tokens[start : start + layout.rows]
-            start += layout.rows - 1
-        tokens = tokens[start:]
+    first = True
+    try:
+        for block in blocks:
+            tokens += layout.encode(block, first)
+            first = False
+            start = 0
+            while len(tokens) - start >= layout.rows:
+                yield tokens[start : start + layout.rows]
+                start += layout.rows - 1
+            tokens = tokens[start:]
+    except TextError as error:
+        layout.bad.add(BadRecord(f"{where}: {error}"))
+    except NotUtf8 as error:  # names the line
+        layout.bad.add(BadRecord(str(error)))
     if len(tokens) > 1:
         yield tokens

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from msllm.data.converters.layout import Layout, each_record
+from msllm.data.converters.layout import Layout, check_keys, check_rows, each_record
 from msllm.data.sources import BadRecord, Record, text_of
 from msllm.data.tables import Placement, Table
 from msllm.errors import UserError
 
-OPTIONS = {"row_seconds": 0.25, "roles": {}, "longest_silence": 0, "ignored": []}
+OPTIONS = {
+    "row_seconds": 0.25,
+    "roles": {},
+    "longest_silence": 0,
+    "ignored": [],
+    "ignored_keys": [],
+}
+_MAX_SECONDS = 1e11  # the year 5138, counted from 1970; times in milliseconds since 1970 are beyond
+_NAMED = re.compile(r"([^\s:][^:]{0,39}):\s+(?=\S)")  # "Anna: ..."
+_KEYS = frozenset(("start", "end", "speaker", "text"))
 
 
 class _Utterance(NamedTuple):
@@ -37,9 +47,13 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     - `roles`: maps speakers to streams, as in `Layout.stream_of`. Speakers may share a stream.
     - `longest_silence`: shorten each silence of all streams to at most this many rows; 0: off.
     - `ignored`: utterances with these texts are left out, such as "[silence]".
+    - `ignored_keys`: keys of recordings and utterances that are left out, as in `check_keys`.
+
+    The speaker of an utterance whose speaker is "" is the name before a colon at the start of its
+    text, if `roles` maps this name or it is the name of a stream.
     """
     seconds = layout.options["row_seconds"]
-    if not seconds > 0:
+    if not 0 < seconds < math.inf:
         raise UserError(f"config.data.options.row_seconds is {seconds}: must be positive")
     recording = record.get("utterances")
     if not isinstance(recording, list):
@@ -47,12 +61,16 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
             f"{record.where}: must be"
             ' {"utterances": [{"start", "end", "speaker", "text"}, ...]}'
         )
+    check_keys(layout, record.value, {"utterances"}, record.where)
     utterances = _utterances(layout, recording, record.where)
     if not utterances:
         return
     cells = _spread(layout, utterances, seconds)
     rows = sorted({row for column in cells.values() for row, _ in column})
     place = dict(zip(rows, _shorten(rows, layout.options["longest_silence"])))
+    last = max(place.values(), default=0)
+    span = f" of {seconds} s (times are in seconds; see config.data.options.longest_silence)"
+    check_rows(last + 1, record.where, span)
     placements = []
     for name, column in cells.items():
         tokens = [layout.tokenizer.silence_id] * (place[column[-1][0]] + 1 if column else 0)
@@ -67,14 +85,18 @@ def _utterances(layout: Layout, recording: list[Any], where: str) -> list[_Utter
     found = []
     for number, utterance in enumerate(recording):
         here = f"{where}, utterance {number}"
-        text = text_of(utterance, "text", here)
-        stream = layout.stream_of(text_of(utterance, "speaker", here), here)
+        text, speaker = text_of(utterance, "text", here), text_of(utterance, "speaker", here)
+        check_keys(layout, utterance, _KEYS, here)
+        named = None if speaker else _NAMED.match(text)
+        if named and layout.maps(named[1]):
+            speaker, text = named[1], text[named.end() :]
         start, end = _time(utterance, "start", here), _time(utterance, "end", here)
         if end < start:
             raise BadRecord(
                 f"{here}: ends at {end}, before it starts at {start}: correct the times"
             )
-        if text not in layout.options["ignored"]:
+        if text not in layout.options["ignored"] and not layout.leaves_out(speaker):
+            stream = layout.stream_of(speaker, here)
             found.append(_Utterance(start, end, stream, text))
     # The sort is stable: utterances of the same times stay in the order of the record.
     return sorted(found, key=lambda utterance: utterance[:2])
@@ -82,9 +104,16 @@ def _utterances(layout: Layout, recording: list[Any], where: str) -> list[_Utter
 
 def _time(utterance: dict[str, Any], key: str, where: str) -> float:
     value: Any = utterance.get(key)
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise BadRecord(f"{where}: {key!r} is {value!r}: must be a time in seconds")
+    if type(value) not in (int, float) or not -_MAX_SECONDS < value < _MAX_SECONDS:
+        raise BadRecord(f"{where}: {key!r} is {_short(value)}: must be a time in seconds")
     return value
+
+
+def _short(value: Any) -> str:
+    """Returns a value for a message. Python refuses to write integers of thousands of digits."""
+    return (
+        "a number of many digits" if isinstance(value, int) and value > 1e18 else f"{value!r:.40}"
+    )
 
 
 def _spread(
@@ -94,7 +123,7 @@ def _spread(
     cells: dict[str, list[tuple[int, int]]] = {name: [] for name in layout.spec.names}
     first = utterances[0].start
     for start, end, stream, text in utterances:
-        tokens, column = layout.tokenizer.encode(text), cells[stream]
+        tokens, column = layout.encode(text), cells[stream]
         for i, token in enumerate(tokens, 1):
             row = math.ceil((start - first + (end - start) * i / len(tokens)) / seconds) - 1
             free = column[-1][0] + 1 if column else 0

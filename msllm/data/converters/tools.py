@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
-from msllm.data.converters.layout import Choice, Layout, each_record, messages_of
-from msllm.data.sources import BadRecord, Record, text_of
+from msllm.data.converters.layout import Choice, Layout, each_record
+from msllm.data.converters.messages import Turn, read_chat
+from msllm.data.sources import BadRecord, Record
 from msllm.data.tables import Placement, Table
 from msllm.errors import UserError
 
@@ -17,17 +17,19 @@ OPTIONS = {
     "results": ["result"],
     "call_after": Choice(-1, least=-1),
     "latency": Choice(0, least=0),
+    "ignored_keys": [],
 }
 
 
 @each_record
 def convert(layout: Layout, record: Record) -> Iterator[Table]:
-    """From {"messages": [...]} in the form of chat APIs.
+    """From {"messages": [...]} in the form of chat APIs, or another form that `messages` reads.
 
-    A message has a "role" and a "content" (speech; may be null). A message of role "assistant" may
-    have "tool_calls", [{"id", "function": {"name", "arguments"}}, ...]. The content of a message
-    of role "tool" is the result of the call with its "tool_call_id". The text of a call is
-    `name arguments`.
+    A message has a "role" and a "content" (speech; may be null). A message may have "tool_calls",
+    [{"id", "function": {"name", "arguments"}}, ...], or one "function_call". The content of a
+    message of role "tool" or "function" is the result of the call with its "tool_call_id". Without
+    one, it is the result of the first call without a result, among those of its "name" if it has
+    one. The text of a call is `name arguments`.
 
     Speech starts when everything before it has ended.
 
@@ -40,17 +42,16 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
       stream, but not before the end of the results of earlier messages. -1: start them together
       with the speech of their message, when everything before it has ended.
     - `latency`: start a result this many rows after the end of its call.
+    - `ignored_keys`: keys of records and messages that are left out, as in `check_keys`.
     """
     _check_streams(layout)
-    messages = messages_of(record)
-    trace = _Trace(layout, json.dumps(messages, sort_keys=True))
-    for number, message in enumerate(messages):
-        where = f"{record.where}, message {number}"
-        role = text_of(message, "role", where)
-        if role == "tool":
-            trace.add_result(message, where)
+    turns, key = read_chat(layout, record, calls=True)
+    trace = _Trace(layout, key)
+    for turn in turns:
+        if turn.is_result:
+            trace.add_result(turn)
         else:
-            trace.add_message(role, message, where)
+            trace.add_speech(turn)
     if trace.placements:
         yield layout.table(trace.placements, trace.key)
 
@@ -58,6 +59,9 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
 class _Call(NamedTuple):
     place: int  # index in the options `calls` and `results`
     end: int  # the row after its last token
+    identity: str  # "": it has none
+    name: str
+    where: str  # the place of its message
 
 
 class _Trace:
@@ -71,31 +75,56 @@ class _Trace:
         self._call_after = layout.draw("call_after", key)
         self._latency = layout.draw("latency", key)
         self._free = dict.fromkeys(layout.spec.names, 0)  # per stream, the row after its last token
-        self._made: dict[str, _Call] = {}  # by id
+        self._made: dict[str, _Call] = {}  # the last call of each id
+        self._open: list[_Call] = []  # calls without a result yet
         self._input_start = 0  # the row in which the last speech of an input stream started
         self._results_end = 0  # the row after the results so far
 
-    def add_result(self, message: Mapping[str, Any], where: str) -> None:
+    def add_result(self, turn: Turn) -> None:
         """Places the result of a call. Raises BadRecord."""
-        call = _find_call(self._made, message, where)
-        text = text_of(message, "content", where)
-        said = self._say(self._results[call.place], call.end + self._latency, text)
+        call = self._find_call(turn)
+        said = self._say(self._results[call.place], call.end + self._latency, turn.text or "")
         self._results_end = max(self._results_end, said.end)
 
-    def add_message(self, role: str, message: Mapping[str, Any], where: str) -> None:
-        """Places the speech of a message, and its calls. Raises BadRecord."""
+    def add_speech(self, turn: Turn) -> None:
+        """Places the speech of a turn, and its calls. Raises BadRecord."""
         now = max(self._free.values())
-        if message.get("content") or not message.get("tool_calls"):
-            name = self._layout.stream_of(role, where)
-            start = self._say(name, now, text_of(message, "content", where)).start
+        if turn.text or not turn.calls:
+            name = self._layout.stream_of(turn.role, turn.where)
+            start = self._say(name, now, turn.text or "").start
             if self._layout.spec.kinds[self._layout.spec.index(name)] == "input":
                 self._input_start = start
         if self._call_after >= 0:
             now = min(max(self._input_start + self._call_after, self._results_end), now)
-        for name, identity, arguments in _calls_of(message, where):
+        for call in turn.calls:
             place = min(range(len(self._calls)), key=lambda i: self._first_row(i, now))
-            said = self._say(self._calls[place], now, f"{name} {arguments}")
-            self._made[identity] = _Call(place, said.end)
+            said = self._say(self._calls[place], now, f"{call.name} {call.arguments}")
+            made = _Call(place, said.end, call.identity, call.name, turn.where)
+            self._open.append(made)
+            if call.identity:
+                self._made[call.identity] = made
+
+    def _find_call(self, turn: Turn) -> _Call:
+        """Returns the call that a turn is the result of. Raises BadRecord."""
+        if turn.identity:
+            found = [self._made[turn.identity]] if turn.identity in self._made else []
+        else:
+            found = [call for call in self._open if turn.name in ("", call.name)]
+        if not found:
+            known = ", ".join(self._made) or "none"
+            raise BadRecord(
+                f"{turn.where}: 'tool_call_id' is {turn.identity!r}: must be the id of an earlier"
+                f" call ({known}); without ids, a result needs an earlier call without one"
+            )
+        call = found[0]
+        if len({one.where for one in found}) > 1:
+            raise BadRecord(
+                f"{turn.where}: the result has no 'tool_call_id', and may be that of calls of"
+                f" {len(found)} messages: add the ids of calls and results"
+            )
+        if call in self._open:
+            self._open.remove(call)
+        return call
 
     def _first_row(self, place: int, now: int) -> int:
         """Returns the row from `now` on in which both streams at a place are free."""
@@ -117,27 +146,3 @@ def _check_streams(layout: Layout) -> None:
         )
     for name in (*calls, *results):
         layout.spec.index(name)  # raises UserError for an unknown stream
-
-
-def _calls_of(message: Mapping[str, Any], where: str) -> Iterator[tuple[str, str, str]]:
-    """Yields (name, id, arguments) of every call of a message. Raises BadRecord."""
-    calls = message.get("tool_calls") or []
-    if not isinstance(calls, list):
-        raise BadRecord(f"{where}: 'tool_calls' is {calls!r}: must be a list")
-    for call in calls:
-        function: Any = call.get("function") if isinstance(call, dict) else None
-        name, arguments = text_of(function, "name", where), function.get("arguments", "")
-        if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        yield name, str(call.get("id", "")), arguments
-
-
-def _find_call(made: Mapping[str, _Call], message: Mapping[str, Any], where: str) -> _Call:
-    """Returns the call that a message is the result of. Raises BadRecord."""
-    identity = str(message.get("tool_call_id", ""))
-    if identity not in made:
-        known = ", ".join(made) or "none"
-        raise BadRecord(
-            f"{where}: 'tool_call_id' is {identity!r}: must be the id of an earlier call ({known})"
-        )
-    return made[identity]

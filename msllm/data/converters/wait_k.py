@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from msllm.data.converters.layout import Choice, Layout, each_record
+from msllm.data.converters.layout import Choice, Layout, check_keys, each_record
 from msllm.data.sources import Record
 from msllm.data.tables import Placement, Table
 from msllm.errors import UserError
@@ -16,6 +16,7 @@ OPTIONS = {
     "target": "target",
     "source_stream": "user",
     "target_stream": "output",
+    "ignored_keys": [],
 }
 
 
@@ -29,6 +30,7 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     """
     options = layout.options
     source, target = record.text(options["source"]), record.text(options["target"])
+    check_keys(layout, record.value, {options["source"], options["target"]}, record.where)
     k = layout.draw("k", source)
     if options["unit"] == "token":
         placements = _by_token(layout, source, target, k)
