@@ -271,7 +271,7 @@ class ShardWriter:
         silent = table.present & (table.tokens == self._tokenizer.silence_id)
         self.silence += silent.sum(axis=0)
         self.tokens += (table.present & ~silent).sum(axis=0)
-        if self._tokenizer.unknown_id is not None:
+        if self._tokenizer.unknown_id is not None and not self._tokenizer.lossless:
             unknown = table.present & (table.tokens == self._tokenizer.unknown_id)
             if unknown.any():
                 self.unknown += unknown.sum(axis=0)
