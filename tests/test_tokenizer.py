@@ -2,6 +2,7 @@
 
 import functools
 import io
+import json
 
 import pytest
 import sentencepiece
@@ -268,3 +269,93 @@ def test_pieces_encoded_apart_gain_no_space(number):
     assert tokenizer.decode(tokenizer.encode("Anna") + tokenizer.encode_next("s")) == "Annas"
     if number == 0:
         assert tokenizer.compare(text, tokenizer.encode(text)) == "same"
+
+
+@functools.cache
+def lossless_one(kind):
+    if kind == "prefix":
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(CORPUS),
+            model_writer=model,
+            vocab_size=400,
+            hard_vocab_limit=False,
+            remove_extra_whitespaces=False,
+            normalization_rule_name="identity",
+            byte_fallback=True,
+            control_symbols=["<silence>"],
+            minloglevel=2,
+        )
+        return Tokenizer("sentencepiece", model.getvalue(), "<silence>")
+    return Tokenizer("tokenizers", json.dumps(divided()).encode(), "<silence>")
+
+
+def divided():
+    """The settings of a byte-level tokenizer that divides texts, with all that keeps them."""
+    settings = json.loads(imported().to_bytes())
+    split = {"String": "l"}
+    settings["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": split, "behavior": "Isolated", "invert": False},
+            {"type": "Digits", "individual_digits": True},
+            settings["pre_tokenizer"],
+        ],
+    }
+    settings["added_tokens"].append(
+        settings["added_tokens"][0] | {"id": 300, "content": "<call it>", "special": False}
+    )
+    return settings
+
+
+@pytest.mark.parametrize("kind", ["prefix", "divided"])
+@settings(max_examples=60, deadline=None)
+@given(before=ANY_TEXT, after=ANY_TEXT)
+def test_lossless_tokenizers_give_any_text_back(kind, before, after):
+    tokenizer = lossless_one(kind)
+    assert tokenizer.lossless
+    for text in (before, f"{before} \u2581 12half<call it>{after}"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and tokenizer.compare(text, ids) == "same"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.update(normalizer={"type": "NFC"}),
+        lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"),
+        lambda s: s["pre_tokenizer"]["pretokenizers"][2].update(add_prefix_space=True),
+        lambda s: s["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Whitespace"}),
+        lambda s: s.update(pre_tokenizer=None),
+        lambda s: s.update(decoder={"type": "Fuse"}),
+        lambda s: s["added_tokens"][-1].update(lstrip=True),
+        lambda s: s["added_tokens"][-1].update(content="\u00e9"),
+        lambda s: s["model"]["vocab"].pop("\u0120"),
+    ],
+)
+def test_what_may_lose_text_is_not_called_lossless(change):
+    settings = divided()
+    settings["model"]["merges"] = []
+    change(settings)
+    assert not Tokenizer("tokenizers", json.dumps(settings).encode(), "<silence>").lossless
+
+
+def test_truncation_and_padding_of_an_imported_file_are_off():
+    settings = json.loads(imported().to_bytes())
+    settings["truncation"] = {
+        "direction": "Right",
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    settings["padding"] = {
+        "strategy": {"Fixed": 64},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 1,
+        "pad_type_id": 0,
+        "pad_token": "<eos>",
+    }
+    tokenizer = Tokenizer("tokenizers", json.dumps(settings).encode(), "<silence>")
+    for encode in (tokenizer.encode, tokenizer.encode_next):
+        assert tokenizer.decode(encode(CORPUS[0])) == CORPUS[0]

@@ -67,7 +67,7 @@ _FIELD_CHARACTERS = 1 << 30  # limit of a field of a csv file
 
 
 TEXT_COUNTS = ("texts", "changed", "words", "characters", "tokens")
-_SAMPLE = 16  # every 16th text is in the sample
+_SAMPLE = 64  # the first 64 texts of a portion and every 64th are in the sample
 
 
 class BadRecord(UserError):
@@ -84,6 +84,7 @@ class BadRecords:
       empty: the number of good records that gave no table.
       texts: the numbers of encoded `texts`, and of `changed` ones among them
         (`Tokenizer.compare`); the numbers of words, characters and tokens in a sample of them.
+      in_sample: the last text belongs to the sample.
       changed: the first text that the tokenizer changed.
     """
 
@@ -98,6 +99,7 @@ class BadRecords:
         self.records = self.bad = self.empty = 0
         self.shown: list[str] = []
         self.texts = dict.fromkeys(TEXT_COUNTS, 0)
+        self.in_sample = False
         self.changed = ""
 
     @property
@@ -145,18 +147,18 @@ class BadRecords:
         """Counts a text, and returns whether it belongs to the sample (`add_text`)."""
         number = self.texts["texts"]
         self.texts["texts"] = number + 1
-        return number % _SAMPLE == 0
+        self.in_sample = number % _SAMPLE == 0 or number < _SAMPLE
+        return self.in_sample
 
-    def add_text(self, text: str, tokens: int, in_sample: bool, changed: bool) -> None:
-        """Counts a text that is in the sample, or that its tokens give back changed.
+    def add_text(self, text: str, tokens: int, changed: bool) -> None:
+        """Counts the last text if it is in the sample, or its tokens give it back changed.
 
         Args:
           text: the text.
           tokens: the number of its tokens.
-          in_sample: it is in the sample.
           changed: its tokens give it back with other white space, or normalized.
         """
-        if in_sample:
+        if self.in_sample:
             self.texts["words"] += len(text.split())
             self.texts["characters"] += len(text)
             self.texts["tokens"] += tokens

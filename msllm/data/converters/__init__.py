@@ -227,7 +227,8 @@ def convert_part(
     columns = [written.index(name) for name in spec.names]
     permuted = [spec.index(name) for name in data.vary.permute]
     for table in converter.function(layout, part):
-        _check_table(data.converter, layout, table)
+        if converter.options is None:  # a user's converter
+            _check_table(data.converter, layout, table)
         if columns != list(range(written.size)):
             table = vary.select(table, columns)
         if permuted:

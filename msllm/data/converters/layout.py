@@ -65,17 +65,15 @@ class Layout(NamedTuple):
         """
         tokenizer = self.tokenizer
         ids = tokenizer.encode(text) if first else tokenizer.encode_next(text)
-        self._check(text, ids)
+        if self.bad.starts_text() or not tokenizer.lossless:
+            self._check(text, ids)
         return ids
 
     def _check(self, text: str, ids: Sequence[int]) -> None:
-        """Counts a text, and checks its tokens, if only a sample of those that cannot be wrong."""
-        in_sample = self.bad.starts_text()
-        changed = False
-        if in_sample or not self.tokenizer.lossless:
-            changed = self.tokenizer.compare(text, ids) == "changed"
-        if in_sample or changed:
-            self.bad.add_text(text, len(ids), in_sample, changed)
+        """Checks and counts a text. Of texts that cannot be wrong, a sample is enough."""
+        changed = self.tokenizer.compare(text, ids) == "changed"
+        if self.bad.in_sample or changed:
+            self.bad.add_text(text, len(ids), changed)
 
     def one_token(self, text: str, where: str) -> int:
         """Returns the id of a text that must be exactly one known token. Raises BadRecord."""
@@ -95,8 +93,10 @@ class Layout(NamedTuple):
         Raises TextError, as `encode` does.
         """
         words = _WORD.findall(text) or ([text] if text else [])
-        found = [self.tokenizer.encode_word(word, not i) for i, word in enumerate(words)]
-        self._check(text, list(itertools.chain.from_iterable(found)))
+        is_first = itertools.chain([True], itertools.repeat(False))
+        found = list(map(self.tokenizer.encode_word, words, is_first))
+        if self.bad.starts_text() or not self.tokenizer.lossless:
+            self._check(text, list(itertools.chain.from_iterable(found)))
         return found
 
     def say(self, stream: str, start: int, text: str) -> Placement:
@@ -168,13 +168,27 @@ class Layout(NamedTuple):
 
         Raises BadRecord if the placements overlap, or need more than MAX_ROWS rows.
         """
-        self._check_placements(placements)
+        rows = self._check_placements(placements)
         example = example_hash(key)
-        closing_rows = 1 + int(example, 16) % MAX_CLOSING_ROWS if closed else 0
-        rows = max((p.end for p in placements), default=0) + closing_rows
+        rows += 1 + int(example, 16) % MAX_CLOSING_ROWS if closed else 0
         return make_table(placements, rows, self.spec.size, self.tokenizer.silence_id, example)
 
-    def _check_placements(self, placements: Sequence[Placement]) -> None:
+    def _check_placements(self, placements: Sequence[Placement]) -> int:
+        """Returns the row after the last placement. Raises BadRecord, as `table` does."""
+        ends = [0] * self.spec.size
+        in_order = True
+        for stream, start, tokens in placements:
+            if start < ends[stream]:
+                in_order = False
+            ends[stream] = max(start + len(tokens), ends[stream])
+        rows = max(ends)
+        if not in_order:
+            self._check_overlap(placements)
+        if rows > MAX_ROWS:
+            check_rows(rows)
+        return rows
+
+    def _check_overlap(self, placements: Sequence[Placement]) -> None:
         ends: dict[int, int] = {}
         for stream, start, tokens in sorted(placements, key=itemgetter(0, 1)):
             end = ends.get(stream, 0)
@@ -184,7 +198,6 @@ class Layout(NamedTuple):
                     " them one after the other"
                 )
             ends[stream] = max(start + len(tokens), end)
-        check_rows(max(ends.values(), default=0))
 
 
 def check_rows(rows: int, where: str = "", why: str = "") -> None:

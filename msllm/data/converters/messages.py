@@ -39,6 +39,7 @@ _ALIASES = {
 }
 _QUESTIONS = {"instruction": ("output", "response"), "prompt": ("completion", "response")}
 _INPUTS = ("input", "context")
+_TO_KEY = json.JSONEncoder(sort_keys=True, default=str).encode
 _PARTS = ("text", "input_text", "output_text")
 _HINTS = {
     "tool_calls": "the converter 'tools' reads calls",
@@ -94,19 +95,21 @@ def read_chat(layout: Layout, record: Record, calls: bool = False) -> Chat:
     name, messages = _messages_of(record)
     added = list(_added_turns(layout, record, name)) if len(record.value) > 1 else []
     turns = [turn for turn in added if not _is_first(turn, messages)]
+    place = record.where
     for number, message in enumerate(messages):
-        where = f"{record.where}, message {number}"
+        where = f"{place}, message {number}"
         role, content = message.get("role"), message.get("content")
         if len(message) == 2 and isinstance(role, str) and isinstance(content, str):
             # Most messages have this form. `_turns` takes four times as long.
-            turns.append(
-                Turn(role, content, where, is_result=calls and _gives_result(layout, role))
-            )
+            turn = Turn(role, content, where)
+            if calls and _gives_result(layout, role):
+                turn = turn._replace(is_result=True)
+            turns.append(turn)
         else:
             turns += _turns(layout, message, where, calls)
     if len(record.value) > 1:
         _check_record(layout, record, name, turns)
-    key = json.dumps(messages, sort_keys=True, default=str)
+    key = _TO_KEY(messages)
     if added:
         key += json.dumps([turn[:2] for turn in added])
     if None in layout.options["roles"].values():
@@ -126,6 +129,9 @@ def _check_record(layout: Layout, record: Record, name: str, turns: Sequence[Tur
 
 def _messages_of(record: Record) -> tuple[str, list[dict[str, Any]]]:
     """Returns the name of the form, and the messages as objects. Raises BadRecord."""
+    messages = record.get(LISTS[0])
+    if type(messages) is list and {dict}.issuperset(map(type, messages)):
+        return LISTS[0], messages  # what follows gives the same, but takes longer
     for name in LISTS:
         if record.get(name) is not None:
             return name, _list_of(record.get(name), name, record.where)
