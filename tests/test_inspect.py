@@ -387,13 +387,12 @@ def test_the_page_holds_every_cell(tmp_path):
 
 
 def test_all_counts_of_the_manifest_are_shown(small):
-    path = small / "manifest.json"
-    manifest = json.loads(path.read_text())
+    manifest = records.read_manifest(small)
     manifest["duplicates"] = {"train": 1234, "eval": 0, "train_and_eval": 5}
     manifest["splits"]["train"] |= {"cut": {"examples": 2, "rows": 9, "reason": "too long"}}
     manifest["bad"] = {"records": 1000, "bad": 1, "shown": ["f:2: \x1b no JSON"]}
     manifest["settings"]["inputs"] = [[f"file{i}", "0123456789abcdef" * 4] for i in range(9)]
-    path.write_text(json.dumps(manifest))
+    records.write_manifest(small, manifest)
     text = shown(small)
     for line in (
         "  duplicates, all splits  1,234 train, 0 eval, 5 train_and_eval\n",

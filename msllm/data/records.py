@@ -90,7 +90,7 @@ def file_hash(path: str | pathlib.Path) -> str:
 
 
 def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
-    """Reads the manifest of a prepared directory. Raises UserError."""
+    """Returns the manifest of a prepared directory, without its digest. Raises UserError."""
     path = pathlib.Path(directory) / MANIFEST
     if not path.is_file():
         exists = path.parent.is_dir()
@@ -108,6 +108,7 @@ def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
         )
     if "digest" in manifest and digest_differs(manifest):  # earlier versions wrote none
         raise UserError(f"{path} is damaged (its digest differs): {_PREPARE_AGAIN}")
+    manifest.pop("digest", None)
     return manifest
 
 
