@@ -87,6 +87,7 @@ def test_plain_output(small):
         ["tables", "1 of 8 rows"],
         ["rows", "8, which fill 100.0% of the tables"],
         ["silence", "36.4% of the cells"],
+        ["longest", "5 rows"],
         ["overlap", "12.5% of the rows have two or more streams that speak (all tables)"],
         ["unknown", "none"],
         ["cut", "none"],

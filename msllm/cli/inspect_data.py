@@ -1,8 +1,9 @@
 """Show statistics and tables of prepared data.
 
-Prints each table with one line per row and one column per stream. Reads only
-the manifest and the shards that it needs, so it is fast for data of any size
-(docs/data.md).
+Prints each table with one line per row and one column per stream, and an
+estimate of whether the targets of each generated stream can be known in time.
+Reads only the manifest and the shards that it needs, so it is fast for data of
+any size (docs/data.md).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ msllm inspect data/quickstart --split=eval --html=quickstart.html
 
 def define_flags(parser: Parser) -> None:
     """Declares the flags of the command."""
+    from msllm.streams import PRESETS
+
     parser.add_argument("directory", metavar="DIR", help="Directory that msllm prepare wrote.")
     parser.add_argument(
         "--split", choices=["train", "eval"], default="train", help="Split to show."
@@ -43,6 +46,12 @@ def define_flags(parser: Parser) -> None:
         metavar="N",
         type=positive_int,
         help="Number of rows to show of each table. Default: 64; with --example or --html, all.",
+    )
+    parser.add_argument(
+        "--visibility",
+        choices=PRESETS,
+        help="Visibility for which to estimate whether the targets can be known in time. Default: "
+        "that of the config with which the data was prepared.",
     )
     parser.add_argument(
         "--html", metavar="FILE", type=output_file, help="Write an HTML page instead."
@@ -66,4 +75,5 @@ def run(flags: argparse.Namespace) -> None:
         flags.tables,
         flags.rows,
         flags.html,
+        flags.visibility,
     )

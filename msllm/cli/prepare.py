@@ -9,9 +9,13 @@ run the same command again.
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from msllm.cli.base import Parser, non_negative_int
 from msllm.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from msllm.config import Config
 
 EXAMPLES = """
 msllm prepare --config=configs/quickstart.py
@@ -52,4 +56,19 @@ def run(flags: argparse.Namespace) -> None:
         raise RunError(
             "stopped: finished work is kept; run the same command again to continue"
         ) from None
+    if in_time := _targets_in_time(flags.config, out):
+        print("\n".join(in_time))
     print(f"prepared in {out}")
+
+
+def _targets_in_time(config: Config, out: str) -> list[str]:
+    """Says for each generated stream whether its targets can be known in time."""
+    from msllm.data.records import read_manifest
+    from msllm.streams import StreamSpec, resolve_visibility
+    from msllm.view.prepared import targets_in_time
+    from msllm.view.split import Split
+
+    spec = StreamSpec.from_config(resolve_visibility(config).streams)
+    manifest = read_manifest(out)
+    filled = [split for split, part in manifest["splits"].items() if part["tables"]]
+    return targets_in_time(Split(out, filled[0]), spec.lag_array)

@@ -337,6 +337,7 @@ def _report(packer: Packer, writer: ShardWriter) -> dict[str, Any]:
         "examples": packer.examples,
         "cut": packer.cut,
         "cut_rows": packer.cut_rows,
+        "longest": packer.longest,
         "dropped": packer.dropped,
         "tokens": writer.tokens.tolist(),
         "silence": writer.silence.tolist(),

@@ -32,6 +32,7 @@ class Packer:
       rows: the number of their rows.
       cut: the number of examples longer than T. Only their first T rows are packed.
       cut_rows: the number of their rows that are lost.
+      longest: the number of rows of the longest example, before it is cut.
       dropped: the number of examples with fewer than 2 rows, in which there is nothing to predict.
     """
 
@@ -44,6 +45,7 @@ class Packer:
         self._bins: dict[int, list[Table]] = {}
         self._made = 0  # bins so far
         self.examples = self.rows = self.cut = self.cut_rows = self.dropped = 0
+        self.longest = 0
 
     def add(self, table: Table) -> list[Packed]:
         """Adds one example, and returns the tables that this finishes."""
@@ -51,6 +53,7 @@ class Packer:
         if length < 2:
             self.dropped += 1
             return []
+        self.longest = max(self.longest, length)
         if length > self.table_rows:
             self.cut += 1
             self.cut_rows += length - self.table_rows

@@ -13,12 +13,13 @@ from msllm.data import build, records
 from msllm.data.build import SPLITS
 from msllm.data.duplicates import count_duplicates
 from msllm.data.sources import BadRecords
-from msllm.streams import StreamSpec
+from msllm.streams import NEVER, StreamSpec
 from msllm.tokenizer import Tokenizer
 
 # The folder in "folder/file:line". Manifests leave it out because it differs between machines.
 _FOLDER = re.compile(r"^.*/(?=[^/]*?:\d)")
 MAX_UNKNOWN = 0.01  # warn of a larger share of unknown tokens in a stream
+MAX_CUT = 0.1  # warn if a larger share of the examples is cut
 _SUMMED = ("tables", "examples", "rows", "cut", "cut_rows", "dropped")
 
 
@@ -45,6 +46,8 @@ def make_manifest(
         "format": records.FORMAT,
         "settings": settings,
         "streams": {"names": spec.names, "kinds": spec.kinds, "delays": spec.delays},
+        # Rows of lag from each reader to each source; null: never. The tables do not depend on it.
+        "lag": [[None if rows == NEVER else rows for rows in row] for row in spec.lag],
         "rows": config.data.rows,
         "tokenizer": {
             "file": tokenizer_lib.FILE_NAMES[tokenizer.kind],
@@ -83,6 +86,7 @@ def sum_portions(
         "tables": tables,
         "examples": sums["examples"],
         "rows": sums["rows"],
+        "longest": max((portion.get("longest", 0) for portion in portions), default=0),
         "tokens": dict(zip(spec.names, tokens)),
         "silence": dict(zip(spec.names, silence)),
         "unknown": dict(zip(spec.names, unknown)),
@@ -111,7 +115,10 @@ def describe(manifest: Mapping[str, Any]) -> str:
     lines = [f"tokenizer: {tokenizer['kind']}, {tokenizer['vocab_size']:,} pieces"]
     lines += _describe_texts(manifest.get("texts", {}))
     for split, part in manifest["splits"].items():
-        lines += _describe_split(split, part, manifest["rows"])
+        if part["examples"]:
+            lines += _describe_split(split, part, manifest)
+        else:
+            lines += _describe_empty(split, manifest)
     duplicates = manifest.get("duplicates", {})
     if any(duplicates.values()):
         counts = " and ".join(f"{duplicates[split]:,} examples of {split}" for split in SPLITS)
@@ -144,13 +151,34 @@ def _describe_texts(texts: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _describe_split(split: str, part: Mapping[str, Any], rows: int) -> list[str]:
+def _describe_empty(split: str, manifest: Mapping[str, Any]) -> list[str]:
+    """Says that a split is empty, and why that matters."""
+    settings, others = manifest["settings"], manifest["splits"]
+    percent, examples = settings["eval_percent"], sum(p["examples"] for p in others.values())
+    if split == "train":
+        what = f"all {examples:,} examples are held out (config.data.eval_percent is {percent})"
+        return [f"WARNING: {split}: {what}: there is nothing to train on; lower it"]
+    remedy = "train with config.eval_every=0"
+    if settings.get("eval_inputs"):
+        what = "the files of config.data.eval_path hold no example of at least 2 rows"
+        return [f"WARNING: {split}: {what}: name other files, or {remedy}"]
+    if not percent:
+        return [f"{split}: no examples are held out (config.data.eval_percent is 0): {remedy}"]
+    return [
+        f"WARNING: {split}: none of the {examples:,} examples is held out"
+        f" (config.data.eval_percent is {percent}): increase it, give more examples, or {remedy}"
+    ]
+
+
+def _describe_split(split: str, part: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
+    rows, kinds = manifest["rows"], manifest["streams"]["kinds"]
     lines = [
         f"{split}: {part['examples']:,} examples, {part['rows']:,} rows in {part['tables']:,}"
         f" tables of {rows} ({part['packing_efficiency']:.1%} filled),"
         f" {part['silence_rate']:.1%} silence"
     ]
-    for name, tokens in part["tokens"].items():
+    cut = part["cut"]["examples"]
+    for (name, tokens), kind in zip(part["tokens"].items(), kinds):
         unknown = part.get("unknown", {}).get(name, 0)
         line = f"  {name}: {tokens:,} tokens, {part['silence'][name]:,} silence"
         lines.append(line + (f", {unknown:,} unknown" if unknown else ""))
@@ -160,7 +188,21 @@ def _describe_split(split: str, part: Mapping[str, Any], rows: int) -> list[str]
                 " tokenizer does not cover this text; train one on it, or use one with bytes"
                 " (config.data.tokenizer)"
             )
+        if not tokens and kind != "input":
+            why = "no record has text for it"
+            if cut:
+                why = f"all examples end before it speaks, {cut:,} of them cut at {rows} rows"
+            lines.append(
+                f"  WARNING: {name} never says anything, so a model learns that it is silent: {why}"
+            )
     for what in ("cut", "dropped"):
         if part[what]["examples"]:
             lines.append(f"  {what}: {part[what]['examples']:,} examples ({part[what]['reason']})")
+    if cut > MAX_CUT * part["examples"]:
+        lost, longest = part["cut"]["rows"], part.get("longest", 0)
+        enough = f"config.data.rows={longest} cuts none" if longest else "increase it"
+        lines.append(
+            f"  WARNING: {cut / part['examples']:.0%} of the examples are cut at config.data.rows ="
+            f" {rows}, which loses {lost / (lost + part['rows']):.0%} of all rows: {enough}"
+        )
     return lines

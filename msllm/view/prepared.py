@@ -9,14 +9,18 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import rich.console
 from rich.text import Text
 
+from msllm.data import evidence
+from msllm.data.tables import Table, unpack
 from msllm.errors import UserError
 from msllm.runtime.files import write_atomically
+from msllm.streams import NEVER, lag_matrix
 from msllm.view import cells, pages
 from msllm.view import tables as tables_view
 from msllm.view.split import Split
@@ -33,13 +37,14 @@ _PART = (
     "examples",
     "tables",
     "rows",
+    "longest",
     "tokens",
     "silence",
     "silence_rate",
     "packing_efficiency",
     "shards",
 )
-_MANIFEST = ("format", "settings", "streams", "rows", "tokenizer", "splits")
+_MANIFEST = ("format", "settings", "streams", "lag", "rows", "tokenizer", "splits")
 
 
 class Overlap(NamedTuple):
@@ -69,6 +74,39 @@ def overlap(data: Split, tables: int = SAMPLE) -> Overlap:
     return Overlap(overlapping, rows, count)
 
 
+def targets_in_time(data: Split, lag: np.ndarray | None = None) -> list[str]:
+    """Says for each generated stream whether its targets can be known in time, in lines of text.
+
+    There are none if there is a single stream. msllm/data/evidence.py describes the estimate.
+
+    Args:
+      data: the split.
+      lag: [S, S] int, the visibility. None: that of the config with which the data was prepared.
+    """
+    names, kinds = data.columns.names, data.columns.kinds
+    if len(names) < 2:
+        return []
+    assumed = ""
+    if lag is None and "lag" in data.manifest:
+        stored = data.manifest["lag"]
+        lag = np.array([[NEVER if rows is None else rows for rows in row] for row in stored])
+    elif lag is None:  # data of an earlier version
+        lag, assumed = lag_matrix("block_causal", len(names)), ", assuming block_causal"
+    found = evidence.estimate(_sample(data), kinds, lag, data.columns.tokenizer.silence_id)
+    return evidence.describe(
+        found, names, lag, f"an estimate from a sample of {data.split}{assumed}"
+    )
+
+
+def _sample(data: Split) -> Iterator[Table]:
+    """Yields examples of at most SAMPLE tables from all over the split."""
+    count = min(SAMPLE, len(data))
+    # Drawn, because the first ones of them should also come from all over the split.
+    for i in np.random.default_rng(0).permutation(count):
+        packed = data.table(int(i) * len(data) // count)
+        yield from unpack(packed._asdict(), packed.examples)
+
+
 def statistics(data: Split, found: Overlap) -> list[tuple[str, str]]:
     """(name, value) of everything known about the split."""
     manifest, part, tokenizer = data.manifest, data.part, data.manifest["tokenizer"]
@@ -78,6 +116,8 @@ def statistics(data: Split, found: Overlap) -> list[tuple[str, str]]:
         ("rows", f"{part['rows']:,}, which fill {part['packing_efficiency']:.1%} of the tables"),
         ("silence", f"{part['silence_rate']:.1%} of the cells"),
     ]
+    if "longest" in part:  # not in data of earlier versions
+        facts.append(("longest", f"{part['longest']:,} rows"))
     if len(data.columns.names) > 1:
         facts.append(("overlap", _overlap_text(data, found)))
     facts += [(name, _count_text(value)) for name, value in part.items() if name not in _PART]
@@ -169,13 +209,23 @@ def heading(data: Split) -> str:
     return f"{data.directory}, split {data.split}"
 
 
-def print_statistics(console: rich.console.Console, data: Split, found: Overlap) -> None:
-    """Prints the statistics and settings of the split, without its tables."""
+def print_statistics(
+    console: rich.console.Console, data: Split, found: Overlap, in_time: Sequence[str] = ()
+) -> None:
+    """Prints the statistics and settings of the split, without its tables.
+
+    Args:
+      console: where to print.
+      data: the split.
+      found: the result of `overlap`.
+      in_time: the result of `targets_in_time`.
+    """
     lines = [
         *pages.aligned(statistics(data, found)),
         "",
         *pages.aligned([STREAM_COLUMNS, *stream_rows(data)], range(2, len(STREAM_COLUMNS))),
         "",
+        *(*in_time, "") * bool(in_time),
         "prepared with",
         *pages.aligned(settings(data)),
     ]
@@ -183,8 +233,17 @@ def print_statistics(console: rich.console.Console, data: Split, found: Overlap)
     console.print(Text("\n".join(lines)), soft_wrap=True)
 
 
-def page(data: Split, found: Overlap, drawings: Sequence[Drawing]) -> str:
-    """An HTML page with statistics and tables."""
+def page(
+    data: Split, found: Overlap, drawings: Sequence[Drawing], in_time: Sequence[str] = ()
+) -> str:
+    """An HTML page with statistics and tables.
+
+    Args:
+      data: the split.
+      found: the result of `overlap`.
+      drawings: the tables.
+      in_time: the result of `targets_in_time`.
+    """
     part = data.part
     figures = {
         "examples": f"{part['examples']:,}",
@@ -203,6 +262,7 @@ def page(data: Split, found: Overlap, drawings: Sequence[Drawing]) -> str:
         stream_columns=STREAM_COLUMNS,
         stream_rows=stream_rows(data),
         statistics=statistics(data, found),
+        in_time=in_time,
         settings=settings(data),
         silent=cells.SILENT,
         drawings=drawings,
@@ -217,6 +277,7 @@ def run(
     tables: int | None = None,
     rows: int | None = None,
     file: str | pathlib.Path | None = None,
+    visibility: str | None = None,
 ) -> None:
     """Prints statistics and tables of prepared data, or one example, or writes them as a page.
 
@@ -229,6 +290,7 @@ def run(
       rows: the most rows to show of each table; None: ROWS for a packed table on a terminal, all
         otherwise.
       file: write an HTML page to this file instead of printing.
+      visibility: the preset for which `targets_in_time` estimates; None: that of the data's config.
 
     Raises:
       UserError: the data does not exist, or the request does not fit it.
@@ -243,12 +305,16 @@ def run(
     else:
         limit = rows if file or rows else ROWS
         drawings = _first_tables(data, tables or (PAGE_TABLES if file else 1), limit)
+    in_time: list[str] = []
+    if file or example is None:
+        lag = lag_matrix(visibility, len(data.columns.names)) if visibility else None
+        in_time = targets_in_time(data, lag)
     if file:
-        _write(file, page(data, overlap(data), drawings))
+        _write(file, page(data, overlap(data), drawings, in_time))
         console.print(Text(f"wrote {file}"), soft_wrap=True)
         return
     if example is None:
-        print_statistics(console, data, overlap(data))
+        print_statistics(console, data, overlap(data), in_time)
     for drawing in drawings:
         console.print()
         tables_view.print_drawing(console, data.columns, drawing, cut=console.is_terminal)

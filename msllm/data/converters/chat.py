@@ -10,9 +10,10 @@ from msllm.data.sources import Record
 from msllm.data.tables import Table
 from msllm.errors import UserError
 
+MAX_GAP = 1000  # rows between two turns
 OPTIONS = {
     "roles": {},
-    "overlap": Choice(0, least=0),
+    "overlap": Choice(0, least=-MAX_GAP),
     "wait": Choice(-1, least=-1),
     "thoughts": "before",
     "ignored_keys": [],
@@ -30,7 +31,8 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     Options:
 
     - `roles`: maps roles to streams, as in `Layout.stream_of`.
-    - `overlap`: start a turn this many rows before the end of the turn before it.
+    - `overlap`: start a turn this many rows before the end of the turn before it; below 0: leave as
+      many rows between them.
     - `wait`: start a turn that follows a turn of an input stream this many rows after the start of
       that turn, and at its end at the latest; -1: off.
     - `thoughts`: "before": a thought is a turn like any other; "beside": the turn after a thought
