@@ -36,6 +36,7 @@ def get_config(visibility="block_causal"):
         "longest_silence": 8,
         "roles": {**crew, "*": "flight_director"},
     }
+    config.data.tokenizer.model_type = "unigram"
     config.data.tokenizer.vocab_size = 1024
     config.data.split = "tail"
     config.data.eval_percent = 12.5

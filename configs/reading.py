@@ -34,6 +34,7 @@ def get_config(k=""):
     config.data.path = shared_file("data/gsm8k/train.jsonl", __file__)
     config.data.options = {"think_after": int(k) if k else STARTS}
     config.data.tokenizer.path = "data/reading/tokenizer.model" if k else ""
+    config.data.tokenizer.model_type = "unigram"
     config.data.tokenizer.vocab_size = 2048
     config.data.rows = 512
     config.data.batch_size = 2

@@ -43,6 +43,7 @@ def get_config(k=""):
     config.data.format = "msllm.data.corpora:tatoeba"
     config.data.options = {"k": int(k or 1), "unit": "word"}
     config.data.tokenizer.path = "" if k in ("", "1") else "data/tatoeba_1/tokenizer.model"
+    config.data.tokenizer.model_type = "unigram"
     config.data.tokenizer.vocab_size = 4096
     config.data.rows = 128
     config.data.batch_size = 8

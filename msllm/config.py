@@ -116,8 +116,9 @@ class TokenizerConfig:
 
     # a sentencepiece .model or a tokenizers .json; empty: train one on the corpus
     path: str = _path()
-    model_type: str = "unigram"  # of a trained tokenizer: unigram | bpe | word | char
-    vocab_size: int = 4096  # of a trained tokenizer: at most this many pieces
+    model_type: str = "bpe"  # of a trained tokenizer: bpe | unigram | word | char
+    # of a trained tokenizer: at most this many pieces; 0: a number that fits the corpus
+    vocab_size: int = 0
     silence: str = "<silence>"  # the piece that means "this stream says nothing now"
     # of a trained tokenizer: further control pieces; no text encodes to them
     reserved: tuple[str, ...] = ()
@@ -487,7 +488,7 @@ _CHOICES = {
     "model.remat": ("none", "dots", "full", "offload"),
     "model.rope_scaling.kind": ("none", "linear", "llama3", "yarn"),
     "optim.schedule": ("cosine", "wsd", "constant"),
-    "data.tokenizer.model_type": ("unigram", "bpe", "word", "char"),
+    "data.tokenizer.model_type": ("bpe", "unigram", "word", "char"),
     "data.split": ("hash", "tail"),
 }
 # The range of every number in the config; for a tuple, the range of each item.
@@ -526,7 +527,7 @@ _RANGES = {
     "data.vary.pause_percent": "[0, 100]",
     "data.vary.pause_rows": _COUNT_OR_ZERO,
     "data.vary.delays": _COUNT_OR_ZERO,
-    "data.tokenizer.vocab_size": _COUNT,
+    "data.tokenizer.vocab_size": _COUNT_OR_ZERO,
     "data.rows": "[2, 2147483648)",  # each row predicts the next
     "data.batch_size": _COUNT,
     "data.eval_percent": "[0, 100)",

@@ -148,6 +148,26 @@ def test_prepare_counts_its_output():
     assert line["worker_peak_mib"] == 0  # there was no worker process
 
 
+def test_tokenizer_compares_types_on_corpora(tmp_path):
+    lines = [
+        f"the {word} is {number} metres away"
+        for word in "house tree gate".split()
+        for number in range(10)
+    ]
+    (tmp_path / "mine.txt").write_text("\n".join(lines))
+    names = f"orders,{tmp_path}/mine.txt"
+    lines, errors, status = bench("tokenizer", f"--texts={names}", "--vocab_sizes=0")
+    assert status == 0, errors
+    assert [(line["texts"], line["model_type"]) for line in lines] == [
+        (name, kind) for name in names.split(",") for kind in ("unigram", "bpe")
+    ]
+    for unigram, bpe in (lines[:2], lines[2:]):
+        assert bpe["tokens_per_word"] < unigram["tokens_per_word"]
+        assert 0 < bpe["bits_per_character"] < unigram["bits_per_character"]
+    _, errors, status = bench("tokenizer", f"--texts={tmp_path}/none.txt")
+    assert status == 2 and "none.txt" in errors
+
+
 def test_decode_compares_several_streams_with_one():
     sizes = ("--d_model=16", "--d_ff=32", "--num_layers=1", "--num_heads=2", "--num_kv_heads=1")
     sizes += ("--head_dim=8", "--vocab_size=64", "--cache_dtype=int8,float32")

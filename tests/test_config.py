@@ -168,7 +168,7 @@ def test_an_integer_is_accepted_for_a_float():
         ("model.rope_scaling.kind", "dynamic", "must be one of none, linear, llama3, yarn"),
         ("model.rope_scaling.factor", 0.0, "must be positive"),
         ("optim.schedule", "step", "must be one of cosine, wsd, constant"),
-        ("data.tokenizer.model_type", "wordpiece", "must be one of unigram, bpe, word, char"),
+        ("data.tokenizer.model_type", "wordpiece", "must be one of bpe, unigram, word, char"),
         ("data.split", "random", "must be one of hash, tail"),
         *(
             (f"model.{name}", 0, "must be positive")

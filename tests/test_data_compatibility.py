@@ -99,6 +99,15 @@ def test_data_prepared_before_an_option_existed_are_accepted(tmp_path, capsys):
         prepare(Config(data=other, streams=streams), tmp_path)
 
 
+def test_another_type_of_tokenizer_is_refused_with_its_values(folder):
+    config = config_of(folder, "built_in")
+    tokenizer = TokenizerConfig(vocab_size=config.data.tokenizer.vocab_size)
+    data = dataclasses.replace(config.data, tokenizer=tokenizer)
+    values = r"tokenizer \(model_type was 'word', now 'bpe'\) differ"
+    with pytest.raises(UserError, match=values):
+        prepare(dataclasses.replace(config, data=data), folder / "built_in")
+
+
 def test_a_changed_input_is_refused(folder):
     with (folder / "pairs.txt").open("a") as file:
         file.write("Thanks.\tTack.\tCC-BY 2.0\n")

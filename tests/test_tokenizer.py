@@ -10,6 +10,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from msllm.bench.texts import texts
 from msllm.config import Config, DataConfig, TokenizerConfig
 from msllm.errors import UserError
 from msllm.tokenizer import SPACE, TextError, Tokenizer, train
@@ -161,13 +162,76 @@ def test_errors_name_the_file_and_the_remedy(tmp_path):
         train(CORPUS, TokenizerConfig(model_type="bpe", vocab_size=9))
 
 
+def test_the_default_keeps_the_words_of_a_templated_corpus_whole():
+    """A unigram model has no piece for a string that occurs in one word only."""
+    corpus = list(texts("orders"))
+    words = sum(len(text.split()) for text in corpus)
+    tokens = {
+        kind: sum(len(train(corpus, settings).encode(text)) for text in corpus)
+        for kind, settings in (
+            ("default", TokenizerConfig()),
+            ("unigram", TokenizerConfig(model_type="unigram")),
+        )
+    }
+    assert tokens["default"] < 1.1 * words < 2 * words < tokens["unigram"]
+
+
+def test_the_size_of_a_vocabulary_fits_the_corpus():
+    chinese = texts("chinese")
+    alphabet = len(set("".join(chinese)))
+    small = train(chinese[:600], TokenizerConfig())
+    large = train(chinese * 5, TokenizerConfig())
+    assert 256 + alphabet < small.vocab_size < 1024 < large.vocab_size <= 256 + alphabet + 4096 + 80
+    assert train(chinese[:600], TokenizerConfig(vocab_size=700)).vocab_size == 700
+    many = "".join(map(chr, range(0x4E00, 0x4E00 + 6000)))  # more characters than 4096
+    for kind in ("bpe", "unigram", "char"):
+        tokenizer = train([many], TokenizerConfig(model_type=kind))
+        assert len(tokenizer.encode(many[::7])) == len(many[::7])
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(st.sampled_from([*ALPHABET, " ", "\n", "\t", "é", "天", "\u00a0"])))
+def test_a_text_is_encoded_in_parts_as_a_whole_is(text):
+    model = trained("bpe")
+    whole = sentencepiece.SentencePieceProcessor(model_proto=model.to_bytes())
+    assert model._model._merges_in_parts
+    assert model.encode(text) == whole.encode(text)
+
+
+def test_a_text_is_not_divided_where_pieces_span_spaces():
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["in the end of the day in the house"] * 50),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=300,
+        split_by_whitespace=False,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        control_symbols=["<silence>"],
+        user_defined_symbols=["\n"],
+        bos_id=-1,
+        eos_id=-1,
+        minloglevel=2,
+    )
+    tokenizer = Tokenizer("sentencepiece", model.getvalue(), "<silence>")
+    whole = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    assert any(
+        "\u2581" in piece[1:] for piece in map(tokenizer.piece, tokenizer.encode("in the end"))
+    )
+    assert tokenizer.encode("in the end") == whole.encode("in the end")
+
+
 def test_an_error_in_the_corpus_is_not_hidden_by_the_trainer():
-    def texts():
+    def damaged():
         yield "some text"
         raise UserError("data.jsonl:3: invalid JSON")
 
     with pytest.raises(UserError, match="data.jsonl:3"):
-        train(texts(), TokenizerConfig(model_type="word", vocab_size=50))
+        train(damaged(), TokenizerConfig(model_type="word", vocab_size=50))
 
 
 @pytest.mark.parametrize("model_type", ["unigram", "bpe", "char"])

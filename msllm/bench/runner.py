@@ -30,6 +30,7 @@ _MEASURE = {
     "decode": "msllm.bench.decode:decode_case",
     "prepare": "msllm.bench.prepare:prepare_case",
     "loader": "msllm.bench.loader:loader_case",
+    "tokenizer": "msllm.bench.tokenizer:tokenizer_case",
 }
 # The settings of each benchmark and their defaults. A list has one value for each case.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -54,6 +55,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "prepare": {"size_mb": [64, 256], "converter": "chat", "processes": 2},
     "loader": {"tables": 4000, "sources": 1, "silence": 60, "epochs": 4},
+    "tokenizer": {"texts": [], "model_types": ["unigram", "bpe"], "vocab_sizes": [4096, 0]},
     "gpu": {"small": False, "parts": list(gpu.PARTS), "minutes": 8.5, "json": "gpu_bench.json"},
 }
 
@@ -75,6 +77,10 @@ def make_cases(benchmark: str, given: Mapping[str, Any]) -> list[dict[str, Any]]
         return [{**settings, "size_mb": size} for size in settings["size_mb"]]
     if benchmark == "gpu":
         return [settings]
+    if benchmark == "tokenizer":
+        from msllm.bench import texts  # here, because train times its imports
+
+        return [{**settings, "texts": name} for name in settings["texts"] or texts.names()]
     if benchmark == "loader":
         return [{"rows": 512, "batch": 32, "streams": size, **settings} for size in (1, 3, 10)]
     rows, batches = settings["rows"], settings["batch"]

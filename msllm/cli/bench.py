@@ -6,6 +6,8 @@ decode     one session row by row, with all streams and with one stream
 prepare    preparation of a synthetic corpus: time and memory
 loader     reading prepared tables from disk into batches (T = 512, B = 32,
            S = 1, 3 and 10)
+tokenizer  types of tokenizers on corpora of different kinds: tokens per word,
+           and how well a trigram model predicts held-out text
 gpu        one NVIDIA GPU in one command, within --minutes: numerics of the
            attention kernels, training of 1.7 B parameters beside cuDNN and
            a dense mask, and decoding; one line per part, results in --json
@@ -88,6 +90,16 @@ _FLAGS = {
     "tables": _Flag("Number of tables per source.", "N", positive_int),
     "sources": _Flag("Number of sources; several are mixed.", "N", positive_int),
     "silence": _Flag("Share of silent cells if S > 1.", "PERCENT", non_negative_int),
+    "texts": _Flag(
+        "Corpora to train tokenizers on: names of msllm/bench/texts.py, or files whose lines are "
+        "texts.",
+        "NAME,...",
+        comma_list(str),
+    ),
+    "model_types": _Flag("Types of tokenizers.", "NAME,...", comma_list(str)),
+    "vocab_sizes": _Flag(
+        "Sizes of their vocabularies; 0 fits the corpus.", "N,...", comma_list(non_negative_int)
+    ),
     "epochs": _Flag("Measured epochs, after a warm-up.", "N", positive_int),
     "small": _Flag("Smallest sizes, to try the command. They need no GPU."),
     "parts": _Flag("Parts to run.", "NAME,...", comma_list(str)),

@@ -57,9 +57,24 @@ def get_settings(config: Config, spec: StreamSpec) -> dict[str, Any]:
 
 
 def different_settings(settings: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
-    """Returns the names of the settings that differ from those that another run stored."""
+    """Returns the settings that differ from those that another run stored, by name.
+
+    For a trained tokenizer, they include the values, because its defaults have changed.
+    """
     settings, stored = _comparable(settings), _comparable(stored)
-    return [name for name in {**settings, **stored} if settings.get(name) != stored.get(name)]
+    names = [name for name in {**settings, **stored} if settings.get(name) != stored.get(name)]
+    if "tokenizer" in names:
+        new, old = settings.get("tokenizer") or {}, stored.get("tokenizer") or {}
+        changed = [key for key in {**old, **new} if new.get(key) != old.get(key)]
+        values = [
+            f"{key} was {old[key]!r}, now {new[key]!r}"
+            for key in changed
+            if key in old.keys() & new.keys()
+        ]
+        names[names.index("tokenizer")] = (
+            f"tokenizer ({', '.join(values)})" if values else "tokenizer"
+        )
+    return names
 
 
 def _tokenizer_settings(data: DataConfig) -> dict[str, Any]:
