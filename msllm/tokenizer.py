@@ -299,7 +299,8 @@ class _SentencePiece:
             if self._lacks_space:
                 self._by_bytes[" "] = self._bytes(" ")
         self._split = re.compile(f"([{''.join(self._by_bytes)}])") if self._by_bytes else None
-        self._merges_in_parts = self.lossless and trainer.model_type == trainer.BPE
+        is_bpe = trainer.model_type == trainer.BPE
+        self._merges_in_parts = is_bpe and self.lossless and not self.prefix
         if self._merges_in_parts:
             number = self.pieces.index("\n") if "\n" in self.pieces else None
             is_symbol = number is not None and proto.pieces[number].type == _USER_DEFINED
