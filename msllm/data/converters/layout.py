@@ -178,9 +178,11 @@ class Layout(NamedTuple):
         ends = [0] * self.spec.size
         in_order = True
         for stream, start, tokens in placements:
-            if start < ends[stream]:
+            end, stop = ends[stream], start + len(tokens)
+            if start < end:
                 in_order = False
-            ends[stream] = max(start + len(tokens), ends[stream])
+            if stop > end:
+                ends[stream] = stop
         rows = max(ends)
         if not in_order:
             self._check_overlap(placements)
