@@ -400,10 +400,10 @@ def test_bad_records_are_named(run, converter, record, message):
     "converter, options, message",
     [
         ("wait_k", {"unit": "letter"}, "unit is 'letter': must be token or word"),
-        ("wait_k", {"target_stream": "speech"}, "no stream 'speech'"),
+        ("wait_k", {"target_stream": "speech"}, "names 'speech', which is none of"),
         ("timed", {"row_seconds": 0}, "row_seconds is 0.0: must be positive"),
         ("tools", {"calls": ["output"], "results": []}, "both must have the same number"),
-        ("tools", {}, "no stream 'call'"),
+        ("tools", {}, "names 'call', which is none of"),
     ],
 )
 def test_bad_options_are_named(run, converter, options, message):
