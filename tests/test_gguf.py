@@ -380,6 +380,15 @@ def test_a_model_in_parts_is_read_from_all_of_them(tmp_path):
         gguf_reader.read_gguf(tmp_path / "other.gguf")
 
 
+def test_a_merge_that_gives_no_token_is_left_out_if_it_changes_nothing(caplog):
+    merges = ["a b", "c d", "q r", "r s"]
+    pieces = [*"abcdqrs", "cd", "rs"]
+    effective = gguf_reader._effective_merges(merges, pieces, "here")
+    # `q r` takes an r from `r s`, so it has an effect.
+    assert effective == [("c", "d"), ("q", "r"), ("r", "s")]
+    assert "1 merges give no token" in caplog.text
+
+
 def test_metadata_that_is_not_read_is_refused(tmp_path, monkeypatch):
     config, _, parameters = hf.read_folder(hf_models.RECORDED / "qwen3")
     for key, value, message in (

@@ -3,9 +3,13 @@
 CI has neither. It uses recordings of the same models in tests/hf, see tests/hf_models.py.
 """
 
+import io
+import json
+
 import hf_models
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 from test_convert import TEXTS, tokenizer_file
 
@@ -14,7 +18,7 @@ from msllm.weights import hf
 from msllm.weights.convert import from_hf, to_hf
 from msllm.weights.gguf import PATTERNS
 from msllm.weights.load import load
-from msllm.weights.vocabulary import TokenizerFile, with_silence
+from msllm.weights.vocabulary import TokenizerFile, add_rows, with_silence
 
 pytest.importorskip("torch", reason="torch is not installed; test_hf.py uses recordings instead")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -64,6 +68,88 @@ def test_transformers_opens_an_exported_model(family, make_model, tmp_path):
     expected = tokenizers.Tokenizer.from_str(byte_level().decode()).encode(text).ids
     assert tokenizer(text).input_ids == expected
     assert tokenizer.convert_tokens_to_ids("<silence>") in tokenizer(text).input_ids
+
+
+ADDED = (
+    tokenizers.AddedToken("<|im_end|>", special=True, normalized=False),
+    tokenizers.AddedToken("<|call|>", special=False, normalized=False),
+    tokenizers.AddedToken("<Word>", special=False, normalized=True),
+    tokenizers.AddedToken("<pad>", special=False, lstrip=True, rstrip=True),
+)
+WITH_ADDED = (
+    "say <|call|> x",
+    "<|call|><|call|>",
+    "a <Word> <word>b",
+    "x <pad> y",
+    "",
+    "\n ü 你好 🙂",
+)
+
+
+def folder_with_tokenizer(path, files, size, added):
+    """A folder of a recorded model with `size` tokens and the files of a tokenizer."""
+    config, _, parameters = hf.read_folder(hf_models.RECORDED / "llama")
+    config, parameters = add_rows(config, parameters, size, config.vocab_size)
+    details = {
+        str(i): {"content": token.content, "special": token.special, "normalized": token.normalized}
+        | {"lstrip": token.lstrip, "rstrip": token.rstrip}
+        for i, token in added.items()
+    }
+    settings = {"added_tokens_decoder": details, "eos_token": "<|im_end|>", "legacy": False}
+    files = files | {"tokenizer_config.json": settings}
+    contents = {n: json.dumps(x).encode() if isinstance(x, dict) else x for n, x in files.items()}
+    hf.write_folder(path, config, 1, parameters, files=contents)
+    from_hf(path, path.with_name("ours"))
+    return load(path.with_name("ours")).tokenizer, transformers.AutoTokenizer.from_pretrained(path)
+
+
+def assert_same_ids(ours, theirs, texts):
+    for text in texts:
+        assert list(ours.encode(text)) == theirs(text, add_special_tokens=False).input_ids, text
+    special = theirs.convert_tokens_to_ids("<|im_end|>")
+    assert ours.control["<|im_end|>"] == special
+    # A text that spells a special token does not get it.
+    assert special not in ours.encode("<|im_end|>") and special in theirs("<|im_end|>").input_ids
+
+
+@pytest.mark.parametrize("normalizer", [None, tokenizers.normalizers.NFC()])
+def test_a_tokenizer_json_with_added_tokens_gives_the_ids_of_transformers(normalizer, tmp_path):
+    model = tokenizers.Tokenizer.from_str(byte_level().decode())
+    model.normalizer = normalizer
+    model.add_tokens(list(ADDED))
+    files = {"tokenizer.json": model.to_str().encode()}
+    size, added = model.get_vocab_size(), model.get_added_tokens_decoder()
+    ours, theirs = folder_with_tokenizer(tmp_path / "theirs", files, size, added)
+    assert_same_ids(ours, theirs, [*TEXTS, *WITH_ADDED])
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_sentencepiece_folder_with_added_tokens_gives_the_ids_of_transformers(kind, tmp_path):
+    stream = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 20),
+        model_writer=stream,
+        model_type=kind,
+        vocab_size=300,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_proto=stream.getvalue())
+    size = processor.get_piece_size()
+    added = {size: ADDED[0], size + 1: ADDED[1]}
+    files = {
+        "tokenizer.model": stream.getvalue(),
+        "added_tokens.json": {token.content: i for i, token in added.items()},
+    }
+    ours, theirs = folder_with_tokenizer(tmp_path / "theirs", files, size + 2, added)
+    # At the beginning of a text, before a space or an added token, sentencepiece puts another
+    # space. transformers does not. There msllm follows sentencepiece.
+    assert_same_ids(
+        ours, theirs, [*TEXTS, "say <|call|> x", "x<|call|>y", "two  spaces ", "ü 你好 🙂"]
+    )
 
 
 def byte_level() -> bytes:

@@ -6,13 +6,15 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
+import logging
 import math
 import os
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +26,8 @@ from msllm.errors import UserError
 from msllm.model.layers import rope_frequencies
 from msllm.weights import hf, hf_config, hf_tensors
 from msllm.weights.hf_tensors import StoredTensor
+
+log = logging.getLogger("msllm")
 
 _LAYER = "model.layers.{}."
 # The Hugging Face name of each tensor; `{}` stands for the layer.
@@ -341,7 +345,7 @@ def _tokenizer(fields: dict[str, Any], source: str) -> bytes:
     try:
         bpe = models.BPE(
             {piece: i for i, piece in enumerate(pieces[:size])},
-            [tuple(merge.split(" ", 1)) for merge in merges],
+            _effective_merges(merges, pieces, source),
             ignore_merges=pre == "llama-bpe",
         )
     except Exception as error:  # the library's errors have no type of their own
@@ -373,6 +377,35 @@ def _tokenizer(fields: dict[str, Any], source: str) -> bytes:
             f"{pieces[bos]} $A", special_tokens=[(pieces[bos], bos)]
         )
     return tokenizer.to_str().encode()
+
+
+def _effective_merges(
+    merges: Sequence[str], pieces: Sequence[str], source: str
+) -> list[tuple[str, str]]:
+    """Returns the merges as pairs, without those that change no token.
+
+    llama.cpp divides a merged piece again if the vocabulary does not have it. Such a merge changes
+    nothing if no other merge could have taken one of its parts, or takes its result.
+    """
+    pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
+    known = set(pieces)
+    if all(first + second in known for first, second in pairs):
+        return pairs
+    lefts, rights = (
+        collections.Counter(x for x, _ in pairs),
+        collections.Counter(y for _, y in pairs),
+    )
+    kept, dropped = [], 0
+    for first, second in pairs:
+        result = first + second
+        competes = rights[first] or lefts[second] or lefts[result] or rights[result]
+        if result in known or competes:
+            kept.append((first, second))
+        else:
+            dropped += 1
+    if dropped:
+        log.warning("%s: %d merges give no token of the vocabulary: left out", source, dropped)
+    return kept
 
 
 def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
