@@ -1,6 +1,9 @@
-"""Count exact answers to held-out examples.
+"""Evaluate the answers to held-out examples.
 
-Feeds the input streams of each held-out example row by row and lets the model
+First predicts what each generated stream says in the examples, given the rows
+before: the negative log-likelihood and the accuracy of its tokens, turn by turn.
+
+Then feeds the input streams of each example row by row and lets the model
 generate all other streams. An answer is exact if every output stream says what
 it says in the example, ignoring silence. Prints the share of exact answers and
 the number of rows until the answer.
@@ -10,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from typing import Any
 
 from msllm.cli.base import Parser, load_model, positive_int, write_json
+from msllm.errors import UserError
 
 EXAMPLES = """
 msllm evaluate --checkpoint=runs/quickstart
@@ -42,9 +47,21 @@ def define_flags(parser: Parser) -> None:
 
 def run(flags: argparse.Namespace) -> None:
     """Evaluates the checkpoint and prints the result."""
-    from msllm.evals.exact_match import describe, evaluate
+    from msllm.evals import by_turn, exact_match
 
     model = load_model(flags)
-    result = evaluate(model, flags.data, flags.examples, flags.after)
-    print(f"step {model.step}: {describe(result)}")
-    write_json(flags.json, dataclasses.asdict(result))
+    predicted = by_turn.evaluate(model, flags.data, flags.examples)
+    result: dict[str, Any] = {"predicted": [one._asdict() for one in predicted]}
+    step = "" if model.step is None else f"step {model.step}: "
+    print(f"{step}what each stream says, given the rows before")
+    print(by_turn.describe(predicted), end="\n\n")
+    if exact_match.is_applicable(model):
+        try:
+            exact = exact_match.evaluate(model, flags.data, flags.examples, flags.after)
+            result |= dataclasses.asdict(exact)
+            print(exact_match.describe(exact))
+        except exact_match.NoAnswers as error:
+            print(error)
+    elif flags.after:
+        raise UserError("--after needs answers, and the model has no input and output stream")
+    write_json(flags.json, result)

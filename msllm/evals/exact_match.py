@@ -30,13 +30,17 @@ BATCH = 128  # examples that are decoded together
 SLACK = 8  # rows by which an answer may come later than in the example
 
 
+class NoAnswers(UserError):
+    """There is nothing to compare the answers of a model with."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ExactMatch:
     """The answers to held-out examples. Rows are counted from the last token of a turn's input.
 
     Attributes:
       examples: number of examples.
-      answers: number of the answers that the examples hold, one for each turn.
+      answers: number of the answers that the examples hold, one for each turn that has one.
       exact_match: share of the answers that are exact.
       answered: share of the turns in which every output stream gave an answer, right or wrong.
       by_turn: share of exact answers among the first turns of the examples, the second ones, ...
@@ -72,17 +76,23 @@ def evaluate(
       after: compare only the tokens of an output after the last occurrence of this text. Empty:
         compare all of them.
 
-    Raises UserError if the data does not fit the model or has no inputs and outputs.
+    Raises UserError if the data does not fit the model or has no inputs and outputs; NoAnswers if
+    no example has an input and an answer.
     """
     loader = open_split(model, data)
     model = model.with_streams(delays=tuple(loader.manifest["streams"]["delays"]))
     wanted = set(spread(loader.manifest["splits"]["eval"]["examples"], examples))
     tables = [table for i, table in enumerate(held_out_examples(loader)) if i in wanted]
-    converter = model.run_config.data.converter if model.run_config else ""
-    if converter == "dictation_single":
+    if _is_single_dictation(model):
         cases = [case for table in tables for case in _single_cases(table, model)]
     else:
         cases = [streams_case(table, model) for table in tables]
+    cases = [case for case in cases if any(turn.has_answer for turn in case.turns)]
+    if not cases:
+        raise NoAnswers(
+            f"none of {len(tables)} held-out examples has an input and an answer to it: prepare"
+            " other data, --data=DIR"
+        )
     if after:
         cases = [_only_after(case, after, model.require_tokenizer()) for case in cases]
     # All batches have the same shape, so decoding compiles once.
@@ -90,30 +100,32 @@ def evaluate(
     answers: list[list[Answer]] = []
     for start in range(0, len(cases), size):
         answers += _answer(cases[start : start + size], model, rows, size, after)
-    given = [answer for of_case in answers for answer in of_case]
+    turns = [turn for case in cases for turn in case.turns if turn.has_answer]
+    given, by_turn = [], dict[int, list[bool]]()
+    for case, of_case in zip(cases, answers):
+        for number, (turn, answer) in enumerate(zip(case.turns, of_case), case.first_turn):
+            if turn.has_answer:
+                given.append(answer)
+                by_turn.setdefault(number, []).append(answer.right and answer.first is not None)
     answered = [answer for answer in given if answer.first is not None]
     right = [answer for answer in answered if answer.right]
-    turns: dict[int, list[bool]] = {}
-    for case, of_case in zip(cases, answers):
-        for number, answer in enumerate(of_case, case.first_turn):
-            turns.setdefault(number, []).append(answer.right and answer.first is not None)
     return ExactMatch(
         examples=len(tables),
         answers=len(given),
         exact_match=len(right) / len(given),
         answered=len(answered) / len(given),
-        by_turn=tuple(sum(turns[number]) / len(turns[number]) for number in sorted(turns)),
+        by_turn=tuple(sum(by_turn[n]) / len(by_turn[n]) for n in sorted(by_turn)),
         rows_to_first=_median(answer.first for answer in right),
         rows_to_last=_median(answer.last for answer in right),
         answered_rows=_median(answer.first for answer in answered),
-        one_stream_rows=_median(turn.one_stream_rows for case in cases for turn in case.turns),
+        one_stream_rows=_median(turn.one_stream_rows for turn in turns),
     )
 
 
 def describe(result: ExactMatch) -> str:
     """The result as lines of text. Figures that do not exist are left out."""
     what = f"{result.examples} held-out examples answered exactly"
-    if result.answers > result.examples:
+    if result.answers != result.examples:
         what = f"{result.answers} answers in {result.examples} held-out examples are exact"
     lines = [f"{result.exact_match:.1%} of {what}"]
     if len(result.by_turn) > 1:
@@ -133,9 +145,8 @@ def describe(result: ExactMatch) -> str:
 
 def _after(rows: float) -> str:
     """Says where a row lies that comes `rows` rows after the end of the input."""
-    if rows < 0:
-        return f"{-rows:g} rows before the end of the input"
-    return f"{rows:g} rows after the end of the input"
+    what = f"{abs(rows):g} {'row' if abs(rows) == 1 else 'rows'}"
+    return f"{what} {'before' if rows < 0 else 'after'} the end of the input"
 
 
 class Turn(NamedTuple):
@@ -151,6 +162,11 @@ class Turn(NamedTuple):
     end: int
     answer: list[list[int]]
     one_stream_rows: int
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether the example answers it; the last turn of a conversation may have no answer."""
+        return any(self.answer)
 
 
 class Case(NamedTuple):
@@ -198,23 +214,13 @@ def streams_case(table: Table, model: LoadedModel) -> Case:
     Raises UserError if the model has no input or no output stream.
     """
     streams, silence = model.streams, model.require_tokenizer().silence_id
+    _check_streams(streams)
     inputs, outputs = _streams_of_kind(streams, "input"), _streams_of_kind(streams, "output")
-    if not inputs or not outputs:
-        raise UserError(
-            f"streams {', '.join(streams.names)} have kinds {', '.join(streams.kinds)}: exact match"
-            " needs an input and an output; use `msllm score` for a single stream"
-        )
     spoken = table.present & (table.tokens != silence)
     prompt = np.full(table.tokens.shape, FREE)
     prompt[:, inputs] = np.where(spoken[:, inputs], table.tokens[:, inputs], silence)
-    config = model.run_config
-    is_dictation = config is not None and config.data.converter == "dictation"
-    if is_dictation:
-        end_id = model.require_tokenizer().encode(QUESTION_END)[0]
-        ends = question_ends(table.tokens[:, inputs[0]], end_id)
-    else:
-        ends = _turn_ends(spoken[:, inputs].any(1), spoken[:, outputs].any(1))
     thoughts = spoken[:, _streams_of_kind(streams, "thought")]
+    ends = turn_ends(table, model)
     case = Case(prompt, [Turn(end, [], 0) for end in ends])
     last = 0  # the row after the last token of the answer before
     for number, turn in enumerate(case.turns):
@@ -228,17 +234,52 @@ def streams_case(table: Table, model: LoadedModel) -> Case:
     return case
 
 
-def _turn_ends(listening: np.ndarray, speaking: np.ndarray) -> list[int]:
-    """The last row of each turn's input.
+def is_applicable(model: LoadedModel) -> bool:
+    """Returns whether there is an input and an output that answers it."""
+    return _is_single_dictation(model) or {"input", "output"} <= set(model.streams.kinds)
+
+
+def _is_single_dictation(model: LoadedModel) -> bool:
+    config = model.run_config
+    return config is not None and config.data.converter == "dictation_single"
+
+
+def _check_streams(streams: StreamSpec) -> None:
+    """Raises UserError if there is no input or no output."""
+    if not {"input", "output"} <= set(streams.kinds):
+        raise UserError(
+            f"streams {', '.join(streams.names)} have kinds {', '.join(streams.kinds)}: exact match"
+            " needs an input and an output; use `msllm score` for a single stream"
+        )
+
+
+def turn_ends(table: Table, model: LoadedModel) -> list[int]:
+    """The last row of each turn's input in an example.
 
     A turn ends where an input speaks again after the outputs began to answer it. An example in
-    which inputs and outputs speak at the same time is a single turn.
+    which inputs and outputs speak at the same time is a single turn. Of a dictation, every question
+    is a turn. There are no turns if no input says anything.
+    """
+    tokenizer, kinds = model.require_tokenizer(), np.array(model.streams.kinds)
+    inputs = np.flatnonzero(kinds == "input")
+    spoken = table.present & (table.tokens != tokenizer.silence_id)
+    config = model.run_config
+    if config is not None and config.data.converter == "dictation" and len(inputs):
+        end_id = tokenizer.encode(QUESTION_END)[0]
+        return question_ends(table.tokens[:, inputs[0]], end_id)
+    return _turn_ends(spoken[:, inputs].any(1), spoken[:, kinds == "output"].any(1))
+
+
+def _turn_ends(listening: np.ndarray, speaking: np.ndarray) -> list[int]:
+    """`turn_ends` from the rows in which an input speaks and those in which an output does.
 
     Args:
-      listening: [T] bool, the rows in which an input speaks. At least one is True.
-      speaking: [T] bool, the rows in which an output speaks.
+      listening: [T] bool.
+      speaking: [T] bool.
     """
     said = np.flatnonzero(listening)
+    if not len(said):
+        return []
     ends = []
     for row, following in zip(said, said[1:]):
         if speaking[row + 1 : following].any():
@@ -277,6 +318,9 @@ def _only_after(case: Case, mark: str, tokenizer: Tokenizer) -> Case:
     """
     turns = []
     for turn in case.turns:
+        if not turn.has_answer:
+            turns.append(turn)
+            continue
         answer = [tokens[_end_of_mark(tokens, mark, tokenizer) :] for tokens in turn.answer]
         if not all(answer):
             texts = [tokenizer.decode(tokens) for tokens in turn.answer]
