@@ -265,7 +265,7 @@ def test_recording(engine, tmp_path):
             assert getattr(ours, name) == getattr(theirs, name)
 
     # The score command reads recordings.
-    tables = score.check_tables(score.read_tables(str(path)), 4, engine.model.config.vocab_size)
+    tables = score.read_tables(str(path), engine.model).tables
     np.testing.assert_array_equal(
         tables["tokens"][0, : loaded.branches[0].rows], loaded.branches[0].tokens
     )

@@ -1,7 +1,7 @@
 """Evaluate the answers to held-out examples.
 
 First predicts what each generated stream says in the examples, given the rows
-before: the negative log-likelihood and the accuracy of its tokens, turn by turn.
+before: the negative log-likelihood and the accuracy of its tokens, by turn.
 
 Then feeds the input streams of each example row by row and lets the model
 generate all other streams. An answer is exact if every output stream says what

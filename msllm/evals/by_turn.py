@@ -7,29 +7,21 @@ any streams. A turn is an input and what follows it, up to the next input (see
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from msllm.config import LossConfig
 from msllm.data.loader import spread
-from msllm.data.packing import Packed, Packer
 from msllm.data.tables import Table
 from msllm.errors import UserError
 from msllm.evals.exact_match import turn_ends
 from msllm.evals.held_out import examples as held_out_examples
 from msllm.evals.held_out import open_split
-from msllm.loss import next_row_loss, targets_and_weights
-from msllm.model.model import bind
+from msllm.evals.score import likelihood, pack
 from msllm.weights.load import LoadedModel
 
 SHOWN_TURNS = 8  # turns with a line of their own
-_CELLS = 1024  # cells whose logits are computed at a time
 
 
 class Predicted(NamedTuple):
@@ -72,33 +64,48 @@ def evaluate(model: LoadedModel, data: str = "", examples: int = 500) -> list[Pr
     model = model.with_streams(delays=tuple(loader.manifest["streams"]["delays"]))
     silence = model.require_tokenizer().silence_id
     wanted = set(spread(loader.manifest["splits"]["eval"]["examples"], examples))
-    packer = Packer(loader.manifest["rows"])
+    tables = [table for i, table in enumerate(held_out_examples(loader)) if i in wanted]
+    packed = pack(tables, loader.manifest["rows"])
+    turns = [_turn_of_rows(table, model) for table in tables if len(table.tokens) > 1]
+    found = likelihood(model, packed.tables)
     sums: dict[tuple[int, int], np.ndarray] = {}
-    turns: dict[str, np.ndarray] = {}  # [T] the turn of each row of an example
-    packed: list[Packed] = []
-    for number, table in enumerate(held_out_examples(loader)):
-        if number in wanted:
-            turns[str(number)] = _turn_of_rows(table, model)
-            packed += packer.add(table._replace(example=str(number)))
-    packed += packer.finish()
-    for table, nll, right in _predict(model, packed):
-        said = table.tokens[1:] != silence
-        for segment, example in enumerate(table.examples, 1):
-            rows = np.flatnonzero(table.segment == segment)
-            both = table.present[rows[:-1]] & table.present[rows[1:]]
-            turn = turns[example][1:]
-            for s, kind in enumerate(model.streams.kinds):
-                if kind == "input":
-                    continue
-                for spoken in (True, False):
-                    counted = both[:, s] & (said[rows[:-1], s] == spoken)
-                    values = np.stack([counted, nll[rows[:-1], s], right[rows[:-1], s]])
-                    values = np.where(counted, values, 0)
-                    for n in np.unique(turn[counted]):
-                        added = values[:, turn == n].sum(1)
-                        for key in ((s, int(n)), (s, 0)):
-                            sums.setdefault(key, np.zeros((2, 3)))[int(not spoken)] += added
+    for b, places in enumerate(packed.places):
+        for segment, place in enumerate(places, 1):
+            rows = np.flatnonzero(packed.tables["segment"][b] == segment)
+            cell, target = (b, rows[:-1]), (b, rows[1:])
+            values = np.stack([-found.logprob[cell], found.likeliest[cell]], axis=2)
+            said = packed.tables["tokens"][target] != silence
+            _add(sums, values, said, turns[place][1:], model.streams.kinds)
     return list(_results(sums, model.streams.names))
+
+
+def _add(
+    sums: dict[tuple[int, int], np.ndarray],
+    values: np.ndarray,
+    said: np.ndarray,
+    turn: np.ndarray,
+    kinds: Sequence[str],
+) -> None:
+    """Adds the targets of an example to the sums by (stream, turn); turn 0: all turns.
+
+    Args:
+      sums: [2, 3]: tokens and silence; number, nll and right ones.
+      values: [n, S, 2], nll and whether the target is the likeliest; nan if there is no target.
+      said: [n, S] bool, whether the target is a token.
+      turn: [n] int, the turn of the target.
+      kinds: the kinds of the S streams.
+    """
+    for stream, kind in enumerate(kinds):
+        if kind == "input":
+            continue
+        counted = np.isfinite(values[:, stream, 0])
+        for silent in (0, 1):
+            rows = np.flatnonzero(counted & (said[:, stream] != bool(silent)))
+            for n in np.unique(turn[rows]):
+                of_turn = values[rows[turn[rows] == n], stream]
+                for key in ((stream, int(n)), (stream, 0)):
+                    total = sums.setdefault(key, np.zeros((2, 3)))
+                    total[silent] += (len(of_turn), *of_turn.sum(0))
 
 
 def _results(
@@ -135,42 +142,6 @@ def _turn_of_rows(table: Table, model: LoadedModel) -> np.ndarray:
     for end in turn_ends(table, model)[:-1]:
         turn[end + 1 + int(np.argmax(spoken[end + 1 :])) :] += 1
     return turn
-
-
-def _predict(
-    model: LoadedModel, packed: Sequence[Packed]
-) -> Iterator[tuple[Packed, np.ndarray, np.ndarray]]:
-    """Yields each table with the nll of the next rows' cells and whether they are the likeliest.
-
-    Both are [T, S], and mean something only for cells that have a target.
-    """
-    silence = model.require_tokenizer().silence_id
-    size = min(8, max(1, len(packed)))
-    for start in range(0, len(packed), size):
-        some = list(packed[start : start + size])
-        # Pad the last batch, because another shape would compile again.
-        padded = some + some[:1] * (size - len(some))
-        batch = {
-            name: np.stack([getattr(table, name) for table in padded])
-            for name in ("tokens", "present", "segment")
-        }
-        batch["tokens"] = batch["tokens"].astype(np.int32)
-        nll, right = _measure(model.graph, silence, model.parameters, batch)
-        yield from zip(some, np.asarray(nll), np.asarray(right))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _measure(
-    graph: nnx.GraphDef, silence: int, parameters: dict[str, Any], tables: Mapping[str, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """(nll of the targets, whether they are the most likely tokens), [B, T, S] each."""
-    model = bind(graph, parameters)
-    hidden = model.read(tables, silence)
-    targets, _, weights = targets_and_weights(tables, (1.0,) * model.streams.size)
-    nll = next_row_loss(hidden, model.head_parameter[...], targets, weights, LossConfig())[1]
-    cells = hidden.reshape(-1, hidden.shape[-1])
-    likeliest = jax.lax.map(lambda x: jnp.argmax(model.logits(x)), cells, batch_size=_CELLS)
-    return nll, likeliest.reshape(targets.shape) == targets
 
 
 def describe(found: Sequence[Predicted]) -> str:

@@ -135,7 +135,7 @@ def describe(result: ExactMatch) -> str:
         lines.append(
             f"exact answers: first token {_after(result.rows_to_first)}, last token"
             f" {_after(result.rows_to_last)} (first token in one stream, after reading and"
-            f" thinking: {result.one_stream_rows:g} rows after it)"
+            f" thinking: {_rows(result.one_stream_rows)} after it)"
         )
     answered = f"{result.answered:.1%} answered at all, right or wrong"
     if result.answered_rows is not None:
@@ -145,8 +145,11 @@ def describe(result: ExactMatch) -> str:
 
 def _after(rows: float) -> str:
     """Says where a row lies that comes `rows` rows after the end of the input."""
-    what = f"{abs(rows):g} {'row' if abs(rows) == 1 else 'rows'}"
-    return f"{what} {'before' if rows < 0 else 'after'} the end of the input"
+    return f"{_rows(abs(rows))} {'before' if rows < 0 else 'after'} the end of the input"
+
+
+def _rows(number: float | None) -> str:
+    return f"{number:g} {'row' if number == 1 else 'rows'}"
 
 
 class Turn(NamedTuple):

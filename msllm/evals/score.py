@@ -1,11 +1,13 @@
-"""Scores tables: the logits of a model, and the log-probability of every cell."""
+"""Scores tables, prepared data and texts: the log-probability of every cell, and the logits."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
+import pathlib
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,13 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from msllm.config import Config, DataConfig, VaryConfig, code_named_by
+from msllm.data import records
+from msllm.data.converters import CONVERTERS, convert
+from msllm.data.loader import spread
+from msllm.data.packing import Packer
+from msllm.data.tables import Table, unpack
 from msllm.errors import UserError
+from msllm.evals.held_out import open_split
 from msllm.loss import targets_and_weights
 from msllm.model.model import bind
 from msllm.runtime.files import write_atomically
 from msllm.weights.load import LoadedModel
 
 LOGITS_AT_ONCE = 1 << 26  # logits that are computed at a time: 256 MiB of float32
+TABLES_AT_ONCE = 8  # tables that are read at a time where logits are not kept
+CELLS_AT_ONCE = 1024  # cells whose logits are computed at a time where they are not kept
 
 
 class Scores(NamedTuple):
@@ -63,13 +74,9 @@ def score_batches(
     checked = check_tables(tables, model.streams.size, model.config.vocab_size)
     count, rows, streams = checked["tokens"].shape
     size = min(count, max(1, LOGITS_AT_ONCE // (rows * streams * model.config.vocab_size)))
-    for start in range(0, count, size):
-        part = {name: x[start : start + size] for name, x in checked.items()}
-        missing = size - len(part["tokens"])
-        # Pad the last batch, because another shape would compile again.
-        part = {name: np.concatenate([x, x[:1].repeat(missing, 0)]) for name, x in part.items()}
-        logits, logprob = _score(model.graph, silence_id, model.parameters, part)
-        yield Scores(np.asarray(logits)[: size - missing], np.asarray(logprob)[: size - missing])
+    for part, filled in _batches(checked, size):
+        logits, logprob = _score(*_model(model, silence_id), part)
+        yield Scores(np.asarray(logits)[:filled], np.asarray(logprob)[:filled])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -85,6 +92,181 @@ def _score(
     targets, counted, _ = targets_and_weights(tables, model.streams.loss_weights)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return logits, jnp.where(counted, chosen - jax.nn.logsumexp(logits, axis=-1), jnp.nan)
+
+
+class Likelihood(NamedTuple):
+    """How likely the cells of tables are. The values at (t, s) are those of the cell (t + 1, s).
+
+    Attributes:
+      logprob: [B, T, S] float32, the log-probability, nats; nan if the cell does not exist.
+      likeliest: [B, T, S] bool, whether no other token is more likely; False if the cell does not
+        exist.
+    """
+
+    logprob: np.ndarray
+    likeliest: np.ndarray
+
+
+def likelihood(
+    model: LoadedModel, tables: Mapping[str, np.ndarray], silence_id: int | None = None
+) -> Likelihood:
+    """Scores tables without keeping their logits, which takes little memory.
+
+    The arguments and errors are those of `score`.
+    """
+    silence_id = silence_of(model, silence_id)
+    checked = check_tables(tables, model.streams.size, model.config.vocab_size)
+    size = min(TABLES_AT_ONCE, len(checked["tokens"]))
+    parts = [
+        tuple(np.asarray(x)[:count] for x in _likelihood(*_model(model, silence_id), part))
+        for part, count in _batches(checked, size)
+    ]
+    return Likelihood(*(np.concatenate(arrays) for arrays in zip(*parts)))
+
+
+def _model(model: LoadedModel, silence_id: int | None) -> tuple[Any, ...]:
+    return model.graph, silence_id, model.parameters
+
+
+def _batches(
+    tables: Mapping[str, np.ndarray], size: int
+) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    """Yields (`size` tables, how many of them count) in order. Repeated tables pad the last ones.
+
+    Another shape would compile again.
+    """
+    for start in range(0, len(tables["tokens"]), size):
+        part = {name: x[start : start + size] for name, x in tables.items()}
+        count = len(part["tokens"])
+        padding = {name: x[:1].repeat(size - count, 0) for name, x in part.items()}
+        yield {name: np.concatenate([x, padding[name]]) for name, x in part.items()}, count
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _likelihood(
+    graph: nnx.GraphDef,
+    silence_id: int | None,
+    parameters: dict[str, Any],
+    tables: Mapping[str, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    model = bind(graph, parameters)
+    targets, counted, _ = targets_and_weights(tables, model.streams.loss_weights)
+
+    def cell(hidden_and_target):
+        hidden, target = hidden_and_target
+        logits = model.logits(hidden)
+        return logits[target] - jax.nn.logsumexp(logits), jnp.argmax(logits) == target
+
+    with jax.default_matmul_precision("highest"):
+        hidden = model.read(tables, silence_id)
+        cells = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        logprob, likeliest = jax.lax.map(cell, cells, batch_size=CELLS_AT_ONCE)
+    logprob = jnp.where(counted, logprob.reshape(targets.shape), jnp.nan)
+    return logprob, likeliest.reshape(targets.shape) & counted
+
+
+class Examples(NamedTuple):
+    """Examples to score, packed into tables.
+
+    Attributes:
+      tables: tokens [B, T, S] int, present [B, T, S] bool and segment [B, T] int.
+      places: B lists, the place of each segment of a table in `sources`.
+      sources: for each example, in the order of the input: its id, or the place of its record.
+    """
+
+    tables: dict[str, np.ndarray]
+    places: list[list[int]]
+    sources: list[str]
+
+
+def pack(examples: Iterable[Table], rows: int = 2) -> Examples:
+    """Packs examples into tables with as many rows as the longest one has, at least `rows`.
+
+    Examples of one row, in which there is nothing to predict, are left out. Raises UserError if no
+    others are left.
+    """
+    tables = [table for table in examples if len(table.tokens) > 1]
+    if not tables:
+        raise UserError("there is no example of at least 2 rows to score")
+    packer = Packer(max(rows, *(len(table.tokens) for table in tables)))
+    packed = []
+    for number, table in enumerate(tables):
+        packed += packer.add(table._replace(example=str(number)))
+    packed += packer.finish()
+    fields = ("tokens", "present", "segment")
+    return Examples(
+        {name: np.stack([getattr(table, name) for table in packed]) for name in fields},
+        [list(map(int, table.examples)) for table in packed],
+        [table.source or table.example for table in tables],
+    )
+
+
+def read_data(
+    model: LoadedModel, data: str = "", split: str = "eval", examples: int = 500
+) -> Examples:
+    """Reads examples of prepared data.
+
+    Args:
+      model: a model with a tokenizer.
+      data: the prepared directory. Empty: the one that the model was trained on.
+      split: the split of the data.
+      examples: the most examples to read, spread evenly over the split.
+
+    Raises UserError if there is no such data, or if it does not fit the model.
+    """
+    manifest = open_split(model, data, split).manifest  # checks that the data fits
+    folder = data or (model.run_config.data.dir if model.run_config else "")
+    wanted = set(spread(manifest["splits"][split]["examples"], examples))
+    found = (table for i, table in enumerate(_stored_examples(folder, split)) if i in wanted)
+    return pack(found, manifest["rows"])
+
+
+def _stored_examples(folder: str, split: str) -> Iterator[Table]:
+    """Yields the examples of a split in stored order, which is not that of training batches."""
+    manifest, paths = records.open_prepared(folder, split, part=None)
+    reader, size = records.Reader(paths), manifest["tokenizer"]["vocab_size"]
+    for number in range(manifest["splits"][split]["tables"]):
+        packed = records.decode_record(reader[number], len(manifest["streams"]["names"]), size)
+        yield from unpack(packed._asdict(), packed.examples)
+
+
+def read_text(model: LoadedModel, path: str | os.PathLike, allow_code: bool = False) -> Examples:
+    """Reads texts or records of any form that `msllm prepare` reads.
+
+    They become tables by the converter and the options with which the data of the model was
+    prepared. Where there is none (the data was generated, or the model was imported), a model of
+    one stream takes plain text, and another one takes records of the converter `tables`.
+
+    Args:
+      model: a model with a tokenizer.
+      path: the file.
+      allow_code: import a converter or reader outside of msllm that the model's config names.
+
+    Raises UserError if the file cannot be read, or a record does not fit.
+    """
+    tokenizer = model.require_tokenizer()
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"--text={path}: there is no such file")
+    data = model.run_config.data if model.run_config else DataConfig(converter="")
+    known = CONVERTERS.get(data.converter)
+    if not data.converter or (known and not known.reads):
+        converter = "single" if model.streams.size == 1 else "tables"
+        data = DataConfig(converter=converter, rows=model.trained_rows or DataConfig().rows)
+    elif not allow_code:
+        for setting, code in code_named_by(data, "config.data").items():
+            raise UserError(
+                f"{setting} of the checkpoint is {code!r}: reading the text would run this code. If"
+                " you trust it, allow it by --allow_code"
+            )
+    data = dataclasses.replace(
+        data,
+        path=str(path),
+        format=data.format if ":" in data.format else "",
+        max_examples=0,
+        bad_percent=0.0,
+        vary=VaryConfig(),
+    )
+    return pack(convert(Config(data=data), model.streams, tokenizer))
 
 
 def silence_of(model: LoadedModel, silence_id: int | None = None) -> int | None:
@@ -165,15 +347,45 @@ def _check_segment(number: int, ids: np.ndarray) -> None:
         raise UserError(f"{rule} id {again[0]} has several runs")
 
 
-def read_tables(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The arrays of an npz file. Raises UserError if it cannot be read."""
+def read_tables(path: str | os.PathLike, model: LoadedModel) -> Examples:
+    """Reads tables from an npz file, with the arrays that `score` takes; it may have others.
+
+    Raises UserError if it cannot be read, or if the tables do not fit the model.
+    """
     try:
         with np.load(path) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            found = {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"--tables={path} cannot be read ({error}): give an npz file") from error
+    tables = check_tables(found, model.streams.size, model.config.vocab_size)
+    places: list[list[int]] = []
+    sources: list[str] = []
+    for number, segment in enumerate(tables["segment"]):
+        ids = list(dict.fromkeys(segment[segment > 0].tolist()))  # in the order of the rows
+        places.append(list(range(len(sources), len(sources) + len(ids))))
+        sources += [f"table {number}, segment {one}" for one in ids]
+    return Examples(tables, places, sources)
 
 
-def write_scores(scores: Scores, path: str | os.PathLike) -> None:
-    """Writes scores to an npz file whose arrays are named like the fields."""
-    write_atomically(path, functools.partial(np.savez, **scores._asdict()))
+def write_scores(
+    scores: Scores | Likelihood,
+    path: str | os.PathLike,
+    tables: Mapping[str, np.ndarray] | None = None,
+    names: Sequence[str] = (),
+    overwrite: bool = True,
+) -> None:
+    """Writes scores to an npz file whose arrays are named like the fields.
+
+    Args:
+      scores: the result of `score` or `likelihood`.
+      path: the file.
+      tables: the scored tables, which are written as well.
+      names: names of the streams, which are written as the array `streams`.
+      overwrite: whether to replace a file that exists.
+
+    Raises FileExistsError if the file exists and must not be replaced.
+    """
+    arrays = {**(tables or {}), **scores._asdict()}
+    if names:
+        arrays["streams"] = np.array(names)
+    write_atomically(path, functools.partial(np.savez, **arrays), overwrite=overwrite)
