@@ -1,17 +1,37 @@
-"""Files that a reader finds complete or not at all, and that show whether they are damaged."""
+"""Files that a reader finds complete or not at all, and that show whether they are damaged; locks."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
+import secrets
 import shutil
+import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from msllm.errors import UserError
+
+# Errors of storage that is full, missing or broken. They are not bugs of the program.
+STORAGE_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EROFS,
+    errno.ESTALE,
+)
+# Errors of file systems without locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+_held: set[str] = set()  # lock files that this process holds: to the system it is a single holder
+_held_guard = threading.Lock()
 
 
 def write_atomically(
@@ -56,7 +76,8 @@ def write_atomically(
             with path.open("wb") as stream:
                 _write(stream, content)
             return
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Processes of several hosts, or of containers, may have the same id.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("wb") as stream:
             _write(stream, content)
@@ -147,3 +168,62 @@ def digest_differs(content: Mapping[str, Any]) -> bool:
 def _digest(content: Mapping[str, Any]) -> str:
     entries = {key: value for key, value in content.items() if key != "digest"}
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def lock_file(path: str | os.PathLike, *, remove: bool = False) -> Iterator[str | None]:
+    """Holds a lock file inside the `with` block, or yields who holds it.
+
+    The lock also ends with the process, and holds for all hosts that share the file. On a file
+    system without locks, or if its storage is full or broken, nothing is locked.
+
+    Args:
+      path: the lock file. Its folder must exist.
+      remove: whether to remove the file at the end.
+
+    Yields:
+      None, or a text that names the other process that holds the lock.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    path = os.path.realpath(path)
+    this = f"process {os.getpid()} on {socket.gethostname()}"
+    with _held_guard:
+        held_here = path in _held
+        if not held_here:
+            _held.add(path)
+    if held_here:
+        yield this
+        return
+    try:
+        with contextlib.ExitStack() as stack:
+            yield _lock(path, this, remove, stack)
+    finally:
+        with _held_guard:
+            _held.discard(path)
+
+
+def _lock(path: str, this: str, remove: bool, stack: contextlib.ExitStack) -> str | None:
+    """Locks a file until `stack` closes. Returns the text of another holder, or None."""
+    try:
+        while True:
+            file = stack.enter_context(open(path, "a+"))
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The last holder may have removed the file after it was opened here.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    break
+    except BlockingIOError:
+        file.seek(0)
+        return file.read().strip() or "another process"
+    except OSError as error:
+        if error.errno in (*STORAGE_ERRORS, *_NO_LOCKS):
+            return None  # the next write reports an error of storage
+        raise
+    if remove:
+        stack.callback(pathlib.Path(path).unlink, missing_ok=True)
+    with contextlib.suppress(OSError):
+        file.truncate(0)
+        print(this, file=file, flush=True)
+    return None

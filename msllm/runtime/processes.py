@@ -7,8 +7,6 @@ This module builds on JAX's multi-controller runtime (`jax.distributed` and
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -29,21 +27,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from msllm.errors import RunError, UserError
+from msllm.runtime.files import STORAGE_ERRORS, lock_file
 
 # Exit statuses besides 0 (complete), 1 (failed) and 2 (invalid input). After these two the same
 # command continues the run. The numbers are EX_TEMPFAIL and EX_PROTOCOL of sysexits.h.
 EXIT_STOPPED = 75  # stopped early (SIGTERM, preemption), after saving a checkpoint
 EXIT_PEER_LOST = 76  # another process did not join, or was lost
-
-# Errors of storage that is full, missing or broken. They are not bugs of the program.
-STORAGE_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EIO,
-    errno.EROFS,
-    errno.ESTALE,
-)
 
 
 def connect(
@@ -242,35 +231,26 @@ def exclusive_workdir(workdir: epath.Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         error = None
         if is_primary() and "://" not in str(workdir):
-            error = _lock(workdir / "lock", stack)
+            error = _lock(workdir, stack)
         check_same_everywhere({}, error)
         yield
 
 
-def _lock(path: epath.Path, stack: contextlib.ExitStack) -> str | None:
-    """Locks a file until `stack` closes or the process ends. Returns the error if it cannot."""
+def _lock(workdir: epath.Path, stack: contextlib.ExitStack) -> str | None:
+    """Locks a workdir until `stack` closes or the process ends. Returns the error if it cannot."""
     try:
-        file = stack.enter_context(open(path, "a+"))
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
+        holder = stack.enter_context(lock_file(workdir / "lock"))
+    except OSError as error:
         return (
-            f"--workdir is {path.parent}, in which {holder} is training: wait for it, stop it, or"
+            f"--workdir is {workdir}, where lock cannot be written ({error}): repair that, or"
             " choose another"
         )
-    except OSError as error:
-        if error.errno in (*STORAGE_ERRORS, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            # A file system without locks, or a storage error, which the next write will report.
-            return None
-        return (
-            f"--workdir is {path.parent}, where {path.name} cannot be written ({error}): repair"
-            " that, or choose another"
-        )
-    with contextlib.suppress(OSError):
-        file.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
-    return None
+    if holder is None:
+        return None
+    return (
+        f"--workdir is {workdir}, in which {holder} is training: wait for it, stop it, or choose"
+        " another"
+    )
 
 
 def _digest(value: Any) -> str:
