@@ -1,14 +1,19 @@
 """Preparation in portions: results do not depend on processes; a stopped run continues."""
 
+import concurrent.futures
 import dataclasses
 import json
+import multiprocessing
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,14 +21,14 @@ from runs import replace, write_config_file
 from test_prepare import examples
 
 from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
-from msllm.data import build, duplicates, sources
+from msllm.data import build, duplicates, files, job, sources
 from msllm.data.converters import input_portions, texts
-from msllm.data.duplicates import Ids, count_duplicates
+from msllm.data.duplicates import Ids, count_distinct, ranges, sum_duplicates
 from msllm.data.prepare import prepare
 from msllm.data.report import describe
 from msllm.errors import RunError, UserError
 from msllm.streams import StreamSpec
-from msllm.tokenizer import train
+from msllm.tokenizer import Tokenizer, train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 WORDS = TokenizerConfig(model_type="word", vocab_size=2048)
@@ -38,7 +43,8 @@ def convert(layout, record):
     source, target = record.text("source"), record.text("target")
     if source.startswith(os.environ.get("DIE_AT", "-")):
         os.kill(os.getpid(), 9)
-    while source.startswith(os.environ.get("WAIT_AT", "-")):
+    wait = source.startswith(os.environ.get("WAIT_AT", "-"))
+    while wait and os.path.exists(os.environ.get("WAIT_WHILE", "/")):
         time.sleep(0.05)
     yield layout.table([layout.say("user", 0, source), layout.say("output", 1, target)], source)
 """
@@ -102,6 +108,144 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(config, tmp_path):
     assert len(train_set) + len(held) == len(RECORDS) and 20 < len(held) < 90
 
 
+def test_the_bytes_do_not_depend_on_the_executor(config, tmp_path):
+    manifest = prepare(config, tmp_path / "one")
+    with concurrent.futures.ThreadPoolExecutor(3) as executor:
+        assert prepare(config, tmp_path / "threads", executor=executor) == manifest
+        assert prepare(config, tmp_path / "threads", executor=executor) == manifest  # is finished
+    assert contents(tmp_path / "threads") == contents(tmp_path / "one")
+
+
+def test_relative_paths_reach_workers_in_another_folder(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with concurrent.futures.ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), os.chdir, ("/",)
+    ) as executor:
+        manifest = prepare(replace(config, "data", path="a.jsonl"), "out", executor=executor)
+    assert prepare(config, tmp_path / "one") == manifest
+
+
+def test_a_worker_of_another_version_is_refused(config, tmp_path, monkeypatch):
+    def versions(data):
+        first = threading.current_thread() is threading.main_thread()
+        return {"msllm": "1" if first else "2"}
+
+    monkeypatch.setattr("msllm.data.identity.code_versions", versions)
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        with pytest.raises(UserError, match="the worker on .* has msllm 2, .* started with 1"):
+            prepare(config, tmp_path / "out", executor=executor)
+
+
+def test_a_worker_that_does_not_share_the_folder_is_refused(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "SHARED_SECONDS", 0.1)
+    monkeypatch.setattr(job.Job, "build", build_elsewhere)
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        with pytest.raises(UserError, match="elsewhere/unfinished/state.json is not there.*share"):
+            prepare(config, tmp_path / "out", executor=executor)
+
+
+def build_elsewhere(self, portion, build=job.Job.build):
+    return build(dataclasses.replace(self, out=f"{self.out}/elsewhere"), portion)
+
+
+def test_a_worker_that_outlives_its_run_changes_nothing(config, tmp_path):
+    prepare(config, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    spec, portions = StreamSpec.from_config(config.streams), build.divide(config)
+    tokenizer = Tokenizer.load(config.data.tokenizer.path)
+    (tmp_path / "out/unfinished").mkdir()  # of the next run
+    changed = replace(config, "data", rows=16)
+    out = tmp_path / "out"
+    with pytest.raises(RunError, match="has ended, so this worker discards its work"):
+        list(
+            build.build(changed, spec, tokenizer, out, portions[0], lambda: job.check_run(out, "a"))
+        )
+    assert not list(tmp_path.glob("out/unfinished/*"))
+    (tmp_path / "out/unfinished").rmdir()
+    assert contents(out) == before
+
+
+def test_input_files_are_hashed_once(config, tmp_path, monkeypatch):
+    path, out, hashed = tmp_path / "a.jsonl", tmp_path / "out", []
+    for name in ("file_hash", "hash_and_lines_before"):
+        monkeypatch.setattr(files, name, noting(getattr(files, name), hashed))
+    monkeypatch.setattr("msllm.data.records.write_manifest", interrupt)
+
+    def interrupted():
+        """Returns the times of change of all portions, and how often the input was hashed."""
+        hashed.clear()
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config, out)
+        reports = out.glob("unfinished/portion-*.json")
+        return {report.name: report.stat().st_mtime_ns for report in reports}, len(hashed)
+
+    portions, count = interrupted()
+    assert len(portions) == 5 and count == 1
+    assert interrupted() == (portions, 0)
+    os.utime(path, ns=(1, 1))
+    assert interrupted() == (portions, 1)
+    path.write_text(path.read_text().replace("w1 ", "v1 "))
+    os.utime(path, ns=(2, 2))
+    with pytest.raises(UserError, match="holds an unfinished run with other settings .inputs"):
+        prepare(config, out)
+
+
+def noting(function, calls):
+    """Returns a function that also appends the files a.jsonl with which it is called to `calls`."""
+
+    def call(file, *arguments):
+        if str(file).endswith("a.jsonl"):
+            calls.append(file)
+        return function(file, *arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("end", ["finish", signal.SIGKILL])
+def test_a_second_prepare_waits_for_the_first(config, tmp_path, end):
+    out = tmp_path / "out"
+    wait = tmp_path / "wait"
+    wait.touch()
+    first = start(tmp_path, out, WAIT_AT="w350 ", WAIT_WHILE=str(wait))
+    wait_for(lambda: len(list(out.glob("unfinished/portion-*.json"))) == 4, first)
+    second = start(tmp_path, out, second=True)
+    line = second.stderr.readline()
+    assert (
+        line
+        == f"process {first.pid} on {socket.gethostname()} is preparing {out}: waiting for it\n"
+    )
+    if end == "finish":
+        wait.unlink()
+        assert first.wait(60) == 0
+    else:
+        first.kill()
+    stdout, errors = second.communicate(timeout=60)
+    assert second.returncode == 0, errors
+    assert ("already holds this data" in stdout) == (end == "finish")
+    prepare(config, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_worker_processes_end_with_a_killed_parent(config, tmp_path):
+    process = start(tmp_path, tmp_path / "out", WAIT_AT="w350 ")
+    wait_for(lambda: len(list(tmp_path.glob("out/unfinished/portion-*.json"))) == 4, process)
+    children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    assert len(children) >= 2
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 30
+    while any(is_alive(child) for child in children):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_alive(process):
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.mark.parametrize(
     "data", [{"split": "tail"}, {"max_examples": 230}, {"split": "tail", "max_examples": 230}, {}]
 )
@@ -138,15 +282,17 @@ def test_eval_path_gives_the_held_out_examples(tmp_path, small_portions):
     )
 
 
-def start(tmp_path, out, **environment):
+def start(tmp_path, out, second=False, **environment):
     """Starts `msllm prepare` with two processes and small portions, in its own process group."""
-    config = write_config_file(tmp_path / "config.py", config_with_user_converter(tmp_path))
+    path = tmp_path / f"config{second:d}.py"
+    config = write_config_file(path, config_with_user_converter(tmp_path))
     small = "from msllm.data import sources; sources.PORTION_BYTES = 6 << 10"
     code = f"import sys; from msllm.cli.main import main; {small}; sys.exit(main(sys.argv[1:]))"
     flags = [f"--config={config}", f"--out={out}", "--processes=2"]
     return subprocess.Popen(
         [sys.executable, "-c", code, "prepare", *flags],
         env=os.environ | environment | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -205,8 +351,8 @@ def interrupt(*_):
 def test_a_process_that_dies_is_named(config, tmp_path, monkeypatch):
     monkeypatch.setenv("DIE_AT", "w350 ")
     message = (
-        "worked on portion 4 of 5, .*a.jsonl was killed .SIGKILL.*fewer --processes"
-        ".*the same command continues"
+        "a worker process was killed while it worked on .*portion 4 of 5, .*a.jsonl"
+        ".*fewer --processes.*the same command continues"
     )
     with pytest.raises(RunError, match=message):
         prepare(config, tmp_path / "out", processes=2)
@@ -323,7 +469,7 @@ NUMBERS = st.lists(st.integers(0, 30), max_size=40)
 def test_duplicates_are_counted_in_blocks(tmp_path_factory, trained, held, block, size):
     folder = tmp_path_factory.mktemp("ids")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(duplicates, "BLOCK_IDS", block)
+        patch.setattr(duplicates, "RANGE_IDS", block)
         patch.setattr(duplicates, "FILE_IDS", size)
         for split, numbers in (("train", trained), ("eval", held)):
             ids = Ids(folder, split)
@@ -331,7 +477,8 @@ def test_duplicates_are_counted_in_blocks(tmp_path_factory, trained, held, block
                 ids.add([f"{number * (2**64 - 1) // 30:016x}"])
             ids.close()
         files = {split: sorted(folder.glob(f"{split}.*.npy")) for split in build.SPLITS}
-        found = count_duplicates(files, {"train": len(trained), "eval": len(held)})
+        counts = [count_distinct(files, ids) for ids in ranges(len(trained) + len(held))]
+        found = sum_duplicates(counts, {"train": len(trained), "eval": len(held)})
     assert found == {
         "train": len(trained) - len(set(trained)),
         "eval": len(held) - len(set(held)),
@@ -340,7 +487,7 @@ def test_duplicates_are_counted_in_blocks(tmp_path_factory, trained, held, block
 
 
 def test_a_worker_does_not_import_jax():
-    line = "import sys, msllm.data.build, msllm.data.workers; print(*sys.modules)"
+    line = "import sys, msllm.data.job, msllm.data.executors; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", line], capture_output=True, text=True, check=True
     ).stdout.split()

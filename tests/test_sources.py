@@ -85,7 +85,8 @@ def test_a_line_belongs_to_exactly_one_part(tmp_path_factory, lines, count):
     path.write_bytes(b"\n".join(lines))
     whole = list(files.lines(str(path)))
     assert b"".join(line for _, line in whole) == path.read_bytes()
-    before = files.lines_before(str(path), count)
+    sha256, before = files.hash_and_lines_before(str(path), count)
+    assert sha256 == files.file_hash(str(path))
     split = [files.lines(str(path), i, count, before[i]) for i in range(count)]
     assert [line for part in split for line in part] == whole
 

@@ -2,8 +2,8 @@
 
 Reads or generates examples, trains or loads a tokenizer, packs the examples
 into tables, and writes a train and an eval split (docs/data.md). The output
-does not depend on the number of processes. To continue after an interruption,
-run the same command again.
+does not depend on the number of workers or where they run. To continue after an
+interruption, run the same command again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 msllm prepare --config=configs/quickstart.py
 msllm prepare --config=configs/gsm8k.py --out=data/gsm8k --processes=8
+msllm prepare --config=configs/gsm8k.py --out=/shared/gsm8k --cluster=slurm --processes=256
 """
 
 
@@ -34,13 +35,20 @@ def define_flags(parser: Parser) -> None:
         metavar="N",
         type=non_negative_int,
         default=0,
-        help="Number of worker processes. 0 starts one per core.",
+        help="Number of worker processes. 0 starts one per core of this machine.",
+    )
+    parser.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        default="",
+        help="Run on a Dask cluster: the address of its scheduler, a scheduler file (*.json), or "
+        "slurm or kube to start --processes workers there (docs/large_corpora.md).",
     )
 
 
 def run(flags: argparse.Namespace) -> None:
     """Prepares the data and prints the report."""
-    from msllm.data import workers
+    from msllm.data import executors
     from msllm.data.prepare import prepare
     from msllm.data.report import describe
 
@@ -51,11 +59,17 @@ def run(flags: argparse.Namespace) -> None:
             "--config.data.dir=DIR"
         )
     try:
-        print(describe(prepare(flags.config, out, flags.processes or workers.available_cores())))
+        if flags.cluster:
+            with executors.cluster(flags.cluster, flags.processes) as executor:
+                manifest = prepare(flags.config, out, executor=executor)
+        else:
+            processes = flags.processes or executors.available_cores()
+            manifest = prepare(flags.config, out, processes)
     except KeyboardInterrupt:
         raise RunError(
             "stopped: finished work is kept; run the same command again to continue"
         ) from None
+    print(describe(manifest))
     if in_time := _targets_in_time(flags.config, out):
         print("\n".join(in_time))
     print(f"prepared in {out}")

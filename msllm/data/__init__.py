@@ -6,7 +6,7 @@ The modules, in the order in which text flows through them (docs/data.md):
 - `converters`: records to tables, one per example.
 - `packing`: examples to tables of T rows.
 - `records`: packed tables to files, and back.
-- `prepare`: runs all of the above (with `build`, `workers`, `identity`, `report` and
+- `prepare`: runs all of the above (with `build`, `job`, `executors`, `identity`, `report` and
   `duplicates`).
 - `loader`, `mixture`: prepared data to batches, as a function of the step.
 - `global_batch`: batches to global arrays on the devices of a mesh.

@@ -1,7 +1,7 @@
-"""Builds prepared data portion by portion, for the processes of `msllm prepare`.
+"""Builds prepared data portion by portion, for the workers of `msllm prepare`.
 
-One process converts, splits and packs a portion of the input, and writes it to shards of its own.
-The bytes therefore do not depend on the number of processes, and a finished portion need not be
+One worker converts, splits and packs a portion of the input, and writes it to shards of its own.
+The bytes therefore do not depend on the number of workers, and a finished portion need not be
 built again.
 """
 
@@ -12,8 +12,9 @@ import itertools
 import json
 import os
 import pathlib
+import secrets
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from array_record.python import array_record_module
 from msllm.config import Config
 from msllm.data import converters, records
 from msllm.data.duplicates import Ids
+from msllm.data.executors import Status
 from msllm.data.packing import Packed, Packer
 from msllm.data.sources import BadRecords, Part
 from msllm.data.tables import Table, held_out
@@ -32,11 +34,11 @@ from msllm.tokenizer import Tokenizer
 
 SPLITS = ("train", "eval")
 WORK = "unfinished"  # folder of the reports of finished portions, until all are finished
-STATUS_SECONDS = 0.5  # between two status reports of a process
+STATUS_SECONDS = 1.0  # between two status reports of a worker
 
 
 class Portion(NamedTuple):
-    """The part of the input that one process prepares at a time."""
+    """The part of the input that one worker prepares at a time."""
 
     number: int  # from 0
     total: int  # number of portions of this input
@@ -59,14 +61,6 @@ class Portion(NamedTuple):
         if files and files[-1] != files[0]:
             text += f" to {files[-1]}"
         return text
-
-
-class Status(NamedTuple):
-    """The progress of the work on a portion."""
-
-    examples: int
-    tokens: int
-    bad: list[str]  # messages of bad records since the previous status
 
 
 class _Clock:
@@ -119,7 +113,7 @@ def count(
     number = 0
     for number, _ in enumerate(_tables(config, spec, tokenizer, portion, bad), 1):
         if clock.is_due():
-            yield Status(number, 0, [])
+            yield Status(number)
     return number
 
 
@@ -165,62 +159,83 @@ def _place_split(config: Config, portions: Sequence[tuple[Portion, int]]) -> lis
 
 
 def build(
-    config: Config, spec: StreamSpec, tokenizer: Tokenizer, out: pathlib.Path, portion: Portion
-) -> Iterator[Status]:
-    """Writes the shards of a portion and then its report.
+    config: Config,
+    spec: StreamSpec,
+    tokenizer: Tokenizer,
+    out: pathlib.Path,
+    portion: Portion,
+    check_run: Callable[[], None] = lambda: None,
+) -> Generator[Status, None, dict[str, Any]]:
+    """Writes the shards of a portion and then its report, unless that has already been done.
 
-    Yields the status from time to time, and at the end. Raises UserError for bad input.
+    Yields the status from time to time, and returns the report (see `finished_report`).
+
+    Args:
+      config, spec, tokenizer: the settings, the streams and the tokenizer of the data.
+      out: the folder to write to.
+      portion: the portion.
+      check_run: raises an exception if the run was replaced by another one. It is called before
+        files are moved into place.
+
+    Raises UserError for bad input.
     """
+    report = finished_report(out, portion)
+    if report is not None:
+        return report
     packers = {split: Packer(config.data.rows) for split in SPLITS}
     writers = {
         split: ShardWriter(out, split, portion, config.data.shards, spec.size, tokenizer)
         for split in SPLITS
     }
     bad, clock = BadRecords(config.data.bad_percent), _Clock()
-    examples = shown = 0
-    for number, table in enumerate(_tables(config, spec, tokenizer, portion, bad)):
-        split = _split_of(config, portion, number, table)
-        for packed in packers[split].add(table):
-            writers[split].write(packed)
-        examples = number + 1
-        if clock.is_due():
-            yield Status(examples, _count_tokens(writers.values()), bad.shown[shown:])
-            shown = len(bad.shown)
-    for split in SPLITS:
-        for packed in packers[split].finish():
-            writers[split].write(packed)
-    report = {
-        "splits": {split: _report(packers[split], writers[split]) for split in SPLITS},
-        "bad": bad.counts(),
-    }
-    write_atomically(_report_path(out, portion), json.dumps(report))
-    yield Status(examples, _count_tokens(writers.values()), bad.shown[shown:])
-
-
-def is_finished(out: pathlib.Path, portion: Portion) -> bool:
-    """Returns whether a portion has a report and undamaged shards."""
-    if not _report_path(out, portion).is_file():
-        return False
     try:
-        for part in read_report(out, portion)["splits"].values():
+        for number, table in enumerate(_tables(config, spec, tokenizer, portion, bad)):
+            split = _split_of(config, portion, number, table)
+            for packed in packers[split].add(table):
+                writers[split].write(packed)
+            if clock.is_due():
+                yield Status(number + 1, _count_tokens(writers.values()), bad.shown)
+        for split in SPLITS:
+            for packed in packers[split].finish():
+                writers[split].write(packed)
+        check_run()
+        report = {
+            "splits": {split: _report(packers[split], writers[split]) for split in SPLITS},
+            "bad": bad.counts(),
+        }
+        write_atomically(_report_path(out, portion), json.dumps(report))
+    finally:
+        for writer in writers.values():
+            writer.discard()
+    return report
+
+
+def finished_report(out: pathlib.Path, portion: Portion) -> dict[str, Any] | None:
+    """Returns the report that `build` wrote for a portion, or None if the portion must be built.
+
+    Keys: `splits` (the counts, the shards and the files of ids of each split) and `bad`
+    (`BadRecords.counts`). A portion whose files were damaged later must be built again.
+    """
+    try:
+        report = json.loads(_report_path(out, portion).read_text())
+        for split, part in report["splits"].items():
+            if "ids" not in part:  # of a run that an earlier version began
+                found = sorted((out / WORK).glob(f"{portion.name}.{split}.*.npy"))
+                part["ids"] = [path.name for path in found]
             for shard in part["shards"]:
                 records.check_shard(out, shard)
-    except UserError:  # a shard was damaged later: build the portion again
-        return False
-    return True
+            for name in part["ids"]:
+                np.load(out / WORK / name, mmap_mode="r")
+    except (UserError, OSError, ValueError, KeyError, EOFError):
+        return None
+    return report
 
 
-def read_report(out: pathlib.Path, portion: Portion) -> dict[str, Any]:
-    """Returns the report that `build` wrote for a portion.
-
-    Keys: `splits` (the counts and shards of each split) and `bad` (`BadRecords.counts`).
-    """
-    return json.loads(_report_path(out, portion).read_text())
-
-
-def ids_files(out: pathlib.Path, split: str) -> list[pathlib.Path]:
-    """Returns the files with the ids of a split's examples (msllm/data/duplicates.py)."""
-    return sorted((out / WORK).glob(f"*.{split}.*.npy"))
+def final_status(report: Mapping[str, Any]) -> Status:
+    """Returns the status of a finished portion from its report."""
+    splits = report["splits"].values()
+    examples = sum(part["examples"] + part["dropped"] for part in splits)
+    return Status(examples, sum(sum(part["tokens"]) for part in splits), report["bad"]["shown"])
 
 
 class ShardWriter:
@@ -232,6 +247,7 @@ class ShardWriter:
       tokens: [S] int64, the number of cells of each stream that hold a token.
       silence: [S] int64, the number of cells of each stream that are silent.
       unknown: [S] int64, the number of tokens of each stream that are unknown to the tokenizer.
+      ids: the ids of the examples.
     """
 
     def __init__(
@@ -255,7 +271,9 @@ class ShardWriter:
         self._names = [f"{split}-{i:05d}-of-{count:05d}.array_record" for i in numbers]
         self._directory, self._tokenizer = directory, tokenizer
         self._writers: list[Any] = []
-        self._ids = Ids(directory / WORK, f"{portion.name}.{split}")
+        # A worker that outlives its run, or is believed to be lost, may write the same shards.
+        self._token = secrets.token_hex(4)
+        self.ids = Ids(directory / WORK, f"{portion.name}.{split}")
         self.tables = self.rows = 0
         self.tokens, self.silence, self.unknown = np.zeros((3, streams), np.int64)
 
@@ -263,7 +281,7 @@ class ShardWriter:
         """Appends one table."""
         shard = self.tables % len(self._names)
         if shard == len(self._writers):  # opened on first use: a small split has fewer shards
-            path = str(self._temporary(self._names[shard]))
+            path = str(self._temporary(shard))
             self._writers.append(
                 array_record_module.ArrayRecordWriter(path, records.WRITER_OPTIONS)
             )
@@ -277,19 +295,19 @@ class ShardWriter:
                 self.unknown += unknown.sum(axis=0)
         self.tables += 1
         self.rows += int((table.segment > 0).sum())
-        self._ids.add(table.examples)
+        self.ids.add(table.examples)
 
     def close(self) -> list[dict[str, Any]]:
         """Moves the shards into place and returns their manifest entries.
 
         Keys of an entry: file, records, bytes, sha256.
         """
-        self._ids.close()
+        self.ids.close()
         shards = []
         for i, (name, writer) in enumerate(zip(self._names, self._writers)):
             writer.close()
             path = self._directory / name
-            os.replace(self._temporary(name), path)
+            os.replace(self._temporary(i), path)
             shards.append(
                 {
                     "file": name,
@@ -300,9 +318,13 @@ class ShardWriter:
             )
         return shards
 
-    def _temporary(self, name: str) -> pathlib.Path:
-        # With the process id, a process that outlives its run cannot write to files of the next.
-        return self._directory / f"{name}.{os.getpid()}.tmp"
+    def discard(self) -> None:
+        """Removes the files of shards that were not moved into place."""
+        for shard in range(len(self._writers)):
+            self._temporary(shard).unlink(missing_ok=True)
+
+    def _temporary(self, shard: int) -> pathlib.Path:
+        return self._directory / f"{self._names[shard]}.{self._token}.tmp"
 
 
 def _tables(
@@ -332,6 +354,7 @@ def _count_tokens(writers: Iterable[ShardWriter]) -> int:
 def _report(packer: Packer, writer: ShardWriter) -> dict[str, Any]:
     return {
         "shards": writer.close(),
+        "ids": writer.ids.files,
         "tables": writer.tables,
         "rows": writer.rows,
         "examples": packer.examples,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import array
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from msllm.runtime.files import write_atomically
+
 FILE_IDS = 1 << 20  # ids per file
-BLOCK_IDS = 1 << 19  # ids in memory at a time
+RANGE_IDS = 1 << 22  # ids in memory at a time
 _IDS = 1 << 64  # number of possible ids
 
 
@@ -17,11 +20,15 @@ class Ids:
     """Writes the ids of examples to the files NAME.0000.npy, NAME.0001.npy, ... of a folder.
 
     An id is a string of hex digits, of which the last 16 are used.
+
+    Attributes:
+      files: the names of the files written so far.
     """
 
     def __init__(self, folder: pathlib.Path, name: str):
-        self._folder, self._name, self._files = folder, name, 0
+        self._folder, self._name = folder, name
         self._ids = array.array("Q")
+        self.files: list[str] = []
 
     def add(self, examples: Iterable[str]) -> None:
         """Adds the ids of examples."""
@@ -30,53 +37,79 @@ class Ids:
             self.close()
 
     def close(self) -> None:
-        """Writes the remaining ids."""
-        path = self._folder / f"{self._name}.{self._files:04d}.npy"
-        np.save(path, np.unique(np.array(self._ids, np.uint64)))
-        self._files += 1
+        """Writes the remaining ids, if any."""
+        if not self._ids:
+            return
+        name = f"{self._name}.{len(self.files):04d}.npy"
+        ids = np.unique(np.array(self._ids, np.uint64))
+        write_atomically(self._folder / name, lambda stream: np.save(stream, ids))
+        self.files.append(name)
         self._ids = array.array("Q")
 
 
-def count_duplicates(
-    files: Mapping[str, Sequence[pathlib.Path]], examples: Mapping[str, int]
+class IdRange(NamedTuple):
+    """The ids from `first` to `last` (inclusive). Ranges divide the work of finding duplicates."""
+
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"the search for duplicates among the ids from {self.first:016x}"
+
+
+def ranges(examples: int) -> list[IdRange]:
+    """Divides all ids into ranges, each with about RANGE_IDS ids of `examples` examples.
+
+    Ids are hashes, so ranges of equal size hold about the same number of ids.
+    """
+    count = examples // RANGE_IDS + 1
+    edges = [_IDS * block // count for block in range(count + 1)]
+    return [IdRange(first, end - 1) for first, end in zip(edges, edges[1:])]
+
+
+def count_distinct(files: Mapping[str, Sequence[pathlib.Path]], ids: IdRange) -> dict[str, int]:
+    """Counts the distinct ids of a range.
+
+    Args:
+      files: the files that `Ids` wrote for each of the two splits.
+      ids: the range.
+
+    Returns:
+      The number of distinct ids of each split and, under "both", of those that are in both splits.
+    """
+    found = {split: _between(paths, ids) for split, paths in files.items()}
+    one, other = found.values()
+    both = len(np.intersect1d(one, other, assume_unique=True))
+    return {**{split: len(distinct) for split, distinct in found.items()}, "both": both}
+
+
+def sum_duplicates(
+    counts: Iterable[Mapping[str, int]], examples: Mapping[str, int]
 ) -> dict[str, int]:
     """Counts duplicate examples.
 
     Args:
-      files: the files that `Ids` wrote for each of the two splits.
+      counts: the results of `count_distinct` for all ranges.
       examples: the number of examples of each split.
 
     Returns:
       For each split, the number of examples that repeat an earlier one of the same split; under
       "train_and_eval", the number of distinct examples that are in both splits.
     """
-    distinct, both = dict.fromkeys(files, 0), 0
-    for first, last in _ranges(files):
-        found = {split: _between(paths, first, last) for split, paths in files.items()}
-        for split, ids in found.items():
-            distinct[split] += len(ids)
-        one, other = found.values()
-        both += len(np.intersect1d(one, other, assume_unique=True))
-    return {**{split: examples[split] - distinct[split] for split in files}, "train_and_eval": both}
+    repeated, both = dict(examples), 0
+    for count in counts:
+        for split in repeated:
+            repeated[split] -= count[split]
+        both += count["both"]
+    return {**repeated, "train_and_eval": both}
 
 
-def _ranges(files: Mapping[str, Sequence[pathlib.Path]]) -> list[tuple[int, int]]:
-    """Returns ranges (first id, last id) that hold about BLOCK_IDS ids each.
-
-    Ids are hashes, so ranges of equal size hold about the same number of ids.
-    """
-    ids = sum(len(np.load(path, mmap_mode="r")) for paths in files.values() for path in paths)
-    count = ids // BLOCK_IDS + 1
-    edges = [_IDS * block // count for block in range(count + 1)]
-    return [(first, end - 1) for first, end in zip(edges, edges[1:])]
-
-
-def _between(paths: Sequence[pathlib.Path], first: int, last: int) -> np.ndarray:
-    """Returns the distinct ids from `first` to `last` (inclusive), [n] uint64."""
+def _between(paths: Sequence[pathlib.Path], ids: IdRange) -> np.ndarray:
+    """Returns the distinct ids of a range, [n] uint64."""
     found = [np.zeros(0, np.uint64)]
     for path in paths:
-        ids = np.load(path, mmap_mode="r")
-        start = np.searchsorted(ids, np.uint64(first))
-        stop = np.searchsorted(ids, np.uint64(last), side="right")
-        found.append(np.array(ids[start:stop]))
+        stored = np.load(path, mmap_mode="r")
+        start = np.searchsorted(stored, np.uint64(ids.first))
+        stop = np.searchsorted(stored, np.uint64(ids.last), side="right")
+        found.append(np.array(stored[start:stop]))
     return np.unique(np.concatenate(found))

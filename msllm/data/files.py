@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import concurrent.futures
 import contextlib
 import glob
 import gzip
@@ -19,7 +20,7 @@ import os
 import pathlib
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -100,10 +101,28 @@ def file_hash(file: str) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def file_size(file: str) -> int:
-    """Returns the size of a file in bytes."""
+def file_sizes(files: Sequence[str]) -> dict[str, int]:
+    """Returns the size of each file in bytes."""
+    return {file: size for file, (size, _) in file_versions(files).items()}
+
+
+def file_versions(files: Sequence[str]) -> dict[str, tuple[int, int | None]]:
+    """Returns the size and the time of the last change of each file: bytes, ns.
+
+    The time is None if the storage does not tell it.
+    """
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # remote storage answers slowly
+        return dict(zip(files, pool.map(_file_version, files)))
+
+
+def _file_version(file: str) -> tuple[int, int | None]:
     with readable(file):
-        return epath.Path(file).stat().length if "://" in file else os.path.getsize(file)
+        if "://" in file:
+            found = epath.Path(file).stat()
+            changed = getattr(found, "mtime", None)
+            return found.length, round(changed * 1e9) if changed else None
+        status = os.stat(file)
+        return status.st_size, status.st_mtime_ns
 
 
 def lines(
@@ -114,7 +133,7 @@ def lines(
     Args:
       file: the path of the file.
       index, count: the part, counted in decompressed bytes.
-      before: the number of lines that begin before the part (`lines_before`).
+      before: the number of lines that begin before the part (`hash_and_lines_before`).
     """
     with readable(file), open_file(file) as stream:
         if count == 1:
@@ -166,22 +185,30 @@ def not_utf8(file: str, error: UnicodeDecodeError) -> str:
     return f"not UTF-8 ({error}): convert the file to UTF-8"
 
 
-def lines_before(file: str, count: int) -> list[int]:
-    """Returns the number of lines that begin before each of `count` equal parts of a file."""
+def hash_and_lines_before(file: str, count: int) -> tuple[str, list[int]]:
+    """Reads a file once, to identify and to divide it.
+
+    Returns:
+      The sha256 (hex) of the file, and the number of lines that begin before each of `count` equal
+      parts. The file is not decompressed.
+    """
     if count == 1:
-        return [0]
+        return file_hash(file), [0]
+    digest = hashlib.sha256()
     before, number, line_ended = [], 0, True  # `number` lines begin before `position`
-    with readable(file), open_file(file) as stream:
+    with readable(file), open_raw(file) as stream:
         size = stream.seek(0, io.SEEK_END)
         position = stream.seek(0)
         for start in (size * index // count for index in range(count)):
-            while position < start:
-                block = stream.read(min(1 << 20, start - position))
+            while position < start and (block := stream.read(min(1 << 20, start - position))):
+                digest.update(block)
                 number += line_ended + block.count(b"\n", 0, -1)
                 line_ended = block.endswith(b"\n")
                 position += len(block)
             before.append(number)
-    return before
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest(), before
 
 
 def text_blocks(file: str) -> Iterator[str]:

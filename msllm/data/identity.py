@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.metadata
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from msllm import __version__
 from msllm.config import Config, DataConfig, import_object
 from msllm.data import converters, files
 from msllm.errors import UserError
@@ -29,14 +31,21 @@ from msllm.tokenizer import Tokenizer
 # prepared with another version is then refused.
 REVISIONS: Mapping[str, int] = {}
 
+_PACKAGES = ("array_record", "msgpack", "numpy", "sentencepiece", "tokenizers")
 _ALWAYS_STORED = ("converter", "rows", "eval_percent", "split", "max_examples", "shards")
 # Settings that were added later. They are stored only if they differ from their defaults, so that
 # data prepared before they existed still has equal settings.
 _STORED_IF_SET = ("format", "bad_percent", "streams", "vary", "eval_format")
 
 
-def get_settings(config: Config, spec: StreamSpec) -> dict[str, Any]:
+def get_settings(
+    config: Config, spec: StreamSpec, hashes: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Returns everything that the bytes of prepared data depend on, as JSON values.
+
+    Args:
+      config, spec: the settings, and the streams of the model.
+      hashes: the sha256 (hex) of every input file; None: read the files.
 
     Raises UserError if an input file cannot be read, or a reader or converter cannot be imported.
     """
@@ -46,14 +55,26 @@ def get_settings(config: Config, spec: StreamSpec) -> dict[str, Any]:
     settings["options"] = options
     settings["tokenizer"] = _tokenizer_settings(data)
     settings["streams"] = [spec.names, spec.kinds, spec.delays]
-    settings["inputs"] = _names_and_hashes(files.input_files(data.path) if converter.reads else [])
+    inputs = files.input_files(data.path) if converter.reads else []
+    settings["inputs"] = _names_and_hashes(inputs, hashes)
     if data.eval_path:
-        settings["eval_inputs"] = _names_and_hashes(files.input_files(data.eval_path, "eval_path"))
+        held_out = files.input_files(data.eval_path, "eval_path")
+        settings["eval_inputs"] = _names_and_hashes(held_out, hashes)
     values, defaults = dataclasses.asdict(data), dataclasses.asdict(DataConfig())
     for name in _STORED_IF_SET:
         if values[name] != defaults[name]:
             settings[f"data.{name}"] = values[name]
     return json.loads(json.dumps(settings | _code_settings(data)))
+
+
+def code_versions(data: DataConfig) -> dict[str, str]:
+    """Returns the versions of all code that turns input into bytes.
+
+    The workers of a run must agree on them.
+    """
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    own = {name: str(value) for name, value in _code_settings(data).items()}
+    return {"msllm": __version__} | versions | own
 
 
 def different_settings(settings: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
@@ -87,8 +108,11 @@ def _tokenizer_settings(data: DataConfig) -> dict[str, Any]:
     return settings
 
 
-def _names_and_hashes(paths: Sequence[str]) -> list[list[str]]:
-    return [[pathlib.Path(path).name, files.file_hash(path)] for path in paths]
+def _names_and_hashes(paths: Sequence[str], hashes: Mapping[str, str] | None) -> list[list[str]]:
+    return [
+        [pathlib.Path(path).name, files.file_hash(path) if hashes is None else hashes[path]]
+        for path in paths
+    ]
 
 
 def _code_settings(data: DataConfig) -> dict[str, Any]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msllm import tokenizer as tokenizer_lib
 from msllm.config import Config
-from msllm.data import build, records
+from msllm.data import records
 from msllm.data.build import SPLITS
-from msllm.data.duplicates import count_duplicates
 from msllm.data.sources import BadRecords
 from msllm.streams import NEVER, StreamSpec
 from msllm.tokenizer import Tokenizer
@@ -28,20 +26,19 @@ def make_manifest(
     spec: StreamSpec,
     tokenizer: Tokenizer,
     settings: Mapping[str, Any],
-    out: pathlib.Path,
     splits: Mapping[str, Mapping[str, Any]],
+    duplicates: Mapping[str, int],
     bad: BadRecords,
 ) -> dict[str, Any]:
-    """Returns the manifest of the data in `out`.
+    """Returns the manifest of prepared data.
 
     Args:
       config, spec, tokenizer: the settings, streams and tokenizer of the data.
       settings: everything that the data depends on (msllm/data/identity.py).
-      out: the folder of the data.
       splits: the result of `sum_portions` for each split.
+      duplicates: the result of `sum_duplicates`.
       bad: the counts of bad and empty records of all portions.
     """
-    examples = {split: part["examples"] for split, part in splits.items()}
     manifest = {
         "format": records.FORMAT,
         "settings": settings,
@@ -58,9 +55,7 @@ def make_manifest(
             "vocab_size": tokenizer.vocab_size,
         },
         "splits": splits,
-        "duplicates": count_duplicates(
-            {split: build.ids_files(out, split) for split in SPLITS}, examples
-        ),
+        "duplicates": duplicates,
         "empty": {"records": bad.empty, "reason": "nothing in them to make a table of"},
     }
     if bad.texts["texts"]:

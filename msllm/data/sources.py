@@ -215,6 +215,11 @@ class Part:
     before: int = 0  # jsonl: the number of lines that begin before this part
     columns: tuple[str, ...] = ()  # csv, tsv: the columns of a file that does not name them
 
+    @property
+    def counts_lines(self) -> bool:
+        """Whether `before` is needed."""
+        return self.format == "jsonl" and self.count > 1
+
 
 def text_of(value: Any, key: str, where: str) -> str:
     """Returns value[key]. Raises BadRecord, naming `where`, if it is not a string."""
@@ -248,10 +253,20 @@ def parts(
 
     Raises UserError if there is no such file, or the format is unknown.
     """
+    found = []
+    for file in files.input_files(path):
+        divided = _parts(file, format, other, count, columns)
+        if divided[0].counts_lines:
+            divided = number_lines(divided, files.hash_and_lines_before(file, len(divided))[1])
+        found += divided
+    return found
+
+
+def number_lines(parts: Sequence[Part], before: Sequence[int]) -> list[Part]:
+    """Sets `Part.before` of parts, from the number of lines before each part of their file."""
     return [
-        part
-        for file in files.input_files(path)
-        for part in _parts(file, format, other, count, columns)
+        dataclasses.replace(part, before=before[part.index]) if part.counts_lines else part
+        for part in parts
     ]
 
 
@@ -261,10 +276,10 @@ def portions(
     """Divides the input into portions of about PORTION_BYTES, each with one or more parts.
 
     Together the portions hold all parts, in order. They depend on the sizes of the files alone. A
-    file that is not divided (see `parts`) may make a portion larger. The arguments and errors are
-    those of `parts`.
+    file that is not divided (see `parts`) may make a portion larger. No file is read, so `before`
+    of all parts is 0 (see `number_lines`). The arguments and errors are those of `parts`.
     """
-    sizes = {file: files.file_size(file) for file in files.input_files(path)}
+    sizes = files.file_sizes(files.input_files(path))
     total = sum(sizes.values())
     size = max(PORTION_BYTES, total / MAX_PORTIONS)
     size = total / max(math.ceil(total / size), 1)  # portions of equal size
@@ -293,8 +308,7 @@ def _parts(file: str, format: str, other: str, count: int, columns: Sequence[str
         _check_ending(file, ending)
     if files.COMPRESSED.search(file) or kind not in _DIVISIBLE:
         count = 1
-    before = files.lines_before(file, count) if kind == "jsonl" else [0] * count
-    return [Part(file, kind, i, count, before[i], tuple(columns)) for i in range(count)]
+    return [Part(file, kind, i, count, columns=tuple(columns)) for i in range(count)]
 
 
 def _ending(file: str) -> str:

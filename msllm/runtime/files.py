@@ -1,4 +1,4 @@
-"""Files that a reader finds complete or not at all, and that show whether they are damaged; locks."""
+"""Files that a reader finds complete or not at all and that show damage, and locks."""
 
 from __future__ import annotations
 

@@ -149,7 +149,8 @@ def input_parts(config: Config) -> Sequence[Part | None]:
 def input_portions(config: Config) -> Sequence[Sequence[Part | None]]:
     """Returns the parts of the input in portions, each for one process.
 
-    The portions depend on the settings and the input, but not on the number of processes.
+    The portions depend on the settings and the sizes of the files, but not on the number of
+    processes. No file is read: see `sources.portions`.
     """
     converter, options = get_converter(config.data.converter, config.data.options)
     if not converter.reads:
@@ -309,20 +310,40 @@ def texts(
     if not portions or config.data.max_examples:
         portions = [input_parts(config)]
     bad = BadRecords(config.data.bad_percent)
-    all_read = not config.data.max_examples
+    complete = True
     for portion in portions:
-        taken = 0
-        for text in _portion_texts(config, spec, portion, bad):
-            yield text
-            taken += len(text)
-            if taken > characters / len(portions):
-                all_read = False
-                break
-    if all_read:
+        found, all_read = portion_texts(config, spec, portion, bad, characters / len(portions))
+        yield from found
+        complete &= all_read
+    if complete:
         bad.finish()
 
 
-def _portion_texts(
+def portion_texts(
+    config: Config,
+    spec: StreamSpec,
+    portion: Sequence[Part | None],
+    bad: BadRecords,
+    characters: float = math.inf,
+) -> tuple[list[str], bool]:
+    """Returns texts of a portion of the input, and whether they are those of all its records.
+
+    Args:
+      config, spec: as in `texts`.
+      portion: the parts of the input.
+      bad: counts the records.
+      characters: the number of characters to stop at.
+    """
+    found, taken = [], 0
+    for text in _all_texts(config, spec, portion, bad):
+        found.append(text)
+        taken += len(text)
+        if taken > characters:
+            return found, False
+    return found, not config.data.max_examples
+
+
+def _all_texts(
     config: Config, spec: StreamSpec, portion: Sequence[Part | None], bad: BadRecords
 ) -> Iterator[str]:
     recorder = Recorder()
