@@ -118,13 +118,13 @@ class Goodput:
 
 def _read_times(path: epath.Path) -> dict[str, Any]:
     try:
-        times = read_object(path, "the times of earlier attempts are lost")
+        times = read_object(path, "")
     except FileNotFoundError:
         return {}
-    except UserError as error:
-        log.warning("%s", error)
-        return {}
-    if "digest" in times and digest_differs(times):  # earlier versions wrote none
+    except UserError:
+        times = None
+    # Earlier versions wrote no digest.
+    if times is None or ("digest" in times and digest_differs(times)):
         log.warning("%s is damaged: the times of earlier attempts are lost", path)
         return {}
     return times

@@ -151,7 +151,7 @@ def read_object(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged or no JSON file ({error}): {remedy}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, not a JSON object: {remedy}")
+        raise UserError(f"{path} is damaged: it holds {value!r:.40} and not an object: {remedy}")
     return value
 
 
