@@ -113,6 +113,34 @@ def test_chat_places_turns_after_what_they_follow(run, turns, overlap, wait, tho
             followed, from_user = (start, end), message["role"] == "user"
 
 
+def test_chat_is_silent_before_turns_of_inputs_and_after_the_last_turn(run):
+    words = iter(WORDS)
+    texts = [text(words, 2) for _ in range(4)]
+    messages = [{"role": r, "content": t} for r, t in zip(("user", "output") * 2, texts)]
+    record = {"messages": messages}
+    for silence in (0, 5):
+        (table,) = run("chat", [record], options={"silence": silence})
+        starts = [
+            span(cells(table), said, 0 if i % 2 == 0 else 2)[0] for i, said in enumerate(texts)
+        ]
+        assert starts == [silence, silence + 2, 2 * silence + 4, 2 * silence + 6]
+        assert 1 <= len(table.tokens) - (3 * silence + 8) <= 3
+    # Every silence draws its own length.
+    records = [
+        {"messages": [{**m, "content": f"{m['content']} w2{i}"} for m in messages]}
+        for i in range(10, 40)
+    ]
+    tables = run("chat", records, options={"silence": [0, 7]}, rows=64)
+    drawn = set()
+    for table in tables:
+        rows = np.nonzero((table.tokens != TOKENIZER.silence_id).any(axis=1))[0]
+        gaps = np.diff(rows) - 1
+        assert set(gaps) <= {0, 7} and len(rows) == 12
+        end = len(table.tokens) - rows[-1] - 1
+        drawn.add((int(rows[0]), int(gaps.max()), end > 3))
+    assert drawn == {(a, b, c) for a in (0, 7) for b in (0, 7) for c in (False, True)}
+
+
 def test_chat_maps_roles_and_checks_its_options(run):
     messages = [{"role": "user", "content": "w1 w2 w3"}, {"role": "bot", "content": "w4"}]
     (table,) = run("chat", [{"messages": messages}], options={"roles": {"*": "output"}})

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from msllm.data.converters.layout import Choice, Layout, each_record
 from msllm.data.converters.messages import read_chat
 from msllm.data.sources import Record
-from msllm.data.tables import Table
+from msllm.data.tables import Placement, Table
 from msllm.errors import UserError
 
 MAX_GAP = 1000  # rows between two turns
@@ -16,6 +16,7 @@ OPTIONS = {
     "overlap": Choice(0, least=-MAX_GAP),
     "wait": Choice(-1, least=-1),
     "thoughts": "before",
+    "silence": Choice(0, least=0),
     "ignored_keys": [],
 }
 
@@ -37,6 +38,8 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
       that turn, and at its end at the latest; -1: off.
     - `thoughts`: "before": a thought is a turn like any other; "beside": the turn after a thought
       starts as if the thought were not there.
+    - `silence`: silent rows before each turn of an input stream and after the last turn. Each of
+      these silences draws a number of its own.
     - `ignored_keys`: keys of records and messages that are left out, as in `check_keys`.
     """
     thoughts, spec = layout.options["thoughts"], layout.spec
@@ -46,12 +49,12 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     overlap, wait = layout.draw("overlap", key), layout.draw("wait", key)
     turns, ends = [], dict.fromkeys(spec.names, 0)
     before = None  # the turn that the next turn follows
-    for turn in chat_turns:
+    for number, turn in enumerate(chat_turns):
         name = layout.stream_of(turn.role, turn.where)
         kind = spec.kinds[spec.index(name)]
         start = 0
         if kind == "input":
-            start = max(ends.values())
+            start = max(ends.values()) + layout.draw("silence", f"{key} {number}")
         elif before is not None:
             start = max(before.end - overlap, before.start)
             if wait >= 0 and spec.kinds[before.stream] == "input":
@@ -61,4 +64,5 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
         if kind != "thought" or thoughts == "before":
             before = turns[-1]
     if turns:
-        yield layout.table(turns, key)
+        silent = [layout.tokenizer.silence_id] * layout.draw("silence", f"{key} end")
+        yield layout.table([*turns, Placement(0, max(ends.values()), silent)], key)
