@@ -21,6 +21,7 @@ from msllm.errors import UserError
 from msllm.metrics import append_lines, named_losses, weighted_mean
 from msllm.monitor import Monitor
 from msllm.runtime.processes import StopSignal
+from msllm.runtime.progress import clock_time
 from msllm.sharding import named_sharding
 from msllm.step import Program, TrainState
 from msllm.weights.load import LoadedModel
@@ -137,6 +138,61 @@ class Run:
             step=self.step,
             run_config=self.config,
         )
+
+
+class Announce(Hook):
+    """Says at the start how large the run is, and after its first steps how long it will take."""
+
+    _TIMED_STEPS = 5
+
+    def __init__(self, step: jax.stages.Compiled):
+        """`step` is the compiled train step, which knows the memory that it needs."""
+        self._step = step
+
+    def at_start(self, run: Run) -> None:
+        for line in (_model_size(run), _data_size(run), _memory_size(run, self._step)):
+            if line:
+                run.say(line)
+
+    def at_step(self, run: Run, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        seconds = run.monitor.step_seconds(self._TIMED_STEPS)
+        if seconds is None:
+            return
+        self.every = 0  # never again
+        left = run.config.steps - step
+        if left:
+            run.say(
+                f"time: about {clock_time(seconds * left)} for the {left:,} steps that are left,"
+                f" at {seconds:.2g} s a step, without evaluations and checkpoints"
+            )
+
+
+def _model_size(run: Run) -> str:
+    leaves = jax.tree.leaves(run.program.abstract_state.parameters)
+    size, streams = sum(leaf.size for leaf in leaves), run.program.streams.names
+    pieces = run.loader.tokenizer.vocab_size
+    return f"model: {size:,} parameters, {pieces:,} pieces, streams {', '.join(streams)}"
+
+
+def _data_size(run: Run) -> str:
+    data, steps, tables = run.config.data, run.config.steps, run.loader.num_tables
+    used = steps * data.batch_size
+    line = f"data: {tables:,} tables of {data.rows} rows; {steps:,} steps of {data.batch_size}"
+    if run.loader.plan:  # every source has epochs of its own
+        return f"{line} tables from {len(run.loader.manifests)} sources are {used:,} tables"
+    return f"{line} tables are {used / tables:,.{1 if used < 100 * tables else 0}f} epochs"
+
+
+def _memory_size(run: Run, step: jax.stages.Compiled) -> str:
+    """Describes the memory of a step on one device; "" if the compiler does not tell."""
+    try:
+        sizes: Any = step.memory_analysis()
+        state, others = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
+    except (AttributeError, NotImplementedError, jax.errors.JaxRuntimeError):
+        return ""
+    mib = [f"{size / 2**20:,.{0 if size >= 10 << 20 else 1}f} MiB" for size in (state, others)]
+    where = "" if jax.device_count() == 1 else f" on each of {jax.device_count()} devices"
+    return f"memory: {mib[0]} for parameters and optimizer, {mib[1]} for a step{where}"
 
 
 class ReadMetrics(Hook):

@@ -193,6 +193,10 @@ class Monitor:
         if pending:
             self._read(*pending)
 
+    def step_seconds(self, least: int) -> float | None:
+        """Returns the median duration of recent steps; None before `least` of them were timed."""
+        return statistics.median(self._durations) if len(self._durations) >= least else None
+
     def flush(self) -> None:
         """Waits for the last step and reads its metrics. Call it before work that is not a step."""
         pending, self._pending = self._pending, None

@@ -26,6 +26,7 @@ from msllm.data.mixture import by_source
 from msllm.data.records import file_hash
 from msllm.errors import UserError
 from msllm.hooks import (
+    Announce,
     CheckStop,
     Evaluate,
     Hook,
@@ -129,6 +130,7 @@ def train(
         run.hooks = [
             *([LogExamples()] if config.monitor.examples else []),
             ReadMetrics(),
+            Announce(step),
             CheckStop(stop),
             SaveCheckpoints(checkpoints, local),
             evaluate,

@@ -78,7 +78,7 @@ class Progress:
         if seconds_left is None and self._total and done > self._start:
             seconds_left = self.seconds / (done - self._start) * (self._total - done)
         if seconds_left is not None:
-            facts += (f"ETA {_clock_time(seconds_left)}",)
+            facts += (f"ETA {clock_time(seconds_left)}",)
         if self._terminal:
             self._draw(done, "  ".join(facts))
         else:
@@ -135,8 +135,8 @@ def _print(text: str, file: TextIO | None) -> None:
             print(text, file=file, flush=True)
 
 
-def _clock_time(seconds: float) -> str:
-    """[H:]MM:SS."""
+def clock_time(seconds: float) -> str:
+    """Returns a duration as [H:]MM:SS."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
