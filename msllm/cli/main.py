@@ -24,6 +24,7 @@ msllm generate --checkpoint=runs/quickstart --input="user=take 4 add 3 ?" --rows
 
 # The module of each command, in the order of the help text.
 COMMANDS = {
+    "init": "init",
     "prepare": "prepare",
     "inspect": "inspect_data",
     "train": "train",

@@ -38,6 +38,19 @@ _WORD = re.compile(r"\s*\S+(?:\s+$)?")
 _Item = TypeVar("_Item")
 
 
+class UnreadKey(BadRecord):
+    """A record with a key that nothing reads.
+
+    Attributes:
+      key: the key.
+      hint: how to read it; "": it cannot be read.
+    """
+
+    def __init__(self, message: str, key: str = "", hint: str = ""):
+        super().__init__(message)
+        self.key, self.hint = key, hint
+
+
 class Choice(NamedTuple):
     """An option that is an int, or a list of ints from which each example draws one."""
 
@@ -302,7 +315,7 @@ def check_keys(
     where: str,
     hints: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Raises BadRecord for a key of a record that nothing reads.
+    """Raises UnreadKey for a key of a record that nothing reads.
 
     Keys that say nothing (null, "", an empty list or object), keys in METADATA, and keys that the
     option `ignored_keys` lists do not matter. "*" in this option stands for all keys.
@@ -323,9 +336,11 @@ def check_keys(
         if isinstance(content, (str, list, dict)) and not content or "*" in ignored:
             continue
         hint = f"{hints[key]}; " if key in hints else ""
-        raise BadRecord(
+        raise UnreadKey(
             f"{where}: nothing reads the key {key!r} ({content!r:.40}): {hint}remove it, or list it"
-            " in config.data.options.ignored_keys"
+            " in config.data.options.ignored_keys",
+            key,
+            hint,
         )
 
 

@@ -1,0 +1,1 @@
+"""A first config for one's own data: `msllm init`."""
