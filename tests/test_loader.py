@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+import resource
 import shutil
 import threading
 import time
@@ -9,6 +11,7 @@ import time
 import grain
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import assert_same_batch, concatenate, table_keys
@@ -211,3 +214,32 @@ def test_data_that_does_not_fit_the_config_is_refused(config):
     ]:
         with pytest.raises(UserError, match=message):
             Loader(config, "train", StreamSpec.from_config(streams))
+
+
+@pytest.fixture
+def few_open_files():
+    """Lets this process open eight more files at most, in the soft limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = set(map(int, os.listdir("/dev/fd")))
+    free = [number for number in range(soft) if number not in used]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[8], hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_data_may_have_more_shards_than_a_process_may_open_files(
+    tmp_path, monkeypatch, few_open_files
+):
+    paths = [str(tmp_path / f"{number:02d}.array_record") for number in range(40)]
+    for number, path in enumerate(paths):
+        writer = ArrayRecordWriter(path, records.WRITER_OPTIONS)
+        writer.write(bytes([number]))
+        writer.close()
+    reader = records.Reader(paths)
+    assert [reader[index] for index in range(len(reader))] == [bytes([n]) for n in range(40)]
+    del reader
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft - 40, hard))
+    monkeypatch.setattr(records, "_allow_open_files", lambda count: None)
+    with pytest.raises(UserError, match=r"cannot be opened \(.*[Tt]oo many open files.*ulimit -n"):
+        records.Reader(paths)

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import bisect
 import concurrent.futures
+import contextlib
 import hashlib
 import itertools
 import json
 import pathlib
+import resource
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +36,19 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 WRITER_OPTIONS = "group_size:1,zstd:1"  # one record per chunk: any record can be read alone
 _PREPARE_AGAIN = "run `msllm prepare` again into an empty directory"
+
+
+def _allow_open_files(count: int) -> None:
+    """Lets this process open `count` more files than before, as far as the system allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return
+    most = soft + count
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE,
+            (most if hard == resource.RLIM_INFINITY else min(most, hard), hard),
+        )
 
 
 def token_dtype(vocab_size: int) -> type:
@@ -206,14 +221,30 @@ class Reader:
     _BUFFER_BYTES = 1 << 14
 
     def __init__(self, paths: Sequence[str]):
+        """Opens all shards, and keeps them open.
+
+        Raises UserError if a shard cannot be opened.
+        """
+        _allow_open_files(len(paths))
         self._paths = paths
         self._readers = [self._open(path) for path in paths]
         self._ends = list(itertools.accumulate(reader.num_records() for reader in self._readers))
 
     def _open(self, path: str) -> array_record_module.ArrayRecordReader:
-        return array_record_module.ArrayRecordReader(
+        reader = array_record_module.ArrayRecordReader(
             path, self._OPTIONS, file_reader_buffer_size=self._BUFFER_BYTES
         )
+        if not reader.ok():  # it would seem to hold no records
+            error = ""
+            try:
+                reader.close()
+            except Exception as raised:  # the library's errors have no common base class
+                error = str(raised).partition(";")[0]
+            raise UserError(
+                f"{path}: cannot be opened ({error}), one of {len(self._paths):,} shards: restore"
+                " it if it is damaged, or allow more open files (`ulimit -n`)"
+            )
+        return reader
 
     def __len__(self) -> int:
         return self._ends[-1]
