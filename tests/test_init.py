@@ -103,6 +103,22 @@ FORMS = {
         },
         {"calls": ["call_1", "call_2"], "results": ["result_1", "result_2"]},
     ),
+    "calls of ShareGPT": (
+        [
+            {
+                "conversations": [
+                    {"from": "human", "value": "weather ?"},
+                    {"from": "function_call", "value": '{"name": "get", "arguments": "Rome"}'},
+                    {"from": "observation", "value": "sun"},
+                    {"from": "gpt", "value": "it is sunny"},
+                ]
+            },
+            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]},
+        ],
+        "tools",
+        {"user": "input", "result": "input", "call": "output", "output": "output"},
+        {"roles": {"assistant": "output"}, "calls": ["call"], "results": ["result"]},
+    ),
     "pairs": (
         [{"question": "how far ?", "answer": "ten metres", "grade": 3}],
         "wait_k",
@@ -200,6 +216,14 @@ def test_a_large_text_is_looked_at_in_part(here, monkeypatch):
     write(here / "my.jsonl", [{"text": "to be or not to be"}] * 20_000)
     plan = plan_lib.make_plan(survey("my.jsonl"), "data/x")
     assert plan.facts["tokens"] == pytest.approx(20_000 * 6, rel=0.2)
+
+
+def test_long_chats_get_short_silences(here):
+    turns = [message for chat in orders(20) for message in chat["messages"]]
+    write(here / "my.jsonl", [{"messages": turns}] * 30)
+    plan = plan_lib.make_plan(survey("my.jsonl"), "data/x")
+    assert plan.config.data.rows == 512 and max(plan.config.data.options["silence"]) == 8
+    assert "lose their ends" in plan.reasons["data.rows"]
 
 
 def test_few_examples_do_not_get_endless_epochs(here):

@@ -13,6 +13,7 @@ from etils import epath
 from runs import SILENCE, dictation, four_streams, make_program, metrics
 
 from msllm.errors import UserError
+from msllm.hooks import Announce
 from msllm.metrics import MetricsWriters, append_lines
 from msllm.monitor import KINDS, PAST, Goodput, Monitor
 from msllm.runtime import processes
@@ -291,3 +292,45 @@ class Wrapped:
 
     def __getattr__(self, name):
         return getattr(self._file, name)
+
+
+def announced(sources: int, durations: list[float], plan: object = None) -> list[str]:
+    """What `Announce` says in a run with these durations of steps so far."""
+    said: list[str] = []
+    config = four_streams(**{"steps": 1000, "data.rows": 16, "data.batch_size": 8})
+    sizes = types.SimpleNamespace(argument_size_in_bytes=3 << 20, temp_size_in_bytes=50 << 20)
+    timed: list[float] = []
+    run = types.SimpleNamespace(
+        config=config,
+        program=make_program(config),
+        loader=types.SimpleNamespace(
+            num_tables=500,
+            plan=plan,
+            manifests=range(sources),
+            tokenizer=types.SimpleNamespace(vocab_size=32),
+        ),
+        say=said.append,
+        monitor=types.SimpleNamespace(
+            step_seconds=lambda least: timed[-1] if len(timed) >= least else None
+        ),
+    )
+    hook = Announce(types.SimpleNamespace(memory_analysis=lambda: sizes))
+    hook.at_start(run)
+    for step, seconds in enumerate(durations, 1):
+        timed.append(seconds)
+        if hook.every:
+            hook.at_step(run, step, {})
+    return said
+
+
+def test_a_run_says_how_large_it_is_and_once_how_long_it_takes():
+    model, data, memory, *time = announced(1, [0.5] * 9)
+    assert model.startswith("model: ") and "streams a, b, c, d" in model
+    assert data == "data: 500 tables of 16 rows; 1,000 steps of 8 tables are 16.0 epochs"
+    assert memory.startswith("memory: 3.0 MiB for parameters and optimizer, 50 MiB for a step")
+    assert time == [
+        "time: about 8:17 for the 995 steps that are left, at 0.5 s a step, without evaluations"
+        " and checkpoints"
+    ]
+    assert len(announced(1, [0.5] * 4)) == 3
+    assert announced(2, [], plan=object())[1].endswith("8 tables from 2 sources are 8,000 tables")

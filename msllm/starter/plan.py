@@ -23,7 +23,7 @@ from msllm.errors import UserError
 from msllm.runtime.compiler import compile_step
 from msllm.runtime.flops import train_flops
 from msllm.sharding import make_mesh
-from msllm.starter.survey import Survey
+from msllm.starter.survey import SHORT_SILENCES, Survey
 from msllm.step import Program
 from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
@@ -138,6 +138,9 @@ def make_plan(found: Survey, directory: str, minutes: float = 0.0) -> Plan:
     )
     take = _sample_text if found.converter == "single" else _sample_examples
     sample, tokenizer = take(found, Config(data=data, streams=streams))
+    if "silence" in found.options and max(sample.lengths) > most:
+        found.options["silence"] = list(SHORT_SILENCES)
+        sample, tokenizer = take(found, Config(data=data, streams=streams))
     reasons: dict[str, str] = {}
     rows, reasons["data.rows"] = _choose_rows(sample, data, most)
     batch_size = _choose_batch(sample, rows, platform)

@@ -40,7 +40,9 @@ _PAIRS = (
 )
 _TEXTS = "text content document body code story".split()
 # Rows between the turns of a chat; each silence draws one of these.
+SHORT_SILENCES = (0, 0, 1, 2, 4, 8)  # if chats are long
 _SILENCES = (0, 0, 1, 2, 4, 8, 16, 32, 64)
+_CALLS = ("tool_calls", "function_call")  # keys of a message
 _UTTERANCE = {"start", "end", "speaker", "text"}
 _MOST_STREAMS = 12
 _ROW_SECONDS = (0.1, 0.5)  # the shortest and the longest row of timed data
@@ -232,25 +234,33 @@ def _is_chat(record: Record) -> bool:
 
 
 def _has_calls(record: Record) -> bool:
-    """Returns whether a record has calls of tools, in any form that `messages` reads."""
-    text = json.dumps(record.value, default=str)
-    return '"tool_calls": [{' in text or '"function_call"' in text.replace(
-        '"function_call": null', ""
-    )
+    """Returns whether a record has calls of tools. Raises BadRecord."""
+    ignored: list[str] = []
+    while True:
+        try:
+            read_chat(_chat_layout(ignored), record)
+            return False
+        except UnreadKey as error:
+            if error.key in _CALLS:
+                return True
+            ignored.append(error.key)
 
 
 def _turns(record: Record, ignored: list[str], calls: bool) -> list[Turn]:
     """Returns the turns of a chat. Adds keys that nothing reads to `ignored`. Raises BadRecord."""
     while True:
-        # Which roles the model will write is not known yet.
-        roles = {"assistant": "output", "reasoning": "thought", "tools": "user", "*": "user"}
-        options = {"roles": roles, "ignored_keys": ignored}
         try:
-            return read_chat(_layout(options), record, calls).turns
+            return read_chat(_chat_layout(ignored), record, calls).turns
         except UnreadKey as error:
             if error.hint:  # it says something, and there is a way to read it
                 raise
             ignored.append(error.key)
+
+
+def _chat_layout(ignored: list[str]) -> Layout:
+    # Which roles the model will write is not known yet.
+    roles = {"assistant": "output", "reasoning": "thought", "tools": "user", "*": "user"}
+    return _layout({"roles": roles, "ignored_keys": ignored})
 
 
 def _layout(options: Mapping[str, Any]) -> Layout:
