@@ -325,7 +325,7 @@ def announced(sources: int, durations: list[float], plan: object = None) -> list
 
 def test_a_run_says_how_large_it_is_and_once_how_long_it_takes():
     model, data, memory, *time = announced(1, [0.5] * 9)
-    assert model.startswith("model: ") and "streams a, b, c, d" in model
+    assert model == "model: 6,832 parameters, 32 pieces, streams user, tool, thought, output"
     assert data == "data: 500 tables of 16 rows; 1,000 steps of 8 tables are 16.0 epochs"
     assert memory.startswith("memory: 3.0 MiB for parameters and optimizer, 50 MiB for a step")
     assert time == [
