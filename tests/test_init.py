@@ -294,9 +294,15 @@ def test_what_cannot_be_used_is_said_in_one_line(here, capsys, name, records, me
 
 
 def test_a_missing_file_and_bad_minutes(here, capsys):
-    for flags in (["--from=none.jsonl"], ["--from=my.jsonl", "--minutes=-1"], []):
+    for flags, message in (
+        (["--from=none.jsonl"], "--from is 'none.jsonl': there is no such file"),
+        (["--from=my.jsonl", "--minutes=-1"], "--minutes is -1: must be in (0, 1000000]"),
+        (["--from=my.jsonl", "--minutes=x"], "--minutes is 'x': must be a number of minutes"),
+        ([], "--from must be given"),
+    ):
         assert main(["init", "mine", *flags]) == 2
-        assert capsys.readouterr().err.count("\n") == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
 
 
 def test_strange_names_give_a_config_that_can_be_read(here, capsys):

@@ -50,7 +50,6 @@ def define_flags(parser: Parser) -> None:
         "--minutes",
         metavar="N",
         type=_minutes,
-        default=0.0,
         help="How long training should take at most: CPU-minutes on a CPU, minutes on an "
         "accelerator. Default: 4 on a CPU, 60 on an accelerator.",
     )
@@ -80,7 +79,7 @@ def run(flags: argparse.Namespace) -> None:
     if path.exists() and not flags.force:
         raise UserError(f"{path} exists: choose another NAME, or overwrite it with --force")
     found = survey(flags.source, flags.format)
-    plan = make_plan(found, f"data/{name}", flags.minutes)
+    plan = make_plan(found, f"data/{name}", flags.minutes or 0.0)
     commands = next_commands(str(path), name, found, plan)
     given = [f"msllm init {shlex.quote(flags.name)} --from={shlex.quote(flags.source)}"]
     if flags.format:

@@ -90,7 +90,7 @@ def survey(path: str, format: str = "") -> Survey:
     for which no config can be written.
     """
     found = Survey(path, format=format)
-    first = files.input_files(path)[0]
+    first = _first_file(path)
     kind = format or sources.parts(first)[0].format
     if not format and kind == "jsonl" and not _is_named_json(first) and not _is_json(first):
         kind = "text"
@@ -116,6 +116,17 @@ def survey(path: str, format: str = "") -> Survey:
         " target), texts (such as text) and recordings (utterances); rename the keys, or write a"
         " converter (docs/extending/converter.md)"
     )
+
+
+def _first_file(path: str) -> str:
+    try:
+        return files.input_files(path)[0]
+    except UserError as error:
+        if "://" in path:  # there are many reasons, and the message names the one
+            raise
+        raise UserError(
+            f"--from is {path!r}: there is no such file; give a file or glob"
+        ) from error
 
 
 def _is_named_json(file: str) -> bool:
