@@ -56,7 +56,7 @@ Next (after `. .venv/bin/activate && . launch/env.sh`):
   the same in one stream    msllm prepare --config=configs/quickstart_single.py
                             msllm train --config=configs/quickstart_single.py --workdir=runs/quickstart_single
                             msllm evaluate --checkpoint=runs/quickstart_single
-  losses as curves          runs/quickstart/metrics.jsonl, or: tensorboard --logdir=runs
+  losses as curves          runs/quickstart/metrics.jsonl, or: tensorboard --logdir=runs (needs: pip install -e ".[tensorboard]")
   your own data             msllm init NAME --from=FILE (README.md, docs/data.md)
   real text                 configs/gsm8k.py with --config.data.path=FILE
   settings, resuming        docs/training.md

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import tomllib
 
 import pytest
 import test_imports
@@ -113,3 +114,26 @@ def test_examples_run(page, loaded, monkeypatch, capsys):
     for block in blocks:
         exec(compile(block, f"docs/{page}.md", "exec"), {})
     assert capsys.readouterr().out.strip()
+
+
+def test_the_site_shows_every_notebook():
+    """The notebooks in docs/ are those beside it, so that their relative paths are the same."""
+    names = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+    assert (ROOT / "docs/notebooks").resolve() == ROOT / "notebooks"
+    page = (ROOT / "docs/index.md").read_text()
+    assert sorted(re.findall(r"^notebooks/(\w+).ipynb$", page, flags=re.M)) == names
+
+
+def test_extras_that_texts_name_exist():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    files = [*PAGES, *(ROOT / "msllm").rglob("*.py"), *(ROOT / "launch").glob("*.*")]
+    named = {}
+    for path in [*files, *(ROOT / "notebooks").glob("*.ipynb")]:
+        for found in re.findall(r"""(?:msllm|["' ]\.)\[([a-z,]+)\]""", path.read_text()):
+            named |= dict.fromkeys(found.split(","), path.name)
+    assert {"data", "notebooks", "tensorboard"} <= named.keys()
+    assert not {name: path for name, path in named.items() if name not in extras}
+    assert any(entry.startswith("jupyterlab") for entry in extras["notebooks"])
+    assert any(entry.startswith("tensorboard>") for entry in extras["tensorboard"])

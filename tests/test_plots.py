@@ -47,10 +47,19 @@ def test_a_table_shows_words_silence_and_absent_cells(axes):
     np.testing.assert_array_equal(image.mask, ~present)
     np.testing.assert_array_equal(image.data[present], [0.2, 0, 0.9, 0.4, 0])
     assert [label.get_text() for label in axes.get_xticklabels()] == list(NAMES)
+    assert axes.images[0].colorbar is None
     # The frame around `cell` at x = 0, y = 1.
     frame = np.array(axes.lines[0].get_data())
     low, high = frame.min(1), frame.max(1)
     assert (low < [0, 1]).all() and (high > [0, 1]).all() and (high - low < 1).all()
+
+
+def test_shades_have_a_scale_from_0_to_1(axes, letters):
+    columns, tokens = Columns(NAMES, (), letters), np.zeros((2, 3), int)
+    plots.table(axes, columns, tokens, shade=np.full((2, 3), 0.3), scale="probability")
+    scale = axes.images[0].colorbar
+    assert scale.ax.get_ylabel() == "probability" and (scale.vmin, scale.vmax) == (0, 1)
+    assert scale.cmap is axes.images[0].cmap
 
 
 def test_visibility_shows_the_predicate(axes):
@@ -69,6 +78,13 @@ def test_visibility_shows_the_predicate(axes):
     table = list(np.ndindex(4, 3))
     expected = [[sees(*query, *key) for key in table] for query in table]
     np.testing.assert_array_equal(axes.images[0].get_array(), expected)
+    legend = axes.get_legend()
+    colors = {
+        text.get_text(): patch.get_facecolor()
+        for text, patch in zip(legend.get_texts(), legend.get_patches())
+    }
+    image = axes.images[0]
+    assert colors == {"sees": image.to_rgba(1), "does not see": image.to_rgba(0)}
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels[:4] == ["user 0", "thought 0", "output 0", "user 1"]
 
@@ -105,6 +121,7 @@ def test_shares_of_attention_between_streams(axes):
     written = {text.get_position()[::-1]: text.get_text() for text in axes.texts}
     assert written == {(s, z): f"{shares[s, z]:.2f}" for s, z in np.ndindex(3, 3)}
     assert axes.get_xlabel() == "attends to"
+    assert axes.images[0].colorbar.ax.get_ylabel() == "share of attention"
 
 
 def test_entropy_is_that_of_the_logits(axes, make_model):

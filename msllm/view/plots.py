@@ -18,6 +18,7 @@ from msllm.view.tables import Columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
 
 MARK = "#d6336c"  # outline of a marked cell
 DARK = 0.6  # on shades above this, text is white
@@ -30,6 +31,7 @@ def table(
     present: np.ndarray | None = None,
     shade: np.ndarray | None = None,
     cell: tuple[int, int] | None = None,
+    scale: str = "",
 ) -> None:
     """Draws a table of tokens, with the first row at the top.
 
@@ -42,12 +44,16 @@ def table(
       present: [T, S] bool; None: all cells are present.
       shade: [T, S] in [0, 1], the darkness of the cells; nan counts as 0.
       cell: (t, s) of a cell to outline.
+      scale: what the shades measure; a colour scale with this label is drawn. Empty: no scale.
     """
     rows, streams = tokens.shape
     present = np.ones(tokens.shape, bool) if present is None else present
     shade = np.zeros(tokens.shape) if shade is None else np.nan_to_num(np.asarray(shade, float))
     axes.set_facecolor("0.85")
-    axes.imshow(np.ma.masked_array(shade, ~present), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    shown = np.ma.masked_array(shade, ~present)
+    image = axes.imshow(shown, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    if scale:
+        _color_scale(image, scale)
     for t, s in np.argwhere(present):
         text = cells.draw(columns.tokenizer, int(tokens[t, s]), True).text
         _write(axes, s, t, text.replace("$", r"\$"), float(shade[t, s]))
@@ -74,8 +80,11 @@ def visibility(axes: Axes, seen: np.ndarray, names: Sequence[str]) -> None:
         `streams.visibility_table`.
       names: names of the streams.
     """
+    from matplotlib.patches import Patch
+
     rows, streams = seen.shape[:2]
-    axes.imshow(seen.reshape(rows * streams, rows * streams), cmap="Blues", vmin=0, vmax=1)
+    matrix = seen.reshape(rows * streams, rows * streams)
+    image = axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
     labels = [f"{name} {t}" for t in range(rows) for name in names]
     axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
     axes.set_yticks(range(len(labels)), labels, fontsize=6)
@@ -84,6 +93,10 @@ def visibility(axes: Axes, seen: np.ndarray, names: Sequence[str]) -> None:
         axes.axvline(edge - 0.5, color="0.6", linewidth=0.5)
     axes.set_xlabel("key")
     axes.set_ylabel("query")
+    # A query never sees later rows, so this corner is empty.
+    colors = {"sees": image.get_cmap()(1.0), "does not see": image.get_cmap()(0.0)}
+    handles = [Patch(facecolor=c, edgecolor="0.6", label=label) for label, c in colors.items()]
+    axes.legend(handles=handles, loc="upper right", fontsize=6)
 
 
 def losses(
@@ -125,7 +138,8 @@ def between(axes: Axes, shares: np.ndarray, names: Sequence[str]) -> None:
       shares: [S, S] (reader, source), from `attention_map.between_streams`.
       names: names of the streams.
     """
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    _color_scale(image, "share of attention")
     for reader, source in np.ndindex(shares.shape):
         share = float(shares[reader, source])
         _write(axes, source, reader, f"{share:.2f}", share)
@@ -149,6 +163,14 @@ def entropy(axes: Axes, rows: Sequence[Row], names: Sequence[str], **style: Any)
         if not np.isnan(values[:, s]).all():
             axes.plot(number, values[:, s], **{"color": f"C{s}", "label": name, **style})
     _label(axes, "row", "entropy, nats")
+
+
+def _color_scale(image: AxesImage, label: str) -> None:
+    """Draws the colour scale of an image beside its axes."""
+    axes = image.axes
+    assert axes is not None
+    scale = axes.figure.colorbar(image, ax=axes, label=label, fraction=0.046, pad=0.04)
+    scale.ax.tick_params(labelsize=7)
 
 
 def _write(axes: Axes, x: int, y: int, text: str, shade: float) -> None:
