@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -40,7 +39,7 @@ _ROWS_PER_STEP_ELSEWHERE = 8192  # per device
 _MINUTES = {"cpu": 4.0}
 _MINUTES_ELSEWHERE = 60.0
 _STARTUP_SECONDS = 20.0  # of the minutes: imports, preparing, compiling
-_TIMED_STEPS = 3
+_TIMED_STEPS = 10
 # A model copies from its context only after some hundred thousand rows, however few the examples.
 _LEAST_TRAINED_ROWS = 500_000
 _MOST_EPOCHS = 150  # even of few examples
@@ -376,7 +375,8 @@ def measure_step(config: Config, tokenizer: Tokenizer) -> float:
         state, metrics = step(state, batch)
         jax.block_until_ready((state, metrics))
         times.append(clock() - start)
-    return max(statistics.median(times[1:]), 1e-6)
+    # Other work on the machine makes steps slower, in CPU-seconds as well, and never faster.
+    return max(min(times[1:]), 1e-6)
 
 
 def _random_batch(abstract: Mapping[str, jax.ShapeDtypeStruct], vocab: int) -> dict[str, jax.Array]:
