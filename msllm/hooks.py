@@ -334,7 +334,7 @@ def mean_losses(program: Program, parameters: Any, loader: Loader) -> dict[str, 
         sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
         totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
     return {
-        "loss": float(totals["loss"] / max(totals["weight"], 1)),
+        "loss": float(totals["loss"] / max(totals["weight"], 1e-9)),
         **named_losses(totals, program.streams),
     }
 

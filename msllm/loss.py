@@ -35,20 +35,31 @@ def targets_and_weights(
     """Targets and weights of a batch. The cell (t, s) predicts the token of the cell (t + 1, s).
 
     Args:
-      batch: tokens [B, T, S], present [B, T, S] and segment [B, T].
+      batch: tokens [B, T, S], present [B, T, S] and segment [B, T]; optionally weights [B, T, S]
+        float32, the loss weight of each cell as a target.
       stream_weights: [S], the loss weight of each stream.
       loss_mask: [B, T, S] bool, which cells may predict; None: all.
 
     Returns:
-      targets [B, T, S] int32; counted [B, T, S] bool, which cells predict; and weights [B, T, S]
-      float32, the stream's weight for counted cells, otherwise 0.
+      targets [B, T, S] int32; counted [B, T, S] bool, which cells predict a cell of a loss weight
+      above 0; and weights [B, T, S] float32, the stream's weight times that of the predicted cell
+      for counted cells, otherwise 0.
     """
-    tokens = batch["tokens"]
-    targets = jnp.concatenate([tokens[:, 1:], jnp.zeros_like(tokens[:, :1])], axis=1)
+    targets = _next_row(batch["tokens"])
     counted = target_mask(batch["present"], batch["segment"])
     if loss_mask is not None:
         counted = counted & loss_mask
-    return targets, counted, counted * jnp.asarray(stream_weights, jnp.float32)
+    weights = counted * jnp.asarray(stream_weights, jnp.float32)
+    if "weights" in batch:
+        of_targets = _next_row(batch["weights"])
+        counted = counted & (of_targets > 0)
+        weights = weights * of_targets
+    return targets, counted, weights
+
+
+def _next_row(cells: jax.Array) -> jax.Array:
+    """The cells (t + 1, s) at (t, s): [B, T, S]; 0 in the last row."""
+    return jnp.concatenate([cells[:, 1:], jnp.zeros_like(cells[:, :1])], axis=1)
 
 
 def _identity(rows: jax.Array) -> jax.Array:

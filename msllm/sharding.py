@@ -288,4 +288,5 @@ BATCH_AXES: dict[str, tuple[str, ...]] = {
     "tokens": ("batch", "row", "stream"),
     "present": ("batch", "row", "stream"),
     "segment": ("batch", "row"),
+    "weights": ("batch", "row", "stream"),  # only of data with loss weights of cells
 }

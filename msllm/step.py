@@ -74,7 +74,14 @@ class Program:
       evaluate: (parameters, batch) -> sums over a batch, for all streams.
     """
 
-    def __init__(self, config: Config, streams: StreamSpec, mesh: Mesh, silence_id: int = -1):
+    def __init__(
+        self,
+        config: Config,
+        streams: StreamSpec,
+        mesh: Mesh,
+        silence_id: int = -1,
+        weighted: bool = False,
+    ):
         """Prepares the functions. Each is compiled on its first call.
 
         Args:
@@ -82,6 +89,7 @@ class Program:
           streams: the streams of the model.
           mesh: as `make_mesh` returns it.
           silence_id: the silence token; -1 if there is none.
+          weighted: batches have loss weights of cells (`Loader.has_weights`).
 
         Raises UserError if the config does not fit the mesh, or if code that it names cannot be
         used.
@@ -102,11 +110,11 @@ class Program:
         )
         check_no_decay(config.optim, self.parameter_names)
         self._optimizer = make_optimizer(config.optim, config.steps)
-        self.abstract_batch = self._abstract_batch(streams.size + absent)
+        self.abstract_batch = self._abstract_batch(streams.size + absent, weighted)
         self.state_shardings, self.abstract_state = self._abstract_state(shapes, axes)
         self._compile_functions()
 
-    def _abstract_batch(self, streams: int) -> dict[str, jax.ShapeDtypeStruct]:
+    def _abstract_batch(self, streams: int, weighted: bool) -> dict[str, jax.ShapeDtypeStruct]:
         data = self.config.data
         tables = (data.batch_size, data.rows, streams)
         kinds = {
@@ -114,9 +122,11 @@ class Program:
             "present": (tables, bool),
             "segment": (tables[:2], jnp.int32),
         }
+        if weighted:
+            kinds["weights"] = (tables, jnp.float32)
         return {
-            name: jax.ShapeDtypeStruct(*kinds[name], sharding=named_sharding(self.mesh, *axes))
-            for name, axes in BATCH_AXES.items()
+            name: jax.ShapeDtypeStruct(*kind, sharding=named_sharding(self.mesh, *BATCH_AXES[name]))
+            for name, kind in kinds.items()
         }
 
     def _abstract_state(self, shapes, axes) -> tuple[TrainState, TrainState]:
@@ -172,7 +182,7 @@ class Program:
           all_streams: for evaluation: compute the head for streams of weight 0 as well, and use the
             built-in loss in place of `config.loss.objective`.
         """
-        batch_specs = {name: partition_spec(*axes) for name, axes in BATCH_AXES.items()}
+        batch_specs = {name: partition_spec(*BATCH_AXES[name]) for name in batch}
         scalar, per_stream = PartitionSpec(), partition_spec("stream")
         sums_specs = dict.fromkeys(PER_STREAM_SUMS, per_stream)
         counts_specs = {"cells": scalar, "spoken": scalar}

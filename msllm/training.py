@@ -92,7 +92,9 @@ def train(
         loader, held_out = _open_data(config, streams)
         config = with_vocabulary(config, loader.tokenizer.vocab_size)
         mesh = make_mesh(config.mesh)
-        program = Program(config, streams, mesh, loader.tokenizer.silence_id)
+        program = Program(
+            config, streams, mesh, loader.tokenizer.silence_id, weighted=loader.has_weights
+        )
         evaluate = Evaluate(config)
         checkpoints = Checkpoints(workdir, config.checkpoint)
         local = (

@@ -73,14 +73,15 @@ def four_streams(**dotted) -> Config:
     return make_config(**FOUR_STREAMS | dotted)
 
 
-def make_program(config: Config, devices: int = 1, **axes: int) -> Program:
+def make_program(config: Config, devices: int = 1, weighted: bool = False, **axes: int) -> Program:
     """Makes the program of a config on a mesh of the first `devices` devices.
 
-    Axes that are not given have size 1.
+    Axes that are not given have size 1. `weighted`: batches have loss weights of cells.
     """
     sizes = {"data": 1, "fsdp": 1, "stream": 1, "tensor": 1} | axes
     mesh = make_mesh(MeshConfig(**sizes), jax.devices()[:devices])
-    return Program(config, StreamSpec.from_config(config.streams), mesh, SILENCE)
+    streams = StreamSpec.from_config(config.streams)
+    return Program(config, streams, mesh, SILENCE, weighted)
 
 
 def random_tables(config: Config, seed: int = 0) -> dict[str, np.ndarray]:

@@ -125,8 +125,7 @@ LOST = {
     ),
     "tools": ({"messages": CHAT, "tools": [{"name": "get"}]}, "map the role 'tools'"),
     "chosen": ({"messages": CHAT, "chosen": "x"}, "ignored_keys"),
-    "weight": ({"messages": [{**CHAT[1], "weight": 0}]}, "loss weights of single messages"),
-    "train": ({"messages": [{**CHAT[1], "train": False}]}, "loss weights of single messages"),
+    "weight": ({"messages": CHAT, "weight": 0}, "loss weights belong into the single messages"),
     "name": ({"messages": [{**CHAT[0], "name": "Anna"}]}, "ignored_keys"),
 }
 
@@ -155,6 +154,12 @@ def test_a_key_that_nothing_reads_is_named(tmp_path, key):
             "a part of type 'image_url'",
         ),
         ({"instruction": "a", "output": "b", "history": ["x"]}, "'history' holds 'x'"),
+        ({"messages": [{**CHAT[1], "weight": -1}]}, "'weight' is -1: must be true, false, or a"),
+        ({"messages": [{**CHAT[1], "weight": "0"}]}, "'weight' is '0': must be true, false, or"),
+        ({"messages": [{**CHAT[1], "loss_weight": 1e7}]}, "from 0 to 1,000,000"),
+        ({"messages": [{**CHAT[1], "weight": 10**400}]}, "a number of many digits"),
+        ({"messages": [{**CHAT[1], "train": 0.5}]}, "'train' is 0.5: must be true or false"),
+        ({"messages": [{**CHAT[1], "train": 1, "weight": 0}]}, "the loss weights .* differ"),
     ],
 )
 def test_what_is_no_chat_is_said(tmp_path, record, message):
@@ -700,7 +705,10 @@ RECORDS = {
     "wait_k": [{"source": "how", "target": "fine"}],
     "gsm8k": [{"question": "how", "answer": "fine\n#### 1"}],
     "aligned": [{"rows": [["a", "b"], [1, None]]}],
-    "tables": [{"streams": {"user": ["a", "", None], "output": "abc"}}],
+    "tables": [
+        {"streams": {"user": ["a", "", None], "output": "abc"}},
+        {"streams": {"user": ["a", "", None]}, "weights": {"output": [1, 0.5, False]}},
+    ],
     "single": [{"text": "how are"}],
 }
 

@@ -301,7 +301,10 @@ def damage_format(prepared):
         (damage_tokenizer, "tokenizer.model is not the tokenizer"),
         (damage_no_tokenizer, "tokenizer.model is missing"),
         (damage_manifest, "manifest.json is damaged"),
-        (damage_format, "manifest.json has format 99, but this version of msllm reads format 1"),
+        (
+            damage_format,
+            "manifest.json has format 99, but this version of msllm reads the formats 1 and 2",
+        ),
     ],
 )
 def test_the_loader_finds_damage_when_it_opens_data(prepared, damage, message):

@@ -33,13 +33,20 @@ def random_table(rows, streams, seed):
     rng = np.random.default_rng(seed)
     present = rng.random((rows, streams)) < 0.8
     tokens = np.where(present, rng.integers(0, 1000, (rows, streams)), 0).astype(np.int32)
-    return Table(tokens, present, f"{seed:016x}")
+    weights = rng.integers(0, 3, (rows, streams)).astype(np.float32)
+    return Table(tokens, present, f"{seed:016x}", weights=weights if seed % 2 else None)
 
 
 def assert_same(table, expected):
     assert table.example == expected.example
     np.testing.assert_array_equal(table.tokens, expected.tokens)
     np.testing.assert_array_equal(table.present, expected.present)
+    np.testing.assert_array_equal(weights_of(table), weights_of(expected))
+
+
+def weights_of(table):
+    """The loss weights of a table. Without weights, all are 1."""
+    return np.ones(table.tokens.shape) if table.weights is None else table.weights
 
 
 def test_make_table_fills_with_silence():
@@ -139,6 +146,7 @@ def test_unpack_reads_batches():
     tables = packer.finish()
     names = ("tokens", "present", "segment")
     batch = {name: np.stack([getattr(t, name) for t in tables]) for name in names}
+    batch["weights"] = np.stack([weights_of(t) for t in tables])
     singles = {t.example: t for t in unpack(batch, [t.examples for t in tables])}
     for table in examples:
         assert_same(singles[table.example], table)

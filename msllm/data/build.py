@@ -247,6 +247,8 @@ class ShardWriter:
       tokens: [S] int64, the number of cells of each stream that hold a token.
       silence: [S] int64, the number of cells of each stream that are silent.
       unknown: [S] int64, the number of tokens of each stream that are unknown to the tokenizer.
+      excluded: [S] int64, the number of present cells of loss weight 0.
+      weighted: [S] int64, the number of present cells of another loss weight than 0 or 1.
       ids: the ids of the examples.
     """
 
@@ -276,6 +278,7 @@ class ShardWriter:
         self.ids = Ids(directory / WORK, f"{portion.name}.{split}")
         self.tables = self.rows = 0
         self.tokens, self.silence, self.unknown = np.zeros((3, streams), np.int64)
+        self.excluded, self.weighted = np.zeros((2, streams), np.int64)
 
     def write(self, table: Packed) -> None:
         """Appends one table."""
@@ -293,6 +296,10 @@ class ShardWriter:
             unknown = table.present & (table.tokens == self._tokenizer.unknown_id)
             if unknown.any():
                 self.unknown += unknown.sum(axis=0)
+        if table.weights is not None:
+            self.excluded += (table.present & (table.weights == 0)).sum(axis=0)
+            others = (table.weights != 0) & (table.weights != 1)
+            self.weighted += (table.present & others).sum(axis=0)
         self.tables += 1
         self.rows += int((table.segment > 0).sum())
         self.ids.add(table.examples)
@@ -365,6 +372,8 @@ def _report(packer: Packer, writer: ShardWriter) -> dict[str, Any]:
         "tokens": writer.tokens.tolist(),
         "silence": writer.silence.tolist(),
         "unknown": writer.unknown.tolist(),
+        "excluded": writer.excluded.tolist(),
+        "weighted": writer.weighted.tolist(),
     }
 
 

@@ -30,7 +30,8 @@ def to_devices(
       abstract: shapes and shardings of the arrays. They may have more streams than the tables; the
         additional streams are absent.
       tables: tokens and present [b, T, S], segment [b, T]. They are the tables first_row ..
-        first_row + b - 1 of the batch, which must include `host_rows(abstract)`.
+        first_row + b - 1 of the batch, which must include `host_rows(abstract)`. Without weights
+        [b, T, S], all loss weights are 1.
       first_row: the place of the first of `tables` in the batch.
     """
 
@@ -45,6 +46,10 @@ def to_devices(
 
         return jax.make_array_from_callback(target.shape, target.sharding, shard)
 
+    if "weights" in abstract and "weights" not in tables:
+        tables = {**tables, "weights": np.ones(tables["tokens"].shape, np.float32)}
+    if "weights" in tables and "weights" not in abstract:
+        raise ValueError("the tables have loss weights, but the Program was made without weights")
     return {name: place(tables[name], target) for name, target in abstract.items()}
 
 

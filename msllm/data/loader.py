@@ -42,6 +42,7 @@ class Loader:
       manifest: the first of `manifests`.
       plan: the `mixture.Plan` of a mixture; None without a mixture.
       tokenizer: the tokenizer of all sources.
+      has_weights: whether a cell of any source has a loss weight other than 1.
       num_tables: N, over all sources.
       num_batches: the number of batches that N tables fill; the last may be partly filled.
     """
@@ -78,6 +79,7 @@ class Loader:
         self.tokenizer = Tokenizer.load(
             pathlib.Path(self._sources[0].directory) / stored["file"], stored["silence"]
         )
+        self.has_weights = any(map(records.has_weights, self.manifests.values()))
         self.num_tables = sum(source.num_tables for source in self._sources)
         self.num_batches = -(-self.num_tables // config.batch_size)
 
@@ -88,6 +90,7 @@ class Loader:
           tokens: [b, T, S] int32, 0 where absent.
           present: [b, T, S] bool.
           segment: [b, T] int32.
+          weights: [b, T, S] float32, the loss weights of the cells; only with `has_weights`.
         """
         indices, length = self._indices(step, rows), self._config.rows
         batch = {
@@ -95,11 +98,15 @@ class Loader:
             "present": np.zeros((len(indices), length, self._streams), bool),
             "segment": np.zeros((len(indices), length), np.int32),
         }
+        if self.has_weights:
+            batch["weights"] = np.ones_like(batch["tokens"], np.float32)
         for i, index in enumerate(indices):
             if self._has_table(index):
                 table = self._read(index)
                 for name, array in batch.items():
-                    array[i] = getattr(table, name)
+                    value = getattr(table, name)
+                    if value is not None:
+                        array[i] = value
         return batch
 
     def example_ids(self, step: int, rows: range | slice | None = None) -> list[list[str]]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from msllm.data.tables import Table
+from msllm.data.tables import Table, select_rows
 
 WINDOW = 2000  # examples sorted at a time; a smaller window wastes more rows
 WINDOW_CELLS = 1 << 25  # a window with this many cells is packed early
@@ -22,6 +22,7 @@ class Packed(NamedTuple):
     present: np.ndarray  # [T, S] bool
     segment: np.ndarray  # [T] int32: 1, 2, ... in order; 0 in empty rows
     examples: list[str]  # ids, in the order of the segments
+    weights: np.ndarray | None = None  # [T, S] float32: the loss weights of cells; None: all are 1
 
 
 class Packer:
@@ -57,9 +58,7 @@ class Packer:
         if length > self.table_rows:
             self.cut += 1
             self.cut_rows += length - self.table_rows
-            table = table._replace(
-                tokens=table.tokens[: self.table_rows], present=table.present[: self.table_rows]
-            )
+            table = select_rows(table, slice(self.table_rows))
         self.examples += 1
         self.rows += len(table.tokens)
         self._window.append(table)
@@ -101,12 +100,17 @@ class Packer:
         tokens = np.zeros((self.table_rows, streams), np.int32)
         present = np.zeros((self.table_rows, streams), bool)
         segment = np.zeros(self.table_rows, np.int32)
+        weights = None
         start = 0
         for number, table in enumerate(tables, 1):
             rows = slice(start, start + len(table.tokens))
             tokens[rows], present[rows], segment[rows] = table.tokens, table.present, number
+            if table.weights is not None:
+                if weights is None:
+                    weights = np.ones(tokens.shape, np.float32)
+                weights[rows] = table.weights
             start = rows.stop
-        return Packed(tokens, present, segment, [table.example for table in tables])
+        return Packed(tokens, present, segment, [table.example for table in tables], weights)
 
 
 def _length(table: Table) -> int:

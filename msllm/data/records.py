@@ -6,6 +6,7 @@ A record is a msgpack map of one packed table:
 - `present`: the bits of [T, S], as packed by numpy.packbits.
 - `segment`: the bytes of [T] int32.
 - `examples`: the ids of the examples, in the order of their segments.
+- `weights`: the bytes of [T, S] float32, the loss weights of the cells. It is missing if all are 1.
 
 The manifest describes the data (docs/data.md). It is written last, so a directory without a
 manifest is unfinished.
@@ -33,6 +34,7 @@ from msllm.errors import UserError
 from msllm.runtime.files import digest_differs, read_object, with_digest, write_atomically
 
 FORMAT = 1
+FORMAT_WITH_WEIGHTS = 2  # of data with loss weights of cells, which earlier versions cannot read
 MANIFEST = "manifest.json"
 WRITER_OPTIONS = "group_size:1,zstd:1"  # one record per chunk: any record can be read alone
 _PREPARE_AGAIN = "run `msllm prepare` again into an empty directory"
@@ -58,14 +60,15 @@ def token_dtype(vocab_size: int) -> type:
 
 def encode_record(table: Packed, vocab_size: int) -> bytes:
     """Returns the record of one packed table."""
-    return msgpack.packb(
-        {
-            "tokens": table.tokens.astype(token_dtype(vocab_size)).tobytes(),
-            "present": np.packbits(table.present).tobytes(),
-            "segment": table.segment.astype(np.int32).tobytes(),
-            "examples": table.examples,
-        }
-    )
+    fields = {
+        "tokens": table.tokens.astype(token_dtype(vocab_size)).tobytes(),
+        "present": np.packbits(table.present).tobytes(),
+        "segment": table.segment.astype(np.int32).tobytes(),
+        "examples": table.examples,
+    }
+    if table.weights is not None:
+        fields["weights"] = table.weights.astype(np.float32).tobytes()
+    return msgpack.packb(fields)
 
 
 def decode_record(record: bytes, streams: int, vocab_size: int) -> Packed:
@@ -84,14 +87,18 @@ def decode_record(record: bytes, streams: int, vocab_size: int) -> Packed:
         if len(bits) != -(-tokens.size // 8):
             raise ValueError(f"{len(bits)} bytes of present cells for {tokens.size} cells")
         present = np.unpackbits(bits, count=tokens.size).view(bool).reshape(shape)
-        examples = fields["examples"]
+        examples, weights = fields["examples"], fields.get("weights")
+        if weights is not None:
+            weights = np.frombuffer(weights, np.float32).reshape(shape)
     except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
         raise Damaged(f"{type(error).__name__}: {error}") from error
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
         raise Damaged(
             f"tokens from {tokens.min()} to {tokens.max()}, but the vocabulary has {vocab_size}"
         )
-    return Packed(tokens, present, segment, examples)
+    if weights is not None and not (np.isfinite(weights).all() and (weights >= 0).all()):
+        raise Damaged("loss weights that are not finite, or negative")
+    return Packed(tokens, present, segment, examples, weights)
 
 
 class Damaged(UserError):
@@ -116,15 +123,20 @@ def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
         )
     manifest = read_object(path, _PREPARE_AGAIN)
     version = manifest.get("format")
-    if version != FORMAT:
+    if version not in (FORMAT, FORMAT_WITH_WEIGHTS):
         raise UserError(
-            f"{path} has format {version}, but this version of msllm reads format {FORMAT}:"
-            f" {_PREPARE_AGAIN}"
+            f"{path} has format {version}, but this version of msllm reads the formats {FORMAT} and"
+            f" {FORMAT_WITH_WEIGHTS}: {_PREPARE_AGAIN}"
         )
     if "digest" in manifest and digest_differs(manifest):  # earlier versions wrote none
         raise UserError(f"{path} is damaged (its digest differs): {_PREPARE_AGAIN}")
     manifest.pop("digest", None)
     return manifest
+
+
+def has_weights(manifest: Mapping[str, Any]) -> bool:
+    """Returns whether any cell of prepared data has a loss weight other than 1."""
+    return manifest["format"] == FORMAT_WITH_WEIGHTS
 
 
 def write_manifest(directory: str | pathlib.Path, manifest: Mapping[str, Any]) -> None:

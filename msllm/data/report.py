@@ -39,8 +39,9 @@ def make_manifest(
       duplicates: the result of `sum_duplicates`.
       bad: the counts of bad and empty records of all portions.
     """
+    weighted = any("excluded" in part for part in splits.values())
     manifest = {
-        "format": records.FORMAT,
+        "format": records.FORMAT_WITH_WEIGHTS if weighted else records.FORMAT,
         "settings": settings,
         "streams": {"names": spec.names, "kinds": spec.kinds, "delays": spec.delays},
         # Rows of lag from each reader to each source; null: never. The tables do not depend on it.
@@ -73,8 +74,15 @@ def sum_portions(
     sums = {name: sum(portion[name] for portion in portions) for name in _SUMMED}
     tokens = _sum_by_stream([portion["tokens"] for portion in portions])
     silence = _sum_by_stream([portion["silence"] for portion in portions])
-    # The reports of portions that an earlier version made do not count unknown tokens.
-    unknown = _sum_by_stream([portion.get("unknown", [0] * spec.size) for portion in portions])
+    # The reports of portions that an earlier version made lack some counts.
+    none = [0] * spec.size
+    unknown = _sum_by_stream([portion.get("unknown", none) for portion in portions])
+    weights = {
+        name: _sum_by_stream([portion.get(name, none) for portion in portions])
+        for name in ("excluded", "weighted")
+    }
+    if not any(map(any, weights.values())):
+        weights = {}
     cells = sum(tokens) + sum(silence)
     tables, rows = sums["tables"], config.data.rows
     return {
@@ -85,6 +93,7 @@ def sum_portions(
         "tokens": dict(zip(spec.names, tokens)),
         "silence": dict(zip(spec.names, silence)),
         "unknown": dict(zip(spec.names, unknown)),
+        **{name: dict(zip(spec.names, counts)) for name, counts in weights.items()},
         "silence_rate": round(sum(silence) / cells, 4) if cells else 0.0,
         "packing_efficiency": round(sums["rows"] / (tables * rows), 4) if tables else 0.0,
         "cut": {
@@ -176,7 +185,13 @@ def _describe_split(split: str, part: Mapping[str, Any], manifest: Mapping[str, 
     for (name, tokens), kind in zip(part["tokens"].items(), kinds):
         unknown = part.get("unknown", {}).get(name, 0)
         line = f"  {name}: {tokens:,} tokens, {part['silence'][name]:,} silence"
-        lines.append(line + (f", {unknown:,} unknown" if unknown else ""))
+        if unknown:
+            line += f", {unknown:,} unknown"
+        if excluded := part.get("excluded", {}).get(name):
+            line += f", {excluded:,} cells of loss weight 0"
+        if weighted := part.get("weighted", {}).get(name):
+            line += f", {weighted:,} cells of other loss weights than 1"
+        lines.append(line)
         if unknown > MAX_UNKNOWN * tokens:
             lines.append(
                 f"  WARNING: {unknown / tokens:.1%} of the tokens of {name} are unknown: the"

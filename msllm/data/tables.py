@@ -16,6 +16,7 @@ class Table(NamedTuple):
     present: np.ndarray  # [T, S] bool: False where the cell is absent
     example: str = ""  # id of the example, see example_hash
     source: str = ""  # "file:line" of the record that the example was made from
+    weights: np.ndarray | None = None  # [T, S] float32, see `loss_weights`; None: 1 everywhere
 
 
 class Placement(NamedTuple):
@@ -54,6 +55,59 @@ def make_table(
     return Table(tokens, np.ones((rows, streams), bool), example)
 
 
+def loss_weights(table: Table, placements: Sequence[Placement], weights: Sequence[float]) -> Table:
+    """Returns a table in which placements have loss weights.
+
+    The weight of a cell multiplies the loss of predicting this cell, beside the weight of its
+    stream. A cell of weight 0 is not predicted, but other cells see it. The weight of a placement
+    holds for its cells and for the cell after them, which ends it, unless another placement begins
+    there.
+
+    Args:
+      table: the table of the placements.
+      placements: as in `make_table`.
+      weights: the weight of each placement.
+    """
+    if all(weight == 1 for weight in weights):
+        return table
+    array = np.ones(table.tokens.shape, np.float32)
+    order = sorted(zip(placements, weights, strict=True), key=lambda pair: pair[0].start)
+    for placement, weight in order:
+        if len(placement.tokens):
+            array[placement.start : placement.end + 1, placement.stream] = weight
+    return table._replace(weights=array)
+
+
+def check_weights(table: Table) -> Table:
+    """Returns a table whose weights are float32, or None if all are 1.
+
+    Raises ValueError, saying what the weights are instead, unless they are [T, S] numbers or a mask
+    [T, S] bool, finite and not negative.
+    """
+    weights = table.weights
+    if weights is None:
+        return table
+    if not isinstance(weights, np.ndarray) or weights.dtype.kind not in "bfiu":
+        raise ValueError("weights that are no array of numbers or bool")
+    if weights.shape != table.tokens.shape:
+        raise ValueError(f"weights of shape {weights.shape} with tokens of {table.tokens.shape}")
+    with np.errstate(over="ignore"):
+        weights = weights.astype(np.float32)
+    if not (np.isfinite(weights).all() and (weights >= 0).all()):
+        bad = weights[~(np.isfinite(weights) & (weights >= 0))][0]
+        raise ValueError(f"the weight {bad}: must be finite and not negative")
+    return table._replace(weights=None if (weights == 1).all() else weights)
+
+
+def select_rows(table: Table, rows: slice) -> Table:
+    """Returns some rows of a table."""
+    return table._replace(
+        tokens=table.tokens[rows],
+        present=table.present[rows],
+        weights=None if table.weights is None else table.weights[rows],
+    )
+
+
 def shift(table: Table, delays: Sequence[int]) -> Table:
     """Moves stream s down by delays[s] rows: [T, S] -> [T + max(delays), S]. No cell is lost.
 
@@ -67,40 +121,55 @@ def shift(table: Table, delays: Sequence[int]) -> Table:
     for stream, delay in enumerate(delays):
         tokens[delay : delay + rows, stream] = table.tokens[:, stream]
         present[delay : delay + rows, stream] = table.present[:, stream]
-    return table._replace(tokens=tokens, present=present)
+    shifted = table._replace(tokens=tokens, present=present)
+    if table.weights is None:
+        return shifted
+    weights = np.ones(tokens.shape, np.float32)
+    for stream, delay in enumerate(delays):
+        weights[delay : delay + rows, stream] = table.weights[:, stream]
+    return shifted._replace(weights=weights)
 
 
 def unshift(table: Table, delays: Sequence[int]) -> Table:
     """Undoes `shift`: [T + max(delays), S] -> [T, S]."""
     rows = len(table.tokens) - max(delays, default=0)
     columns = [(slice(delay, delay + rows), stream) for stream, delay in enumerate(delays)]
-    tokens = np.stack([table.tokens[column] for column in columns], axis=1)
-    present = np.stack([table.present[column] for column in columns], axis=1)
-    return Table(tokens, present, table.example)
+
+    def move(array: np.ndarray) -> np.ndarray:
+        return np.stack([array[column] for column in columns], axis=1)
+
+    weights = None if table.weights is None else move(table.weights)
+    return Table(move(table.tokens), move(table.present), table.example, weights=weights)
 
 
 def unpack(batch: Mapping[str, np.ndarray], examples: Sequence | None = None) -> list[Table]:
     """Returns the single examples of packed tables, in order.
 
     Args:
-      batch: tokens [B, T, S] int32, present [B, T, S] bool, segment [B, T] int32. One packed table
-        is without B in all three.
+      batch: tokens [B, T, S] int32, present [B, T, S] bool, segment [B, T] int32, and weights
+        [B, T, S] float32 if it has them. One packed table is without B in all of them.
       examples: B lists with the ids of each table's examples, in the order of their segments; one
         list for one packed table. None: the ids are empty.
     """
+    names = ("tokens", "present", "segment", "weights")
+    batch = {name: batch[name] for name in names if batch.get(name) is not None}
     if batch["tokens"].ndim == 2:
-        batch = {name: batch[name][None] for name in ("tokens", "present", "segment")}
+        batch = {name: array[None] for name, array in batch.items()}
         examples = None if examples is None else [examples]
     tables: list[Table] = []
-    for b, segment in enumerate(batch["segment"]):
-        names = None if examples is None else examples[b]
-        tables += _unpack_one(batch["tokens"][b], batch["present"][b], segment, names)
+    for b in range(len(batch["segment"])):
+        table = {name: array[b] for name, array in batch.items()}
+        tables += _unpack_one(table, None if examples is None else examples[b])
     return tables
 
 
-def _unpack_one(
-    tokens: np.ndarray, present: np.ndarray, segment: np.ndarray, names: Sequence[str] | None
-) -> Iterator[Table]:
+def _unpack_one(table: Mapping[str, np.ndarray], names: Sequence[str] | None) -> Iterator[Table]:
+    segment, weights = table["segment"], table.get("weights")
     for number in range(1, segment.max(initial=0) + 1):
         rows = segment == number
-        yield Table(tokens[rows], present[rows], "" if names is None else names[number - 1])
+        yield Table(
+            table["tokens"][rows],
+            table["present"][rows],
+            "" if names is None else names[number - 1],
+            weights=None if weights is None else weights[rows],
+        )

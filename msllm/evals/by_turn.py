@@ -56,7 +56,7 @@ def evaluate(model: LoadedModel, data: str = "", examples: int = 500) -> list[Pr
 
     Returns:
       For each stream, all turns together, and then each turn if there are several. What has no
-      tokens is left out.
+      tokens is left out. Cells of loss weight 0 are not counted.
 
     Raises UserError if the data does not fit the model, or if it has nothing to predict.
     """
@@ -66,7 +66,8 @@ def evaluate(model: LoadedModel, data: str = "", examples: int = 500) -> list[Pr
     wanted = set(spread(loader.manifest["splits"]["eval"]["examples"], examples))
     tables = [table for i, table in enumerate(held_out_examples(loader)) if i in wanted]
     packed = pack(tables, loader.manifest["rows"])
-    turns = [_turn_of_rows(table, model) for table in tables if len(table.tokens) > 1]
+    tables = [table for table in tables if len(table.tokens) > 1]
+    turns = [_turn_of_rows(table, model) for table in tables]
     found = likelihood(model, packed.tables)
     sums: dict[tuple[int, int], np.ndarray] = {}
     for b, places in enumerate(packed.places):
@@ -74,6 +75,9 @@ def evaluate(model: LoadedModel, data: str = "", examples: int = 500) -> list[Pr
             rows = np.flatnonzero(packed.tables["segment"][b] == segment)
             cell, target = (b, rows[:-1]), (b, rows[1:])
             values = np.stack([-found.logprob[cell], found.likeliest[cell]], axis=2)
+            weights = tables[place].weights
+            if weights is not None:
+                values[weights[1:] == 0] = np.nan
             said = packed.tables["tokens"][target] != silence
             _add(sums, values, said, turns[place][1:], model.streams.kinds)
     return list(_results(sums, model.streams.names))

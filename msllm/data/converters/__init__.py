@@ -33,7 +33,7 @@ from msllm.data.converters import (
 )
 from msllm.data.converters.layout import Choice, Convert, Layout, Recorder, each_record
 from msllm.data.sources import BadRecords, Part
-from msllm.data.tables import Table, shift
+from msllm.data.tables import Table, check_weights, shift
 from msllm.errors import UserError
 from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
@@ -230,6 +230,8 @@ def convert_part(
     for table in converter.function(layout, part):
         if converter.options is None:  # a user's converter
             _check_table(data.converter, layout, table)
+        if table.weights is not None:
+            table = _check_weights(data.converter, table)
         if columns != list(range(written.size)):
             table = vary.select(table, columns)
         if permuted:
@@ -263,11 +265,22 @@ def _check_table(converter: str, layout: Layout, table: Any) -> None:
         elif not isinstance(table.example, str) or not _EXAMPLE.fullmatch(table.example):
             what = f"the example id {table.example!r}: must be hexadecimal, as of `example_hash`"
     if what:
-        where = f"{table.source}: " if isinstance(table, Table) and table.source else ""
-        raise UserError(
-            f"{where}config.data.converter {converter!r} yields {what}; make tables with"
-            " layout.table"
-        )
+        raise _bad_table(converter, table, what)
+
+
+def _check_weights(converter: str, table: Table) -> Table:
+    """Returns the table as `check_weights` does. Raises UserError."""
+    try:
+        return check_weights(table)
+    except ValueError as error:
+        raise _bad_table(converter, table, str(error)) from error
+
+
+def _bad_table(converter: str, table: Any, what: str) -> UserError:
+    where = f"{table.source}: " if isinstance(table, Table) and table.source else ""
+    return UserError(
+        f"{where}config.data.converter {converter!r} yields {what}; make tables with layout.table"
+    )
 
 
 def data_spec(config: Config, spec: StreamSpec) -> StreamSpec:

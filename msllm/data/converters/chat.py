@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from msllm.data.converters.layout import Choice, Layout, each_record
 from msllm.data.converters.messages import read_chat
 from msllm.data.sources import Record
-from msllm.data.tables import Placement, Table
+from msllm.data.tables import Placement, Table, loss_weights
 from msllm.errors import UserError
 
 MAX_GAP = 1000  # rows between two turns
@@ -65,4 +65,6 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
             before = turns[-1]
     if turns:
         silent = [layout.tokenizer.silence_id] * layout.draw("silence", f"{key} end")
-        yield layout.table([*turns, Placement(0, max(ends.values()), silent)], key)
+        end = Placement(0, max(ends.values()), silent)
+        table = layout.table([*turns, end], key)
+        yield loss_weights(table, turns, [turn.weight for turn in chat_turns])

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from msllm.data.sources import BadRecord, BadRecords, Part, Record, read
-from msllm.data.tables import Placement, Table, example_hash, make_table
+from msllm.data.tables import Placement, Table, example_hash, loss_weights, make_table
 from msllm.errors import UserError
 from msllm.streams import StreamSpec
 from msllm.tokenizer import TextError, Tokenizer, check_text
@@ -21,6 +21,7 @@ MAX_CLOSING_ROWS = 3  # of silence after an example
 # Rows of an example, at most: three days of a recording at four rows a second. Times of a record
 # that are in the wrong unit would give many more.
 MAX_ROWS = 1 << 20
+MAX_WEIGHT = 1_000_000  # loss weight of a message or cell, at most
 # Keys of records that say where a record comes from, and not what it says.
 METADATA = frozenset(
     "id _id uuid idx index hash sha1 sha256 key doc_id record_id message_id prompt_id"
@@ -147,10 +148,6 @@ class Layout(NamedTuple):
             return roles.get(role, role) is None
         return roles.get("*", role) is None
 
-    def weighs(self, role: str, where: str) -> bool:
-        """Returns whether the loss counts what a role says. Raises BadRecord for no stream."""
-        return self.spec.loss_weights[self.spec.index(self.stream_of(role, where))] > 0
-
     def draw(self, option: str, key: str) -> int:
         """Returns the value of an option (a Choice) for the example of `key`.
 
@@ -169,7 +166,13 @@ class Layout(NamedTuple):
             yield item
         self.bad.empty += empty
 
-    def table(self, placements: Sequence[Placement], key: str, closed: bool = True) -> Table:
+    def table(
+        self,
+        placements: Sequence[Placement],
+        key: str,
+        closed: bool = True,
+        weights: Sequence[float] | None = None,
+    ) -> Table:
         """Returns the table of placements.
 
         Args:
@@ -178,13 +181,15 @@ class Layout(NamedTuple):
           closed: add silent rows at the end, from which the model learns to stop and stay silent.
             Their number is drawn for each example. From a fixed number, the model would learn to
             start again after that many rows.
+          weights: the loss weight of each placement (`tables.loss_weights`); None: 1.
 
         Raises BadRecord if the placements overlap, or need more than MAX_ROWS rows.
         """
         rows = self._check_placements(placements)
         example = example_hash(key)
         rows += 1 + int(example, 16) % MAX_CLOSING_ROWS if closed else 0
-        return make_table(placements, rows, self.spec.size, self.tokenizer.silence_id, example)
+        table = make_table(placements, rows, self.spec.size, self.tokenizer.silence_id, example)
+        return table if weights is None else loss_weights(table, placements, weights)
 
     def _check_placements(self, placements: Sequence[Placement]) -> int:
         """Returns the row after the last placement. Raises BadRecord, as `table` does."""
@@ -341,6 +346,16 @@ def check_keys(
             " in config.data.options.ignored_keys",
             key,
             hint,
+        )
+
+
+def check_weight(value: Any, what: str) -> None:
+    """Raises BadRecord unless a value is a loss weight: true, false, or 0 to MAX_WEIGHT."""
+    if not isinstance(value, (bool, int, float)) or not 0 <= value <= MAX_WEIGHT:
+        is_long = isinstance(value, int) and abs(value) > 1e18  # Python may refuse to write it
+        shown = "a number of many digits" if is_long else f"{value!r:.40}"
+        raise BadRecord(
+            f"{what} is {shown}: must be true, false, or a loss weight from 0 to {MAX_WEIGHT:,}"
         )
 
 

@@ -18,14 +18,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from msllm.data.converters.layout import Layout, check_keys
+from msllm.data.converters.layout import Layout, check_keys, check_weight
 from msllm.data.sources import BadRecord, Record, text_of
 
 LISTS = ("messages", "conversations", "conversation")
 _SYSTEM = ("system", "system_prompt")
 _TOOLS = ("tools", "functions")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_WEIGHTS = ("weight", "loss_weight", "train", "trainable", "loss")
+_FLAGS = ("train", "trainable", "loss")
+_WEIGHTS = ("weight", "loss_weight", *_FLAGS)
 _CALLS = ("tool_calls", "function_call")
 _RESULTS = ("tool", "function")  # roles of messages with the result of a call
 # Roles of ShareGPT. A role that is mapped by the option `roles` keeps its name.
@@ -50,7 +51,7 @@ _HINTS = {
     **dict.fromkeys(
         _TOOLS, "map the role 'tools' to a stream by config.data.options.roles to read them"
     ),
-    **dict.fromkeys(_WEIGHTS, "loss weights of single messages are not supported"),
+    **dict.fromkeys(_WEIGHTS, "loss weights belong into the single messages"),
 }
 
 
@@ -72,6 +73,7 @@ class Turn(NamedTuple):
     is_result: bool = False
     identity: str = ""  # of the call whose result this is; "": the message does not say
     name: str = ""  # of the tool whose result this is; "": the message does not say
+    weight: float = 1.0  # the loss weight of what is said
 
 
 class Chat(NamedTuple):
@@ -239,22 +241,25 @@ def _turns(
             role = _ALIASES.get(role, role)
             if role == "function_call":
                 content = _list_or_one(_json_of(message.get("value"), where))
-                message = {"role": "assistant", "content": None, "tool_calls": content}
+                others = {key: message[key] for key in message if key not in names}
+                message = {**others, "role": "assistant", "content": None, "tool_calls": content}
                 names, role = ("role", "content"), "assistant"
     else:
         names = ("role", "content")
         role = text_of(message, "role", where)
     is_result = read_calls and _gives_result(layout, role)
+    weight = 1.0
     if len(message) > 2:  # it has other keys
         _check_message(layout, message, role, names, where, read_calls)
+        weight = _weight_of(layout, message, where)
     if len(message) > 2 and layout.maps("reasoning"):
         for key in _REASONING:
             if message.get(key) and key not in layout.options["ignored_keys"]:
-                yield Turn("reasoning", text_of(message, key, where), where)
+                yield Turn("reasoning", text_of(message, key, where), where, weight=weight)
     calls = list(_calls_of(message, where)) if read_calls else []
     text = _content_of(message.get(names[1]), names[1], where, optional=bool(calls))
     identity, name = message.get("tool_call_id"), message.get("name")
-    yield Turn(role, text, where, calls, is_result, _word(identity), _word(name))
+    yield Turn(role, text, where, calls, is_result, _word(identity), _word(name), weight)
 
 
 def _gives_result(layout: Layout, role: str) -> bool:
@@ -274,18 +279,29 @@ def _check_message(
     read_calls: bool,
 ) -> None:
     """Raises BadRecord if nothing reads a key of a message."""
-    read = {*names}
+    read = {*names, *_WEIGHTS}
     if role in _RESULTS:
         read |= {"name", "tool_call_id"}
     if read_calls:
         read |= set(_CALLS)
     if layout.maps("reasoning"):
         read |= set(_REASONING)
-    weights = [key for key in _WEIGHTS if message.get(key) is not None]
-    if weights and (role in _RESULTS or layout.leaves_out(role) or not layout.weighs(role, where)):
-        read |= set(weights)
-    read |= {key for key in weights if message[key] in (True, 1)}
     check_keys(layout, message, read, where, _HINTS)
+
+
+def _weight_of(layout: Layout, message: Mapping[str, Any], where: str) -> float:
+    """Returns the loss weight of a message; 1 if it has none. Raises BadRecord."""
+    ignored = layout.options["ignored_keys"]
+    found = {
+        key: message[key] for key in _WEIGHTS if message.get(key) is not None and key not in ignored
+    }
+    for key, value in found.items():
+        if key in _FLAGS and not (isinstance(value, (bool, int, float)) and value in (0, 1)):
+            raise BadRecord(f"{where}: {key!r} is {value!r:.40}: must be true or false")
+        check_weight(value, f"{where}: {key!r}")
+    if len(set(found.values())) > 1:
+        raise BadRecord(f"{where}: the loss weights {found} differ: give one")
+    return float(next(iter(found.values()), 1.0))
 
 
 def _content_of(value: Any, name: str, where: str, optional: bool) -> str | None:

@@ -53,7 +53,7 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
         else:
             trace.add_speech(turn)
     if trace.placements:
-        yield layout.table(trace.placements, trace.key)
+        yield layout.table(trace.placements, trace.key, weights=trace.weights)
 
 
 class _Call(NamedTuple):
@@ -70,6 +70,7 @@ class _Trace:
     def __init__(self, layout: Layout, key: str):
         self.key = key
         self.placements: list[Placement] = []
+        self.weights: list[float] = []  # of the placements
         self._layout = layout
         self._calls, self._results = layout.options["calls"], layout.options["results"]
         self._call_after = layout.draw("call_after", key)
@@ -83,7 +84,8 @@ class _Trace:
     def add_result(self, turn: Turn) -> None:
         """Places the result of a call. Raises BadRecord."""
         call = self._find_call(turn)
-        said = self._say(self._results[call.place], call.end + self._latency, turn.text or "")
+        start = call.end + self._latency
+        said = self._say(self._results[call.place], start, turn.text or "", turn.weight)
         self._results_end = max(self._results_end, said.end)
 
     def add_speech(self, turn: Turn) -> None:
@@ -91,14 +93,15 @@ class _Trace:
         now = max(self._free.values())
         if turn.text or not turn.calls:
             name = self._layout.stream_of(turn.role, turn.where)
-            start = self._say(name, now, turn.text or "").start
+            start = self._say(name, now, turn.text or "", turn.weight).start
             if self._layout.spec.kinds[self._layout.spec.index(name)] == "input":
                 self._input_start = start
         if self._call_after >= 0:
             now = min(max(self._input_start + self._call_after, self._results_end), now)
         for call in turn.calls:
             place = min(range(len(self._calls)), key=lambda i: self._first_row(i, now))
-            said = self._say(self._calls[place], now, f"{call.name} {call.arguments}")
+            text = f"{call.name} {call.arguments}"
+            said = self._say(self._calls[place], now, text, turn.weight)
             made = _Call(place, said.end, call.identity, call.name, turn.where)
             self._open.append(made)
             if call.identity:
@@ -130,9 +133,10 @@ class _Trace:
         """Returns the row from `now` on in which both streams at a place are free."""
         return max(now, self._free[self._calls[place]], self._free[self._results[place]])
 
-    def _say(self, stream: str, start: int, text: str) -> Placement:
+    def _say(self, stream: str, start: int, text: str, weight: float) -> Placement:
         placement = self._layout.say(stream, max(start, self._free[stream]), text)
         self.placements.append(placement)
+        self.weights.append(weight)
         self._free[stream] = placement.end
         return placement
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from msllm.config import VaryConfig
-from msllm.data.tables import Table
+from msllm.data.tables import Table, select_rows
 
 _Value = TypeVar("_Value")
 
@@ -31,7 +31,11 @@ def draw(values: Sequence[_Value], what: str, example: str) -> _Value:
 
 def select(table: Table, columns: Sequence[int]) -> Table:
     """Returns the given streams of a table, in the given order."""
-    return table._replace(tokens=table.tokens[:, columns], present=table.present[:, columns])
+    return table._replace(
+        tokens=table.tokens[:, columns],
+        present=table.present[:, columns],
+        weights=None if table.weights is None else table.weights[:, columns],
+    )
 
 
 def permute(table: Table, columns: Sequence[int]) -> Table:
@@ -47,7 +51,8 @@ def permute(table: Table, columns: Sequence[int]) -> Table:
 def insert_silence(table: Table, vary: VaryConfig, silence_id: int) -> Table:
     """Inserts rows in which all streams are silent: `vary.lead` rows at the beginning, and pauses.
 
-    A stream that is absent in the row above or below a pause is absent in the pause.
+    A stream that is absent in the row above or below a pause is absent in the pause. The loss
+    weight of a pause is that of the cells above and below it if these are equal, otherwise 1.
     """
     rows = len(table.tokens)
     inserted = _count_inserted(rows, vary, table.example)
@@ -58,7 +63,12 @@ def insert_silence(table: Table, vary: VaryConfig, silence_id: int) -> Table:
     present = table.present[below] & table.present[np.maximum(below - 1, 0)]
     tokens = np.where(present, silence_id, 0).astype(np.int32)
     tokens[place], present[place] = table.tokens, table.present
-    return table._replace(tokens=tokens, present=present)
+    weights = None
+    if table.weights is not None:
+        above = np.concatenate([np.full_like(table.weights[:1], np.nan), table.weights])[below]
+        weights = np.where(above == table.weights[below], above, np.float32(1))
+        weights[place] = table.weights
+    return table._replace(tokens=tokens, present=present, weights=weights)
 
 
 def _count_inserted(rows: int, vary: VaryConfig, example: str) -> np.ndarray:
@@ -86,4 +96,4 @@ def pieces(table: Table, rows: int) -> Iterator[Table]:
     for number, start in enumerate(range(0, len(table.tokens) - 1, rows - 1)):
         part = slice(start, start + rows)
         name = f"{table.example[:12]}{number:04x}"
-        yield table._replace(tokens=table.tokens[part], present=table.present[part], example=name)
+        yield select_rows(table, part)._replace(example=name)
