@@ -519,6 +519,7 @@ def _read_arrow(part: Part) -> Iterator[tuple[int, Any]]:
             stream.seek(0)
             number = 0
             for batch in _file_batches(ipc, stream) if is_file else ipc.open_stream(stream):
+                batch.validate(full=True)  # otherwise offsets of a damaged file crash the process
                 for start in range(0, batch.num_rows, _BATCH):
                     for value in batch.slice(start, _BATCH).to_pylist():
                         number += 1
