@@ -243,3 +243,23 @@ def test_a_converter_outside_the_package(tmp_path, monkeypatch):
         message = f"config.data.converter is '{name}': cannot be imported"
         with pytest.raises(UserError, match=message):
             prepare(missing, tmp_path / "none")
+
+
+def test_loss_weights_move_with_their_cells():
+    weights = np.array([[0, 2], [0, 1], [1, 1]], np.float32)
+    tokens = np.array([[1, 4], [2, 5], [3, 6]], np.int32)
+    table = Table(tokens, tokens > 0, example_hash("x"), weights=weights)
+    longer = vary.insert_silence(table, VaryConfig((1,), 100.0, (1,)), SILENCE)
+    assert longer.tokens[:, 0].tolist() == [SILENCE, 1, SILENCE, 2, SILENCE, 3]
+    # A pause inside a message has the weight of the message; other silence has the weight 1.
+    assert longer.weights.T.tolist() == [[1, 0, 0, 0, 1, 1], [1, 2, 1, 1, 1, 1]]
+    assert vary.select(table, [1]).weights.tolist() == [[2], [1], [1]]
+    orders = set()
+    for name in "abcdefgh":
+        permuted = vary.permute(table._replace(example=example_hash(name)), [0, 1])
+        column = permuted.tokens[0].tolist().index(1)
+        orders.add(column)
+        assert permuted.weights[:, column].tolist() == [0, 0, 1]
+    assert orders == {0, 1}
+    pieces = list(vary.pieces(table, 2))
+    assert [piece.weights[:, 1].tolist() for piece in pieces] == [[2, 1], [1, 1]]
