@@ -161,9 +161,10 @@ class Announce(Hook):
         self.every = 0  # never again
         left = run.config.steps - step
         if left:
+            shown = f"{seconds:.2g}" if seconds < 10 else f"{seconds:,.0f}"
             run.say(
                 f"time: about {clock_time(seconds * left)} for the {left:,} steps that are left,"
-                f" at {seconds:.2g} s a step, without evaluations and checkpoints"
+                f" at {shown} s a step, without evaluations and checkpoints"
             )
 
 
