@@ -201,10 +201,16 @@ def _chats(found: Survey, records: Sequence[Record]) -> Survey:
     found.streams |= dict.fromkeys(found.options.get("calls", ()), "output")
     found.streams["output"] = "output"
     if not has_calls:
+        # Without a row between them, an answer would begin before the end of the question is seen.
+        found.options["overlap"] = -1
         found.options["silence"] = list(_SILENCES)
         found.notes.append(
             "silences of drawn lengths are put between turns, so that the model waits for a"
             " question and answers it whenever it comes"
+        )
+        found.notes.append(
+            "a row lies between a question and its answer, so that all of the answer can depend on"
+            " all of the question"
         )
     found.options["roles"] = _roles_option(roles, records[0].where)
     found.kind, found.converter = "chats", "tools" if has_calls else "chat"
