@@ -4,8 +4,7 @@
 # them itself.
 
 # hugetlb: malloc uses huge pages. XLA allocates its buffers again in every step, and mapping small
-# pages costs kernel time: a train step of configs/quickstart.py takes 2.89 CPU-seconds with this
-# setting and 3.36 without.
+# pages costs kernel time.
 # arena_max: one arena for all threads. The arenas of threads grow by small pages in spite of
 # hugetlb. With one arena, a restart maps 37,000 pages instead of 104,000.
 # glibc 2.35 and later support these settings; older versions ignore them.

@@ -53,6 +53,7 @@ The table above has a row per time step. The user's words are given; the model g
 Next (after `. .venv/bin/activate && . launch/env.sh`):
   another question          msllm generate --checkpoint=runs/quickstart --rows=16 \
                               --input="user=ok take 9 subtract 4 um plus 2 ?"
+  a conversation            pip install -e '.[chat]'; msllm chat --checkpoint=runs/quickstart
   the same in one stream    msllm prepare --config=configs/quickstart_single.py
                             msllm train --config=configs/quickstart_single.py --workdir=runs/quickstart_single
                             msllm evaluate --checkpoint=runs/quickstart_single
