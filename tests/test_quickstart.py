@@ -14,7 +14,8 @@ from msllm.decode.script import default_window
 from msllm.evals.exact_match import evaluate
 from msllm.weights.load import LoadedModel
 
-pytestmark = pytest.mark.slow
+# The first test includes the training, which takes 4 to 5 CPU-minutes.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ROWS = (0, 20, 130, 500)  # before the first question
 TALKS = 48  # conversations for each entry of ROWS
