@@ -103,7 +103,10 @@ class StreamsConfig:
     # the lag of every edge: block_causal (1 row) | same_row (0 rows) | isolated (own stream only) |
     # package.module:function (docs/extending/visibility.md)
     visibility: str = _import_path("block_causal")
-    # edges that differ from `visibility`, as (reader, source, lag); lag: "3" (rows) or "never"
+    # what the edges of `visibility` between two streams carry: latent | tokens (docs/semantics.md)
+    visibility_medium: str = "latent"
+    # edges that differ from `visibility`, as (reader, source, lag); lag: "3" (rows), "3 tokens"
+    # (through tokens) or "never"
     lags: tuple[tuple[str, str, str], ...] = ()
     skip_silence: bool = False  # other cells do not see silent cells
     # per stream, the number of rows by which the data is shifted down; empty: 0
@@ -483,6 +486,7 @@ def _convert_tuple(hints: tuple[Any, ...], value: Any, path: str) -> tuple:
 # Validation: the rules that need no device, no data and no tokenizer.
 
 _CHOICES = {
+    "streams.visibility_medium": ("latent", "tokens"),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "splash", "gpu", "cpu", "chunked", "reference"),
     "model.remat": ("none", "dots", "full", "offload"),

@@ -19,6 +19,7 @@ from msllm.model.attention.dispatch import choose_backend
 from msllm.model.block import check_block
 from msllm.model.layers import gather_weight
 from msllm.model.model import abstract_model, bind, init_parameters, parameter_shardings
+from msllm.model.relays import columns_of
 from msllm.optim import (
     check_no_decay,
     global_norm,
@@ -101,7 +102,10 @@ class Program:
         self.config, self.streams, self.mesh, self.silence_id = config, streams, mesh, silence_id
         absent = -streams.size % mesh.shape["stream"]
         self._loss_weights = streams.loss_weights + (0.0,) * absent
-        self.backend = choose_backend(config.model, streams.lag_array, config.data.rows, mesh)
+        columns = columns_of(streams, mesh.shape["stream"])
+        self.backend = choose_backend(
+            config.model, columns.lag, config.data.rows, mesh, columns.relays
+        )
         self.graph, shapes, axes = abstract_model(config.model, streams)
         paths = jax.tree_util.tree_leaves_with_path(shapes)
         self.parameter_names = [path_name(path) for path, _ in paths]

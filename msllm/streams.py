@@ -138,6 +138,8 @@ class StreamSpec:
     lag: tuple[tuple[int, ...], ...]  # lag[reader][source] in rows, or NEVER
     skip_silence: bool = False
     delays: tuple[int, ...] = ()  # rows by which each stream's data is shifted down
+    # Like `lag`, for the edges through tokens; NEVER where there is none. Empty: there are none.
+    token_lag: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def from_config(cls, config: StreamsConfig) -> StreamSpec:
@@ -170,13 +172,16 @@ class StreamSpec:
             )
         if any(d < 0 for d in config.delays):
             raise UserError(f"config.streams.delays is {config.delays}: must be >= 0 rows")
+        lag, token_lag = _config_lags(config)
+        has_token_edges = bool((token_lag < NEVER).any())
         return cls(
             names,
             kinds,
             weights,
-            tuple(map(tuple, _config_lags(config).tolist())),
+            tuple(map(tuple, lag.tolist())),
             config.skip_silence,
             config.delays or (0,) * size,
+            tuple(map(tuple, token_lag.tolist())) if has_token_edges else (),
         )
 
     @property
@@ -188,6 +193,18 @@ class StreamSpec:
     def lag_array(self) -> np.ndarray:
         """[S, S] int32, lag[reader, source]."""
         return np.array(self.lag, np.int32)
+
+    @property
+    def token_lag_array(self) -> np.ndarray:
+        """[S, S] int32, the lags of the edges through tokens; NEVER where there is none."""
+        if not self.token_lag:
+            return np.full((self.size, self.size), NEVER, np.int32)
+        return np.array(self.token_lag, np.int32)
+
+    @property
+    def relayed(self) -> tuple[int, ...]:
+        """The streams that others see through tokens, in order."""
+        return tuple(np.flatnonzero((self.token_lag_array < NEVER).any(0)).tolist())
 
     def index(self, name: str) -> int:
         """The index of the stream `name`. Raises UserError if there is none."""
@@ -273,8 +290,10 @@ def _read_lags(matrix: Any, streams: StreamsConfig) -> np.ndarray:
     return lag
 
 
-def _config_lags(config: StreamsConfig) -> np.ndarray:
-    """The lag matrix [S, S] int32 of a preset and the edges that differ from it.
+def _config_lags(config: StreamsConfig) -> tuple[np.ndarray, np.ndarray]:
+    """The lags of a preset with the edges that differ from it, latent and through tokens.
+
+    Returns: two lag matrices [S, S] int32. A pair has a lag in one of them at most.
 
     Raises UserError if the settings are invalid.
     """
@@ -285,21 +304,38 @@ def _config_lags(config: StreamsConfig) -> np.ndarray:
             " own config may name; call msllm.streams.resolve_visibility(config) first"
         )
     lag = lag_matrix(config.visibility, len(names))
+    token_lag = np.full_like(lag, NEVER)
+    if config.visibility_medium == "tokens":
+        others = ~np.eye(len(names), dtype=bool)
+        token_lag[others], lag[others] = lag[others], NEVER
+    elif config.visibility_medium != "latent":
+        raise UserError(
+            f"config.streams.visibility_medium is {config.visibility_medium!r}: must be latent or"
+            " tokens"
+        )
     for reader, source, value in config.lags:
         for name in (reader, source):
             if name not in names:
                 raise UserError(
                     f"config.streams.lags names {name!r}: the streams are {', '.join(names)}"
                 )
-        if value != "never" and not value.isdigit():
+        rows, _, medium = value.partition(" ")
+        is_number = rows.isdigit() and medium in ("", "latent", "tokens")
+        if value != "never" and not is_number:
             raise UserError(
-                f"config.streams.lags holds lag {value!r}: must be a number of rows >= 0, or "
-                "'never'"
+                f"config.streams.lags holds lag {value!r}: must be a number of rows >= 0, or the"
+                " same with the medium, such as '1 tokens', or 'never'"
             )
-        lag[names.index(reader), names.index(source)] = (
-            NEVER if value == "never" else min(int(value), NEVER)
-        )
-    return lag
+        if medium == "tokens" and reader == source:
+            raise UserError(
+                f"config.streams.lags holds {value!r} from {reader!r} to itself: a stream sees its"
+                " own cells, so this edge is latent"
+            )
+        edge = names.index(reader), names.index(source)
+        lag[edge] = token_lag[edge] = NEVER
+        if value != "never":
+            (token_lag if medium == "tokens" else lag)[edge] = min(int(rows), NEVER)
+    return lag, token_lag
 
 
 def pad_lag(lag: np.ndarray, size: int) -> np.ndarray:

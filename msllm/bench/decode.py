@@ -118,7 +118,7 @@ def decode_case(case: dict[str, Any]) -> list[dict[str, Any]]:
     fields = ModelConfig.__dataclass_fields__
     config = ModelConfig(**{name: value for name, value in case.items() if name in fields})
     measured = {
-        size: _Measured(_make_model(config, size), case)
+        size: _Measured(_make_model(config, size, case["medium"]), case)
         for size in dict.fromkeys((case["streams"], 1))
     }
     compiled = _Compilations()
@@ -140,9 +140,11 @@ def decode_case(case: dict[str, Any]) -> list[dict[str, Any]]:
     return lines
 
 
-def _make_model(config: ModelConfig, size: int) -> LoadedModel:
+def _make_model(config: ModelConfig, size: int, medium: str) -> LoadedModel:
     names = tuple(f"s{i}" for i in range(size))
-    streams = StreamSpec.from_config(StreamsConfig(names=names, kinds=("output",) * size))
+    streams = StreamSpec.from_config(
+        StreamsConfig(names=names, kinds=("output",) * size, visibility_medium=medium)
+    )
     make_parameters = jax.jit(functools.partial(init_parameters, config, streams, 0))
     return LoadedModel(config, streams, make_parameters())
 

@@ -110,7 +110,11 @@ def _make_program(case: dict[str, Any]) -> Program:
     size = case["streams"]
     config = Config(
         model=ModelConfig(**{name: case[name] for name in _MODEL}),
-        streams=StreamsConfig(names=tuple(f"s{i}" for i in range(size)), kinds=("output",) * size),
+        streams=StreamsConfig(
+            names=tuple(f"s{i}" for i in range(size)),
+            kinds=("output",) * size,
+            visibility_medium=case["medium"],
+        ),
         data=DataConfig(rows=case["rows"], batch_size=case["batch"]),
         loss=LossConfig(chunk_tokens=case["chunk_tokens"]),
     )

@@ -73,6 +73,10 @@ _FLAGS = {
     "remat": _Flag("Remat policy.", choices=("none", "dots", "full", "offload")),
     "attention": _Flag("Backend, as in config.model.attention.", "NAME", str),
     "chunk_tokens": _Flag("Number of cells per chunk of the loss.", "N", positive_int),
+    "medium": _Flag(
+        "What edges between two streams carry (config.streams.visibility_medium).",
+        choices=("latent", "tokens"),
+    ),
     "torch": _Flag("Alternate with the same model in torch."),
     "backends": _Flag("Backends to measure.", "NAME,...", comma_list(str)),
     "memory_gib": _Flag(

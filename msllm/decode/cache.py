@@ -21,6 +21,7 @@ import numpy as np
 from msllm.config import ModelConfig
 from msllm.kernels import cpu as cpu_kernels
 from msllm.kernels.cpu import PANEL
+from msllm.model.relays import Columns
 from msllm.sharding import axis_index, axis_size, gather_streams, psum
 from msllm.streams import Cells, Visibility
 
@@ -264,18 +265,21 @@ def write_cells(old: Cells, new: Cells, at: jax.Array) -> Cells:
     return jax.tree.map(lambda old, new: old.at[batch, at].set(new[:, 0], mode="drop"), old, new)
 
 
-def visible_keys(queries: Cells, keys: Cells, lag: np.ndarray, streams: int) -> jax.Array:
+def visible_keys(queries: Cells, keys: Cells, columns: Columns) -> jax.Array:
     """The mask of one row's queries, in each session, over the keys of this device.
 
     Args:
       queries: [B, 1] and [B, 1, S].
-      keys: [B, W] and [B, W, S].
-      streams: the number of streams whose keys this device holds.
+      keys: [B, W] and [B, W, M].
+      columns: of the model.
 
-    Returns: [B, S, streams, W] bool, True where the query sees the key.
+    Returns: [B, S, columns of this device, W] bool, True where the query sees the key.
     """
-    mask = Visibility(queries, keys, jnp.asarray(lag), jnp.arange(lag.shape[0])).mask()[:, 0]
-    mask = jax.lax.dynamic_slice_in_dim(mask, axis_index("stream") * streams, streams, axis=3)
+    size = columns.size
+    streams = np.arange(len(columns.lag)).reshape(-1, size)[:, : columns.streams].ravel()
+    lag = jnp.asarray(columns.lag)
+    mask = Visibility(queries, keys, lag, jnp.asarray(streams, jnp.int32), 0).mask()[:, 0]
+    mask = jax.lax.dynamic_slice_in_dim(mask, axis_index("stream") * size, size, axis=3)
     return mask.swapaxes(2, 3)
 
 

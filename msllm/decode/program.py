@@ -43,6 +43,7 @@ from msllm.model.attention.dispatch import get_backend, portable_backend
 from msllm.model.block import check_block
 from msllm.model.layers import Angles, InputWeight, OutputWeight, rope_angles
 from msllm.model.model import MultiStreamLM, abstract_model, bind
+from msllm.model.relays import add_relays, attend_to_columns, columns_of, stream_columns
 from msllm.runtime.compiler import compiler_options
 from msllm.sharding import (
     StreamSubset,
@@ -53,7 +54,7 @@ from msllm.sharding import (
     mesh_axes,
     partition_spec,
 )
-from msllm.streams import Cells, StreamSpec, Visibility, pad_lag
+from msllm.streams import Cells, StreamSpec, Visibility
 
 NOWHERE = 1 << 30  # a place beyond any window
 RUN_ROWS = 32  # the most rows that one call of `run` advances
@@ -194,7 +195,7 @@ class DecodeProgram:
         self.sessions, self.all_logits, self.silence_id = sessions, all_logits, silence_id
         self.decodable = config.vocab_size if decodable is None else decodable
         self.streams = streams.size + (-streams.size % mesh.shape["stream"] if mesh else 0)
-        self._lag = pad_lag(streams.lag_array, self.streams)
+        self._columns = columns_of(streams, mesh.shape["stream"] if mesh else 1)
         self.graph, _, axes = abstract_model(config, streams)
         layer_axes = jax.tree.map(lambda a: a[1:], axes["blocks"], is_leaf=_is_axes)
         self._axes = {**axes, "blocks": [layer_axes] * config.num_layers}
@@ -293,7 +294,7 @@ class DecodeProgram:
             self.config,
             self.sessions,
             self.window,
-            self.streams,
+            len(self._columns.lag),
             self._cache_dtype,
             self.layout,
         )
@@ -364,10 +365,13 @@ class DecodeProgram:
         for model, keys, values in zip(layers, cache.keys, cache.values):
 
             def attend_in_layer(q, k, v, keys=keys, values=values):
-                out, keys, values = attend(q, k, v, keys, values)
-                all_keys.append(keys)
-                all_values.append(values)
-                return out
+                def attend_and_store(q, k, v):
+                    out, new_keys, new_values = attend(q, k, v, keys, values)
+                    all_keys.append(new_keys)
+                    all_values.append(new_values)
+                    return out
+
+                return attend_to_columns(self._columns.streams, attend_and_store)(q, k, v)
 
             x = model.blocks(x, angles, attend_in_layer)
         return x, all_keys, all_values
@@ -389,16 +393,17 @@ class DecodeProgram:
 
         Returns: the new state, the sampled row, and its logits [B, S, V] or None.
         """
-        layers, size = self._layers(weights), tokens.shape[1]
+        layers, size, columns = self._layers(weights), tokens.shape[1], self._columns
         streams = axis_index("stream") * size + jnp.arange(size)
         cells = self._cells(inputs.row[:, None], tokens[:, None], inputs.read_present[:, None])
-        all_cells = _of_all_streams(cells)
+        expanded = add_relays(columns, tokens[:, None], cells)
+        all_cells = _of_all_streams(expanded.cells)
         # A session that does not advance writes to a place beyond its window: nothing is stored.
         at = jnp.where(inputs.active, place(inputs.row, controls.keep, self.window), NOWHERE)
         read_rows = jnp.minimum(inputs.row + 1, self.window)
         filled = jnp.max(jnp.where(inputs.active, read_rows, 1))
         known_cells = write_cells(state.cache.cells, all_cells, at)
-        mask = visible_keys(all_cells, known_cells, self._lag, size)
+        mask = visible_keys(_of_all_streams(cells), known_cells, columns)
 
         def attend_to_cache(q, k, v, keys, values):
             keys, values = write_row(keys, values, k, v, at, self.layout, self._block_rows)
@@ -406,13 +411,13 @@ class DecodeProgram:
             return out, keys, values
 
         angles = self._row_angles(inputs)
-        x = layers[0].embed(tokens[:, None])
+        x = layers[0].embed(expanded.tokens, expanded.streams)
         x, keys, values = self._apply_blocks(layers, x, angles, state.cache, attend_to_cache)
         counts = inputs.active[:, None] & inputs.read_present & (tokens != self.silence_id)
         session, stream = jnp.arange(len(tokens))[:, None], jnp.arange(size)
         said = state.said.at[session, stream, tokens].max(counts)
         state = State(Cache(keys, values, known_cells), said, state.allowed)
-        sampled, logits = self._sample(layers[0], x[:, 0], state, controls, inputs, streams)
+        sampled, logits = self._sample(layers[0], x[:, 0, :size], state, controls, inputs, streams)
         return state, sampled, logits
 
     def _row_angles(self, inputs: RowInputs) -> Angles:
@@ -506,15 +511,16 @@ class DecodeProgram:
 
         T is at most the window.
         """
-        layers, size = self._layers(weights), tokens.shape[2]
+        layers, size, columns = self._layers(weights), tokens.shape[2], self._columns
         row = jnp.arange(tokens.shape[1])[None]
         is_real = row < rows
         present = present & is_real[..., None]
         cells = self._cells(row, tokens, present)
-        all_cells = _of_all_streams(cells)
-        streams = axis_index("stream") * size + jnp.arange(size)
-        visibility = Visibility(cells, all_cells, self._lag, streams)
-        angles, x = rope_angles(row, self.config), layers[0].embed(tokens)
+        expanded = add_relays(columns, tokens, cells)
+        all_cells = _of_all_streams(expanded.cells)
+        visibility = Visibility(cells, all_cells, columns.lag, stream_columns(columns))
+        angles = rope_angles(row, self.config)
+        x = layers[0].embed(expanded.tokens, expanded.streams)
         slot = self._local_slot(slot, state.said.shape[0])
 
         def attend_to_table(q, k, v, keys, values):

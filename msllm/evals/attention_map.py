@@ -18,6 +18,7 @@ from msllm.model.attention.dispatch import attention
 from msllm.model.attention.reference import attention_weights, reference_attention
 from msllm.model.layers import rope_angles
 from msllm.model.model import bind
+from msllm.model.relays import add_relays, attend_to_columns, local_columns
 from msllm.streams import Visibility, positions
 from msllm.weights.load import LoadedModel
 
@@ -66,7 +67,8 @@ def _attention_map(
 ) -> jax.Array:
     """[layers, B, N, T, S, T, S] for tables [B, T, S]."""
     model = bind(graph, parameters)
-    cells, lag = model.cells(tables, silence_id), model.streams.lag_array
+    cells, columns = model.cells(tables, silence_id), local_columns(model.streams)
+    expanded = add_relays(columns, tables["tokens"], cells)
     angles = rope_angles(positions(tables["segment"]), model.config)
     found = []
 
@@ -79,13 +81,15 @@ def _attention_map(
     backend = dataclasses.replace(reference.BACKEND, attend=attend_and_record)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attention(q, k, v, cells, lag, backend)
+        return attention(q, k, v, cells, columns.lag, backend, key_cells=expanded.cells)
+
+    attend_all = attend_to_columns(columns.streams, attend)
 
     with jax.default_matmul_precision("highest"):
-        x = model.embed(tables["tokens"])
+        x = model.embed(*expanded[:2])
         # A loop, because values that are recorded inside a scan cannot leave it.
         for block in model.layers():
-            x = block(x, angles, attend)
+            x = block(x, angles, attend_all)
     return jnp.stack(found)
 
 

@@ -29,6 +29,7 @@ from msllm.model.layers import (
     rope_angles,
 )
 from msllm.model.linear import head_logits
+from msllm.model.relays import add_relays, attend_to_columns, local_columns
 from msllm.optim import path_name
 from msllm.sharding import (
     FSDP,
@@ -96,25 +97,38 @@ class MultiStreamLM(nnx.Module):
 
         Returns: [B, T, S, D] after the final norm, in the compute dtype.
         """
-        config, lag = self.config, self.streams.lag_array
+        config, columns = self.config, local_columns(self.streams)
+        expanded = add_relays(columns, tokens, cells)
         chosen = backend or portable_backend(config)
         angles = rope_angles(position, config)
         graph, weights = nnx.split(self.blocks)
 
         def attend(q, k, v):
-            return attention(q, k, v, cells, lag, chosen, config.kv_parts, config.kv_ring)
+            return attention(
+                q,
+                k,
+                v,
+                cells,
+                columns.lag,
+                chosen,
+                config.kv_parts,
+                config.kv_ring,
+                expanded.cells,
+            )
 
         if config.remat in INPUT_ONLY:
             # Without this, the gathered keys and values stay in memory through the backward pass of
             # the MLP.
             attend = jax.checkpoint(attend, policy=KEEP_OUTPUT)
 
+        attend = attend_to_columns(columns.streams, attend)
+
         def layer(x, weights):
             block = nnx.merge(graph, weights)
             return block(checkpoint_name(x, "input"), angles, attend), None
 
-        x, _ = jax.lax.scan(_remat(layer, config.remat), self.embed(tokens), weights)
-        return self.finish(x)
+        x, _ = jax.lax.scan(_remat(layer, config.remat), self.embed(*expanded[:2]), weights)
+        return self.finish(x[:, :, : columns.streams])
 
     def layers(self) -> Iterator[Block]:
         """Yields each layer's block, for code that does not scan over the layers."""
@@ -126,8 +140,15 @@ class MultiStreamLM(nnx.Module):
         """The final norm of the last block's output."""
         return rms_norm(x, gather_param(self.final_norm, jnp.float32), self.config.norm_eps)
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        """Token plus stream embeddings of tokens [B, T, S]: [B, T, S, D] in the compute dtype."""
+    def embed(self, tokens: jax.Array, streams: jax.Array) -> jax.Array:
+        """Token plus stream embeddings, in the compute dtype.
+
+        Args:
+          tokens: [B, T, M] int32.
+          streams: [M] int32, the stream of each column.
+
+        Returns: [B, T, M, D].
+        """
         # The table is far larger than the rows that a step looks up, so the rows are sent and not
         # the table. Every device looks up the tokens of all devices in the columns that it holds.
         # The gradient of the table then needs no sum over devices.
@@ -138,7 +159,6 @@ class MultiStreamLM(nnx.Module):
         rows = rows_to_cells(rows.astype(self.config.compute_dtype))
         x = psum(rows, *mesh_axes("vocab")).astype(jnp.float32)
         if self.config.stream_embedding:
-            streams = axis_index("stream") * tokens.shape[2] + jnp.arange(tokens.shape[2])
             # Streams past the last one only pad the mesh. They are absent, so any vector will do.
             streams = jnp.minimum(streams, self.streams.size - 1)
             stream_table = gather_param(self.stream_embedding, jnp.float32)

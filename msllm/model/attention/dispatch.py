@@ -37,20 +37,23 @@ def get_backend(name: str) -> Backend:
     return importlib.import_module(f"msllm.model.attention.{name}").BACKEND
 
 
-def choose_backend(config: ModelConfig, lag: np.ndarray, rows: int, mesh: Mesh) -> Backend:
+def choose_backend(
+    config: ModelConfig, lag: np.ndarray, rows: int, mesh: Mesh, relays: int = 0
+) -> Backend:
     """Chooses the best backend for a model on a mesh, and sets its options.
 
     Logs the backend's name, and the reasons why better ones decline.
 
     Args:
       config: the settings of the model.
-      lag: [S, S] int32, the lag matrix.
+      lag: [S, S] int32, the lag matrix, or that of all columns (`relays.Columns`).
       rows: T, the rows of a table.
       mesh: the mesh on which the model runs.
+      relays: the columns of each device that have no queries.
 
     Raises UserError if the config names a backend that declines.
     """
-    case = _case(config, lag, rows, mesh)
+    case = _case(config, lag, rows, mesh, relays)
     passed_over = ""
     for name in AUTO if config.attention == "auto" else (config.attention,):
         reason = declines(name, case)
@@ -81,22 +84,22 @@ def declines(name: str, case: Case) -> str | None:
     return backend.declines(case)
 
 
-def _case(config: ModelConfig, lag: np.ndarray, rows: int, mesh: Mesh) -> Case:
+def _case(config: ModelConfig, lag: np.ndarray, rows: int, mesh: Mesh, relays: int) -> Case:
     """The case that each device of `mesh` computes."""
     device, parts = mesh.devices.flat[0], mesh.shape["stream"]
     head_parts = int(np.prod([mesh.shape[axis] for axis in mesh_axes("heads")]))
-    q_streams = -(-lag.shape[0] // parts)  # streams are padded to a multiple of the parts
+    columns = -(-lag.shape[0] // parts)  # streams are padded to a multiple of the parts
     return Case(
         platform=device.platform,
         device_kind=device.device_kind,
         dtype=config.compute_dtype,
         rows=rows,
-        streams=q_streams * parts,
-        q_streams=q_streams,
+        streams=columns * parts,
+        q_streams=columns - relays,
         heads=config.num_heads // head_parts,
         kv_heads=config.num_kv_heads // head_parts,
         head_dim=config.head_dim,
-        lag=pad_lag(lag, q_streams * parts),
+        lag=pad_lag(lag, columns * parts),
         ring=config.kv_ring and parts > 1,
     )
 
@@ -110,6 +113,7 @@ def attention(
     backend: Backend,
     kv_parts: int = 1,
     ring: bool = False,
+    key_cells: Cells | None = None,
 ) -> jax.Array:
     """Attends from every cell to the cells that it sees.
 
@@ -119,23 +123,26 @@ def attention(
 
     Args:
       q: [B, T, S, N, H], where S are the streams of this device.
-      k, v: [B, T, S, K, H].
-      cells: the cells of the same tables and streams.
-      lag: [S, S] int32, for all streams of the model.
+      k, v: [B, T, M, K, H], where M are the streams and relays of this device (relays.py).
+      cells: the cells of the queries.
+      lag: the lags of all columns, as in `relays.Columns`.
       backend: from `choose_backend` or `get_backend`.
       kv_parts: gathers the heads of k and v in this many parts. The backward pass gathers each part
         again, so that only 1 / kv_parts of the gathered keys and values exist at a time.
       ring: passes keys and values around the devices of the mesh axis `stream` (ring.py) instead of
         gathering them.
+      key_cells: the cells of the keys; None: those of the queries.
 
     Returns: [B, T, S, N, H] in q's dtype.
     """
-    size = q.shape[2]
-    lag = pad_lag(lag, size * axis_size("stream"))
+    key_cells = cells if key_cells is None else key_cells
+    lag = pad_lag(lag, k.shape[2] * axis_size("stream"))
     if ring and axis_size("stream") > 1:
-        return ring_attention(q, k, v, cells, lag, backend)
-    keys = cells._replace(present=gather_streams(cells.present), seen=gather_streams(cells.seen))
-    streams = axis_index("stream") * size + jnp.arange(size)
+        return ring_attention(q, k, v, cells, key_cells, lag, backend)
+    keys = key_cells._replace(
+        present=gather_streams(key_cells.present), seen=gather_streams(key_cells.seen)
+    )
+    streams = axis_index("stream") * k.shape[2] + jnp.arange(q.shape[2])
     visibility = Visibility(cells, keys, lag, streams)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -36,21 +36,27 @@ class _Keys(NamedTuple):
 
 
 def ring_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, cells: Cells, lag: Array, backend: Backend
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cells: Cells,
+    key_cells: Cells,
+    lag: Array,
+    backend: Backend,
 ) -> jax.Array:
     """Computes `dispatch.attention` on one device inside `shard_map`, without gathering.
 
     Args:
       q: [B, T, S, N, H], where S are the streams of this device.
-      k, v: [B, T, S, K, H].
-      cells: the cells of the same tables and streams.
-      lag: [S, S] int32 for all streams, from `pad_lag`: with the absent streams that pad the mesh
-        axis `stream`.
+      k, v: [B, T, M, K, H], where M are the streams and relays of this device.
+      cells: the cells of the queries.
+      key_cells: the cells of the keys.
+      lag: the lags of all columns, as in `relays.Columns`.
       backend: one that has `ring_parts`.
 
     Returns: [B, T, S, N, H] in q's dtype.
     """
-    size, devices = q.shape[2], axis_size("stream")
+    size, devices = k.shape[2], axis_size("stream")
     parts = backend.ring_parts
     if parts is None:
         raise ValueError(
@@ -72,7 +78,7 @@ def ring_attention(
           after: arguments of the part that follow the visibility.
         """
         place = axis_index("stream")
-        streams = place * size + jnp.arange(size)
+        streams = place * size + jnp.arange(q.shape[2])
 
         def run(keys: _Keys, turn: jax.Array | None):
             offset = (place - turn) % devices * size if turn is not None else None
@@ -84,12 +90,12 @@ def ring_attention(
         return run
 
     @jax.custom_vjp
-    def attend(q, k, v, cells):
-        return forward(q, k, v, cells)[0]
+    def attend(q, k, v, cells, key_cells):
+        return forward(q, k, v, cells, key_cells)[0]
 
-    def forward(q, k, v, cells):
+    def forward(q, k, v, cells, key_cells):
         run = with_queries(parts.forward, q, cells)
-        keys = _Keys(k, v, cells.present, cells.seen)
+        keys = _Keys(k, v, key_cells.present, key_cells.seen)
 
         # The last turn passes on keys that no device needs any more. A special last turn would
         # complicate the loop.
@@ -101,12 +107,12 @@ def ring_attention(
         start = (pass_on(keys), (out.astype(jnp.float32), lse))
         _, (out, lse) = lax.fori_loop(1, devices, turn, start)
         out, lse = (checkpoint_name(x, "attention") for x in (out.astype(q.dtype), lse))
-        return out, (q, k, v, cells, out, lse)
+        return out, (q, k, v, cells, key_cells, out, lse)
 
     def backward(saved, d_out):
-        q, k, v, cells, out, lse = saved
+        q, k, v, cells, key_cells, out, lse = saved
         part = with_queries(parts.backward, q, cells, out, lse, d_out)
-        keys = _Keys(k, v, cells.present, cells.seen)
+        keys = _Keys(k, v, key_cells.present, key_cells.seen)
 
         def run(keys, turn):
             return [x.astype(jnp.float32) for x in part(keys, turn)]
@@ -118,10 +124,10 @@ def ring_attention(
 
         d_q, *d_kv = run(keys, None)
         _, d_q, d_kv = lax.fori_loop(1, devices, turn, (pass_on(keys), d_q, pass_on(d_kv)))
-        return *(d.astype(x.dtype) for d, x in zip((d_q, *d_kv), (q, k, v))), None
+        return *(d.astype(x.dtype) for d, x in zip((d_q, *d_kv), (q, k, v))), None, None
 
     attend.defvjp(forward, backward)
-    return attend(q, k, v, cells)
+    return attend(q, k, v, cells, key_cells)
 
 
 def _merge(

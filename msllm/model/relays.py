@@ -1,0 +1,135 @@
+"""Relays: the columns through which streams see what other streams say, and nothing else.
+
+An edge through tokens lets its reader see the tokens of the source (docs/semantics.md). The source
+then has a *relay*: a column of cells whose tokens are those of the source, with the same rows,
+presence and stream embedding. A relay attends to itself only, so its keys and values depend on its
+token alone. It is never predicted.
+
+On a device, the relays follow the streams along the stream axis of the activations. Queries are
+those of the streams; keys and values are those of all columns.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msllm.sharding import axis_index, axis_size, gather_streams
+from msllm.streams import NEVER, Cells, StreamSpec
+
+
+class Columns(NamedTuple):
+    """The columns of keys on all devices along the mesh axis `stream`.
+
+    Attributes:
+      streams: number of streams on each device, with those that only pad the axis.
+      relays: number of relays on each device, with those that only pad it.
+      sources: the stream of each relay, in the order of the devices; -1: padding.
+      lag: [M, M] int32, lag[reader, source] of all columns, in the order of the devices.
+    """
+
+    streams: int
+    relays: int
+    sources: tuple[int, ...]
+    lag: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """Number of columns on each device."""
+        return self.streams + self.relays
+
+
+@functools.lru_cache(maxsize=64)
+def columns_of(spec: StreamSpec, devices: int) -> Columns:
+    """Lays out the columns of a model on `devices` devices along the mesh axis `stream`."""
+    found = spec.relayed
+    streams, relays = -(-spec.size // devices), -(-len(found) // devices)
+    size = streams + relays
+    sources = (*found, *[-1] * (relays * devices - len(found)))
+    stream_columns = [i // streams * size + i % streams for i in range(spec.size)]
+    relay_columns = [j // relays * size + streams + j % relays for j in range(len(found))]
+    lag = np.full((devices * size, devices * size), NEVER, np.int32)
+    lag[np.ix_(stream_columns, stream_columns)] = spec.lag_array
+    if found:
+        lag[np.ix_(stream_columns, relay_columns)] = spec.token_lag_array[:, found]
+    return Columns(streams, relays, sources, lag)
+
+
+def local_columns(spec: StreamSpec) -> Columns:
+    """The columns inside `shard_map`, or on one device."""
+    return columns_of(spec, axis_size("stream"))
+
+
+def stream_columns(columns: Columns) -> jax.Array:
+    """[S] int32, the columns of this device's streams among all columns."""
+    return axis_index("stream") * columns.size + jnp.arange(columns.streams)
+
+
+class Expanded(NamedTuple):
+    """The columns of a device.
+
+    Attributes:
+      tokens: [B, T, M] int32.
+      streams: [M] int32, the stream of each column, for the stream embedding.
+      cells: the cells of all columns.
+    """
+
+    tokens: jax.Array
+    streams: jax.Array
+    cells: Cells
+
+
+def add_relays(columns: Columns, tokens: jax.Array, cells: Cells) -> Expanded:
+    """Adds the relays of this device to its streams.
+
+    Args:
+      columns: of the model.
+      tokens: [B, T, S] int32.
+      cells: of the same cells.
+    """
+    streams = axis_index("stream") * columns.streams + jnp.arange(columns.streams)
+    if not columns.relays:
+        return Expanded(tokens, streams, cells)
+    own = axis_index("stream") * columns.relays + jnp.arange(columns.relays)
+    sources = jnp.asarray(columns.sources, jnp.int32)[own]
+    exists = sources >= 0
+    sources = jnp.maximum(sources, 0)
+
+    def relayed(x: jax.Array) -> jax.Array:
+        return jnp.take(gather_streams(x), sources, axis=2)
+
+    # Silence is a token, so `skip_silence` hides nothing here.
+    present = relayed(cells.present) & exists
+    cells = cells._replace(
+        present=jnp.concatenate([cells.present, present], axis=2),
+        seen=jnp.concatenate([cells.seen, present], axis=2),
+    )
+    tokens = jnp.concatenate([tokens, relayed(tokens)], axis=2)
+    return Expanded(tokens, jnp.concatenate([streams, sources]), cells)
+
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def attend_to_columns(streams: int, attend: Attend) -> Attend:
+    """An `attend` for all columns, in which relays attend to themselves.
+
+    Args:
+      streams: the number of streams among the columns, which come first.
+      attend: (q [B, T, S, N, H], k and v [B, T, M, K, H]) -> [B, T, S, N, H].
+    """
+
+    def attend_all(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        if q.shape[2] == streams:
+            return attend(q, k, v)
+        out = attend(q[:, :, :streams], k, v)
+        # The softmax over a single key is 1.
+        itself = jnp.repeat(v[:, :, streams:], q.shape[3] // v.shape[3], axis=3)
+        return jnp.concatenate([out, itself.astype(out.dtype)], axis=2)
+
+    return attend_all

@@ -1,0 +1,265 @@
+"""Edges through tokens: what a relay shows, in training's forward, on meshes and in decoding."""
+
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+import runs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msllm.config import ModelConfig, StreamsConfig
+from msllm.decode.engine import DecodeOptions, Engine
+from msllm.errors import UserError
+from msllm.evals.score import score
+from msllm.kernels import cpu as cpu_kernels
+from msllm.model.attention.dispatch import get_backend
+from msllm.model.model import abstract_model, bind, init_parameters
+from msllm.model.relays import columns_of
+from msllm.streams import NEVER, StreamSpec
+from msllm.weights.load import LoadedModel
+
+NAMES = ("a", "b", "c", "d")
+KINDS = ("input", "output", "thought", "output")
+SILENCE = 1
+BACKENDS = ["reference", "chunked"] + ["cpu"] * (cpu_kernels.unavailable_reason() is None)
+SIZES = {
+    "vocab_size": 32,
+    "d_model": 16,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "d_ff": 32,
+}
+
+
+def make_spec(lags=(), size=4, **settings):
+    """The spec of the first `size` streams; lags are "READER SOURCE LAG" without spaces in LAG."""
+    edges = tuple(tuple(edge.split(" ", 2)) for edge in lags)
+    config = StreamsConfig(names=NAMES[:size], kinds=KINDS[:size], lags=edges, **settings)
+    return StreamSpec.from_config(config)
+
+
+@functools.cache
+def make_model(layers=2, size=4, **settings):
+    """A model config and parameters with noise, so that norms and biases do not hide mistakes."""
+    config = ModelConfig(num_layers=layers, **SIZES, **settings)
+    parameters = init_parameters(config, make_spec(size=size), 0)
+    leaves, tree = jax.tree.flatten(parameters)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.3 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys)]
+    return config, jax.tree.unflatten(tree, noisy)
+
+
+def random_tables(seed, rows=10, size=4, batch=2, absent=0.2):
+    """Tables of two segments with silent and absent cells."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 32, (batch, rows, size)).astype(np.int32)
+    tokens[rng.random(tokens.shape) < 0.3] = SILENCE
+    segment = np.where(np.arange(rows) < rows // 2 + 1, 1, 2)
+    return {
+        "tokens": tokens,
+        "present": rng.random(tokens.shape) >= absent,
+        "segment": np.broadcast_to(segment, (batch, rows)).astype(np.int32),
+    }
+
+
+def logits(model, spec, tables, backend="reference"):
+    """The logits [B, T, S, V] of a forward pass, 0 at absent cells."""
+    config, parameters = model
+    graph, _, _ = abstract_model(config, spec)
+
+    @jax.jit
+    def run(parameters, tables):
+        bound = bind(graph, parameters)
+        return bound.logits(bound.read(tables, SILENCE, get_backend(backend)))
+
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(run(parameters, tables)) * tables["present"][..., None]
+
+
+@pytest.mark.parametrize("rows", range(4))
+def test_in_one_layer_an_edge_through_tokens_equals_a_latent_one(rows):
+    """The hidden state of the source is that of its token alone before the first layer."""
+    model, tables = make_model(layers=1, size=3), random_tables(0, size=3)
+    pairs = [(r, s) for r in "abc" for s in "abc" if r != s]
+    latent = make_spec([f"{r} {s} {rows}" for r, s in pairs], 3)
+    through_tokens = make_spec([f"{r} {s} {rows} tokens" for r, s in pairs], 3)
+    other = make_spec([f"{r} {s} {rows + 1} tokens" for r, s in pairs], 3)
+    expected = logits(model, latent, tables)
+    for backend in BACKENDS:
+        found = logits(model, through_tokens, tables, backend)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    assert np.abs(logits(model, other, tables) - expected).max() > 0.01
+
+
+def emulated(spec, model, tables):
+    """Logits in which each relay is a stream of its own that sees itself only.
+
+    This is what relays compute, at the price of more streams.
+    """
+    config, parameters = model
+    sources = spec.relayed
+    size, wide = spec.size, spec.size + len(sources)
+    lag = np.full((wide, wide), NEVER)
+    lag[:size, :size] = spec.lag_array
+    lag[:size, size:] = spec.token_lag_array[:, sources]
+    names, kinds = tuple(map(str, range(wide))), (*spec.kinds, *["input"] * len(sources))
+    wide_spec = StreamSpec(names, kinds, (1.0,) * wide, tuple(map(tuple, lag.tolist())))
+    columns = [*range(size), *sources]
+    vectors = parameters["stream_embedding"][np.array(columns)]
+    wide_tables = {
+        **tables,
+        "tokens": tables["tokens"][..., columns],
+        "present": tables["present"][..., columns],
+    }
+    wide_model = config, {**parameters, "stream_embedding": vectors}
+    return logits(wide_model, wide_spec, wide_tables)[:, :, :size]
+
+
+edges = st.sampled_from(["never", "0 tokens", "1 tokens", "3 tokens", "1", "2"])
+
+
+@given(seed=st.integers(0, 1000), drawn=st.lists(edges, min_size=12, max_size=12))
+@settings(max_examples=5)
+def test_relays_equal_streams_that_see_only_themselves(seed, drawn):
+    pairs = [(r, s) for r in NAMES for s in NAMES if r != s]
+    spec = make_spec([f"{r} {s} {edge}" for (r, s), edge in zip(pairs, drawn)])
+    model, tables = make_model(), random_tables(seed)
+    expected = emulated(spec, model, tables)
+    for backend in BACKENDS:
+        found = logits(model, spec, tables, backend)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5, err_msg=backend)
+
+
+MIXED = make_spec(
+    ["b a 1 tokens", "c b 0 tokens", "b c 0 tokens", "d c 2 tokens", "d b 1", "c a never"]
+    + ["d a never", "a b never", "a c never", "a d never", "b d never", "c d never"]
+)
+
+
+def test_a_reader_gets_tokens_and_nothing_that_the_source_took_from_others():
+    """c sees b's tokens, and b sees a's: with b's tokens given, a changes no bit of c."""
+    model, tables = make_model(), random_tables(1)
+    changed = {**tables, "tokens": tables["tokens"].copy()}
+    changed["tokens"][..., 0] = (changed["tokens"][..., 0] + 3) % 32
+    for backend in BACKENDS:
+        before, after = (logits(model, MIXED, x, backend) for x in (tables, changed))
+        differs = (before != after).any((0, 1, 3))
+        # d sees b through a latent edge, and b saw a.
+        assert differs.tolist() == [True, True, False, True], backend
+
+
+def test_silence_is_a_token_and_skip_silence_does_not_hide_it():
+    model, tables = make_model(), random_tables(2, absent=0)
+    spec = make_spec(["b a 1 tokens", "b c never", "b d never"], skip_silence=True)
+    tables["tokens"][:, :, 1:] = 5
+    silent = {**tables, "tokens": tables["tokens"].copy()}
+    silent["tokens"][:, 2, 0] = SILENCE
+    spoken = {**tables, "tokens": tables["tokens"].copy()}
+    spoken["tokens"][:, 2, 0] = 7
+    absent = {**silent, "present": silent["present"].copy()}
+    absent["present"][:, 2, 0] = False
+    results = [logits(model, spec, x)[:, 3:5, 1] for x in (silent, spoken, absent)]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert np.abs(results[one] - results[other]).max() > 1e-4
+
+
+def test_packed_equals_alone():
+    model, tables = make_model(), random_tables(3, rows=8)
+    first = 8 // 2 + 1
+    packed = logits(model, MIXED, tables)
+    for rows in (slice(0, first), slice(first, 8)):
+        alone = {name: x[:, rows] for name, x in tables.items()}
+        alone["segment"] = np.ones_like(alone["segment"])
+        np.testing.assert_allclose(logits(model, MIXED, alone), packed[:, rows], rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_cached_decoding_equals_a_full_forward_pass(dtype):
+    config, parameters = make_model()
+    model = LoadedModel(config, MIXED, parameters)
+    tables = random_tables(4, batch=1, absent=0)
+    tables["segment"] = np.ones_like(tables["segment"])
+    expected = score(model, tables, SILENCE).logits[0]
+    engine = Engine(
+        model, sessions=2, window=16, cache_dtype=dtype, all_logits=True, silence_id=SILENCE
+    )
+    session = engine.open(DecodeOptions(temperature=0.0), prefill=tables["tokens"][0, :4])
+    tolerance = {"float32": 2e-5, "bfloat16": 0.2, "int8": 0.3}[dtype]
+    for row in range(4, 10):
+        for stream, token in zip(NAMES, tables["tokens"][0, row]):
+            session.force(stream, [int(token)])
+        found = session.step().logits
+        np.testing.assert_allclose(found, expected[row - 1], rtol=0, atol=tolerance)
+
+
+def test_rows_on_the_device_forks_and_snapshots_see_the_same():
+    config, parameters = make_model()
+    engine = Engine(
+        LoadedModel(config, MIXED, parameters), sessions=4, window=8, silence_id=SILENCE
+    )
+    session = engine.open(DecodeOptions(temperature=1.0, seed=3))
+    session.feed("a", [4, 5, 6, 7, 8, 9])
+    for _ in range(4):
+        session.step()
+    fork, restored = session.fork(), engine.restore(session.snapshot())
+    expected = [row.tokens.tolist() for row in session.run(12)]  # the window is full by then
+    assert [fork.step().tokens.tolist() for _ in range(12)] == expected
+    assert [row.tokens.tolist() for row in restored.run(12)] == expected
+
+
+@pytest.mark.parametrize("axes", [{"stream": 2}, {"stream": 4, "fsdp": 2}, {"tensor": 2}], ids=str)
+@pytest.mark.parametrize("ring", [False, True])
+def test_sharded_equals_unsharded(axes, ring):
+    if ring and "stream" not in axes:
+        pytest.skip("a ring needs several devices along `stream`")
+    lags = (("output", "tool", "1 tokens"), ("output", "thought", "0 tokens"))
+    lags += (("thought", "user", "2 tokens"), ("output", "user", "never"))
+    results = []
+    for devices, mesh in ((1, {}), (math.prod(axes.values()), axes)):
+        settings = {**runs.FOUR_STREAMS, "streams.lags": lags, "model.kv_ring": ring and bool(mesh)}
+        program = runs.make_program(runs.make_config(**settings), devices, **mesh)
+        batch = runs.place(program, runs.random_tables(program.config))
+        _, metrics = program.step(program.init(), batch)
+        results.append({name: float(metrics[name]) for name in ("loss", "gradient_norm")})
+    for name, value in results[0].items():
+        assert results[1][name] == pytest.approx(value, rel=2e-5), name
+
+
+def test_columns_are_laid_out_by_device():
+    columns = columns_of(MIXED, 2)
+    assert MIXED.relayed == (0, 1, 2)
+    assert (columns.streams, columns.relays, columns.sources) == (2, 2, (0, 1, 2, -1))
+    # Device 0 has the streams a and b and the relays of a and b.
+    assert columns.lag[1, 2] == 1 and columns.lag[4, 3] == 0 and columns.lag[5, 6] == 2
+    assert (columns.lag[[2, 3, 6, 7]] == NEVER).all() and (columns.lag[:, 7] == NEVER).all()
+    no_relays = columns_of(make_spec(), 1)
+    assert no_relays.size == 4 and no_relays.lag.tolist() == make_spec().lag_array.tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lags": (("b", "a", "1 token"),)}, "lag '1 token': must be a number of rows >= 0"),
+        ({"lags": (("b", "a", "never tokens"),)}, "lag 'never tokens'"),
+        ({"lags": (("b", "b", "1 tokens"),)}, "'b' to itself: a stream sees its own cells"),
+        ({"visibility_medium": "text"}, "must be latent or tokens"),
+    ],
+)
+def test_bad_edges_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        StreamSpec.from_config(StreamsConfig(names=NAMES, kinds=KINDS, **settings))
+
+
+def test_a_preset_through_tokens_leaves_own_cells_latent():
+    spec = make_spec(["d a 2"], visibility="same_row", visibility_medium="tokens")
+    own = np.eye(4, dtype=bool)
+    expected = np.where(own, 0, NEVER)
+    expected[3, 0] = 2
+    assert spec.lag_array.tolist() == expected.tolist()
+    through = np.where(own, NEVER, 0)
+    through[3, 0] = NEVER
+    assert spec.token_lag_array.tolist() == through.tolist()
