@@ -238,8 +238,8 @@ def resolve_visibility(config: Config) -> Config:
     numbers of rows >= 0, or "never". `config.streams.lags` overrides the function for the edges
     that it lists.
 
-    Only `train`, `prepare` and `aot` call this, on the config of a run. The config in a checkpoint
-    therefore never names a function, and reading it runs no code.
+    Only `train`, `prepare`, `aot` and `flow` call this, on the config of a run. The config in a
+    checkpoint therefore never names a function, and reading it runs no code.
 
     Raises UserError if the function cannot be imported, or returns anything else.
     """

@@ -18,6 +18,7 @@ import jax
 from etils import epath
 
 import msllm
+from msllm import flow
 from msllm.checkpoint import Checkpoints, LocalCheckpoints, refuse_patterns
 from msllm.config import Config, to_config_dict, to_json
 from msllm.data.global_batch import global_batches
@@ -115,6 +116,8 @@ def train(
             return state
         if processes.is_primary():
             write_atomically(workdir / "config.json", to_json(config))
+            for line in flow.summary(streams, config.model.vocab_size):
+                log.info("%s", line)
         stack.callback(goodput.write)
         writers = MetricsWriters(workdir, config)
         stack.callback(writers.close)

@@ -21,7 +21,7 @@ errors presets kernels
 runtime.files
 config
 streams tokenizer optim sharding
-model.attention loss runtime
+model.attention loss runtime flow
 model data
 step metrics
 checkpoint monitor

@@ -100,13 +100,17 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--help", "-h", action="help", help="Show this text and exit.")
         self._takes_config = False
 
-    def add_config(self) -> None:
-        """Adds `--config=FILE` and its overrides, which `parse` turns into a `Config`."""
+    def add_config(self, *, required: bool = True) -> None:
+        """Adds `--config=FILE` and its overrides, which `parse` turns into a `Config`.
+
+        Args:
+          required: whether the command needs a config. Without one, `config` is None.
+        """
         self._takes_config = True
         self.add_argument(
             "--config",
             metavar="FILE",
-            required=True,
+            required=required,
             help="Python file that defines get_config(), e.g. configs/quickstart.py.",
         )
         self.add_argument(
@@ -192,6 +196,9 @@ class Parser(argparse.ArgumentParser):
                     "unknown config key config.KEY: --config.KEY stands for a setting, such as "
                     "--config.optim.lr=1e-3 (msllm/config.py lists all settings)"
                 )
+            if flags.config is None and rest:
+                raise UserError(f"{rest[0]} overrides a setting of a config: give --config=FILE")
+        if self._takes_config and flags.config is not None:
             flags.config_file, flags.overrides = flags.config, rest
             flags.config, rest = _read_config(flags.config, rest)
         if rest:

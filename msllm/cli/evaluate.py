@@ -47,9 +47,12 @@ def define_flags(parser: Parser) -> None:
 
 def run(flags: argparse.Namespace) -> None:
     """Evaluates the checkpoint and prints the result."""
+    from msllm import flow
     from msllm.evals import by_turn, exact_match
 
     model = load_model(flags)
+    for line in flow.summary(model.streams, model.config.vocab_size):
+        print(line)
     predicted = by_turn.evaluate(model, flags.data, flags.examples)
     result: dict[str, Any] = {"predicted": [one._asdict() for one in predicted]}
     step = "" if model.step is None else f"step {model.step}: "

@@ -27,6 +27,7 @@ COMMANDS = {
     "init": "init",
     "prepare": "prepare",
     "inspect": "inspect_data",
+    "flow": "flow",
     "train": "train",
     "evaluate": "evaluate",
     "likelihood": "likelihood",

@@ -1,0 +1,473 @@
+"""The flow certificate: against an independent search, and against models and decoding."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import re
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msllm import flow
+from msllm.cli.main import main
+from msllm.config import StreamsConfig
+from msllm.decode.engine import FREE, Engine
+from msllm.kernels import cpu as cpu_kernels
+from msllm.model import model as model_lib
+from msllm.model.attention.dispatch import get_backend
+from msllm.model.model import bind
+from msllm.model.relays import Columns, columns_of
+from msllm.streams import NEVER, StreamSpec, make_cells, positions
+from msllm.view import flow as view
+
+NAMES = ("user", "thought", "output", "tool", "system")
+STREAMS, ROWS, VOCAB, SILENCE = 5, 8, 32, 3
+# MSLLM_FLOW_GRAPHS=200 also compiles that many graphs for each backend and for decoding.
+COMPILED = int(os.environ.get("MSLLM_FLOW_GRAPHS", 4))
+OPTIONS = {
+    "reference": {},
+    "chunked": {"block_cells": 6},
+    **({"cpu": {}} if cpu_kernels.unavailable_reason() is None else {}),
+}
+BACKENDS = {name: get_backend(name).with_options(**options) for name, options in OPTIONS.items()}
+
+
+def spec_of(lag, token_lag=(), kinds=(), skip_silence=False):
+    """A StreamSpec from matrices; `kinds` by default an input, a thought, an output, two inputs."""
+    size = len(lag)
+    kinds = tuple(kinds or ("input", "thought", "output", "input", "input")[:size])
+    weights = tuple(float(kind != "input") for kind in kinds)
+
+    def matrix(lags):
+        return tuple(tuple(int(x) for x in row) for row in lags)
+
+    return StreamSpec(
+        NAMES[:size], kinds, weights, matrix(lag), skip_silence, (0,) * size, matrix(token_lag)
+    )
+
+
+@st.composite
+def graphs(draw, least=2, most=STREAMS):
+    """A StreamSpec with a mix of missing edges, latent edges and edges through tokens."""
+    size = draw(st.integers(least, most))
+    lag, token_lag = np.full((2, size, size), NEVER)
+    for reader, source in itertools.product(range(size), repeat=2):
+        rows = draw(st.integers(0, 3))
+        if reader == source:
+            lag[reader, source] = draw(st.sampled_from([rows, rows, NEVER]))
+            continue
+        medium = draw(st.sampled_from(["never", "never", "latent", "tokens", "tokens"]))
+        if medium != "never":
+            (lag if medium == "latent" else token_lag)[reader, source] = rows
+    kinds = draw(
+        st.lists(st.sampled_from(("input", "thought", "output")), min_size=size).map(
+            lambda kinds: [*kinds[: size - 1], "output"]
+        )
+    )
+    has_edges = (token_lag < NEVER).any()
+    return spec_of(lag, token_lag if has_edges else (), kinds, draw(st.booleans()))
+
+
+def first_rows(spec, generated):
+    """[source, reader]: the rows until a token of the source changes the reader's hidden states.
+
+    Searches row by row which cells a change in row 0 reaches. -1: none.
+    """
+    size = spec.size
+    rows = (3 + 1) * size + 1  # more than any path without a loop takes
+    token, hidden = np.zeros((2, rows, size, size), bool)  # [row, source, stream]
+    token[0] = np.eye(size, dtype=bool)
+    for row in range(rows):
+        if generated and row:
+            chosen = np.array([kind != "input" for kind in spec.kinds])
+            token[row] |= hidden[row - 1] & chosen
+        hidden[row] |= token[row]
+        for _ in range(size):
+            for reader, source in itertools.product(range(size), repeat=2):
+                for seen, lags in ((hidden, spec.lag_array), (token, spec.token_lag_array)):
+                    last = row - int(lags[reader, source])
+                    if last >= 0:
+                        hidden[row, :, reader] |= seen[: last + 1, :, source].any(0)
+    return np.where(hidden.any(0), hidden.argmax(0), -1)
+
+
+@pytest.mark.parametrize("generated", [True, False])
+@hypothesis.settings(max_examples=200)
+@hypothesis.given(spec=graphs())
+def test_rows_equal_those_of_a_search_over_cells(generated, spec):
+    expected = first_rows(spec, generated)
+    found = flow.certificate(spec, VOCAB, generated=generated)
+    for a, b in itertools.permutations(range(spec.size), 2):
+        rows = -1 if found.flows[a][b] is None else found.flows[a][b].rows
+        assert rows == expected[a, b], (spec, a, b)
+
+
+def least_cut(spec, source, reader, generated, bits):
+    """The bits of the cheapest set of tokens and relays without which no path is left.
+
+    Tries all sets. `bits` are those of the elements: ("token", stream) and ("relay", reader,
+    source). None: none cuts.
+    """
+    size = spec.size
+    edges = [(("seen", s), ("hidden", s)) for s in range(size)]
+    edges += [(("token", s), ("seen", s)) for s in range(size)]
+    if generated:
+        chosen = [s for s in range(size) if spec.kinds[s] != "input"]
+        edges += [(("hidden", s), ("token", s)) for s in chosen]
+    for b, a in itertools.product(range(size), repeat=2):
+        if spec.lag_array[b, a] < NEVER:
+            edges.append((("hidden", a), ("hidden", b)))
+        if spec.token_lag_array[b, a] < NEVER:
+            edges += [(("seen", a), ("relay", b, a)), (("relay", b, a), ("hidden", b))]
+    best = None
+    for removed in itertools.chain.from_iterable(
+        itertools.combinations(bits, count) for count in range(len(bits) + 1)
+    ):
+        left = [edge for edge in edges if edge[0] not in removed]
+        reached = {("token", source), ("hidden", source)}
+        while more := {b for a, b in left if a in reached} - reached:
+            reached |= more
+        cost = sum(bits[element] for element in removed)
+        if ("hidden", reader) not in reached and (best is None or cost < best):
+            best = cost
+    return best
+
+
+@pytest.mark.parametrize("generated", [True, False])
+@hypothesis.settings(max_examples=60)
+@hypothesis.given(spec=graphs(most=4), data=st.data())
+def test_bits_are_those_of_the_smallest_cut(generated, spec, data):
+    bits = {("token", s): math.log2(VOCAB + 1) for s in range(spec.size)}
+    edges = [tuple(edge) for edge in np.argwhere(spec.token_lag_array < NEVER).tolist()]
+    passing = {
+        edge: data.draw(st.sampled_from([1, 2, 11]))
+        for edge in data.draw(st.permutations(edges))[: data.draw(st.integers(0, 3))]
+    }
+    bits |= {("relay", *edge): math.log2(count + 1) for edge, count in passing.items()}
+    found = flow.certificate(spec, VOCAB, generated=generated, passing=passing)
+    for a, b in itertools.permutations(range(spec.size), 2):
+        one, expected = found.flows[a][b], least_cut(spec, a, b, generated, bits)
+        if expected is None:
+            assert one.medium == "latent" and one.bits is None and one.cut == ()
+        elif expected == 0:
+            assert one is None
+        else:
+            assert one.medium == "tokens" and one.bits == pytest.approx(expected)
+            assert one.cut and one.path[0] == NAMES[a] and one.path[-1] == NAMES[b]
+
+
+def perturbed(spec, stream, tokens, present, first):
+    """Other tokens of one stream from row `first` on, some silent and some absent."""
+    rng = np.random.default_rng(stream)
+    changed, there = tokens.copy(), present.copy()
+    rows = changed[:, first:, stream]
+    changed[:, first:, stream] = (rows + rng.integers(1, VOCAB, rows.shape)) % VOCAB
+    changed[:, first + 2, stream] = SILENCE
+    there[:, first + 3, stream] ^= True
+    return changed, there
+
+
+def tables(seed=0):
+    """tokens [1, ROWS, STREAMS] and present."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, VOCAB, (1, ROWS, STREAMS)).astype(np.int32)
+    tokens[rng.random(tokens.shape) < 0.2] = SILENCE
+    return tokens, rng.random(tokens.shape) > 0.1
+
+
+class Seen:
+    """Counts the influences that a certificate allows and that a test has seen."""
+
+    def __init__(self):
+        self.allowed = self.seen = self.excluded = 0
+
+    def check(self, spec, found, logits, changed, source, first):
+        """Compares logits [..., T, S, V] before and after a change of `source` in row `first`.
+
+        What the certificate excludes must not change by a bit.
+        """
+        differs = (logits != changed).any(-1).reshape(-1, ROWS, logits.shape[-2]).any(0)
+        for reader in range(spec.size):
+            one = found.flows[source][reader]
+            if reader == source:
+                continue
+            begin = ROWS if one is None else min(first + one.rows, ROWS)
+            assert not differs[:begin, reader].any(), (spec, source, reader, one)
+            self.excluded += one is None
+            if begin < ROWS - 1:
+                self.allowed += 1
+                self.seen += differs[begin:, reader].any()
+
+
+def layers(make_model, spec, **settings):
+    """A model of three layers with the streams of a spec."""
+    model = make_model(spec.size, vocab_size=VOCAB, num_layers=3, remat="none", **settings)
+    return dataclasses.replace(model, streams=spec)
+
+
+def padded_lag(spec):
+    """The lags of STREAMS streams, all with a relay: those of the spec, and others are isolated."""
+    columns = columns_of(spec, 1)
+    at = [*range(spec.size), *(STREAMS + source for source in columns.sources)]
+    lag = np.full((2 * STREAMS, 2 * STREAMS), NEVER, np.int32)
+    lag[np.ix_(at, at)] = columns.lag
+    return lag
+
+
+@pytest.mark.parametrize("name", ["reference", "chunked"])
+def test_what_is_excluded_changes_no_bit_of_the_forward(name, make_model, monkeypatch):
+    """For 200 graphs. The lags are an argument, so that the model is compiled once."""
+    whole = spec_of(np.zeros((STREAMS, STREAMS)))
+    model = layers(make_model, whole)
+    layout = Columns(STREAMS, STREAMS, tuple(range(STREAMS)), None)
+    segment = jnp.ones((1, ROWS), jnp.int32)
+
+    @jax.jit
+    def run(tokens, present, silent, lag):
+        monkeypatch.setattr(model_lib, "local_columns", lambda spec: layout._replace(lag=lag))
+        bound = bind(model.graph, model.parameters)
+        cells = make_cells(present, segment, silent)
+        hidden = bound(tokens, cells, positions(segment), backend=BACKENDS[name])
+        return bound.logits(hidden)
+
+    seen, (tokens, present) = Seen(), tables()
+
+    @hypothesis.settings(max_examples=200)
+    @hypothesis.given(spec=graphs(), first=st.integers(0, 3))
+    def check(spec, first):
+        found, lag = flow.certificate(spec, VOCAB, generated=False), padded_lag(spec)
+
+        def logits(tokens, present):
+            silent = (tokens == SILENCE) & spec.skip_silence
+            return np.asarray(run(tokens, present, silent, lag))[..., : spec.size, :]
+
+        base = logits(tokens, present)
+        for source in range(spec.size):
+            changed = logits(*perturbed(spec, source, tokens, present, first))
+            seen.check(spec, found, base, changed, source, first)
+
+    check()
+    assert seen.excluded > 300 and seen.seen > 0.9 * seen.allowed > 300
+
+
+COMPILED_GRAPHS = hypothesis.settings(max_examples=COMPILED, phases=[hypothesis.Phase.generate])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_what_is_excluded_changes_no_bit_of_a_compiled_forward(name, make_model):
+    """With the relays and the lags that the model makes from its streams."""
+    seen, (tokens, present) = Seen(), tables()
+
+    @COMPILED_GRAPHS
+    @hypothesis.given(spec=graphs(least=3))
+    def check(spec):
+        model = layers(make_model, spec)
+
+        @jax.jit
+        def run(tokens, present):
+            segment = jnp.ones((1, ROWS), jnp.int32)
+            batch = {"tokens": tokens, "present": present, "segment": segment}
+            bound = bind(model.graph, model.parameters)
+            return bound.logits(bound.read(batch, SILENCE, BACKENDS[name]))
+
+        def logits(tokens, present):
+            return np.asarray(run(tokens[..., : spec.size], present[..., : spec.size]))
+
+        base, found = logits(tokens, present), flow.certificate(spec, generated=False)
+        for source in range(spec.size):
+            changed = logits(*perturbed(spec, source, tokens, present, 2))
+            seen.check(spec, found, base, changed, source, 2)
+
+    check()
+    assert seen.excluded and seen.seen > 0.8 * seen.allowed > 0
+
+
+def test_what_is_excluded_changes_no_bit_of_decoding(make_model):
+    """With given tokens, and when the model chooses the tokens of all streams but inputs."""
+    given, free = Seen(), Seen()
+    tokens, other = tables()[0][0], tables(1)[0][0]
+
+    @COMPILED_GRAPHS
+    @hypothesis.given(spec=graphs(least=3))
+    def check(spec):
+        model = layers(make_model, spec)
+        engine = Engine(model, window=ROWS, all_logits=True, silence_id=SILENCE)
+
+        def logits(forced):
+            with engine.open(prefill=tokens[:1, : spec.size]) as session:
+                for stream in range(spec.size):
+                    session.force(stream, forced[:, stream].tolist())
+                # The logits of a row are those from which its tokens were chosen.
+                return np.array([session.step().logits for _ in range(ROWS)])
+
+        chosen = np.array([kind != "input" for kind in spec.kinds])
+        for generated, seen in ((False, given), (True, free)):
+            forced = np.where(chosen & generated, FREE, tokens[:, : spec.size])
+            found = flow.certificate(spec, VOCAB, generated=generated)
+            base = logits(forced)
+            for source in range(spec.size):
+                changed = forced.copy()
+                changed[:2, source] = other[:2, source]
+                changed[0, source] = (tokens[0, source] + 1) % VOCAB
+                if chosen[source] and generated:
+                    # Any token but the one that the model chooses.
+                    changed[0, source] = (base[0, source].argmax() + 1) % VOCAB
+                    changed[1:, source] = FREE
+                # Row 0 of the forced tokens is read for the logits of row 1.
+                seen.check(spec, found, base, logits(changed), source, 1)
+
+    check()
+    assert given.excluded and free.excluded
+    assert given.seen > 0.8 * given.allowed > 0 and free.seen > 0.6 * free.allowed > 0
+
+
+@pytest.fixture
+def run_command(monkeypatch):
+    """`msllm.cli.main.main` in a process that has started jax."""
+    monkeypatch.setenv("PJRT_NPROC", "1")
+    return main
+
+
+def streams(**settings):
+    """The spec of a user, a tool, a plan and an output with settings of StreamsConfig."""
+    return StreamSpec.from_config(
+        StreamsConfig(
+            names=("user", "tool", "plan", "output"),
+            kinds=("input", "input", "thought", "output"),
+            **settings,
+        )
+    )
+
+
+# The plan sees the user alone, and the output sees the tool and what the plan says.
+DOOR = {
+    "visibility": "isolated",
+    "lags": (
+        ("plan", "user", "1"),
+        ("output", "tool", "0"),
+        ("output", "plan", "2 tokens"),
+    ),
+}
+
+
+def test_a_plan_behind_a_door():
+    found = flow.certificate(streams(**DOOR), 4095)
+    assert {(a, b): str(one) for a, b, one in found.pairs() if one} == {
+        ("user", "plan"): "latent, 1 row",
+        ("tool", "output"): "latent, 0 rows",
+        ("plan", "output"): "12.0 bits, 2 rows",
+        (
+            "user",
+            "output",
+        ): "12.0 bits, 4 rows",  # 1 to the plan, 1 until it speaks, 2 to the output
+    }
+    assert found.flow("user", "output").path == ("user", "plan", "output")
+    assert found.flow("user", "output").cut == ("plan",)
+    given = flow.certificate(streams(**DOOR), 4095, generated=False)
+    assert given.flow("user", "output") is None and given.flow("plan", "output").rows == 2
+    assert flow.summary(streams(**DOOR), 4096) == [
+        "flow: no influence: user -> tool, tool -> user, tool -> plan, plan -> user, plan -> tool,"
+        " output -> user and 2 more",
+        "flow: through tokens only, at most 12.1 bits a row: user -> output, plan -> output",
+        "flow: more than the edge between them: user -> output through plan (12.1 bits)",
+    ]
+
+
+def test_bits_are_bounded_by_the_tokens_that_pass_and_add_up_over_paths():
+    spec = streams(
+        visibility="isolated",
+        lags=(
+            ("plan", "user", "1"),
+            ("output", "plan", "1 tokens"),
+            ("output", "user", "1 tokens"),
+        ),
+    )
+    plan, user, output = (spec.index(name) for name in ("plan", "user", "output"))
+    one = flow.certificate(spec, 15).flow("user", "output")
+    assert one.bits == 8 and one.cut == ("user", "plan")
+    passing = {(output, user): 1, (output, plan): 3}
+    assert flow.certificate(spec, 15, passing=passing).flow("user", "output").bits == 1 + 2
+    # With few tokens of the plan, the vocabulary may be unknown.
+    only = streams(
+        visibility="isolated", lags=(("plan", "user", "1"), ("output", "plan", "1 tokens"))
+    )
+    assert flow.certificate(only).flow("user", "output").bits is None
+    assert flow.certificate(only, passing={(output, plan): 7}).flow("user", "output").bits == 3
+
+
+def test_a_missing_edge_does_not_hide_a_path():
+    """The tool's hidden states reach the output through those of the user, which is an input."""
+    spec = streams(lags=(("output", "tool", "never"), ("plan", "tool", "3 tokens")))
+    assert flow.certificate(spec, 9).flow("tool", "output").medium == "latent"
+    assert flow.summary(spec, 9) == [
+        "flow: more than the edge between them: tool -> plan through user (latent),"
+        " tool -> output through user (latent)"
+    ]
+    assert flow.summary(streams(), 9) == []
+
+
+def test_the_command_prints_a_table_and_writes_a_page(run_command, capsys, tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from msllm.config import Config, StreamsConfig, to_config_dict\n"
+        "def get_config():\n"
+        f"    streams = StreamsConfig(names={streams().names}, kinds={streams().kinds}, **{DOOR})\n"
+        "    return to_config_dict(Config(streams=streams))\n"
+    )
+    page, values = tmp_path / "page.html", tmp_path / "flow.json"
+    line = ["flow", f"--config={config}", "--config.model.vocab_size=4095"]
+    assert run_command([*line, f"--html={page}", f"--json={values}"]) == 0
+    text = capsys.readouterr().out
+    header, *rows = [re.split(r"  +", row.strip()) for row in text.splitlines()[2:7]]
+    assert header == ["source \\ reader", *streams().names]
+    assert rows[0] == ["user", "-", "never", "latent, 1 row", "12.0 bits, 4 rows"]
+    assert rows[3] == ["output", "never", "never", "never", "-"]
+    assert text.endswith("these pairs have no influence either:\n  user -> output\n")
+
+    stored = json.loads(values.read_text())
+    assert stored["vocab_size"] == 4095 and len(stored["given"]) == len(stored["generated"]) == 12
+    by_pair = {(one["source"], one["reader"]): one for one in stored["generated"]}
+    assert by_pair["plan", "output"]["bits"] == 12 and by_pair["plan", "output"]["rows"] == 2
+    assert by_pair["output", "plan"] == {
+        "source": "output",
+        "reader": "plan",
+        "influence": False,
+    }
+
+    html = page.read_text()
+    assert "<script" not in html and html.count("marker-end") == 3
+    assert html.count('class="tokens" d=') == 2  # an arrow and the legend
+    assert "output sees plan through tokens, lag 2 rows" in html
+    assert 'title="user → plan → output">12.0 bits<small>4 rows</small>' in html
+
+    assert run_command(line[:2]) == 0
+    text = capsys.readouterr().out
+    assert "tokens, 4 rows" in text and "unknown before the data is prepared" in text
+    assert run_command([*line[:2], "--config.streams.visibility=block_causal"]) == 0
+    assert "latent, 1 row  latent, 1 row" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((), "give either --config=FILE or --checkpoint=DIR"),
+        (("--config=configs/quickstart.py", "--checkpoint=runs/x"), "give either --config=FILE"),
+        (("--config.optim.lr=1",), "--config.optim.lr=1 overrides a setting of a config: give"),
+    ],
+)
+def test_errors_of_the_command(run_command, capsys, arguments, message):
+    assert run_command(["flow", *arguments]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_names_are_shown_safely():
+    spec = dataclasses.replace(streams(**DOOR), names=("<b>", "a\x1b[1m", "plan", "output"))
+    html = view.page("x", spec, 8)
+    assert "&lt;b&gt;" in html and ">never influences" not in html and "<b> " not in html
+    assert "\x1b" not in html and "\x1b" not in view.text(spec, 8)
