@@ -13,17 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import dictation
 
 from msllm import flow
 from msllm.cli.main import main
 from msllm.config import StreamsConfig
 from msllm.decode.engine import FREE, Engine
+from msllm.errors import UserError
 from msllm.kernels import cpu as cpu_kernels
 from msllm.model import model as model_lib
 from msllm.model.attention.dispatch import get_backend
 from msllm.model.model import bind
 from msllm.model.relays import Columns, columns_of
 from msllm.streams import NEVER, StreamSpec, make_cells, positions
+from msllm.training import train
 from msllm.view import flow as view
 
 NAMES = ("user", "thought", "output", "tool", "system")
@@ -471,3 +474,38 @@ def test_names_are_shown_safely():
     html = view.page("x", spec, 8)
     assert "&lt;b&gt;" in html and ">never influences" not in html and "<b> " not in html
     assert "\x1b" not in html and "\x1b" not in view.text(spec, 8)
+
+
+def test_evaluate_prints_the_certificate_of_restricted_streams(
+    loaded, run_command, capsys, monkeypatch
+):
+    def stop(*_):
+        raise UserError("stopped")
+
+    monkeypatch.setattr("msllm.evals.by_turn.evaluate", stop)
+    never = StreamSpec.from_config(
+        StreamsConfig(loaded.streams.names, loaded.streams.kinds, visibility="isolated")
+    )
+    for model in (loaded, loaded.with_streams(lag=never.lag)):
+        monkeypatch.setattr("msllm.cli.evaluate.load_model", lambda flags, model=model: model)
+        assert run_command(["evaluate", "--checkpoint=x"]) == 2
+        lines = capsys.readouterr().out.splitlines()
+        assert lines == flow.summary(model.streams, model.config.vocab_size)
+    assert lines and lines[0].startswith("flow: no influence: user -> thought, ")
+
+
+def test_training_logs_the_certificate_of_restricted_streams(
+    data_dir, tmp_path, caplog, monkeypatch
+):
+    def stop(*_):
+        raise UserError("stopped")
+
+    monkeypatch.setattr("msllm.training.compile_step", stop)
+    caplog.set_level("INFO", "msllm")
+    config = dictation(**{"data.dir": data_dir, "streams.lags": (("output", "user", "2 tokens"),)})
+    with pytest.raises(UserError, match="stopped"):
+        train(config, tmp_path)
+    lines = [line for line in caplog.messages if line.startswith("flow: ")]
+    assert lines == [
+        "flow: more than the edge between them: user -> output through thought (latent)"
+    ]

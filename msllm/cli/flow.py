@@ -1,4 +1,4 @@
-"""Show which streams can influence which, how fast and through how many bits.
+"""Show which streams can influence which, how fast and by how many bits.
 
 Follows all paths between the streams of a config or a checkpoint and prints a
 table: a row per source, a column per reader. A cell gives the medium and the
