@@ -103,7 +103,7 @@ class StreamsConfig:
     # the lag of every edge: block_causal (1 row) | same_row (0 rows) | isolated (own stream only) |
     # package.module:function (docs/extending/visibility.md)
     visibility: str = _import_path("block_causal")
-    # what the edges of `visibility` between two streams carry: latent | tokens (docs/semantics.md)
+    # what the edges of `visibility` between two streams carry: latent | tokens (docs/design.md)
     visibility_medium: str = "latent"
     # edges that differ from `visibility`, as (reader, source, lag); lag: "3" (rows), "3 tokens"
     # (through tokens) or "never"

@@ -1,6 +1,6 @@
 """The flow certificate: which streams can influence which, how fast and through how many bits.
 
-An edge between two streams is latent or goes through tokens (docs/semantics.md). What a reader sees
+An edge between two streams is latent or goes through tokens (docs/design.md). What a reader sees
 of a source over a latent edge includes whatever the source saw in others, so a missing edge alone
 does not keep two streams apart. `certificate` follows all paths. docs/flow.md describes what its
 result guarantees.

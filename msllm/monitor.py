@@ -274,7 +274,7 @@ class Monitor:
         present = tables["present"] & (tables["segment"] > 0)[:, :, None]
         silent = tables["tokens"] == program.silence_id
         seen = present & ~silent if program.streams.skip_silence else present
-        pairs = batch_pairs(program.streams.lag_array, present, seen, tables["segment"])
+        pairs = batch_pairs(program.streams.nearest_lag_array, present, seen, tables["segment"])
         pairs_per_cell = pairs / max(1, present.sum())
 
         def flops(cells: float, targets: float) -> float:

@@ -202,6 +202,11 @@ class StreamSpec:
         return np.array(self.token_lag, np.int32)
 
     @property
+    def nearest_lag_array(self) -> np.ndarray:
+        """[S, S] int32, the lag from which a reader sees the tokens of a source by any edge."""
+        return np.minimum(self.lag_array, self.token_lag_array)
+
+    @property
     def relayed(self) -> tuple[int, ...]:
         """The streams that others see through tokens, in order."""
         return tuple(np.flatnonzero((self.token_lag_array < NEVER).any(0)).tolist())

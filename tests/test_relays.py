@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from msllm.config import ModelConfig, StreamsConfig
 from msllm.decode.engine import DecodeOptions, Engine
 from msllm.errors import UserError
+from msllm.evals.attention_map import attention_map
 from msllm.evals.score import score
 from msllm.kernels import cpu as cpu_kernels
 from msllm.model.attention.dispatch import get_backend
@@ -263,3 +264,15 @@ def test_a_preset_through_tokens_leaves_own_cells_latent():
     through = np.where(own, NEVER, 0)
     through[3, 0] = NEVER
     assert spec.token_lag_array.tolist() == through.tolist()
+
+
+def test_attention_to_a_relay_counts_as_attention_to_its_source():
+    config, parameters = make_model()
+    tokens = random_tables(5, rows=6, batch=1, absent=0)["tokens"][0]
+    weights = attention_map(LoadedModel(config, MIXED, parameters), tokens, silence_id=SILENCE)
+    np.testing.assert_allclose(weights.sum((-2, -1)), 1, atol=1e-5)  # [layers, N, T, S, T, S]
+    row, stream = np.arange(6)[:, None, None, None], np.arange(4)[None, :, None, None]
+    other_row, other = np.arange(6)[None, None, :, None], np.arange(4)
+    lag = MIXED.nearest_lag_array[stream, other]
+    seen = (other_row <= row - lag) | ((row == other_row) & (stream == other))
+    assert ((weights > 0) == seen).all()

@@ -45,7 +45,10 @@ def make_manifest(
         "settings": settings,
         "streams": {"names": spec.names, "kinds": spec.kinds, "delays": spec.delays},
         # Rows of lag from each reader to each source; null: never. The tables do not depend on it.
-        "lag": [[None if rows == NEVER else rows for rows in row] for row in spec.lag],
+        "lag": [
+            [None if rows == NEVER else rows for rows in row]
+            for row in spec.nearest_lag_array.tolist()
+        ],
         "rows": config.data.rows,
         "tokenizer": {
             "file": tokenizer_lib.FILE_NAMES[tokenizer.kind],

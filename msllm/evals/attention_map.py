@@ -90,7 +90,12 @@ def _attention_map(
         # A loop, because values that are recorded inside a scan cannot leave it.
         for block in model.layers():
             x = block(x, angles, attend_all)
-    return jnp.stack(found)
+    weights = jnp.stack(found)
+    # The weight of a relay counts as attention to the stream whose tokens it shows.
+    streams = weights[..., : columns.streams]
+    for relay, source in enumerate(columns.sources):
+        streams = streams.at[..., source].add(weights[..., columns.streams + relay])
+    return streams
 
 
 def between_streams(weights: np.ndarray, present: np.ndarray) -> np.ndarray:

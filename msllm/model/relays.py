@@ -1,6 +1,6 @@
 """Relays: the columns through which streams see what other streams say, and nothing else.
 
-An edge through tokens lets its reader see the tokens of the source (docs/semantics.md). The source
+An edge through tokens lets its reader see the tokens of the source (docs/design.md). The source
 then has a *relay*: a column of cells whose tokens are those of the source, with the same rows,
 presence and stream embedding. A relay attends to itself only, so its keys and values depend on its
 token alone. It is never predicted.

@@ -161,7 +161,7 @@ def flops(shape: Shape) -> dict[str, float]:
     """
     model, data, streams = shape.config.model, shape.config.data, shape.streams
     rows = data.batch_size * data.rows
-    pairs = data.batch_size * visible_pairs(streams.lag_array, data.rows)
+    pairs = data.batch_size * visible_pairs(streams.nearest_lag_array, data.rows)
     # Forward FLOPs of attention over all streams, and of the layer and the head for one stream.
     attention = attention_flops(model.num_heads, model.head_dim, pairs)
     heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim

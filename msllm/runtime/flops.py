@@ -60,7 +60,7 @@ def batch_pairs(lag: np.ndarray, queries: np.ndarray, keys: np.ndarray, segment:
 def train_flops(config: ModelConfig, streams: StreamSpec, batch: int, rows: int) -> int:
     """`step_flops` of `batch` full tables of `rows` rows."""
     trained = batch * rows * sum(weight > 0 for weight in streams.loss_weights)
-    pairs = batch * visible_pairs(streams.lag_array, rows)
+    pairs = batch * visible_pairs(streams.nearest_lag_array, rows)
     return int(step_flops(config, batch * rows * streams.size, trained, pairs))
 
 

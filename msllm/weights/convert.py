@@ -352,7 +352,7 @@ def _choose_streams(source: Source, streams: str, visibility: str) -> StreamsCon
     if streams and source.streams and len(spec.names) == source.size:
         spec = _rename_streams(source.streams, spec)
     if visibility:
-        spec = dataclasses.replace(spec, visibility=visibility, lags=())
+        spec = dataclasses.replace(spec, visibility=visibility, visibility_medium="latent", lags=())
     elif source.size == 1 and len(spec.names) > 1:
         spec = dataclasses.replace(spec, visibility="isolated")
     StreamSpec.from_config(spec)  # raises UserError if it is invalid

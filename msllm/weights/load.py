@@ -87,7 +87,7 @@ class LoadedModel:
     def with_visibility(self, preset: str) -> LoadedModel:
         """Returns the model with the visibility of a preset. Raises UserError."""
         lag = lag_matrix(preset, self.streams.size).tolist()
-        return self.with_streams(lag=tuple(tuple(row) for row in lag))
+        return self.with_streams(lag=tuple(tuple(row) for row in lag), token_lag=())
 
 
 def load(path: str | os.PathLike, allow_code: bool = False) -> LoadedModel:
