@@ -111,6 +111,10 @@ class StreamsConfig:
     skip_silence: bool = False  # other cells do not see silent cells
     # per stream, the number of rows by which the data is shifted down; empty: 0
     delays: tuple[int, ...] = ()
+    # cells of input streams that copy what another stream said, as (input, source, lag, rows); lag:
+    # "1" or more rows; rows: "5", "5:12", "5:12:2", "5:", or several with commas
+    # (docs/semantics.md)
+    mail: tuple[tuple[str, str, str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,10 @@ for its next token. A stream that others see through tokens also has a relay R[s
 - X[s] -> R[s] -> H[r], `token_lag[r][s]` rows later or more: an edge through tokens. A relay
   attends only to itself, so it depends on the token and the presence of one cell alone.
 - H[s] -> X[s], in the next row, if s is generated: the model chooses its next token. This edge does
-  not exist where all tokens are given, as in training and scoring. Nor does it exist for streams of
-  the kind `input`.
+  not exist for streams of the kind `input`.
+- X[s] -> X[r], `lag` rows later: mail copies tokens of s to the input r.
+
+The last two edges do not exist where all tokens are given, as in training and scoring.
 
 **Influence.** A influences B if a path leads from X[A] to H[B]. Conversely, suppose that there is
 no such path, and let U be the set of all nodes that a path from X[A] reaches. By induction over
@@ -261,6 +263,8 @@ def _edges(spec: StreamSpec, generated: bool) -> dict[Node, list[tuple[Node, int
         edges["X", s].append((("H", s), 0))
         if generated and kind != "input":
             edges["H", s].append((("X", s), 1))
+    for rule in spec.mail if generated else ():
+        edges["X", rule.source].append((("X", rule.reader), rule.lag))
     for node, lags in (("H", spec.lag_array), ("X", spec.token_lag_array)):
         for reader, source in np.argwhere(lags < NEVER).tolist():
             edges[node, source].append((("H", reader), int(lags[reader, source])))
@@ -318,6 +322,7 @@ def _capacities(
     edges += [(2 * size + s, s, math.inf) for s in range(size)]
     if generated:
         edges += [(s, size + s, math.inf) for s in range(size) if spec.kinds[s] != "input"]
+        edges += [(2 * size + rule.source, size + rule.reader, math.inf) for rule in spec.mail]
     for reader, source in np.argwhere(spec.lag_array < NEVER).tolist():
         if reader != source:
             edges.append((source, reader, math.inf))

@@ -14,6 +14,7 @@ import numpy as np
 
 from msllm.config import Config, StreamsConfig, import_object
 from msllm.errors import UserError
+from msllm.mail import Mail, parse_mail
 
 Array: TypeAlias = Any  # a NumPy array or a jax.Array: all functions here accept both
 
@@ -130,7 +131,7 @@ class Visibility(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StreamSpec:
-    """The S streams of a model: names, kinds, loss weights, lag matrix and delays."""
+    """The S streams of a model: names, kinds, loss weights, lag matrix, delays and mail."""
 
     names: tuple[str, ...]
     kinds: tuple[str, ...]
@@ -140,6 +141,7 @@ class StreamSpec:
     delays: tuple[int, ...] = ()  # rows by which each stream's data is shifted down
     # Like `lag`, for the edges through tokens; NEVER where there is none. Empty: there are none.
     token_lag: tuple[tuple[int, ...], ...] = ()
+    mail: tuple[Mail, ...] = ()  # what is copied into input streams
 
     @classmethod
     def from_config(cls, config: StreamsConfig) -> StreamSpec:
@@ -182,6 +184,7 @@ class StreamSpec:
             config.skip_silence,
             config.delays or (0,) * size,
             tuple(map(tuple, token_lag.tolist())) if has_token_edges else (),
+            parse_mail(config.mail, names, kinds),
         )
 
     @property
@@ -210,6 +213,11 @@ class StreamSpec:
     def relayed(self) -> tuple[int, ...]:
         """The streams that others see through tokens, in order."""
         return tuple(np.flatnonzero((self.token_lag_array < NEVER).any(0)).tolist())
+
+    @property
+    def mail_settings(self) -> list[tuple[str, str, str, str]]:
+        """The mail as in `config.streams.mail`."""
+        return [rule.describe(self.names) for rule in self.mail]
 
     def index(self, name: str) -> int:
         """The index of the stream `name`. Raises UserError if there is none."""

@@ -509,3 +509,25 @@ def test_training_logs_the_certificate_of_restricted_streams(
     assert lines == [
         "flow: more than the edge between them: user -> output through thought (latent)"
     ]
+
+
+def test_mail_is_a_path_through_tokens_that_exists_in_generation_only():
+    config = StreamsConfig(
+        names=("a", "b", "c"),
+        kinds=("input", "output", "input"),
+        visibility="isolated",
+        lags=(("b", "a", "1"),),
+        mail=(("c", "b", "2", "4:"),),
+    )
+    spec = StreamSpec.from_config(config)
+    found = flow.certificate(spec, 15)
+    # One row until b sees a, one until b has said its next token, and two until c gets it.
+    influence = found.flow("a", "c")
+    assert (influence.rows, influence.medium, influence.bits, influence.cut) == (
+        4,
+        "tokens",
+        4.0,
+        ("b",),
+    )
+    assert found.flow("c", "b") is None
+    assert flow.certificate(spec, 15, generated=False).flow("b", "c") is None

@@ -55,6 +55,8 @@ def get_settings(
     settings["options"] = options
     settings["tokenizer"] = _tokenizer_settings(data)
     settings["streams"] = [spec.names, spec.kinds, spec.delays]
+    if spec.mail:  # was added later, like the settings in _STORED_IF_SET
+        settings["streams.mail"] = spec.mail_settings
     inputs = files.input_files(data.path) if converter.reads else []
     settings["inputs"] = _names_and_hashes(inputs, hashes)
     if data.eval_path:

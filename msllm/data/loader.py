@@ -204,6 +204,8 @@ def _check(config: DataConfig, manifest: Mapping[str, Any], spec: StreamSpec) ->
     for field in ("names", "kinds", "delays"):
         wanted[f"streams.{field}"] = tuple(getattr(spec, field))
         stored[f"streams.{field}"] = tuple(manifest["streams"][field])
+    wanted["streams.mail"] = tuple(spec.mail_settings)
+    stored["streams.mail"] = tuple(map(tuple, manifest["streams"].get("mail", ())))
     for name, value in stored.items():
         if wanted[name] != value:
             raise UserError(

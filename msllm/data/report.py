@@ -43,7 +43,12 @@ def make_manifest(
     manifest = {
         "format": records.FORMAT_WITH_WEIGHTS if weighted else records.FORMAT,
         "settings": settings,
-        "streams": {"names": spec.names, "kinds": spec.kinds, "delays": spec.delays},
+        "streams": {
+            "names": spec.names,
+            "kinds": spec.kinds,
+            "delays": spec.delays,
+            **({"mail": spec.mail_settings} if spec.mail else {}),
+        },
         # Rows of lag from each reader to each source; null: never. The tables do not depend on it.
         "lag": [
             [None if rows == NEVER else rows for rows in row]

@@ -43,6 +43,7 @@ from msllm.decode.script import (
     per_stream,
 )
 from msllm.errors import RunError, UserError
+from msllm.mail import deliver_to_prefill
 from msllm.runtime.interrupts import deferred_signals
 from msllm.sharding import check_lengths
 from msllm.streams import StreamSpec
@@ -114,7 +115,8 @@ class Engine:
         silence = -1 if self.silence_id is None else self.silence_id
         self._program = decode_program(
             model.config,
-            model.streams,
+            # Without the rules, so that engines with other rules share the compiled functions.
+            dataclasses.replace(model.streams, mail=()),
             sessions,
             window,
             mesh,
@@ -122,6 +124,7 @@ class Engine:
             all_logits,
             silence,
             _decodable(model),
+            has_mail=bool(model.streams.mail),
         )
         self._cache_dtype = cache_dtype
         self._weights = self._program.prepare(model.parameters)
@@ -167,8 +170,9 @@ class Engine:
 
         Args:
           options: None: the defaults of `DecodeOptions`.
-          prefill: the first rows [P, S], read in one pass. None: the first row holds the tokens
-            that are fed or forced before the first step, and silence elsewhere.
+          prefill: the first rows [P, S], read in one pass. Its silent cells get their mail. None:
+            the first row holds the tokens that are fed or forced before the first step, and silence
+            elsewhere.
           present: [P, S] bool, which cells of the prefill are not absent; None: all.
           keep: the number of first rows that never fall out of the window.
           stop: when iteration ends; None: never.
@@ -406,7 +410,9 @@ class Engine:
                     f" {list(tokens.shape)}"
                 ) from error
         check_tokens("the prefill", tokens[mask], self.model.config.vocab_size)
-        return np.where(mask, tokens, 0).astype(np.int32), mask
+        tokens = np.where(mask, tokens, 0).astype(np.int32)
+        deliver_to_prefill(tokens, mask, self.streams.mail, self.silence_id)
+        return tokens, mask
 
     def _read(self, slot: int, tokens: np.ndarray, present: np.ndarray) -> None:
         """Reads rows [P, S] into an empty slot.
@@ -502,6 +508,7 @@ class Engine:
         flight.is_run = True
         inputs, size = self._empty_inputs(RUN_ROWS), self.streams.size
         inputs.read[1:] = FREE
+        mail = np.full_like(inputs.given, FREE) if self.streams.mail else None
         for session, plan in flight.plans.items():
             slot, count = session._slot, len(plan.given)
             inputs.active[:count, slot] = True
@@ -510,8 +517,11 @@ class Engine:
             inputs.read_present[:count, slot, :size] = [plan.read_present, *plan.present[:-1]]
             inputs.given[:count, slot, :size] = plan.given
             inputs.penalty[:count, slot, :size] = plan.penalty
+            if mail is not None:
+                mail[:count, slot, :size] = plan.mail
         if flight.plans:
             most = max(len(plan.given) for plan in flight.plans.values())
+            inputs = inputs._replace(mail=mail)
             self._launch(flight, self._program.run, inputs, np.int32(most))
         return flight
 
@@ -738,14 +748,16 @@ class Session:
         """Appends tokens or a text to the input of a stream, which holds one token per row.
 
         The first token goes into the next row that the model reads. That is the row shown last,
-        unless its cell already holds a token that was fed. Raises UserError.
+        unless its cell already holds a token that was fed. Tokens wait while the stream gets mail.
+        Raises UserError.
         """
         self._require_open()._script.feed(stream, tokens)
 
     def force(self, stream: str | int, tokens: Sequence[int] | str) -> None:
         """Appends tokens or a text that a stream of any kind must say, from the next row on.
 
-        FREE in place of a token lets the model sample that cell. Raises UserError.
+        FREE in place of a token lets the model sample that cell. A token replaces the mail of its
+        cell. Raises UserError.
         """
         self._require_open()._script.force(stream, tokens)
 

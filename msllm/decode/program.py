@@ -95,6 +95,9 @@ class RowInputs(NamedTuple):
     read_present: Array  # bool: the cells of the row that are not absent
     given: Array  # int32: tokens of the next row that are set and not sampled; FREE elsewhere
     penalty: Array  # float32: subtracted from the next row's logit of silence
+    # int32, in `run` of a model with mail: the cell, of the rows that the call has sampled, whose
+    # token the next row holds, as row * S + stream; FREE elsewhere
+    mail: Array | None = None
 
 
 class Kernels(NamedTuple):
@@ -174,6 +177,7 @@ class DecodeProgram:
         all_logits: bool,
         silence_id: int,
         decodable: int | None = None,
+        has_mail: bool = False,
     ):
         """Builds the functions. jax compiles each of them when it is first called.
 
@@ -187,12 +191,14 @@ class DecodeProgram:
           all_logits: compute and return the logits of all streams, inputs included.
           silence_id: the silence token; -1 if there is none.
           decodable: only token ids below this number are sampled; None: all.
+          has_mail: `run` takes `RowInputs.mail`. The rules are the host's.
 
         Raises UserError if `config.block` is a user's class that keeps a state besides the cache.
         """
         check_block(config, streams.size, cached=True)
         self.config, self.spec, self.mesh, self.window = config, streams, mesh, window
         self.sessions, self.all_logits, self.silence_id = sessions, all_logits, silence_id
+        self._has_mail = has_mail
         self.decodable = config.vocab_size if decodable is None else decodable
         self.streams = streams.size + (-streams.size % mesh.shape["stream"] if mesh else 0)
         self._columns = columns_of(streams, mesh.shape["stream"] if mesh else 1)
@@ -232,6 +238,8 @@ class DecodeProgram:
             """The spec with a leading axis of rows."""
             return PartitionSpec(None, *spec)
 
+        mail = of_rows(partition_spec("batch", "stream")) if self._has_mail else None
+        rows_inputs = RowInputs(*map(of_rows, specs.inputs[:-1]))._replace(mail=mail)
         scalar, table = PartitionSpec(), PartitionSpec(None, None, *partition_spec("stream"))
         logits = partition_spec("batch", "stream", "replicated") if self.all_logits else None
         model_specs = (specs.weights, specs.state)
@@ -247,7 +255,7 @@ class DecodeProgram:
         )
         self.run = jit_on_shards(
             self._run,
-            (*model_specs, specs.controls, RowInputs(*map(of_rows, specs.inputs)), scalar),
+            (*model_specs, specs.controls, rows_inputs, scalar),
             out_specs=(specs.state, of_rows(specs.sampled)),
         )
         self.clear = jit(self._clear, donate_argnums=0, **on_mesh(specs.state))
@@ -489,6 +497,10 @@ class DecodeProgram:
             state, tokens, out = carry
             row_inputs = jax.tree.map(lambda x: x[i], inputs)
             tokens = jnp.where(row_inputs.read != FREE, row_inputs.read, tokens)
+            if row_inputs.mail is not None:
+                mailed = self._mailed(out.tokens, row_inputs.mail)
+                given = jnp.where(row_inputs.mail != FREE, mailed, row_inputs.given)
+                row_inputs = row_inputs._replace(given=given)
             state, sampled, _ = self._next_row(weights, state, controls, row_inputs, tokens)
             out = jax.tree.map(lambda out, x: out.at[i].set(x), out, sampled)
             return state, sampled.tokens, out
@@ -497,6 +509,12 @@ class DecodeProgram:
         out = Sampled(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape))
         state, _, out = jax.lax.fori_loop(0, rows, next_row, (state, inputs.read[0], out))
         return state, out.packed()
+
+    def _mailed(self, tokens: jax.Array, cell: jax.Array) -> jax.Array:
+        """The tokens [B, S] of the cells `RowInputs.mail` among the rows [R, B, S] of a run."""
+        tokens = gather_streams(tokens)
+        row, stream = cell // self.spec.size, cell % self.spec.size
+        return tokens[row, jnp.arange(len(cell))[:, None], stream]
 
     def _read(
         self,

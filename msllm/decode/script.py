@@ -19,6 +19,7 @@ import numpy as np
 from msllm.config import describe_interval, is_inside
 from msllm.decode.sampling import FREE
 from msllm.errors import UserError
+from msllm.mail import mail_in
 from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
 from msllm.weights.load import LoadedModel
@@ -231,8 +232,10 @@ class Plan(NamedTuple):
       present: for each row, [S] bool: the cells that are present.
       penalty: for each row, [S] float32: subtracted from the logit of silence.
       fed, forced: for each stream, how many tokens leave the queue of fed or forced tokens.
-      is_fed: [S] bool, the cells of the last row that were fed.
+      is_fed: [S] bool, the cells of the last row that were fed or get mail.
       last_fed_row: the row of the last fed token that is not silence; -1: none.
+      mail: for each row, [S] int32: the cell of this plan whose token is copied, as row * S +
+        stream; FREE elsewhere. Mail from rows before this plan is in `given`.
     """
 
     read: np.ndarray
@@ -244,6 +247,7 @@ class Plan(NamedTuple):
     forced: list[int]
     is_fed: np.ndarray
     last_fed_row: int
+    mail: list[np.ndarray]
 
 
 class Script:
@@ -293,7 +297,13 @@ class Script:
         self._recent_rows: collections.deque = collections.deque(maxlen=window - keep)
         self._fed: list[collections.deque[int]] = [collections.deque() for _ in range(size)]
         self._forced: list[collections.deque[int]] = [collections.deque() for _ in range(size)]
-        self._is_fed = np.zeros(size, bool)  # cells of the last row that were fed or prefilled
+        # cells of the last row that were fed or prefilled, or get mail
+        self._is_fed = np.zeros(size, bool)
+        self._mail = self.streams.mail
+        # As many rows as mail looks back, (tokens, present).
+        self._mail_rows: collections.deque = collections.deque(
+            maxlen=max((rule.lag for rule in self._mail), default=0)
+        )
         self._last_fed_row = -1  # the row of the last fed token that is not silence
         self._detokenizers: list[_Detokenizer] | None = None
         if model.tokenizer:
@@ -351,6 +361,7 @@ class Script:
             "allowed",
             "_kept_rows",
             "_recent_rows",
+            "_mail_rows",
             "_fed",
             "_forced",
             "_is_fed",
@@ -377,7 +388,8 @@ class Script:
         fed, forced = [0] * size, [0] * size
         is_fed, last_fed_row = self._is_fed, self._last_fed_row
         read, last_present = self.tokens, self.present
-        given, present, penalty = [], [], []
+        given, penalty, mail = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
+        present = list[np.ndarray]()
 
         def take(stream: int, tokens: np.ndarray, row: int) -> None:
             """Moves a fed token into `tokens`, those of row `row`."""
@@ -397,13 +409,27 @@ class Script:
             tokens = np.full(size, FREE, np.int32)
             starts = here & ~last_present  # a stream starts with silence
             is_fed = np.zeros(size, bool)
+            from_plan = np.full(size, FREE, np.int32)
+            mailed = {cell.reader: cell for cell in mail_in(self._mail, row)} if self._mail else {}
             for stream, (known, queue) in enumerate(zip(self._forced, self._fed)):
+                is_fed[stream] = stream in mailed  # a fed token waits for the next row
                 if len(known) > forced[stream]:
                     token = known[forced[stream]]
                     forced[stream] += 1
                     if token != FREE:
                         tokens[stream] = token
                         continue
+                if stream in mailed:
+                    if here[stream] and not self._ablated[stream]:
+                        cell = mailed[stream]
+                        at = cell.source_row - self.rows
+                        if at >= 0:
+                            here[stream] = present[at][cell.source]
+                            from_plan[stream] = at * size + cell.source
+                        else:
+                            said = (read, self.present) if at == -1 else self._mail_rows[at]
+                            tokens[stream], here[stream] = (x[cell.source] for x in said)
+                    continue
                 if len(queue) > fed[stream] and here[stream] and not self._ablated[stream]:
                     take(stream, tokens, row)
                     is_fed[stream] = True
@@ -414,9 +440,12 @@ class Script:
                 tokens[silent] = self.require_silence()
             given.append(tokens)
             present.append(here)
+            mail.append(from_plan)
             penalty.append(self.penalty(row, last_fed_row))
             last_present = here
-        return Plan(read, self.present, given, present, penalty, fed, forced, is_fed, last_fed_row)
+        return Plan(
+            read, self.present, given, present, penalty, fed, forced, is_fed, last_fed_row, mail
+        )
 
     def commit(self, plan: Plan) -> None:
         """Takes the tokens of a plan from the queues, so that the next plan follows this one."""
@@ -516,6 +545,8 @@ class Script:
         self.tokens, self.present = tokens, present
         rows = self._kept_rows if self.rows < self.keep else self._recent_rows
         rows.append((tokens, present))
+        if self._mail:
+            self._mail_rows.append((tokens, present))
         self.rows += 1
         if self.rows == self._far_row:
             check_rows(self._trained_rows, self.rows)

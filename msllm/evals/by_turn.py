@@ -19,6 +19,7 @@ from msllm.evals.exact_match import turn_ends
 from msllm.evals.held_out import examples as held_out_examples
 from msllm.evals.held_out import open_split
 from msllm.evals.score import likelihood, pack
+from msllm.mail import is_mailed
 from msllm.weights.load import LoadedModel
 
 SHOWN_TURNS = 8  # turns with a line of their own
@@ -141,7 +142,8 @@ def _turn_of_rows(table: Table, model: LoadedModel) -> np.ndarray:
     """[T] int, the number of the turn that each row of an example belongs to, from 1 on."""
     inputs = np.array(model.streams.kinds) == "input"
     silence = model.require_tokenizer().silence_id
-    spoken = (table.present & (table.tokens != silence))[:, inputs].any(1)
+    spoken = table.present & (table.tokens != silence)
+    spoken = (spoken & ~is_mailed(model.streams.mail, *spoken.shape))[:, inputs].any(1)
     turn = np.ones(len(table.tokens), np.int64)
     for end in turn_ends(table, model)[:-1]:
         turn[end + 1 + int(np.argmax(spoken[end + 1 :])) :] += 1

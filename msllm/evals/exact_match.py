@@ -1,10 +1,11 @@
 """Exact match: how often the output streams say exactly what they should, and how soon.
 
 The input streams of each held-out example are given row by row, and the model generates all other
-streams. If the input and the outputs of an example take turns, each turn has an answer of its own;
-otherwise the example has one answer. An answer is right if the tokens of every output stream,
-without silence, equal those of the example. If an output holds working before the answer, a mark
-separates the two, and only the tokens after the mark are compared.
+streams. Mail comes from what the model says, and not from the example. If the input and the outputs
+of an example take turns, each turn has an answer of its own; otherwise the example has one answer.
+An answer is right if the tokens of every output stream, without silence, equal those of the
+example. If an output holds working before the answer, a mark separates the two, and only the tokens
+after the mark are compared.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from msllm.decode.engine import FREE, generate
 from msllm.errors import UserError
 from msllm.evals.held_out import examples as held_out_examples
 from msllm.evals.held_out import open_split
+from msllm.mail import is_mailed
 from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
 from msllm.weights.load import LoadedModel
@@ -176,7 +178,7 @@ class Case(NamedTuple):
     """One held-out example as a task.
 
     Attributes:
-      prompt: [T, S] int32, the given tokens; FREE where the model samples.
+      prompt: [T, S] int32, the given tokens; FREE where the model samples, and for mail.
       turns: the turns to answer, in order.
       first_turn: the number of the first one of them in the example, from 0.
     """
@@ -214,6 +216,8 @@ class Answer(NamedTuple):
 def streams_case(table: Table, model: LoadedModel) -> Case:
     """A table as a task: the inputs are given and the model generates all other streams.
 
+    Cells that get mail are neither given nor input.
+
     Raises UserError if the model has no input or no output stream.
     """
     streams, silence = model.streams, model.require_tokenizer().silence_id
@@ -222,6 +226,7 @@ def streams_case(table: Table, model: LoadedModel) -> Case:
     spoken = table.present & (table.tokens != silence)
     prompt = np.full(table.tokens.shape, FREE)
     prompt[:, inputs] = np.where(spoken[:, inputs], table.tokens[:, inputs], silence)
+    prompt[is_mailed(streams.mail, len(prompt), streams.size)] = FREE
     thoughts = spoken[:, _streams_of_kind(streams, "thought")]
     ends = turn_ends(table, model)
     case = Case(prompt, [Turn(end, [], 0) for end in ends])
@@ -257,7 +262,7 @@ def _check_streams(streams: StreamSpec) -> None:
 
 
 def turn_ends(table: Table, model: LoadedModel) -> list[int]:
-    """The last row of each turn's input in an example.
+    """The last row of each turn's input in an example. Mail is no input.
 
     A turn ends where an input speaks again after the outputs began to answer it. An example in
     which inputs and outputs speak at the same time is a single turn. Of a dictation, every question
@@ -266,10 +271,12 @@ def turn_ends(table: Table, model: LoadedModel) -> list[int]:
     tokenizer, kinds = model.require_tokenizer(), np.array(model.streams.kinds)
     inputs = np.flatnonzero(kinds == "input")
     spoken = table.present & (table.tokens != tokenizer.silence_id)
+    spoken &= ~is_mailed(model.streams.mail, *spoken.shape)
     config = model.run_config
     if config is not None and config.data.converter == "dictation" and len(inputs):
         end_id = tokenizer.encode(QUESTION_END)[0]
-        return question_ends(table.tokens[:, inputs[0]], end_id)
+        user = np.where(spoken, table.tokens, tokenizer.silence_id)[:, inputs[0]]
+        return question_ends(user, end_id)
     return _turn_ends(spoken[:, inputs].any(1), spoken[:, kinds == "output"].any(1))
 
 
@@ -367,13 +374,14 @@ def _answer(
 def forced_tables(cases: Sequence[Case], model: LoadedModel, rows: int, batch: int) -> np.ndarray:
     """The prompts of at most `batch` cases, as the forced tokens of `generate`.
 
-    Inputs are silent after the prompt. Tables without a case are filler.
+    Inputs are silent after the prompt, except for mail. Tables without a case are filler.
 
-    Returns: [batch, rows, S], FREE where the model samples.
+    Returns: [batch, rows, S], FREE where the model samples, and for mail.
     """
     streams, silence = model.streams, model.require_tokenizer().silence_id
     forced = np.full((batch, rows, streams.size), FREE)
     forced[:, :, _streams_of_kind(streams, "input")] = silence
+    forced[:, is_mailed(streams.mail, rows, streams.size)] = FREE
     for table, case in zip(forced, cases):
         table[: len(case.prompt)] = case.prompt
     # No row predicts the first one. Its free cells are silence, as in the examples.

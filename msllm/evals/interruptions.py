@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from msllm.data.dictation import BACK, REACTION, expected_answer
-from msllm.decode.engine import Engine, generate
+from msllm.decode.engine import FREE, Engine, generate
 from msllm.errors import UserError
 from msllm.evals.exact_match import SLACK, Case, forced_tables, streams_case
 from msllm.evals.held_out import examples as held_out_examples
@@ -180,7 +180,7 @@ def _live(model: LoadedModel, cases: Sequence[Case], rows: int) -> Iterator[np.n
         sessions = [engine.open() for _ in part]
         for row in range(rows):
             for session, case in zip(sessions, part):
-                if row < len(case.prompt) and case.prompt[row, user] != silence:
+                if row < len(case.prompt) and case.prompt[row, user] not in (silence, FREE):
                     session.feed(user, [int(case.prompt[row, user])])
             engine.step(sessions)
         for session in sessions:

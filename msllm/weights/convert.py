@@ -366,7 +366,11 @@ def _rename_streams(old: StreamsConfig, new: StreamsConfig) -> StreamsConfig:
         (new_name.get(reader, reader), new_name.get(source, source), lag)
         for reader, source, lag in old.lags
     )
-    return dataclasses.replace(old, names=new.names, kinds=new.kinds, lags=lags)
+    mail = tuple(
+        (new_name.get(reader, reader), new_name.get(source, source), lag, rows)
+        for reader, source, lag, rows in old.mail
+    )
+    return dataclasses.replace(old, names=new.names, kinds=new.kinds, lags=lags, mail=mail)
 
 
 def _add_streams(source: Source, size: int) -> tuple[ModelConfig, dict[str, Any]]:

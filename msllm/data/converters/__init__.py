@@ -32,9 +32,10 @@ from msllm.data.converters import (
     wait_k,
 )
 from msllm.data.converters.layout import Choice, Convert, Layout, Recorder, each_record
-from msllm.data.sources import BadRecords, Part
+from msllm.data.sources import BadRecord, BadRecords, Part
 from msllm.data.tables import Table, check_weights, shift
 from msllm.errors import UserError
+from msllm.mail import Conflict, deliver_to_example
 from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
 
@@ -188,7 +189,9 @@ def check_streams(config: Config, spec: StreamSpec) -> None:
 def convert(
     config: Config, spec: StreamSpec, tokenizer: Tokenizer | Recorder, bad: BadRecords | None = None
 ) -> Iterator[Table]:
-    """Yields the tables of `config.data`, in the order of the input, with delays. Raises UserError.
+    """Yields the tables of `config.data`, in the order of the input. Raises UserError.
+
+    Delays are applied, and mail is delivered.
 
     Args:
       config, spec, tokenizer: the settings, the streams of the model and the tokenizer.
@@ -240,7 +243,26 @@ def convert_part(
             table = vary.insert_silence(table, data.vary, tokenizer.silence_id)
         drawn = vary.draw(delays, "delays", table.example)
         for piece in vary.pieces(table, rows) if converter.pieces else [table]:
-            yield shift(piece, drawn)
+            piece = shift(piece, drawn)
+            if spec.mail and not isinstance(tokenizer, Recorder):
+                try:
+                    piece = _with_mail(piece, spec, drawn, tokenizer.silence_id)
+                except BadRecord as error:
+                    bad.add(error)
+                    break  # leave out the rest of a record that contradicts its mail
+            yield piece
+
+
+def _with_mail(table: Table, spec: StreamSpec, delays: Sequence[int], silence_id: int) -> Table:
+    """Returns an example with its mail. Raises BadRecord if it says something else there."""
+    try:
+        tokens, present = deliver_to_example(
+            table.tokens, table.present, spec.mail, spec.names, delays, silence_id
+        )
+    except Conflict as error:
+        where = table.source or f"example {table.example}"
+        raise BadRecord(f"{where}: {error}") from error
+    return table._replace(tokens=tokens, present=present)
 
 
 def _check_table(converter: str, layout: Layout, table: Any) -> None:
