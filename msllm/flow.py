@@ -47,6 +47,7 @@ silence is seen as the token that it is.
 from __future__ import annotations
 
 import collections
+import functools
 import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -163,6 +164,15 @@ def certificate(
                 row.append(Flow(rows[end], TOKENS, bits, _path_names(spec, before, end), names))
         flows.append(tuple(row))
     return Certificate(spec.names, generated, tuple(flows))
+
+
+@functools.lru_cache(maxsize=64)
+def latent_influence(spec: StreamSpec) -> np.ndarray:
+    """[source, reader] bool: whether a path of latent edges leads from one to the other."""
+    reached = (spec.lag_array < NEVER).T | np.eye(spec.size, dtype=bool)
+    for through in range(spec.size):
+        reached |= reached[:, through, None] & reached[through]
+    return reached
 
 
 def is_restricted(spec: StreamSpec) -> bool:

@@ -18,7 +18,7 @@ from runs import dictation
 from msllm import flow
 from msllm.cli.main import main
 from msllm.config import StreamsConfig
-from msllm.decode.engine import FREE, Engine
+from msllm.decode.engine import FREE, DecodeOptions, Engine
 from msllm.errors import UserError
 from msllm.kernels import cpu as cpu_kernels
 from msllm.model import model as model_lib
@@ -31,8 +31,8 @@ from msllm.view import flow as view
 
 NAMES = ("user", "thought", "output", "tool", "system")
 STREAMS, ROWS, VOCAB, SILENCE = 5, 8, 32, 3
-# MSLLM_FLOW_GRAPHS=200 also compiles that many graphs for each backend and for decoding.
-COMPILED = int(os.environ.get("MSLLM_FLOW_GRAPHS", 4))
+# The number of graphs that are compiled for each backend and for decoding, a few CPU-seconds each.
+COMPILED = int(os.environ.get("MSLLM_FLOW_GRAPHS", 12))
 OPTIONS = {
     "reference": {},
     "chunked": {"block_cells": 6},
@@ -262,6 +262,7 @@ def test_what_is_excluded_changes_no_bit_of_the_forward(name, make_model, monkey
 COMPILED_GRAPHS = hypothesis.settings(max_examples=COMPILED, phases=[hypothesis.Phase.generate])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKENDS)
 def test_what_is_excluded_changes_no_bit_of_a_compiled_forward(name, make_model):
     """With the relays and the lags that the model makes from its streams."""
@@ -291,6 +292,7 @@ def test_what_is_excluded_changes_no_bit_of_a_compiled_forward(name, make_model)
     assert seen.excluded and seen.seen > 0.8 * seen.allowed > 0
 
 
+@pytest.mark.slow
 def test_what_is_excluded_changes_no_bit_of_decoding(make_model):
     """With given tokens, and when the model chooses the tokens of all streams but inputs."""
     given, free = Seen(), Seen()
@@ -335,6 +337,32 @@ def run_command(monkeypatch):
     """`msllm.cli.main.main` in a process that has started jax."""
     monkeypatch.setenv("PJRT_NPROC", "1")
     return main
+
+
+@hypothesis.given(spec=graphs())
+def test_latent_influence_is_that_of_the_certificate(spec):
+    found, latent = flow.certificate(spec, VOCAB), flow.latent_influence(spec)
+    for a, b in itertools.permutations(range(spec.size), 2):
+        one = found.flows[a][b]
+        assert latent[a, b] == (one is not None and one.medium == "latent")
+
+
+def test_a_silence_penalty_tells_no_stream_of_inputs_that_it_may_not_know(make_model):
+    model = dataclasses.replace(make_model(4), streams=streams(**DOOR))
+    engine = Engine(model, window=4, silence_id=SILENCE)
+    message = (
+        "silence_penalty follows the timing of the input 'tool', which stream 'plan' does not see"
+        " over latent edges"
+    )
+    with pytest.raises(UserError, match=message):
+        engine.open(DecodeOptions(silence_penalty=(0, 0, 1, 0)))
+    with engine.open(DecodeOptions(silence_penalty=1, penalty_start=2)) as session:
+        with pytest.raises(UserError, match="of the input 'user', which stream 'output' does not"):
+            session.options = DecodeOptions(silence_penalty=(0, 0, 0, 1))
+        session.options = DecodeOptions(silence_penalty=(1, 1, 0, 0))  # of inputs: no effect
+    # All other edges are latent, so each stream may learn of the tool.
+    never = dataclasses.replace(model, streams=streams(lags=(("output", "tool", "never"),)))
+    Engine(never, window=4, silence_id=SILENCE).open(DecodeOptions(silence_penalty=1))
 
 
 def streams(**settings):

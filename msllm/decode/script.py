@@ -19,6 +19,7 @@ import numpy as np
 from msllm.config import describe_interval, is_inside
 from msllm.decode.sampling import FREE
 from msllm.errors import UserError
+from msllm.flow import latent_influence
 from msllm.mail import mail_in
 from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
@@ -76,7 +77,8 @@ class DecodeOptions:
     silence_penalty: float | tuple[float, ...] = 0.0
     penalty_ramp: int = 5  # rows over which silence_penalty grows linearly to its full value
     # The first row with a silence penalty. None: the penalty follows the input. It begins in the
-    # second row after the last fed token that is not silence, and is off before the first one.
+    # second row after the last fed token that is not silence, and is off before the first one. It
+    # is refused if that would tell a stream of an input that it may not know (docs/flow.md).
     penalty_start: int | None = None
     # streams that are forced to be silent; tokens that are fed to them wait in the queue
     ablated: tuple[str, ...] = ()
@@ -319,7 +321,24 @@ class Script:
                 "ablated streams and silence_penalty need a silence token: pass it as"
                 " silence_id=..."
             )
+        if options.penalty_start is None:
+            self._refuse_to_tell_of_inputs(np.flatnonzero(silence_penalty))
         self.options, self._ablated, self._silence_penalty = options, ablated, silence_penalty
+
+    def _refuse_to_tell_of_inputs(self, streams: Iterable[int]) -> None:
+        """Raises UserError if a penalty that follows the input would tell a stream of its timing.
+
+        Over latent edges, streams may learn anything of an input. Of any other input, this would
+        be more than the flow certificate allows.
+        """
+        names = self.streams.names
+        for reader, source in itertools.product(streams, np.flatnonzero(self._is_input)):
+            if not self._is_input[reader] and not latent_influence(self.streams)[source, reader]:
+                raise UserError(
+                    f"silence_penalty follows the timing of the input {names[source]!r}, which"
+                    f" stream {names[reader]!r} does not see over latent edges (docs/flow.md): set"
+                    " penalty_start, or no penalty for this stream"
+                )
 
     def feed(self, stream: str | int, tokens: Sequence[int] | str) -> None:
         """See `Session.feed`."""
