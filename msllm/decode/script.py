@@ -20,7 +20,7 @@ from msllm.config import describe_interval, is_inside
 from msllm.decode.sampling import FREE
 from msllm.errors import UserError
 from msllm.flow import latent_influence
-from msllm.mail import mail_in
+from msllm.mail import Cell, mail_in
 from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
 from msllm.weights.load import LoadedModel
@@ -237,7 +237,7 @@ class Plan(NamedTuple):
       is_fed: [S] bool, the cells of the last row that were fed or get mail.
       last_fed_row: the row of the last fed token that is not silence; -1: none.
       mail: for each row, [S] int32: the cell of this plan whose token is copied, as row * S +
-        stream; FREE elsewhere. Mail from rows before this plan is in `given`.
+        stream; FREE elsewhere. Mail from rows before this plan is in `given`. Empty without rules.
     """
 
     read: np.ndarray
@@ -428,10 +428,12 @@ class Script:
             tokens = np.full(size, FREE, np.int32)
             starts = here & ~last_present  # a stream starts with silence
             is_fed = np.zeros(size, bool)
-            from_plan = np.full(size, FREE, np.int32)
-            mailed = {cell.reader: cell for cell in mail_in(self._mail, row)} if self._mail else {}
+            mailed: dict[int, Cell] = {}
+            if self._mail:
+                mailed = {cell.reader: cell for cell in mail_in(self._mail, row)}
+                is_fed[list(mailed)] = True  # a token that is fed waits for the next row
+                mail.append(np.full(size, FREE, np.int32))
             for stream, (known, queue) in enumerate(zip(self._forced, self._fed)):
-                is_fed[stream] = stream in mailed  # a fed token waits for the next row
                 if len(known) > forced[stream]:
                     token = known[forced[stream]]
                     forced[stream] += 1
@@ -444,7 +446,7 @@ class Script:
                         at = cell.source_row - self.rows
                         if at >= 0:
                             here[stream] = present[at][cell.source]
-                            from_plan[stream] = at * size + cell.source
+                            mail[-1][stream] = at * size + cell.source
                         else:
                             said = (read, self.present) if at == -1 else self._mail_rows[at]
                             tokens[stream], here[stream] = (x[cell.source] for x in said)
@@ -459,7 +461,6 @@ class Script:
                 tokens[silent] = self.require_silence()
             given.append(tokens)
             present.append(here)
-            mail.append(from_plan)
             penalty.append(self.penalty(row, last_fed_row))
             last_present = here
         return Plan(
