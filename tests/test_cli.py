@@ -118,7 +118,8 @@ def test_bad_command_lines_end_with_one_line(capsys, line, message):
         ("--config.optm.lr=1", "unknown config key config.optm: did you mean config.optim?"),
         ("--config.optim.lr.x=1", "config.optim.lr is not a section"),
         ("--config.data.options.examples.x=1", "config.data.options.examples is 12000, not a"),
-        ("--config.steps=many", "flag --config.steps=many: invalid literal for int()"),
+        ("--config.steps=many", "flag --config.steps=many: must be a whole number"),
+        ("--config.optim.lr=high", "flag --config.optim.lr=high: must be a number"),
         ("--config.steps=-1", "config.steps"),
     ],
 )

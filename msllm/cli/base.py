@@ -461,4 +461,9 @@ def _explain(file: str, error: Exception) -> str:
     if unknown := re.search(r'Key "(.*?)" does not exist', str(error)):
         return f"{where}unknown key {unknown[1]} {listed}"
     text = " ".join(str(error).split())
-    return f"{where}{type(error).__name__}: {text}" if lines else f"{where}{text} {listed}"
+    if lines:
+        return f"{where}{type(error).__name__}: {text}"
+    # An override that is no number: the rule, in place of Python's words.
+    text = re.sub(r"invalid literal for int\(\) with base 10: .*", "must be a whole number", text)
+    text = re.sub(r"could not convert string to float: .*", "must be a number", text)
+    return f"{where}{text} {listed}"
