@@ -221,7 +221,8 @@ def test_an_existing_directory_is_kept_if_equal_and_otherwise_refused(tmp_path, 
     assert (tmp_path / "out/train-00000-of-00004.array_record").stat().st_mtime_ns == before
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, rows=9))
     with pytest.raises(
-        UserError, match=r"other settings \(rows differ\): choose another --out, or delete it"
+        UserError,
+        match=r"settings \(rows \(was 8, now 9\) differ\): choose another --out, or delete",
     ):
         prepare(other, tmp_path / "out")
     path.write_text('{"streams": {"user": "a b", "output": "d"}}\n')

@@ -82,7 +82,8 @@ def code_versions(data: DataConfig) -> dict[str, str]:
 def different_settings(settings: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
     """Returns the settings that differ from those that another run stored, by name.
 
-    For a trained tokenizer, they include the values, because its defaults have changed.
+    Numbers and short texts are given with both values, and so are the settings of a trained
+    tokenizer, because its defaults have changed.
     """
     settings, stored = _comparable(settings), _comparable(stored)
     names = [name for name in {**settings, **stored} if settings.get(name) != stored.get(name)]
@@ -97,7 +98,15 @@ def different_settings(settings: Mapping[str, Any], stored: Mapping[str, Any]) -
         names[names.index("tokenizer")] = (
             f"tokenizer ({', '.join(values)})" if values else "tokenizer"
         )
-    return names
+    return [_with_values(name, settings, stored) for name in names]
+
+
+def _with_values(name: str, settings: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
+    """Returns the name of a setting, with its old and new value if both are short."""
+    new, old = settings.get(name), stored.get(name)
+    if all(isinstance(v, int | float | str) and len(str(v)) < 40 for v in (new, old)):
+        return f"{name} (was {old!r}, now {new!r})"
+    return name
 
 
 def _tokenizer_settings(data: DataConfig) -> dict[str, Any]:
