@@ -344,6 +344,7 @@ def test_options_of_conversations_have_limits():
 GOOD = {"question": "a", "answer": "b\n#### 1"}
 BAD = [
     ("gsm8k", [GOOD, "{'a': 1}"], r"records.jsonl:2: invalid JSON"),
+    ("gsm8k", [GOOD, '{"a": 1'], r"records.jsonl:2: invalid JSON \(.* in column 8\)"),
     ("gsm8k", [GOOD, "[1]"], r"records.jsonl:2: .*must be a JSON object"),
     ("gsm8k", [GOOD, GOOD, {"question": "a"}], r"records.jsonl:3: 'answer' is None"),
     ("gsm8k", [{"question": "a", "answer": "b"}], r"records.jsonl:1: .*#### number"),

@@ -206,6 +206,19 @@ def test_a_held_out_split_from_its_own_file(tmp_path):
         Config(data=DataConfig(eval_format="jsonl"))
 
 
+def test_input_without_records_is_refused(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.touch()
+    data = DataConfig(converter="tables", path=str(path), rows=8)
+    with pytest.raises(UserError, match="config.data.path is '.*t.jsonl': there is no record"):
+        prepare(Config(data=data), tmp_path / "out")
+
+
+def test_a_loader_asks_for_the_directory_that_is_missing():
+    with pytest.raises(UserError, match="config.data.dir is empty"):
+        Loader(DataConfig(), "train", StreamSpec.from_config(StreamsConfig()))
+
+
 def test_an_existing_directory_is_kept_if_equal_and_otherwise_refused(tmp_path, capsys):
     path = tmp_path / "t.jsonl"
     path.write_text('{"streams": {"user": "a b", "output": "c"}}\n')

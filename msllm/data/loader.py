@@ -171,6 +171,11 @@ class _Source:
     """The tables of one split of a prepared directory, in reading order."""
 
     def __init__(self, config: DataConfig, split: str, spec: StreamSpec, part: tuple[int, int]):
+        if not config.dir:
+            raise UserError(
+                "config.data.dir is empty: name prepared data with --config.data.dir=DIR (`msllm"
+                " prepare` writes it)"
+            )
         self.directory, self._streams = config.dir, spec.size
         self.manifest, paths = records.open_prepared(config.dir, split, part)
         _check(config, self.manifest, spec)

@@ -341,7 +341,10 @@ def _sample(
     samples = [found[index] for index in range(len(items))]
     if all(sample.all_read for sample in samples):  # too many bad records: fail before training
         counts = [sample.records for sample in samples]
-        _sum_bad_records(counts, job.config.data.bad_percent).finish()
+        total = _sum_bad_records(counts, job.config.data.bad_percent)
+        total.finish()
+        if (path := job.config.data.path) and not total.records:  # generated data has no path
+            raise UserError(f"config.data.path is {path!r}: there is no record in it")
     return [text for sample in samples for text in sample.texts]
 
 

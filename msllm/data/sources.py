@@ -594,6 +594,9 @@ def _parse(content: bytes, file: str, number: int) -> Any:
         value = json.loads(content.decode())
     except UnicodeDecodeError as error:
         return BadRecord(f"{where}: {files.not_utf8(file, error)}")
+    except json.JSONDecodeError as error:
+        column = min(error.pos, len(error.doc.rstrip())) + 1  # the place may be after the line
+        return BadRecord(f"{where}: invalid JSON ({error.msg} in column {column}): {_rule(file)}")
     except (ValueError, RecursionError, MemoryError) as error:
         return BadRecord(f"{where}: invalid JSON ({error}): {_rule(file)}")
     if not isinstance(value, dict):
