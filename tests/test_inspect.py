@@ -296,7 +296,7 @@ def test_only_the_shards_of_shown_tables_are_read(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="train-00007.* is missing.*msllm prepare"):
         data.table(len(data) - 1)
     shards[0].write_bytes(bytes(shards[0].stat().st_size))
-    with pytest.raises(UserError, match="train-00000.* is corrupt .*prepare again"):
+    with pytest.raises(UserError, match="train-00000.* is corrupt .*prepare.? again"):
         shown(directory, example="0")
 
 

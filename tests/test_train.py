@@ -194,7 +194,8 @@ def test_ctrl_c_saves_and_the_same_command_continues(config, uninterrupted, tmp_
     for text in done.stdout.splitlines():  # plain lines, because stdout is not a terminal
         progress = r"step \d/8  loss \d+\.\d{4}  [\d,]+ tokens/s  ETA 0:0\d"
         evaluation = r"step 8  evaluation: loss \d+\.\d{4}  nll/user .*  loss_spoken \d+\.\d{4}"
-        assert re.fullmatch(f"{progress}|{evaluation}", text), text
+        size = r"(model|data|memory|time): .*"
+        assert re.fullmatch(f"{progress}|{evaluation}|{size}", text), text
     assert reproducible_metrics(tmp_path / "run") == reproducible_metrics(uninterrupted)
     assert_same_parameters(tmp_path / "run", uninterrupted)
 

@@ -252,10 +252,12 @@ class Reader:
                 reader.close()
             except Exception as raised:  # the library's errors have no common base class
                 error = str(raised).partition(";")[0]
-            raise UserError(
-                f"{path}: cannot be opened ({error}), one of {len(self._paths):,} shards: restore"
-                " it if it is damaged, or allow more open files (`ulimit -n`)"
-            )
+            if "open files" in error:
+                raise UserError(
+                    f"{path}, one of {len(self._paths):,} shards, cannot be opened ({error}): allow"
+                    " more open files (`ulimit -n`)"
+                )
+            raise UserError(f"{path} is corrupt ({error}): restore it, or {_PREPARE_AGAIN}")
         return reader
 
     def __len__(self) -> int:

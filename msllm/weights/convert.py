@@ -260,7 +260,11 @@ def to_hf(
     if origin:
         files |= _files(origin, COMPANIONS)
     if size > 1:
-        own: dict[str, Any] = {"streams": dataclasses.asdict(model.run_config.streams)}
+        streams = dataclasses.asdict(model.run_config.streams)
+        for name in ("visibility_medium", "mail"):  # earlier versions do not know them
+            if streams[name] == getattr(StreamsConfig, name):
+                del streams[name]
+        own: dict[str, Any] = {"streams": streams}
         if model.tokenizer:
             own["silence"] = model.tokenizer.silence
         settings[hf_config.OWN] = own
