@@ -322,7 +322,9 @@ def test_a_stopped_run_continues(config, tmp_path, stop):
     assert len(before) == 8 and not (out / "manifest.json").exists()
 
     changed = replace(config, "data", rows=33)
-    with pytest.raises(UserError, match=r"an unfinished run with other settings \(rows differ\)"):
+    with pytest.raises(
+        UserError, match=r"an unfinished run with other settings \(rows \(was .*, now .*\) differ\)"
+    ):
         prepare(changed, out)
     manifest = prepare(config, out)
     assert prepare(config, tmp_path / "whole") == manifest

@@ -126,7 +126,7 @@ def test_a_changed_function_of_the_user_is_refused(folder):
 def test_another_reader_is_refused(folder):
     config = config_of(folder, "tatoeba")
     data = dataclasses.replace(config.data, format="msllm.data.corpora:switchboard")
-    with pytest.raises(UserError, match=r"other settings \(data.format differ\)"):
+    with pytest.raises(UserError, match=r"settings \(data.format \(was .*, now .*\) differ\)"):
         prepare(dataclasses.replace(config, data=data), folder / "tatoeba")
 
 
