@@ -19,7 +19,7 @@ from msllm.kernels import cpu as cpu_kernels
 from msllm.model.attention.dispatch import get_backend
 from msllm.model.model import abstract_model, bind, init_parameters
 from msllm.model.relays import columns_of
-from msllm.streams import NEVER, StreamSpec
+from msllm.streams import NEVER, StreamSpec, positions
 from msllm.weights.load import LoadedModel
 
 NAMES = ("a", "b", "c", "d")
@@ -276,3 +276,17 @@ def test_attention_to_a_relay_counts_as_attention_to_its_source():
     lag = MIXED.nearest_lag_array[stream, other]
     seen = (other_row <= row - lag) | ((row == other_row) & (stream == other))
     assert ((weights > 0) == seen).all()
+
+
+def test_a_relay_has_the_position_of_its_source():
+    config, parameters = make_model()
+    graph, _, _ = abstract_model(config, MIXED)
+    tables = random_tables(6)
+    model, row = bind(graph, parameters), positions(tables["segment"])
+    cells = model.cells(tables, SILENCE)
+    expected = model(tables["tokens"], cells, row)
+    by_stream = np.repeat(row[..., None], 4, axis=2)
+    np.testing.assert_array_equal(model(tables["tokens"], cells, by_stream), expected)
+    by_stream[..., 1] += 5  # of b, which c and d see
+    moved = model(tables["tokens"], cells, by_stream)
+    assert np.abs(np.asarray(moved - expected))[:, :, 2].max() > 1e-3

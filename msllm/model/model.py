@@ -29,7 +29,12 @@ from msllm.model.layers import (
     rope_angles,
 )
 from msllm.model.linear import head_logits
-from msllm.model.relays import add_relays, attend_to_columns, local_columns
+from msllm.model.relays import (
+    add_relay_columns,
+    add_relays,
+    attend_to_columns,
+    local_columns,
+)
 from msllm.optim import path_name
 from msllm.sharding import (
     FSDP,
@@ -100,6 +105,8 @@ class MultiStreamLM(nnx.Module):
         config, columns = self.config, local_columns(self.streams)
         expanded = add_relays(columns, tokens, cells)
         chosen = backend or portable_backend(config)
+        if position.ndim == 3:
+            position = add_relay_columns(columns, position)
         angles = rope_angles(position, config)
         graph, weights = nnx.split(self.blocks)
 

@@ -95,22 +95,30 @@ def add_relays(columns: Columns, tokens: jax.Array, cells: Cells) -> Expanded:
     streams = axis_index("stream") * columns.streams + jnp.arange(columns.streams)
     if not columns.relays:
         return Expanded(tokens, streams, cells)
-    own = axis_index("stream") * columns.relays + jnp.arange(columns.relays)
-    sources = jnp.asarray(columns.sources, jnp.int32)[own]
-    exists = sources >= 0
-    sources = jnp.maximum(sources, 0)
-
-    def relayed(x: jax.Array) -> jax.Array:
-        return jnp.take(gather_streams(x), sources, axis=2)
-
-    # Silence is a token, so `skip_silence` hides nothing here.
-    present = relayed(cells.present) & exists
-    cells = cells._replace(
-        present=jnp.concatenate([cells.present, present], axis=2),
-        seen=jnp.concatenate([cells.seen, present], axis=2),
+    sources = _local_sources(columns)
+    # Silence is a token, so `skip_silence` hides nothing from the readers of a relay.
+    present = add_relay_columns(columns, cells.present)
+    present = present.at[:, :, columns.streams :].min(sources >= 0)
+    seen = jnp.concatenate([cells.seen, present[:, :, columns.streams :]], axis=2)
+    return Expanded(
+        add_relay_columns(columns, tokens),
+        jnp.concatenate([streams, jnp.maximum(sources, 0)]),
+        cells._replace(present=present, seen=seen),
     )
-    tokens = jnp.concatenate([tokens, relayed(tokens)], axis=2)
-    return Expanded(tokens, jnp.concatenate([streams, sources]), cells)
+
+
+def add_relay_columns(columns: Columns, x: jax.Array) -> jax.Array:
+    """Adds to x [B, T, S] the columns of the relays' sources: [B, T, M]."""
+    if not columns.relays:
+        return x
+    sources = jnp.maximum(_local_sources(columns), 0)
+    return jnp.concatenate([x, jnp.take(gather_streams(x), sources, axis=2)], axis=2)
+
+
+def _local_sources(columns: Columns) -> jax.Array:
+    """[R] int32, the stream of each relay on this device; -1: padding."""
+    own = axis_index("stream") * columns.relays + jnp.arange(columns.relays)
+    return jnp.asarray(columns.sources, jnp.int32)[own]
 
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]

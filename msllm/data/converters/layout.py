@@ -220,18 +220,18 @@ class Layout(NamedTuple):
             ends[stream] = max(start + len(tokens), end)
 
 
-def check_rows(rows: int, where: str = "", why: str = "") -> None:
+def check_rows(rows: int, where: str = "", span: str = "") -> None:
     """Raises BadRecord if an example has more than MAX_ROWS rows.
 
     Args:
       rows: the number of rows.
-      where: the place of the record, if it is not added later.
-      why: how the record gives so many.
+      where: the place of the record; empty if the caller adds it.
+      span: how long a row lasts, to follow the number of rows in the message.
     """
     if rows > MAX_ROWS:
         place = f"{where}: " if where else ""
         raise BadRecord(
-            f"{place}the example has {rows:,} rows{why}, more than {MAX_ROWS:,}: correct or divide"
+            f"{place}the example has {rows:,} rows{span}, more than {MAX_ROWS:,}: correct or divide"
             " the record"
         )
 
