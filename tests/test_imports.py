@@ -29,7 +29,7 @@ weights
 decode hooks
 training
 evals view
-pod chat bench starter
+pod chat bench starter study
 cli
 """
 LEVEL = {name: level for level, line in enumerate(LAYERS.split("\n")) for name in line.split()}

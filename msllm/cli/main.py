@@ -29,6 +29,7 @@ COMMANDS = {
     "inspect": "inspect_data",
     "flow": "flow",
     "train": "train",
+    "study": "study",
     "evaluate": "evaluate",
     "likelihood": "likelihood",
     "interruptions": "interruptions",
