@@ -148,7 +148,12 @@ def test_a_key_that_nothing_reads_is_named(tmp_path, key):
         ({"messages": ["hi"]}, "'messages' is a list that holds other things"),
         ({"messages": {"role": ["user"], "content": []}}, "have the lengths"),
         ({"dialog": CHAT}, r"has the keys \['dialog'\]: it must have \"messages\""),
-        ({"messages": [{"role": "user", "content": None}]}, "'content' is None"),
+        ({"messages": [{"role": "user", "content": None}]}, "'content' is null"),
+        (
+            {"messages": [{"role": "user", "contents": "hi"}]},
+            r"message 0: there is no 'content', only \['contents', 'role'\]",
+        ),
+        ({"messages": [{"content": "hi"}]}, r"message 0: there is no 'role': .*keys: \['content'"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
             "a part of type 'image_url'",

@@ -121,11 +121,21 @@ FORMS = {
         {"user": "input", "result": "input", "call": "output", "output": "output"},
         {"roles": {"assistant": "output"}, "calls": ["call"], "results": ["result"]},
     ),
-    "pairs": (
+    "questions and answers": (
         [{"question": "how far ?", "answer": "ten metres", "grade": 3}],
+        "chat",
+        TWO,
+        {
+            "roles": {"assistant": "output"},
+            "silence": [0, 0, 1, 2, 4, 8, 16, 32, 64],
+            "ignored_keys": ["grade"],
+        },
+    ),
+    "pairs": (
+        [{"source": "how far ?", "target": "wie weit ?", "grade": 3}],
         "wait_k",
         TWO,
-        {"source": "question", "target": "answer", "k": -1, "ignored_keys": ["grade"]},
+        {"k": 3, "ignored_keys": ["grade"]},
     ),
     "texts": ([{"body": "a b c d e"}], "single", {"text": "output"}, {"key": "body"}),
     "recordings": (
@@ -208,6 +218,22 @@ def test_the_config_says_what_was_chosen_and_is_not_overwritten(here, capsys):
     assert (here / "configs/mine.py").read_text() == text
     assert main(["init", "sub/other.py", "--from=my.jsonl"]) == 0
     assert (here / "sub/other.py").exists()
+
+
+def test_pairs_in_csv_become_chats_and_say_so(here, capsys):
+    rows = "".join(f'"how far, {i} ?",ten\n' for i in range(40))
+    (here / "my.csv").write_text(f"\ufeffquestion,answer\n{rows}why ?,\n", encoding="utf-8")
+    assert main(["init", "mine", "--from=my.csv"]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "Data: pairs of question and answer; 41 examples" in said
+    assert "a pair is a chat of two turns" in said and "use the converter wait_k" in said
+    assert "silences of drawn lengths" in said
+    assert "WARNING: 1 of 41 pairs have an empty question or answer, the first at my.csv:42" in said
+    write(here / "my.jsonl", [{"source": "one", "target": "eins"}] * 30)
+    assert main(["init", "other", "--from=my.jsonl"]) == 0
+    said = capsys.readouterr().out
+    assert "there are no silences before and after a pair" in said
+    assert "name source question and target answer" in said
 
 
 def test_a_large_text_is_looked_at_in_part(here, monkeypatch):

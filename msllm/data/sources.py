@@ -226,11 +226,10 @@ def text_of(value: Any, key: str, where: str) -> str:
     text = value.get(key) if isinstance(value, dict) else None
     if isinstance(text, str):
         return text
-    if isinstance(value, dict):
-        found = f"the record's keys: {sorted(value)}"
-    else:
-        found = f"the record is {_short(value)}"
-    raise BadRecord(f"{where}: {key!r} is {text!r}: must be a string ({found})")
+    if not isinstance(value, dict):
+        raise BadRecord(f"{where}: the record is {_short(value)}: must be an object with {key!r}")
+    what = f"{key!r} is {_short(text)}" if key in value else f"there is no {key!r}"
+    raise BadRecord(f"{where}: {what}: must be a string (the keys: {sorted(value)})")
 
 
 def parts(

@@ -17,7 +17,7 @@ from msllm.config import StreamsConfig
 from msllm.data import files, sources, transcripts
 from msllm.data.converters import wait_k
 from msllm.data.converters.layout import Layout, Recorder, UnreadKey, check_keys
-from msllm.data.converters.messages import LISTS, Turn, read_chat
+from msllm.data.converters.messages import LISTS, Turn, pair_of, read_chat
 from msllm.data.sources import BadRecord, BadRecords, Part, Record
 from msllm.errors import UserError
 from msllm.streams import StreamSpec
@@ -31,11 +31,6 @@ _WRITERS = "assistant output model bot agent ai answer".split()
 _THOUGHTS = "reasoning thinking thought thoughts analysis".split()
 _PAIRS = (
     ("source", "target"),
-    ("question", "answer"),
-    ("input", "output"),
-    ("query", "response"),
-    ("question", "response"),
-    ("prompt", "answer"),
     ("src", "tgt"),
 )
 _TEXTS = "text content document body code story".split()
@@ -45,6 +40,7 @@ _SILENCES = (0, 0, 1, 2, 4, 8, 16, 32, 64)
 _CALLS = ("tool_calls", "function_call")  # keys of a message
 _UTTERANCE = {"start", "end", "speaker", "text"}
 _MOST_STREAMS = 12
+_TOKENS_BEHIND = 3  # of a target that follows its source
 _ROW_SECONDS = (0.1, 0.5)  # the shortest and the longest row of timed data
 
 
@@ -112,8 +108,9 @@ def survey(path: str, format: str = "") -> Survey:
         return _texts(found, kind, key)
     raise UserError(
         f"{records[0].where}: the record has the keys {sorted(keys)}: init knows chats (messages,"
-        " conversations, instruction and output, prompt and completion), pairs (such as source and"
-        " target), texts (such as text) and recordings (utterances); rename the keys, or write a"
+        " conversations, instruction and output, prompt and completion, question and answer), pairs"
+        " (source and target), texts (such as text) and recordings (utterances); rename the keys"
+        " (in csv, the first row names them), or write a"
         " converter (docs/extending/converter.md)"
     )
 
@@ -125,7 +122,8 @@ def _first_file(path: str) -> str:
         if "://" in path:  # there are many reasons, and the message names the one
             raise
         raise UserError(
-            f"--from is {path!r}: there is no such file; give a file or glob"
+            f"--from is {path!r}: there is no such file{files.missing_file(path)}; give a file or"
+            " glob"
         ) from error
 
 
@@ -214,6 +212,8 @@ def _chats(found: Survey, records: Sequence[Record]) -> Survey:
         )
     found.options["roles"] = _roles_option(roles, records[0].where)
     found.kind, found.converter = "chats", "tools" if has_calls else "chat"
+    if pair := pair_of(records[0]):
+        _say_of_pairs(found, records, *pair)
     said = ", ".join(f"{role} ({counts[role]:,} turns) -> {roles[role]}" for role in order)
     found.notes.append(f"roles and their streams: {said}")
     if has_calls:
@@ -238,6 +238,27 @@ def _chats(found: Survey, records: Sequence[Record]) -> Survey:
         if turn.text and found.streams.get(roles[turn.role]) == "input":
             found.prompt.setdefault(roles[turn.role], turn.text)
     return found
+
+
+def _say_of_pairs(found: Survey, records: Sequence[Record], question: str, answer: str) -> None:
+    """Says how pairs become chats."""
+    found.kind = f"pairs of {question} and {answer}"
+    found.notes.append(
+        f"a pair is a chat of two turns: {question} is said by user, and {answer} by assistant; for"
+        f" an answer that begins while the question is still read, as in simultaneous translation,"
+        f" use the converter wait_k (docs/data.md)"
+    )
+    empty = [
+        record.where
+        for record in records
+        if not all(str(record.get(key) or "").strip() for key in (question, answer))
+    ]
+    if empty:
+        found.notes.append(
+            f"WARNING: {len(empty):,} of {len(records):,} pairs have an empty {question} or"
+            f" {answer}, the first at {empty[0]}: the model learns that there is no answer, or to"
+            " speak without a question; remove them if this is not what you want"
+        )
 
 
 def _is_chat(record: Record) -> bool:
@@ -339,15 +360,14 @@ def _pairs(found: Survey, records: Sequence[Record], pair: tuple[str, str]) -> S
     source, target = pair
     found.kind, found.converter = f"pairs of {source} and {target}", "wait_k"
     found.streams = {"user": "input", "output": "output"}
-    k = 3 if source in ("source", "src") else -1
+    k = _TOKENS_BEHIND
     found.options = {"source": source, "target": target, "k": k}
-    if k < 0:
-        found.notes.append(f"{target} begins when {source} has ended (k = -1)")
-    else:
-        found.notes.append(
-            f"{target} begins {k} tokens after {source} (k = {k}), as in simultaneous translation;"
-            " with k = -1 it waits for the end"
-        )
+    found.notes += [
+        f"{target} begins {k} tokens after {source} (k = {k}), as in simultaneous translation; with"
+        " k = -1 it waits for the end",
+        "there are no silences before and after a pair: for a model that waits for a question and"
+        f" answers it whenever it comes, name {source} question and {target} answer",
+    ]
     ignored = _unread(records, {source, target})
     if ignored:
         found.options["ignored_keys"] = ignored

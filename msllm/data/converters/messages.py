@@ -5,7 +5,8 @@ Forms of a record:
 - {"messages": [{"role", "content"}, ...]}, as in chat APIs.
 - {"conversations": [{"from", "value"}, ...]} (ShareGPT): human is the role user, gpt the role
   assistant, observation the role tool.
-- {"instruction", "input", "output"} (Alpaca), {"prompt", "completion"}, and similar pairs.
+- {"instruction", "input", "output"} (Alpaca), {"prompt", "completion"}, {"question", "answer"}, and
+  similar pairs, such as the rows of a table.
 
 The messages may also be a JSON text, or an object with a list for each key. A content may be a list
 of parts with texts. Whatever else a record holds is read, known not to matter, or makes it a
@@ -38,7 +39,13 @@ _ALIASES = {
     "observation": "tool",
     "function_response": "tool",
 }
-_QUESTIONS = {"instruction": ("output", "response"), "prompt": ("completion", "response")}
+_QUESTIONS = {
+    "instruction": ("output", "response"),
+    "prompt": ("completion", "response", "answer"),
+    "question": ("answer", "response"),
+    "query": ("answer", "response"),
+    "input": ("output",),
+}
 _INPUTS = ("input", "context")
 _TO_KEY = json.JSONEncoder(sort_keys=True, default=str).encode
 _PARTS = ("text", "input_text", "output_text")
@@ -129,6 +136,17 @@ def _check_record(layout: Layout, record: Record, name: str, turns: Sequence[Tur
     check_keys(layout, record.value, read, record.where, _HINTS)
 
 
+def pair_of(record: Record) -> tuple[str, str] | None:
+    """Returns the keys of question and answer of a record that is a pair; None for other forms."""
+    if any(record.get(name) is not None for name in LISTS):
+        return None
+    for question, answers in _QUESTIONS.items():
+        for answer in answers:
+            if record.get(question) is not None and record.get(answer) is not None:
+                return question, answer
+    return None
+
+
 def _messages_of(record: Record) -> tuple[str, list[dict[str, Any]]]:
     """Returns the name of the form, and the messages as objects. Raises BadRecord."""
     messages = record.get(LISTS[0])
@@ -137,17 +155,15 @@ def _messages_of(record: Record) -> tuple[str, list[dict[str, Any]]]:
     for name in LISTS:
         if record.get(name) is not None:
             return name, _list_of(record.get(name), name, record.where)
-    for question, answers in _QUESTIONS.items():
-        for answer in answers:
-            if record.get(question) is not None and record.get(answer) is not None:
-                return f"{question} {answer}", _pair(record, question, answer)
+    if pair := pair_of(record):
+        return " ".join(pair), _pair(record, *pair)
     keys = f"the record has the keys {sorted(record.value)}"
     if not isinstance(record.value, dict):
         keys = f"the record is {record.value!r:.40}"
     raise BadRecord(
         f'{record.where}: {keys}: it must have "messages" ([{{"role": ..., "content": ...}}, ...]),'
-        ' "conversations" ([{"from": ..., "value": ...}, ...]), "instruction" and "output", or'
-        ' "prompt" and "completion"'
+        ' "conversations" ([{"from": ..., "value": ...}, ...]), "instruction" and "output",'
+        ' "prompt" and "completion", or "question" and "answer"'
     )
 
 
@@ -257,7 +273,7 @@ def _turns(
             if message.get(key) and key not in layout.options["ignored_keys"]:
                 yield Turn("reasoning", text_of(message, key, where), where, weight=weight)
     calls = list(_calls_of(message, where)) if read_calls else []
-    text = _content_of(message.get(names[1]), names[1], where, optional=bool(calls))
+    text = _content_of(message, names[1], where, optional=bool(calls))
     identity, name = message.get("tool_call_id"), message.get("name")
     yield Turn(role, text, where, calls, is_result, _word(identity), _word(name), weight)
 
@@ -304,14 +320,21 @@ def _weight_of(layout: Layout, message: Mapping[str, Any], where: str) -> float:
     return float(next(iter(found.values()), 1.0))
 
 
-def _content_of(value: Any, name: str, where: str, optional: bool) -> str | None:
-    """Returns the text of a content. Raises BadRecord."""
+def _content_of(message: Mapping[str, Any], name: str, where: str, optional: bool) -> str | None:
+    """Returns the text that a message holds under `name`. Raises BadRecord."""
+    value = message.get(name)
     if isinstance(value, str):
         return value
     if value is None and optional:
         return None
+    if name not in message:
+        raise BadRecord(
+            f"{where}: there is no {name!r}, only {sorted(message)}: must be a text or a list of"
+            " texts"
+        )
     if not isinstance(value, list):
-        raise BadRecord(f"{where}: {name!r} is {value!r:.60}: must be a text or a list of texts")
+        shown = "null" if value is None else f"{value!r:.60}"
+        raise BadRecord(f"{where}: {name!r} is {shown}: must be a text or a list of texts")
     return "".join(part if isinstance(part, str) else _part(part, where) for part in value)
 
 
