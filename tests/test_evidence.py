@@ -278,15 +278,17 @@ def test_prepare_warns_of_too_few_rows_and_of_empty_splits(tmp_path, monkeypatch
         return capsys.readouterr().out
 
     assert "never" not in output("enough") and "are cut at" not in output("enough")
-    text = output("few", "--config.data.rows=5")
-    assert re.search(r"WARNING: output never says anything.* (\d+) of them cut at 5 rows", text)
-    longest = int(
-        re.search(
-            r"WARNING: 100% of the examples are cut .* config.data.rows=(\d+) cuts none", text
-        )[1]
+    # All answers are cut: there is nothing to learn.
+    assert main(["prepare", "--config=config.py", "--out=few", "--config.data.rows=5"]) == 2
+    error = capsys.readouterr().err
+    rule = (
+        r"error: config.data.rows is 5: all that output says is lost, because (\d+) of \1 examples"
     )
-    assert "are cut" not in output("more", f"--config.data.rows={longest}")
-    assert "are cut" in output("fewer", f"--config.data.rows={longest - 2}")
+    assert re.search(rf"{rule} \(100%\) are cut before it; increase it: \d+ cuts none$", error)
+    longest = int(re.search(r"(\d+) cuts none", error)[1])
+    assert "are cut" not in output("few", f"--config.data.rows={longest}")  # nothing is in the way
+    text = output("fewer", f"--config.data.rows={longest - 2}")
+    assert f"config.data.rows={longest} cuts none" in text
     none = "eval: none of the 120 examples is held out (config.data.eval_percent is 1e-06)"
     assert f"WARNING: {none}" in output("none", "--config.data.eval_percent=1e-6")
     off = output("off", "--config.data.eval_percent=0.0")

@@ -182,7 +182,7 @@ def build(
     report = finished_report(out, portion)
     if report is not None:
         return report
-    packers = {split: Packer(config.data.rows) for split in SPLITS}
+    packers = {split: Packer(config.data.rows, tokenizer.silence_id) for split in SPLITS}
     writers = {
         split: ShardWriter(out, split, portion, config.data.shards, spec.size, tokenizer)
         for split in SPLITS
@@ -367,6 +367,7 @@ def _report(packer: Packer, writer: ShardWriter) -> dict[str, Any]:
         "examples": packer.examples,
         "cut": packer.cut,
         "cut_rows": packer.cut_rows,
+        "cut_tokens": np.broadcast_to(packer.cut_tokens, writer.tokens.shape).tolist(),
         "longest": packer.longest,
         "dropped": packer.dropped,
         "tokens": writer.tokens.tolist(),

@@ -33,13 +33,16 @@ class Packer:
       rows: the number of their rows.
       cut: the number of examples longer than T. Only their first T rows are packed.
       cut_rows: the number of their rows that are lost.
+      cut_tokens: the number of tokens of each stream in these rows, [S], without silence; 0: no
+        example was cut.
       longest: the number of rows of the longest example, before it is cut.
       dropped: the number of examples with fewer than 2 rows, in which there is nothing to predict.
     """
 
-    def __init__(self, rows: int):
-        """Takes the number of rows T of the packed tables."""
-        self.table_rows = rows
+    def __init__(self, rows: int, silence_id: int | None = None):
+        """Takes the number of rows T of the packed tables, and the token that means silence."""
+        self.table_rows, self._silence_id = rows, silence_id
+        self.cut_tokens: np.ndarray | int = 0
         self._window: list[Table] = []
         self._cells = 0  # of the tables in the window
         self._free: list[tuple[int, int]] = []  # (free rows, bin number), sorted
@@ -58,6 +61,9 @@ class Packer:
         if length > self.table_rows:
             self.cut += 1
             self.cut_rows += length - self.table_rows
+            lost = slice(self.table_rows, length)
+            spoken = table.present[lost] & (table.tokens[lost] != self._silence_id)
+            self.cut_tokens = self.cut_tokens + spoken.sum(axis=0)
             table = select_rows(table, slice(self.table_rows))
         self.examples += 1
         self.rows += len(table.tokens)

@@ -28,7 +28,7 @@ from msllm.data import build, converters, duplicates, files, identity, records, 
 from msllm.data.build import SPLITS, Portion
 from msllm.data.executors import Pool, Status, open_pool
 from msllm.data.job import IDS, STATE, Input, InputGroup, Job, Sample, Sampled, read_inputs, run_id
-from msllm.data.report import make_manifest, sum_portions
+from msllm.data.report import make_manifest, rows_too_few, sum_portions
 from msllm.data.sources import BadRecords
 from msllm.errors import UserError
 from msllm.runtime.files import lock_file, write_atomically
@@ -108,6 +108,14 @@ def _prepare(
             f"config.data.path is {config.data.path!r}: it gave no example of at least 2 rows;"
             " name other files, or another config.data.converter"
         )
+    if too_few := rows_too_few(
+        splits["train"], [report["splits"]["train"] for report in reports], spec
+    ):
+        for report in reports:  # with other rows, the shards may have other names
+            for shard in (s for part in report["splits"].values() for s in part["shards"]):
+                (out / shard["file"]).unlink(missing_ok=True)
+        shutil.rmtree(work)
+        raise UserError(f"config.data.rows is {config.data.rows}: {too_few}")
     repeated = _count_duplicates(job, reports, splits, work, pool)
     manifest = make_manifest(config, spec, tokenizer, settings, splits, repeated, bad)
     records.write_manifest(out, manifest)
@@ -252,7 +260,10 @@ def _check_finished(
         records.open_prepared(out, split)
     if (out / build.WORK).exists():  # the run was killed at its very end
         _clean(out)
-    print(f"{out} already holds this data")
+    print(
+        f"{out} already holds this data: nothing to do; to prepare it again, give another --out, or"
+        " delete it"
+    )
     if not all("unknown" in part for part in manifest["splits"].values()):
         print(
             f"{out} was prepared by a version of msllm that did not look for texts and keys of"

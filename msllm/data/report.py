@@ -117,6 +117,35 @@ def sum_portions(
     }
 
 
+def rows_too_few(
+    part: Mapping[str, Any], portions: Sequence[Mapping[str, Any]], spec: StreamSpec
+) -> str:
+    """Says that tables have too few rows for a stream that the model writes; "" if they do not.
+
+    They have if all that the stream says is in rows that were cut. A model that is trained on such
+    tables learns to say nothing.
+
+    Args:
+      part: the result of `sum_portions`.
+      portions: the reports of the portions.
+      spec: the streams.
+    """
+    none = [0] * spec.size
+    lost = _sum_by_stream([portion.get("cut_tokens", none) for portion in portions])
+    silent = [
+        name
+        for name, kind, count in zip(spec.names, spec.kinds, lost)
+        if kind != "input" and count and not part["tokens"][name]
+    ]
+    if not silent:
+        return ""
+    cut, examples = part["cut"]["examples"], part["examples"]
+    return (
+        f"all that {' and '.join(silent)} says is lost, because {cut:,} of {examples:,} examples"
+        f" ({cut / examples:.0%}) are cut before it; increase it: {part['longest']} cuts none"
+    )
+
+
 def _sum_by_stream(counts: Sequence[Sequence[int]]) -> list[int]:
     return [sum(stream) for stream in zip(*counts)]
 
