@@ -109,7 +109,13 @@ def train(
         goodput.restored(start)
         goodput.write()
         if start >= config.steps:
-            log.info("nothing to do: the run is at step %d of %d", start, config.steps)
+            log.info(
+                "nothing to do: the run in %s is at step %d of %d; increase config.steps to train"
+                " it further, or give another --workdir to start a new run",
+                workdir,
+                start,
+                config.steps,
+            )
             checkpoints.close()
             if local:
                 local.close()
@@ -142,6 +148,8 @@ def train(
             *([Profile(config)] if config.monitor.profile_start else []),
             *hooks,
         ]
+        for hook in run.hooks:
+            stack.callback(hook.close, run)
         with processes.exit_on_error():
             _loop(run, step)
     return run.state

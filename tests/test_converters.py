@@ -346,7 +346,7 @@ BAD = [
     ("gsm8k", [GOOD, "{'a': 1}"], r"records.jsonl:2: invalid JSON"),
     ("gsm8k", [GOOD, '{"a": 1'], r"records.jsonl:2: invalid JSON \(.* in column 8\)"),
     ("gsm8k", [GOOD, "[1]"], r"records.jsonl:2: .*must be a JSON object"),
-    ("gsm8k", [GOOD, GOOD, {"question": "a"}], r"records.jsonl:3: 'answer' is None"),
+    ("gsm8k", [GOOD, GOOD, {"question": "a"}], r"records.jsonl:3: there is no 'answer': must be"),
     ("gsm8k", [{"question": "a", "answer": "b"}], r"records.jsonl:1: .*#### number"),
     ("tables", [GOOD], r"records.jsonl:1: keys are"),
     (
@@ -395,7 +395,11 @@ def test_the_error_names_a_bad_record(tmp_path, converter, records, message):
         ({"options": {"think": 1}}, "options.think: the options of gsm8k are: think_after"),
         ({"options": {"think_after": "1"}}, "think_after is '1': expected int"),
         ({"options": {"think_after": -2}}, "think_after is -2"),
-        ({"path": "/nowhere/*.jsonl"}, "/nowhere/.*--config.data.path=.*MSLLM_SHARED"),
+        (
+            {"path": "/nowhere/*.jsonl"},
+            r"/nowhere/.*\(there is no folder /nowhere\).*--config.data.path=\.\.\.$",
+        ),
+        ({"path": "../shared/x.jsonl"}, "path=..., or set MSLLM_SHARED: the example configs"),
     ],
 )
 def test_the_error_names_a_bad_setting(tmp_path, changes, message):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import runpy
 import subprocess
 import sys
@@ -230,7 +231,9 @@ def test_an_existing_directory_is_kept_if_equal_and_otherwise_refused(tmp_path, 
     manifest = prepare(config, tmp_path / "out")
     before = (tmp_path / "out/train-00000-of-00004.array_record").stat().st_mtime_ns
     assert prepare(config, tmp_path / "out") == manifest
-    assert "already holds this data" in capsys.readouterr().out
+    assert "already holds this data: nothing to do; to prepare it again, give another --out" in (
+        capsys.readouterr().out
+    )
     assert (tmp_path / "out/train-00000-of-00004.array_record").stat().st_mtime_ns == before
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, rows=9))
     with pytest.raises(
@@ -331,7 +334,10 @@ def test_the_loader_finds_damage_when_it_opens_data(prepared, damage, message):
 
 
 def test_a_missing_directory_and_an_unknown_split_are_named(tmp_path, prepared):
-    with pytest.raises(UserError, match="nowhere does not exist.*config.data.dir"):
+    beside = f"nowhere does not exist \\({re.escape(str(tmp_path))} holds .*nowhat.*\\)"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "nowhat").mkdir()
+    with pytest.raises(UserError, match=f"{beside}: prepare it with `msllm prepare .*, or name"):
         records.open_prepared(tmp_path / "nowhere", "train")
     with pytest.raises(UserError, match="no split 'test': must be one of train, eval"):
         records.open_prepared(prepared, "test")
@@ -357,4 +363,4 @@ def test_command_line(tmp_path):
     done = run("gsm8k", "--config.data.path=/nowhere.jsonl")
     assert done.returncode == 2
     assert done.stderr.startswith("error: config.data.path is '/nowhere.jsonl'")
-    assert "MSLLM_SHARED" in done.stderr
+    assert "MSLLM_SHARED" not in done.stderr

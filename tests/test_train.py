@@ -95,7 +95,9 @@ def scalars(content):
     return result
 
 
-def test_a_stopped_run_continues_bit_for_bit(config, uninterrupted, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_continues_bit_for_bit(
+    config, uninterrupted, tmp_path, monkeypatch, capsys, caplog
+):
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         stopped = train(config, tmp_path)
@@ -108,9 +110,11 @@ def test_a_stopped_run_continues_bit_for_bit(config, uninterrupted, tmp_path, mo
     assert_same_parameters(tmp_path, uninterrupted)
     # Starting a finished run again changes nothing.
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    again = train(config, tmp_path)
+    with caplog.at_level("INFO", logger="msllm"):
+        again = train(config, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, host(again), host(finished))
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert f"the run in {tmp_path} is at step 8 of 8; increase config.steps" in caplog.text
 
 
 def test_a_run_continues_on_another_mesh(config, uninterrupted, tmp_path, monkeypatch):
@@ -282,7 +286,7 @@ def test_a_workdir_that_cannot_be_made_is_refused(config, tmp_path):
             r"is not the tokenizer of this data \(sha256 differs\)",
         ),
         (lambda data: (data / "manifest.json").write_text("{"), r"manifest.json is damaged"),
-        (shutil.rmtree, r"does not exist \(no manifest.json\)"),
+        (shutil.rmtree, r"data does not exist \(/.* holds? "),
     ],
     ids=["shard", "evaluation shard", "tokenizer", "manifest", "no data"],
 )

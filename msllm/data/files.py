@@ -26,6 +26,7 @@ from typing import Any
 from etils import epath
 
 from msllm.errors import UserError
+from msllm.runtime.files import describe_missing
 
 BLOCK_CHARACTERS = 1 << 16  # of plain text read at a time
 # The scheme, the bucket and the leading folders of a remote path that hold no wildcards.
@@ -78,11 +79,36 @@ def input_files(path: str, setting: str = "path") -> list[str]:
         files = glob.glob(path, recursive=True)
     if not files:
         raise UserError(
-            f"config.data.{setting} is {path!r}: there is no such file; name one with"
-            f" --config.data.{setting}=... (the example configs read the folder that MSLLM_SHARED"
-            " names, by default the folder `shared` beside the repository)"
+            f"config.data.{setting} is {path!r}: there is no such file{missing_file(path)}; name"
+            f" one with --config.data.{setting}=...{_hint_for_shared(path)}"
         )
     return sorted(files)
+
+
+def missing_file(path: str) -> str:
+    """Returns what there is in place of a file that does not exist, in parentheses, for messages.
+
+    Args:
+      path: the path or glob. About remote files, which have `://` in their names, nothing is said.
+    """
+    if "://" in path:
+        return ""
+    fixed = re.match(r"[^*?\[]*/|", path)  # the folders without wildcards
+    if glob.has_magic(path) and fixed and os.path.isdir(fixed[0] or "."):
+        path = fixed[0] + os.path.basename(path)
+    return f" ({describe_missing(path)})"
+
+
+def _hint_for_shared(path: str) -> str:
+    """Says where the example configs look for data, if a path is one of theirs."""
+    folder = os.environ.get("MSLLM_SHARED") or "shared"
+    parents = pathlib.Path(path).parents
+    if pathlib.Path(folder) not in parents and "shared" not in [p.name for p in parents]:
+        return ""
+    return (
+        ", or set MSLLM_SHARED: the example configs read the folder that it names, by default the"
+        " folder `shared` beside the repository"
+    )
 
 
 def _remote_files(path: str) -> list[str]:

@@ -31,7 +31,13 @@ from array_record.python import array_record_module
 
 from msllm.data.packing import Packed
 from msllm.errors import UserError
-from msllm.runtime.files import digest_differs, read_object, with_digest, write_atomically
+from msllm.runtime.files import (
+    describe_missing,
+    digest_differs,
+    read_object,
+    with_digest,
+    write_atomically,
+)
 
 FORMAT = 1
 FORMAT_WITH_WEIGHTS = 2  # of data with loss weights of cells, which earlier versions cannot read
@@ -115,11 +121,12 @@ def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
     """Returns the manifest of a prepared directory, without its digest. Raises UserError."""
     path = pathlib.Path(directory) / MANIFEST
     if not path.is_file():
-        exists = path.parent.is_dir()
-        what = "is unfinished or holds no prepared data" if exists else "does not exist"
+        what = f"does not exist ({describe_missing(path.parent)})"
+        if path.parent.is_dir():
+            what = f"is unfinished or holds no prepared data (no {MANIFEST})"
         raise UserError(
-            f"{path.parent} {what} (no {MANIFEST}): run `msllm prepare --config=...`, or correct"
-            " config.data.dir"
+            f"{path.parent} {what}: prepare it with `msllm prepare --config=...`, or name the"
+            " folder of other prepared data"
         )
     manifest = read_object(path, _PREPARE_AGAIN)
     version = manifest.get("format")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import fcntl
 import hashlib
@@ -29,9 +30,33 @@ STORAGE_ERRORS = (
 )
 # Errors of file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_SHOWN_NAMES = 5  # of a folder, in messages
 
 _held: set[str] = set()  # lock files that this process holds: to the system it is a single holder
 _held_guard = threading.Lock()
+
+
+def describe_missing(path: str | os.PathLike) -> str:
+    """Says what there is in place of a local file or folder that does not exist, for messages.
+
+    Returns, for example, "data holds mine, quickstart", or "there is no folder data".
+    """
+    folder = pathlib.Path(path).parent
+    if not folder.is_dir():
+        while not folder.parent.is_dir():
+            folder = folder.parent
+        return f"there is no folder {folder}"
+    where = "this folder" if folder == pathlib.Path() else str(folder)
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError:
+        return f"{where} cannot be read"
+    if not names:
+        return f"{where} is empty"
+    close = difflib.get_close_matches(pathlib.Path(path).name, names, n=_SHOWN_NAMES)
+    shown = [*close, *(name for name in names if name not in close)][:_SHOWN_NAMES]
+    more = f" and {len(names) - len(shown):,} more" if len(names) > len(shown) else ""
+    return f"{where} holds {', '.join(shown)}{more}"
 
 
 def write_atomically(
