@@ -8,8 +8,10 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 
 import hypothesis
+import jax
 import pytest
 from hypothesis import strategies as st
 from runs import settings
@@ -19,6 +21,7 @@ from msllm.cli import base
 from msllm.cli.main import COMMANDS, load_command, main, parser_of
 from msllm.config import Config, default_config
 from msllm.errors import RunError, UserError
+from msllm.runtime import environment
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -278,6 +281,17 @@ def test_exit_statuses(capsys, result, status):
     assert capsys.readouterr().err == (
         f"error: {result}\n" if isinstance(result, Exception) else ""
     )
+
+
+def test_a_command_in_a_process_where_jax_runs_does_not_warn(monkeypatch, capsys):
+    jax.devices()
+    monkeypatch.setattr(environment, "_settings", lambda: {"PJRT_NPROC": "128"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main(["inspect", "nowhere"]) == 2  # as far as the command itself
+    assert "error: nowhere does not exist" in capsys.readouterr().err
+    with pytest.warns(RuntimeWarning, match="PJRT_NPROC cannot be set any more"):
+        msllm.configure_jax()
 
 
 def test_64_bits_are_refused_before_anything_else():

@@ -78,7 +78,8 @@ def _run(arguments: list[str]) -> int | None:
         raise UserError(f"unknown command {name!r}{hint} (msllm --help lists the commands)")
     flags = parser_of(name).parse(rest)
     environment.refuse_x64()
-    environment.configure_jax()
+    if not environment.jax_has_started():  # it has in a notebook that calls `main`
+        environment.configure_jax()
     return load_command(name).run(flags)
 
 

@@ -25,7 +25,7 @@ def configure_jax() -> None:
     wanted = _settings()
     if not wanted:
         return
-    if _backend_is_initialized():
+    if jax_has_started():
         warnings.warn(
             f"{' and '.join(wanted)} cannot be set any more, because jax has already started: "
             "call msllm.configure_jax() before jax first uses a device",
@@ -53,6 +53,16 @@ def refuse_x64() -> None:
         )
 
 
+def jax_has_started() -> bool:
+    """Returns whether JAX has initialized its backends, and so read the environment."""
+    if "jax" not in sys.modules:
+        return False
+    # There is no public function. jax.distributed asks in the same way.
+    from jax._src import xla_bridge
+
+    return xla_bridge.backends_are_initialized()
+
+
 def _settings() -> dict[str, str]:
     """The environment variables to change, with their new values."""
     wanted = {}
@@ -67,12 +77,3 @@ def _settings() -> dict[str, str]:
         threads = max(_THREADS_PER_DEVICE * int(virtual[1]), os.cpu_count() or 1)
         wanted["PJRT_NPROC"] = str(threads)
     return wanted
-
-
-def _backend_is_initialized() -> bool:
-    if "jax" not in sys.modules:
-        return False
-    # There is no public function. jax.distributed asks in the same way.
-    from jax._src import xla_bridge
-
-    return xla_bridge.backends_are_initialized()

@@ -42,7 +42,7 @@ def choose_backend(
 ) -> Backend:
     """Chooses the best backend for a model on a mesh, and sets its options.
 
-    Logs the backend's name, and the reasons why better ones decline.
+    Logs the backend's name, and the reasons why better ones for the same platform decline.
 
     Args:
       config: the settings of the model.
@@ -55,7 +55,8 @@ def choose_backend(
     """
     case = _case(config, lag, rows, mesh, relays)
     passed_over = ""
-    for name in AUTO if config.attention == "auto" else (config.attention,):
+    candidates = [name for name in AUTO if BACKENDS[name] in (ANY, case.platform)]
+    for name in candidates if config.attention == "auto" else (config.attention,):
         reason = declines(name, case)
         if reason is None:
             log.info("attention: %s%s", name, passed_over)
