@@ -389,7 +389,7 @@ def code_named_by(config: Any, setting: str = "config") -> dict[str, str]:
       config: a `Config` or a section of one.
       setting: the name of the section, for the result.
 
-    Returns: {setting: import path}, e.g. {"config.model.block": "mine:Block"}.
+    Returns: {setting: import paths}, e.g. {"config.model.block": "mine:Block"}, separated by ", ".
     """
     found: dict[str, str] = {}
     for field in dataclasses.fields(config):
@@ -397,10 +397,15 @@ def code_named_by(config: Any, setting: str = "config") -> dict[str, str]:
         if dataclasses.is_dataclass(value):
             found |= code_named_by(value, name)
         elif field.metadata.get("import_path"):
-            for path in (value,) if isinstance(value, str) else value:
-                if ":" in path and path.partition(":")[0].split(".")[0] != "msllm":
-                    found[name] = path
+            paths = (value,) if isinstance(value, str) else value
+            foreign = [path for path in paths if ":" in path and not _belongs_to_msllm(path)]
+            if foreign:
+                found[name] = ", ".join(foreign)
     return found
+
+
+def _belongs_to_msllm(path: str) -> bool:
+    return path.partition(":")[0].split(".")[0] == "msllm"
 
 
 def setting_type(path: str) -> Any:

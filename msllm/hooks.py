@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -62,6 +62,12 @@ class Hook:
 
     def at_end(self, run: Run) -> None:
         """Called after the last step of this process, unless the run ends with an error."""
+
+    def close(self, run: Run) -> None:
+        """Called last, also if the run ends with an error. Releases what the hook has opened.
+
+        If an earlier hook fails at the start, this is called although `at_start` was not.
+        """
 
 
 @dataclasses.dataclass
@@ -350,6 +356,8 @@ class LogExamples(Hook):
     each row.
     """
 
+    _file: IO[str] | None = None
+
     def at_start(self, run: Run) -> None:
         folder = run.workdir / "examples"
         folder.mkdir(parents=True, exist_ok=True)
@@ -362,11 +370,13 @@ class LogExamples(Hook):
             "rows": [rows.start, rows.stop],
             "examples": run.loader.example_ids(step - 1, rows),
         }
+        assert self._file
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
-    def at_end(self, run: Run) -> None:
-        self._file.close()
+    def close(self, run: Run) -> None:
+        if self._file:
+            self._file.close()
 
 
 class Profile(Hook):
@@ -387,7 +397,7 @@ class Profile(Hook):
         elif step == self._first + self._steps:
             self._stop()
 
-    def at_end(self, run: Run) -> None:
+    def close(self, run: Run) -> None:
         self._stop()
 
     def _start(self, run: Run) -> None:

@@ -28,6 +28,7 @@ from msllm.streams import StreamSpec
 
 log = logging.getLogger("msllm")
 
+_TAIL_BYTES = 1 << 16
 FLUSH_SECONDS = 30.0  # the longest time that metrics stay in memory before they are written
 
 
@@ -217,10 +218,24 @@ def append_lines(path: epath.Path) -> IO[str]:
 
     Removes an incomplete last line, which a full disk may have left.
     """
-    content = path.read_bytes() if path.exists() else b""
+    end = _end_of_lines(path) if path.exists() else 0
     file = path.open("a")
-    file.truncate(content.rfind(b"\n") + 1)
+    file.truncate(end)
     return file
+
+
+def _end_of_lines(path: epath.Path) -> int:
+    """Returns the position after the last line break of a file. Reads only its end."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(end - _TAIL_BYTES, 0)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+    return 0
 
 
 class JsonLines:

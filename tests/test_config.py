@@ -289,13 +289,13 @@ def test_user_code_is_found_in_all_settings():
     settings = default_config()
     assert code_named_by(from_config_dict(settings)) == {}
     settings.model.block = "mine:Block"
-    settings.monitor.writers = ("jsonl", "mine.writers:Print")
+    settings.monitor.writers = ("jsonl", "mine.writers:Print", "yours:Send")
     settings.data.path = "gs://bucket/file"  # a URL
     settings.data.format = "msllm.data.corpora:tatoeba"  # part of msllm
     config = from_config_dict(settings)
     assert code_named_by(config) == {
         "config.model.block": "mine:Block",
-        "config.monitor.writers": "mine.writers:Print",
+        "config.monitor.writers": "mine.writers:Print, yours:Send",
     }
     assert code_named_by(config.model, "model") == {"model.block": "mine:Block"}
     settings.model.block = "mine"

@@ -1,5 +1,6 @@
 """Monitoring of a run: goodput, MFU, slow steps, traces, metrics writers, and hosts that differ."""
 
+import io
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ from etils import epath
 from runs import SILENCE, dictation, four_streams, make_program, metrics
 
 from msllm.errors import UserError
-from msllm.hooks import Announce
+from msllm.hooks import Announce, Hook, LogExamples
 from msllm.metrics import MetricsWriters, append_lines
 from msllm.monitor import KINDS, PAST, Goodput, Monitor
 from msllm.runtime import processes
@@ -212,6 +213,47 @@ def test_appending_drops_a_last_line_that_is_incomplete(tmp_path, content, kept)
     with append_lines(path) as file:
         file.write("new\n")
     assert path.read_text() == kept + "new\n"
+
+
+def test_appending_reads_only_the_end_of_a_long_file(tmp_path, monkeypatch):
+    path = tmp_path / "lines"
+    path.write_text("a line\n" * 20_000 + "x" * 70_000)  # more than one part has no line break
+    read = []
+
+    class Counted(io.FileIO):
+        def read(self, size=-1):
+            content = super().read(size)
+            read.append(len(content))
+            return content
+
+    class Path(type(path)):
+        def open(self, mode="r", **options):
+            return Counted(self) if mode == "rb" else super().open(mode, **options)
+
+    with append_lines(Path(path)) as file:
+        file.write("new\n")
+    assert path.read_text() == "a line\n" * 20_000 + "new\n"
+    assert 0 < sum(read) < path.stat().st_size
+
+
+def test_hooks_are_closed_if_a_run_fails(tmp_path, data_dir):
+    class Fails(Hook):
+        closed = False
+
+        def at_step(self, run, step, metrics):
+            self.hooks = run.hooks
+            raise ZeroDivisionError
+
+        def close(self, run):
+            self.closed = True
+
+    config = dictation(**{"data.dir": data_dir, "steps": 5, "monitor.examples": True})
+    hook = Fails()
+    with pytest.raises(ZeroDivisionError):
+        train(config, tmp_path, hooks=[hook])
+    (log,) = (each for each in hook.hooks if isinstance(each, LogExamples))
+    assert hook.closed and log._file.closed
+    assert (tmp_path / "examples/process-00000.jsonl").read_text().count("\n") == 1
 
 
 def test_a_process_that_differs_is_named(monkeypatch):

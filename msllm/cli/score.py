@@ -97,7 +97,7 @@ def run(flags: argparse.Namespace) -> None:
 
     suffix = _check(flags)
     model = load_model(flags)
-    silence, names = score.silence_of(model, flags.silence_id), model.streams.names
+    silence, names = model.silence_token(flags.silence_id), model.streams.names
     examples = _read(flags, model)
     if suffix == ".npz":
         keeps_logits = bool(flags.tables) if flags.logits is None else flags.logits

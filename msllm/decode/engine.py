@@ -110,7 +110,9 @@ class Engine:
         if mesh is not None:
             _check_mesh(model.config, sessions, mesh)
         self.model, self.streams, self.window = model, model.streams, window
-        self.silence_id = _silence_of(model, silence_id)
+        streams = model.streams
+        needed = "input" in streams.kinds or streams.skip_silence or any(streams.delays)
+        self.silence_id = model.silence_token(silence_id, needed)
 
         silence = -1 if self.silence_id is None else self.silence_id
         self._program = decode_program(
@@ -1110,21 +1112,6 @@ def _checked_forced(forced: np.ndarray, shape: tuple[int, int, int]) -> np.ndarr
             " table each"
         )
     return np.broadcast_to(forced, shape)
-
-
-def _silence_of(model: LoadedModel, silence_id: int | None) -> int | None:
-    """`silence_id`, or else the tokenizer's. Raises UserError if it is needed and unknown."""
-    if silence_id is None and model.tokenizer:
-        silence_id = model.tokenizer.silence_id
-    streams = model.streams
-    needed = "input" in streams.kinds or streams.skip_silence or any(streams.delays)
-    if silence_id is None and needed:
-        raise UserError(
-            "the model has no tokenizer: pass the token that means silence as silence_id=..."
-        )
-    if silence_id is not None:
-        check_tokens("silence_id", np.asarray(silence_id), model.config.vocab_size)
-    return silence_id
 
 
 def _neutral_controls(sessions: int, streams: int) -> Controls:

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from msllm.errors import UserError
-from msllm.evals.score import check_tables, silence_of
+from msllm.evals.score import check_tables
 from msllm.model.attention import reference
 from msllm.model.attention.dispatch import attention
 from msllm.model.attention.reference import attention_weights, reference_attention
@@ -57,7 +57,7 @@ def attention_map(
             f"and heads take {size / 2**28:.1f} GiB, and may take {MAX_WEIGHTS / 2**28:g} GiB; "
             "give fewer rows"
         )
-    silence = silence_of(loaded, silence_id)
+    silence = loaded.silence_token(silence_id)
     return np.asarray(_attention_map(loaded.graph, silence, loaded.parameters, tables))[:, 0]
 
 

@@ -70,7 +70,7 @@ def score_batches(
 
     The arguments and errors are those of `score`.
     """
-    silence_id = silence_of(model, silence_id)
+    silence_id = model.silence_token(silence_id)
     checked = check_tables(tables, model.streams.size, model.config.vocab_size)
     count, rows, streams = checked["tokens"].shape
     size = min(count, max(1, LOGITS_AT_ONCE // (rows * streams * model.config.vocab_size)))
@@ -114,7 +114,7 @@ def likelihood(
 
     The arguments and errors are those of `score`.
     """
-    silence_id = silence_of(model, silence_id)
+    silence_id = model.silence_token(silence_id)
     checked = check_tables(tables, model.streams.size, model.config.vocab_size)
     size = min(TABLES_AT_ONCE, len(checked["tokens"]))
     parts = [
@@ -267,20 +267,6 @@ def read_text(model: LoadedModel, path: str | os.PathLike, allow_code: bool = Fa
         vary=VaryConfig(),
     )
     return pack(convert(Config(data=data), model.streams, tokenizer))
-
-
-def silence_of(model: LoadedModel, silence_id: int | None = None) -> int | None:
-    """The silence token: `silence_id`, or else that of the model's tokenizer.
-
-    Raises UserError if the model hides silence and both are missing.
-    """
-    if silence_id is None and model.tokenizer is not None:
-        silence_id = model.tokenizer.silence_id
-    if model.streams.skip_silence and silence_id is None:
-        raise UserError(
-            "the model hides silence but has no tokenizer: pass the silence token as --silence_id"
-        )
-    return silence_id
 
 
 def check_tables(

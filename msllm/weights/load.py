@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from flax import nnx
 
@@ -79,6 +80,30 @@ class LoadedModel:
                 " (docs/weights.md)"
             )
         return self.tokenizer
+
+    def silence_token(
+        self, silence_id: int | None = None, needed: bool | None = None
+    ) -> int | None:
+        """Returns the silence token: `silence_id`, or else that of the tokenizer.
+
+        Args:
+          silence_id: the token that the caller gives.
+          needed: whether None is refused. By default it is if the model hides silence.
+
+        Raises UserError if the token is needed and unknown, or not in the vocabulary.
+        """
+        if silence_id is None and self.tokenizer is not None:
+            silence_id = self.tokenizer.silence_id
+        if silence_id is None and (self.streams.skip_silence if needed is None else needed):
+            raise UserError(
+                "the model has no tokenizer: pass the token that means silence as silence_id=..."
+                " (--silence_id)"
+            )
+        size = self.config.vocab_size
+        is_id = isinstance(silence_id, (int, np.integer)) and 0 <= silence_id < size
+        if silence_id is not None and not is_id:
+            raise UserError(f"silence_id is {silence_id}: the vocabulary has ids 0 to {size - 1}")
+        return silence_id
 
     def with_streams(self, **changes: Any) -> LoadedModel:
         """Returns the model with other fields of `StreamSpec`, e.g. `skip_silence=True`."""
