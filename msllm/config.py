@@ -115,6 +115,9 @@ class StreamsConfig:
     # "1" or more rows; rows: "5", "5:12", "5:12:2", "5:", or several with commas
     # (docs/semantics.md)
     mail: tuple[tuple[str, str, str, str], ...] = ()
+    # per stream, the angle in degrees by which its token embeddings are rotated, a fixed mark of
+    # the stream beside or in place of its learned vector (ASIDE, arXiv 2503.10566); empty: 0
+    rotations: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -533,6 +536,7 @@ _RANGES = {
     "model.kv_parts": _COUNT,
     "streams.loss_weights": _NOT_NEGATIVE,
     "streams.delays": _COUNT_OR_ZERO,
+    "streams.rotations": "[0, 360)",
     "data.mixture.weights": _NOT_NEGATIVE,
     "data.mixture.schedule": _NOT_NEGATIVE,
     "data.bad_percent": "[0, 100)",
@@ -648,6 +652,9 @@ def _validate_model(config: Config) -> None:
     rule = "low_freq_factor must be less than high_freq_factor"
     _require(config, "model.rope_scaling", scaling.low_freq_factor < scaling.high_freq_factor, rule)
     _require(config, "model.head_dim", model.head_dim % 2 == 0, "must be even (rotary pairs)")
+    rule = f"needs an even model.d_model, and it is {model.d_model}"
+    rotated = any(config.streams.rotations)
+    _require(config, "streams.rotations", model.d_model % 2 == 0 or not rotated, rule)
     rule = "must be package.module:Class, or empty"
     _require(config, "model.block", not model.block or ":" in model.block, rule)
 

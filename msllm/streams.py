@@ -142,6 +142,8 @@ class StreamSpec:
     # Like `lag`, for the edges through tokens; NEVER where there is none. Empty: there are none.
     token_lag: tuple[tuple[int, ...], ...] = ()
     mail: tuple[Mail, ...] = ()  # what is copied into input streams
+    # Degrees by which the token embeddings of each stream are rotated. Empty: none are.
+    rotations: tuple[float, ...] = ()
 
     @classmethod
     def from_config(cls, config: StreamsConfig) -> StreamSpec:
@@ -155,7 +157,7 @@ class StreamSpec:
             raise UserError(
                 f"config.streams.names is {names}: give at least one name, and each name once"
             )
-        for field in ("kinds", "loss_weights", "delays"):
+        for field in ("kinds", "loss_weights", "delays", "rotations"):
             values = getattr(config, field)
             if len(values) != size and (values or field == "kinds"):
                 raise UserError(
@@ -185,6 +187,7 @@ class StreamSpec:
             config.delays or (0,) * size,
             tuple(map(tuple, token_lag.tolist())) if has_token_edges else (),
             parse_mail(config.mail, names, kinds),
+            config.rotations if any(config.rotations) else (),
         )
 
     @property

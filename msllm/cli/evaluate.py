@@ -7,21 +7,39 @@ Then feeds the input streams of each example row by row and lets the model
 generate all other streams. An answer is exact if every output stream says what
 it says in the example, ignoring silence. Prints the share of exact answers and
 the number of rows until the answer.
+
+With --suite, runs a security suite instead: does the model obey instructions
+that are injected into data? Prints rates, utility and fidelity with 95 %
+intervals (docs/security.md).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
+import json
+from typing import TYPE_CHECKING, Any
 
-from msllm.cli.base import Parser, load_model, positive_int, write_json
+from msllm.cli.base import (
+    Parser,
+    comma_list,
+    load_model,
+    output_file,
+    positive_int,
+    write_json,
+    write_text,
+)
 from msllm.errors import UserError
+
+if TYPE_CHECKING:
+    from msllm.weights.load import LoadedModel
 
 EXAMPLES = """
 msllm evaluate --checkpoint=runs/quickstart
 msllm evaluate --checkpoint=runs/gsm8k --after='####' --json=result.json
+msllm evaluate --checkpoint=models/smollm2 --suite=sep --items=items.jsonl
 """
+SUITE_FLAGS = ("suite_data", "roles", "template", "answer_rows", "items")
 
 
 def define_flags(parser: Parser) -> None:
@@ -33,7 +51,8 @@ def define_flags(parser: Parser) -> None:
         metavar="N",
         type=positive_int,
         default=500,
-        help="Maximum number of held-out examples, spread evenly over all of them.",
+        help="Maximum number of held-out examples, spread evenly over all of them; of a suite, of "
+        "attacks.",
     )
     parser.add_argument(
         "--after",
@@ -41,6 +60,37 @@ def define_flags(parser: Parser) -> None:
         default="",
         help="Compare only what an output says after the last occurrence of this text. "
         "Default: compare everything.",
+    )
+    parser.add_argument(
+        "--suite", choices=("sep", "bipia", "struq"), help="Run this security suite."
+    )
+    parser.add_argument(
+        "--suite_data",
+        metavar="DIR",
+        help="Folder with the data of the suite. Default: in the folder data of what the "
+        "environment variable MSLLM_SHARED names, or of ../shared.",
+    )
+    parser.add_argument(
+        "--roles",
+        metavar="ROLE=STREAM,...",
+        type=comma_list(str),
+        help="The streams of the roles system, data and output. Default: as in the training data, "
+        "or by the names and kinds of the streams.",
+    )
+    parser.add_argument(
+        "--template",
+        metavar="TEXT",
+        help="For a model of one stream: chatml, plain, or a text with {system} and {data}. "
+        "Default: as in the training data; chatml if the tokenizer has it; otherwise plain.",
+    )
+    parser.add_argument(
+        "--answer_rows", metavar="N", type=positive_int, help="Rows of an answer. Default: 48."
+    )
+    parser.add_argument(
+        "--items",
+        metavar="FILE",
+        type=output_file,
+        help="Also write every item of the suite to this file, as a line of JSON.",
     )
     parser.add_json()
 
@@ -50,9 +100,17 @@ def run(flags: argparse.Namespace) -> None:
     from msllm import flow
     from msllm.evals import by_turn, exact_match
 
+    given = [name for name in SUITE_FLAGS if getattr(flags, name) is not None]
+    if given and not flags.suite:
+        raise UserError(f"--{given[0]} is for a security suite: name one by --suite")
+    if flags.suite and (flags.data or flags.after):
+        raise UserError(f"--suite={flags.suite} takes no --data and no --after: use --suite_data")
     model = load_model(flags)
     for line in flow.summary(model.streams, model.config.vocab_size):
         print(line)
+    if flags.suite:
+        _run_suite(flags, model)
+        return
     predicted = by_turn.evaluate(model, flags.data, flags.examples)
     result: dict[str, Any] = {"predicted": [one._asdict() for one in predicted]}
     step = "" if model.step is None else f"step {model.step}: "
@@ -68,3 +126,37 @@ def run(flags: argparse.Namespace) -> None:
     elif flags.after:
         raise UserError("--after needs answers, and the model has no input and output stream")
     write_json(flags.json, result)
+
+
+def _run_suite(flags: argparse.Namespace, model: LoadedModel) -> None:
+    """Runs a security suite and prints its figures."""
+    from msllm.evals import security
+    from msllm.evals.prompts import roles_of
+
+    roles = roles_of(model, _pairs(flags.roles or []), flags.template or "")
+    result = security.run(
+        model,
+        flags.suite,
+        roles,
+        folder=flags.suite_data or "",
+        items=flags.examples,
+        rows=flags.answer_rows or 48,
+    )
+    step = "" if model.step is None else f"step {model.step}: "
+    print(f"{step}security suite {flags.suite}, 95 % intervals over items")
+    for line in result.lines:
+        print(line)
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in result.records)
+    write_text(flags.items, "".join(lines))
+    write_json(flags.json, {"suite": flags.suite, **result.summary})
+
+
+def _pairs(texts: list[str]) -> dict[str, str]:
+    """The roles and streams of --roles. Raises UserError."""
+    pairs = dict[str, str]()
+    for text in texts:
+        role, separator, stream = text.partition("=")
+        if not separator:
+            raise UserError(f"--roles names {text!r}: write ROLE=STREAM, such as data=tool")
+        pairs[role] = stream
+    return pairs

@@ -55,9 +55,11 @@ def shared_file(name: str, config_file: str) -> str:
     Args:
       name: the path within the folder that the environment variable MSLLM_SHARED names; by default,
         the folder `shared` beside the repository.
-      config_file: `__file__` of a config in the repository's folder `configs`.
+      config_file: `__file__` of a config in the repository's folder `configs`, or in one below it.
     """
-    repository = pathlib.Path(config_file).resolve().parents[1]
+    parents = pathlib.Path(config_file).resolve().parents
+    configs = next((folder for folder in parents if folder.name == "configs"), parents[0])
+    repository = configs.parent
     folder = os.environ.get("MSLLM_SHARED") or repository.with_name("shared")
     return str(pathlib.Path(folder) / name)
 

@@ -6,11 +6,12 @@ Activations are [B, T, S, D] throughout.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
@@ -22,11 +23,13 @@ from msllm.model.attention.dispatch import KEEP_OUTPUT, attention, portable_back
 from msllm.model.block import Block, block_class, check_variables
 from msllm.model.layers import (
     SAVED,
+    Angles,
     constant,
     gather_param,
     parameter,
     rms_norm,
     rope_angles,
+    rotate,
 )
 from msllm.model.linear import head_logits
 from msllm.model.relays import (
@@ -165,9 +168,13 @@ class MultiStreamLM(nnx.Module):
         rows = jnp.where(here[..., None], table[jnp.where(here, local, 0)], 0.0)
         rows = rows_to_cells(rows.astype(self.config.compute_dtype))
         x = psum(rows, *mesh_axes("vocab")).astype(jnp.float32)
+        # Streams past the last one only pad the mesh. They are absent, so any vector will do.
+        streams = jnp.minimum(streams, self.streams.size - 1)
+        if self.streams.rotations:
+            x = rotate(x[..., None, :], _rotation_angles(self.streams.rotations, streams))[
+                ..., 0, :
+            ]
         if self.config.stream_embedding:
-            # Streams past the last one only pad the mesh. They are absent, so any vector will do.
-            streams = jnp.minimum(streams, self.streams.size - 1)
             stream_table = gather_param(self.stream_embedding, jnp.float32)
             if len(stream_table) != self.streams.size:  # indexing would clamp without an error
                 raise UserError(
@@ -192,6 +199,13 @@ class MultiStreamLM(nnx.Module):
         For scoring and decoding. Training never holds all logits (msllm/loss.py).
         """
         return head_logits(hidden, self.head_table())
+
+
+def _rotation_angles(rotations: Sequence[float], streams: jax.Array) -> Angles:
+    """cos and sin [M, 1, 1] of the rotations, in degrees, of streams [M]."""
+    angles = np.radians(np.asarray(rotations, np.float64))
+    cos, sin = (f(angles).astype(np.float32) for f in (np.cos, np.sin))
+    return jnp.asarray(cos)[streams][:, None, None], jnp.asarray(sin)[streams][:, None, None]
 
 
 def _remat(layer: Callable, policy: str) -> Callable:

@@ -246,6 +246,11 @@ def to_hf(
     model = load(checkpoint)
     if model.run_config is None:
         raise UserError(f"{checkpoint} is already a Hugging Face folder: name a checkpoint")
+    if model.streams.rotations:
+        raise UserError(
+            f"config.streams.rotations of {checkpoint} is {model.streams.rotations}: no Hugging"
+            " Face family rotates embeddings by stream, so the model cannot be exported"
+        )
     size = model.streams.size
     origin, note = _origin_folder(checkpoint, model.run_config, like)
     settings = hf.read_settings(origin) if origin else {}

@@ -24,6 +24,7 @@ from msllm.data.converters import (
     dictation,
     gsm8k,
     parallel_documents,
+    roles,
     single,
     tables,
     timed,
@@ -57,6 +58,7 @@ _STREAM_OPTIONS = ("roles", "calls", "results", "stream", "source_stream", "targ
 
 CONVERTERS = {
     "chat": Converter(chat.convert, chat.OPTIONS),
+    "roles": Converter(roles.convert, roles.OPTIONS),
     "wait_k": Converter(wait_k.convert, wait_k.OPTIONS, columns=(".source", ".target")),
     "timed": Converter(timed.convert, timed.OPTIONS, pieces=True),
     "tools": Converter(tools.convert, tools.OPTIONS),

@@ -1,0 +1,209 @@
+"""Tasks for the study of roles: real texts, an instruction, and the answer to it.
+
+An instruction names an action and a part of the text: "please send the first three words". The
+texts are sentences of Tatoeba (CC BY 2.0 FR) and utterances of Taskmaster-4 (CC BY 4.0), in lower
+case and without punctuation, of the `WORDS` most frequent words. Sentences are divided into those
+for training, for development and for the test by their hash, and so are the wordings.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import hashlib
+import itertools
+import json
+import pathlib
+import random
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from msllm.errors import UserError
+
+WORDS = 1400  # of the texts; with instructions and control pieces, the vocabulary has 1,500
+EXAMPLES = 40_000  # that a reader yields
+LENGTHS = (4, 32)  # words of a text for training: covers a text with an injection
+SHORT = (3, 8)  # the same at the beginning of training
+SPLITS = {"train": range(90), "development": range(90, 95), "test": range(95, 100)}
+
+# Each action with the verbs that ask for it. The model answers with the action and the words.
+ACTIONS = {
+    "send": ("send", "mail", "post"),
+    "keep": ("keep", "store", "save"),
+    "delete": ("delete", "remove", "drop"),
+    "say": ("say", "read", "repeat"),
+}
+PARTS = {
+    "first": ("the first three words", "three words from the beginning", "the opening three words"),
+    "last": ("the last three words", "three words from the end", "the final three words"),
+    "all": ("the whole text", "all the words", "everything that is there"),
+}
+POLITENESS = ("", "please", "now", "could you", "would you please", "i want you to")
+
+
+class Instruction(NamedTuple):
+    """What is asked for, and how."""
+
+    action: str
+    part: str
+    text: str
+    trained: bool  # whether training holds this wording
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, in lower case."""
+    return re.findall(r"[a-z0-9]+(?:'[a-z]+)?", text.lower().replace("’", "'"))
+
+
+@functools.cache
+def instructions() -> tuple[Instruction, ...]:
+    """All wordings. A fifth of the combinations is held out of training."""
+    found = []
+    for action, part in itertools.product(ACTIONS, PARTS):
+        for polite, verb, words in itertools.product(POLITENESS, ACTIONS[action], PARTS[part]):
+            text = f"{polite} {verb} {words}".strip()
+            found.append(Instruction(action, part, text, _bucket(text) >= 20))
+    return tuple(found)
+
+
+def _bucket(text: str) -> int:
+    """A number from 0 to 99 that depends on the text alone."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) % 100
+
+
+def select(part: str, words: Sequence[str]) -> list[str]:
+    """The words that an instruction asks for."""
+    return list({"first": words[:3], "last": words[-3:], "all": words}[part])
+
+
+@functools.cache
+def sentences(folder: str, split: str) -> tuple[tuple[str, ...], ...]:
+    """The sentences of a split, each a tuple of words.
+
+    Args:
+      folder: the folder `data` of the shared files.
+      split: train, development or test.
+
+    Raises UserError if a file is missing.
+    """
+    every = _sentences(folder)
+    counts = collections.Counter(itertools.chain.from_iterable(every))
+    known = {word for word, _ in counts.most_common(WORDS)}
+    return tuple(
+        one
+        for one in every
+        if len(one) > 2 and known.issuperset(one) and _bucket(" ".join(one)) in SPLITS[split]
+    )
+
+
+@functools.cache
+def _sentences(folder: str) -> tuple[tuple[str, ...], ...]:
+    root = pathlib.Path(folder)
+    tatoeba = root / "translation_tatoeba" / "eng-swe.txt"
+    dialogues = [root / "dialogue_taskmaster4" / f"data_0{n}.json" for n in (6, 7)]
+    for file in (tatoeba, *dialogues):
+        if not file.is_file():
+            raise UserError(
+                f"there is no file {file}: the texts of the study are Tatoeba and Taskmaster-4; set"
+                " MSLLM_SHARED to the folder that holds data/translation_tatoeba and"
+                " data/dialogue_taskmaster4"
+            )
+    texts = [line.split("\t")[0] for line in tatoeba.read_text(encoding="utf-8").splitlines()]
+    for file in dialogues:
+        for dialogue in json.loads(file.read_text(encoding="utf-8")):
+            texts += [utterance["text"] for utterance in dialogue["utterances"]]
+    return tuple(dict.fromkeys(tuple(words_of(text)) for text in texts))
+
+
+def draw_text(
+    generator: random.Random, source: Sequence[Sequence[str]], least: int, most: int
+) -> list[str]:
+    """A text of `least` to `most` words, of one or several sentences. Most texts are short."""
+    wanted = least + int((most - least + 1) * generator.random() ** 1.5)
+    words: list[str] = []
+    while len(words) < wanted:
+        words += generator.choice(source)
+    return words[:most]
+
+
+def parts_of(
+    words: Sequence[str], place: int, instruction: str, action: str, answer: Sequence[str]
+) -> list[dict[str, str]]:
+    """A conversation as messages, for the converter `roles`.
+
+    Args:
+      words: the text.
+      place: the number of words of the text before the instruction.
+      instruction: what the system says.
+      action: the action, which the plan names and which begins the answer.
+      answer: the words of the answer.
+    """
+    plan = f"{action} {instruction_part(instruction)}"
+    messages = [
+        ("data", " ".join(words[:place])),
+        ("system", instruction),
+        ("plan", plan),
+        ("data", " ".join(words[place:])),
+        ("action", action),
+        ("output", " ".join(answer)),
+    ]
+    return [{"role": role, "content": text} for role, text in messages if text]
+
+
+@functools.cache
+def _parts_by_text() -> dict[str, str]:
+    return {one.text: one.part for one in instructions()}
+
+
+def instruction_part(text: str) -> str:
+    """The part of the text that an instruction asks for."""
+    return _parts_by_text()[text]
+
+
+def draw_place(generator: random.Random, length: int) -> int:
+    """Words before a live instruction: it comes before, inside or after the text."""
+    where = generator.choice(("before", "inside", "after"))
+    if where == "inside" and length > 1:
+        return generator.randint(1, length - 1)
+    return length if where == "after" else 0
+
+
+def _examples(lengths: tuple[int, int], live: bool, parts: tuple[str, ...], file: str) -> Iterator:
+    """For `roles`: conversations with an instruction. `file` is that of Tatoeba.
+
+    Args:
+      lengths: the fewest and the most words of a text.
+      live: the instruction comes before, inside or after the text. Otherwise it comes first.
+      parts: the parts of the text that the instructions ask for.
+      file: the file; that of Taskmaster-4 is beside its folder.
+    """
+    source = sentences(str(pathlib.Path(file).parents[1]), "train")
+    known = [one for one in instructions() if one.trained and one.part in parts]
+    generator = random.Random(f"{lengths} {live} {parts}")
+    for _ in range(EXAMPLES):
+        words = draw_text(generator, source, *lengths)
+        one = generator.choice(known)
+        place = draw_place(generator, len(words)) if live else 0
+        answer = select(one.part, words)
+        yield {"messages": parts_of(words, place, one.text, one.action, answer)}
+
+
+def live(file: str) -> Iterator[dict[str, Any]]:
+    """All tasks; the instruction comes before, inside or after the text."""
+    return _examples(LENGTHS, True, tuple(PARTS), file)
+
+
+def first(file: str) -> Iterator[dict[str, Any]]:
+    """All tasks; the instruction always comes first."""
+    return _examples(LENGTHS, False, tuple(PARTS), file)
+
+
+def short(file: str) -> Iterator[dict[str, Any]]:
+    """The beginning of the curriculum: short texts."""
+    return _examples(SHORT, True, tuple(PARTS), file)
+
+
+def echo(file: str) -> Iterator[dict[str, Any]]:
+    """The first step of the curriculum: short texts, of which all is said."""
+    return _examples(SHORT, True, ("all",), file)
