@@ -45,9 +45,9 @@ class Example(NamedTuple):
     words: list[list[str]]  # [T][S]; "" for silence
 
     def row_of(self, stream: str, word: str) -> int:
-        """The first row in which the stream says the word."""
+        """The first row in which the stream says a word that begins with `word`."""
         column = self.names.index(stream)
-        return next(t for t, row in enumerate(self.words) if row[column] == word)
+        return next(t for t, row in enumerate(self.words) if row[column].startswith(word))
 
 
 def example() -> Example:

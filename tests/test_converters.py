@@ -239,6 +239,14 @@ def test_dictation_answers_are_right():
         assert example.answer == dictation.expected_answer(example.question)
 
 
+def test_a_thought_about_a_correction_names_the_step_that_it_takes_back():
+    thoughts, result = dictation.work_out("take 7 double it no wait minus 4 no wait add 2 ?".split())
+    assert [" ".join(words) for _, words in thoughts] == (
+        ["=7", "*2 =14", "undo*2 =7", "-4 =3", "undo-4 =7", "+2 =9"]
+    )
+    assert result == 9
+
+
 def test_dictation_has_corrections_and_no_duplicates():
     examples = list(dictation.generate(2000, seed=5))
     assert len({" ".join(e.question) for e in examples}) == 2000
@@ -423,8 +431,8 @@ SOLVED = {
 }
 # config: (converter, options, tokenizer, hash of the tables)
 TABLE_HASHES = {
-    "quickstart": ("dictation", {"examples": 300}, "word", "5fba788acf5a4d5f"),
-    "quickstart_single": ("dictation_single", {"examples": 300}, "word", "a2cac5aec0e38a39"),
+    "quickstart": ("dictation", {"examples": 300}, "word", "50c741e8ed2627fe"),
+    "quickstart_single": ("dictation_single", {"examples": 300}, "word", "ca6a210b125cd58c"),
     "gsm8k": ("gsm8k", {}, "char", "1c5ef32274f3e73c"),
     "shakespeare": ("single", {}, "char", "1e20ef509ce52350"),
 }

@@ -35,8 +35,8 @@ def test_verdicts_on_outputs_and_thoughts(loaded):
         (verdict,) = judge(table(loaded.tokenizer, user=user, **columns), case, loaded)
         return verdict
 
-    # The "undo" before the user's "wait" is not a reaction to it.
-    thought = {0: "undo", 8: "undo =3"}
+    # The step back before the user's "wait" is not a reaction to it.
+    thought = {0: "undo+1", 8: "undo+1 =3"}
     assert verdict(thought=thought, output={11: "that makes 5 ."}) == Verdict(True, False, 3)
     assert verdict(thought=thought, output={11: "that makes 4 ."}) == Verdict(False, True, 3)
     assert verdict(output={11: "that makes 5 . ."}) == Verdict(False, False, None)
@@ -56,7 +56,7 @@ def test_each_correction_of_a_conversation_has_a_verdict(loaded):
     corrected = "take 3 add 1 no wait add 2 ?"
     user, ends = {0: corrected, 12: "take 4 add 1 ?", 22: corrected}, (8, 16, 30)
     columns = {
-        "thought": {7: "undo =3", 29: "undo =3"},
+        "thought": {7: "undo+1 =3", 29: "undo+1 =3"},
         "output": {10: "that makes 5 .", 18: "that makes 5 .", 32: "that makes 4 ."},
     }
     tokens = table(loaded.tokenizer, rows=40, user=user, **columns)

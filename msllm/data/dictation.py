@@ -4,8 +4,8 @@ The user dictates a small calculation word by word, and sometimes takes back the
 thought stream calculates at the same time. The output answers after the question mark:
 
     user     please take 7 then add 3 um subtract 4   no wait add 2    ?
-    thought                     =7       +3       =10    -4   =6  undo =10 +2 =12
-    output                                                                    that makes 12 .
+    thought                     =7       +3       =10    -4   =6  undo-4 =10 +2 =12
+    output                                                                      that makes 12 .
 
 With the default visibility, another stream reads a word of row r in row r + 1, and can first react
 to it in row r + 2. Every thought therefore starts `REACTION` rows after the word that it answers,
@@ -33,7 +33,7 @@ QUESTION_END = "?"
 ADD, SUBTRACT = ("add", "plus"), ("subtract", "minus")
 OPENINGS = ((), (), ("please",), ("ok",), ("now", "please"))
 FILLERS = ((), (), ("then",), ("now",), ("and",), ("um",), ("and", "then"), ("well", "now"))
-BACK = "undo"
+BACK = "undo"  # begins the thought about a correction, e.g. undo-4
 UNTIL_NEXT = 0.4  # fraction of the questions before which the user does not pause
 HESITATIONS = 0.5  # fraction of the questions inside which the user pauses
 HESITATION_ROWS = 5  # rows of the longest pause inside a question, and before the first one
@@ -147,8 +147,10 @@ def work_out(question: Sequence[str]) -> tuple[list[tuple[int, list[str]]], int]
             values.append(2 * values[-1])
             thoughts.append((index, ["*2", f"={values[-1]}"]))
         elif word == "wait":  # no wait
+            # The thought names the step that it takes back, so that the value before that step
+            # follows from the last value, however long the user paused since.
             values.pop()
-            thoughts.append((index, [BACK, f"={values[-1]}"]))
+            thoughts.append((index, [BACK + thoughts[-1][1][0], f"={values[-1]}"]))
         elif word.isdigit() and not values:
             values.append(int(word))
             thoughts.append((index, [f"={word}"]))

@@ -112,7 +112,9 @@ def judge(table: np.ndarray, case: Case, model: LoadedModel) -> list[Verdict]:
     """The reactions to the corrections of a case, in a table [T, S] of tokens."""
     tokenizer, kinds = model.require_tokenizer(), model.streams.kinds
     user, thought, output = (table[:, kinds.index(kind)] for kind in ("input", "thought", "output"))
-    step_back = np.flatnonzero(thought == tokenizer.encode(BACK)[0])
+    words = {int(token): tokenizer.decode([int(token)]) for token in np.unique(thought)}
+    backs = [token for token, word in words.items() if word.strip().startswith(BACK)]
+    step_back = np.flatnonzero(np.isin(thought, backs))
     verdicts = []
     start = 0  # of the question
     for number, turn in enumerate(case.turns):
