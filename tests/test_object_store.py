@@ -5,9 +5,11 @@ TensorStore's writes rely on.
 """
 
 import contextlib
+import functools
 import http.server
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -58,21 +60,26 @@ def bucket(monkeypatch):
         r"(?:/storage/v1)?/b/(?P<bucket_name>[^/]+)/o/(?P<object_id>.+)"
         r"/moveTo/o/(?P<dest_object_id>.+)"
     )
-    monkeypatch.setattr(emulator, "HANDLERS", ((path, {"POST": move}), *emulator.HANDLERS))
+    # Serve each connection in its own thread, because an idle connection would block all others.
+    # Handle one request at a time, because the emulator is not thread-safe, but read and write the
+    # sockets outside of the lock, because a client that stalls would block all others.
+    monkeypatch.setattr(http.server, "HTTPServer", http.server.ThreadingHTTPServer)
+    lock = threading.Lock()
+
+    def alone(handler, request, response, storage, *rest):
+        _ = request.data  # reads the body, which the request keeps
+        with lock:
+            return handler(request, response, storage, *rest)
+
+    handlers = [
+        (path, {method: functools.partial(alone, handler) for method, handler in by_method.items()})
+        for path, by_method in ((path, {"POST": move}), *emulator.HANDLERS)
+    ]
+    monkeypatch.setattr(emulator, "HANDLERS", handlers)
 
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    # Serve each connection in its own thread, because an idle connection would block all others.
-    # Handle one request at a time, because the emulator is not thread-safe.
-    monkeypatch.setattr(http.server, "HTTPServer", http.server.ThreadingHTTPServer)
-    lock, handle = threading.Lock(), emulator.Router.handle
-
-    def handle_alone(router, method):
-        with lock:
-            handle(router, method)
-
-    monkeypatch.setattr(emulator.Router, "handle", handle_alone)
     server = emulator.create_server("localhost", port, in_memory=True, default_bucket="bucket")
     server.start()
     address = f"http://localhost:{port}"
@@ -85,9 +92,16 @@ def bucket(monkeypatch):
 
 
 def run(environment, command, *arguments):
-    """Runs a command of msllm."""
-    line = [sys.executable, "-m", "msllm", command, *arguments]
-    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+    """Runs a command of msllm. If it hangs, the error output ends with the stacks of its threads."""
+    line = [sys.executable, "-X", "faulthandler", "-m", "msllm", command, *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(line, env=environment, **pipes) as process:
+        try:
+            out, errors = process.communicate(timeout=200)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)
+            out, errors = process.communicate()
+    return subprocess.CompletedProcess(line, process.returncode, out, errors)
 
 
 def test_a_run_lives_in_a_bucket_and_continues_there(data_dir, bucket, tmp_path):
