@@ -17,9 +17,9 @@ from msllm.config import default_config
 def get_config():
     """Returns all settings of the run."""
     config = default_config()
-    config.steps = 800
+    config.steps = 600
     config.log_every = 20
-    config.eval_every = 400
+    config.eval_every = 300
 
     config.streams.names = ("user", "thought", "output")
     config.streams.kinds = ("input", "thought", "output")
@@ -37,7 +37,7 @@ def get_config():
     config.data.tokenizer.model_type = "word"
     config.data.tokenizer.vocab_size = 256
     config.data.rows = 128
-    config.data.batch_size = 8
+    config.data.batch_size = 4
     config.data.eval_percent = 4.0
 
     config.model.d_model = 128
@@ -48,8 +48,10 @@ def get_config():
     config.model.d_ff = 384
     config.model.rope_theta = 1e4
 
+    config.optim.optimizer = "muon"
+    config.optim.b1 = 0.95
     config.optim.lr = 3e-3
     config.optim.warmup_steps = 50
     config.optim.final_lr_ratio = 0.02
-    config.checkpoint.every = 400
+    config.checkpoint.every = 300
     return config

@@ -25,5 +25,5 @@ def get_config():
     config.data.batch_size = 24
     config.data.eval_percent = 2.5
     config.optim.final_lr_ratio = 0.1
-    config.steps = 1200
+    config.steps = 600
     return config

@@ -201,7 +201,7 @@ class DataConfig:
 class OptimConfig:
     """The optimizer and its learning rate schedule."""
 
-    # adamw, or package.module:function (docs/extending/optimizer.md)
+    # adamw | muon, or package.module:function (docs/extending/optimizer.md)
     optimizer: str = _import_path("adamw")
     lr: float = 1e-3  # peak learning rate
     # after the warm-up: cosine | wsd (constant, then linear decay) | constant
@@ -209,7 +209,7 @@ class OptimConfig:
     warmup_steps: int = 100  # steps of linear warm-up
     decay_fraction: float = 0.2  # wsd: the fraction of the steps in which it decays
     final_lr_ratio: float = 0.1  # cosine, wsd: the final learning rate as a fraction of lr
-    b1: float = 0.9  # decay of Adam's first moment
+    b1: float = 0.9  # decay of the first moment; 0.95 is usual for muon
     b2: float = 0.95  # decay of Adam's second moment
     eps: float = 1e-8  # added to the square root of the second moment
     weight_decay: float = 0.1

@@ -1,4 +1,4 @@
-"""The optimizer of a run: AdamW, built from parts of optax, or a user-defined one."""
+"""The optimizer of a run: AdamW or Muon, built from parts of optax, or a user-defined one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
 from msllm.config import OptimConfig, find_object
 from msllm.errors import UserError
@@ -88,14 +89,7 @@ def adamw(config: OptimConfig, steps: int) -> optax.GradientTransformationExtraA
     for the silence token's rows in embedding and head. `update` takes the extra arguments that
     `make_optimizer` describes.
     """
-
-    def is_decayed(tree: Any) -> Any:
-        return mask_by_name(tree, lambda name: not any(part in name for part in config.no_decay))
-
-    def is_stream_embedding(tree: Any) -> Any:
-        return mask_by_name(tree, lambda name: "stream_embedding" in name)
-
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    clip = _clip(config)
 
     def chain(finite: Any = True, silence_id: int = -1) -> optax.GradientTransformation:
         # With zero gradients and decay rates of 1, Adam leaves its moments as they are. Selecting
@@ -108,18 +102,11 @@ def adamw(config: OptimConfig, steps: int) -> optax.GradientTransformationExtraA
             clipped, _ = clip.update(updates, optax.EmptyState())
             return jax.tree.map(lambda x: jnp.where(finite, x, 0), clipped)
 
-        parts = [
+        return optax.chain(
             optax.stateless(clip_or_zero),
             optax.scale_by_adam(b1, b2, config.eps),
-            optax.add_decayed_weights(config.weight_decay, is_decayed),
-            optax.masked(optax.scale(config.stream_embedding_lr), is_stream_embedding),
-        ]
-        # The state has an entry for each part, so a part that does nothing would change the layout
-        # of checkpoints.
-        if config.silence_lr != 1:
-            parts.append(_scale_row(silence_id, config.silence_lr))
-        parts.append(optax.scale_by_learning_rate(schedule(config, steps)))
-        return optax.chain(*parts)
+            *_decay_and_rate(config, steps, silence_id),
+        )
 
     def update(
         updates: Any, state: Any, params: Any = None, *, finite: Any = True, silence_id: int = -1
@@ -134,10 +121,81 @@ def adamw(config: OptimConfig, steps: int) -> optax.GradientTransformationExtraA
     return optax.GradientTransformationExtraArgs(chain().init, update)
 
 
+def muon(config: OptimConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+    """Muon (Jordan et al. 2024) for the matrices of the blocks, NAdam for all other parameters.
+
+    The update of a matrix is its momentum with all singular values set to about 1, scaled so that
+    its entries have the size of Adam's (Liu et al. 2025, arXiv 2502.16982, section 2.2). So `lr`
+    and `weight_decay` mean what they mean for `adamw`. `config.b1` is the decay of the momentum of
+    both kinds; 0.95 is usual. Clipping, weight decay, `config.stream_embedding_lr` and
+    `config.silence_lr` are those of `adamw`, and so are the arguments of `update`.
+    """
+
+    def matrices(tree: Any) -> Any:
+        """How to read each array [layers, D, ...] as matrices [D, everything else]."""
+
+        def matrix(path: tuple[Any, ...], x: Any) -> contrib.MuonDimensionNumbers | None:
+            name = path_name(path)
+            if not name.startswith("blocks/") or x.ndim < 3:
+                return None
+            if any(part in name for part in config.no_decay):  # a bias [layers, heads, H]
+                return None
+            return contrib.MuonDimensionNumbers((1,), tuple(range(2, x.ndim)))
+
+        return jax.tree_util.tree_map_with_path(matrix, tree)
+
+    direction = contrib.muon(
+        learning_rate=-1.0,  # the schedule comes after the decay
+        beta=config.b1,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        eps=config.eps,
+        muon_weight_dimension_numbers=matrices,
+        consistent_rms=0.2,
+    )
+
+    def chain(silence_id: int = -1) -> optax.GradientTransformation:
+        return optax.chain(_clip(config), direction, *_decay_and_rate(config, steps, silence_id))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, silence_id: int = -1
+    ) -> tuple[Any, Any]:
+        return chain(silence_id).update(updates, state, params)
+
+    return _skip_nonfinite(optax.GradientTransformationExtraArgs(chain().init, update))
+
+
+def _clip(config: OptimConfig) -> optax.GradientTransformation:
+    return optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+
+
+def _decay_and_rate(
+    config: OptimConfig, steps: int, silence_id: int
+) -> list[optax.GradientTransformation]:
+    """What follows the direction of an update: weight decay, and the rates of the config."""
+
+    def is_decayed(tree: Any) -> Any:
+        return mask_by_name(tree, lambda name: not any(part in name for part in config.no_decay))
+
+    def is_stream_embedding(tree: Any) -> Any:
+        return mask_by_name(tree, lambda name: "stream_embedding" in name)
+
+    parts = [
+        optax.add_decayed_weights(config.weight_decay, is_decayed),
+        optax.masked(optax.scale(config.stream_embedding_lr), is_stream_embedding),
+    ]
+    # The state has an entry for each part, so a part that does nothing would change the layout of
+    # checkpoints.
+    if config.silence_lr != 1:
+        parts.append(_scale_row(silence_id, config.silence_lr))
+    return [*parts, optax.scale_by_learning_rate(schedule(config, steps))]
+
+
 # These optimizers handle the extra arguments that `make_optimizer` describes. A new entry that does
 # not can be wrapped in `_skip_nonfinite`.
 OPTIMIZERS: dict[str, Callable[[OptimConfig, int], optax.GradientTransformationExtraArgs]] = {
-    "adamw": adamw
+    "adamw": adamw,
+    "muon": muon,
 }
 
 

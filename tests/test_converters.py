@@ -240,7 +240,9 @@ def test_dictation_answers_are_right():
 
 
 def test_a_thought_about_a_correction_names_the_step_that_it_takes_back():
-    thoughts, result = dictation.work_out("take 7 double it no wait minus 4 no wait add 2 ?".split())
+    thoughts, result = dictation.work_out(
+        "take 7 double it no wait minus 4 no wait add 2 ?".split()
+    )
     assert [" ".join(words) for _, words in thoughts] == (
         ["=7", "*2 =14", "undo*2 =7", "-4 =3", "undo-4 =7", "+2 =9"]
     )

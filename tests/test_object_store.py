@@ -92,7 +92,7 @@ def bucket(monkeypatch):
 
 
 def run(environment, command, *arguments):
-    """Runs a command of msllm. If it hangs, the error output ends with the stacks of its threads."""
+    """Runs a command of msllm. If it hangs, its stderr ends with the stacks of its threads."""
     line = [sys.executable, "-X", "faulthandler", "-m", "msllm", command, *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(line, env=environment, **pipes) as process:

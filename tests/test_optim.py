@@ -7,6 +7,7 @@ import golden_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from runs import host, place
 
@@ -15,7 +16,7 @@ from msllm.config import Config, DataConfig, LossConfig, MeshConfig, OptimConfig
 from msllm.errors import UserError
 from msllm.loss import targets_and_weights
 from msllm.model.model import bind
-from msllm.optim import adamw, check_no_decay, leaf_norms, schedule
+from msllm.optim import adamw, check_no_decay, leaf_norms, muon, schedule
 from msllm.sharding import make_mesh
 from msllm.step import Program
 from msllm.streams import make_cells, positions
@@ -193,6 +194,37 @@ def test_clipping_is_by_global_norm(clip_norm, factor):
     updates = one_update(gradient, weight_decay=0.0, clip_norm=clip_norm, eps=1e6)
     expected = -0.1 * factor * gradient / 1e6
     np.testing.assert_allclose(updates["blocks"]["mlp"]["gate"], expected, rtol=1e-4)
+
+
+def test_muon_gives_matrices_equal_singular_values_and_leaves_the_rest_to_nadam():
+    rng = np.random.default_rng(0)
+    shapes = {"q": (3, 16, 4, 2), "q_bias": (3, 4, 2), "norm": (3, 16)}
+    parameters = {
+        "blocks": {
+            name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()
+        },
+        "embedding": rng.normal(size=(5, 16)).astype(np.float32),
+    }
+    gradient = jax.tree.map(
+        lambda x: np.float32(1e-3) * rng.normal(size=x.shape).astype(x.dtype), parameters
+    )
+    fields = {"lr": 0.1, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0}
+    optim = muon(OptimConfig(**fields), 10)
+    updates, _ = optim.update(gradient, optim.init(parameters), parameters)
+    # Each of the three layers is a matrix [16, 8]. Newton-Schulz leaves values between 0.7 and 1.2.
+    values = np.linalg.svd(np.reshape(updates["blocks"].pop("q"), (3, 16, 8)), compute_uv=False)
+    values /= 0.1 * 0.2 * np.sqrt(16)
+    assert values.min() > 0.6 and values.max() < 1.3
+    del gradient["blocks"]["q"]
+    nadam = optax.nadam(0.1, b2=0.95)
+    expected, _ = nadam.update(gradient, nadam.init(gradient))
+    compare = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+    jax.tree.map(compare, updates, expected)
+    decayed = muon(OptimConfig(**fields | {"weight_decay": 0.5}), 10)
+    again, _ = decayed.update(
+        jax.tree.map(jnp.zeros_like, parameters), decayed.init(parameters), parameters
+    )
+    np.testing.assert_allclose(again["blocks"]["q"], -0.05 * parameters["blocks"]["q"], rtol=1e-6)
 
 
 def test_leaf_norms():
