@@ -623,6 +623,8 @@ def _check_same_run(
     for section in ("data", "optim", "loss"):
         for key in sorted(stored[section]):
             was, now = stored[section][key], current[section].get(key)
+            if key == "options" and isinstance(now, dict):
+                was = now | was  # earlier versions did not store options that had their defaults
             if was != now and key != "dir":
                 log.warning(
                     "config.%s.%s was %r when the checkpoint was written and is %r now",

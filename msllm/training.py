@@ -22,6 +22,7 @@ from msllm import flow
 from msllm.checkpoint import Checkpoints, LocalCheckpoints, refuse_patterns
 from msllm.config import Config, to_config_dict, to_json
 from msllm.data.global_batch import global_batches
+from msllm.data.identity import with_stored_options
 from msllm.data.loader import Loader
 from msllm.data.mixture import by_source
 from msllm.data.records import file_hash
@@ -91,6 +92,8 @@ def train(
         enable_compilation_cache(config.compilation_cache, workdir / "compiled")
         streams = StreamSpec.from_config(config.streams)
         loader, held_out = _open_data(config, streams)
+        data = with_stored_options(config.data, loader.manifest)
+        config = dataclasses.replace(config, data=data)
         config = with_vocabulary(config, loader.tokenizer.vocab_size)
         mesh = make_mesh(config.mesh)
         program = Program(

@@ -95,8 +95,49 @@ def test_data_prepared_before_an_option_existed_are_accepted(tmp_path, capsys):
     prepare(Config(data=data, streams=streams), tmp_path)
     assert "already holds this data" in capsys.readouterr().out
     other = dataclasses.replace(data, options=options | {"questions": 2})
-    with pytest.raises(UserError, match=r"other settings \(options differ\)"):
+    with pytest.raises(UserError, match=r"settings \(options \(questions was 1, now 2\) differ\)"):
         prepare(Config(data=other, streams=streams), tmp_path)
+
+
+def test_chats_prepared_before_a_row_lay_between_turns_stay_valid(tmp_path, capsys):
+    turns = [{"role": "user", "content": "one two"}, {"role": "output", "content": "three"}]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 4)
+    data = DataConfig(
+        converter="chat",
+        path=str(tmp_path / "chats.jsonl"),
+        dir=str(tmp_path / "data"),
+        rows=16,
+        shards=1,
+        eval_percent=0.0,
+        tokenizer=TokenizerConfig(model_type="word", vocab_size=32),
+    )
+    config = Config(data=data, streams=StreamsConfig(("user", "output"), ("input", "output")))
+    before = dataclasses.replace(
+        config, data=dataclasses.replace(data, options={"overlap": 0, "ignored_keys": ["x"]})
+    )
+    manifest = prepare(before, data.dir)
+    assert manifest["settings"]["options"]["overlap"] == 0
+
+    # What is trained on such data says so in its checkpoints, although its config does not.
+    unset = identity.with_stored_options(data, manifest)
+    assert unset.options["overlap"] == 0 and unset.options["ignored_keys"] == ["x"]
+    Loader(data, "train", StreamSpec.from_config(config.streams))
+
+    with pytest.raises(
+        UserError, match=r"overlap was 0, now -1.* differ\): .*set them as they were"
+    ):
+        prepare(config, data.dir)
+    capsys.readouterr()
+    assert prepare(before, data.dir) == manifest
+    assert "already holds this data" in capsys.readouterr().out
+
+    new = prepare(config, tmp_path / "new")["settings"]
+    assert new["options"]["overlap"] == -1
+    # A manifest that does not give the option is from the time of the old default.
+    del new["options"]["overlap"]
+    assert identity.different_settings(manifest["settings"], new) == [
+        "options (ignored_keys was [], now ['x'])"
+    ]
 
 
 def test_another_type_of_tokenizer_is_refused_with_its_values(folder):

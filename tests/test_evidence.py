@@ -248,16 +248,16 @@ def test_prepare_and_inspect_say_it(tmp_path, monkeypatch, capsys):
 
     # The question ends in the row before the answer, in which the answer is predicted.
     late = "output: WARNING: 9.% of its tokens follow from user 1 row before"
-    assert re.search(late, output("prepare", "--config=config.py", "--out=late"))
+    none = "--config.data.options.overlap=0"
+    assert re.search(late, output("prepare", "--config=config.py", "--out=late", none))
     assert re.search(late, output("inspect", "late"))
     assert "output: yes" in output("inspect", "late", "--visibility=same_row")
     same_row = "--config.streams.visibility=same_row"
-    assert "output: yes" in output("prepare", "--config=config.py", "--out=late", same_row)
-    gap = "--config.data.options.overlap=-1"
-    assert "output: yes" in output("prepare", "--config=config.py", "--out=right", gap)
+    assert "output: yes" in output("prepare", "--config=config.py", "--out=late", none, same_row)
+    assert "output: yes" in output("prepare", "--config=config.py", "--out=right")
     assert "output: yes" in output("inspect", "right")
     # The visibility of the config is that for which inspect estimates.
-    output("prepare", "--config=config.py", "--out=same", same_row)
+    output("prepare", "--config=config.py", "--out=same", none, same_row)
     assert "output: yes" in output("inspect", "same")
     output("inspect", "late", "--html=page.html")
     assert re.search(late, (tmp_path / "page.html").read_text())

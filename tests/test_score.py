@@ -12,6 +12,7 @@ import pytest
 
 from msllm.cli.main import main
 from msllm.config import Config, DataConfig, StreamsConfig, TokenizerConfig
+from msllm.data.identity import with_stored_options
 from msllm.data.loader import Loader
 from msllm.data.prepare import prepare
 from msllm.errors import UserError
@@ -138,9 +139,10 @@ def chats(tmp_path, make_model):
         eval_percent=50.0,
     )
     config, spec = Config(streams=streams, data=data), StreamSpec.from_config(streams)
-    prepare(config, tmp_path / "data")
+    manifest = prepare(config, tmp_path / "data")
     tokenizer = Loader(data, "train", spec).tokenizer
     model = make_model(2, vocab_size=tokenizer.vocab_size)
+    config = dataclasses.replace(config, data=with_stored_options(data, manifest))
     return dataclasses.replace(model, streams=spec, tokenizer=tokenizer, run_config=config)
 
 
@@ -157,6 +159,25 @@ def command(monkeypatch, capsys):
     return run_command
 
 
+def test_a_text_gets_the_options_with_which_the_data_of_the_checkpoint_was_prepared(
+    chats, tmp_path
+):
+    turns = [{"role": "user", "content": "who"}, {"role": "bot", "content": "me"}]
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"messages": turns}))
+
+    def row_of_answer(options):
+        data = dataclasses.replace(chats.run_config.data, options=options)
+        config = dataclasses.replace(chats.run_config, data=data)
+        model = dataclasses.replace(chats, run_config=config)
+        tokens = read_text(model, tmp_path / "mine.jsonl").tables["tokens"][0, :, 1]
+        return int((tokens != chats.tokenizer.silence_id).argmax())
+
+    assert row_of_answer(chats.run_config.data.options) == 2
+    # A checkpoint of an earlier version gave only the options that its config set.
+    assert row_of_answer({"roles": {"bot": "output"}}) == 1
+    assert row_of_answer({"roles": {"bot": "output"}, "overlap": -3}) == 4
+
+
 def test_each_value_of_a_text_says_which_cell_it_belongs_to(chats, command, tmp_path):
     text, out = tmp_path / "mine.jsonl", tmp_path / "out.jsonl"
     turns = [{"role": "user", "content": "who are you"}, {"role": "bot", "content": "me me"}]
@@ -170,14 +191,14 @@ def test_each_value_of_a_text_says_which_cell_it_belongs_to(chats, command, tmp_
     assert [(one["row"], one["stream"], one["token"]) for one in said] == [
         (1, "user", "are"),
         (2, "user", "you"),
-        (3, "output", "me"),
         (4, "output", "me"),
+        (5, "output", "me"),
     ]
     sources = [f"{text}:{line}" for line in (1, 1, 2, 2)]
     assert [one["source"] for one in found if one["row"] == 1] == sources
     silence, encode = chats.tokenizer.silence_id, chats.tokenizer.encode
-    tokens = np.full((1, 6, 2), silence)
-    tokens[0, :3, 0], tokens[0, 3:5, 1] = encode("who are you"), encode("me me")
+    tokens = np.full((1, 7, 2), silence)
+    tokens[0, :3, 0], tokens[0, 4:6, 1] = encode("who are you"), encode("me me")
     expected = score(chats, {"tokens": tokens})
     for one in said:
         stream, id_ = chats.streams.index(one["stream"]), chats.tokenizer.encode(one["token"])[0]
@@ -191,7 +212,7 @@ def test_each_value_of_a_text_says_which_cell_it_belongs_to(chats, command, tmp_
 
     status, printed, _ = command(chats, f"--text={text}")
     assert status == 0 and f"── example 1, {text}:2 ──" in printed
-    assert re.search(rf"^ +3  output  me +{said[2]['id']} +{said[2]['logprob']:.4f}", printed, re.M)
+    assert re.search(rf"^ +4  output  me +{said[2]['id']} +{said[2]['logprob']:.4f}", printed, re.M)
 
 
 def test_prepared_data_are_scored_example_by_example(chats, command, tmp_path):

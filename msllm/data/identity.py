@@ -83,21 +83,19 @@ def different_settings(settings: Mapping[str, Any], stored: Mapping[str, Any]) -
     """Returns the settings that differ from those that another run stored, by name.
 
     Numbers and short texts are given with both values, and so are the settings of a trained
-    tokenizer, because its defaults have changed.
+    tokenizer and options, because defaults have changed.
     """
     settings, stored = _comparable(settings), _comparable(stored)
     names = [name for name in {**settings, **stored} if settings.get(name) != stored.get(name)]
-    if "tokenizer" in names:
-        new, old = settings.get("tokenizer") or {}, stored.get("tokenizer") or {}
+    for section in {"tokenizer", "options"}.intersection(names):
+        new, old = settings.get(section) or {}, stored.get(section) or {}
         changed = [key for key in {**old, **new} if new.get(key) != old.get(key)]
         values = [
             f"{key} was {old[key]!r}, now {new[key]!r}"
             for key in changed
             if key in old.keys() & new.keys()
         ]
-        names[names.index("tokenizer")] = (
-            f"tokenizer ({', '.join(values)})" if values else "tokenizer"
-        )
+        names[names.index(section)] = f"{section} ({', '.join(values)})" if values else section
     return [_with_values(name, settings, stored) for name in names]
 
 
@@ -174,5 +172,41 @@ def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
     converter, options = settings.get("converter"), settings.get("options")
     if converter in converters.CONVERTERS and isinstance(options, dict):
-        found["options"] = converters.get_converter(converter, {})[1] | options
+        found["options"] = _with_former_defaults(converter, options)
     return found
+
+
+def _with_former_defaults(converter: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns options that an earlier version stored, with those that it did not store."""
+    defaults = converters.get_converter(converter, {})[1]
+    return defaults | dict(converters.FORMER_DEFAULTS.get(converter, {})) | dict(options)
+
+
+def with_stored_options(data: DataConfig, manifest: Mapping[str, Any]) -> DataConfig:
+    """Returns settings with all options of the converter, as a checkpoint should store them.
+
+    Texts that are later made into tables for the model then become the tables that it was trained
+    on, even if defaults change. Options that the settings leave unset have the values with which
+    the data was prepared.
+
+    Args:
+      data: the settings.
+      manifest: that of the data, whose settings may be of another converter.
+    """
+    if data.converter not in converters.CONVERTERS:
+        return data
+    options = converters.get_converter(data.converter, data.options)[1]
+    if manifest["settings"].get("converter") == data.converter:
+        stored = manifest["settings"].get("options") or {}
+        options |= {key: stored[key] for key in options if key in stored}
+    return dataclasses.replace(data, options=options | dict(data.options))
+
+
+def with_former_options(data: DataConfig) -> DataConfig:
+    """Returns the settings of a checkpoint with the options that it does not give.
+
+    Checkpoints of earlier versions give only options that differed from the defaults of then.
+    """
+    if data.converter not in converters.CONVERTERS:
+        return data
+    return dataclasses.replace(data, options=_with_former_defaults(data.converter, data.options))

@@ -280,7 +280,7 @@ def _check_settings(
     if different:
         raise UserError(
             f"{out} holds {what} with other settings ({', '.join(different)} differ): choose"
-            " another --out, or delete it"
+            " another --out, or delete it; to go on with it, set them as they were"
         )
 
 

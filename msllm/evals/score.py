@@ -18,6 +18,7 @@ from flax import nnx
 from msllm.config import Config, DataConfig, VaryConfig, code_named_by
 from msllm.data import records
 from msllm.data.converters import CONVERTERS, convert
+from msllm.data.identity import with_former_options
 from msllm.data.loader import spread
 from msllm.data.packing import Packer
 from msllm.data.tables import Table, unpack
@@ -247,7 +248,8 @@ def read_text(model: LoadedModel, path: str | os.PathLike, allow_code: bool = Fa
     tokenizer = model.require_tokenizer()
     if not pathlib.Path(path).is_file():
         raise UserError(f"--text={path}: there is no such file")
-    data = model.run_config.data if model.run_config else DataConfig(converter="")
+    run = model.run_config
+    data = with_former_options(run.data) if run else DataConfig(converter="")
     known = CONVERTERS.get(data.converter)
     if not data.converter or (known and not known.reads):
         converter = "single" if model.streams.size == 1 else "tables"

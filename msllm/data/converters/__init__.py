@@ -80,6 +80,11 @@ CONVERTERS = {
 }
 
 
+# Options whose defaults have changed. Manifests and checkpoints that do not give them were made
+# when they had these values.
+FORMER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"chat": {"overlap": 0}}
+
+
 def get_converter(name: str, options: Mapping[str, Any]) -> tuple[Converter, dict[str, Any]]:
     """Returns the converter of a name or import path, and its options with defaults filled in.
 

@@ -13,7 +13,9 @@ from msllm.errors import UserError
 MAX_GAP = 1000  # rows between two turns
 OPTIONS = {
     "roles": {},
-    "overlap": Choice(0, least=-MAX_GAP),
+    # A row between turns: under the default visibility, the cell that predicts the first token of
+    # an answer does not see the last token of the question otherwise.
+    "overlap": Choice(-1, least=-MAX_GAP),
     "wait": Choice(-1, least=-1),
     "thoughts": "before",
     "silence": Choice(0, least=0),
