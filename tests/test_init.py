@@ -228,12 +228,42 @@ def test_pairs_in_csv_become_chats_and_say_so(here, capsys):
     assert "Data: pairs of question and answer; 41 examples" in said
     assert "a pair is a chat of two turns" in said and "use the converter wait_k" in said
     assert "silences of drawn lengths" in said
-    assert "WARNING: 1 of 41 pairs have an empty question or answer, the first at my.csv:42" in said
+    assert "WARNING: empty question or answer in 1 of 41 pairs, the first at my.csv:42" in said
     write(here / "my.jsonl", [{"source": "one", "target": "eins"}] * 30)
     assert main(["init", "other", "--from=my.jsonl"]) == 0
     said = capsys.readouterr().out
     assert "there are no silences before and after a pair" in said
     assert "name source question and target answer" in said
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_csv_may_have_other_marks_than_commas(here, capsys, mark):
+    rows = "".join(f'"how far{mark} {i} ?"{mark}ten, or so\n' for i in range(40))
+    (here / "my.csv").write_text(f"question{mark}answer\n{rows}")
+    assert main(["init", "mine", "--from=my.csv"]) == 0, capsys.readouterr().err
+    text = capsys.readouterr().out
+    assert "pairs of question and answer; 40 examples" in text
+    assert f"user=how far{mark} 0 ?" in text
+
+
+def test_a_folder_and_unknown_columns_are_named_with_their_remedy(here, capsys):
+    (here / "books").mkdir()
+    for name in ("a.txt", "b.txt", "readme.md"):
+        (here / "books" / name).write_text("to be or not to be, that is the question\n" * 60)
+    (here / "books/inner.txt").mkdir()
+    assert main(["init", "mine", "--from=books"]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        "error: --from is 'books': a folder: name files in it by a glob, for example"
+        " 'books/*.txt'\n"
+    )
+    assert main(["init", "mine", "--from=books/*.txt"]) == 0  # the folder in it is no file
+    capsys.readouterr()
+    assert main(["prepare", "--config=configs/mine.py", "--config.data.path=books"]) == 2
+    assert "config.data.path is 'books': a folder" in capsys.readouterr().err
+    (here / "my.csv").write_text("how far ?,ten\nhow high ?,two\n")
+    assert main(["init", "other", "--from=my.csv"]) == 2
+    assert "the first row of the file must name the columns" in capsys.readouterr().err
 
 
 def test_a_large_text_is_looked_at_in_part(here, monkeypatch):

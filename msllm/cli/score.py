@@ -105,6 +105,7 @@ def run(flags: argparse.Namespace) -> None:
         result = compute(model, examples.tables, silence)
         with _existing(flags.out):
             score.write_scores(result, flags.out, examples.tables, names, flags.force)
+        print(f"wrote {flags.out}")
         return
     found = score.likelihood(model, examples.tables, silence)
     cells = list(scores.scored_cells(*examples, *found, names, model.tokenizer))
@@ -114,6 +115,8 @@ def run(flags: argparse.Namespace) -> None:
     else:
         print("\n".join(scores.as_table(cells)))
     print("\n".join(scores.summary(cells, names, silence)))
+    if flags.out:
+        print(f"wrote {flags.out}")
 
 
 def _check(flags: argparse.Namespace) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import collections
 import concurrent.futures
 import contextlib
 import glob
@@ -49,6 +50,9 @@ _SIGNATURES = {
 }
 
 
+IS_FOLDER = "a folder: name files in it by a glob, for example "
+
+
 def shared_file(name: str, config_file: str) -> str:
     """Returns the path of a file that the example configs read.
 
@@ -78,13 +82,23 @@ def input_files(path: str, setting: str = "path") -> list[str]:
     elif os.path.isfile(path):  # a name may hold what a pattern would: chat[1].jsonl
         files = [path]
     else:
-        files = glob.glob(path, recursive=True)
+        files = [file for file in glob.glob(path, recursive=True) if not os.path.isdir(file)]
+    if os.path.isdir(path):
+        raise UserError(f"config.data.{setting} is {path!r}: {IS_FOLDER}{example_glob(path)!r}")
     if not files:
         raise UserError(
             f"config.data.{setting} is {path!r}: there is no such file{missing_file(path)}; name"
             f" one with --config.data.{setting}=...{_hint_for_shared(path)}"
         )
     return sorted(files)
+
+
+def example_glob(folder: str) -> str:
+    """Returns a glob of the files in a folder, with the ending that most of them have."""
+    endings = collections.Counter(
+        os.path.splitext(name)[1] for name in os.listdir(folder) if not name.startswith(".")
+    )
+    return os.path.join(folder, "*" + (endings.most_common(1)[0][0] if endings else ""))
 
 
 def missing_file(path: str) -> str:

@@ -27,6 +27,7 @@ import csv
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 import sys
@@ -418,10 +419,12 @@ def _read_csv(part: Part) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(_FIELD_CHARACTERS)
     # Bytes that are not UTF-8 become surrogates, which no valid text has.
     lines = (line.decode(errors="surrogateescape") for _, line in files.lines(part.file))
+    first = next(lines, "")
+    lines = itertools.chain([first], lines)
     rows = (
         csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
         if part.format == "tsv"
-        else csv.reader(lines, strict=True)
+        else csv.reader(lines, delimiter=_delimiter(first, part.columns), strict=True)
     )
     columns: Sequence[str] = ()
     while True:
@@ -449,6 +452,23 @@ def _read_csv(part: Part) -> Iterator[tuple[int, Any]]:
             yield rows.line_num, BadRecord(f"{where}: the row has {error_text}")
             continue
         yield rows.line_num, dict(zip(columns, row))
+
+
+def _delimiter(first: str, wanted: Sequence[str]) -> str:
+    """Returns what separates the columns of a csv file.
+
+    Where the comma is a decimal point, spreadsheets write semicolons.
+
+    Args:
+      first: the first line.
+      wanted: the columns that the converter reads.
+    """
+    for mark in ";\t":
+        names = [name.strip(' "\r\n') for name in first.split(mark)]
+        fits = set(wanted) <= set(names) or len(wanted) == len(names)
+        if "," not in first and len(names) > 1 and fits:
+            return mark
+    return ","
 
 
 def _columns(part: Part, row: Sequence[str]) -> tuple[Sequence[str], bool]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -106,16 +107,20 @@ def survey(path: str, format: str = "") -> Survey:
         return _pairs(found, records, pair)
     if key:
         return _texts(found, kind, key)
+    columns = ""
+    if kind in ("csv", "tsv"):
+        columns = "; the first row of the file must name the columns, for example question,answer"
     raise UserError(
         f"{records[0].where}: the record has the keys {sorted(keys)}: init knows chats (messages,"
         " conversations, instruction and output, prompt and completion, question and answer), pairs"
-        " (source and target), texts (such as text) and recordings (utterances); rename the keys"
-        " (in csv, the first row names them), or write a"
-        " converter (docs/extending/converter.md)"
+        " (source and target), texts (such as text) and recordings (utterances); rename the keys,"
+        f" or write a converter (docs/extending/converter.md){columns}"
     )
 
 
 def _first_file(path: str) -> str:
+    if os.path.isdir(path):
+        raise UserError(f"--from is {path!r}: {files.IS_FOLDER}{files.example_glob(path)!r}")
     try:
         return files.input_files(path)[0]
     except UserError as error:
@@ -255,9 +260,9 @@ def _say_of_pairs(found: Survey, records: Sequence[Record], question: str, answe
     ]
     if empty:
         found.notes.append(
-            f"WARNING: {len(empty):,} of {len(records):,} pairs have an empty {question} or"
-            f" {answer}, the first at {empty[0]}: the model learns that there is no answer, or to"
-            " speak without a question; remove them if this is not what you want"
+            f"WARNING: empty {question} or {answer} in {len(empty):,} of {len(records):,} pairs,"
+            f" the first at {empty[0]}: the model learns to give no answer, or to speak without a"
+            " question; remove them if this is not what you want"
         )
 
 
