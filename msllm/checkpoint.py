@@ -29,7 +29,7 @@ from msllm.errors import RunError, UserError
 from msllm.optim import path_name
 from msllm.runtime import processes
 from msllm.runtime.compiler import compiler_options
-from msllm.runtime.files import digest_differs, with_digest
+from msllm.runtime.files import describe_missing, digest_differs, with_digest
 from msllm.step import Program, TrainState
 from msllm.tokenizer import Tokenizer
 
@@ -649,8 +649,11 @@ def checkpoint_paths(path: str | os.PathLike) -> list[epath.Path]:
         return [path]
     found = [p for p in path.iterdir() if p.name.isdigit()] if path.is_dir() else []
     if not found:
+        there = ""
+        if "://" not in str(path) and not path.exists():
+            there = f", which does not exist ({describe_missing(path)})"
         raise UserError(
-            f"there is no checkpoint in {path}: give a workdir of `msllm train` or one of its"
-            " checkpoints"
+            f"there is no checkpoint in {path}{there}: give a workdir of `msllm train` or one of"
+            " its checkpoints"
         )
     return sorted(found, key=lambda p: -int(p.name))

@@ -95,7 +95,12 @@ def test_defaults_are_shown(capsys):
         ("train --workdirr=x", "unknown flag --workdirr: did you mean --workdir?"),
         ("train", "--config, --workdir must be given (see msllm train --help)"),
         ("train x --config=configs/quickstart.py --workdir=y", "unexpected argument 'x'"),
-        ("train --config=configs/none.py --workdir=x", "'configs/none.py': there is no such file"),
+        (
+            "train --config=configs/quickstrat.py --workdir=x",
+            "'configs/quickstrat.py': there is no such file (configs holds quickstart.py",
+        ),
+        ("train --config=configs --workdir=x", "'configs': a folder, not a file (configs holds "),
+        ("help trian", "unknown command 'trian': did you mean train?"),
         ("generate --checkpoint=x --rows=0", "--rows is 0: must be at least 1"),
         ("generate --checkpoint=x --rows=-1", "--rows is -1: must be at least 1"),
         ("generate --checkpoint=x --rows=many", "--rows is 'many': must be a whole number"),
@@ -281,6 +286,18 @@ def test_exit_statuses(capsys, result, status):
     assert capsys.readouterr().err == (
         f"error: {result}\n" if isinstance(result, Exception) else ""
     )
+
+
+def test_help_takes_the_name_of_a_command(capsys):
+    assert output_of(capsys, "help", "train") == output_of(capsys, "train", "--help")
+
+
+def test_training_where_jax_runs_says_what_to_do(capsys, tmp_path):
+    jax.devices()
+    arguments = ["train", "--config=configs/quickstart.py", f"--workdir={tmp_path}/run"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "jax has already started" in error and "give --num_processes=1" in error
 
 
 def test_a_command_in_a_process_where_jax_runs_does_not_warn(monkeypatch, capsys):

@@ -120,6 +120,13 @@ def test_load_names_a_missing_checkpoint(tmp_path):
         load(tmp_path / "none")
 
 
+def test_a_missing_workdir_is_named_with_what_there_is(tmp_path):
+    (tmp_path / "quickstart").mkdir()
+    there = r"quickstrat, which does not exist \(.* holds quickstart\): give a workdir"
+    with pytest.raises(UserError, match=there):
+        load(tmp_path / "quickstrat")
+
+
 @pytest.fixture
 def chats(tmp_path, make_model):
     """A model that was trained on chats of two streams, and the folder of their prepared data."""

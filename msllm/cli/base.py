@@ -388,9 +388,12 @@ def _read_config(file: str, arguments: list[str]) -> tuple[Config, list[str]]:
     from ml_collections import config_flags
 
     from msllm.config import from_config_dict
+    from msllm.runtime.files import describe_missing
 
     if not os.path.isfile(file.partition(":")[0]):  # false, too, for names that are too long
-        raise UserError(f"--config is {file!r}: there is no such file")
+        what = "a folder, not a file" if os.path.isdir(file) else "there is no such file"
+        within = os.path.join(file, "NAME.py") if os.path.isdir(file) else file.partition(":")[0]
+        raise UserError(f"--config is {file!r}: {what} ({describe_missing(within)})")
     overrides, options = _split_overrides(arguments)
     arguments = ["msllm", f"--config={file}", *overrides]
     # A registry of its own: a program that calls this function may use the global flags of absl.

@@ -66,13 +66,15 @@ def parser_of(name: str) -> base.Parser:
 
 
 def _run(arguments: list[str]) -> int | None:
-    if not arguments or arguments[0] in ("--help", "-h", "help"):
+    if not arguments or arguments[0] in ("--help", "-h") or arguments == ["help"]:
         print(_overview())
         return 0
     if arguments[0] == "--version":
         print(f"msllm {__version__}")
         return 0
     name, *rest = arguments
+    if name == "help":  # msllm help train
+        name, *rest = *rest[:1], "--help"
     if name not in COMMANDS:
         hint = base.did_you_mean(name, COMMANDS)
         raise UserError(f"unknown command {name!r}{hint} (msllm --help lists the commands)")

@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from msllm.errors import RunError, UserError
+from msllm.runtime.environment import jax_has_started
 from msllm.runtime.files import STORAGE_ERRORS, lock_file
 
 # Exit statuses besides 0 (complete), 1 (failed) and 2 (invalid input). After these two the same
@@ -59,7 +60,8 @@ def connect(
       heartbeat_seconds: a process that has been silent for this long counts as lost.
 
     Raises:
-      UserError: the arguments contradict each other, or the address cannot be used.
+      UserError: the arguments contradict each other, the address cannot be used, or JAX has
+        already started.
     """
     given: dict[str, Any] = {
         "coordinator_address": address,
@@ -76,6 +78,11 @@ def connect(
         raise UserError(
             f"--process_id is {process_id}: must be in 0..{num_processes - 1}"
             f" (--num_processes={num_processes})"
+        )
+    if jax_has_started():
+        raise UserError(
+            "jax has already started in this process, so it cannot join others: give"
+            " --num_processes=1 to train in this process alone, or run the command in a new process"
         )
     with _JoinWatch(epath.Path(workdir) / "waiting", wait_seconds):
         try:
