@@ -13,6 +13,7 @@ from runs import make_config
 from msllm.config import StreamsConfig, TokenizerConfig, from_config_dict
 from msllm.data.converters import convert
 from msllm.errors import UserError
+from msllm.evals import adaptive
 from msllm.evals.score import score
 from msllm.flow import certificate
 from msllm.model.model import init_parameters
@@ -137,7 +138,7 @@ def test_a_mark_that_is_no_control_piece_is_refused(study, tokenizer, tmp_path):
     config = arm_config(study, "delimiters")
     options = {**config.data.options, "marks": {"system": "<sys>"}}
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, options=options))
-    with pytest.raises(UserError, match="'<sys>', which is no control piece.*reserved"):
+    with pytest.raises(UserError, match="'<sys>', which has no control piece.*reserved"):
         tables_of(config, tokenizer, tmp_path, RECORD)
 
 
@@ -233,3 +234,70 @@ def test_the_logits_of_the_plan_under_attack(study, tokenizer, tmp_path, arm, sa
         score(model, {"tokens": t[None]}).logits[0, :, 2] for t in (table.tokens, attacked)
     )
     assert (clean == other).all() == same
+
+
+def targets_of(config, tokenizer, tmp_path, model):
+    """Two prompts under attack, in which the last word of the answer is wanted to be "h"."""
+    found = []
+    for content in ("c d e", "f d g"):
+        messages = [dict(message) for message in RECORD["messages"]]
+        messages[3]["content"] = content
+        (table,) = tables_of(config, tokenizer, tmp_path, {"messages": messages})
+        stream = model.streams.size - 1
+        spoken = np.flatnonzero(table.tokens[:, stream] != tokenizer.silence_id)
+        tokens = table.tokens.copy()
+        tokens[spoken[-1], stream] = tokenizer.encode("h")[0]
+        cells = np.argwhere(np.isin(tokens[:, 1], tokenizer.encode(content)))[:2, 0].tolist()
+        wanted = [(int(spoken[-1]), stream)]
+        found.append(adaptive.Target(tokens, [(row, 1) for row in cells], wanted))
+    return found
+
+
+def test_gradients_of_the_attack_are_those_of_the_loss(study, tokenizer, tmp_path):
+    config = arm_config(study, "rotation")
+    model = model_of(config, tokenizer, noise=0.1)
+    tables = adaptive._Tables(model, targets_of(config, tokenizer, tmp_path, model))
+    gradient = tables.gradients(tables.start)
+    # Move the embedding of a token that only one cell of one table holds a little way.
+    token, size = int(tables.start[0, 0]), 1e-2
+    direction = np.zeros(model.config.vocab_size, np.float32)
+    direction[[3, 5]] = 1, -1
+    table = np.asarray(model.parameters["embedding"])
+    untied = dataclasses.replace(model.config, tie_embeddings=False)
+    losses = []
+    for sign in (1, -1):
+        moved = table.copy()
+        moved[token] += sign * size * direction @ table
+        parameters = model.parameters | {"embedding": moved, "head": table}
+        changed = dataclasses.replace(model, config=untied, parameters=parameters)
+        only_there = [
+            adaptive.Target(*tables_one)
+            for tables_one in targets_of(config, tokenizer, tmp_path, model)[:1]
+        ]
+        for one in only_there:  # the answer repeats the word; replace it there
+            one.tokens[:, 2][one.tokens[:, 2] == token] = tokenizer.encode("a")[0]
+        losses.append(adaptive._Tables(changed, only_there).losses(tables.start[:1, None])[0, 0])
+    replaced = targets_of(config, tokenizer, tmp_path, model)[:1]
+    replaced[0].tokens[:, 2][replaced[0].tokens[:, 2] == token] = tokenizer.encode("a")[0]
+    gradient = adaptive._Tables(model, replaced).gradients(tables.start[:1])
+    expected = (losses[0] - losses[1]) / (2 * size)
+    assert gradient[0, 0] @ direction == pytest.approx(expected, rel=0.02)
+
+
+def test_the_search_lowers_the_loss_where_data_reach_the_answer(study, tokenizer, tmp_path):
+    config = arm_config(study, "streams")
+    model = model_of(config, tokenizer)
+    targets = targets_of(config, tokenizer, tmp_path, model)
+    found = adaptive.search(model, targets, steps=4, candidates=8, top=6)
+    assert found.tokens.shape == (2, 2)
+    assert (found.last < found.first).all()
+    assert not set(found.tokens.ravel().tolist()) & set(tokenizer.control.values())
+
+
+def test_the_search_has_no_gradient_where_the_certificate_excludes_it(study, tokenizer, tmp_path):
+    config = arm_config(study, "plan and door")
+    model = model_of(config, tokenizer)
+    (table,) = tables_of(config, tokenizer, tmp_path, RECORD)
+    plan = int(np.flatnonzero(table.tokens[:, 2] != tokenizer.silence_id)[1])
+    target = adaptive.Target(table.tokens, [(1, 1), (2, 1)], [(plan, 2)])
+    assert not adaptive._Tables(model, [target]).gradients(table.tokens[None, [1, 2], 1]).any()

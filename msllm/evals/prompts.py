@@ -15,10 +15,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from msllm.data.converters import get_converter
-from msllm.data.converters.roles import Turn, mark_of, place, said_by_model
+from msllm.data.converters.roles import (
+    Turn,
+    encode_unfiltered,
+    mark_of,
+    place,
+    said_by_model,
+)
 from msllm.decode.engine import FREE, generate
 from msllm.errors import UserError
-from msllm.evals.score import likelihood
+from msllm.evals.score import likelihood, score_batches
 from msllm.tokenizer import Tokenizer
 from msllm.weights.load import LoadedModel
 
@@ -200,27 +206,6 @@ def encode(part: Part, roles: Roles, tokenizer: Tokenizer) -> list[int]:
     return tokens
 
 
-def encode_unfiltered(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of a text in which control pieces become control tokens, except silence."""
-    found = [
-        (text.find(piece), piece)
-        for piece in tokenizer.control
-        if piece and piece != tokenizer.silence and piece in text
-    ]
-    if not found:
-        return tokenizer.encode(text) if text else []
-    at, piece = min(found, key=lambda pair: (pair[0], -len(pair[1])))
-    # The space beside a control piece in a text is not part of its neighbour.
-    before, after = text[:at], text[at + len(piece) :]
-    if before.endswith(" ") and after.startswith(" "):
-        before, after = before[:-1], after[1:]
-    return [
-        *(tokenizer.encode(before) if before else []),
-        tokenizer.control[piece],
-        *encode_unfiltered(after, tokenizer),
-    ]
-
-
 class Laid(NamedTuple):
     """A prompt in rows.
 
@@ -228,10 +213,12 @@ class Laid(NamedTuple):
       tokens: [P, S] int32; FREE where the model samples. The answer follows the last row.
       spans: {role: (stream, first row, row after the last)} of the turns that the model says, or
         that are given in its place; the last turn has no end, -1, if the model says it.
+      starts: the row of the first token of each part.
     """
 
     tokens: np.ndarray
     spans: dict[str, tuple[int, int, int]]
+    starts: list[int]
 
 
 def lay(parts: Sequence[Part], roles: Roles, model: LoadedModel) -> Laid:
@@ -244,7 +231,8 @@ def lay(parts: Sequence[Part], roles: Roles, model: LoadedModel) -> Laid:
                 f"the prompt has the role {part.role!r}: the model's are {', '.join(roles.streams)}"
             )
         stream = roles.streams[part.role]
-        turns.append(Turn(part.role, stream, encode(part, roles, tokenizer)))
+        mark = mark_of(part.role, roles.options["marks"], tokenizer)
+        turns.append(Turn(part.role, stream, encode(part, roles, tokenizer), mark))
     placed = place(turns, spec.kinds, roles.options)
     rows = max(one.end for one in placed)
     tokens = np.full((rows, spec.size), tokenizer.silence_id, np.int32)
@@ -253,8 +241,7 @@ def lay(parts: Sequence[Part], roles: Roles, model: LoadedModel) -> Laid:
     spans = {}
     for number, (part, one) in enumerate(zip(parts, placed)):
         stream, last = one.turn.stream, one.first + len(one.turn.tokens)
-        mark = mark_of(one.turn.role, roles.options["marks"], tokenizer.control)
-        tokens[one.start : one.first, stream] = mark
+        tokens[one.start : one.first, stream] = one.turn.mark
         tokens[one.first : last, stream] = one.turn.tokens
         if part.role not in roles.said:
             continue
@@ -267,7 +254,7 @@ def lay(parts: Sequence[Part], roles: Roles, model: LoadedModel) -> Laid:
         else:
             tokens[first : one.end, stream] = FREE
             spans[part.role] = (stream, first, one.end)
-    return Laid(tokens, spans)
+    return Laid(tokens, spans, [one.first for one in placed])
 
 
 def answer(
@@ -364,13 +351,7 @@ def answer_logprob(model: LoadedModel, prompts: Sequence[Laid], role: str) -> np
       prompts: from `lay`, with the text of `role`.
       role: whose turn is scored.
     """
-    rows = _rounded(max(len(prompt.tokens) for prompt in prompts))
-    shape = len(prompts), rows, model.streams.size
-    tokens, present = np.zeros(shape, np.int32), np.zeros(shape, bool)
-    silence = model.require_tokenizer().silence_id
-    for b, prompt in enumerate(prompts):
-        given = np.where(prompt.tokens == FREE, silence, prompt.tokens)
-        tokens[b, : len(given)], present[b, : len(given)] = given, True
+    tokens, present = _as_tables(model, prompts)
     # Inputs have a loss weight of 0, and so may the answer's stream; all cells count here.
     scored = model.with_streams(loss_weights=(1.0,) * model.streams.size)
     logprob = likelihood(scored, {"tokens": tokens, "present": present}).logprob
@@ -379,6 +360,49 @@ def answer_logprob(model: LoadedModel, prompts: Sequence[Laid], role: str) -> np
         stream, first, end = prompt.spans[role]
         sums.append(float(np.sum(logprob[b, first - 1 : end - 1, stream], dtype=np.float64)))
     return np.array(sums)
+
+
+def same_logits(
+    model: LoadedModel, prompts: Sequence[Laid], others: Sequence[Laid], role: str
+) -> list[bool]:
+    """Whether two prompts give the same logits, bit for bit, wherever a role speaks.
+
+    Args:
+      model: a model with a tokenizer.
+      prompts, others: pairs of prompts. Their turns of `role` are in the same rows; free cells in
+        them hold silence.
+      role: a role that the model says.
+
+    Raises UserError if the turns of a pair are in different rows.
+    """
+    tables = []
+    for one, other in zip(prompts, others, strict=True):
+        if one.spans[role] != other.spans[role]:
+            raise UserError(
+                f"two prompts have the role {role!r} in {one.spans[role]} and {other.spans[role]}:"
+                " only equal rows can be compared"
+            )
+        tables += [one, other]
+    tokens, present = _as_tables(model, tables)
+    logits: list[np.ndarray] = []
+    for part in score_batches(model, {"tokens": tokens, "present": present}):
+        for table in part.logits:
+            stream, first, end = tables[len(logits)].spans[role]
+            last = len(tables[len(logits)].tokens) if end < 0 else end
+            logits.append(table[max(first - 1, 0) : last, stream])
+    return [bool((a == b).all()) for a, b in zip(logits[::2], logits[1::2])]
+
+
+def _as_tables(model: LoadedModel, prompts: Sequence[Laid]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and presence [N, R, S] of prompts. Free cells hold silence."""
+    rows = _rounded(max(len(prompt.tokens) for prompt in prompts))
+    shape = len(prompts), rows, model.streams.size
+    tokens, present = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    silence = model.require_tokenizer().silence_id
+    for b, prompt in enumerate(prompts):
+        given = np.where(prompt.tokens == FREE, silence, prompt.tokens)
+        tokens[b, : len(given)], present[b, : len(given)] = given, True
+    return tokens, present
 
 
 def texts_of(

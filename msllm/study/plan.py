@@ -64,7 +64,8 @@ class Data:
             return self.config
         stored = records.read_manifest(self.tokenizer.folder)["tokenizer"]
         path = str(self.tokenizer.folder / stored["file"])
-        tokenizer = dataclasses.replace(self.config.data.tokenizer, path=path)
+        # The pieces that a trained tokenizer reserves are in its file.
+        tokenizer = dataclasses.replace(self.config.data.tokenizer, path=path, reserved=())
         return _replace(
             self.config, data=dataclasses.replace(self.config.data, tokenizer=tokenizer)
         )

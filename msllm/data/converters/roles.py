@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from msllm.data.converters.layout import Layout, each_record
+from msllm.data.converters.layout import Layout, Recorder, each_record
 from msllm.data.converters.messages import read_chat
 from msllm.data.sources import Record
 from msllm.data.tables import Placement, Table
 from msllm.errors import UserError
+from msllm.tokenizer import Tokenizer
 
 OPTIONS: dict[str, Any] = {
     "roles": {},
@@ -34,6 +35,7 @@ class Turn(NamedTuple):
     role: str
     stream: int
     tokens: Sequence[int]  # without the mark
+    mark: Sequence[int] = ()  # the tokens that begin the turn
 
 
 class Placed(NamedTuple):
@@ -41,7 +43,7 @@ class Placed(NamedTuple):
 
     Attributes:
       turn: the turn.
-      start: the row of the mark, or of the first token if there is no mark.
+      start: the first row of the mark, or of the tokens if there is no mark.
       first: the row of the first token.
       end: the row after the last token, or after the rows that the turn takes at least.
     """
@@ -61,7 +63,7 @@ def place(turns: Sequence[Turn], kinds: Sequence[str], options: Mapping[str, Any
     Args:
       turns: in order.
       kinds: [S], the kinds of the streams.
-      options: `beside`, `marks` and `rows`.
+      options: `beside` and `rows`.
     """
     placed: list[Placed] = []
     free = [0] * len(kinds)  # the next free row of each stream
@@ -70,7 +72,7 @@ def place(turns: Sequence[Turn], kinds: Sequence[str], options: Mapping[str, Any
         start = free[turn.stream]
         if turn.role not in options["beside"]:
             start = max(start, max(free) if kinds[turn.stream] == "output" else before)
-        first = start + (turn.role in options["marks"])
+        first = start + len(turn.mark)
         end = max(first + len(turn.tokens), start + options["rows"].get(turn.role, 0))
         placed.append(Placed(turn, start, first, end))
         free[turn.stream] = before = end
@@ -86,19 +88,42 @@ def said_by_model(role: str, stream: int, kinds: Sequence[str], said: Sequence[s
     return role in said if said else kinds[stream] != "input"
 
 
-def mark_of(role: str, marks: Mapping[str, str], control: Mapping[str, int]) -> list[int]:
-    """The tokens that begin a turn of a role: one, or none. Raises UserError."""
-    if role not in marks:
+def mark_of(role: str, marks: Mapping[str, str], tokenizer: Tokenizer | Recorder) -> list[int]:
+    """The tokens that begin a turn of a role; empty without a mark.
+
+    Raises UserError if the mark has no control piece, so that a text could hold it.
+    """
+    mark = marks.get(role, "")
+    if not mark or isinstance(tokenizer, Recorder):  # there are no control pieces yet
         return []
-    piece = marks[role]
-    try:
-        return [control[piece]]
-    except KeyError:
-        known = ", ".join(control)
+    if not any(piece in mark for piece in tokenizer.control if piece != tokenizer.silence):
         raise UserError(
-            f"config.data.options.marks maps {role!r} to {piece!r}, which is no control piece of"
-            f" the tokenizer ({known}): list it in config.data.tokenizer.reserved"
-        ) from None
+            f"config.data.options.marks maps {role!r} to {mark!r}, which has no control piece of"
+            f" the tokenizer ({', '.join(tokenizer.control)}): list it in"
+            " config.data.tokenizer.reserved"
+        )
+    return encode_unfiltered(mark, tokenizer)
+
+
+def encode_unfiltered(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a text in which control pieces become control tokens, except silence."""
+    found = [
+        (text.find(piece), piece)
+        for piece in tokenizer.control
+        if piece and piece != tokenizer.silence and piece in text
+    ]
+    if not found:
+        return tokenizer.encode(text) if text else []
+    at, piece = min(found, key=lambda pair: (pair[0], -len(pair[1])))
+    # One space on both sides of a control piece is not part of its neighbours.
+    before, after = text[:at], text[at + len(piece) :]
+    if before.endswith(" ") and after.startswith(" "):
+        before, after = before[:-1], after[1:]
+    return [
+        *(tokenizer.encode(before) if before else []),
+        tokenizer.control[piece],
+        *encode_unfiltered(after, tokenizer),
+    ]
 
 
 @each_record
@@ -113,8 +138,9 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
 
     - `roles`: maps roles to streams, as in `Layout.stream_of`. Roles may share a stream.
     - `beside`: roles whose turns start as soon as their own stream is free.
-    - `marks`: {role: control piece} that begins each turn of the role. No text encodes to it if it
-      is in `config.data.tokenizer.reserved`. The mark is given and never predicted.
+    - `marks`: {role: text that begins each turn of the role}. The text has a control piece of the
+      tokenizer, such as one of `config.data.tokenizer.reserved`: no other text encodes to that. The
+      mark is given and never predicted.
     - `rows`: {role: rows} that a turn of the role takes at least, with its mark. What follows then
       starts in the same row, however long the turn is.
     - `said`: roles that the model says. Empty: those of streams that are no inputs.
@@ -123,30 +149,27 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     messages, key = read_chat(layout, record)
     spec, options = layout.spec, layout.options
     turns, weights = [], []
-    for turn in messages:
-        stream = spec.index(layout.stream_of(turn.role, turn.where))
-        turns.append(Turn(turn.role, stream, layout.encode(turn.text or "")))
-        said = said_by_model(turn.role, stream, spec.kinds, options["said"])
-        weights.append(turn.weight if said else 0.0)
+    for message in messages:
+        stream = spec.index(layout.stream_of(message.role, message.where))
+        mark = mark_of(message.role, options["marks"], layout.tokenizer)
+        turns.append(Turn(message.role, stream, layout.encode(message.text or ""), mark))
+        said = said_by_model(message.role, stream, spec.kinds, options["said"])
+        weights.append(message.weight if said else 0.0)
     if turns:
         placed = place(turns, spec.kinds, options)
-        control = layout.tokenizer.control
-        marks = {turn.role: mark_of(turn.role, options["marks"], control) for turn in turns}
-        yield _table(layout, placed, marks, weights, key)
+        yield _table(layout, placed, weights, key)
 
 
 def _table(
     layout: Layout,
     placed: Sequence[Placed],
-    marks: Mapping[str, list[int]],
     weights: Sequence[float],
     key: str,
 ) -> Table:
     """The table of placed turns, with a closing row of silence."""
     last = max(one.end for one in placed)
     placements = [
-        Placement(one.turn.stream, one.start, [*marks[one.turn.role], *one.turn.tokens])
-        for one in placed
+        Placement(one.turn.stream, one.start, [*one.turn.mark, *one.turn.tokens]) for one in placed
     ]
     closing = Placement(placed[0].turn.stream, last, [layout.tokenizer.silence_id])
     table = layout.table([*placements, closing], key, closed=False)
