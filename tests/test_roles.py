@@ -19,6 +19,7 @@ from msllm.flow import certificate
 from msllm.model.model import init_parameters
 from msllm.streams import StreamSpec
 from msllm.tokenizer import train as train_tokenizer
+from msllm.weights import convert as convert_weights
 from msllm.weights.load import LoadedModel
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -301,3 +302,10 @@ def test_the_search_has_no_gradient_where_the_certificate_excludes_it(study, tok
     plan = int(np.flatnonzero(table.tokens[:, 2] != tokenizer.silence_id)[1])
     target = adaptive.Target(table.tokens, [(1, 1), (2, 1)], [(plan, 2)])
     assert not adaptive._Tables(model, [target]).gradients(table.tokens[None, [1, 2], 1]).any()
+
+
+def test_rotated_embeddings_are_not_exported(study, tokenizer, tmp_path, monkeypatch):
+    model = model_of(arm_config(study, "rotation"), tokenizer)
+    monkeypatch.setattr(convert_weights, "load", lambda path: model)
+    with pytest.raises(UserError, match="rotations of .* no Hugging Face family rotates"):
+        convert_weights.to_hf("runs/x", tmp_path / "out")

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from msllm.errors import UserError
 
 WORDS = 1400  # of the texts; with instructions and control pieces, the vocabulary has 1,500
-EXAMPLES = 40_000  # that a reader yields
+EXAMPLES = 30_000  # that a reader yields
 LENGTHS = (4, 32)  # words of a text for training: covers a text with an injection
 SHORT = (3, 8)  # the same at the beginning of training
 SPLITS = {"train": range(90), "development": range(90, 95), "test": range(95, 100)}

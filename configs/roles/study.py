@@ -24,7 +24,7 @@ Arms:
 
 Data: data/translation_tatoeba and data/dialogue_taskmaster4 in the folder that MSLLM_SHARED names
 (default: `shared` beside the repository).
-Cost: 0.8 M parameters. Figures: docs/security.md.
+Cost: 0.8 M parameters, about 2.5 CPU-hours of training for 3 seeds, and an hour of measuring.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ BASE = {
 def get_config():
     """Returns the settings that all runs share: those of one stream."""
     config = default_config()
-    config.steps = 600
+    config.steps = 450
     config.log_every = 50
     config.eval_every = 0
 
@@ -148,6 +148,7 @@ def get_config():
     config.model.rope_theta = 1e4
 
     config.optim.lr = 2e-3
+    config.optim.warmup_steps = 30
     config.optim.b2 = 0.99
     config.optim.weight_decay = 0.01
     config.checkpoint.every = 0
@@ -159,7 +160,7 @@ def get_study() -> Study:
     arms = {
         name: Arm(settings, options={"live": name not in FIRSTS}) for name, settings in ARMS.items()
     }
-    curriculum = [("echo", 300), ("short", 300), ("live", 400)]
+    curriculum = [("echo", 200), ("short", 250), ("live", 350)]
     return Study(
         base=get_config(),
         arms=arms,
@@ -170,15 +171,17 @@ def get_study() -> Study:
         ),
         tokenizer=ONE,
         measure=measure,
-        measure_every=200,
+        measure_every=150,
         options={
             "split": "test",
             "attacks": 720,  # for each of 3 seeds
             "clean": 400,
-            "early": 180,  # attacks at checkpoints before the last, for matched utility
-            "adaptive": 36,
-            "adaptive_steps": 40,
-            "candidates": 16,
+            "early_attacks": 144,  # at checkpoints before the last, for matched utility
+            "early_clean": 200,
+            "live": True,
+            "adaptive": 34,
+            "adaptive_steps": 25,
+            "candidates": 12,
             "batch": 128,
         },
         baseline="delimiters",
@@ -244,8 +247,8 @@ def measure(model, point) -> Iterator[dict[str, Any]]:
         folder,
         options["split"],
         point.seed,
-        options["attacks"] if is_last else options["early"],
-        options["clean"],
+        options["attacks" if is_last else "early_attacks"],
+        options["clean" if is_last else "early_clean"],
         options["live"],
     )
     yield from records_of(model, roles, items, options["batch"])

@@ -277,7 +277,7 @@ def answer(
       control token.
     """
     found: list[dict[str, list[int]]] = [{} for _ in prompts]
-    # Prompts of similar length go together. All batches of a length have one shape.
+    # Prompts of similar length go together.
     order = sorted(range(len(prompts)), key=lambda i: _free_row(prompts[i]))
     size = min(batch, len(prompts))
     for start in range(0, len(order), max(size, 1)):
@@ -304,9 +304,9 @@ def _generate(
     """
     spec, silence = model.streams, model.require_tokenizer().silence_id
     starts = [_free_row(prompt) for prompt in prompts]
-    read = _rounded(max(starts))
+    read = max(1 << (max(starts) - 1).bit_length(), 16)  # few lengths, so that few are compiled
     more = max(len(p.tokens) - start for p, start in zip(prompts, starts)) + rows
-    more = _rounded(more, 8)
+    more = _rounded(more)
     prefill = np.full((len(prompts), read, spec.size), silence, np.int32)
     present = np.zeros(prefill.shape, bool)
     forced = np.full((len(prompts), more, spec.size), silence, np.int32)
