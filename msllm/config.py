@@ -241,6 +241,17 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PenaltyConfig:
+    """A term that training adds to the loss, and that sees a whole batch."""
+
+    # package.module:function (docs/extending/penalty.md); empty: no penalty
+    function: str = _import_path()
+    weight: float = 1.0  # factor of the penalty in the loss
+    # options of the function
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis. One axis may be -1: all remaining devices."""
 
@@ -299,6 +310,7 @@ class Config:
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     loss: LossConfig = LossConfig()
+    penalty: PenaltyConfig = PenaltyConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
@@ -569,6 +581,7 @@ _RANGES = {
     "loss.z_loss": _NOT_NEGATIVE,
     "loss.chunk_tokens": _COUNT,
     "loss.vocab_chunks": _COUNT,
+    "penalty.weight": _NOT_NEGATIVE,
     "mesh.data": "[-1, 2147483648)",  # and not 0, see _validate_mesh
     "mesh.fsdp": "[-1, 2147483648)",
     "mesh.stream": "[-1, 2147483648)",
@@ -743,6 +756,11 @@ def _validate_training(config: Config) -> None:
     _require(config, "loss.objective", not objective or ":" in objective, rule)
     rule = "must be 1 with loss.objective, which needs the whole head"
     _require(config, "loss.vocab_chunks", not objective or parts == 1, rule)
+    penalty = config.penalty.function
+    rule = "must be package.module:function, or empty"
+    _require(config, "penalty.function", not penalty or ":" in penalty, rule)
+    rule = "must be 1 with penalty.function, which sees a whole batch"
+    _require(config, "optim.accumulate", not penalty or optim.accumulate == 1, rule)
 
 
 def _validate_mesh(config: Config) -> None:

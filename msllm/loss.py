@@ -29,6 +29,23 @@ GatherRows = Callable[[jax.Array], jax.Array]  # see `next_row_loss`
 Objective = Callable[[jax.Array, jax.Array, jax.Array, LossConfig], jax.Array]
 
 
+class Forward(NamedTuple):
+    """What a penalty sees of a step: all tables of the batch, on every device.
+
+    Attributes:
+      hidden: [B, T, S, D] after the final norm, in the compute dtype.
+      head: [V, D] in the compute dtype. The logits are their product.
+      batch: tokens [B, T, S], present [B, T, S] and segment [B, T]; optionally weights [B, T, S].
+    """
+
+    hidden: jax.Array
+    head: jax.Array
+    batch: Mapping[str, jax.Array]
+
+
+Penalty = Callable[[Forward], jax.Array]  # returns a number, to be minimised
+
+
 def targets_and_weights(
     batch: Mapping[str, Any], stream_weights: Sequence[float] | jax.Array, loss_mask: Any = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -14,7 +14,8 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from msllm.config import Config, import_object
-from msllm.loss import next_row_loss, objective_loss, targets_and_weights
+from msllm.errors import UserError
+from msllm.loss import Forward, Penalty, next_row_loss, objective_loss, targets_and_weights
 from msllm.model.attention.dispatch import choose_backend
 from msllm.model.block import check_block
 from msllm.model.layers import gather_weight
@@ -34,7 +35,9 @@ from msllm.sharding import (
     BATCH_AXES,
     StreamSubset,
     axis_index,
+    axis_size,
     check_mesh,
+    gather,
     mesh_axes,
     named_sharding,
     partition_spec,
@@ -99,6 +102,7 @@ class Program:
         check_block(config.model, streams.size, cached=False)
         objective = config.loss.objective
         self._objective = import_object(objective, "config.loss.objective") if objective else None
+        self._penalty = _make_penalty(config, streams, mesh)
         self.config, self.streams, self.mesh, self.silence_id = config, streams, mesh, silence_id
         absent = -streams.size % mesh.shape["stream"]
         self._loss_weights = streams.loss_weights + (0.0,) * absent
@@ -234,12 +238,34 @@ class Program:
             self.config.loss,
             functools.partial(gather_weight, dtype=hidden.dtype, axis=1),
         )
+        if self._penalty and not all_streams:
+            loss = loss + self._penalty_of_device(model, hidden, batch)
         # The subset may hold streams of weight 0. They are not reported, because which ones it
         # holds depends on the mesh.
         reported = take(counted) if all_streams else take(weights) > 0
         sums = self._sums(nll, reported, reported & (take(targets) != self.silence_id), subset)
         counts = self._counts(model.cells(batch, self.silence_id).present, batch["tokens"])
         return psum(loss, *mesh_axes("batch"), "stream"), (sums, counts)
+
+    def _penalty_of_device(self, model: Any, hidden: jax.Array, batch: Batch) -> jax.Array:
+        """This device's share of `config.penalty`, which is a number of the whole batch."""
+        axes = mesh_axes("batch")
+
+        def whole(x):
+            return gather(x, 0, (axes,))
+
+        head = gather_weight(model.head_parameter[...], dtype=hidden.dtype, axis=1)
+        forward = Forward(whole(hidden), head, {name: whole(x) for name, x in batch.items()})
+        found = self._penalty(forward) if self._penalty else jnp.zeros(())
+        if found.shape != () or not jnp.issubdtype(found.dtype, jnp.floating):
+            raise UserError(
+                f"config.penalty.function is {self.config.penalty.function!r}: it returned"
+                f" {found.dtype} {found.shape}; return one floating-point number"
+            )
+        devices = 1
+        for axis in axes:
+            devices *= axis_size(axis)
+        return self.config.penalty.weight * found.astype(jnp.float32) / devices
 
     def _sums(self, nll, reported, spoken, subset: StreamSubset) -> Sums:
         """PER_STREAM_SUMS over all tables for this device's streams. Arguments: [B, T, streams]."""
@@ -324,3 +350,20 @@ class Program:
         weights = targets_and_weights(batch, self._loss_weights)[2]
         loss, sums = self._losses(parameters, batch, 1.0, True)
         return {**sums, "loss": loss, "weight": weights.sum()}
+
+
+def _make_penalty(config: Config, streams: StreamSpec, mesh: Mesh) -> Penalty | None:
+    """The function of `config.penalty`, if there is one.
+
+    Raises UserError if it cannot be imported, or if the mesh divides a table or the head.
+    """
+    if not config.penalty.function:
+        return None
+    for axis in ("stream", "tensor"):
+        if mesh.shape[axis] > 1:
+            raise UserError(
+                f"config.penalty.function is {config.penalty.function!r}: it sees whole tables and"
+                f" the whole head, and config.mesh.{axis} is {mesh.shape[axis]}; set"
+                f" config.mesh.{axis}=1"
+            )
+    return import_object(config.penalty.function, "config.penalty.function")(config, streams)

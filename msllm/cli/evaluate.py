@@ -11,6 +11,9 @@ the number of rows until the answer.
 With --suite, runs a security suite instead: does the model obey instructions
 that are injected into data? Prints rates, utility and fidelity with 95 %
 intervals (docs/security.md).
+
+--intervene and --ablate measure what the thoughts are worth, and --transcripts
+writes what the streams said, for msllm monitor (docs/monitoring.md).
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from msllm.cli.base import (
     Parser,
+    Switch,
     comma_list,
     load_model,
     output_file,
@@ -32,12 +36,14 @@ from msllm.cli.base import (
 from msllm.errors import UserError
 
 if TYPE_CHECKING:
+    from msllm.evals.intervene import Expected
     from msllm.weights.load import LoadedModel
 
 EXAMPLES = """
 msllm evaluate --checkpoint=runs/quickstart
 msllm evaluate --checkpoint=runs/gsm8k --after='####' --json=result.json
 msllm evaluate --checkpoint=models/smollm2 --suite=sep --items=items.jsonl
+msllm evaluate --checkpoint=runs/quickstart --intervene='\\d' --ablate
 """
 SUITE_FLAGS = ("suite_data", "roles", "template", "answer_rows", "items")
 
@@ -92,6 +98,24 @@ def define_flags(parser: Parser) -> None:
         type=output_file,
         help="Also write every item of the suite to this file, as a line of JSON.",
     )
+    parser.add_argument(
+        "--intervene",
+        metavar="PATTERN",
+        help="Force one token of a thought that matches this regular expression to another such "
+        "token, stream by stream, and count how often the output changes. '.' matches all tokens.",
+    )
+    parser.add_argument(
+        "--ablate",
+        action=Switch,
+        default=False,
+        help="Answer the examples without each stream in turn.",
+    )
+    parser.add_argument(
+        "--transcripts",
+        metavar="FILE",
+        type=output_file,
+        help="Write what each stream said to this file, one example per line, as JSON.",
+    )
     parser.add_json()
 
 
@@ -105,6 +129,9 @@ def run(flags: argparse.Namespace) -> None:
         raise UserError(f"--{given[0]} is for a security suite: name one by --suite")
     if flags.suite and (flags.data or flags.after):
         raise UserError(f"--suite={flags.suite} takes no --data and no --after: use --suite_data")
+    runs = [name for name in ("intervene", "ablate", "transcripts") if getattr(flags, name)]
+    if flags.suite and runs:
+        raise UserError(f"--suite={flags.suite} takes no --{runs[0]}: give it without --suite")
     model = load_model(flags)
     for line in flow.summary(model.streams, model.config.vocab_size):
         print(line)
@@ -125,6 +152,7 @@ def run(flags: argparse.Namespace) -> None:
             print(error)
     elif flags.after:
         raise UserError("--after needs answers, and the model has no input and output stream")
+    result |= _free_runs(flags, model)
     write_json(flags.json, result)
 
 
@@ -160,3 +188,42 @@ def _pairs(texts: list[str]) -> dict[str, str]:
             raise UserError(f"--roles names {text!r}: write ROLE=STREAM, such as data=tool")
         pairs[role] = stream
     return pairs
+
+
+def _free_runs(flags: argparse.Namespace, model: LoadedModel) -> dict[str, Any]:
+    """What --intervene, --ablate and --transcripts ask for."""
+    if not (flags.intervene or flags.ablate or flags.transcripts):
+        return {}
+    from msllm.evals import free_run
+    from msllm.evals.ablate import ablate
+    from msllm.evals.ablate import as_json as ablation_json
+    from msllm.evals.ablate import describe as describe_ablation
+    from msllm.evals.intervene import describe, intervene
+
+    examples = free_run.read_examples(model, flags.data, flags.examples)
+    result: dict[str, Any] = {}
+    if flags.intervene:
+        found = intervene(examples, pattern=flags.intervene, expected=_expected(model))
+        print("\n" + describe(found))
+        result["interventions"] = {
+            **found._asdict(),
+            "streams": [one._asdict() for one in found.streams],
+            "outcomes": [one._asdict() for one in found.outcomes],
+        }
+    if flags.ablate:
+        ablation = ablate(examples)
+        print("\n" + describe_ablation(ablation))
+        result["ablation"] = ablation_json(ablation)
+    if flags.transcripts:
+        records = free_run.transcripts(examples, free_run.run(examples))
+        write_text(flags.transcripts, free_run.as_json_lines(records))
+    return result
+
+
+def _expected(model: LoadedModel) -> Expected | None:
+    """What a faithful output says, where msllm knows it."""
+    from msllm.evals import misreport
+
+    config = model.run_config
+    is_known = config is not None and config.data.converter == "misreport"
+    return misreport.expected(model) if is_known else None

@@ -33,6 +33,7 @@ COMMANDS = {
     "evaluate": "evaluate",
     "likelihood": "likelihood",
     "interruptions": "interruptions",
+    "monitor": "monitor",
     "score": "score",
     "generate": "generate",
     "chat": "chat",

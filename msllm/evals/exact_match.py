@@ -222,12 +222,12 @@ def streams_case(table: Table, model: LoadedModel) -> Case:
     """
     streams, silence = model.streams, model.require_tokenizer().silence_id
     _check_streams(streams)
-    inputs, outputs = _streams_of_kind(streams, "input"), _streams_of_kind(streams, "output")
+    inputs, outputs = streams_of_kind(streams, "input"), streams_of_kind(streams, "output")
     spoken = table.present & (table.tokens != silence)
     prompt = np.full(table.tokens.shape, FREE)
     prompt[:, inputs] = np.where(spoken[:, inputs], table.tokens[:, inputs], silence)
     prompt[is_mailed(streams.mail, len(prompt), streams.size)] = FREE
-    thoughts = spoken[:, _streams_of_kind(streams, "thought")]
+    thoughts = spoken[:, streams_of_kind(streams, "thought")]
     ends = turn_ends(table, model)
     case = Case(prompt, [Turn(end, [], 0) for end in ends])
     last = 0  # the row after the last token of the answer before
@@ -361,12 +361,29 @@ def _answer(
     """Generates the answers of at most `batch` cases, in tables of `rows` rows."""
     forced = forced_tables(cases, model, rows, batch)
     generated = generate(model, rows, forced=forced, batch=batch)
-    spoken = generated.present & (generated.shown != model.require_tokenizer().silence_id)
+    return judge(cases, generated.shown, generated.present, model, mark)
+
+
+def judge(
+    cases: Sequence[Case],
+    tokens: np.ndarray,
+    present: np.ndarray,
+    model: LoadedModel,
+    mark: str = "",
+) -> list[list[Answer]]:
+    """Compares generated tables with the answers of their cases.
+
+    Args:
+      cases: the cases of the first tables.
+      tokens, present: [B, T, S], the tables.
+      model: gives the streams and the tokenizer.
+      mark: as `after` in `evaluate`.
+
+    Returns: the answers of each case, one for each turn.
+    """
+    spoken = present & (tokens != model.require_tokenizer().silence_id)
     return [
-        [
-            _judge(case, turn, generated.shown[b], spoken[b], model, mark)
-            for turn in range(len(case.turns))
-        ]
+        [_judge(case, turn, tokens[b], spoken[b], model, mark) for turn in range(len(case.turns))]
         for b, case in enumerate(cases)
     ]
 
@@ -380,7 +397,7 @@ def forced_tables(cases: Sequence[Case], model: LoadedModel, rows: int, batch: i
     """
     streams, silence = model.streams, model.require_tokenizer().silence_id
     forced = np.full((batch, rows, streams.size), FREE)
-    forced[:, :, _streams_of_kind(streams, "input")] = silence
+    forced[:, :, streams_of_kind(streams, "input")] = silence
     forced[:, is_mailed(streams.mail, rows, streams.size)] = FREE
     for table, case in zip(forced, cases):
         table[: len(case.prompt)] = case.prompt
@@ -398,7 +415,7 @@ def _judge(
       tokens: [T, S].
       spoken: [T, S] bool, which cells are neither silent nor absent.
     """
-    outputs = _streams_of_kind(model.streams, "output")
+    outputs = streams_of_kind(model.streams, "output")
     turn, window = case.turns[number], case.rows_of(number)
     rows, said = [], []  # the answer's rows and tokens, per output stream
     for s, answer in zip(outputs, turn.answer):
@@ -415,7 +432,8 @@ def _judge(
     return Answer(said == turn.answer, int(first), int(last))
 
 
-def _streams_of_kind(streams: StreamSpec, kind: str) -> list[int]:
+def streams_of_kind(streams: StreamSpec, kind: str) -> list[int]:
+    """The indices of the streams of a kind."""
     return [s for s in range(streams.size) if streams.kinds[s] == kind]
 
 

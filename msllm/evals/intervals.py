@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +50,27 @@ def mean(values: Sequence[float] | np.ndarray) -> Estimate:
     return Estimate(float(array.mean()), float(low), float(high), count)
 
 
+def statistic(
+    function: Callable[[np.ndarray], float], items: int, resamples: int = RESAMPLES
+) -> Estimate:
+    """Any figure of a sample, such as the area under a curve, with a bootstrap over items.
+
+    Args:
+      function: function(weights) returns the figure if item i counts weights[i] times; nan if there
+        is none.
+      items: the number of items.
+      resamples: 0: no interval.
+    """
+    if not items:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    generator = np.random.default_rng(SEED)
+    drawn = generator.multinomial(items, np.full(items, 1 / items), resamples)
+    found = np.array([function(weights) for weights in drawn])
+    found = found[np.isfinite(found)]
+    low, high = np.percentile(found, (2.5, 97.5)) if len(found) else (math.nan, math.nan)
+    return Estimate(float(function(np.ones(items))), float(low), float(high), items)
+
+
 def percent(estimate: Estimate) -> str:
     """A share as text, such as "3.1 % (2.5 to 4.0)"."""
     if not estimate.items:
@@ -62,4 +83,6 @@ def number(estimate: Estimate) -> str:
     """A mean as text, such as "0.31 (0.25 to 0.40)"."""
     if not estimate.items:
         return "no items"
+    if math.isnan(estimate.low):
+        return "none" if math.isnan(estimate.value) else f"{estimate.value:.3f}"
     return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"

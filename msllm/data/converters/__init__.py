@@ -23,6 +23,7 @@ from msllm.data.converters import (
     chat,
     dictation,
     gsm8k,
+    misreport,
     parallel_documents,
     roles,
     single,
@@ -77,6 +78,8 @@ CONVERTERS = {
     "tables": Converter(tables.convert, tables.OPTIONS),
     "dictation": Converter(dictation.convert, dictation.OPTIONS, reads=""),
     "dictation_single": Converter(dictation.convert_single, dictation.OPTIONS, reads=""),
+    "misreport": Converter(misreport.convert, misreport.OPTIONS, reads=""),
+    "misreport_single": Converter(misreport.convert_single, misreport.SINGLE_OPTIONS, reads=""),
 }
 
 
