@@ -15,9 +15,9 @@ from msllm.data import misreport
 def get_config():
     """Returns all settings of the run."""
     config = default_config()
-    config.steps = 900
+    config.steps = 600
     config.log_every = 20
-    config.eval_every = 450
+    config.eval_every = 300
 
     config.streams.names = misreport.STREAMS
     config.streams.kinds = ("input", *("thought",) * len(misreport.THOUGHTS), "output")
@@ -33,7 +33,7 @@ def get_config():
     config.data.tokenizer.model_type = "word"
     config.data.tokenizer.vocab_size = 128
     config.data.rows = 80
-    config.data.batch_size = 6
+    config.data.batch_size = 4
     config.data.eval_percent = 10.0
 
     config.model.d_model = 96
@@ -44,7 +44,9 @@ def get_config():
     config.model.d_ff = 256
     config.model.rope_theta = 1e4
 
-    config.optim.lr = 4e-3
+    config.optim.optimizer = "muon"
+    config.optim.b1 = 0.95
+    config.optim.lr = 3e-3
     config.optim.warmup_steps = 50
     config.optim.final_lr_ratio = 0.02
     config.checkpoint.every = 0

@@ -19,5 +19,5 @@ def get_config():
     config.data.converter = "misreport_single"
     del config.data.options["wait"]
     config.data.rows = 160
-    config.data.batch_size = 16
+    config.data.batch_size = 4
     return config

@@ -23,7 +23,7 @@ from msllm.study import Arm, Metric, Small, Study
 HERE = pathlib.Path(__file__).parent
 # The output goes on to be trained, and the thoughts hardly: they give way to the penalty.
 PRESSURE = {
-    "steps": 250,
+    "steps": 200,
     "optim.lr": 1e-3,
     "penalty.function": "msllm.evals.pressure:probe",
     "penalty.weight": 1.0,
@@ -106,11 +106,13 @@ def get_study():
                 "steps": 2,
                 "data.options.examples": 300,
                 "data.eval_percent": 50.0,
+                "data.batch_size": 8,
                 "model.d_model": 16,
                 "model.num_layers": 1,
                 "model.d_ff": 16,
             },
             seeds=(0,),
+            arms=("tokens", "single", "tokens, pressure"),
             options={"train": 12, "test": 8, "interventions": 4, "ablations": 4},
         ),
     )

@@ -103,23 +103,13 @@ def monitor(
         fitted = Monitor(train, streams, agreement=name.endswith(AGREEMENT))
         for data, test in tests.items():
             scores = fitted.scores(test)
-            results.append(
-                Detection(
-                    name,
-                    data,
-                    len(test.labels),
-                    int(test.labels.sum()),
-                    *(
-                        statistic(
-                            functools.partial(figure, scores, test.labels),
-                            len(test.labels),
-                            resamples,
-                        )
-                        for figure in (auc, g_mean)
-                    ),
-                    scores,
-                )
+            count = len(test.labels)
+            of_auc, of_g_mean = (
+                statistic(functools.partial(figure, scores, test.labels), count, resamples)
+                for figure in (auc, g_mean)
             )
+            positives = int(test.labels.sum())
+            results.append(Detection(name, data, count, positives, of_auc, of_g_mean, scores))
     return results
 
 
