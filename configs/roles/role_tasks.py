@@ -39,6 +39,8 @@ PARTS = {
     "last": ("the last three words", "three words from the end", "the final three words"),
     "all": ("the whole text", "all the words", "everything that is there"),
 }
+# In training: the whole text gives far more words to learn from than three words do.
+SHARES = {"first": 3, "last": 3, "all": 2}
 POLITENESS = ("", "please", "now", "could you", "would you please", "i want you to")
 
 
@@ -179,11 +181,12 @@ def _examples(lengths: tuple[int, int], live: bool, parts: tuple[str, ...], file
       file: the file; that of Taskmaster-4 is beside its folder.
     """
     source = sentences(str(pathlib.Path(file).parents[1]), "train")
-    known = [one for one in instructions() if one.trained and one.part in parts]
+    known = {part: [x for x in instructions() if x.trained and x.part == part] for part in parts}
+    shares = [SHARES[part] for part in parts]
     generator = random.Random(f"{lengths} {live} {parts}")
     for _ in range(EXAMPLES):
         words = draw_text(generator, source, *lengths)
-        one = generator.choice(known)
+        one = generator.choice(known[generator.choices(parts, shares)[0]])
         place = draw_place(generator, len(words)) if live else 0
         answer = select(one.part, words)
         yield {"messages": parts_of(words, place, one.text, one.action, answer)}

@@ -160,7 +160,7 @@ def get_study() -> Study:
     arms = {
         name: Arm(settings, options={"live": name not in FIRSTS}) for name, settings in ARMS.items()
     }
-    curriculum = [("echo", 200), ("short", 250), ("live", 350)]
+    curriculum = [("echo", 250), ("short", 450), ("live", 400)]
     return Study(
         base=get_config(),
         arms=arms,
