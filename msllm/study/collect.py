@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
+import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from msllm.runtime.files import write_atomically
-from msllm.study import work
+from msllm.study import curves, work
 from msllm.study.definition import FACTS
 from msllm.study.plan import Plan, differing_settings, finite
-from msllm.study.results import POINTS, RESULTS, Estimate, Results
+from msllm.study.results import POINTS, RESAMPLES, RESULTS, Estimate, Results
 
 SUMMARY, TABLE = "summary.json", "table.md"
+
+log = logging.getLogger("msllm")
 
 
 def collect(plan: Plan, name: str) -> Results:
@@ -28,6 +32,7 @@ def collect(plan: Plan, name: str) -> Results:
         text = "".join(json.dumps(line) + "\n" for line in lines)
         write_atomically(plan.out / file, text)
     metrics = _metrics(plan, results)
+    laws = curves.fits(plan.study, results)
     summary = {
         "study": name,
         "small": plan.small,
@@ -35,13 +40,35 @@ def collect(plan: Plan, name: str) -> Results:
         "seeds": list(results.seeds),
         "baseline": plan.study.baseline_arm,
         "metrics": metrics,
+        "fits": laws,
     }
     write_atomically(plan.out / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    plots = _plots(plan, results)
     table = _table(plan, results, metrics, name)
+    if laws:
+        head = ["metric", "x", "power law [95 %]", "largest error"]
+        table += "\n".join(["", "## Fits", "", *markdown(head, curves.describe(laws)), ""])
+    if plots:
+        pictures = [f"![{path.stem}]({path.relative_to(plan.out)})" for path in plots]
+        table += "\n".join(["", "## Plots", "", *pictures, ""])
+    if plan.study.report is not None:
+        table += f"\n{plan.study.report(results).rstrip()}\n"
     write_atomically(plan.out / TABLE, table)
     print(table)
-    print(f"written: {', '.join(str(plan.out / f) for f in (RESULTS, POINTS, SUMMARY, TABLE))}")
+    written = [plan.out / name for name in (RESULTS, POINTS, SUMMARY, TABLE)] + plots
+    print(f"written: {', '.join(map(str, written))}")
     return results
+
+
+def _plots(plan: Plan, results: Results) -> list[pathlib.Path]:
+    """Draws the plots, if matplotlib is installed."""
+    if not plan.study.plots:
+        return []
+    try:
+        return curves.write_plots(plan.study, results, plan.out / "plots")
+    except ImportError:
+        log.warning("plots are left out: install msllm[study] for matplotlib")
+        return []
 
 
 def _point(plan: Plan, arm: str, seed: int) -> dict[str, Any]:
@@ -54,8 +81,9 @@ def _point(plan: Plan, arm: str, seed: int) -> dict[str, Any]:
         "arm": arm,
         "seed": seed,
         "settings": json.loads(json.dumps(given.settings)),
+        "options": done["options"],
         "step": done["step"],
-        **plan.facts(arm, seed),
+        **done["facts"],
         "records": done["records"],
         "workdir": str(training.folder.relative_to(plan.out)),
         "cpu_seconds": round(sum(cost["cpu_seconds"] for cost in costs), 2),
@@ -68,8 +96,9 @@ def _metrics(plan: Plan, results: Results) -> list[dict[str, Any]]:
     """A row per metric, group and arm."""
     rows = []
     for metric in plan.study.metrics:
-        for group in results.groups(metric):
-            found = results.estimates(metric, group, plan.study.baseline_arm)
+        for key, records in results.groups(metric).items():
+            found = results.estimates(metric, records, plan.study.baseline_arm)
+            group = dict(zip(metric.by, key))
             for arm, (estimate, difference) in found.items():
                 if not estimate.records:
                     continue
@@ -88,6 +117,7 @@ def _values(estimate: Estimate) -> dict[str, Any]:
         "records": estimate.records,
         "units": estimate.units,
         "seeds": estimate.seeds,
+        "by_seed": {str(seed): finite(value) for seed, value in estimate.by_seed.items()},
     }
 
 
@@ -99,7 +129,7 @@ def _table(plan: Plan, results: Results, rows: Sequence[Mapping[str, Any]], name
         lines += ["The small form of the study: its figures mean nothing.", ""]
     lines += [
         f"{len(results.arms)} arms, seeds {seeds}; baseline: {study.baseline_arm}. Intervals hold"
-        f" the middle 95 % of {1000:,} resamples of seeds and of the values of `{study.unit}`;"
+        f" the middle 95 % of {RESAMPLES:,} resamples of seeds and of the values of `{study.unit}`;"
         " differences are paired.",
         "",
         "## Settings in which the arms differ",
@@ -129,8 +159,6 @@ def _table(plan: Plan, results: Results, rows: Sequence[Mapping[str, Any]], name
                 table.append([*cells, f"{row['records']:,}"])
         head = [*metric.by, "arm", metric.name, "95 %", "minus baseline", "95 %", "records"]
         lines += [f"## {metric.name}", "", *markdown(head, table), ""]
-    if study.report is not None:
-        lines += [study.report(results).rstrip(), ""]
     return "\n".join(lines)
 
 

@@ -273,8 +273,8 @@ def grid(axes: Mapping[str, Iterable[Any] | Mapping[str, Mapping[str, Any]]]) ->
         the axis changes several settings.
 
     Returns:
-      {"KEY=VALUE, KEY=VALUE": Arm}, in the order of the product. The last key of a dotted key
-      names it.
+      {"KEY=VALUE KEY=VALUE": Arm}, in the order of the product. KEY is the last part of a dotted
+      key.
     """
     parts: list[list[tuple[str, Mapping[str, Any]]]] = []
     for axis, values in axes.items():
@@ -282,10 +282,16 @@ def grid(axes: Mapping[str, Iterable[Any] | Mapping[str, Mapping[str, Any]]]) ->
             parts.append([(f"{axis}={label}", changes) for label, changes in values.items()])
         else:
             short = axis.rpartition(".")[2]
+            values = list(values)
+            if not all(isinstance(value, str | int | float) for value in values):
+                raise UserError(
+                    f"axis {axis!r} of the grid has the values {values!r:.60}: give them labels, as"
+                    f" {{'label': {{{axis!r}: value}}}}"
+                )
             parts.append([(f"{short}={value}", {axis: value}) for value in values])
     arms: dict[str, Arm] = {}
     for combination in itertools.product(*parts):
-        name = ", ".join(label for label, _ in combination)
+        name = " ".join(label for label, _ in combination)
         if name in arms:
             raise UserError(f"two points of the grid are named {name!r}: give an axis labels")
         settings: dict[str, Any] = {}

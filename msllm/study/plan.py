@@ -13,7 +13,8 @@ import inspect
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Mapping
+import platform
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ from msllm.model.model import abstract_model
 from msllm.runtime.files import read_object
 from msllm.runtime.flops import batch_pairs, step_flops
 from msllm.streams import StreamSpec, resolve_visibility
-from msllm.study.definition import BUDGETS, Point, Study, folder_name
+from msllm.study.definition import FACTS, Point, Study, folder_name
 from msllm.training import with_vocabulary
 
 COUNTED_BATCHES = 64  # batches from which the cells of a run are estimated, if it has more
@@ -176,7 +177,7 @@ class Plan:
         if every:
             values["checkpoint"] |= {"every": every, "keep_every": every}
         if values["compilation_cache"] == "auto":
-            values["compilation_cache"] = str(self.out / "compiled")
+            values["compilation_cache"] = str(self.out / f"compiled-{_machine()}")
         return from_config_dict(values)
 
     def _training(
@@ -263,7 +264,8 @@ class Plan:
                 return config.steps
             reference = with_vocabulary(resolve_visibility(first.config), self._vocabulary(first))
             budget = self.counts(reference)[study.equal]
-        return max(1, round(budget / (self.counts(config)[study.equal] / config.steps)))
+        sample = self.counts(_replace(config, steps=COUNTED_BATCHES))
+        return max(1, round(budget / sample[study.equal] * COUNTED_BATCHES))
 
     def counts(self, config: Config) -> dict[str, float]:
         """What a run computes: steps, rows, cells, targets and floating-point operations.
@@ -302,21 +304,26 @@ class Plan:
         shapes = abstract_model(config.model, StreamSpec.from_config(config.streams))[1]
         return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
-    def facts(self, arm: str, seed: int) -> dict[str, float]:
-        """What is counted of a point: `definition.FACTS`, summed over its stages."""
+    def facts(self, arm: str, seed: int, names: Sequence[str] = FACTS) -> dict[str, float]:
+        """What is counted of a point (`definition.FACTS`), summed over its stages."""
         training = self.training(arm, seed)
         chain = self.chain(training) if self.study.arm(arm).train else []
-        total: dict[str, float] = dict.fromkeys((*BUDGETS, "targets"), 0)
-        for run in chain:
-            for name, value in self.counts(self.resolved(run)).items():
-                total[name] += value
-        return {**total, "parameters": self.parameters(self.resolved(training))}
+        configs = [self.resolved(run) for run in chain]
+        total: dict[str, float] = {}
+        for name in names:
+            if name == "parameters":
+                total[name] = self.parameters(self.resolved(training))
+            elif name == "steps":  # no need to read data
+                total[name] = sum(config.steps for config in configs)
+            else:
+                total[name] = sum(self.counts(config)[name] for config in configs)
+        return total
 
     def check_same(self) -> None:
         """Raises UserError if arms differ in a fact that the study wants to be equal."""
         for fact in self.study.same:
             values = {
-                arm: self.facts(arm, self.study.seeds[0])[fact]
+                arm: self.facts(arm, self.study.seeds[0], [fact])[fact]
                 for arm in self.study.arms
                 if self.study.arm(arm).train
             }
@@ -390,6 +397,17 @@ def differing_settings(plan: Plan) -> dict[str, list[Any]]:
     keys = sorted({key for values in flat for key in values})
     table = {key: [values.get(key) for values in flat] for key in keys}
     return {key: row for key, row in table.items() if any(value != row[0] for value in row)}
+
+
+@functools.cache
+def _machine() -> str:
+    """Identifies the kind of machine: programs compiled for one kind do not run on another."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return digest([platform.machine(), platform.system(), flags])[:8]
 
 
 def set_key(values: dict[str, Any], key: str, value: Any) -> None:

@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,8 @@ class Estimate:
       value: the figure; nan if there is no record.
       low, high: the interval.
       records, units, seeds: how many of them it is computed from.
-      resampled: [R] the resampled values.
+      by_seed: {seed: the figure of that seed alone}.
+      resampled: [R], the resampled values.
     """
 
     value: float
@@ -38,6 +39,7 @@ class Estimate:
     records: int
     units: int
     seeds: int
+    by_seed: Mapping[int, float]
     resampled: np.ndarray = dataclasses.field(repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -93,19 +95,17 @@ class Results:
             and all(record.get(name) in values for name, values in wanted.items())
         ]
 
-    def groups(self, metric: Metric) -> list[dict[str, Any]]:
-        """The combinations of values of `metric.by`, in the order of the records."""
-        found = {
-            tuple(record.get(name) for name in metric.by)
-            for record in self.select(metric.where, "step" in metric.by)
-        }
-        ordered = sorted(found, key=lambda values: [(str(type(x)), x) for x in values])
-        return [dict(zip(metric.by, values)) for values in ordered]
+    def groups(self, metric: Metric) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:
+        """The records of a metric by the values of `metric.by`, in the order of the values."""
+        found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+        for record in self.select(metric.where, "step" in metric.by):
+            found.setdefault(tuple(record.get(name) for name in metric.by), []).append(record)
+        return {key: found[key] for key in sorted(found, key=_sort_key)}
 
     def estimates(
         self,
         metric: Metric,
-        group: Mapping[str, Any] | None = None,
+        records: Sequence[Mapping[str, Any]] | None = None,
         baseline: str = "",
         resamples: int = RESAMPLES,
     ) -> dict[str, tuple[Estimate, Estimate | None]]:
@@ -116,48 +116,64 @@ class Results:
 
         Args:
           metric: the metric.
-          group: values of `metric.by`; None: all records of `metric.where`.
+          records: the records, such as one of `groups`; None: all of `metric.where`.
           baseline: the arm to subtract; empty: no differences.
           resamples: the number of draws.
 
         Returns:
-          {arm: (estimate, estimate of the difference to the baseline, or None)}.
+          {arm: (estimate, estimate of the difference to the baseline, or None)}. An arm without
+          records has the value nan.
         """
-        group = dict(group or {})
-        chosen = self.select({**metric.where, **group}, "step" in metric.by)
+        chosen = list(self.select(metric.where) if records is None else records)
         name = metric.field or metric.name
         if metric.statistic is None:
-            chosen = [r for r in chosen if r.get(name) is not None]
-        seeds = {seed: i for i, seed in enumerate(sorted({r["seed"] for r in chosen}))}
-        names = sorted({r[self.unit] for r in chosen}, key=lambda unit: (str(type(unit)), unit))
-        units = {unit: i for i, unit in enumerate(names)}
+            chosen = [record for record in chosen if record.get(name) is not None]
+        seeds = _index(record["seed"] for record in chosen)
+        units = _index(record[self.unit] for record in chosen)
         by_arm: dict[str, list[Mapping[str, Any]]] = {arm: [] for arm in self.arms}
         for record in chosen:
             by_arm[record["arm"]].append(record)
-        values: dict[str, tuple[float, np.ndarray]] = {}
-        for arm, records in by_arm.items():
-            s = np.array([seeds[r["seed"]] for r in records], int)
-            u = np.array([units[r[self.unit]] for r in records], int)
-            compute = _statistic(metric, name, records, s, u, len(seeds), len(units))
-            value = float(compute(np.ones((1, len(seeds))), np.ones((1, len(units))))[0])
-            drawn = [
-                compute(seed_weights, unit_weights)
-                for seed_weights, unit_weights in _draws(len(seeds), len(units), resamples)
-            ]
-            values[arm] = (value, np.concatenate(drawn) if drawn else np.full(1, np.nan))
+        compute = {
+            arm: _statistic(metric, name, part, self.unit, seeds, units)
+            for arm, part in by_arm.items()
+        }
+        drawn: dict[str, list[np.ndarray]] = {arm: [] for arm in self.arms}
+        for seed_weights, unit_weights in _draws(len(seeds), len(units), resamples):
+            for arm in self.arms:
+                drawn[arm].append(compute[arm](seed_weights, unit_weights))
+        values, by_seed, resampled = {}, {}, {}
+        for arm, function in compute.items():
+            values[arm] = float(function(np.ones((1, len(seeds))), np.ones((1, len(units))))[0])
+            alone = function(np.eye(len(seeds)), np.ones((len(seeds), len(units))))
+            by_seed[arm] = dict(zip(seeds, map(float, alone)))
+            resampled[arm] = np.concatenate(drawn[arm]) if drawn[arm] else np.full(1, np.nan)
         result: dict[str, tuple[Estimate, Estimate | None]] = {}
-        for arm, (value, resampled) in values.items():
-            counts = (
-                len(by_arm[arm]),
-                len({r[self.unit] for r in by_arm[arm]}),
-                len({r["seed"] for r in by_arm[arm]}),
-            )
+        for arm, part in by_arm.items():
+            counts = (len(part), len({r[self.unit] for r in part}), len({r["seed"] for r in part}))
             difference = None
             if baseline and arm != baseline:
-                base_value, base_resampled = values[baseline]
-                difference = _estimate(value - base_value, resampled - base_resampled, counts)
-            result[arm] = (_estimate(value, resampled, counts), difference)
+                difference = _estimate(
+                    values[arm] - values[baseline],
+                    resampled[arm] - resampled[baseline],
+                    {seed: by_seed[arm][seed] - by_seed[baseline][seed] for seed in seeds},
+                    counts,
+                )
+            estimate = _estimate(values[arm], resampled[arm], by_seed[arm], counts)
+            result[arm] = (estimate, difference)
         return result
+
+    def axis(self, name: str, arm: str) -> float | None:
+        """The mean over seeds of a fact, setting or option of an arm; None if it has no number."""
+        values = []
+        for point in self.points:
+            if point["arm"] == arm:
+                found = point.get(name)
+                for section in ("settings", "options"):
+                    found = point.get(section, {}).get(name) if found is None else found
+                if not isinstance(found, int | float):
+                    return None
+                values.append(float(found))
+        return float(np.mean(values)) if values else None
 
     def estimate(self, metric: Metric | str, arm: str, against: str = "", **where: Any) -> Estimate:
         """Estimates one figure.
@@ -174,7 +190,7 @@ class Results:
         for name in (arm, *([against] if against else [])):
             if name not in self.arms:
                 raise UserError(f"no arm {name!r}: must be one of {', '.join(self.arms)}")
-        value, difference = self.estimates(metric, None, against)[arm]
+        value, difference = self.estimates(metric, baseline=against)[arm]
         return difference if difference is not None else value
 
 
@@ -195,16 +211,29 @@ def load_results(folder: str | os.PathLike, unit: str = "item") -> Results:
 _Compute = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
+def _sort_key(values: Sequence[Any]) -> list[tuple[str, Any]]:
+    """A key that sorts numbers by value, and values of different types by type."""
+    kinds = ["number" if isinstance(x, int | float) else type(x).__name__ for x in values]
+    return [(kind, 0 if x is None else x) for kind, x in zip(kinds, values)]
+
+
+def _index(values: Iterable[Any]) -> dict[Any, int]:
+    """{value: its place in sorted order}."""
+    ordered = sorted(set(values), key=lambda value: _sort_key([value]))
+    return {value: i for i, value in enumerate(ordered)}
+
+
 def _statistic(
     metric: Metric,
     name: str,
     records: Sequence[Mapping[str, Any]],
-    seed: np.ndarray,
-    unit: np.ndarray,
-    num_seeds: int,
-    num_units: int,
+    unit_field: str,
+    seeds: Mapping[Any, int],
+    units: Mapping[Any, int],
 ) -> _Compute:
     """Returns the function ([r, seeds], [r, units]) -> [r] that computes a metric for draws."""
+    seed = np.array([seeds[record["seed"]] for record in records], int)
+    unit = np.array([units[record[unit_field]] for record in records], int)
     if metric.statistic is not None:
         statistic = metric.statistic
         names = dict.fromkeys(name for record in records for name in record)
@@ -218,7 +247,7 @@ def _statistic(
 
         return compute
     # Sums over the records of a seed and a unit: numerator and denominator, [2, seeds, units].
-    sums = np.zeros((2, num_seeds, num_units))
+    sums = np.zeros((2, len(seeds), len(units)))
     value = np.array([float(record[name]) for record in records])
     if metric.weight:
         weight = np.array([float(record[metric.weight] or 0) for record in records])
@@ -235,7 +264,7 @@ def _statistic(
     return compute_ratio
 
 
-def _draws(seeds: int, units: int, resamples: int) -> Any:
+def _draws(seeds: int, units: int, resamples: int) -> Iterator:
     """Yields (how often each seed, how often each unit is drawn), for parts of the resamples."""
     rng = np.random.default_rng(SEED)
     for start in range(0, resamples if units else 0, _CHUNK):
@@ -249,7 +278,12 @@ def _counts(rng: np.random.Generator, population: int, size: int) -> np.ndarray:
     return np.stack([np.bincount(row, minlength=population) for row in drawn]).astype(float)
 
 
-def _estimate(value: float, resampled: np.ndarray, counts: tuple[int, int, int]) -> Estimate:
+def _estimate(
+    value: float,
+    resampled: np.ndarray,
+    by_seed: Mapping[int, float],
+    counts: tuple[int, int, int],
+) -> Estimate:
     finite = resampled[np.isfinite(resampled)]
     low, high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (np.nan, np.nan)
-    return Estimate(value, float(low), float(high), *counts, resampled=resampled)
+    return Estimate(value, float(low), float(high), *counts, by_seed, resampled)

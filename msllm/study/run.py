@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pathlib
@@ -13,12 +14,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from msllm.errors import RunError, UserError
+from msllm.runtime.files import write_atomically
 from msllm.runtime.progress import Progress, clock_time
 from msllm.study import collect, work
-from msllm.study.definition import load_study
+from msllm.study.definition import folder_name, load_study
 from msllm.study.plan import Plan, Training, code_hash
 from msllm.study.results import Results
 
+FORM = "study.json"  # in the folder of a study
 POLL_SECONDS = 0.2  # between two looks at running jobs
 STOP_SECONDS = 120.0  # how long stopped jobs may take to save their work
 
@@ -63,13 +66,18 @@ def run(
         raise UserError(f"--out is {out}, which cannot be created ({error}): choose another") from (
             error
         )
+    _check_form(plan)
     runner = _Runner(plan, file, jobs)
     runner.run({f"data/{data.id}": needs for data, needs in _data_jobs(plan, points)})
     plan.check_same()
     _check_finished(plan, points, redo, remeasure)
     print(_overview(plan, points, shard))
     runner.run(_jobs(plan, points))
-    missing = [point for point in plan.points() if work.measured(plan, *point) is None]
+    missing = [
+        point
+        for point in plan.points()
+        if not (plan.point_folder(*point) / work.MEASURED).is_file()
+    ]
     if missing:
         listed = ", ".join(plan.point_folder(*point).name for point in missing[:5])
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
@@ -82,16 +90,33 @@ def run(
     return collect.collect(plan, str(file))
 
 
+def _check_form(plan: Plan) -> None:
+    """Keeps the small form of a study out of the folder of its full form, and the reverse."""
+    path = plan.out / FORM
+    record = work.read_record(path)
+    if record is None:
+        write_atomically(path, json.dumps({"small": plan.small}))
+    elif record["small"] != plan.small:
+        there, here = ("small", "full") if record["small"] else ("full", "small")
+        raise UserError(
+            f"--out is {plan.out}, which holds the {there} form of a study: choose another for the"
+            f" {here} form"
+        )
+
+
 def _points(plan: Plan, shard: tuple[int, int], only: Sequence[str]) -> list[tuple[str, int]]:
     """The points of a shard. A shard holds neighbours, so that few shards need a shared run."""
     index, count = shard
     if not 0 <= index < count:
         raise UserError(f"--shard is {index}/{count}: must be i/n with i from 0 to n - 1")
+    known = {name: name for name in plan.study.arms}
+    known |= {folder_name(name): name for name in plan.study.arms}
     for name in only:
-        if name not in plan.study.arms:
-            known = ", ".join(map(repr, plan.study.arms))
-            raise UserError(f"--only names arm {name!r}: must be one of {known}")
-    points = [point for point in plan.points() if not only or point[0] in only]
+        if name not in known:
+            listed = ", ".join(map(repr, plan.study.arms))
+            raise UserError(f"--only names arm {name!r}: must be one of {listed}")
+    arms = {known[name] for name in only} or set(plan.study.arms)
+    points = [point for point in plan.points() if point[0] in arms]
     size = len(points)
     return points[index * size // count : (index + 1) * size // count]
 

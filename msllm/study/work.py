@@ -278,6 +278,7 @@ def measure(plan: Plan, arm: str, seed: int) -> None:
         "code": code_hash(plan.study.measure),
         "records": len(records),
         "step": training_steps(plan, training),
+        "facts": plan.facts(arm, seed),
         "measure_cpu_seconds": time.process_time() - start,
     }
     write_atomically(folder / MEASURED, json.dumps(done))
