@@ -582,11 +582,13 @@ def _made(folder: pathlib.Path) -> pathlib.Path:
 
 @pytest.mark.slow
 def test_the_study_of_the_docs_runs(folder, capsys):
+    pytest.importorskip("matplotlib")
     page = (pathlib.Path(__file__).parents[1] / "docs" / "studies.md").read_text()
     file = folder / "docs.py"
     file.write_text(page.partition("```python\n")[2].partition("```")[0])
     results = run(file, folder / "docs", jobs=0, small=True)
-    assert results.arms == ("latent", "tokens", "isolated") and results.seeds == (0,)
-    assert 2 < results.estimate("nll", "latent").value / 100 < 100
+    assert results.arms == ("latent", "isolated") and results.seeds == (0,)
+    loss = results.estimate(Metric("loss", field="nll", weight="targets"), "latent")
+    assert 0.5 < loss.value < 10
     assert list((folder / "docs" / "plots").iterdir())
     assert "The small form" in capsys.readouterr().out
