@@ -18,6 +18,7 @@ import operator
 import os
 import pathlib
 import re
+import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -103,11 +104,14 @@ class StreamsConfig:
     # the lag of every edge: block_causal (1 row) | same_row (0 rows) | isolated (own stream only) |
     # package.module:function (docs/extending/visibility.md)
     visibility: str = _import_path("block_causal")
-    # what the edges of `visibility` between two streams carry: latent | tokens (docs/design.md)
+    # what the edges of `visibility` between two streams carry: latent | tokens | tokens:SET
+    # (docs/design.md)
     visibility_medium: str = "latent"
     # edges that differ from `visibility`, as (reader, source, lag); lag: "3" (rows), "3 tokens"
-    # (through tokens) or "never"
+    # (through tokens), "3 tokens:SET" (the tokens of a set pass) or "never"
     lags: tuple[tuple[str, str, str], ...] = ()
+    # {SET: tokens that pass an edge}; each is a text that is one token, or an id (docs/flow.md)
+    token_sets: Mapping[str, tuple[str | int, ...]] = dataclasses.field(default_factory=dict)
     skip_silence: bool = False  # other cells do not see silent cells
     # per stream, the number of rows by which the data is shifted down; empty: 0
     delays: tuple[int, ...] = ()
@@ -481,8 +485,14 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return _from_dict(hint, value, path)
     if typing.get_origin(hint) is tuple:
         return _convert_tuple(typing.get_args(hint), value, path)
-    if typing.get_origin(hint) is not None:  # a Mapping of free-form options
-        return dict(value)
+    if typing.get_origin(hint) is types.UnionType:
+        kinds = typing.get_args(hint)
+        if type(value) in kinds:
+            return value
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise UserError(f"{path} is {value!r}: expected {names}, got {type(value).__name__}")
+    if typing.get_origin(hint) is not None:
+        return _convert_mapping(typing.get_args(hint)[1], value, path)
     if hint is float and type(value) is int:
         try:
             return float(value)
@@ -493,6 +503,15 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             f"{path} is {value!r}: expected {hint.__name__}, got {type(value).__name__}"
         )
     return _FORMER_VALUES.get(path, {}).get(value, value)
+
+
+def _convert_mapping(hint: Any, values: Any, path: str) -> dict[str, Any]:
+    """Converts the values of a mapping to the type `hint`; Any: free-form options."""
+    if hint is Any:
+        return dict(values)
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path} is {values!r}: expected names with their values")
+    return {key: _convert(hint, value, f"{path}.{key}") for key, value in values.items()}
 
 
 def _convert_tuple(hints: tuple[Any, ...], value: Any, path: str) -> tuple:
@@ -510,7 +529,6 @@ def _convert_tuple(hints: tuple[Any, ...], value: Any, path: str) -> tuple:
 # Validation: the rules that need no device, no data and no tokenizer.
 
 _CHOICES = {
-    "streams.visibility_medium": ("latent", "tokens"),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.attention": ("auto", "splash", "gpu", "cpu", "chunked", "reference"),
     "model.remat": ("none", "dots", "full", "offload"),

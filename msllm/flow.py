@@ -13,7 +13,8 @@ for its next token. A stream that others see through tokens also has a relay R[s
 - X[s] -> H[s], in the same row: the token is embedded.
 - H[s] -> H[r], `lag[r][s]` rows later or more: a latent edge.
 - X[s] -> R[s] -> H[r], `token_lag[r][s]` rows later or more: an edge through tokens. A relay
-  attends only to itself, so it depends on the token and the presence of one cell alone.
+  attends only to itself, so it depends on the token and the presence of one cell alone. If only a
+  set of tokens passes, it depends on which of them the token is, if any.
 - H[s] -> X[s], in the next row, if s is generated: the model chooses its next token. This edge does
   not exist for streams of the kind `input`.
 - X[s] -> X[r], `lag` rows later: mail copies tokens of s to the input r.
@@ -32,16 +33,17 @@ lower bound: a model with few layers may need more rows, since a layer follows o
 **Bits.** If a path of latent edges leads from H[A] to H[B], then B can see a continuous function of
 A's hidden states, and no number of bits bounds that. Otherwise every path passes tokens: a relay,
 or a token X[s]. A set of these that meets every path is a cut. Each has one of N symbols per row,
-which is log2 N bits. The streams behind the cut are a function of the symbols in the cut, and of
-the inputs and random numbers that come from elsewhere. After n rows they are therefore in one of
-2^(n * bits) states at most, and their mutual information with A is at most n * bits. The streams
-behind the cut may also answer A: this adds nothing, because their answers are such a function too.
-The best bound is that of the smallest cut, which equals the maximum flow.
+which is log2 N bits. Readers of a source through the same set share a relay, which counts once. The
+streams behind the cut are a function of the symbols in the cut, and of the inputs and random
+numbers that come from elsewhere. After n rows they are therefore in one of 2^(n * bits) states at
+most, and their mutual information with A is at most n * bits. The streams behind the cut may also
+answer A: this adds nothing, because their answers are such a function too. The best bound is that
+of the smallest cut, which equals the maximum flow.
 
 **Symbols.** Silence is a token. It carries information, and so does the row in which a token
 stands: the bound counts all sequences of symbols, with any timing. An absent cell is one more
-symbol. `skip_silence` hides silent cells from latent edges only. Across an edge through tokens,
-silence is seen as the token that it is.
+symbol. A token that does not pass is seen as silence. `skip_silence` hides silent cells from latent
+edges only. Across an edge through tokens, silence is seen as the token that it is.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from msllm.streams import NEVER, StreamSpec
+from msllm.streams import NEVER, Relay, StreamSpec
 
 LATENT, TOKENS = "latent", "tokens"
 _SHOWN = 6  # pairs that a line of `summary` names
@@ -123,13 +125,7 @@ class Certificate(NamedTuple):
         ]
 
 
-def certificate(
-    spec: StreamSpec,
-    vocab_size: int = 0,
-    *,
-    generated: bool = True,
-    passing: Mapping[tuple[int, int], int] | None = None,
-) -> Certificate:
+def certificate(spec: StreamSpec, vocab_size: int = 0, *, generated: bool = True) -> Certificate:
     """Follows all paths between the streams.
 
     Args:
@@ -137,15 +133,13 @@ def certificate(
       vocab_size: the number of tokens, with silence. 0: unknown, so that bits are as well.
       generated: whether the model chooses the tokens of streams other than inputs, as in
         generation. Otherwise all tokens are given, as in training and scoring.
-      passing: {(reader, source): number of tokens that pass, with silence} for edges through tokens
-        that let only some tokens pass. The reader sees any other token as silence.
     """
     edges = _edges(spec, generated)
     latent_edges = {
         node: [(other, rows) for other, rows in others if node[0] == other[0] == "H"]
         for node, others in edges.items()
     }
-    capacity, streams = _capacities(spec, vocab_size, generated, passing or {})
+    capacity, streams = _capacities(spec, vocab_size, generated)
     flows = []
     for source in range(spec.size):
         rows, before = _fastest(edges, ("X", source))
@@ -224,7 +218,8 @@ def summary(spec: StreamSpec, vocab_size: int = 0) -> list[str]:
     for a, b, flow in found.pairs():
         reader, source = spec.index(b), spec.index(a)
         expected = LATENT if spec.lag[reader][source] < NEVER else TOKENS
-        if expected == TOKENS and spec.token_lag_array[reader, source] == NEVER:
+        gets_mail = any((rule.reader, rule.source) == (reader, source) for rule in spec.mail)
+        if not gets_mail and spec.token_lag_array[reader, source] == NEVER and expected == TOKENS:
             expected = ""
         if flow and flow.medium != expected and expected != LATENT:
             through = ", ".join(flow.path[1:-1])
@@ -234,27 +229,37 @@ def summary(spec: StreamSpec, vocab_size: int = 0) -> list[str]:
     return lines
 
 
-def as_json(spec: StreamSpec, vocab_size: int = 0, **options: Any) -> dict[str, Any]:
+def as_json(spec: StreamSpec, vocab_size: int = 0) -> dict[str, Any]:
     """Both certificates as values for JSON.
 
     Args:
       spec, vocab_size: as for `certificate`.
-      options: further arguments of `certificate`.
 
     Returns:
-      {"streams", "kinds", "vocab_size", "generated", "given"}. The last two are lists of
-      {"source", "reader", "influence"} with, if there is an influence, the fields of `Flow`.
+      {"streams", "kinds", "vocab_size", "passing", "generated", "given"}. `passing` is a list of
+      {"source", "reader", "set", "tokens"} of the edges that only some tokens pass, besides
+      silence. The last two are lists of {"source", "reader", "influence"} with, if there is an
+      influence, the fields of `Flow`.
     """
     result: dict[str, Any] = {
         "streams": list(spec.names),
         "kinds": list(spec.kinds),
         "vocab_size": vocab_size or None,
+        "passing": [
+            {
+                "source": spec.names[source],
+                "reader": spec.names[reader],
+                "set": one.name,
+                "tokens": list(one.tokens),
+            }
+            for reader, source, one in spec.passing
+        ],
     }
     for name, generated in (("generated", True), ("given", False)):
         result[name] = [
             {"source": a, "reader": b, "influence": flow is not None}
             | (flow._asdict() if flow else {})
-            for a, b, flow in certificate(spec, vocab_size, generated=generated, **options).pairs()
+            for a, b, flow in certificate(spec, vocab_size, generated=generated).pairs()
         ]
     return result
 
@@ -313,13 +318,11 @@ def _path_names(spec: StreamSpec, before: Mapping[Node, Node], node: Node) -> tu
     return tuple(spec.names[s] for s in reversed(streams))
 
 
-def _capacities(
-    spec: StreamSpec, vocab_size: int, generated: bool, passing: Mapping[tuple[int, int], int]
-) -> tuple[np.ndarray, list[int]]:
+def _capacities(spec: StreamSpec, vocab_size: int, generated: bool) -> tuple[np.ndarray, list[int]]:
     """The graph through which bits flow.
 
     The nodes of stream s are H[s] (s), X[s] before (S + s) and after (2 S + s) the limit of one
-    token per row, and the relays that let only some of its tokens pass.
+    token per row, and the relays that only some of its tokens pass.
 
     Returns:
       capacity [N, N] float64, the bits per row from one node to another; and the stream of each
@@ -336,15 +339,15 @@ def _capacities(
     for reader, source in np.argwhere(spec.lag_array < NEVER).tolist():
         if reader != source:
             edges.append((source, reader, math.inf))
-    for reader, source in np.argwhere(spec.token_lag_array < NEVER).tolist():
-        seen = 2 * size + source
-        count = passing.get((reader, source))
-        if count is not None:
-            relay = len(streams)
-            streams.append(source)
-            edges.append((seen, relay, math.log2(count + 1)))
-            seen = relay
-        edges.append((seen, reader, math.inf))
+    seen: dict[Relay, int] = {}
+    for relay in spec.relays:
+        seen[relay] = 2 * size + relay.source
+        if relay.passing is not None:
+            symbols = len(relay.passing) + 2  # with silence, and an absent cell
+            edges.append((seen[relay], len(streams), math.log2(symbols)))
+            seen[relay] = len(streams)
+            streams.append(relay.source)
+    edges += [(seen[relay], reader, math.inf) for (reader, _), relay in spec.edge_relays.items()]
     capacity = np.zeros((len(streams), len(streams)))
     for start, end, bits in edges:
         capacity[start, end] = bits

@@ -8,6 +8,8 @@ the predicate for attention.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -129,6 +131,30 @@ class Visibility(NamedTuple):
         )
 
 
+class TokenSet(NamedTuple):
+    """The tokens that pass an edge, besides silence.
+
+    Attributes:
+      name: the key in `config.streams.token_sets`.
+      tokens: ids, and the texts that `tokenizer.resolve_token_sets` has not replaced yet; sorted.
+    """
+
+    name: str
+    tokens: tuple[int | str, ...]
+
+
+class Relay(NamedTuple):
+    """What the readers of an edge through tokens see of its source (msllm/model/relays.py).
+
+    Attributes:
+      source: the stream.
+      passing: the tokens that pass, as in `TokenSet`; None: all. Others are seen as silence.
+    """
+
+    source: int
+    passing: tuple[int | str, ...] | None
+
+
 @dataclasses.dataclass(frozen=True)
 class StreamSpec:
     """The S streams of a model: names, kinds, loss weights, lag matrix, delays and mail."""
@@ -144,6 +170,8 @@ class StreamSpec:
     mail: tuple[Mail, ...] = ()  # what is copied into input streams
     # Degrees by which the token embeddings of each stream are rotated. Empty: none are.
     rotations: tuple[float, ...] = ()
+    # (reader, source, set) of the edges through tokens that only some tokens pass
+    passing: tuple[tuple[int, int, TokenSet], ...] = ()
 
     @classmethod
     def from_config(cls, config: StreamsConfig) -> StreamSpec:
@@ -176,7 +204,7 @@ class StreamSpec:
             )
         if any(d < 0 for d in config.delays):
             raise UserError(f"config.streams.delays is {config.delays}: must be >= 0 rows")
-        lag, token_lag = _config_lags(config)
+        lag, token_lag, passing = _config_lags(config)
         has_token_edges = bool((token_lag < NEVER).any())
         return cls(
             names,
@@ -188,6 +216,7 @@ class StreamSpec:
             tuple(map(tuple, token_lag.tolist())) if has_token_edges else (),
             parse_mail(config.mail, names, kinds),
             config.rotations if any(config.rotations) else (),
+            passing,
         )
 
     @property
@@ -213,9 +242,33 @@ class StreamSpec:
         return np.minimum(self.lag_array, self.token_lag_array)
 
     @property
-    def relayed(self) -> tuple[int, ...]:
-        """The streams that others see through tokens, in order."""
-        return tuple(np.flatnonzero((self.token_lag_array < NEVER).any(0)).tolist())
+    def relays(self) -> tuple[Relay, ...]:
+        """A relay for each stream that others see through tokens, and each set that passes."""
+        found = set(self.edge_relays.values())
+        return tuple(sorted(found, key=lambda relay: (relay.source, str(relay.passing or ""))))
+
+    @functools.cached_property
+    def edge_relays(self) -> dict[tuple[int, int], Relay]:
+        """{(reader, source): relay} of the edges through tokens."""
+        sets = {(reader, source): one.tokens for reader, source, one in self.passing}
+        edges = np.argwhere(self.token_lag_array < NEVER).tolist()
+        return {(r, s): Relay(s, sets.get((r, s))) for r, s in edges}
+
+    def check_token_sets(self, vocab_size: int) -> None:
+        """Raises UserError unless the tokens that pass are ids below `vocab_size`."""
+        for _, _, (name, tokens) in self.passing:
+            for token in tokens:
+                if isinstance(token, str):
+                    raise UserError(
+                        f"config.streams.token_sets[{name!r}] holds the text {token!r}, and no"
+                        " tokenizer has turned it into an id: give ids, or call"
+                        " msllm.tokenizer.resolve_token_sets(config, tokenizer) first"
+                    )
+                if token >= vocab_size:
+                    raise UserError(
+                        f"config.streams.token_sets[{name!r}] holds {token}: must be an id below"
+                        f" {vocab_size}, the size of the vocabulary"
+                    )
 
     @property
     def mail_settings(self) -> list[tuple[str, str, str, str]]:
@@ -306,10 +359,13 @@ def _read_lags(matrix: Any, streams: StreamsConfig) -> np.ndarray:
     return lag
 
 
-def _config_lags(config: StreamsConfig) -> tuple[np.ndarray, np.ndarray]:
+def _config_lags(
+    config: StreamsConfig,
+) -> tuple[np.ndarray, np.ndarray, tuple[tuple[int, int, TokenSet], ...]]:
     """The lags of a preset with the edges that differ from it, latent and through tokens.
 
-    Returns: two lag matrices [S, S] int32. A pair has a lag in one of them at most.
+    Returns: two lag matrices [S, S] int32, and the sets that pass as in `StreamSpec`. A pair has a
+      lag in one of the matrices at most.
 
     Raises UserError if the settings are invalid.
     """
@@ -321,13 +377,18 @@ def _config_lags(config: StreamsConfig) -> tuple[np.ndarray, np.ndarray]:
         )
     lag = lag_matrix(config.visibility, len(names))
     token_lag = np.full_like(lag, NEVER)
-    if config.visibility_medium == "tokens":
+    sets, passing = _token_sets(config), {}
+    medium, _, chosen = config.visibility_medium.partition(":")
+    if medium == "tokens":
         others = ~np.eye(len(names), dtype=bool)
         token_lag[others], lag[others] = lag[others], NEVER
+        if config.visibility_medium != medium:
+            one = _find_set(sets, chosen, "visibility_medium", config.visibility_medium)
+            passing = {tuple(edge): one for edge in np.argwhere(token_lag < NEVER).tolist()}
     elif config.visibility_medium != "latent":
         raise UserError(
             f"config.streams.visibility_medium is {config.visibility_medium!r}: must be latent or"
-            " tokens"
+            " tokens, or tokens:SET for the tokens of a set"
         )
     for reader, source, value in config.lags:
         for name in (reader, source):
@@ -335,12 +396,13 @@ def _config_lags(config: StreamsConfig) -> tuple[np.ndarray, np.ndarray]:
                 raise UserError(
                     f"config.streams.lags names {name!r}: the streams are {', '.join(names)}"
                 )
-        rows, _, medium = value.partition(" ")
-        is_number = rows.isdigit() and medium in ("", "latent", "tokens")
+        rows, _, how = value.partition(" ")
+        medium, _, chosen = how.partition(":")
+        is_number = rows.isdigit() and (how in ("", "latent") or medium == "tokens")
         if value != "never" and not is_number:
             raise UserError(
                 f"config.streams.lags holds lag {value!r}: must be a number of rows >= 0, or the"
-                " same with the medium, such as '1 tokens', or 'never'"
+                " same with the medium, such as '1 tokens' or '1 tokens:SET', or 'never'"
             )
         if medium == "tokens" and reader == source:
             raise UserError(
@@ -349,9 +411,37 @@ def _config_lags(config: StreamsConfig) -> tuple[np.ndarray, np.ndarray]:
             )
         edge = names.index(reader), names.index(source)
         lag[edge] = token_lag[edge] = NEVER
+        passing.pop(edge, None)
         if value != "never":
             (token_lag if medium == "tokens" else lag)[edge] = min(int(rows), NEVER)
-    return lag, token_lag
+        if how != medium:
+            passing[edge] = _find_set(sets, chosen, "lags", value)
+    return lag, token_lag, tuple((*edge, one) for edge, one in sorted(passing.items()))
+
+
+def _token_sets(config: StreamsConfig) -> dict[str, TokenSet]:
+    """The sets of `config.token_sets` by name. Raises UserError if one is invalid."""
+    found = {}
+    for name, tokens in config.token_sets.items():
+        setting = f"config.streams.token_sets[{name!r}]"
+        if not name or not tokens:
+            raise UserError(f"{setting} is {tokens!r}: give a name, and one token or more")
+        for token in tokens:
+            is_text, is_id = isinstance(token, str) and token, type(token) is int and token >= 0
+            if not (is_text or is_id):
+                raise UserError(f"{setting} holds {token!r}: must be texts, or ids >= 0")
+        ids = sorted(set(tokens), key=lambda token: (isinstance(token, str), token))
+        found[name] = TokenSet(name, tuple(ids))
+    return found
+
+
+def _find_set(sets: Mapping[str, TokenSet], name: str, setting: str, value: str) -> TokenSet:
+    if name not in sets:
+        raise UserError(
+            f"config.streams.{setting} holds {value!r}: there is no set {name!r} in"
+            f" config.streams.token_sets ({', '.join(sets) or 'it is empty'}); name one that is"
+        )
+    return sets[name]
 
 
 def pad_lag(lag: np.ndarray, size: int) -> np.ndarray:

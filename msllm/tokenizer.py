@@ -10,6 +10,7 @@ A text should come back from its tokens. `encode` makes it so where the vocabula
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import io
@@ -26,7 +27,7 @@ import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
-from msllm.config import TokenizerConfig
+from msllm.config import Config, TokenizerConfig
 from msllm.errors import UserError
 
 FILE_NAMES = {"sentencepiece": "tokenizer.model", "tokenizers": "tokenizer.json"}
@@ -161,6 +162,25 @@ class Tokenizer:
         """
         return self._encode_word(word) if first else self._encode_next(word)
 
+    def token(self, text: str) -> int:
+        """The id of a text that is one token, or of a piece in the vocabulary's spelling.
+
+        Raises TextError if the text is several tokens, or unknown.
+        """
+        if text in self.control:
+            return self.control[text]
+        ids = self.encode(text)
+        if len(ids) == 1 and ids[0] != self.unknown_id:
+            return ids[0]
+        if text in self._pieces:
+            return self._pieces.index(text)
+        if self.unknown_id in ids:
+            raise TextError(f"{text!r} is not in the vocabulary: give another text")
+        pieces = ", ".join(repr(self.piece(i)) for i in ids[:5]) + (", ..." if ids[5:] else "")
+        raise TextError(
+            f"{text!r} is {len(ids)} tokens ({pieces}): give texts that are one token each"
+        )
+
     def compare(self, text: str, ids: Sequence[int]) -> str:
         """Compares a text with the text that `ids` decode to.
 
@@ -206,6 +226,24 @@ class Tokenizer:
     def piece(self, token: int) -> str:
         """The vocabulary's spelling of one id; `<id N>` for ids that the tokenizer lacks."""
         return self._pieces[token] if token < self.vocab_size else f"<id {token}>"
+
+
+def resolve_token_sets(config: Config, tokenizer: Tokenizer) -> Config:
+    """Replaces the texts in `config.streams.token_sets` by the ids of their tokens.
+
+    Silence is left out, because it always passes. Checkpoints hold the resolved config.
+
+    Raises UserError if a text is not one token.
+    """
+    sets = {}
+    for name, tokens in config.streams.token_sets.items():
+        try:
+            ids = {tokenizer.token(x) if isinstance(x, str) else x for x in tokens}
+        except TextError as error:
+            raise UserError(f"config.streams.token_sets[{name!r}]: {error}") from error
+        sets[name] = tuple(sorted(ids - {tokenizer.silence_id})) or (tokenizer.silence_id,)
+    streams = dataclasses.replace(config.streams, token_sets=sets)
+    return dataclasses.replace(config, streams=streams)
 
 
 def check_text(text: str) -> None:

@@ -48,7 +48,7 @@ from msllm.runtime.progress import Progress
 from msllm.sharding import make_mesh
 from msllm.step import Program, TrainState
 from msllm.streams import StreamSpec, resolve_visibility
-from msllm.tokenizer import Tokenizer
+from msllm.tokenizer import Tokenizer, resolve_token_sets
 from msllm.weights.warm_start import initial_parameters, keep_origin
 
 log = logging.getLogger("msllm")
@@ -95,6 +95,8 @@ def train(
         data = with_stored_options(config.data, loader.manifest)
         config = dataclasses.replace(config, data=data)
         config = with_vocabulary(config, loader.tokenizer.vocab_size)
+        config = resolve_token_sets(config, loader.tokenizer)
+        streams = StreamSpec.from_config(config.streams)
         mesh = make_mesh(config.mesh)
         program = Program(
             config, streams, mesh, loader.tokenizer.silence_id, weighted=loader.has_weights

@@ -21,16 +21,20 @@ from msllm.config import StreamsConfig
 from msllm.decode.engine import FREE, DecodeOptions, Engine
 from msllm.errors import UserError
 from msllm.kernels import cpu as cpu_kernels
+from msllm.mail import Mail
 from msllm.model import model as model_lib
 from msllm.model.attention.dispatch import get_backend
 from msllm.model.model import bind
 from msllm.model.relays import Columns, columns_of
-from msllm.streams import NEVER, StreamSpec, make_cells, positions
+from msllm.streams import NEVER, Relay, StreamSpec, TokenSet, make_cells, positions
 from msllm.training import train
 from msllm.view import flow as view
 
 NAMES = ("user", "thought", "output", "tool", "system")
 STREAMS, ROWS, VOCAB, SILENCE = 5, 8, 32, 3
+# Tokens that pass an edge: none of the last four is in a set.
+SETS = (TokenSet("some", (0, 1, 2, *range(4, 20))), TokenSet("few", (4, 9, 27)))
+STOPPED = (28, 29, 30, 31)
 # The number of graphs that are compiled for each backend and for decoding, a few CPU-seconds each.
 COMPILED = int(os.environ.get("MSLLM_FLOW_GRAPHS", 12))
 OPTIONS = {
@@ -41,7 +45,7 @@ OPTIONS = {
 BACKENDS = {name: get_backend(name).with_options(**options) for name, options in OPTIONS.items()}
 
 
-def spec_of(lag, token_lag=(), kinds=(), skip_silence=False):
+def spec_of(lag, token_lag=(), kinds=(), skip_silence=False, passing=()):
     """A StreamSpec from matrices; `kinds` by default an input, a thought, an output, two inputs."""
     size = len(lag)
     kinds = tuple(kinds or ("input", "thought", "output", "input", "input")[:size])
@@ -51,30 +55,52 @@ def spec_of(lag, token_lag=(), kinds=(), skip_silence=False):
         return tuple(tuple(int(x) for x in row) for row in lags)
 
     return StreamSpec(
-        NAMES[:size], kinds, weights, matrix(lag), skip_silence, (0,) * size, matrix(token_lag)
+        NAMES[:size],
+        kinds,
+        weights,
+        matrix(lag),
+        skip_silence,
+        (0,) * size,
+        matrix(token_lag),
+        passing=passing,
     )
 
 
 @st.composite
-def graphs(draw, least=2, most=STREAMS):
+def graphs(draw, least=2, most=STREAMS, with_mail=False):
     """A StreamSpec with a mix of missing edges, latent edges and edges through tokens."""
     size = draw(st.integers(least, most))
     lag, token_lag = np.full((2, size, size), NEVER)
+    passing = []
     for reader, source in itertools.product(range(size), repeat=2):
         rows = draw(st.integers(0, 3))
         if reader == source:
             lag[reader, source] = draw(st.sampled_from([rows, rows, NEVER]))
             continue
-        medium = draw(st.sampled_from(["never", "never", "latent", "tokens", "tokens"]))
+        medium = draw(st.sampled_from(["never", "never", "latent", "tokens", "tokens", "set"]))
         if medium != "never":
             (lag if medium == "latent" else token_lag)[reader, source] = rows
+        if medium == "set":
+            passing.append((reader, source, draw(st.sampled_from(SETS))))
     kinds = draw(
         st.lists(st.sampled_from(("input", "thought", "output")), min_size=size).map(
             lambda kinds: [*kinds[: size - 1], "output"]
         )
     )
     has_edges = (token_lag < NEVER).any()
-    return spec_of(lag, token_lag if has_edges else (), kinds, draw(st.booleans()))
+    token_lag, hidden = token_lag if has_edges else (), draw(st.booleans())
+    spec = spec_of(lag, token_lag, kinds, hidden, tuple(passing))
+    pairs = [
+        (reader, source)
+        for reader, source in itertools.permutations(range(size), 2)
+        if with_mail and kinds[reader] == "input"
+    ]
+    mail = tuple(
+        Mail(*pair, draw(st.integers(1, 3)), (range(0, ROWS),))
+        for pair in pairs
+        if draw(st.integers(0, 2)) == 0
+    )
+    return dataclasses.replace(spec, mail=mail)
 
 
 def first_rows(spec, generated):
@@ -90,6 +116,9 @@ def first_rows(spec, generated):
         if generated and row:
             chosen = np.array([kind != "input" for kind in spec.kinds])
             token[row] |= hidden[row - 1] & chosen
+        for rule in spec.mail if generated else ():
+            if row >= rule.lag:
+                token[row, :, rule.reader] |= token[row - rule.lag, :, rule.source]
         hidden[row] |= token[row]
         for _ in range(size):
             for reader, source in itertools.product(range(size), repeat=2):
@@ -102,7 +131,7 @@ def first_rows(spec, generated):
 
 @pytest.mark.parametrize("generated", [True, False])
 @hypothesis.settings(max_examples=200)
-@hypothesis.given(spec=graphs())
+@hypothesis.given(spec=graphs(with_mail=True))
 def test_rows_equal_those_of_a_search_over_cells(generated, spec):
     expected = first_rows(spec, generated)
     found = flow.certificate(spec, VOCAB, generated=generated)
@@ -114,8 +143,8 @@ def test_rows_equal_those_of_a_search_over_cells(generated, spec):
 def least_cut(spec, source, reader, generated, bits):
     """The bits of the cheapest set of tokens and relays without which no path is left.
 
-    Tries all sets. `bits` are those of the elements: ("token", stream) and ("relay", reader,
-    source). None: none cuts.
+    Tries all sets. `bits` are those of the elements: ("token", stream) and ("relay", source, the
+    tokens that pass). None: none cuts.
     """
     size = spec.size
     edges = [(("seen", s), ("hidden", s)) for s in range(size)]
@@ -123,11 +152,14 @@ def least_cut(spec, source, reader, generated, bits):
     if generated:
         chosen = [s for s in range(size) if spec.kinds[s] != "input"]
         edges += [(("hidden", s), ("token", s)) for s in chosen]
+        edges += [(("seen", rule.source), ("token", rule.reader)) for rule in spec.mail]
+    sets = {(b, a): one.tokens for b, a, one in spec.passing}
     for b, a in itertools.product(range(size), repeat=2):
         if spec.lag_array[b, a] < NEVER:
             edges.append((("hidden", a), ("hidden", b)))
         if spec.token_lag_array[b, a] < NEVER:
-            edges += [(("seen", a), ("relay", b, a)), (("relay", b, a), ("hidden", b))]
+            relay = ("relay", a, sets.get((b, a)))
+            edges += [(("seen", a), relay), (relay, ("hidden", b))]
     best = None
     for removed in itertools.chain.from_iterable(
         itertools.combinations(bits, count) for count in range(len(bits) + 1)
@@ -144,16 +176,12 @@ def least_cut(spec, source, reader, generated, bits):
 
 @pytest.mark.parametrize("generated", [True, False])
 @hypothesis.settings(max_examples=60)
-@hypothesis.given(spec=graphs(most=4), data=st.data())
-def test_bits_are_those_of_the_smallest_cut(generated, spec, data):
+@hypothesis.given(spec=graphs(most=4, with_mail=True))
+def test_bits_are_those_of_the_smallest_cut(generated, spec):
     bits = {("token", s): math.log2(VOCAB + 1) for s in range(spec.size)}
-    edges = [tuple(edge) for edge in np.argwhere(spec.token_lag_array < NEVER).tolist()]
-    passing = {
-        edge: data.draw(st.sampled_from([1, 2, 11]))
-        for edge in data.draw(st.permutations(edges))[: data.draw(st.integers(0, 3))]
-    }
-    bits |= {("relay", *edge): math.log2(count + 1) for edge, count in passing.items()}
-    found = flow.certificate(spec, VOCAB, generated=generated, passing=passing)
+    for _, source, one in spec.passing:  # with silence and an absent cell
+        bits["relay", source, one.tokens] = math.log2(len(one.tokens) + 2)
+    found = flow.certificate(spec, VOCAB, generated=generated)
     for a, b in itertools.permutations(range(spec.size), 2):
         one, expected = found.flows[a][b], least_cut(spec, a, b, generated, bits)
         if expected is None:
@@ -182,6 +210,30 @@ def tables(seed=0):
     tokens = rng.integers(0, VOCAB, (1, ROWS, STREAMS)).astype(np.int32)
     tokens[rng.random(tokens.shape) < 0.2] = SILENCE
     return tokens, rng.random(tokens.shape) > 0.1
+
+
+def check_stopped(spec, logits, tokens, present):
+    """Tokens that pass none of a stream's edges may be any others of the kind.
+
+    What they can still reach is what the stream influences if these edges are cut.
+    """
+    checked = 0
+    for source in range(spec.size):
+        edges = [(r, s) for r, s, _ in spec.passing if s == source]
+        if not edges:
+            continue
+        token_lag = spec.token_lag_array
+        token_lag[tuple(zip(*edges))] = NEVER
+        cut = dataclasses.replace(spec, token_lag=tuple(map(tuple, token_lag.tolist())), passing=())
+        found = flow.certificate(cut, VOCAB, generated=False)
+        one, other = tokens.copy(), tokens.copy()
+        one[..., 1::2, source], other[..., 1::2, source] = STOPPED[0], STOPPED[2]
+        differs = (logits(one, present) != logits(other, present)).any(-1).reshape(-1, spec.size)
+        for reader in range(spec.size):
+            if reader != source and found.flows[source][reader] is None:
+                assert not differs[:, reader].any(), (spec, source, reader)
+                checked += 1
+    return checked
 
 
 class Seen:
@@ -214,12 +266,16 @@ def layers(make_model, spec, **settings):
     return dataclasses.replace(model, streams=spec)
 
 
+# A layout with a relay for each stream and set, so that one compiled model serves all graphs.
+RELAYS = [Relay(s, tokens) for tokens in (None, *(x.tokens for x in SETS)) for s in range(STREAMS)]
+
+
 def padded_lag(spec):
-    """The lags of STREAMS streams, all with a relay: those of the spec, and others are isolated."""
-    columns = columns_of(spec, 1)
-    at = [*range(spec.size), *(STREAMS + source for source in columns.sources)]
-    lag = np.full((2 * STREAMS, 2 * STREAMS), NEVER, np.int32)
-    lag[np.ix_(at, at)] = columns.lag
+    """The lags of STREAMS streams and RELAYS: those of the spec, and others are isolated."""
+    at = [*range(spec.size), *(STREAMS + RELAYS.index(relay) for relay in spec.relays)]
+    size = STREAMS + len(RELAYS)
+    lag = np.full((size, size), NEVER, np.int32)
+    lag[np.ix_(at, at)] = columns_of(spec, 1).lag
     return lag
 
 
@@ -228,7 +284,11 @@ def test_what_is_excluded_changes_no_bit_of_the_forward(name, make_model, monkey
     """For 200 graphs. The lags are an argument, so that the model is compiled once."""
     whole = spec_of(np.zeros((STREAMS, STREAMS)))
     model = layers(make_model, whole)
-    layout = Columns(STREAMS, STREAMS, tuple(range(STREAMS)), None)
+    passes = np.ones((len(RELAYS), VOCAB + 1), bool)
+    for relay, (_, tokens) in enumerate(RELAYS):
+        passes[relay] = tokens is None or np.isin(np.arange(VOCAB + 1), tokens)
+    sources = tuple(relay.source for relay in RELAYS)
+    layout = Columns(STREAMS, len(RELAYS), sources, None, passes)
     segment = jnp.ones((1, ROWS), jnp.int32)
 
     @jax.jit
@@ -236,10 +296,10 @@ def test_what_is_excluded_changes_no_bit_of_the_forward(name, make_model, monkey
         monkeypatch.setattr(model_lib, "local_columns", lambda spec: layout._replace(lag=lag))
         bound = bind(model.graph, model.parameters)
         cells = make_cells(present, segment, silent)
-        hidden = bound(tokens, cells, positions(segment), backend=BACKENDS[name])
+        hidden = bound(tokens, cells, positions(segment), BACKENDS[name], SILENCE)
         return bound.logits(hidden)
 
-    seen, (tokens, present) = Seen(), tables()
+    seen, stopped, (tokens, present) = Seen(), [], tables()
 
     @hypothesis.settings(max_examples=200)
     @hypothesis.given(spec=graphs(), first=st.integers(0, 3))
@@ -254,9 +314,10 @@ def test_what_is_excluded_changes_no_bit_of_the_forward(name, make_model, monkey
         for source in range(spec.size):
             changed = logits(*perturbed(spec, source, tokens, present, first))
             seen.check(spec, found, base, changed, source, first)
+        stopped.append(check_stopped(spec, logits, tokens, present))
 
     check()
-    assert seen.excluded > 300 and seen.seen > 0.9 * seen.allowed > 300
+    assert seen.excluded > 300 and seen.seen > 0.9 * seen.allowed > 300 and sum(stopped) > 100
 
 
 COMPILED_GRAPHS = hypothesis.settings(max_examples=COMPILED, phases=[hypothesis.Phase.generate])
@@ -287,6 +348,7 @@ def test_what_is_excluded_changes_no_bit_of_a_compiled_forward(name, make_model)
         for source in range(spec.size):
             changed = logits(*perturbed(spec, source, tokens, present, 2))
             seen.check(spec, found, base, changed, source, 2)
+        check_stopped(spec, logits, tokens, present)
 
     check()
     assert seen.excluded and seen.seen > 0.8 * seen.allowed > 0
@@ -326,6 +388,7 @@ def test_what_is_excluded_changes_no_bit_of_decoding(make_model):
                     changed[1:, source] = FREE
                 # Row 0 of the forced tokens is read for the logits of row 1.
                 seen.check(spec, found, base, logits(changed), source, 1)
+        check_stopped(spec, lambda tokens, _: logits(tokens), tokens[:, : spec.size], None)
 
     check()
     assert given.excluded and free.excluded
@@ -419,17 +482,39 @@ def test_bits_are_bounded_by_the_tokens_that_pass_and_add_up_over_paths():
             ("output", "user", "1 tokens"),
         ),
     )
-    plan, user, output = (spec.index(name) for name in ("plan", "user", "output"))
     one = flow.certificate(spec, 15).flow("user", "output")
     assert one.bits == 8 and one.cut == ("user", "plan")
-    passing = {(output, user): 1, (output, plan): 3}
-    assert flow.certificate(spec, 15, passing=passing).flow("user", "output").bits == 1 + 2
+    edges = (("output", "user", "1 tokens:two"), ("output", "plan", "1 tokens:six"))
+    sets = {"two": ("yes", "no"), "six": tuple(range(6))}
+    alone = {"visibility": "isolated", "token_sets": sets}
+    spec = streams(lags=(("plan", "user", "1"), *edges), **alone)
+    assert flow.certificate(spec, 15).flow("user", "output").bits == 2 + 3
     # With few tokens of the plan, the vocabulary may be unknown.
-    only = streams(
-        visibility="isolated", lags=(("plan", "user", "1"), ("output", "plan", "1 tokens"))
-    )
+    only = streams(lags=(("plan", "user", "1"), ("output", "plan", "1 tokens")), **alone)
     assert flow.certificate(only).flow("user", "output").bits is None
-    assert flow.certificate(only, passing={(output, plan): 7}).flow("user", "output").bits == 3
+    only = streams(lags=(("plan", "user", "1"), edges[1]), **alone)
+    assert flow.certificate(only).flow("user", "output").bits == 3
+    # Two readers share a relay if they see the same tokens.
+    both = (edges[1], ("tool", "plan", "0 tokens:six"), ("output", "tool", "1 tokens"))
+    found = flow.certificate(streams(lags=(("plan", "user", "1"), *both), **alone), 255)
+    assert found.flow("plan", "output").bits == 3
+
+
+def test_mail_passes_what_a_stream_said():
+    mail = (("tool", "plan", "2", "5:"),)
+    spec = streams(
+        visibility="isolated", lags=(("plan", "user", "0"), ("output", "tool", "1")), mail=mail
+    )
+    one = flow.certificate(spec, 15).flow("user", "output")
+    # Row 0 to the plan, 1 until it speaks, 2 in the mail, 1 from the tool to the output.
+    assert str(one) == "4.0 bits, 4 rows" and one.path == ("user", "plan", "tool", "output")
+    assert flow.certificate(spec, 15, generated=False).flow("user", "output") is None
+    assert flow.summary(spec, 15)[-1] == (
+        "flow: more than the edge between them: user -> tool through plan (4.0 bits),"
+        " user -> output through plan, tool (4.0 bits), plan -> output through tool (4.0 bits)"
+    )
+    html = view.page("x", spec, 15)
+    assert 'class="mail" d=' in html and "tool gets mail from plan, lag 2 rows" in html
 
 
 def test_a_missing_edge_does_not_hide_a_path():
@@ -504,6 +589,25 @@ def test_names_are_shown_safely():
     assert "\x1b" not in html and "\x1b" not in view.text(spec, 8)
 
 
+def test_the_tokens_that_pass_are_named():
+    sets = {"yes/no": ("yes", "no"), "one": (7,)}
+    lags = (("output", "plan", "2 tokens:yes/no"), ("output", "tool", "0 tokens:one"))
+    spec = streams(visibility="isolated", lags=lags, token_sets=sets)
+    assert view.text(spec).endswith(
+        "Edges that only some tokens pass, besides silence:\n"
+        "  tool -> output: one, 1 token\n  plan -> output: yes/no, 2 tokens"
+    )
+    assert "plan             never  never  -              2.0 bits, 2 rows" in view.text(spec)
+    html = view.page("x", spec)
+    assert "output sees plan through tokens of yes/no, lag 2 rows" in html
+    assert ">yes/no</text>" in html and "<li>plan -&gt; output: yes/no, 2 tokens</li>" in html
+    assert flow.as_json(spec)["passing"] == [
+        {"source": "tool", "reader": "output", "set": "one", "tokens": [7]},
+        {"source": "plan", "reader": "output", "set": "yes/no", "tokens": ["no", "yes"]},
+    ]
+    assert "only some tokens" not in view.text(streams()) + view.page("x", streams())
+
+
 def test_evaluate_prints_the_certificate_of_restricted_streams(
     loaded, run_command, capsys, monkeypatch
 ):
@@ -530,13 +634,19 @@ def test_training_logs_the_certificate_of_restricted_streams(
 
     monkeypatch.setattr("msllm.training.compile_step", stop)
     caplog.set_level("INFO", "msllm")
-    config = dictation(**{"data.dir": data_dir, "streams.lags": (("output", "user", "2 tokens"),)})
+    lags = (("output", "user", "2 tokens:sum"),)
+    sets = {"sum": ("plus", "minus", 9)}
+    config = dictation(**{"data.dir": data_dir, "streams.lags": lags, "streams.token_sets": sets})
     with pytest.raises(UserError, match="stopped"):
         train(config, tmp_path)
     lines = [line for line in caplog.messages if line.startswith("flow: ")]
     assert lines == [
         "flow: more than the edge between them: user -> output through thought (latent)"
     ]
+    # The config of the run holds the ids of the tokens that pass.
+    stored = json.loads((tmp_path / "config.json").read_text())["streams"]["token_sets"]
+    assert list(stored) == ["sum"] and 9 in stored["sum"] and len(stored["sum"]) == 3
+    assert all(type(token) is int for token in stored["sum"])
 
 
 def test_mail_is_a_path_through_tokens_that_exists_in_generation_only():

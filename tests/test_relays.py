@@ -1,6 +1,8 @@
 """Edges through tokens: what a relay shows, in training's forward, on meshes and in decoding."""
 
+import dataclasses
 import functools
+import json
 import math
 
 import jax
@@ -10,7 +12,7 @@ import runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msllm.config import ModelConfig, StreamsConfig
+from msllm.config import Config, ModelConfig, StreamsConfig, from_config_dict, to_json
 from msllm.decode.engine import DecodeOptions, Engine
 from msllm.errors import UserError
 from msllm.evals.attention_map import attention_map
@@ -20,8 +22,12 @@ from msllm.model.attention.dispatch import get_backend
 from msllm.model.model import abstract_model, bind, init_parameters
 from msllm.model.relays import columns_of
 from msllm.streams import NEVER, StreamSpec, positions
-from msllm.weights.load import LoadedModel
+from msllm.tokenizer import resolve_token_sets
+from msllm.weights.convert import to_hf
+from msllm.weights.load import LoadedModel, load
+from msllm.weights.warm_start import write_model
 
+FEW = tuple(range(2, 32, 2))  # the tokens that pass an edge in place of the other half
 NAMES = ("a", "b", "c", "d")
 KINDS = ("input", "output", "thought", "output")
 SILENCE = 1
@@ -39,7 +45,10 @@ SIZES = {
 def make_spec(lags=(), size=4, **settings):
     """The spec of the first `size` streams; lags are "READER SOURCE LAG" without spaces in LAG."""
     edges = tuple(tuple(edge.split(" ", 2)) for edge in lags)
-    config = StreamsConfig(names=NAMES[:size], kinds=KINDS[:size], lags=edges, **settings)
+    sets = {"few": FEW, "one": (7,)}
+    config = StreamsConfig(
+        names=NAMES[:size], kinds=KINDS[:size], lags=edges, token_sets=sets, **settings
+    )
     return StreamSpec.from_config(config)
 
 
@@ -102,25 +111,34 @@ def emulated(spec, model, tables):
     This is what relays compute, at the price of more streams.
     """
     config, parameters = model
-    sources = spec.relayed
+    sources = [relay.source for relay in spec.relays]
     size, wide = spec.size, spec.size + len(sources)
     lag = np.full((wide, wide), NEVER)
     lag[:size, :size] = spec.lag_array
-    lag[:size, size:] = spec.token_lag_array[:, sources]
+    for (reader, source), relay in spec.edge_relays.items():
+        column = size + spec.relays.index(relay)
+        lag[reader, column] = spec.token_lag_array[reader, source]
     names, kinds = tuple(map(str, range(wide))), (*spec.kinds, *["input"] * len(sources))
     wide_spec = StreamSpec(names, kinds, (1.0,) * wide, tuple(map(tuple, lag.tolist())))
     columns = [*range(size), *sources]
     vectors = parameters["stream_embedding"][np.array(columns)]
+    tokens = tables["tokens"][..., columns]
+    for column, relay in enumerate(spec.relays, size):
+        if relay.passing is not None:
+            passes = np.isin(tokens[..., column], relay.passing)
+            tokens[..., column] = np.where(passes, tokens[..., column], SILENCE)
     wide_tables = {
         **tables,
-        "tokens": tables["tokens"][..., columns],
+        "tokens": tokens,
         "present": tables["present"][..., columns],
     }
     wide_model = config, {**parameters, "stream_embedding": vectors}
     return logits(wide_model, wide_spec, wide_tables)[:, :, :size]
 
 
-edges = st.sampled_from(["never", "0 tokens", "1 tokens", "3 tokens", "1", "2"])
+edges = st.sampled_from(
+    ["never", "0 tokens", "1 tokens", "3 tokens", "1", "2", "0 tokens:few", "2 tokens:one"]
+)
 
 
 @given(seed=st.integers(0, 1000), drawn=st.lists(edges, min_size=12, max_size=12))
@@ -136,7 +154,7 @@ def test_relays_equal_streams_that_see_only_themselves(seed, drawn):
 
 
 MIXED = make_spec(
-    ["b a 1 tokens", "c b 0 tokens", "b c 0 tokens", "d c 2 tokens", "d b 1", "c a never"]
+    ["b a 1 tokens", "c b 0 tokens", "b c 0 tokens", "d c 2 tokens:few", "d b 1", "c a never"]
     + ["d a never", "a b never", "a c never", "a d never", "b d never", "c d never"]
 )
 
@@ -151,6 +169,54 @@ def test_a_reader_gets_tokens_and_nothing_that_the_source_took_from_others():
         differs = (before != after).any((0, 1, 3))
         # d sees b through a latent edge, and b saw a.
         assert differs.tolist() == [True, True, False, True], backend
+
+
+GATED = make_spec(["b a 1 tokens:few", "c a 0 tokens", "d a 2 tokens:one"], visibility="isolated")
+
+
+def test_a_token_that_does_not_pass_is_seen_as_silence():
+    """b sees the even tokens of a, c sees all, and d sees 7 only."""
+    model, tables = make_model(), random_tables(7, absent=0)
+    tables["tokens"][:, 2, 0] = 3
+
+    def differs(token, backend):
+        changed = {**tables, "tokens": tables["tokens"].copy()}
+        changed["tokens"][:, 2, 0] = token
+        before, after = (logits(model, GATED, x, backend) for x in (tables, changed))
+        return (before != after).any((0, 1, 3)).tolist()
+
+    for backend in BACKENDS:
+        assert differs(5, backend) == [True, False, True, False]
+        assert differs(SILENCE, backend) == [True, False, True, False]
+        assert differs(4, backend) == [True, True, True, False]
+        assert differs(7, backend) == [True, False, True, True]
+
+
+def test_in_decoding_and_scoring_a_token_that_does_not_pass_is_seen_as_silence():
+    config, parameters = make_model()
+    model = LoadedModel(config, GATED, parameters)
+    tokens = random_tables(8, batch=1, absent=0)["tokens"]
+    engine = Engine(model, sessions=2, window=16, all_logits=True, silence_id=SILENCE)
+
+    def run(token, row):
+        changed = tokens.copy()
+        changed[:, row, 0] = token
+        with engine.open(prefill=changed[0, :4]) as session:
+            for stream, column in zip(NAMES, changed[0, 4:].T):
+                session.force(stream, column.tolist())
+            decoded = np.array([session.step().logits for _ in range(6)])
+        return decoded, score(model, {"tokens": changed}, SILENCE).logits[0]
+
+    for row in (1, 5):  # in the prefill, and as a forced token
+        found = {token: run(token, row) for token in (3, 5, 4)}
+        for other, readers in ((5, [True, False, True, False]), (4, [True, True, True, False])):
+            for before, after in zip(found[3], found[other]):
+                assert (before != after).any((0, 2)).tolist() == readers, (row, other)
+    with pytest.raises(UserError, match="no tokenizer: pass the token that means silence"):
+        score(model, {"tokens": tokens})
+    outputs = dataclasses.replace(GATED, kinds=("output",) * 4)
+    with pytest.raises(UserError, match="pass the token that means silence"):
+        Engine(LoadedModel(config, outputs, parameters), window=4)
 
 
 def test_silence_is_a_token_and_skip_silence_does_not_hide_it():
@@ -219,9 +285,11 @@ def test_sharded_equals_unsharded(axes, ring):
         pytest.skip("a ring needs several devices along `stream`")
     lags = (("output", "tool", "1 tokens"), ("output", "thought", "0 tokens"))
     lags += (("thought", "user", "2 tokens"), ("output", "user", "never"))
+    lags += (("thought", "tool", "0 tokens:few"),)
     results = []
     for devices, mesh in ((1, {}), (math.prod(axes.values()), axes)):
         settings = {**runs.FOUR_STREAMS, "streams.lags": lags, "model.kv_ring": ring and bool(mesh)}
+        settings["streams.token_sets"] = {"few": FEW}
         program = runs.make_program(runs.make_config(**settings), devices, **mesh)
         batch = runs.place(program, runs.random_tables(program.config))
         _, metrics = program.step(program.init(), batch)
@@ -232,11 +300,15 @@ def test_sharded_equals_unsharded(axes, ring):
 
 def test_columns_are_laid_out_by_device():
     columns = columns_of(MIXED, 2)
-    assert MIXED.relayed == (0, 1, 2)
-    assert (columns.streams, columns.relays, columns.sources) == (2, 2, (0, 1, 2, -1))
+    assert MIXED.relays == ((0, None), (1, None), (2, None), (2, FEW))
+    assert (columns.streams, columns.relays, columns.sources) == (2, 2, (0, 1, 2, 2))
     # Device 0 has the streams a and b and the relays of a and b.
-    assert columns.lag[1, 2] == 1 and columns.lag[4, 3] == 0 and columns.lag[5, 6] == 2
-    assert (columns.lag[[2, 3, 6, 7]] == NEVER).all() and (columns.lag[:, 7] == NEVER).all()
+    assert columns.lag[1, 2] == 1 and columns.lag[4, 3] == 0 and columns.lag[1, 6] == 0
+    assert columns.lag[5, 6] == NEVER and columns.lag[5, 7] == 2
+    assert (columns.lag[[2, 3, 6, 7]] == NEVER).all() and (columns.lag[:5, 7] == NEVER).all()
+    assert columns.passes.sum(1).tolist() == [32, 32, 32, len(FEW)]
+    padded = columns_of(make_spec(["b a 1 tokens"]), 2)
+    assert padded.sources == (0, -1) and padded.passes is None
     no_relays = columns_of(make_spec(), 1)
     assert no_relays.size == 4 and no_relays.lag.tolist() == make_spec().lag_array.tolist()
 
@@ -248,6 +320,13 @@ def test_columns_are_laid_out_by_device():
         ({"lags": (("b", "a", "never tokens"),)}, "lag 'never tokens'"),
         ({"lags": (("b", "b", "1 tokens"),)}, "'b' to itself: a stream sees its own cells"),
         ({"visibility_medium": "text"}, "must be latent or tokens"),
+        ({"lags": (("b", "a", "1 tokens:no"),)}, "no set 'no' in .* \\(it is empty\\)"),
+        ({"lags": (("b", "a", "1 latent:no"),)}, "lag '1 latent:no'"),
+        ({"lags": (("b", "a", "1 tokens:"),)}, "no set ''"),
+        ({"visibility_medium": "tokens:x", "token_sets": {"y": (1,)}}, "no set 'x' in .* \\(y\\)"),
+        ({"token_sets": {"y": ()}}, "give a name, and one token or more"),
+        ({"token_sets": {"y": (1, -2)}}, "\\['y'\\] holds -2: must be texts, or ids >= 0"),
+        ({"token_sets": {"y": (True,)}}, "\\['y'\\] holds True"),
     ],
 )
 def test_bad_edges_are_refused(settings, message):
@@ -264,6 +343,74 @@ def test_a_preset_through_tokens_leaves_own_cells_latent():
     through = np.where(own, NEVER, 0)
     through[3, 0] = NEVER
     assert spec.token_lag_array.tolist() == through.tolist()
+
+
+def test_a_preset_may_name_the_tokens_that_pass():
+    spec = make_spec(["d a 2 tokens", "d b 1"], visibility_medium="tokens:few")
+    sets = {(reader, source): one.name for reader, source, one in spec.passing}
+    expected = {(r, s): "few" for r in range(4) for s in range(4) if r != s}
+    del expected[3, 0], expected[3, 1]
+    assert sets == expected
+    assert spec.relays == ((0, None), (0, FEW), (1, FEW), (2, FEW), (3, FEW))
+
+
+def with_sets(lags, sets):
+    streams = StreamsConfig(names=NAMES, kinds=KINDS, lags=lags, token_sets=sets)
+    return Config(streams=streams)
+
+
+def test_texts_become_the_ids_of_their_tokens(letters):
+    """Texts, pieces and ids; silence passes anyway."""
+    sets = {"some": ("a", letters.piece(9), 7, "<silence>", "a"), "silent": ("<silence>",)}
+    config = with_sets((("b", "a", "1 tokens:some"),), sets)
+    resolved = resolve_token_sets(config, letters)
+    ids = tuple(sorted({*letters.encode("a"), 9, 7}))
+    assert len(ids) == 3
+    silence = (letters.silence_id,)
+    assert resolved.streams.token_sets == {"some": ids, "silent": silence}
+    assert resolve_token_sets(resolved, letters) == resolved
+    assert from_config_dict(json.loads(to_json(resolved))) == resolved
+    assert StreamSpec.from_config(resolved.streams).relays == ((0, ids),)
+    # The number of tokens is known before their ids are.
+    assert len(StreamSpec.from_config(config.streams).relays[0].passing) == 4
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        ("a b", r"token_sets\['x'\]: 'a b' is 3 tokens \('a', .*'b'\): give texts that are one"),
+        ("\u00e9", r"token_sets\['x'\]: '\u00e9' is not in the vocabulary: give another text"),
+    ],
+)
+def test_texts_of_several_tokens_are_refused(token, message, letters):
+    with pytest.raises(UserError, match=message):
+        resolve_token_sets(with_sets((), {"x": (token,)}), letters)
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [("a", "holds the text 'a', and no tokenizer has"), (32, "holds 32: must be an id below 32")],
+)
+def test_a_model_needs_ids_of_its_vocabulary(token, message):
+    config, _ = make_model()
+    streams = with_sets((("b", "a", "1 tokens:x"),), {"x": (token,)}).streams
+    with pytest.raises(UserError, match=message):
+        abstract_model(config, StreamSpec.from_config(streams))
+
+
+def test_checkpoints_and_exports_keep_the_tokens_that_pass(tmp_path, letters):
+    config, parameters = make_model()
+    settings = with_sets((("b", "a", "1 tokens:x"),), {"x": ("a", "b")})
+    settings = resolve_token_sets(dataclasses.replace(settings, model=config), letters)
+    write_model(tmp_path / "model", settings, parameters, letters)
+    to_hf(tmp_path / "model", tmp_path / "hf")
+    ids = tuple(sorted(letters.encode("ab")))
+    for folder in ("model", "hf"):
+        assert load(tmp_path / folder).streams.relays == ((0, ids),)
+    settings = dataclasses.replace(settings, streams=StreamsConfig(names=NAMES, kinds=KINDS))
+    write_model(tmp_path / "plain", settings, parameters, letters)
+    to_hf(tmp_path / "plain", tmp_path / "plain_hf")
+    assert "token_sets" not in (tmp_path / "plain_hf" / "config.json").read_text()
 
 
 def test_attention_to_a_relay_counts_as_attention_to_its_source():

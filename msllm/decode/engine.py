@@ -111,7 +111,8 @@ class Engine:
             _check_mesh(model.config, sessions, mesh)
         self.model, self.streams, self.window = model, model.streams, window
         streams = model.streams
-        needed = "input" in streams.kinds or streams.skip_silence or any(streams.delays)
+        needed = "input" in streams.kinds or any(streams.delays)
+        needed |= streams.skip_silence or bool(streams.passing)
         self.silence_id = model.silence_token(silence_id, needed)
 
         silence = -1 if self.silence_id is None else self.silence_id

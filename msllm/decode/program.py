@@ -404,7 +404,7 @@ class DecodeProgram:
         layers, size, columns = self._layers(weights), tokens.shape[1], self._columns
         streams = axis_index("stream") * size + jnp.arange(size)
         cells = self._cells(inputs.row[:, None], tokens[:, None], inputs.read_present[:, None])
-        expanded = add_relays(columns, tokens[:, None], cells)
+        expanded = add_relays(columns, tokens[:, None], cells, self.silence_id)
         all_cells = _of_all_streams(expanded.cells)
         # A session that does not advance writes to a place beyond its window: nothing is stored.
         at = jnp.where(inputs.active, place(inputs.row, controls.keep, self.window), NOWHERE)
@@ -534,7 +534,7 @@ class DecodeProgram:
         is_real = row < rows
         present = present & is_real[..., None]
         cells = self._cells(row, tokens, present)
-        expanded = add_relays(columns, tokens, cells)
+        expanded = add_relays(columns, tokens, cells, self.silence_id)
         all_cells = _of_all_streams(expanded.cells)
         visibility = Visibility(cells, all_cells, columns.lag, stream_columns(columns))
         angles = rope_angles(row, self.config)

@@ -37,8 +37,8 @@ def attention_map(
       loaded: the model.
       tokens: [T, S].
       present: [T, S] bool; None: every cell is present.
-      silence_id: the silence token. Needed if silence is not seen as a key and the model has no
-        tokenizer.
+      silence_id: the silence token. Needed if the model has no tokenizer, and either hides silence
+        as a key or has edges that only some tokens pass.
 
     Returns: [layers, N, T, S, T, S] float32: query row and stream, key row and stream. The weights
       of a query sum to 1 over the keys, and are 0 for keys that it does not see.
@@ -68,7 +68,7 @@ def _attention_map(
     """[layers, B, N, T, S, T, S] for tables [B, T, S]."""
     model = bind(graph, parameters)
     cells, columns = model.cells(tables, silence_id), local_columns(model.streams)
-    expanded = add_relays(columns, tables["tokens"], cells)
+    expanded = add_relays(columns, tables["tokens"], cells, silence_id)
     angles = rope_angles(positions(tables["segment"]), model.config)
     found = []
 

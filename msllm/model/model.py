@@ -78,13 +78,15 @@ class MultiStreamLM(nnx.Module):
 
         Args:
           tables: `tokens` [B, T, S] int32, `present` [B, T, S] bool and `segment` [B, T] int32.
-          silence_id: the silence token. Needed only if the streams set `skip_silence`.
+          silence_id: the silence token. Needed only if the streams set `skip_silence`, or if only
+            some tokens pass an edge.
           backend: as in `__call__`.
 
         Returns: as in `__call__`.
         """
         cells = self.cells(tables, silence_id)
-        return self(tables["tokens"], cells, positions(tables["segment"]), backend)
+        position = positions(tables["segment"])
+        return self(tables["tokens"], cells, position, backend, silence_id)
 
     def cells(self, tables: Mapping[str, jax.Array], silence_id: int | None) -> Cells:
         """The cells of tables, for attention. The arguments are those of `read`."""
@@ -92,7 +94,12 @@ class MultiStreamLM(nnx.Module):
         return make_cells(tables["present"], tables["segment"], silent)
 
     def __call__(
-        self, tokens: jax.Array, cells: Cells, position: jax.Array, backend: Backend | None = None
+        self,
+        tokens: jax.Array,
+        cells: Cells,
+        position: jax.Array,
+        backend: Backend | None = None,
+        silence_id: int | None = None,
     ) -> jax.Array:
         """Computes the hidden states, from which the model predicts each stream's next cell.
 
@@ -102,11 +109,12 @@ class MultiStreamLM(nnx.Module):
           position: RoPE positions, [B, T] or [B, T, S] int32.
           backend: the attention backend, from `choose_backend`. None means one that runs on every
             device.
+          silence_id: the silence token. Needed only if some tokens do not pass an edge.
 
         Returns: [B, T, S, D] after the final norm, in the compute dtype.
         """
         config, columns = self.config, local_columns(self.streams)
-        expanded = add_relays(columns, tokens, cells)
+        expanded = add_relays(columns, tokens, cells, silence_id)
         chosen = backend or portable_backend(config)
         if position.ndim == 3:
             position = add_relay_columns(columns, position)
@@ -240,8 +248,10 @@ def abstract_model(
     Returns: the graphdef, the shapes of the parameters, and their logical axes. The last two are
       nested dicts of the same structure.
 
-    Raises UserError if `config.block` cannot be imported, or holds anything but parameters.
+    Raises UserError if `config.block` cannot be imported, or holds anything but parameters; or if
+    the tokens that pass an edge are not ids of the vocabulary.
     """
+    streams.check_token_sets(config.vocab_size)
     graph, state = nnx.split(nnx.eval_shape(lambda: MultiStreamLM(config, streams, None)))
     if config.block:
         check_variables(config, state["blocks"])

@@ -3,7 +3,8 @@
 An edge through tokens lets its reader see the tokens of the source (docs/design.md). The source
 then has a *relay*: a column of cells whose tokens are those of the source, with the same rows,
 presence and stream embedding. A relay attends to itself only, so its keys and values depend on its
-token alone. It is never predicted.
+token alone. It is never predicted. If only some tokens pass an edge, the relay holds silence in
+place of the others. A stream has a relay for each set of tokens that passes to some reader.
 
 On a device, the relays follow the streams along the stream axis of the activations. Queries are
 those of the streams; keys and values are those of all columns.
@@ -19,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msllm.errors import UserError
 from msllm.sharding import axis_index, axis_size, gather_streams
-from msllm.streams import NEVER, Cells, StreamSpec
+from msllm.streams import NEVER, Cells, Relay, StreamSpec
 
 
 class Columns(NamedTuple):
@@ -30,6 +32,8 @@ class Columns(NamedTuple):
       streams: number of streams on each device, with those that only pad the axis.
       relays: number of relays on each device, with those that only pad it.
       sources: the stream of each relay, in the order of the devices; -1: padding.
+      passes: [relays, N + 1] bool, whether token i < N passes each relay, and last, whether all
+        further tokens pass; None: every token passes every relay.
       lag: [M, M] int32, lag[reader, source] of all columns, in the order of the devices.
     """
 
@@ -37,6 +41,7 @@ class Columns(NamedTuple):
     relays: int
     sources: tuple[int, ...]
     lag: np.ndarray
+    passes: np.ndarray | None = None
 
     @property
     def size(self) -> int:
@@ -47,17 +52,31 @@ class Columns(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def columns_of(spec: StreamSpec, devices: int) -> Columns:
     """Lays out the columns of a model on `devices` devices along the mesh axis `stream`."""
-    found = spec.relayed
+    found = spec.relays
     streams, relays = -(-spec.size // devices), -(-len(found) // devices)
     size = streams + relays
-    sources = (*found, *[-1] * (relays * devices - len(found)))
+    sources = (*(relay.source for relay in found), *[-1] * (relays * devices - len(found)))
     stream_columns = [i // streams * size + i % streams for i in range(spec.size)]
     relay_columns = [j // relays * size + streams + j % relays for j in range(len(found))]
     lag = np.full((devices * size, devices * size), NEVER, np.int32)
     lag[np.ix_(stream_columns, stream_columns)] = spec.lag_array
-    if found:
-        lag[np.ix_(stream_columns, relay_columns)] = spec.token_lag_array[:, found]
-    return Columns(streams, relays, sources, lag)
+    for (reader, source), relay in spec.edge_relays.items():
+        column = relay_columns[found.index(relay)]
+        lag[stream_columns[reader], column] = spec.token_lag_array[reader, source]
+    return Columns(streams, relays, sources, lag, _passes(found, len(sources)))
+
+
+def _passes(found: tuple[Relay, ...], size: int) -> np.ndarray | None:
+    """`Columns.passes` of relays that are padded to `size`."""
+    if all(relay.passing is None for relay in found):
+        return None
+    ids = [None if x.passing is None else np.array(x.passing, np.int32) for x in found]
+    passes = np.ones((size, max(int(x.max()) for x in ids if x is not None) + 2), bool)
+    for relay, tokens in enumerate(ids):
+        if tokens is not None:
+            passes[relay] = False
+            passes[relay, tokens] = True
+    return passes
 
 
 def local_columns(spec: StreamSpec) -> Columns:
@@ -84,13 +103,16 @@ class Expanded(NamedTuple):
     cells: Cells
 
 
-def add_relays(columns: Columns, tokens: jax.Array, cells: Cells) -> Expanded:
+def add_relays(
+    columns: Columns, tokens: jax.Array, cells: Cells, silence_id: int | None
+) -> Expanded:
     """Adds the relays of this device to its streams.
 
     Args:
       columns: of the model.
       tokens: [B, T, S] int32.
       cells: of the same cells.
+      silence_id: the silence token. Needed only if some tokens do not pass an edge.
     """
     streams = axis_index("stream") * columns.streams + jnp.arange(columns.streams)
     if not columns.relays:
@@ -101,10 +123,27 @@ def add_relays(columns: Columns, tokens: jax.Array, cells: Cells) -> Expanded:
     present = present.at[:, :, columns.streams :].min(sources >= 0)
     seen = jnp.concatenate([cells.seen, present[:, :, columns.streams :]], axis=2)
     return Expanded(
-        add_relay_columns(columns, tokens),
+        _without_stopped(columns, add_relay_columns(columns, tokens), silence_id),
         jnp.concatenate([streams, jnp.maximum(sources, 0)]),
         cells._replace(present=present, seen=seen),
     )
+
+
+def _without_stopped(columns: Columns, tokens: jax.Array, silence_id: int | None) -> jax.Array:
+    """Replaces the tokens [B, T, M] that do not pass their relays by silence."""
+    if columns.passes is None:
+        return tokens
+    if silence_id is None:
+        raise UserError(
+            "some edges let only a set of tokens pass, and others are seen as silence: pass the"
+            " token that means silence as silence_id=..."
+        )
+    own = axis_index("stream") * columns.relays
+    passes = jax.lax.dynamic_slice_in_dim(jnp.asarray(columns.passes), own, columns.relays)
+    relayed = tokens[:, :, columns.streams :]
+    known = jnp.minimum(relayed, passes.shape[1] - 1)
+    relayed = jnp.where(passes[jnp.arange(columns.relays), known], relayed, silence_id)
+    return jnp.concatenate([tokens[:, :, : columns.streams], relayed], axis=2)
 
 
 def add_relay_columns(columns: Columns, x: jax.Array) -> jax.Array:

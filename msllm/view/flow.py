@@ -42,13 +42,18 @@ class Arrow(NamedTuple):
 
     Attributes:
       line: the path of the SVG.
-      kind: a CSS class: latent or tokens.
+      kind: a CSS class: latent, tokens or mail.
       text: what the edge is, for a tooltip.
+      label: the tokens that pass; empty: all.
+      x, y: the place of the label.
     """
 
     line: str
     kind: str
     text: str
+    label: str = ""
+    x: float = 0.0
+    y: float = 0.0
 
 
 class Node(NamedTuple):
@@ -78,6 +83,9 @@ def text(spec: StreamSpec, vocab_size: int = 0) -> str:
             "  tokens: through tokens only; the bits are unknown before the data is prepared"
         )
     lines += ["", *given_lines(spec)]
+    if spec.passing:
+        lines += ["", "Edges that only some tokens pass, besides silence:"]
+        lines += [f"  {line}" for line in passing_lines(spec)]
     return "\n".join(lines)
 
 
@@ -99,6 +107,15 @@ def given_lines(spec: StreamSpec) -> list[str]:
         "When all tokens are given (training, scoring), these pairs have no influence either:",
         *(f"  {visible(pair)}" for pair in only),
     ]
+
+
+def passing_lines(spec: StreamSpec) -> list[str]:
+    """Names the tokens that pass an edge, such as "plan -> output: digits, 10 tokens"."""
+    lines = []
+    for reader, source, (name, tokens) in spec.passing:
+        count = "1 token" if len(tokens) == 1 else f"{len(tokens):,} tokens"
+        lines.append(f"{spec.names[source]} -> {spec.names[reader]}: {name}, {count}")
+    return list(map(visible, lines))
 
 
 def page(title: str, spec: StreamSpec, vocab_size: int = 0) -> str:
@@ -131,8 +148,10 @@ def page(title: str, spec: StreamSpec, vocab_size: int = 0) -> str:
         names=names,
         matrix=matrix,
         given=given_lines(spec),
+        passing=passing_lines(spec),
         notes=_NOTES,
         vocab_size=f"{vocab_size:,}" if vocab_size else "unknown",
+        has_mail=bool(spec.mail),
         nodes=nodes,
         arrows=arrows,
         width=width,
@@ -156,15 +175,22 @@ def picture(spec: StreamSpec) -> tuple[list[Node], list[Arrow], float, float]:
         Node(visible(name), kind, round(float(x), 1), round(float(y), 1))
         for name, kind, (x, y) in zip(spec.names, spec.kinds, points)
     ]
-    arrows = []
+    arrows, sets = [], {(r, s): visible(one.name) for r, s, one in spec.passing}
     for kind, lags in (("latent", spec.lag_array), ("tokens", spec.token_lag_array)):
         for reader, source in np.argwhere(lags < NEVER).tolist():
             if reader == source:
                 continue
             line = _arrow(points[source], points[reader])
+            name = sets.get((reader, source), "") if kind == "tokens" else ""
             through = " through tokens" if kind == "tokens" else ""
+            through += f" of {name}" if name else ""
             what = f"{nodes[reader].name} sees {nodes[source].name}{through}"
-            arrows.append(Arrow(line, kind, f"{what}, lag {count_rows(int(lags[reader, source]))}"))
+            what += f", lag {count_rows(int(lags[reader, source]))}"
+            arrows.append(Arrow(line, kind, what, name, *_label_place(line)))
+    for rule in spec.mail:
+        reader, source = nodes[rule.reader].name, nodes[rule.source].name
+        what = f"{reader} gets mail from {source}, lag {count_rows(rule.lag)}"
+        arrows.append(Arrow(_arrow(points[rule.source], points[rule.reader]), "mail", what))
     return nodes, arrows, round(2 * middle, 1), round(2 * middle, 1)
 
 
@@ -176,6 +202,12 @@ def _arrow(start: np.ndarray, end: np.ndarray) -> str:
     begin, tip = start + along * _NODE + across * 6, end - along * (_NODE + 7) + across * 6
     (x1, y1), (xb, yb), (x2, y2) = np.round([begin, bend, tip], 1).tolist()
     return f"M {x1} {y1} Q {xb} {yb} {x2} {y2}"
+
+
+def _label_place(line: str) -> tuple[float, float]:
+    """The place of a label beside the middle of an arrow: where its curve bends to."""
+    x, y = line.split(" Q ")[1].split()[:2]
+    return float(x), float(y)
 
 
 def _cell(source: str, reader: str, flow: Flow | None) -> Cell:

@@ -266,8 +266,9 @@ def to_hf(
         files |= _files(origin, COMPANIONS)
     if size > 1:
         streams = dataclasses.asdict(model.run_config.streams)
-        for name in ("visibility_medium", "mail"):  # earlier versions do not know them
-            if streams[name] == getattr(StreamsConfig, name):
+        # Earlier versions do not know these settings.
+        for name in ("visibility_medium", "token_sets", "mail"):
+            if streams[name] == getattr(StreamsConfig(), name):
                 del streams[name]
         own: dict[str, Any] = {"streams": streams}
         if model.tokenizer:
@@ -361,7 +362,9 @@ def _choose_streams(source: Source, streams: str, visibility: str) -> StreamsCon
     if streams and source.streams and len(spec.names) == source.size:
         spec = _rename_streams(source.streams, spec)
     if visibility:
-        spec = dataclasses.replace(spec, visibility=visibility, visibility_medium="latent", lags=())
+        spec = dataclasses.replace(
+            spec, visibility=visibility, visibility_medium="latent", lags=(), token_sets={}
+        )
     elif source.size == 1 and len(spec.names) > 1:
         spec = dataclasses.replace(spec, visibility="isolated")
     StreamSpec.from_config(spec)  # raises UserError if it is invalid

@@ -88,13 +88,15 @@ class LoadedModel:
 
         Args:
           silence_id: the token that the caller gives.
-          needed: whether None is refused. By default it is if the model hides silence.
+          needed: whether None is refused. By default it is if the model hides silence, or shows
+            the tokens that do not pass an edge as silence.
 
         Raises UserError if the token is needed and unknown, or not in the vocabulary.
         """
         if silence_id is None and self.tokenizer is not None:
             silence_id = self.tokenizer.silence_id
-        if silence_id is None and (self.streams.skip_silence if needed is None else needed):
+        shows_silence = self.streams.skip_silence or bool(self.streams.passing)
+        if silence_id is None and (shows_silence if needed is None else needed):
             raise UserError(
                 "the model has no tokenizer: pass the token that means silence as silence_id=..."
                 " (--silence_id)"
@@ -112,7 +114,7 @@ class LoadedModel:
     def with_visibility(self, preset: str) -> LoadedModel:
         """Returns the model with the visibility of a preset. Raises UserError."""
         lag = lag_matrix(preset, self.streams.size).tolist()
-        return self.with_streams(lag=tuple(tuple(row) for row in lag), token_lag=())
+        return self.with_streams(lag=tuple(tuple(row) for row in lag), token_lag=(), passing=())
 
 
 def load(path: str | os.PathLike, allow_code: bool = False) -> LoadedModel:
