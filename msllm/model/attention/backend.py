@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -80,3 +81,20 @@ class Backend:
 
         parts = self.ring_parts and RingParts(*map(bind, self.ring_parts))
         return dataclasses.replace(self, attend=bind(self.attend), ring_parts=parts)
+
+
+def merge_parts(
+    one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Merges (output, log-sum-exp) over two parts of the keys.
+
+    If a query sees no key of the second part, its output there is arbitrary and may be NaN.
+    """
+    (out, lse), (more, more_lse) = one, other
+    both = jnp.logaddexp(lse, more_lse)
+
+    def share(x, lse):
+        weight = jnp.exp(lse - both)[..., None]
+        return jnp.where(weight > 0, weight * x, 0)
+
+    return share(out, lse) + share(more, more_lse), both

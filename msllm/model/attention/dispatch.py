@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from msllm.config import ModelConfig
 from msllm.errors import UserError
+from msllm.model.attention.apart import are_apart, attend_apart
 from msllm.model.attention.backend import Backend, Case
 from msllm.model.attention.ring import ring_attention
 from msllm.sharding import axis_index, axis_size, gather_streams, mesh_axes
@@ -138,6 +139,9 @@ def attention(
     """
     key_cells = cells if key_cells is None else key_cells
     lag = pad_lag(lag, k.shape[2] * axis_size("stream"))
+    has_relays = k.shape[2] > q.shape[2]
+    if are_apart(lag, q.shape[2], k.shape[2]) and (backend.ring_parts or not has_relays):
+        return attend_apart(q, k, v, cells, key_cells, lag, backend)
     if ring and axis_size("stream") > 1:
         return ring_attention(q, k, v, cells, key_cells, lag, backend)
     keys = key_cells._replace(

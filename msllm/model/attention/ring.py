@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from msllm.model.attention.backend import Backend
+from msllm.model.attention.backend import Backend, merge_parts
 from msllm.sharding import axis_index, axis_size
 from msllm.streams import Array, Cells, Visibility
 
@@ -101,7 +101,7 @@ def ring_attention(
         # complicate the loop.
         def turn(i, carry):
             keys, so_far = carry
-            return pass_on(keys), _merge(so_far, run(keys, i))
+            return pass_on(keys), merge_parts(so_far, run(keys, i))
 
         out, lse = run(keys, None)
         start = (pass_on(keys), (out.astype(jnp.float32), lse))
@@ -128,20 +128,3 @@ def ring_attention(
 
     attend.defvjp(forward, backward)
     return attend(q, k, v, cells, key_cells)
-
-
-def _merge(
-    one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """Merges (output, log-sum-exp) over two parts of the keys.
-
-    If a query sees no key of the second part, its output there is arbitrary and may be NaN.
-    """
-    (out, lse), (more, more_lse) = one, other
-    both = jnp.logaddexp(lse, more_lse)
-
-    def share(x, lse):
-        weight = jnp.exp(lse - both)[..., None]
-        return jnp.where(weight > 0, weight * x, 0)
-
-    return share(out, lse) + share(more, more_lse), both
