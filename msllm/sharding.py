@@ -283,6 +283,12 @@ def psum(x: Any, *names: str) -> Any:
     return jax.lax.psum(x, axes) if axes else x
 
 
+def pmax_over_mesh(x: jax.Array) -> jax.Array:
+    """The maximum over all devices inside `shard_map`; x itself outside."""
+    axes = _used(tuple(jax.sharding.get_abstract_mesh().manual_axes))
+    return jax.lax.pmax(x, axes) if axes else x
+
+
 # The logical axes of the arrays of a batch.
 BATCH_AXES: dict[str, tuple[str, ...]] = {
     "tokens": ("batch", "row", "stream"),

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import runs
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from msllm.config import Config, ModelConfig, StreamsConfig, from_config_dict, to_json
@@ -20,7 +20,7 @@ from msllm.evals.score import score
 from msllm.kernels import cpu as cpu_kernels
 from msllm.model.attention.dispatch import get_backend
 from msllm.model.model import abstract_model, bind, init_parameters
-from msllm.model.relays import columns_of
+from msllm.model.relays import columns_of, distinct_tokens
 from msllm.streams import NEVER, StreamSpec, positions
 from msllm.tokenizer import resolve_token_sets
 from msllm.weights.convert import to_hf
@@ -105,12 +105,13 @@ def test_in_one_layer_an_edge_through_tokens_equals_a_latent_one(rows):
     assert np.abs(logits(model, other, tables) - expected).max() > 0.01
 
 
-def emulated(spec, model, tables):
-    """Logits in which each relay is a stream of its own that sees itself only.
+def widened(spec, tables):
+    """Streams and tables in which each relay is a stream of its own that sees itself only.
 
     This is what relays compute, at the price of more streams.
+
+    Returns: the spec, the tables, and the stream of each column.
     """
-    config, parameters = model
     sources = [relay.source for relay in spec.relays]
     size, wide = spec.size, spec.size + len(sources)
     lag = np.full((wide, wide), NEVER)
@@ -121,7 +122,6 @@ def emulated(spec, model, tables):
     names, kinds = tuple(map(str, range(wide))), (*spec.kinds, *["input"] * len(sources))
     wide_spec = StreamSpec(names, kinds, (1.0,) * wide, tuple(map(tuple, lag.tolist())))
     columns = [*range(size), *sources]
-    vectors = parameters["stream_embedding"][np.array(columns)]
     tokens = tables["tokens"][..., columns]
     for column, relay in enumerate(spec.relays, size):
         if relay.passing is not None:
@@ -132,8 +132,16 @@ def emulated(spec, model, tables):
         "tokens": tokens,
         "present": tables["present"][..., columns],
     }
+    return wide_spec, wide_tables, np.array(columns)
+
+
+def emulated(spec, model, tables):
+    """The logits of `widened` streams, for the streams of the spec."""
+    config, parameters = model
+    wide_spec, wide_tables, columns = widened(spec, tables)
+    vectors = parameters["stream_embedding"][columns]
     wide_model = config, {**parameters, "stream_embedding": vectors}
-    return logits(wide_model, wide_spec, wide_tables)[:, :, :size]
+    return logits(wide_model, wide_spec, wide_tables)[:, :, : spec.size]
 
 
 edges = st.sampled_from(
@@ -142,7 +150,7 @@ edges = st.sampled_from(
 
 
 @given(seed=st.integers(0, 1000), drawn=st.lists(edges, min_size=12, max_size=12))
-@settings(max_examples=5)
+@settings(max_examples=5, phases=[Phase.generate])  # shrinking would compile for minutes
 def test_relays_equal_streams_that_see_only_themselves(seed, drawn):
     pairs = [(r, s) for r in NAMES for s in NAMES if r != s]
     spec = make_spec([f"{r} {s} {edge}" for (r, s), edge in zip(pairs, drawn)])
@@ -172,6 +180,67 @@ def test_a_reader_gets_tokens_and_nothing_that_the_source_took_from_others():
 
 
 GATED = make_spec(["b a 1 tokens:few", "c a 0 tokens", "d a 2 tokens:one"], visibility="isolated")
+# Streams that see one another through relays at most; the earlier rows of d are hidden from itself.
+APART = make_spec(["b a 1 tokens", "a c 0 tokens:few", "d d never"], visibility="isolated")
+ISOLATED = make_spec(["b b 0", "d d never"], visibility="isolated")
+
+
+@pytest.mark.parametrize("spec", [GATED, APART, ISOLATED], ids=["gated", "apart", "isolated"])
+def test_streams_without_latent_edges_equal_the_reference(spec):
+    model, tables = make_model(), random_tables(9)
+    expected = emulated(spec, model, tables)
+    for backend in BACKENDS:
+        found = logits(model, spec, tables, backend)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5, err_msg=backend)
+
+
+@pytest.mark.parametrize(
+    ("spec", "remat"), [(MIXED, "dots"), (APART, "full")], ids=["latent_edges", "apart"]
+)
+def test_gradients_equal_those_of_streams_that_see_only_themselves(spec, remat):
+    (config, parameters), tables = make_model(remat=remat), random_tables(10, rows=20)
+    tables["tokens"] %= 6  # few tokens, so that each is that of many cells
+    weights = np.random.default_rng(0).standard_normal((2, 20, spec.size, config.d_model))
+    weights *= tables["present"][..., None]
+
+    def gradients(spec, tables, columns, backend):
+        graph, _, _ = abstract_model(config, spec)
+
+        @jax.jit
+        @jax.grad
+        def run(parameters):
+            vectors = parameters["stream_embedding"][columns]
+            bound = bind(graph, {**parameters, "stream_embedding": vectors})
+            hidden = bound.read(tables, SILENCE, get_backend(backend))
+            return (hidden[:, :, : weights.shape[2]] * weights).sum()
+
+        with jax.default_matmul_precision("highest"):
+            return run(parameters)
+
+    expected = gradients(*widened(spec, tables), "reference")
+    found = gradients(spec, tables, np.arange(spec.size), BACKENDS[-1])
+    for (path, one), other in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
+        scale = np.abs(other).max()
+        np.testing.assert_allclose(one / scale, other / scale, atol=3e-6, err_msg=str(path))
+
+
+@given(seed=st.integers(0, 100), rows=st.integers(1, 9), size=st.integers(1, 6))
+@settings(max_examples=30)
+def test_distinct_tokens_are_numbered_as_they_occur(seed, rows, size):
+    tokens = np.random.default_rng(seed).integers(0, size, (2, 9, 2)).astype(np.int32)
+    tokens[:, rows:] = tokens[:, :1]
+    found = jax.tree.map(np.asarray, jax.jit(distinct_tokens)(tokens))
+    counts = []
+    for table, column in np.ndindex(2, 2):
+        cells = tokens[table, :, column].tolist()
+        distinct = list(dict.fromkeys(cells))
+        counts.append(len(distinct))
+        assert [distinct.index(cell) for cell in cells] == found.number[table, :, column].tolist()
+        first = found.row[table, : len(distinct), column].tolist()
+        assert [cells.index(token) for token in distinct] == first
+    assert found.most == max(counts)
 
 
 def test_a_token_that_does_not_pass_is_seen_as_silence():

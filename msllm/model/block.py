@@ -61,8 +61,22 @@ class Block(nnx.Module):
 
         Returns: [B, T, S, D].
         """
-        normed = rms_norm(x, gather_param(self.attention_norm, jnp.float32), self.config.norm_eps)
-        attended = attend(*self.attention.qkv(normed, angles))
+        attended = attend(*self.attention.qkv(self._attention_input(x), angles))
+        return self._after_attention(x, attended)
+
+    def relay_keys(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The keys, not rotated, and the values of relays x [..., D] (msllm/model/relays.py)."""
+        return self.attention.kv(self._attention_input(x))
+
+    def next_relays(self, x: jax.Array, v: jax.Array) -> jax.Array:
+        """Applies the layer to relays x, whose values are v. They attend to themselves."""
+        heads = self.config.num_heads // self.config.num_kv_heads
+        return self._after_attention(x, jnp.repeat(v, heads, axis=-2))
+
+    def _attention_input(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, gather_param(self.attention_norm, jnp.float32), self.config.norm_eps)
+
+    def _after_attention(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         x = checkpoint_name(x + self.attention.out(attended), "mid")
         normed = rms_norm(x, gather_param(self.mlp_norm, jnp.float32), self.config.norm_eps)
         return x + self.mlp(normed)

@@ -210,12 +210,25 @@ class Projections(nnx.Module):
         q, k, v = (checkpoint_name(y, "qkv") for y in linear(x, weights))
         if self.config.attention_bias:
             q = q + self.q_bias[...].astype(q.dtype)
+        if self.config.qk_norm:
+            q = rms_norm(q, self.q_norm[...], self.config.norm_eps)
+        k, v = self._keys_and_values(k, v)
+        return rotate(q, angles), rotate(k, angles), v
+
+    def kv(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x [B, T, S, D] -> k and v [B, T, S, K, H]. The keys are normalised, but not rotated."""
+        weights = (gather_param(weight, x.dtype) for weight in (self.k, self.v))
+        k, v = (checkpoint_name(y, "qkv") for y in linear(x, weights))
+        return self._keys_and_values(k, v)
+
+    def _keys_and_values(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The products with biases and norms."""
+        if self.config.attention_bias:
             k = k + self.k_bias[...].astype(k.dtype)
             v = v + self.v_bias[...].astype(v.dtype)
         if self.config.qk_norm:
-            q = rms_norm(q, self.q_norm[...], self.config.norm_eps)
             k = rms_norm(k, self.k_norm[...], self.config.norm_eps)
-        return rotate(q, angles), rotate(k, angles), v
+        return k, v
 
     def out(self, x: jax.Array) -> jax.Array:
         """x [B, T, S, N, H] -> [B, T, S, D]."""

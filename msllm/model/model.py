@@ -33,15 +33,18 @@ from msllm.model.layers import (
 )
 from msllm.model.linear import head_logits
 from msllm.model.relays import (
+    Expanded,
     add_relay_columns,
     add_relays,
     attend_to_columns,
     local_columns,
+    relay_keys,
 )
 from msllm.optim import path_name
 from msllm.sharding import (
     FSDP,
     axis_index,
+    axis_size,
     gather,
     gather_streams,
     mesh_axes,
@@ -50,6 +53,8 @@ from msllm.sharding import (
     rows_to_cells,
 )
 from msllm.streams import Cells, StreamSpec, make_cells, positions
+
+RELAY_PARTS = 16  # see `relays.relay_keys`
 
 
 class MultiStreamLM(nnx.Module):
@@ -139,14 +144,58 @@ class MultiStreamLM(nnx.Module):
             # the MLP.
             attend = jax.checkpoint(attend, policy=KEEP_OUTPUT)
 
-        attend = attend_to_columns(columns.streams, attend)
+        x = self.embed(*expanded[:2])
+        relays = None
+        if columns.relays and not config.block:
+            x, relays = x[:, :, : columns.streams], self._relay_keys(x, expanded, angles)
+            angles = _take_columns(angles, slice(0, columns.streams))
 
-        def layer(x, weights):
+        def layer(x, weights_and_relays):
+            weights, relays = weights_and_relays
+
+            def attend_to_all(q, k, v):
+                if relays is None:
+                    return attend_to_columns(columns.streams, attend)(q, k, v)
+                k, v = (jnp.concatenate(both, axis=2) for both in zip((k, v), relays))
+                return attend(q, k, v)
+
             block = nnx.merge(graph, weights)
-            return block(checkpoint_name(x, "input"), angles, attend), None
+            return block(checkpoint_name(x, "input"), angles, attend_to_all), None
 
-        x, _ = jax.lax.scan(_remat(layer, config.remat), self.embed(*expanded[:2]), weights)
+        x, _ = jax.lax.scan(_remat(layer, config.remat), x, (weights, relays))
         return self.finish(x[:, :, : columns.streams])
+
+    def _relay_keys(
+        self, x: jax.Array, expanded: Expanded, angles: Angles
+    ) -> tuple[jax.Array, jax.Array]:
+        """The keys and values of this device's relays in all layers, [layers, B, T, R, K, H].
+
+        Args:
+          x: [B, T, M, D], the embeddings of all columns.
+          expanded: the columns.
+          angles: of all columns.
+        """
+        graph, weights = nnx.split(self.blocks)
+        of_relays = slice(local_columns(self.streams).streams, None)
+        # Moving the few inputs of a part to the host would take longer than computing them again.
+        remat = "full" if self.config.remat == "offload" else self.config.remat
+
+        def layer(x, weights_and_more):
+            weights, is_last = weights_and_more
+            block = nnx.merge(graph, weights)
+            k, v = block.relay_keys(checkpoint_name(x, "input"))
+            # Nothing sees the relays after their last keys.
+            x = jax.lax.cond(is_last, lambda x, v: x, block.next_relays, x, v)
+            return x, (k, v)
+
+        def tower(x):
+            is_last = jnp.arange(self.config.num_layers) == self.config.num_layers - 1
+            return jax.lax.scan(_remat(layer, remat), x, (weights, is_last))[1]
+
+        # Each part gathers the weights once, if they are sharded.
+        parts = RELAY_PARTS if axis_size("stream") * axis_size("fsdp") == 1 else 2
+        k, v = relay_keys(x[:, :, of_relays], expanded.tokens[:, :, of_relays], tower, parts)
+        return rotate(k, _take_columns(angles, of_relays)), v
 
     def layers(self) -> Iterator[Block]:
         """Yields each layer's block, for code that does not scan over the layers."""
@@ -214,6 +263,13 @@ def _rotation_angles(rotations: Sequence[float], streams: jax.Array) -> Angles:
     angles = np.radians(np.asarray(rotations, np.float64))
     cos, sin = (f(angles).astype(np.float32) for f in (np.cos, np.sin))
     return jnp.asarray(cos)[streams][:, None, None], jnp.asarray(sin)[streams][:, None, None]
+
+
+def _take_columns(angles: Angles, columns: slice) -> Angles:
+    """The angles of some columns. Angles without a column for each stream hold for all."""
+    if angles[0].shape[2] == 1:
+        return angles
+    return angles[0][:, :, columns], angles[1][:, :, columns]
 
 
 def _remat(layer: Callable, policy: str) -> Callable:

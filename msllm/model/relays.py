@@ -8,6 +8,9 @@ place of the others. A stream has a relay for each set of tokens that passes to 
 
 On a device, the relays follow the streams along the stream axis of the activations. Queries are
 those of the streams; keys and values are those of all columns.
+
+The keys and values of a relay depend on its token alone, but for the rotary position of its keys.
+`relay_keys` therefore computes them once for each distinct token of a column.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msllm.errors import UserError
-from msllm.sharding import axis_index, axis_size, gather_streams
+from msllm.sharding import axis_index, axis_size, gather_streams, pmax_over_mesh
 from msllm.streams import NEVER, Cells, Relay, StreamSpec
 
 
@@ -158,6 +161,92 @@ def _local_sources(columns: Columns) -> jax.Array:
     """[R] int32, the stream of each relay on this device; -1: padding."""
     own = axis_index("stream") * columns.relays + jnp.arange(columns.relays)
     return jnp.asarray(columns.sources, jnp.int32)[own]
+
+
+class Distinct(NamedTuple):
+    """The distinct tokens of each column, numbered in the order of their first occurrence.
+
+    The number of a token depends on earlier rows of its column alone. Other columns and later rows
+    therefore do not move it to another place of a matrix product, where it could be rounded
+    differently.
+
+    Attributes:
+      row: [B, T, R] int32, the row of the first occurrence of the i-th token. Past the last token
+        the rows are arbitrary.
+      number: [B, T, R] int32, the number of each cell's token.
+      most: [] int32, the largest number of distinct tokens in a column.
+    """
+
+    row: jax.Array
+    number: jax.Array
+    most: jax.Array
+
+
+def distinct_tokens(tokens: jax.Array) -> Distinct:
+    """Finds the distinct tokens of each column of tokens [B, T, R]."""
+    row = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
+    order = jnp.argsort(tokens, axis=1, stable=True)  # equal tokens are neighbours, in time order
+    in_order = jnp.take_along_axis(tokens, order, axis=1)
+    changes = (in_order != jnp.roll(in_order, 1, axis=1)) | (row == 0)
+    start = jax.lax.cummax(jnp.where(changes, row, 0), axis=1)
+    first = jnp.take_along_axis(order, start, axis=1)
+    first = jnp.take_along_axis(first, jnp.argsort(order, axis=1), axis=1)  # by row again
+    is_first = first == row
+    rank = jnp.cumsum(is_first, axis=1, dtype=jnp.int32) - 1
+    return Distinct(
+        jnp.argsort(~is_first, axis=1, stable=True),
+        jnp.take_along_axis(rank, first, axis=1),
+        rank[:, -1].max() + 1,
+    )
+
+
+RelayTower = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def relay_keys(
+    x: jax.Array, tokens: jax.Array, tower: RelayTower, parts: int
+) -> tuple[jax.Array, jax.Array]:
+    """The keys and values of relays in all layers, each computed once per distinct token.
+
+    Args:
+      x: [B, T, R, D], the embeddings of the relays.
+      tokens: [B, T, R] int32.
+      tower: (embeddings [B, T', R, D]) -> keys, not rotated, and values [layers, B, T', R, K, H].
+      parts: the tokens of a column are divided into this many parts. Those that are not needed are
+        skipped.
+
+    Returns: keys, not rotated, and values [layers, B, T, R, K, H].
+    """
+    found = distinct_tokens(tokens)
+    rows = tokens.shape[1]
+    size = -(-rows // parts)
+    parts = -(-rows // size)
+    x = jnp.take_along_axis(x, found.row[..., None], axis=1)
+    x = jnp.pad(x, [(0, 0), (0, parts * size - rows), (0, 0), (0, 0)])
+    x = jnp.moveaxis(x.reshape(len(x), parts, size, *x.shape[2:]), 1, 0)
+    shapes = jax.eval_shape(tower, x[0])
+
+    def skip(_: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def part(_, given):
+        number, x = given
+        # All devices must agree, because the tower may communicate.
+        return None, jax.lax.cond(number * size < most, tower, skip, x)
+
+    most = pmax_over_mesh(found.most)
+    _, keys_and_values = jax.lax.scan(part, None, (jnp.arange(parts), x))
+
+    def of_cells(y: jax.Array) -> jax.Array:
+        """[parts, layers, B, size, R, K, H] -> [layers, B, T, R, K, H]."""
+        y = jnp.moveaxis(y, 0, 2)
+        y = y.reshape(*y.shape[:2], parts * size, *y.shape[4:])
+        # In float32, because the gradient of a token is a sum over all cells that hold it.
+        number = found.number[None, ..., None, None]
+        return jnp.take_along_axis(y.astype(jnp.float32), number, axis=2).astype(y.dtype)
+
+    keys, values = map(of_cells, keys_and_values)
+    return keys, values
 
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]

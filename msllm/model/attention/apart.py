@@ -15,22 +15,23 @@ from jax.ad_checkpoint import checkpoint_name
 
 from msllm.model.attention.backend import Backend, merge_parts
 from msllm.sharding import axis_index, gather_streams
-from msllm.streams import NEVER, Cells, Visibility
+from msllm.streams import NEVER, Array, Cells, Visibility
 
 
-def are_apart(lag: np.ndarray, streams: int, columns: int) -> bool:
-    """Whether no stream sees the cells of another one, and each sees its earlier rows.
+def are_apart(lag: Array, streams: int, columns: int) -> bool:
+    """Whether no stream sees the cells of another one, and each sees all its earlier rows or none.
 
     Args:
-      lag: the lags of all columns, as in `relays.Columns`.
+      lag: the lags of all columns, as in `relays.Columns`. Traced lags may have any values.
       streams: the number of streams on a device.
       columns: the number of streams and relays on a device.
     """
+    if not isinstance(lag, np.ndarray):
+        return False
     is_stream = np.arange(len(lag)) % columns < streams
     between = lag[np.ix_(is_stream, is_stream)]
     own = np.diagonal(between)
     others = between[~np.eye(len(between), dtype=bool)]
-    # Streams that only pad the mesh do not even see themselves. They are absent.
     return len(own) > 1 and bool((others == NEVER).all() and ((own <= 1) | (own == NEVER)).all())
 
 
@@ -51,7 +52,7 @@ def attend_apart(
       cells: the cells of the queries.
       key_cells: the cells of the keys.
       lag: the lags of all columns, as in `relays.Columns`.
-      backend: one that has `ring_parts`, if there are relays.
+      backend: one with `any_cells` and `ring_parts`.
 
     Returns: [B, T, S, N, H] in q's dtype.
     """
@@ -66,7 +67,10 @@ def attend_apart(
         return jnp.moveaxis(x.reshape(batch, size, rows, *x.shape[3:]), 1, 2)
 
     row, segment = (jnp.repeat(x, size, axis=0) for x in (cells.row, cells.segment))
-    alone = Cells(row, segment, fold(cells.present), fold(cells.seen))
+    # Nobody sees the cells of a stream that does not see its own earlier rows.
+    streams = axis_index("stream") * columns + jnp.arange(size)
+    sees_itself = jnp.asarray(np.diagonal(lag) < NEVER)[streams]
+    alone = Cells(row, segment, fold(cells.present), fold(cells.seen & sees_itself))
     own = Visibility(alone, alone, np.ones((1, 1), np.int32), jnp.arange(1))
     own_k, own_v = fold(k[:, :, :size]), fold(v[:, :, :size])
     if columns == size:

@@ -65,6 +65,8 @@ class Backend:
         The platform of the case is the one that the backend needs.
       options: (case) -> keyword arguments for `attend` and `ring_parts` in this case, such as block
         sizes.
+      any_cells: `attend` and `ring_parts` take any rows, streams and lags, not only those of the
+        case. See apart.py.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Backend:
     ring_parts: RingParts | None = None
     declines: Callable[[Case], str | None] = _declines_nothing
     options: Callable[[Case], dict[str, Any]] = _no_options
+    any_cells: bool = False
 
     def with_options(self, **options: Any) -> Backend:
         """The backend with these keyword arguments bound to `attend` and `ring_parts`."""

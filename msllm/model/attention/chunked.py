@@ -353,4 +353,5 @@ BACKEND = Backend(
     "chunked",
     chunked_attention,
     RingParts(forward_part, backward_part),
+    any_cells=True,
 )

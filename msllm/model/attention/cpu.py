@@ -146,4 +146,5 @@ BACKEND = Backend(
     cpu_attention,
     RingParts(forward_part, backward_part),
     declines=declines,
+    any_cells=True,
 )

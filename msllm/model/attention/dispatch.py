@@ -139,8 +139,7 @@ def attention(
     """
     key_cells = cells if key_cells is None else key_cells
     lag = pad_lag(lag, k.shape[2] * axis_size("stream"))
-    has_relays = k.shape[2] > q.shape[2]
-    if are_apart(lag, q.shape[2], k.shape[2]) and (backend.ring_parts or not has_relays):
+    if backend.any_cells and are_apart(lag, q.shape[2], k.shape[2]):
         return attend_apart(q, k, v, cells, key_cells, lag, backend)
     if ring and axis_size("stream") > 1:
         return ring_attention(q, k, v, cells, key_cells, lag, backend)
