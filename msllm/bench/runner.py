@@ -41,6 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "attention": "auto",
         "chunk_tokens": 1024,
         "medium": "latent",
+        "silence": 60,
         "torch": False,
     },
     "attention": {**_TABLES, **_HEADS, "backends": [], "memory_gib": 4.0},

@@ -1,4 +1,4 @@
-"""Measures the train step (forward, backward and AdamW) on random tokens."""
+"""Measures the train step (forward, backward and AdamW) on tokens that are drawn like text."""
 
 from __future__ import annotations
 
@@ -124,11 +124,18 @@ def _make_program(case: dict[str, Any]) -> Program:
 def random_tables(case: dict[str, Any]) -> dict[str, np.ndarray]:
     """Returns tables of random tokens without absent cells.
 
-    The arrays are tokens and present, [B, T, S], and segment, [B, T].
+    The arrays are tokens and present, [B, T, S], and segment, [B, T]. Token i of the vocabulary is
+    drawn in proportion to 1 / i (Zipf's law), as words are in text. With several streams,
+    `case["silence"]` percent of the cells hold token 0 in addition.
     """
     shape = (case["batch"], case["rows"], case["streams"])
+    random = np.random.default_rng(0)
+    shares = np.cumsum(1 / np.arange(1, case["vocab_size"]))
+    tokens = 1 + np.searchsorted(shares, random.random(shape) * shares[-1])
+    if case["streams"] > 1:
+        tokens[random.random(shape) * 100 < case.get("silence", 0)] = 0
     return {
-        "tokens": np.random.default_rng(0).integers(0, case["vocab_size"], shape).astype(np.int32),
+        "tokens": tokens.astype(np.int32),
         "present": np.ones(shape, bool),
         "segment": np.ones(shape[:2], np.int32),
     }
