@@ -377,14 +377,14 @@ def _config_lags(
         )
     lag = lag_matrix(config.visibility, len(names))
     token_lag = np.full_like(lag, NEVER)
-    sets, passing = _token_sets(config), {}
+    sets, passing = _token_sets(config), dict[tuple[int, int], TokenSet]()
     medium, _, chosen = config.visibility_medium.partition(":")
     if medium == "tokens":
         others = ~np.eye(len(names), dtype=bool)
         token_lag[others], lag[others] = lag[others], NEVER
         if config.visibility_medium != medium:
             one = _find_set(sets, chosen, "visibility_medium", config.visibility_medium)
-            passing = {tuple(edge): one for edge in np.argwhere(token_lag < NEVER).tolist()}
+            passing = {(r, s): one for r, s in np.argwhere(token_lag < NEVER).tolist()}
     elif config.visibility_medium != "latent":
         raise UserError(
             f"config.streams.visibility_medium is {config.visibility_medium!r}: must be latent or"
