@@ -384,7 +384,7 @@ def _config_lags(
         token_lag[others], lag[others] = lag[others], NEVER
         if config.visibility_medium != medium:
             one = _find_set(sets, chosen, "visibility_medium", config.visibility_medium)
-            passing = {(r, s): one for r, s in np.argwhere(token_lag < NEVER).tolist()}
+            passing = dict.fromkeys(np.argwhere(token_lag < NEVER).tolist(), one)
     elif config.visibility_medium != "latent":
         raise UserError(
             f"config.streams.visibility_medium is {config.visibility_medium!r}: must be latent or"

@@ -500,9 +500,11 @@ def test_a_relay_has_the_position_of_its_source():
     tables = random_tables(6)
     model, row = bind(graph, parameters), positions(tables["segment"])
     cells = model.cells(tables, SILENCE)
-    expected = model(tables["tokens"], cells, row)
+    expected = model(tables["tokens"], cells, row, None, SILENCE)
     by_stream = np.repeat(row[..., None], 4, axis=2)
-    np.testing.assert_array_equal(model(tables["tokens"], cells, by_stream), expected)
+    np.testing.assert_array_equal(
+        model(tables["tokens"], cells, by_stream, None, SILENCE), expected
+    )
     by_stream[..., 1] += 5  # of b, which c and d see
-    moved = model(tables["tokens"], cells, by_stream)
+    moved = model(tables["tokens"], cells, by_stream, None, SILENCE)
     assert np.abs(np.asarray(moved - expected))[:, :, 2].max() > 1e-3
