@@ -566,6 +566,7 @@ _RANGES = {
     "model.kv_parts": _COUNT,
     "streams.loss_weights": _NOT_NEGATIVE,
     "streams.delays": _COUNT_OR_ZERO,
+    "streams.token_sets": _COUNT_OR_ZERO,
     "streams.rotations": "[0, 360)",
     "data.mixture.weights": _NOT_NEGATIVE,
     "data.mixture.schedule": _NOT_NEGATIVE,
@@ -641,11 +642,11 @@ def _require(config: Config, path: str, ok: Any, rule: str) -> None:
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """Yields the numbers in a setting: itself, or those in its tuples."""
-    if isinstance(value, tuple):
-        for item in value:
+    """Yields the numbers in a setting: itself, or those in its tuples and mappings."""
+    if isinstance(value, tuple | Mapping):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from _numbers(item)
-    else:
+    elif not isinstance(value, str):
         yield value
 
 

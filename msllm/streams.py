@@ -377,14 +377,16 @@ def _config_lags(
         )
     lag = lag_matrix(config.visibility, len(names))
     token_lag = np.full_like(lag, NEVER)
-    sets, passing = _token_sets(config), dict[tuple[int, int], TokenSet]()
+    sets = _token_sets(config)
+    passing: dict[tuple[int, int], TokenSet] = {}
     medium, _, chosen = config.visibility_medium.partition(":")
     if medium == "tokens":
         others = ~np.eye(len(names), dtype=bool)
         token_lag[others], lag[others] = lag[others], NEVER
         if config.visibility_medium != medium:
             one = _find_set(sets, chosen, "visibility_medium", config.visibility_medium)
-            passing = dict.fromkeys(np.argwhere(token_lag < NEVER).tolist(), one)
+            for reader, source in np.argwhere(token_lag < NEVER).tolist():
+                passing[reader, source] = one
     elif config.visibility_medium != "latent":
         raise UserError(
             f"config.streams.visibility_medium is {config.visibility_medium!r}: must be latent or"
@@ -416,7 +418,7 @@ def _config_lags(
             (token_lag if medium == "tokens" else lag)[edge] = min(int(rows), NEVER)
         if how != medium:
             passing[edge] = _find_set(sets, chosen, "lags", value)
-    return lag, token_lag, tuple((*edge, one) for edge, one in sorted(passing.items()))
+    return lag, token_lag, tuple((r, s, one) for (r, s), one in sorted(passing.items()))
 
 
 def _token_sets(config: StreamsConfig) -> dict[str, TokenSet]:

@@ -114,6 +114,8 @@ def test_numbers_out_of_range_are_refused(path):
             wrong = (wrong,) * (3 if items else 1)
         if path == "data.vary.delays":
             wrong = (wrong,)
+        if path == "streams.token_sets":
+            wrong = {"set": (wrong,)}
         with pytest.raises(UserError, match=rf"config\.{re.escape(path)} .*must be|expected int"):
             from_config_dict(settings(**{path: wrong}))
 
