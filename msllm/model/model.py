@@ -54,7 +54,8 @@ from msllm.sharding import (
 )
 from msllm.streams import Cells, StreamSpec, make_cells, positions
 
-RELAY_PARTS = 16  # see `relays.relay_keys`
+# See `relays.relay_keys`. Every part adds to the gradients of all weights, so more parts cost more.
+RELAY_PARTS = 4
 
 
 class MultiStreamLM(nnx.Module):
