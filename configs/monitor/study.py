@@ -1,9 +1,9 @@
 """Monitorability: detection, faithfulness and pressure, with latent edges, tokens and one stream.
 
     msllm study configs/monitor/study.py --out=runs/monitor
-    msllm study configs/monitor/study.py --out=/tmp/monitor --small    # a minute, for CI
+    msllm study configs/monitor/study.py --out=/tmp/monitor --small    # two CPU-minutes
 
-docs/monitoring.md describes the arms. Cost: about 2 CPU-hours for 3 seeds.
+docs/monitoring.md describes the arms. Cost: about 2 CPU-hours for 3 seeds, an estimate.
 """
 
 from __future__ import annotations
