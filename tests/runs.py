@@ -3,8 +3,11 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import pathlib
 import signal
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -201,3 +204,24 @@ def write_config_file(path: pathlib.Path, config: Config) -> str:
         f"    return to_config_dict(from_config_dict(json.loads({to_json(config)!r})))\n"
     )
     return str(path)
+
+
+def run_small_study(file: pathlib.Path, out: pathlib.Path) -> None:
+    """Runs the small form of a study in one process with one device.
+
+    With the eight devices of the tests it would take several times as long.
+    """
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    line = [
+        sys.executable,
+        "-m",
+        "msllm",
+        "study",
+        str(file),
+        f"--out={out}",
+        "--small",
+        "--jobs=0",
+    ]
+    environment = os.environ | {"XLA_FLAGS": " ".join(flags)}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr

@@ -3,9 +3,10 @@
 import pathlib
 
 import pytest
+from runs import run_small_study
 
 from msllm.evals import misreport as organism
-from msllm.study import load_results, run
+from msllm.study import load_results
 
 STUDY = pathlib.Path(__file__).parents[1] / "configs/monitor/study.py"
 
@@ -13,7 +14,7 @@ STUDY = pathlib.Path(__file__).parents[1] / "configs/monitor/study.py"
 @pytest.mark.slow
 def test_the_small_study_runs(tmp_path):
     pytest.importorskip("sklearn")
-    run(STUDY, tmp_path, small=True, jobs=0)
+    run_small_study(STUDY, tmp_path)
     found = load_results(tmp_path)
     assert found.arms == ("tokens", "single", "tokens, pressure")
     kinds = {arm: set() for arm in found.arms}

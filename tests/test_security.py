@@ -11,6 +11,7 @@ import types
 
 import numpy as np
 import pytest
+from runs import run_small_study
 
 from msllm.cli import main
 from msllm.config import ModelConfig, StreamsConfig, TokenizerConfig, from_config_dict
@@ -500,11 +501,9 @@ def test_measuring_a_model_of_the_study(items, tmp_path, monkeypatch, arm):
 
 @pytest.mark.slow
 def test_the_small_form_of_the_study(tmp_path, monkeypatch):
-    from msllm.study import run
-
     write_texts(tmp_path)
     monkeypatch.setenv("MSLLM_SHARED", str(tmp_path))
-    run(str(ROOT / "configs" / "roles" / "study.py"), tmp_path / "out", small=True, jobs=0)
+    run_small_study(ROOT / "configs/roles/study.py", tmp_path / "out")
     records = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").open()]
     assert {record["arm"] for record in records} == {"delimiters", "streams", "plan and door"}
     same = [record["plan_is_same"] for record in records if "plan_is_same" in record]

@@ -256,8 +256,9 @@ def _answer_rows(
     said = spoke[:, :, outputs]
     marked = said & is_answer[found.tokens[:, :, outputs]]
     rows = np.full(len(said), said.shape[1])
-    for cells in (said.any(2), marked.any(2)):
-        rows = np.where(cells.any(1), cells.argmax(1), rows)
+    for cells in (said, marked):
+        of_any = np.any(cells, axis=2)
+        rows = np.where(np.any(of_any, axis=1), np.argmax(of_any, axis=1), rows)
     return rows
 
 
