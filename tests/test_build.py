@@ -366,7 +366,7 @@ def test_a_process_that_dies_is_named(config, tmp_path, monkeypatch):
 
 def test_an_error_in_a_worker_is_raised_by_prepare(config, tmp_path, monkeypatch):
     write(tmp_path / "a.jsonl", [*RECORDS[:400], {"source": "no target"}, *RECORDS[401:]])
-    with pytest.raises(UserError, match="a.jsonl:401: 'target' is None"):
+    with pytest.raises(UserError, match="a.jsonl:401: there is no 'target'"):
         prepare(config, tmp_path / "out", processes=2)
     write(tmp_path / "a.jsonl")
     (tmp_path / "user_words.py").write_text(
@@ -387,7 +387,7 @@ def test_bad_records_over_several_portions(tmp_path, small_portions, capsys, pro
     config = make_config(tmp_path, path=write(tmp_path / "bad.jsonl", BAD), bad_percent=1.0)
     manifest = prepare(config, tmp_path / "out", processes)
     assert manifest["bad"]["records"] == 500 and manifest["bad"]["bad"] == 5
-    lines = [f"bad.jsonl:{number}: 'source' is None" for number in (8, 108, 208, 308, 408)]
+    lines = [f"bad.jsonl:{number}: there is no 'source'" for number in (8, 108, 208, 308, 408)]
     shown = manifest["bad"]["shown"]
     assert [message[: len(line)] for message, line in zip(shown, lines, strict=True)] == lines
     prefix = f"left out: {tmp_path}/"

@@ -73,7 +73,7 @@ def test_help_of_a_command(capsys, name):
             assert f"{action.option_strings[0]}=" in usage
     # Examples parse.
     lines = examples.strip().splitlines()
-    assert 1 <= len(lines) <= 3
+    assert 1 <= len(lines) <= 4
     for line in lines:
         program, command, *arguments = shlex.split(line)
         assert (program, command) == ("msllm", name)

@@ -185,7 +185,11 @@ def loss_again(run):
 @pytest.mark.parametrize(
     "setting, value, message",
     [
-        ("optim.optimizer", "sgd", r"optim.optimizer is 'sgd': must be one of adamw, or package"),
+        (
+            "optim.optimizer",
+            "sgd",
+            r"optimizer is 'sgd': must be one of adamw, muon, or package",
+        ),
         ("optim.optimizer", "outside.optimizer:sgd", "optim.optimizer is '.*:sgd': cannot be imp"),
         ("evaluations", ("held",), "config.evaluations is 'held': must be one of held_out, or"),
         ("monitor.writers", ("csv",), "monitor.writers is 'csv': must be one of jsonl, tensorb"),

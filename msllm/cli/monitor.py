@@ -1,4 +1,4 @@
-"""Train monitors on transcripts and test what they can tell from each stream.
+"""Test what monitors can tell from the transcripts of a model.
 
 A monitor is a linear classifier of the words that some streams said. It learns
 to tell a fact about a run, the label, from transcripts in which the label is
