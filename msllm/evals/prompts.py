@@ -105,7 +105,7 @@ def roles_of(
       given: {role: stream} for the roles system, data and output, in place of the default.
       template: of a model of one stream: chatml, plain, or a text with {system} and {data}, such as
         "Instruction: {system} Input: {data} Answer:". Empty: as in its training data; chatml if the
-        tokenizer has <|im_start|>; otherwise plain.
+        tokenizer has ``<|im_start|>``; otherwise plain.
 
     Raises UserError if no stream speaks for a role.
     """

@@ -16,7 +16,7 @@ from msllm.study.definition import (
     load_study,
 )
 from msllm.study.results import Estimate, Results, load_results
-from msllm.study.run import run
+from msllm.study.runner import run
 
 __all__ = [
     "Arm",
