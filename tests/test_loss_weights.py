@@ -104,7 +104,7 @@ def test_drawn_silence_around_a_message_keeps_the_weight_1(tmp_path, silence):
 
 def test_the_weight_of_a_message_is_that_of_its_cells_and_of_the_silence_that_ends_it(tmp_path):
     record = chat(("user", "ab", 0), ("output", "cd", 0), ("user", "e", None), ("output", "f", 2.5))
-    (table,) = converted(make(tmp_path, [record]))
+    (table,) = converted(make(tmp_path, [record], options={"overlap": 0}))
     user, output = table.weights.T.tolist()
     assert table.weights.dtype == np.float32
     # rows: 0 a, 1 b, 2 c, 3 d, 4 e, 5 f

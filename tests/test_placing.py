@@ -383,7 +383,7 @@ def test_tools_accepts_arguments_as_an_object_and_calls_without_ids(run):
 
 TALK = {"speaker": "A", "text": "w1", "start": 0, "end": 1}
 BAD = [
-    ("wait_k", {"source": "w1"}, "1: 'target' is None"),
+    ("wait_k", {"source": "w1"}, "1: there is no 'target'"),
     ("timed", {"utterances": "w1"}, r"1: must be \{\"utterances\""),
     (
         "timed",
@@ -400,7 +400,7 @@ BAD = [
         {"utterances": [TALK, TALK | {"speaker": "Z"}]},
         "1, utterance 1: role 'Z' is none of",
     ),
-    ("tools", {"messages": [{"content": "w1"}]}, "1, message 0: 'role' is None"),
+    ("tools", {"messages": [{"content": "w1"}]}, "1, message 0: there is no 'role'"),
     (
         "tools",
         {"messages": [{"role": "tool", "content": "w1", "tool_call_id": 7}]},
@@ -409,7 +409,7 @@ BAD = [
     (
         "tools",
         {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
-        "1, message 0: 'name' is None",
+        "1, message 0: there is no 'name'",
     ),
     ("aligned", {"rows": [[1, 2]]}, "1: 'rows' must be a list of rows, each a list of 3 items"),
     ("aligned", {"rows": [[1, {}, "w1"]]}, "1, user, row 0: '1' is"),

@@ -310,7 +310,7 @@ def test_stages_curves_and_a_start_of_ones_own(folder, tmp_path):
     lines = (out / "points" / "frozen-5" / "records.jsonl").read_text().splitlines()
     assert {json.loads(line)["step"] for line in lines} == {1, 2}
     config = load(out / "points" / "frozen-5").run_config
-    assert config.data.options == {"examples": 60, "seed": 5}
+    assert config.data.options == {"examples": 60, "seed": 5, "questions": 1, "silence": 0}
     assert len(list((out / "data").iterdir())) == 2
     assert plan.facts("frozen", 5, ["steps"]) == {"steps": 3}
 
