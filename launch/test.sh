@@ -23,6 +23,7 @@ EOF
 fi
 
 use_environment dev
-# Now and then a worker dies without a trace, as seen in tests of damaged checkpoints and buckets. The
-# test that it was running runs once more, and the summary says so. Tests that fail are not run again.
+# Now and then a worker process dies without a trace, as seen in tests of damaged checkpoints and
+# buckets. The test that it ran is repeated once, and the summary lists it. A test that fails is not
+# repeated.
 exec python -m pytest -q -rsR -n 2 --reruns=1 --only-rerun="crashed while running" "$@"
