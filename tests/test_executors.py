@@ -1,5 +1,6 @@
 """Preparation on a Dask cluster of real processes on this machine, and what survives their ends."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -185,9 +186,15 @@ echo "Submitted batch job $!"
 """
 
 
+# Not importorskip: `executors` must import dask_jobqueue, which takes over Ctrl-C, without harm.
+needs_jobqueue = pytest.mark.skipif(
+    importlib.util.find_spec("dask_jobqueue") is None, reason="dask_jobqueue is not installed"
+)
+
+
+@needs_jobqueue
 def test_slurm_jobs_are_started_and_ended(config, tmp_path, monkeypatch, capfd):
     """With stand-ins for `sbatch` and `scancel` that run a job's script on this machine."""
-    pytest.importorskip("dask_jobqueue")
     dask = pytest.importorskip("dask")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/sbatch").write_text(SBATCH.format(folder=tmp_path))
@@ -214,8 +221,8 @@ def is_zombie(process):
     return "State:\tZ" in pathlib.Path(f"/proc/{process}/status").read_text()
 
 
+@needs_jobqueue
 def test_slurm_needs_the_size_of_a_job(monkeypatch):
-    pytest.importorskip("dask_jobqueue")
     with pytest.raises(UserError, match=r"slurm.cores is None .*DASK_JOBQUEUE__SLURM__CORES"):
         with executors.cluster("slurm", 2):
             pass

@@ -281,6 +281,7 @@ def _start_kube(processes: int) -> Any:
 
 
 def _import(module: str, name: str, extra: str) -> Any:
+    handler = signal.getsignal(signal.SIGINT)
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -288,6 +289,10 @@ def _import(module: str, name: str, extra: str) -> Any:
             f"--cluster is {name!r}, which needs packages that are not installed ({error}): pip"
             f' install "msllm[{extra}]"'
         ) from error
+    finally:
+        # dask_jobqueue makes Ctrl-C exit the whole process, which matters to notebooks.
+        if signal.getsignal(signal.SIGINT) is not handler:
+            signal.signal(signal.SIGINT, handler)
 
 
 def _describe_workers(client: Any) -> None:
