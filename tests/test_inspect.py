@@ -463,4 +463,4 @@ def test_a_closed_pipe_ends_the_command_quietly(small):
     ) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
-    assert process.returncode == -signal.SIGPIPE
+    assert process.returncode == 128 + signal.SIGPIPE

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import signal
 import sys
 
 from msllm.cli.base import Parser, output_file, positive_int
@@ -62,8 +61,6 @@ def run(flags: argparse.Namespace) -> None:
     """Prints the data, or writes an HTML page."""
     from msllm.view import cells, prepared
 
-    # A closed pipe, as in `msllm inspect ... | head`, ends the command without a traceback.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Some terminals cannot encode every character.
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -31,6 +31,11 @@ class Cell(NamedTuple):
     state: Literal["token", "silence", "absent"]
 
 
+class _Console(rich.console.Console):
+    def on_broken_pipe(self) -> None:
+        raise  # the command line handles the error; rich would end the process
+
+
 def console(**options: Any) -> rich.console.Console:
     """A console for tables, without styles if the output is not a terminal or NO_COLOR is set.
 
@@ -38,7 +43,7 @@ def console(**options: Any) -> rich.console.Console:
     """
     # With NO_COLOR, rich drops colours but still writes the codes for bold and dim.
     system = None if os.environ.get("NO_COLOR") else "auto"
-    return rich.console.Console(**{"color_system": system, "highlight": False, **options})
+    return _Console(**{"color_system": system, "highlight": False, **options})
 
 
 def visible(text: str) -> str:
