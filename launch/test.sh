@@ -23,7 +23,4 @@ EOF
 fi
 
 use_environment dev
-# Now and then a worker process dies without a trace, as seen in tests of damaged checkpoints and
-# buckets. The test that it ran is repeated once, and the summary lists it. A test that fails is not
-# repeated.
-exec python -m pytest -q -rsR -n 2 --reruns=1 --only-rerun="crashed while running" "$@"
+exec python -m pytest -q -rs -n 2 "$@"

@@ -78,6 +78,19 @@ def forget_compiled():
         libc.malloc_trim(0)
 
 
+@pytest.fixture(autouse=True)
+def restored_signals():
+    """Fails a test that changes how this process handles signals. Later tests could end it."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    after = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if after[number] is not handler:
+            signal.signal(number, handler)
+    assert after == before
+
+
 @pytest.fixture
 def make_model():
     """A function make_model(streams=3, seed=0, lag=None, **settings) that makes a small model.
