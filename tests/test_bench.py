@@ -11,6 +11,7 @@ import pytest
 
 from msllm.bench import attention as bench_attention
 from msllm.bench import loader as bench_loader
+from msllm.bench.runner import make_cases
 from msllm.bench.timing import Times
 from msllm.bench.train import accelerator_rates
 from msllm.kernels import cpu as cpu_kernels
@@ -108,7 +109,7 @@ def test_train_reports_rates():
     sizes = ("--d_model=16", "--d_ff=32", "--num_layers=1", "--head_dim=8", "--vocab_size=64")
     (line,), errors, status = bench(
         *("train", "--rows=8", "--batch=8", "--streams=2", "--steps=2", *sizes),
-        *("--compute_dtype=bfloat16", "--attention=reference"),
+        *("--compute_dtype=bfloat16", "--attention=reference", "--medium=tokens"),
     )
     assert status == 0, errors
     assert line["compute_dtype"] == "bfloat16"
@@ -116,6 +117,10 @@ def test_train_reports_rates():
     assert line["tokens_per_step"] == 128
     assert line["tokens_per_second"] > 0 and line["share_of_matmul"] > 0
     assert "mfu" not in line
+    assert line["time_to_latent_cpu"] == pytest.approx(
+        line["cpu_seconds_per_step"] / line["latent_cpu_seconds_per_step"], rel=0.05
+    )
+    assert 1 < line["most_distinct_tokens_of_a_stream"] <= 8
 
 
 @pytest.mark.parametrize("sources", [1, 2])
@@ -168,20 +173,25 @@ def test_tokenizer_compares_types_on_corpora(tmp_path):
     assert status == 2 and "none.txt" in errors
 
 
-def test_decode_compares_several_streams_with_one():
+def test_decode_measures_each_data_type_of_the_cache():
+    cases = make_cases("decode", {"cache_dtype": ["int8", "float32"]})
+    assert [case["cache_dtype"] for case in cases] == ["int8", "float32"]
+
+
+def test_decode_compares_several_streams_with_one_and_with_latent_edges():
     sizes = ("--d_model=16", "--d_ff=32", "--num_layers=1", "--num_heads=2", "--num_kv_heads=1")
-    sizes += ("--head_dim=8", "--vocab_size=64", "--cache_dtype=int8,float32")
+    sizes += ("--head_dim=8", "--vocab_size=64", "--cache_dtype=int8")
     lines, errors, status = bench(
-        "decode", "--rows=24", "--prefill=9", "--streams=3", "--steps=3", *sizes
+        *("decode", "--medium=tokens", "--rows=24", "--prefill=9", "--streams=3", "--steps=3"),
+        *sizes,
     )
     assert status == 0, errors
-    assert [(line["cache_dtype"], line["streams"]) for line in lines] == [
-        (dtype, streams) for dtype in ("int8", "float32") for streams in (3, 1)
-    ]
-    for many, one in zip(lines[::2], lines[1::2]):
-        assert many["cost_of_one_stream_cpu"] == pytest.approx(
-            many["cpu_ms_per_row"] / one["cpu_ms_per_row"], abs=0.01
-        )
+    kinds = [(line["streams"], line["medium"]) for line in lines]
+    assert kinds == [(3, "tokens"), (3, "latent"), (1, "latent")]
+    many, *others = lines
+    for name, other in zip(("time_to_latent_cpu", "cost_of_one_stream_cpu"), others):
+        ratio = many["cpu_ms_per_row"] / other["cpu_ms_per_row"]
+        assert many[name] == pytest.approx(ratio, abs=0.01)
     for line in lines:
         assert line["tokens_per_second"] == pytest.approx(
             line["streams"] * 1e3 / line["wall_ms_per_row"], rel=0.01

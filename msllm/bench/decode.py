@@ -4,7 +4,8 @@ Each model has one greedy session, whose window holds all rows. The benchmark re
 PASSES times and times each `session.step()`. The host share of a row is the time before the
 compiled call and after its results are ready, while the device is idle. The benchmark compares rows
 at the start and at the end of a session, because attention reads more rows towards the end. With
-`torch`, the same model in torch decodes in turn with them.
+`torch`, the same model in torch decodes in turn with them. With edges through tokens, so does the
+same model with latent edges.
 """
 
 from __future__ import annotations
@@ -117,10 +118,9 @@ def decode_case(case: dict[str, Any]) -> list[dict[str, Any]]:
     """
     fields = ModelConfig.__dataclass_fields__
     config = ModelConfig(**{name: value for name, value in case.items() if name in fields})
-    measured = {
-        size: _Measured(_make_model(config, size, case["medium"]), case)
-        for size in dict.fromkeys((case["streams"], 1))
-    }
+    size, medium = case["streams"], case["medium"]
+    kinds = dict.fromkeys([(size, medium), (size, "latent"), (1, "latent")])
+    measured = {kind: _Measured(_make_model(config, *kind), case) for kind in kinds}
     compiled = _Compilations()
     for _ in range(PASSES):
         for one in measured.values():
@@ -130,14 +130,18 @@ def decode_case(case: dict[str, Any]) -> list[dict[str, Any]]:
                 one.step()
         for one in measured.values():
             one.end_pass()
-    lines = [_line(case, size, one) for size, one in measured.items()]
-    for line in lines:
+    lines = {kind: _line(case, *kind, one) for kind, one in measured.items()}
+    for line in lines.values():
         line["compiled_meanwhile"] = compiled.count
-    many, single = lines[0], lines[-1]
-    for what in ("cpu", "wall"):
-        ratio = many[f"{what}_ms_per_row"] / single[f"{what}_ms_per_row"]
-        many[f"cost_of_one_stream_{what}"] = round(ratio, 2)
-    return lines
+    many = lines[size, medium]
+    others = {"cost_of_one_stream": lines[1, "latent"]}
+    if medium != "latent":
+        others["time_to_latent"] = lines[size, "latent"]
+    for name, other in others.items():
+        for what in ("cpu", "wall"):
+            ratio = many[f"{what}_ms_per_row"] / other[f"{what}_ms_per_row"]
+            many[f"{name}_{what}"] = round(ratio, 2)
+    return list(lines.values())
 
 
 def _make_model(config: ModelConfig, size: int, medium: str) -> LoadedModel:
@@ -194,13 +198,14 @@ def _timed_step(session: Session) -> _RowTimes:
     return _RowTimes(cpu, wall, end - begin)
 
 
-def _line(case: dict[str, Any], size: int, measured: _Measured) -> dict[str, Any]:
+def _line(case: dict[str, Any], size: int, medium: str, measured: _Measured) -> dict[str, Any]:
     cpu, wall, device = _milliseconds(measured.rows)
     run_cpu, run_wall = 1e3 * np.median(measured.runs, axis=0)
     line = {
         "benchmark": "decode",
         **case,
         "streams": size,
+        "medium": medium,
         "wall_ms_per_row": _median(wall),
         "cpu_ms_per_row": _median(cpu),
         "rows_per_second": round(1e3 / np.median(wall), 1),

@@ -1,10 +1,13 @@
-"""Measures the train step (forward, backward and AdamW) on tokens that are drawn like text."""
+"""Measures the train step (forward, backward and AdamW) on tokens that are drawn like text.
+
+With edges through tokens, a step of the same model with latent edges alternates with it.
+"""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -50,28 +53,28 @@ def train_case(case: dict[str, Any]) -> list[dict[str, Any]]:
     Args:
       case: the settings of `runner.SETTINGS["train"]`, with one value of rows and of batch.
     """
-    program = _make_program(case)
     tables = random_tables(case)
-    batch = {
-        name: jax.device_put(tables[name], x.sharding) for name, x in program.abstract_batch.items()
-    }
-    state = program.init()
-    step = compile_step(program.step, state, batch)
-    state, metrics = step(state, batch)
-    jax.block_until_ready((state, metrics))
+    program = _make_program(case)
+    trainer = _Trainer(program, tables)
+    trainer.step()
     start_to_first_step = time.process_time()
     device = jax.devices()[0]
     peak_mib = (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**20 or memory_mib()
-    other = None
+    other = latent = None
     if case["torch"]:
-        other = _torch_trainer(program.config.model, state.parameters, tables["tokens"])
+        other = _torch_trainer(program.config.model, trainer.state.parameters, tables["tokens"])
+    if case["medium"] != "latent":
+        latent = _Trainer(_make_program(case | {"medium": "latent"}), tables)
+        latent.step()
 
-    ours, theirs = [], []
+    ours, theirs, latents = [], [], []
     for _ in range(case["steps"]):
-        (state, metrics), *times = timed(_run_step, step, state, batch)
+        metrics, *times = timed(trainer.step)
         ours.append(Times(*times))
         if other:
             theirs.append(_torch_step(other, metrics))
+        if latent:
+            latents.append(Times(*timed(latent.step)[1:]))
 
     cells = case["batch"] * case["rows"] * case["streams"]
     cpu, wall = median_times(ours)
@@ -97,13 +100,26 @@ def train_case(case: dict[str, Any]) -> list[dict[str, Any]]:
     }
     if theirs:
         line |= _torch_results(theirs, Times(cpu, wall), cells)
+    if latents:
+        line |= _latent_results(latents, ours, tables["tokens"])
     return [line]
 
 
-def _run_step(
-    step: Callable, state: TrainState, batch: dict[str, jax.Array]
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    return jax.block_until_ready(step(state, batch))
+class _Trainer:
+    """Trains a model on the same batch again and again."""
+
+    def __init__(self, program: Program, tables: dict[str, np.ndarray]) -> None:
+        self._batch = {
+            name: jax.device_put(tables[name], x.sharding)
+            for name, x in program.abstract_batch.items()
+        }
+        self.state: TrainState = program.init()
+        self._step = compile_step(program.step, self.state, self._batch)
+
+    def step(self) -> dict[str, jax.Array]:
+        """Runs a step until its results are ready, and returns its metrics."""
+        self.state, metrics = jax.block_until_ready(self._step(self.state, self._batch))
+        return metrics
 
 
 def _make_program(case: dict[str, Any]) -> Program:
@@ -188,6 +204,24 @@ def _cpu_rates(flops_per_cpu_second: float) -> dict[str, float]:
         "useful_gflop_per_cpu_second": round(flops_per_cpu_second / 1e9, 1),
         "matmul_gflop_per_cpu_second": round(matmul / 1e9, 1),
         "share_of_matmul": round(flops_per_cpu_second / matmul, 3),
+    }
+
+
+def _latent_results(
+    latents: Sequence[Times], ours: Sequence[Times], tokens: np.ndarray
+) -> dict[str, float]:
+    """Returns how a step compares with that of latent edges, and how often tokens recur."""
+    (cpu, wall), (our_cpu, our_wall) = median_times(latents), median_times(ours)
+    fastest = min(one.cpu for one in ours) / min(one.cpu for one in latents)
+    distinct = max(
+        len(np.unique(table[:, stream])) for table in tokens for stream in range(tokens.shape[2])
+    )
+    return {
+        "latent_cpu_seconds_per_step": round(cpu, 4),
+        "time_to_latent_cpu": round(our_cpu / cpu, 3),
+        "time_to_latent_cpu_fastest": round(fastest, 3),
+        "time_to_latent_wall": round(our_wall / wall, 3),
+        "most_distinct_tokens_of_a_stream": distinct,
     }
 
 
