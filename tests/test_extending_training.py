@@ -57,7 +57,7 @@ def test_a_step_applies_the_users_optimizer():
     program = make_program(config, 8, data=2, fsdp=4)
     batch, state = place(program, random_tables(config)), program.init()
     before = host(state)
-    gradients = host(program._gradients(state.parameters, batch)[0])
+    gradients = host(jax.jit(program._gradients)(state.parameters, batch)[0])
     state, values = program.step(state, batch)
     assert jax.tree.map(lambda x: x.sharding, state) == program.state_shardings
     reference = lion(config.optim, config.steps)
