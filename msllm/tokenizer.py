@@ -162,6 +162,16 @@ class Tokenizer:
         """
         return self._encode_word(word) if first else self._encode_next(word)
 
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of a text that hold `unknown_id`: the model cannot tell them from one another.
+
+        Words are what spaces separate, and each is listed once. Raises TextError, as `encode` does.
+        """
+        if self.unknown_id is None or self.unknown_id not in self.encode(text):
+            return []
+        words = filter(None, dict.fromkeys(text.split(" ")))
+        return [word for word in words if self.unknown_id in self.encode(word)] or [text]
+
     def token(self, text: str) -> int:
         """The id of a text that is one token, or of a piece in the vocabulary's spelling.
 
@@ -244,6 +254,12 @@ def resolve_token_sets(config: Config, tokenizer: Tokenizer) -> Config:
         sets[name] = tuple(sorted(ids - {tokenizer.silence_id})) or (tokenizer.silence_id,)
     streams = dataclasses.replace(config.streams, token_sets=sets)
     return dataclasses.replace(config, streams=streams)
+
+
+def list_words(words: Sequence[str], most: int = 5) -> str:
+    """Quotes the first words of a list, as in "'a', 'b' and 3 more"."""
+    shown = ", ".join(repr(word) for word in words[:most])
+    return f"{shown} and {len(words) - most:,} more" if len(words) > most else shown
 
 
 def check_text(text: str) -> None:

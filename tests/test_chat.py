@@ -457,6 +457,81 @@ def test_an_error_stops_rows_and_loses_none(engine, tmp_path):
     assert Recording.load(tmp_path / "chat.npz").branches[0].rows == live.rows > 3
 
 
+@pytest.mark.parametrize("key", ["ctrl+q", "ctrl+c"])
+def test_a_running_session_can_be_left(engine, tmp_path, key):
+    """The second key quits although rows have come since the first, and not after other events."""
+    live = Live(engine, OPTIONS, 200.0)
+    app = ChatApp(live, str(tmp_path / "chat.npz"))
+
+    async def rows(count):
+        before = live.rows
+        await until(lambda: live.rows >= before + count)
+
+    def warnings():
+        return sum("Not saved" in note.message for note in app._notifications)
+
+    async def body(driver):
+        await press(driver, *"abc", "enter")
+        await rows(8)
+        await press(driver, key)
+        await until(lambda: warnings() == 1)
+        await press(driver, "d", "enter")  # the session goes on
+        await until(lambda: len(live.current.events) == 2)
+        await press(driver, key)
+        await until(lambda: warnings() == 2)
+        assert app._exit is False
+        await rows(8)
+        await press(driver, key)
+        await until(lambda: app._exit)
+
+    pilot(app, body)
+
+
+def test_silent_rows_after_saving_are_not_unsaved(engine, tmp_path):
+    muted = dataclasses.replace(OPTIONS, ablated=("thought", "output"))
+    live = Live(engine, muted, 200.0)
+    app = ChatApp(live, str(tmp_path / "chat.npz"))
+
+    async def body(driver):
+        await press(driver, *"abc", "enter")
+        await until(lambda: live.rows > 8 and not any(live.waiting.values()))
+        await press(driver, "ctrl+s")
+        await until(lambda: (tmp_path / "chat.npz").exists())
+        rows = live.rows
+        await until(lambda: live.rows > rows + 3)
+        await press(driver, "ctrl+q")
+        await until(lambda: app._exit)
+
+    pilot(app, body)
+
+
+def test_a_recording_is_left_by_either_key(engine):
+    recording = Recording(engine.streams.names, engine.streams.kinds, engine.model.tokenizer)
+    recording.branches[0].put(0, np.zeros(4, int), np.ones(4, bool), 0.0)
+    for key in ("ctrl+q", "ctrl+c"):
+        app = ChatApp(Replay(recording))
+
+        async def body(driver, key=key, app=app):
+            await press(driver, key)
+            await until(lambda: app._exit)
+
+        pilot(app, body)
+
+
+def test_words_that_the_model_does_not_know_are_named(engine):
+    live = Live(engine, OPTIONS, FAST)
+    app = ChatApp(live)
+
+    async def body(driver):
+        await press(driver, *"abc", "enter", *"[b] x", "enter")
+        await until(lambda: len(live.current.events) == 2)
+        await redraw(driver)
+        (note,) = app._notifications
+        assert note.message == "unknown to the model: '[b]', 'x'" and not note.markup
+
+    pilot(app, body)
+
+
 def test_the_page_lists_all_keys():
     rows = re.findall(r"^\| (.+?) \|", DOCS.read_text(), flags=re.M)
     assert {bound.shown for bound in KEYS} <= set(rows)

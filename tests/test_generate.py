@@ -62,6 +62,14 @@ def test_text_that_does_not_fit_is_reported(model, caplog):
     assert record.getMessage() == "4 tokens of user were never read: use --rows=7 or more"
 
 
+def test_words_that_the_model_does_not_know_are_named(model, caplog):
+    printed(model, {"user": "abc xyz? a xyz?"}, 16, DecodeOptions(), {"output": "de! Z"})
+    assert [record.getMessage() for record in caplog.records] == [
+        "user: unknown to the model: 'xyz?'",
+        "output: unknown to the model: 'de!', 'Z'",
+    ]
+
+
 def test_streams_can_be_forced(model, caplog):
     forced = parse_texts("force", ["output=a", "thought=abc", "output=b"], model.streams)
     assert forced == {"output": "ab", "thought": "abc"}

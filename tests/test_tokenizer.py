@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from msllm.bench.texts import texts
 from msllm.config import Config, DataConfig, TokenizerConfig
 from msllm.errors import UserError
-from msllm.tokenizer import SPACE, TextError, Tokenizer, train
+from msllm.tokenizer import SPACE, TextError, Tokenizer, list_words, train
 
 CORPUS = [
     "Anna sold 48 clips,\n  then half as many. <silence>\n",
@@ -284,6 +284,16 @@ def test_each_unknown_word_or_character_is_a_token():
         ids, unknown = tokenizer.encode(text), tokenizer.unknown_id
         assert [i == unknown for i in ids] == [True, True, False, True]
         assert tokenizer.compare(text, ids) == "unknown"
+
+
+def test_unknown_words_are_named():
+    words = trained("word")
+    assert words.unknown_words("xx half yy xx zz half?") == ["xx", "yy", "zz", "half?"]
+    assert words.unknown_words("half half") == words.unknown_words("") == []
+    assert words.unknown_words("half\nhalf") == ["half\nhalf"]  # one word for this tokenizer
+    assert trained("bpe").unknown_words("xx half λμ") == []  # it spells them by bytes
+    assert list_words(["a", "b\n"]) == "'a', 'b\\n'"
+    assert list_words(list("abcdefg")) == "'a', 'b', 'c', 'd', 'e' and 2 more"
 
 
 def test_a_text_that_does_not_survive_is_named():

@@ -24,6 +24,7 @@ from textual.widgets import Input, Static
 from msllm.chat.player import Live, Player
 from msllm.chat.recording import free_name
 from msllm.errors import UserError
+from msllm.tokenizer import list_words
 from msllm.view import cells
 
 COLUMN, TEXT_COLUMN = 24, 60  # the largest width of a stream in characters, as cells and as text
@@ -60,7 +61,7 @@ KEYS = (
     Key({"ctrl+t": "text"}, "^T", "text, cells"),
     Key({"pageup": "scroll(1)", "pagedown": "scroll(-1)"}, "PgUp PgDn", "scroll"),
     Key({"ctrl+s": "save"}, "^S", "save", live=True),
-    Key({"ctrl+q": "leave"}, "^Q", "quit"),
+    Key({"ctrl+q": "leave", "ctrl+c": "leave"}, "^Q ^C", "quit"),
 )
 ACTIONS = {key: action for bound in KEYS for key, action in bound.actions.items()}
 
@@ -255,6 +256,7 @@ class ChatApp(App[None]):
         self.columns = Columns(player, next(iter(self._inputs), ""))
         self._problem = ""  # the error that stopped the player
         self._saved = self._progress()
+        self._warned: list[int] | None = None  # the events when ^Q last warned
 
     def compose(self) -> ComposeResult:
         """Yields the widgets from top to bottom. Textual calls it."""
@@ -279,8 +281,12 @@ class ChatApp(App[None]):
     def action_send(self) -> None:
         if self._live and self._inputs:
             line = self.query_one(Line)
-            if self._try(self._live.feed, self.columns.target, line.value):
+            target, text = self.columns.target, line.value
+            if self._try(self._live.feed, target, text):
                 line.clear()
+                if words := self.player.recording.tokenizer.unknown_words(text):
+                    shown = list_words(words)
+                    self.notify(f"unknown to the model: {shown}", severity="warning", markup=False)
 
     def action_drop(self) -> None:
         if self._live:
@@ -327,8 +333,10 @@ class ChatApp(App[None]):
         self._try(self._save)
 
     def action_leave(self) -> None:
-        if self._live and self._progress() != self._saved:
-            self._saved = self._progress()
+        # Rows that come after the warning do not matter: the model makes them all the time.
+        events = [len(branch.events) for branch in self.player.recording.branches]
+        if self._live and self._warned != events and self._progress() != self._saved:
+            self._warned = events
             self.notify("Not saved: ^S saves, another ^Q quits", severity="warning")
         else:
             self.exit()
@@ -348,7 +356,7 @@ class ChatApp(App[None]):
     def _save(self) -> None:
         path = free_name(self.out)
         self.player.recording.save(path)
-        self._saved = self._progress()
+        self._saved, self._warned = self._progress(), None
         self.notify(f"saved as {path}")
 
     def _try(self, action: Callable[..., None], *arguments: Any) -> bool:
@@ -364,9 +372,17 @@ class ChatApp(App[None]):
             return False
         return True
 
-    def _progress(self) -> list[int]:
-        """A value that differs from `_saved` if there is something to save."""
-        return [len(branch.events) + branch.rows for branch in self.player.recording.branches]
+    def _progress(self) -> list[tuple[int, int]]:
+        """A value that differs from `_saved` if there is something to save.
+
+        Rows in which no stream says anything are not worth saving: a model that waits makes them
+        all the time.
+        """
+        silence = self.player.recording.tokenizer.silence_id
+        return [
+            (len(branch.events), int((branch.present & (branch.tokens != silence)).sum()))
+            for branch in self.player.recording.branches
+        ]
 
     def _help(self) -> Text:
         """The help line."""

@@ -12,6 +12,7 @@ import rich.text
 from msllm.decode.engine import DecodeOptions, Engine, Session
 from msllm.decode.script import default_window
 from msllm.errors import UserError
+from msllm.tokenizer import list_words
 from msllm.view import cells
 from msllm.weights.load import LoadedModel
 
@@ -39,8 +40,8 @@ def print_generation(
       forced: {stream: text} that streams of any kind must say, at one token per row from the first
         row on.
 
-    Logs a warning if there are too few rows for a text. Raises UserError if the model has no
-    tokenizer.
+    Logs a warning if there are too few rows for a text, or if the tokenizer does not know a word.
+    Raises UserError if the model has no tokenizer.
     """
     tokenizer = model.require_tokenizer()
     if rows < 1:
@@ -66,6 +67,9 @@ def print_generation(
     present = np.array([row.present for row in shown])
     console.print()
     cells.print_texts(console, tokenizer, streams.names, tokens, present)
+    for name, text in [*inputs.items(), *(forced or {}).items()]:
+        if words := tokenizer.unknown_words(text):
+            log.warning("%s: unknown to the model: %s", name, list_words(words))
     _warn_of_rest(session, rows)
 
 
