@@ -424,6 +424,63 @@ def test_records_without_a_table_are_counted(tmp_path, small_portions):
     assert manifest["empty"]["records"] == 10  # one token leaves nothing to predict
 
 
+def test_empty_turns_are_counted_and_the_first_is_named(tmp_path, small_portions):
+    def chat(i):
+        said = (f"w{i % 7} w1", " \n" if i % 50 == 3 else "w2", "" if i == 401 else "w3", "w4")
+        roles = ("user", "output", "user", "output")
+        return {"messages": [{"role": r, "content": text} for r, text in zip(roles, said)]}
+
+    path = write(tmp_path / "chat.jsonl", [chat(i) for i in range(500)])
+    config = make_config(tmp_path, converter="chat", path=path)
+    manifest = prepare(config, tmp_path / "out")
+    assert len(build.divide(config)) > 1
+    assert manifest["empty_turns"] == {
+        "output": {"turns": 1000, "empty": 10, "first": "chat.jsonl:4, message 1"},
+        "user": {"turns": 1000, "empty": 1, "first": "chat.jsonl:402, message 2"},
+    }
+    warned = [line for line in describe(manifest).splitlines() if "turns" in line]
+    assert warned == [
+        "WARNING: 1 of 1,000 turns of user are empty, the first at chat.jsonl:402, message 2: the"
+        " model answers silence there; remove them if this is not what you want",
+        "WARNING: 10 of 1,000 turns of output are empty, the first at chat.jsonl:4, message 1: the"
+        " model learns to say nothing there; remove them if this is not what you want",
+    ]
+    full = write(tmp_path / "full.jsonl", [chat(i) for i in range(500) if i % 50 != 3 and i != 401])
+    manifest = prepare(make_config(tmp_path, converter="chat", path=full), tmp_path / "full")
+    assert "empty_turns" not in manifest and "turns" not in describe(manifest)
+
+
+@pytest.mark.parametrize("converter", ["wait_k", "roles", "tools"])
+def test_empty_turns_of_other_converters(tmp_path, converter):
+    call = {"id": "1", "function": {"name": "f", "arguments": "{}"}}
+    if converter == "wait_k":
+        records = [{"source": f"w{i}", "target": ""} for i in range(30)]
+    else:
+        records = [
+            {"messages": [{"role": "user", "content": f"w{i}"}, {"role": "output", "content": ""}]}
+            for i in range(30)
+        ]
+    streams, options = StreamsConfig(names=("user", "output"), kinds=("input", "output")), {}
+    if converter == "tools":
+        # What a message says beside calls, and what a call gives back, may be empty.
+        made = [
+            {"role": "output", "content": "", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "1", "content": ""},
+        ]
+        records = [{"messages": record["messages"] + made} for record in records]
+        options = {"calls": ["call"], "results": ["result"]}
+        streams = StreamsConfig(
+            names=("user", "result", "call", "output"),
+            kinds=("input", "input", "output", "output"),
+        )
+    path = write(tmp_path / "in.jsonl", records)
+    config = make_config(tmp_path, converter=converter, path=path, options=options)
+    manifest = prepare(dataclasses.replace(config, streams=streams), tmp_path / "out")
+    where = "in.jsonl:1" if converter == "wait_k" else "in.jsonl:1, message 1"
+    expected = {"output": {"turns": 30, "empty": 30, "first": where}}
+    assert manifest["empty_turns"] == expected
+
+
 def test_small_files_share_a_portion_and_large_ones_are_cut(tmp_path, monkeypatch):
     for i, size in enumerate([10, 10, 300, 2000, 0, 10]):
         (tmp_path / f"{i}.jsonl").write_text(

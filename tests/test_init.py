@@ -236,6 +236,19 @@ def test_pairs_in_csv_become_chats_and_say_so(here, capsys):
     assert "name source question and target answer" in said
 
 
+def test_empty_turns_are_counted_and_the_first_is_named(here, capsys):
+    write(here / "full.jsonl", orders(30))
+    assert main(["init", "full", "--from=full.jsonl"]) == 0
+    assert "WARNING" not in capsys.readouterr().out
+    chats = list(orders(30))
+    turns = sum(len(chat["messages"]) for chat in chats)
+    chats[4]["messages"][1]["content"] = chats[9]["messages"][1]["content"] = " "
+    write(here / "my.jsonl", chats)
+    assert main(["init", "mine", "--from=my.jsonl"]) == 0
+    said = capsys.readouterr().out
+    assert f"WARNING: 2 of {turns} turns are empty, the first (of assistant) at my.jsonl:5" in said
+
+
 @pytest.mark.parametrize("mark", [";", "\t"])
 def test_csv_may_have_other_marks_than_commas(here, capsys, mark):
     rows = "".join(f'"how far{mark} {i} ?"{mark}ten, or so\n' for i in range(40))

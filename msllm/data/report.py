@@ -18,6 +18,8 @@ from msllm.tokenizer import Tokenizer
 _FOLDER = re.compile(r"^.*/(?=[^/]*?:\d)")
 MAX_UNKNOWN = 0.01  # warn of a larger share of unknown tokens in a stream
 MAX_CUT = 0.1  # warn if a larger share of the examples is cut
+# What a model learns from empty turns of a stream, by whether it is an input.
+_LEARNS = {False: "the model learns to say nothing there", True: "the model answers silence there"}
 _SUMMED = ("tables", "examples", "rows", "cut", "cut_rows", "dropped")
 
 
@@ -69,6 +71,12 @@ def make_manifest(
     }
     if bad.texts["texts"]:
         manifest["texts"] = {**bad.texts, "changed_text": bad.changed}
+    if any(counts["empty"] for counts in bad.turns.values()):
+        manifest["empty_turns"] = {
+            stream: {**counts, "first": _FOLDER.sub("", counts["first"])}
+            for stream, counts in bad.turns.items()
+            if counts["empty"]
+        }
     if config.data.bad_percent:
         shown = [_FOLDER.sub("", message) for message in bad.shown]
         manifest["bad"] = {"records": bad.records, "bad": bad.bad, "shown": shown}
@@ -152,7 +160,8 @@ def _sum_by_stream(counts: Sequence[Sequence[int]]) -> list[int]:
 
 def describe(manifest: Mapping[str, Any]) -> str:
     """Returns the report that `prepare` prints, one fact per line."""
-    tokenizer = manifest["tokenizer"]
+    tokenizer, streams = manifest["tokenizer"], manifest["streams"]
+    kinds = dict(zip(streams["names"], streams["kinds"]))
     lines = [f"tokenizer: {tokenizer['kind']}, {tokenizer['vocab_size']:,} pieces"]
     lines += _describe_texts(manifest.get("texts", {}))
     for split, part in manifest["splits"].items():
@@ -160,6 +169,12 @@ def describe(manifest: Mapping[str, Any]) -> str:
             lines += _describe_split(split, part, manifest)
         else:
             lines += _describe_empty(split, manifest)
+    for stream, counts in manifest.get("empty_turns", {}).items():
+        lines.append(
+            f"WARNING: {counts['empty']:,} of {counts['turns']:,} turns of {stream} are empty, the"
+            f" first at {counts['first']}: {_LEARNS[kinds[stream] == 'input']}; remove them if this"
+            " is not what you want"
+        )
     duplicates = manifest.get("duplicates", {})
     if any(duplicates.values()):
         counts = " and ".join(f"{duplicates[split]:,} examples of {split}" for split in SPLITS)

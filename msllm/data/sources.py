@@ -87,6 +87,8 @@ class BadRecords:
         (`Tokenizer.compare`); the numbers of words, characters and tokens in a sample of them.
       in_sample: the last text belongs to the sample.
       changed: the first text that the tokenizer changed.
+      turns: {stream: the number of its `turns`, of `empty` ones among them, and the place of the
+        `first` empty one}, of converters whose records have turns.
     """
 
     def __init__(self, percent: float = 0.0, show: bool = False):
@@ -102,6 +104,7 @@ class BadRecords:
         self.texts = dict.fromkeys(TEXT_COUNTS, 0)
         self.in_sample = False
         self.changed = ""
+        self.turns: dict[str, dict[str, Any]] = {}
 
     @property
     def allows_some(self) -> bool:
@@ -130,6 +133,7 @@ class BadRecords:
             "shown": self.shown,
             "texts": self.texts,
             "changed": self.changed,
+            "turns": self.turns,
         }
 
     def merge(self, counts: Mapping[str, Any]) -> None:
@@ -143,6 +147,22 @@ class BadRecords:
         for name, count in counts.get("texts", {}).items():
             self.texts[name] += count
         self.changed = self.changed or counts.get("changed", "")
+        for stream, theirs in counts.get("turns", {}).items():
+            ours = self._turns_of(stream)
+            ours["first"] = ours["first"] or theirs["first"]
+            for name in ("turns", "empty"):
+                ours[name] += theirs[name]
+
+    def add_turn(self, stream: str, text: str, where: str) -> None:
+        """Counts a turn of a stream, which is empty if its text is only white space."""
+        counts = self._turns_of(stream)
+        counts["turns"] += 1
+        if not text or text.isspace():
+            counts["empty"] += 1
+            counts["first"] = counts["first"] or where
+
+    def _turns_of(self, stream: str) -> dict[str, Any]:
+        return self.turns.setdefault(stream, {"turns": 0, "empty": 0, "first": ""})
 
     def starts_text(self) -> bool:
         """Counts a text, and returns whether it belongs to the sample (`add_text`)."""

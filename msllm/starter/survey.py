@@ -219,6 +219,8 @@ def _chats(found: Survey, records: Sequence[Record]) -> Survey:
     found.kind, found.converter = "chats", "tools" if has_calls else "chat"
     if pair := pair_of(records[0]):
         _say_of_pairs(found, records, *pair)
+    else:
+        _say_of_empty_turns(found, turns)
     said = ", ".join(f"{role} ({counts[role]:,} turns) -> {roles[role]}" for role in order)
     found.notes.append(f"roles and their streams: {said}")
     if has_calls:
@@ -263,6 +265,18 @@ def _say_of_pairs(found: Survey, records: Sequence[Record], question: str, answe
             f"WARNING: empty {question} or {answer} in {len(empty):,} of {len(records):,} pairs,"
             f" the first at {empty[0]}: the model learns to give no answer, or to speak without a"
             " question; remove them if this is not what you want"
+        )
+
+
+def _say_of_empty_turns(found: Survey, turns: Sequence[Turn]) -> None:
+    """Warns of turns that say nothing. Beside calls, and as a result of one, that is usual."""
+    speech = [turn for turn in turns if not turn.is_result and not turn.calls]
+    empty = [turn for turn in speech if not (turn.text or "").strip()]
+    if empty:
+        found.notes.append(
+            f"WARNING: {len(empty):,} of {len(speech):,} turns are empty, the first (of"
+            f" {empty[0].role}) at {empty[0].where}: the model learns to give no answer, or to"
+            " answer silence; remove them if this is not what you want"
         )
 
 

@@ -61,6 +61,7 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
             start = max(before.end - overlap, before.start)
             if wait >= 0 and spec.kinds[before.stream] == "input":
                 start = min(before.start + wait, before.end)
+        layout.bad.add_turn(name, turn.text or "", turn.where)
         turns.append(layout.say(name, max(start, ends[name]), turn.text or ""))
         ends[name] = turns[-1].end
         if kind != "thought" or thoughts == "before":

@@ -150,7 +150,9 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     spec, options = layout.spec, layout.options
     turns, weights = [], []
     for message in messages:
-        stream = spec.index(layout.stream_of(message.role, message.where))
+        name = layout.stream_of(message.role, message.where)
+        layout.bad.add_turn(name, message.text or "", message.where)
+        stream = spec.index(name)
         mark = mark_of(message.role, options["marks"], layout.tokenizer)
         turns.append(Turn(message.role, stream, layout.encode(message.text or ""), mark))
         said = said_by_model(message.role, stream, spec.kinds, options["said"])

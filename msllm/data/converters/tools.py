@@ -93,6 +93,7 @@ class _Trace:
         now = max(self._free.values())
         if turn.text or not turn.calls:
             name = self._layout.stream_of(turn.role, turn.where)
+            self._layout.bad.add_turn(name, turn.text or "", turn.where)
             start = self._say(name, now, turn.text or "", turn.weight).start
             if self._layout.spec.kinds[self._layout.spec.index(name)] == "input":
                 self._input_start = start

@@ -31,6 +31,8 @@ def convert(layout: Layout, record: Record) -> Iterator[Table]:
     options = layout.options
     source, target = record.text(options["source"]), record.text(options["target"])
     check_keys(layout, record.value, {options["source"], options["target"]}, record.where)
+    layout.bad.add_turn(options["source_stream"], source, record.where)
+    layout.bad.add_turn(options["target_stream"], target, record.where)
     k = layout.draw("k", source)
     if options["unit"] == "token":
         placements = _by_token(layout, source, target, k)
