@@ -122,6 +122,11 @@ class StreamsConfig:
     # per stream, the angle in degrees by which its token embeddings are rotated, a fixed mark of
     # the stream beside or in place of its learned vector (ASIDE, arXiv 2503.10566); empty: 0
     rotations: tuple[float, ...] = ()
+    # streams whose next token follows from several streams, as (stream, mode, sources); mode: own |
+    # mixture | product; sources: names with commas between (docs/semantics.md)
+    combine: tuple[tuple[str, str, str], ...] = ()
+    # part of the weights of `combine` that is spread evenly over the sources
+    combine_smoothing: float = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -568,6 +573,7 @@ _RANGES = {
     "streams.delays": _COUNT_OR_ZERO,
     "streams.token_sets": _COUNT_OR_ZERO,
     "streams.rotations": "[0, 360)",
+    "streams.combine_smoothing": "[0, 1)",
     "data.mixture.weights": _NOT_NEGATIVE,
     "data.mixture.schedule": _NOT_NEGATIVE,
     "data.bad_percent": "[0, 100)",
@@ -780,6 +786,13 @@ def _validate_training(config: Config) -> None:
     _require(config, "penalty.function", not penalty or ":" in penalty, rule)
     rule = "must be 1 with penalty.function, which sees a whole batch"
     _require(config, "optim.accumulate", not penalty or optim.accumulate == 1, rule)
+    modes = {mode for _, mode, _ in config.streams.combine}
+    rule = "is not possible with streams.combine: its hidden states do not give the prediction"
+    _require(config, "penalty.function", not penalty or modes <= {"own"}, rule)
+    rule = "is not possible with a mixture in streams.combine, which has no logits of its own"
+    for setting in ("objective", "label_smoothing", "z_loss"):
+        given = getattr(config.loss, setting)
+        _require(config, f"loss.{setting}", not given or "mixture" not in modes, rule)
 
 
 def _validate_mesh(config: Config) -> None:

@@ -5,8 +5,8 @@ of a source over a latent edge includes whatever the source saw in others, so a 
 does not keep two streams apart. `certificate` follows all paths. docs/flow.md describes what its
 result guarantees.
 
-**Nodes.** At each row, a stream s has a token X[s] and hidden states H[s], which give the logits
-for its next token. A stream that others see through tokens also has a relay R[s].
+**Nodes.** At each row, a stream s has a token X[s], hidden states H[s], and the logits P[s] for its
+next token. A stream that others see through tokens also has a relay R[s].
 
 **Edges.** They follow from the visibility rule. Nothing else enters a hidden state.
 
@@ -15,22 +15,24 @@ for its next token. A stream that others see through tokens also has a relay R[s
 - X[s] -> R[s] -> H[r], `token_lag[r][s]` rows later or more: an edge through tokens. A relay
   attends only to itself, so it depends on the token and the presence of one cell alone. If only a
   set of tokens passes, it depends on which of them the token is, if any.
-- H[s] -> X[s], in the next row, if s is generated: the model chooses its next token. This edge does
+- H[s] -> P[s], and H[c] -> P[s] for each source c of a rule by which s is combined, in the same row.
+  Over such an edge, c influences what s says, but not the hidden states of s.
+- P[s] -> X[s], in the next row, if s is generated: the model chooses its next token. This edge does
   not exist for streams of the kind `input`.
 - X[s] -> X[r], `lag` rows later: mail copies tokens of s to the input r.
 
 The last two edges do not exist where all tokens are given, as in training and scoring.
 
-**Influence.** A influences B if a path leads from X[A] to H[B]. Conversely, suppose that there is
+**Influence.** A influences B if a path leads from X[A] to P[B]. Conversely, suppose that there is
 no such path, and let U be the set of all nodes that a path from X[A] reaches. By induction over
 rows, and over layers within a row, every node outside of U is a function of nodes outside of U, the
 weights and the random numbers of its own stream. Whatever A says or holds, no node outside of U
-changes, and H[B] is one of these.
+changes, and P[B] is one of these.
 
 **Rows.** The length of a path is the sum of the rows that its edges take. The shortest length is a
 lower bound: a model with few layers may need more rows, since a layer follows one edge at a time.
 
-**Bits.** If a path of latent edges leads from H[A] to H[B], then B can see a continuous function of
+**Bits.** If a path of latent edges leads from H[A] to P[B], then B can see a continuous function of
 A's hidden states, and no number of bits bounds that. Otherwise every path passes tokens: a relay,
 or a token X[s]. A set of these that meets every path is a cut. Each has one of N symbols per row,
 which is log2 N bits. Readers of a source through the same set share a relay, which counts once. The
@@ -57,6 +59,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from msllm.combine import sources_of
 from msllm.streams import NEVER, Relay, StreamSpec
 
 LATENT, TOKENS = "latent", "tokens"
@@ -64,7 +67,7 @@ _SHOWN = 6  # pairs that a line of `summary` names
 _UNKNOWN = 1e9  # stands for the bits of a token if the vocabulary's size is unknown
 _DUST = 1e-6  # capacities below this are rounding errors
 
-Node = tuple[str, int]  # ("X" or "H", stream)
+Node = tuple[str, int]  # ("X", "H" or "P", stream)
 
 
 class Flow(NamedTuple):
@@ -136,7 +139,7 @@ def certificate(spec: StreamSpec, vocab_size: int = 0, *, generated: bool = True
     """
     edges = _edges(spec, generated)
     latent_edges = {
-        node: [(other, rows) for other, rows in others if node[0] == other[0] == "H"]
+        node: [(other, rows) for other, rows in others if node[0] == "H"]
         for node, others in edges.items()
     }
     capacity, streams = _capacities(spec, vocab_size, generated)
@@ -146,7 +149,7 @@ def certificate(spec: StreamSpec, vocab_size: int = 0, *, generated: bool = True
         latent_rows, latent_before = _fastest(latent_edges, ("H", source))
         row: list[Flow | None] = []
         for reader in range(spec.size):
-            end = ("H", reader)
+            end = ("P", reader)
             if reader == source or end not in rows:
                 row.append(None)
             elif end in latent_rows:
@@ -162,10 +165,13 @@ def certificate(spec: StreamSpec, vocab_size: int = 0, *, generated: bool = True
 
 @functools.lru_cache(maxsize=64)
 def latent_influence(spec: StreamSpec) -> np.ndarray:
-    """[source, reader] bool: whether a path of latent edges leads from one to the other."""
+    """[source, reader] bool: whether a path of latent edges leads to the reader's logits."""
     reached = (spec.lag_array < NEVER).T | np.eye(spec.size, dtype=bool)
     for through in range(spec.size):
         reached |= reached[:, through, None] & reached[through]
+    of_states = reached.copy()
+    for rule in spec.combine:
+        reached[:, rule.stream] |= of_states[:, list(rule.sources)].any(1)
     return reached
 
 
@@ -217,7 +223,8 @@ def summary(spec: StreamSpec, vocab_size: int = 0) -> list[str]:
     indirect = []
     for a, b, flow in found.pairs():
         reader, source = spec.index(b), spec.index(a)
-        expected = LATENT if spec.lag[reader][source] < NEVER else TOKENS
+        is_latent = spec.lag[reader][source] < NEVER or (reader, source) in sources_of(spec.combine)
+        expected = LATENT if is_latent else TOKENS
         gets_mail = any((rule.reader, rule.source) == (reader, source) for rule in spec.mail)
         if not gets_mail and spec.token_lag_array[reader, source] == NEVER and expected == TOKENS:
             expected = ""
@@ -272,12 +279,16 @@ def _listed(texts: Iterable[str]) -> str:
 
 
 def _edges(spec: StreamSpec, generated: bool) -> dict[Node, list[tuple[Node, int]]]:
-    """{node: [(next node, rows)]} of X and H. Relays take no rows and are left out."""
+    """{node: [(next node, rows)]} of X, H and P. Relays take no rows and are left out."""
     edges: dict[Node, list[tuple[Node, int]]] = collections.defaultdict(list)
     for s, kind in enumerate(spec.kinds):
         edges["X", s].append((("H", s), 0))
+        edges["H", s].append((("P", s), 0))
         if generated and kind != "input":
-            edges["H", s].append((("X", s), 1))
+            edges["P", s].append((("X", s), 1))
+    for stream, source in sources_of(spec.combine):
+        if source != stream:
+            edges["H", source].append((("P", stream), 0))
     for rule in spec.mail if generated else ():
         edges["X", rule.source].append((("X", rule.reader), rule.lag))
     for node, lags in (("H", spec.lag_array), ("X", spec.token_lag_array)):
@@ -322,19 +333,23 @@ def _capacities(spec: StreamSpec, vocab_size: int, generated: bool) -> tuple[np.
     """The graph through which bits flow.
 
     The nodes of stream s are H[s] (s), X[s] before (S + s) and after (2 S + s) the limit of one
-    token per row, and the relays that only some of its tokens pass.
+    token per row, P[s] (3 S + s), and the relays that only some of its tokens pass.
 
     Returns:
       capacity [N, N] float64, the bits per row from one node to another; and the stream of each
       node.
     """
     size = spec.size
-    streams = [*range(size)] * 3
+    streams = [*range(size)] * 4
     token = math.log2(vocab_size + 1) if vocab_size else _UNKNOWN
     edges = [(size + s, 2 * size + s, token) for s in range(size)]
     edges += [(2 * size + s, s, math.inf) for s in range(size)]
+    edges += [(s, 3 * size + s, math.inf) for s in range(size)]
+    edges += [(source, 3 * size + s, math.inf) for s, source in sources_of(spec.combine)]
     if generated:
-        edges += [(s, size + s, math.inf) for s in range(size) if spec.kinds[s] != "input"]
+        edges += [
+            (3 * size + s, size + s, math.inf) for s in range(size) if spec.kinds[s] != "input"
+        ]
         edges += [(2 * size + rule.source, size + rule.reader, math.inf) for rule in spec.mail]
     for reader, source in np.argwhere(spec.lag_array < NEVER).tolist():
         if reader != source:
@@ -369,7 +384,7 @@ def _smallest_cut(
     # Everything in the source varies: its hidden states, and its tokens even if they are generated.
     capacity, start = np.pad(capacity, (0, 1)), len(capacity)
     capacity[start, [source, size + source]] = math.inf
-    side = _source_side(capacity, start, reader)
+    side = _source_side(capacity, start, 3 * size + reader)
     crossing = np.argwhere((capacity > 0) & side[:, None] & ~side).tolist()
     bits = sum(float(capacity[a, b]) for a, b in crossing)
     return bits if bits < _UNKNOWN else None, tuple(sorted({streams[a] for a, _ in crossing}))

@@ -134,6 +134,65 @@ def _backward(options, gather_rows, saved, cotangents):
 next_row_loss.defvjp(_forward, _backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def mixture_loss(
+    hidden: jax.Array,
+    log_weights: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    options: LossConfig,
+    gather_rows: GatherRows = _identity,
+) -> tuple[jax.Array, jax.Array]:
+    """`next_row_loss` of cells that are predicted by a mixture of P distributions.
+
+    nll(cell) = -logsumexp_i(log_weights_i + log p_i(target)), where p_i is the softmax of the
+    logits of hidden_i. As in `next_row_loss`, the gradient is computed together with the value. A
+    chunk has `options.chunk_tokens` rows of logits, P for each cell.
+
+    Args:
+      hidden: [..., P, D] in the compute dtype.
+      log_weights: [..., P] float32, logs of weights that sum to 1.
+      head, targets, weights, gather_rows: as in `next_row_loss`.
+      options: the chunk sizes. Label smoothing and z-loss must be 0.
+
+    Returns: sum(weights * nll), float32, and nll [...] float32, which carries no gradient.
+    """
+    arguments = hidden, log_weights, head, targets, weights, options, gather_rows
+    loss, nll, _ = _mixture_losses(*arguments, with_gradient=False)
+    return loss, nll
+
+
+def _mixture_losses(hidden, log_weights, head, targets, weights, options, gather_rows, **kwargs):
+    assert not (options.label_smoothing or options.z_loss), options
+    sources = hidden.shape[-2]
+
+    def per_source(x):
+        return jnp.repeat(x[..., None], sources, axis=-1)
+
+    arguments = hidden, head, per_source(targets), per_source(weights), options, gather_rows
+    loss, nll, gradients = _losses(*arguments, log_weights=log_weights, **kwargs)
+    return loss, nll[..., 0], gradients
+
+
+def _mixture_forward(hidden, log_weights, head, targets, weights, options, gather_rows):
+    arguments = hidden, log_weights, head, targets, weights, options, gather_rows
+    loss, nll, gradients = _mixture_losses(*arguments, with_gradient=True)
+    return (loss, nll), (hidden[:0], *gradients)
+
+
+def _mixture_backward(options, gather_rows, saved, cotangents):
+    hidden, d_hidden, d_head, d_log_weights = saved
+    d_hidden, d_head, _, _ = _backward(
+        options, gather_rows, (hidden, d_hidden, d_head), cotangents
+    )
+    # Every device along `tensor` has the gradient of the weights, but only its part of the others.
+    return d_hidden, d_log_weights * cotangents[0], d_head, None, None
+
+
+mixture_loss.defvjp(_mixture_forward, _mixture_backward)
+
+
 def objective_loss(
     objective: Objective,
     hidden: jax.Array,
@@ -220,11 +279,17 @@ class _Cells(NamedTuple):
     # `hidden` as [chunks, D, n]. Without it XLA:CPU transposes the gradient of the logits, which is
     # much larger, in memory.
     transposed: jax.Array
+    # [chunks, n], of a mixture, in which P cells in succession are the sources of one prediction
+    log_weights: jax.Array | None
 
     @classmethod
-    def of(cls, hidden, targets, weights, chunk_tokens: int) -> _Cells:
+    def of(cls, hidden, targets, weights, chunk_tokens: int, log_weights=None) -> _Cells:
         count = -(-targets.size // min(chunk_tokens, targets.size))
         size = -(-targets.size // count)  # fills the chunks evenly
+        if log_weights is not None:
+            sources = log_weights.shape[-1]
+            size = -(-size // sources) * sources
+            count = -(-targets.size // size)
 
         def chunks(x, *inner):
             x = x.reshape(targets.size, *inner)
@@ -232,7 +297,8 @@ class _Cells(NamedTuple):
             return jnp.pad(x, padding).reshape(count, size, *inner)
 
         hidden = chunks(hidden, hidden.shape[-1])
-        return cls(hidden, chunks(targets), chunks(weights), hidden.swapaxes(1, 2))
+        log_weights = None if log_weights is None else chunks(log_weights)
+        return cls(hidden, chunks(targets), chunks(weights), hidden.swapaxes(1, 2), log_weights)
 
 
 class _HeadPart(NamedTuple):
@@ -242,23 +308,39 @@ class _HeadPart(NamedTuple):
     start: jax.Array | int  # index of the first row among the rows of this device
 
 
-def _losses(hidden, head, targets, weights, options, gather_rows, with_gradient: bool):
+def _losses(
+    hidden,
+    head,
+    targets,
+    weights,
+    options,
+    gather_rows,
+    with_gradient: bool,
+    log_weights: jax.Array | None = None,
+):
     """(loss, nll [...], gradients), with the arguments of `next_row_loss`.
 
-    The gradients are those with respect to hidden and head; None without `with_gradient`.
+    The gradients are those with respect to hidden and head, and to log_weights if there are any;
+    None without `with_gradient`.
+
+    Args:
+      log_weights: [..., P] of a mixture; the last axis of `targets` then holds its P sources.
     """
-    cells = _Cells.of(hidden, targets, weights, options.chunk_tokens)
-    losses = _ChunkedLoss(options, gather_rows, with_gradient, cells, len(head))
+    cells = _Cells.of(hidden, targets, weights, options.chunk_tokens, log_weights)
+    sources = 0 if log_weights is None else log_weights.shape[-1]
+    losses = _ChunkedLoss(options, gather_rows, with_gradient, cells, len(head), sources)
     in_parts = losses.one_part if options.vocab_chunks == 1 else losses.many_parts
-    loss, nll, d_hidden, d_head = in_parts(head)
+    loss, nll, shares, d_hidden, d_head = in_parts(head)
 
     def restore(x, *inner):
-        return x.reshape(-1, *inner)[: targets.size]
+        return x.reshape(-1, *inner)[: targets.size].reshape(*targets.shape, *inner)
 
     gradients = None
     if with_gradient:
-        gradients = restore(d_hidden, hidden.shape[-1]).reshape(hidden.shape), d_head
-    return loss, restore(nll).reshape(hidden.shape[:-1]), gradients
+        gradients = restore(d_hidden, hidden.shape[-1]), d_head
+        if log_weights is not None:
+            gradients = *gradients, -restore(shares)
+    return loss, restore(nll), gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,17 +352,18 @@ class _ChunkedLoss:
     with_gradient: bool
     cells: _Cells
     head_rows: int  # rows of the head on this device
+    sources: int = 0  # P of a mixture; 0: none
 
     @property
     def vocab_size(self) -> int:
         return self.head_rows * axis_size("tensor")
 
     def one_part(self, head):
-        """(loss, nll, d_hidden, d_head), with the whole head gathered at once."""
+        """(loss, nll, shares, d_hidden, d_head), with the whole head gathered at once."""
         return self._part_losses(_HeadPart(head, 0), None)
 
     def many_parts(self, head):
-        """(loss, nll, d_hidden, d_head), with `vocab_chunks` parts of the head gathered in turn."""
+        """The same as `one_part`, with `vocab_chunks` parts of the head gathered in turn."""
         parts = self.options.vocab_chunks
         # Each part is a multiple of TILE rows. Otherwise XLA:TPU lays out the gradient in a way
         # that it cannot scatter.
@@ -293,18 +376,18 @@ class _ChunkedLoss:
             return sums.merge(self._part_sums(part)), None
 
         def add_gradients(d_hidden, part):
-            _, _, more, d_rows = self._part_losses(part, sums)
+            _, _, _, more, d_rows = self._part_losses(part, sums)
             return d_hidden + more, d_rows
 
         shape = self.cells.targets.shape
         empty = _Sums(jnp.full(shape, MASKED), *(jnp.zeros(shape) for _ in range(3)))
         sums = lax.scan(add_sums, empty, head_parts)[0].over_devices()
-        loss, nll = self._values(sums, self.cells.weights)
+        loss, nll, shares = self._values(sums, self.cells.weights, self.cells.log_weights)
         if not self.with_gradient:
-            return loss, nll, None, None
+            return loss, nll, None, None, None
         d_hidden = jnp.zeros(self.cells.hidden.shape, jnp.float32)
         d_hidden, d_head = lax.scan(add_gradients, d_hidden, head_parts)
-        return loss, nll, d_hidden, d_head.reshape(parts * size, -1)[: self.head_rows]
+        return loss, nll, shares, d_hidden, d_head.reshape(parts * size, -1)[: self.head_rows]
 
     def _part_sums(self, part: _HeadPart) -> _Sums:
         """The _Sums [chunks, n] of one part of the head."""
@@ -316,7 +399,7 @@ class _ChunkedLoss:
         return lax.map(chunk, (self.cells.hidden, self.cells.targets))
 
     def _part_losses(self, part: _HeadPart, sums: _Sums | None):
-        """(loss, nll, d_hidden, d_rows) through one part of the head.
+        """(loss, nll, shares, d_hidden, d_rows) through one part of the head.
 
         `sums` covers the whole vocabulary. None: the part holds all rows of this device.
         """
@@ -324,26 +407,33 @@ class _ChunkedLoss:
 
         def chunk(carry, xs):
             loss, d_table = carry
-            hidden, transposed, targets, weights, sums = xs
+            hidden, transposed, targets, weights, log_weights, sums = xs
             logits, is_target, own = self._logits_and_sums(table, part.start, hidden, targets)
             sums = own.over_devices() if sums is None else sums
-            value, nll = self._values(sums, weights)
+            value, nll, shares = self._values(sums, weights, log_weights)
             if not self.with_gradient:
-                return (loss + value, d_table), (nll, None)
-            d_logits = self._d_logits(logits, is_target, sums, weights).astype(hidden.dtype)
+                return (loss + value, d_table), (nll, None, None)
+            d_logits = self._d_logits(logits, is_target, sums, shares).astype(hidden.dtype)
             d_hidden = jnp.einsum("nv,vd->nd", d_logits, table)
             d_table = d_table + jnp.einsum(
                 "dn,nv->dv", transposed, d_logits, preferred_element_type=jnp.float32
             )
-            return (loss + value, d_table), (nll, d_hidden)
+            return (loss + value, d_table), (nll, shares if self.sources else None, d_hidden)
 
         d_table = jnp.zeros(table.shape[::-1] if self.with_gradient else (), jnp.float32)
         init = jnp.zeros((), jnp.float32), d_table
         cells = self.cells
-        xs = cells.hidden, cells.transposed, cells.targets, cells.weights, sums
-        (loss, d_table), (nll, d_hidden) = lax.scan(chunk, init, xs)
+        xs = (
+            cells.hidden,
+            cells.transposed,
+            cells.targets,
+            cells.weights,
+            cells.log_weights,
+            sums,
+        )
+        (loss, d_table), (nll, shares, d_hidden) = lax.scan(chunk, init, xs)
         d_rows = to_rows(d_table.T.astype(table.dtype))[0] if self.with_gradient else None
-        return loss, nll, d_hidden, d_rows
+        return loss, nll, shares, d_hidden, d_rows
 
     def _logits_and_sums(self, table, start, hidden, targets):
         """The logits of some rows of the head, and their _Sums.
@@ -375,16 +465,26 @@ class _ChunkedLoss:
         exp = jnp.exp(logits - top[:, None]).sum(-1)
         return logits, is_target, _Sums(top, exp, target, summed)
 
-    def _values(self, sums: _Sums, weights) -> tuple[jax.Array, jax.Array]:
-        """(weighted sum of the losses, nll of each cell)."""
+    def _values(self, sums: _Sums, weights, log_weights) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(weighted sum of the losses, nll of each cell, shares).
+
+        The share of a cell is the weight of its own nll in the gradient: `weights`, which the
+        sources of a mixture divide among themselves by their posterior probabilities.
+        """
         smooth, z = self.options.label_smoothing, self.options.z_loss
         value = nll = sums.log_total - sums.target
+        if log_weights is not None:
+            joint = (log_weights - nll).reshape(-1, self.sources)
+            log_p = jax.nn.logsumexp(joint, axis=-1, keepdims=True)
+            shares = weights * jnp.exp(joint - log_p).reshape(weights.shape)
+            nll = jnp.broadcast_to(-log_p, joint.shape).reshape(weights.shape)
+            return jnp.sum(weights * nll) / self.sources, nll, shares
         if smooth:
             mean_nll = sums.log_total - sums.logits / self.vocab_size
             value = (1 - smooth) * nll + smooth * mean_nll
         if z:
             value = value + z * jnp.square(sums.log_total)
-        return jnp.sum(weights * value), nll
+        return jnp.sum(weights * value), nll, weights
 
     def _d_logits(self, logits, is_target, sums: _Sums, weights) -> jax.Array:
         """The gradient of the weighted sum of the losses with respect to the logits, [n, v]."""

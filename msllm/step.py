@@ -15,9 +15,17 @@ from jax.sharding import Mesh, PartitionSpec
 
 from msllm.config import Config, import_object
 from msllm.errors import UserError
-from msllm.loss import Forward, Penalty, next_row_loss, objective_loss, targets_and_weights
+from msllm.loss import (
+    Forward,
+    Penalty,
+    mixture_loss,
+    next_row_loss,
+    objective_loss,
+    targets_and_weights,
+)
 from msllm.model.attention.dispatch import choose_backend
 from msllm.model.block import check_block
+from msllm.model.combine import part_of_device, pool_products, sources_of_device
 from msllm.model.layers import gather_weight
 from msllm.model.model import abstract_model, bind, init_parameters, parameter_shardings
 from msllm.model.relays import columns_of
@@ -221,8 +229,15 @@ class Program:
         targets, counted, weights = targets_and_weights(
             batch, jnp.asarray(self._loss_weights)[streams]
         )
+        present = model.cells(batch, self.silence_id).present
         needed = [all_streams or weight > 0 for weight in self._loss_weights]
+        mixed = [rule.stream for rule in self.streams.combine if rule.mode == "mixture"]
+        mixtures = [rule for rule in self.streams.combine if rule.stream in mixed]
+        mixtures = [rule for rule in mixtures if needed[rule.stream]]
+        needed = [need and s not in mixed for s, need in enumerate(needed)]
         subset = StreamSubset.of(needed, size)
+        is_mixed = jnp.isin(streams, jnp.array(mixed, jnp.int32))
+        pooled = pool_products(model, hidden, present)
 
         def take(x):
             return subset.take(x, axis=2)
@@ -230,21 +245,43 @@ class Program:
         loss_of = next_row_loss
         if self._objective and not all_streams:
             loss_of = functools.partial(objective_loss, self._objective)
-        loss, nll = loss_of(
-            take(hidden),
-            model.head_parameter[...],
-            take(targets),
-            take(weights) / total_weight,
-            self.config.loss,
-            functools.partial(gather_weight, dtype=hidden.dtype, axis=1),
-        )
-        if self._penalty and not all_streams:
-            loss = loss + self._penalty_of_device(model, hidden, batch)
+        gather_rows = functools.partial(gather_weight, dtype=hidden.dtype, axis=1)
+        loss, sums = jnp.zeros(()), dict.fromkeys(PER_STREAM_SUMS, jnp.zeros(size))
         # The subset may hold streams of weight 0. They are not reported, because which ones it
         # holds depends on the mesh.
-        reported = take(counted) if all_streams else take(weights) > 0
-        sums = self._sums(nll, reported, reported & (take(targets) != self.silence_id), subset)
-        counts = self._counts(model.cells(batch, self.silence_id).present, batch["tokens"])
+        reported = (counted if all_streams else weights > 0) & ~is_mixed
+        if subset.places:
+            loss, nll = loss_of(
+                take(pooled),
+                model.head_parameter[...],
+                take(targets),
+                take(jnp.where(is_mixed, 0, weights)) / total_weight,
+                self.config.loss,
+                gather_rows,
+            )
+            spoken = take(reported) & (take(targets) != self.silence_id)
+            sums = self._sums(nll, take(reported), spoken, subset)
+        for rule in mixtures:
+            of_stream = functools.partial(part_of_device, stream=rule.stream)
+            reported = counted if all_streams else weights > 0
+            more, nll = mixture_loss(
+                *sources_of_device(model, rule, hidden, present),
+                model.head_parameter[...],
+                of_stream(targets),
+                of_stream(weights) / total_weight,
+                self.config.loss,
+                gather_rows,
+            )
+            loss = loss + more
+            spoken = of_stream(reported & (targets != self.silence_id))
+            of_rule = _sums_over_cells(nll, of_stream(reported), spoken)
+            sums = {
+                name: x + jnp.where(streams == rule.stream, psum(of_rule[name], "stream"), 0)
+                for name, x in sums.items()
+            }
+        if self._penalty and not all_streams:
+            loss = loss + self._penalty_of_device(model, hidden, batch)
+        counts = self._counts(present, batch["tokens"])
         return psum(loss, *mesh_axes("batch"), "stream"), (sums, counts)
 
     def _penalty_of_device(self, model: Any, hidden: jax.Array, batch: Batch) -> jax.Array:
@@ -270,15 +307,8 @@ class Program:
     def _sums(self, nll, reported, spoken, subset: StreamSubset) -> Sums:
         """PER_STREAM_SUMS over all tables for this device's streams. Arguments: [B, T, streams]."""
 
-        def over_cells(x):
-            return psum(subset.put(x.sum((0, 1)), jnp.zeros(subset.size)), *mesh_axes("batch"))
-
-        return {
-            "nll": over_cells(nll * reported),
-            "nll_spoken": over_cells(nll * spoken),
-            "targets": over_cells(reported.astype(jnp.float32)),
-            "targets_spoken": over_cells(spoken.astype(jnp.float32)),
-        }
+        sums = _sums_over_cells(nll, reported, spoken)
+        return {name: subset.put(x, jnp.zeros(subset.size)) for name, x in sums.items()}
 
     def _counts(self, present, tokens) -> Sums:
         """Counts of present cells, and of present cells that are not silent, in the whole batch."""
@@ -350,6 +380,20 @@ class Program:
         weights = targets_and_weights(batch, self._loss_weights)[2]
         loss, sums = self._losses(parameters, batch, 1.0, True)
         return {**sums, "loss": loss, "weight": weights.sum()}
+
+
+def _sums_over_cells(nll, reported, spoken) -> Sums:
+    """PER_STREAM_SUMS over the first two dimensions, and over the devices along `batch`."""
+
+    def over_cells(x):
+        return psum(x.sum((0, 1)), *mesh_axes("batch"))
+
+    return {
+        "nll": over_cells(nll * reported),
+        "nll_spoken": over_cells(nll * spoken),
+        "targets": over_cells(reported.astype(jnp.float32)),
+        "targets_spoken": over_cells(spoken.astype(jnp.float32)),
+    }
 
 
 def _make_penalty(config: Config, streams: StreamSpec, mesh: Mesh) -> Penalty | None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from msllm.combine import Combine, check_edges, parse_combine
 from msllm.config import Config, StreamsConfig, import_object
 from msllm.errors import UserError
 from msllm.mail import Mail, parse_mail
@@ -172,6 +173,8 @@ class StreamSpec:
     rotations: tuple[float, ...] = ()
     # (reader, source, set) of the edges through tokens that only some tokens pass
     passing: tuple[tuple[int, int, TokenSet], ...] = ()
+    combine: tuple[Combine, ...] = ()  # streams that are predicted from several streams
+    combine_smoothing: float = 0.0  # part of their weights that is spread evenly
 
     @classmethod
     def from_config(cls, config: StreamsConfig) -> StreamSpec:
@@ -206,6 +209,8 @@ class StreamSpec:
             raise UserError(f"config.streams.delays is {config.delays}: must be >= 0 rows")
         lag, token_lag, passing = _config_lags(config)
         has_token_edges = bool((token_lag < NEVER).any())
+        combine = parse_combine(config.combine, names, kinds)
+        check_edges(combine, names, config.lags, config.visibility_medium)
         return cls(
             names,
             kinds,
@@ -217,6 +222,8 @@ class StreamSpec:
             parse_mail(config.mail, names, kinds),
             config.rotations if any(config.rotations) else (),
             passing,
+            combine,
+            config.combine_smoothing if combine else 0.0,
         )
 
     @property

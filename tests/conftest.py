@@ -95,7 +95,8 @@ def restored_signals():
 def make_model():
     """A function make_model(streams=3, seed=0, lag=None, **settings) that makes a small model.
 
-    `settings` are fields of ModelConfig, or visibility, skip_silence and delays of StreamsConfig.
+    `settings` are fields of ModelConfig, or visibility, skip_silence, delays and combine of
+    StreamsConfig.
     """
 
     def make(streams=3, seed=0, lag=None, **settings) -> LoadedModel:
@@ -105,7 +106,7 @@ def make_model():
             kinds = ("output",)
         fields = {
             field: settings.pop(field)
-            for field in ("visibility", "skip_silence", "delays")
+            for field in ("visibility", "skip_silence", "delays", "combine", "combine_smoothing")
             if field in settings
         }
         spec = StreamSpec.from_config(StreamsConfig(names=names, kinds=kinds, **fields))

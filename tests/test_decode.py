@@ -14,6 +14,7 @@ from msllm.decode.sampling import Sampling, filtered_logits, row_keys, sample
 from msllm.errors import UserError
 from msllm.kernels import cpu as cpu_kernels
 from msllm.model.attention.backend import Backend
+from msllm.model.combine import next_logits
 from msllm.model.layers import rope_angles, rope_frequencies
 from msllm.model.model import bind
 from msllm.sharding import make_mesh
@@ -21,6 +22,7 @@ from msllm.streams import NEVER, make_cells, positions
 
 SILENCE = 3
 LAG = np.array([[1, NEVER, 2], [0, 1, NEVER], [3, 0, 1]], np.int32)
+COMBINE = (("thought", "product", "user,thought"), ("output", "mixture", "thought,output,user"))
 WARM = DecodeOptions(temperature=1.0, seed=5)
 
 
@@ -49,7 +51,8 @@ def full_logits(model, transcript, window=0, kept=0):
     bound = bind(model.graph, model.parameters)
     cells = make_cells(present, segment, silent)
     backend = Backend("dense", dense) if window else None
-    return np.asarray(bound.logits(bound(tokens, cells, positions(segment), backend=backend)))[0]
+    hidden = bound(tokens, cells, positions(segment), backend=backend)
+    return np.asarray(next_logits(bound, hidden, cells.present))[0]
 
 
 def crowd(model, rows, prefills, absent=0.0, window=16, **settings):
@@ -119,8 +122,9 @@ def check_crowd(model, sessions, shown, tolerance=1e-4):
         {"visibility": "isolated", "attention": "reference"},
         {"lag": LAG, "absent": 0.3, "skip_silence": True},
         {"visibility": "block_causal", "delays": (0, 2, 1), "prefills": (0, 1)},
+        {"visibility": "isolated", "absent": 0.5, "combine": COMBINE},
     ],
-    ids=lambda s: "-".join(str(k if k == "lag" else v) for k, v in s.items()),
+    ids=lambda s: "-".join(str(k if k in ("lag", "combine") else v) for k, v in s.items()),
 )
 def test_cached_decoding_equals_the_full_forward_pass(make_model, settings):
     settings = dict(settings)
@@ -139,9 +143,10 @@ def test_cached_decoding_equals_the_full_forward_pass(make_model, settings):
     [{"data": 2, "stream": 2, "tensor": 2}, {"fsdp": 2, "stream": 4}],
     ids=lambda axes: "-".join(axes),
 )
-def test_sharded_decoding_equals_the_full_forward_pass(make_model, axes):
+@pytest.mark.parametrize("combine", [(), COMBINE], ids=["own", "combined"])
+def test_sharded_decoding_equals_the_full_forward_pass(make_model, axes, combine):
     """Three streams on two or four devices are padded with absent streams."""
-    model = make_model(3, lag=LAG, skip_silence=True)
+    model = make_model(3, lag=LAG, skip_silence=True, combine=combine)
     mesh = make_mesh(MeshConfig(**({"data": 1, "fsdp": 1, "stream": 1, "tensor": 1} | axes)))
     check_crowd(model, *crowd(model, 4, (2, 3), mesh=mesh))
 

@@ -19,7 +19,7 @@ PACKAGE = pathlib.Path(msllm.__file__).parent
 LAYERS = """
 errors presets kernels
 runtime.files
-config mail
+config mail combine
 streams tokenizer optim sharding
 model.attention loss runtime flow
 model data

@@ -39,6 +39,13 @@ LAYOUTS = {
         "model.kv_parts": 2,
         "model.remat": "full",
     },
+    "combined": {
+        "streams.loss_weights": (0.0, 0.5, 1.0, 2.0),
+        "streams.combine": (
+            ("output", "mixture", "thought,tool,output"),
+            ("thought", "product", "output,user,tool"),
+        ),
+    },
     "muon": {"optim.optimizer": "muon", "optim.lr": 1e-3, "model.attention_bias": True},
 }
 MESHES = [
@@ -48,6 +55,8 @@ MESHES = [
     ("accumulated", {"data": 8}),
     ("accumulated", {"fsdp": 8}),
     ("accumulated", {"data": 2, "fsdp": 2, "stream": 2}),
+    ("combined", {"fsdp": 2, "stream": 2, "tensor": 2}),
+    ("combined", {"data": 2, "stream": 4}),
     ("muon", {"fsdp": 2, "stream": 2, "tensor": 2}),
 ]
 

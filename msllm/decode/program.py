@@ -41,6 +41,7 @@ from msllm.kernels import cpu as cpu_kernels
 from msllm.model.attention.backend import Backend
 from msllm.model.attention.dispatch import get_backend, portable_backend
 from msllm.model.block import check_block
+from msllm.model.combine import pool_products, sources
 from msllm.model.layers import Angles, InputWeight, OutputWeight, rope_angles
 from msllm.model.model import MultiStreamLM, abstract_model, bind
 from msllm.model.relays import add_relays, attend_to_columns, columns_of, stream_columns
@@ -465,7 +466,7 @@ class DecodeProgram:
         def take(x):
             return subset.take(x, axis=1)
 
-        logits = gather(model.logits(model.finish(take(x))), 2, mesh_axes("vocab"))
+        logits = self._logits(model, model.finish(x), inputs.read_present, subset)
         is_silence = jnp.arange(self.config.vocab_size) == self.silence_id
         bias = jnp.where(is_silence, -take(inputs.penalty)[..., None], 0.0)
         bias -= take(controls.presence_penalty)[..., None] * take(state.said)
@@ -480,6 +481,29 @@ class DecodeProgram:
         )
         sampled = Sampled(*map(subset.put, sampled, unsampled))
         return sampled, logits if self.all_logits else None
+
+    def _logits(
+        self, model: MultiStreamLM, hidden: jax.Array, present: jax.Array, subset: StreamSubset
+    ) -> jax.Array:
+        """The logits [B, places of the subset, V] of the next row; log-probabilities of mixtures.
+
+        Args:
+          hidden: [B, S, D] after the final norm.
+          present: [B, S] bool, of the row that was read.
+        """
+        hidden, present = hidden[:, None], present[:, None]
+        pooled = subset.take(pool_products(model, hidden, present)[:, 0], axis=1)
+        logits = gather(model.logits(pooled), 2, mesh_axes("vocab"))
+        for rule in self.spec.combine:
+            place, owner = rule.stream % subset.size, rule.stream // subset.size
+            if rule.mode == "mixture" and place in subset.places:
+                found = sources(model, rule, hidden, present)
+                each = gather(model.logits(found.hidden), 3, mesh_axes("vocab"))
+                at = subset.places.index(place)
+                here = axis_index("stream") == owner
+                mixed = jnp.where(here, found.mixed(each)[:, 0], logits[:, at])
+                logits = logits.at[:, at].set(mixed)
+        return logits
 
     def _advance(self, weights: Weights, state: State, controls: Controls, inputs: RowInputs):
         state, sampled, logits = self._next_row(weights, state, controls, inputs, inputs.read)

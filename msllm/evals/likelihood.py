@@ -23,6 +23,7 @@ from msllm.config import LossConfig
 from msllm.errors import UserError
 from msllm.evals.held_out import open_split
 from msllm.loss import next_row_loss, targets_and_weights
+from msllm.model.combine import pool_products, sources
 from msllm.model.model import bind
 from msllm.weights.load import LoadedModel
 
@@ -103,15 +104,31 @@ def _nll(
 ) -> tuple[jax.Array, ...]:
     """(nll, nll given that the target is not silence, targets, counted), [B, T, S] each."""
     model = bind(graph, parameters)
-    hidden = model.read(tables, silence)
-    targets, counted, weights = targets_and_weights(tables, (1.0,) * model.streams.size)
+    states, present = model.read(tables, silence), model.cells(tables, silence).present
+    targets, counted, _ = targets_and_weights(tables, (1.0,) * model.streams.size)
     head = model.head_parameter[...]
-    nll = next_row_loss(hidden, head, targets, weights, LossConfig())[1]
 
-    def logit(rows: jax.Array) -> jax.Array:
-        return jnp.einsum("...d,...d->...", hidden, rows, preferred_element_type=jnp.float32)
+    def losses(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The nll of the targets, and the log-probability of silence."""
+        weights = jnp.ones(targets.shape)
+        nll = next_row_loss(hidden, head, targets, weights, LossConfig())[1]
 
-    silence_logprob = logit(head[silence]) - logit(head[targets]) - nll
+        def logit(rows: jax.Array) -> jax.Array:
+            return jnp.einsum("...d,...d->...", hidden, rows, preferred_element_type=jnp.float32)
+
+        return nll, logit(head[silence]) - logit(head[targets]) - nll
+
+    nll, silence_logprob = losses(pool_products(model, states, present), targets)
+    for rule in model.streams.combine:
+        if rule.mode == "mixture":
+            found, s = sources(model, rule, states, present), rule.stream
+            of_sources = jnp.repeat(targets[:, :, s, None], len(rule.sources), axis=-1)
+            each = losses(found.hidden, of_sources)
+            log_p, log_silence = (
+                jax.nn.logsumexp(found.log_weights + x, axis=-1) for x in (-each[0], each[1])
+            )
+            nll = nll.at[:, :, s].set(-log_p)
+            silence_logprob = silence_logprob.at[:, :, s].set(log_silence)
     words = nll + jnp.log1p(-jnp.exp(jnp.minimum(silence_logprob, -1e-6)))
     return nll, words, targets, counted
 

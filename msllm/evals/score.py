@@ -25,6 +25,7 @@ from msllm.data.tables import Table, unpack
 from msllm.errors import UserError
 from msllm.evals.held_out import open_split
 from msllm.loss import targets_and_weights
+from msllm.model.combine import next_logits
 from msllm.model.model import bind
 from msllm.runtime.files import write_atomically
 from msllm.weights.load import LoadedModel
@@ -38,7 +39,8 @@ class Scores(NamedTuple):
     """A model's predictions for tables.
 
     Attributes:
-      logits: [B, T, S, V] float32; the logits at (t, s) predict the cell (t + 1, s).
+      logits: [B, T, S, V] float32; the logits at (t, s) predict the cell (t + 1, s). Those of a
+        stream that is a mixture (`config.streams.combine`) are log-probabilities.
       logprob: [B, T, S] float32, the log-probability of the cell (t + 1, s), nats; nan if the cell
         does not exist.
     """
@@ -89,7 +91,8 @@ def _score(
 ) -> tuple[jax.Array, jax.Array]:
     model = bind(graph, parameters)
     with jax.default_matmul_precision("highest"):
-        logits = model.logits(model.read(tables, silence_id))
+        hidden = model.read(tables, silence_id)
+        logits = next_logits(model, hidden, model.cells(tables, silence_id).present)
     targets, counted, _ = targets_and_weights(tables, model.streams.loss_weights)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return logits, jnp.where(counted, chosen - jax.nn.logsumexp(logits, axis=-1), jnp.nan)
@@ -153,15 +156,18 @@ def _likelihood(
     model = bind(graph, parameters)
     targets, counted, _ = targets_and_weights(tables, model.streams.loss_weights)
 
-    def cell(hidden_and_target):
-        hidden, target = hidden_and_target
-        logits = model.logits(hidden)
-        return logits[target] - jax.nn.logsumexp(logits), jnp.argmax(logits) == target
+    def row(hidden, present, targets):
+        logits = next_logits(model, hidden[None, None], present[None, None])[0, 0]
+        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        logprob = chosen - jax.nn.logsumexp(logits, axis=-1)
+        return logprob, jnp.argmax(logits, axis=-1) == targets
 
     with jax.default_matmul_precision("highest"):
         hidden = model.read(tables, silence_id)
-        cells = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        logprob, likeliest = jax.lax.map(cell, cells, batch_size=CELLS_AT_ONCE)
+        present = model.cells(tables, silence_id).present
+        rows = [x.reshape(-1, *x.shape[2:]) for x in (hidden, present, targets)]
+        size = max(1, CELLS_AT_ONCE // model.streams.size)
+        logprob, likeliest = jax.lax.map(lambda x: row(*x), rows, batch_size=size)
     logprob = jnp.where(counted, logprob.reshape(targets.shape), jnp.nan)
     return logprob, likeliest.reshape(targets.shape) & counted
 

@@ -21,6 +21,7 @@ from msllm.errors import UserError
 from msllm.model.attention.backend import Backend
 from msllm.model.attention.dispatch import KEEP_OUTPUT, attention, portable_backend
 from msllm.model.block import Block, block_class, check_variables
+from msllm.model.combine import Weights
 from msllm.model.layers import (
     SAVED,
     Angles,
@@ -73,6 +74,8 @@ class MultiStreamLM(nnx.Module):
         self.final_norm = constant(1.0, (config.d_model,), ("embed",))
         if not config.tie_embeddings:
             self.head = parameter(rngs, table_shape, table_axes, config.d_model**-0.5)
+        if streams.combine:
+            self.combine = Weights(config, streams, rngs)
 
     def read(
         self,
@@ -254,7 +257,9 @@ class MultiStreamLM(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """The logits [..., V] float32 of hidden states [..., D].
 
-        For scoring and decoding. Training never holds all logits (msllm/loss.py).
+        For scoring and decoding. Training never holds all logits (msllm/loss.py). The prediction of
+        a stream with a rule in `streams.combine` does not follow from its own hidden state alone:
+        see `msllm.model.combine.next_logits`.
         """
         return head_logits(hidden, self.head_table())
 
