@@ -28,7 +28,7 @@ class Mail(NamedTuple):
 
     reader: int  # the stream that gets the mail, of kind input
     source: int  # the stream whose cells are copied
-    lag: int  # rows, at least 1
+    lag: int  # rows; 0: what the source says in the same row
     rows: tuple[range, ...]  # rows of the reader, from the start of the example or session
 
     def describe(self, names: Sequence[str]) -> tuple[str, str, str, str]:
@@ -44,6 +44,11 @@ class Cell(NamedTuple):
     reader: int
     source_row: int
     source: int
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the source is in the same row, so that the cell is filled after all others."""
+        return self.row == self.source_row
 
 
 class Conflict(ValueError):
@@ -69,6 +74,14 @@ def parse_mail(
                 f"{_SETTING} fills row {row} of {names[reader]!r} twice: each cell gets mail once;"
                 " change the rows of one of the rules"
             )
+    copies = {rule.reader for rule in mail if not rule.lag}
+    for rule in mail:
+        if not rule.lag and rule.source in copies:
+            raise UserError(
+                f"{_SETTING} copies {names[rule.source]!r} into {names[rule.reader]!r} in the same"
+                f" row (lag 0), and {names[rule.source]!r} gets such a copy itself: name the stream"
+                " that it copies as the source"
+            )
     return mail
 
 
@@ -87,10 +100,10 @@ def _parse(setting: tuple[str, str, str, str], names: Sequence[str], kinds: Sequ
         raise UserError(
             f"{_SETTING} copies {reader!r} into itself: name another stream as the source"
         )
-    if not _NUMBER.fullmatch(lag) or not 1 <= int(lag) < MAX_ROWS:
+    if not _NUMBER.fullmatch(lag) or not 0 <= int(lag) < MAX_ROWS:
         raise UserError(
-            f"{_SETTING} holds lag {lag!r}: must be a number of rows in [1, {MAX_ROWS}); '1' copies"
-            " from the row before"
+            f"{_SETTING} holds lag {lag!r}: must be a number of rows in [0, {MAX_ROWS}); '1' copies"
+            " from the row before, and '0' from the same row"
         )
     parsed = sorted((_parse_rows(part, int(lag)) for part in rows.split(",")), key=_start)
     return Mail(names.index(reader), names.index(source), int(lag), tuple(parsed))
@@ -161,6 +174,10 @@ def _first_common(a: range, b: range) -> int | None:
     return first if first < min(a.stop, b.stop) else None
 
 
+def _place(cell: Cell) -> tuple[int, bool, int]:
+    return cell.row, cell.is_copy, cell.reader
+
+
 def mail_in(mail: tuple[Mail, ...], row: int) -> list[Cell]:
     """The cells of a row that get mail."""
     return [
@@ -172,14 +189,14 @@ def mail_in(mail: tuple[Mail, ...], row: int) -> list[Cell]:
 
 @functools.lru_cache(maxsize=1024)  # one entry for each length of an example
 def mailed_cells(mail: tuple[Mail, ...], rows: int) -> tuple[Cell, ...]:
-    """The cells of the first `rows` rows that get mail, in the order of the rows."""
+    """The cells of the first `rows` rows that get mail, in an order in which they can be filled."""
     cells = [
         Cell(row, rule.reader, row - rule.lag, rule.source)
         for rule in mail
         for some in rule.rows
         for row in range(some.start, min(some.stop, rows), some.step)
     ]
-    return tuple(sorted(cells))
+    return tuple(sorted(cells, key=_place))
 
 
 def is_mailed(mail: tuple[Mail, ...], rows: int, streams: int) -> np.ndarray:

@@ -611,6 +611,12 @@ class Engine:
             return [script.show(plan.given[0], plan.present[0], nothing, nothing)]
         tokens, logprob, entropy = (x[..., slot, :size].reshape(-1, size) for x in sampled)
         own_logits = None if logits is None else logits[slot, :size]
+        for i, mail in enumerate(plan.mail):
+            copies = np.flatnonzero((mail != FREE) & (mail // size == i))
+            if len(copies):
+                tokens, logprob, entropy = tokens.copy(), logprob.copy(), entropy.copy()
+                tokens[i, copies] = tokens[i, mail[copies] % size]
+                logprob[i, copies] = entropy[i, copies] = np.nan
         return [
             script.show(tokens[i], present, logprob[i], entropy[i], own_logits)
             for i, present in enumerate(plan.present)

@@ -96,8 +96,8 @@ class RowInputs(NamedTuple):
     read_present: Array  # bool: the cells of the row that are not absent
     given: Array  # int32: tokens of the next row that are set and not sampled; FREE elsewhere
     penalty: Array  # float32: subtracted from the next row's logit of silence
-    # int32, in `run` of a model with mail: the cell, of the rows that the call has sampled, whose
-    # token the next row holds, as row * S + stream; FREE elsewhere
+    # int32, in `run` of a model with mail: the cell, of this and earlier rows that the call samples,
+    # whose token the next row holds, as row * S + stream; FREE elsewhere
     mail: Array | None = None
 
 
@@ -521,11 +521,17 @@ class DecodeProgram:
             state, tokens, out = carry
             row_inputs = jax.tree.map(lambda x: x[i], inputs)
             tokens = jnp.where(row_inputs.read != FREE, row_inputs.read, tokens)
-            if row_inputs.mail is not None:
-                mailed = self._mailed(out.tokens, row_inputs.mail)
-                given = jnp.where(row_inputs.mail != FREE, mailed, row_inputs.given)
+            mail = row_inputs.mail
+            if mail is not None:
+                is_copy = mail // self.spec.size == i  # of a token that this row samples
+                mailed = self._mailed(out.tokens, mail)
+                given = jnp.where((mail != FREE) & ~is_copy, mailed, row_inputs.given)
                 row_inputs = row_inputs._replace(given=given)
             state, sampled, _ = self._next_row(weights, state, controls, row_inputs, tokens)
+            if mail is not None:
+                copied = self._mailed(sampled.tokens[None], mail % self.spec.size)
+                copied = jnp.where(is_copy, copied, sampled.tokens)
+                sampled = sampled._replace(tokens=copied)
             out = jax.tree.map(lambda out, x: out.at[i].set(x), out, sampled)
             return state, sampled.tokens, out
 

@@ -237,7 +237,8 @@ class Plan(NamedTuple):
       is_fed: [S] bool, the cells of the last row that were fed or get mail.
       last_fed_row: the row of the last fed token that is not silence; -1: none.
       mail: for each row, [S] int32: the cell of this plan whose token is copied, as row * S +
-        stream; FREE elsewhere. Mail from rows before this plan is in `given`. Empty without rules.
+        stream; FREE elsewhere. Other mail is in `given`. Empty without rules.
+      copied: {reader: source} of the cells of the last row that copy a cell of that row.
     """
 
     read: np.ndarray
@@ -250,6 +251,7 @@ class Plan(NamedTuple):
     is_fed: np.ndarray
     last_fed_row: int
     mail: list[np.ndarray]
+    copied: dict[int, int]
 
 
 class Script:
@@ -302,6 +304,7 @@ class Script:
         # cells of the last row that were fed or prefilled, or get mail
         self._is_fed = np.zeros(size, bool)
         self._mail = self.streams.mail
+        self._copied = dict[int, int]()  # as in `Plan`, of the row shown last
         # As many rows as mail looks back, (tokens, present).
         self._mail_rows: collections.deque = collections.deque(
             maxlen=max((rule.lag for rule in self._mail), default=0)
@@ -423,12 +426,16 @@ class Script:
             if queue and last_present[stream] and not waits:
                 read = read.copy() if read is self.tokens else read
                 take(stream, read, self.rows - 1)
+        for reader, source in self._copied.items():
+            if fed[source]:
+                read[reader] = read[source]
+        copied = self._copied
         for row in range(self.rows, self.rows + count):
             here = row >= self._delays
             tokens = np.full(size, FREE, np.int32)
             starts = here & ~last_present  # a stream starts with silence
             is_fed = np.zeros(size, bool)
-            mailed: dict[int, Cell] = {}
+            mailed, copied = dict[int, Cell](), dict[int, int]()
             if self._mail:
                 mailed = {cell.reader: cell for cell in mail_in(self._mail, row)}
                 is_fed[list(mailed)] = True  # a token that is fed waits for the next row
@@ -444,7 +451,9 @@ class Script:
                     if here[stream] and not self._ablated[stream]:
                         cell = mailed[stream]
                         at = cell.source_row - self.rows
-                        if at >= 0:
+                        if cell.is_copy:
+                            copied[stream] = cell.source
+                        elif at >= 0:
                             here[stream] = present[at][cell.source]
                             mail[-1][stream] = at * size + cell.source
                         else:
@@ -457,14 +466,30 @@ class Script:
             # No row predicts the first one.
             silent = self._is_input | self._ablated | starts | (row == 0)
             silent &= tokens == FREE
+            silent[list(copied)] = False
             if np.count_nonzero(silent):
                 tokens[silent] = self.require_silence()
+            for stream, source in copied.items():
+                tokens[stream], here[stream] = tokens[source], here[source]
+                if tokens[source] == FREE:  # the device copies it
+                    tokens[stream] = 0
+                    mail[-1][stream] = (row - self.rows) * size + source
             given.append(tokens)
             present.append(here)
             penalty.append(self.penalty(row, last_fed_row))
             last_present = here
         return Plan(
-            read, self.present, given, present, penalty, fed, forced, is_fed, last_fed_row, mail
+            read,
+            self.present,
+            given,
+            present,
+            penalty,
+            fed,
+            forced,
+            is_fed,
+            last_fed_row,
+            mail,
+            copied,
         )
 
     def commit(self, plan: Plan) -> None:
@@ -476,6 +501,7 @@ class Script:
         # In place: the transcript shares this array.
         self.tokens[:] = plan.read
         self._is_fed, self._last_fed_row = plan.is_fed, plan.last_fed_row
+        self._copied = plan.copied
 
     def penalty(self, row: int, last_fed_row: int | None = None) -> np.ndarray:
         """[S] float32: subtracted from the logit of silence when row `row` is sampled.

@@ -398,11 +398,12 @@ def forced_tables(cases: Sequence[Case], model: LoadedModel, rows: int, batch: i
     streams, silence = model.streams, model.require_tokenizer().silence_id
     forced = np.full((batch, rows, streams.size), FREE)
     forced[:, :, streams_of_kind(streams, "input")] = silence
-    forced[:, is_mailed(streams.mail, rows, streams.size)] = FREE
+    mailed = is_mailed(streams.mail, rows, streams.size)
+    forced[:, mailed] = FREE
     for table, case in zip(forced, cases):
         table[: len(case.prompt)] = case.prompt
     # No row predicts the first one. Its free cells are silence, as in the examples.
-    forced[:, 0] = np.where(forced[:, 0] == FREE, silence, forced[:, 0])
+    forced[:, 0] = np.where((forced[:, 0] == FREE) & ~mailed[0], silence, forced[:, 0])
     return forced
 
 
