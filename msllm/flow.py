@@ -15,8 +15,8 @@ next token. A stream that others see through tokens also has a relay R[s].
 - X[s] -> R[s] -> H[r], `token_lag[r][s]` rows later or more: an edge through tokens. A relay
   attends only to itself, so it depends on the token and the presence of one cell alone. If only a
   set of tokens passes, it depends on which of them the token is, if any.
-- H[s] -> P[s], and H[c] -> P[s] for each source c of a rule by which s is combined, in the same row.
-  Over such an edge, c influences what s says, but not the hidden states of s.
+- H[s] -> P[s], in the same row; and H[c] -> P[s] for each source c of a rule by which s is combined
+  (msllm/combine.py). Over such an edge, c influences what s says, but not the hidden states of s.
 - P[s] -> X[s], in the next row, if s is generated: the model chooses its next token. This edge does
   not exist for streams of the kind `input`.
 - X[s] -> X[r], `lag` rows later: mail copies tokens of s to the input r.

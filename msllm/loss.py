@@ -183,9 +183,7 @@ def _mixture_forward(hidden, log_weights, head, targets, weights, options, gathe
 
 def _mixture_backward(options, gather_rows, saved, cotangents):
     hidden, d_hidden, d_head, d_log_weights = saved
-    d_hidden, d_head, _, _ = _backward(
-        options, gather_rows, (hidden, d_hidden, d_head), cotangents
-    )
+    d_hidden, d_head, _, _ = _backward(options, gather_rows, (hidden, d_hidden, d_head), cotangents)
     # Every device along `tensor` has the gradient of the weights, but only its part of the others.
     return d_hidden, d_log_weights * cotangents[0], d_head, None, None
 

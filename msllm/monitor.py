@@ -19,7 +19,7 @@ from etils import epath
 from msllm.errors import UserError
 from msllm.metrics import MetricsWriters, MixtureShares, memory_mib, named_losses
 from msllm.runtime.files import digest_differs, read_object, with_digest, write_atomically
-from msllm.runtime.flops import batch_pairs, step_flops
+from msllm.runtime.flops import batch_pairs, combine_flops, step_flops
 from msllm.runtime.hardware import lookup
 from msllm.runtime.processes import DispatchClocks, is_primary
 from msllm.runtime.progress import Progress
@@ -268,7 +268,8 @@ class Monitor:
     def _flops(self, tables: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Operations since the last report, for all cells and for cells that are not silent.
 
-        The number of visible pairs per cell is taken from one step's tables on this host.
+        The number of visible pairs per cell is taken from one step's tables on this host, and the
+        targets are divided evenly among the streams that have a loss.
         """
         program, counts = self._program, self._counts
         present = tables["present"] & (tables["segment"] > 0)[:, :, None]
@@ -276,9 +277,12 @@ class Monitor:
         seen = present & ~silent if program.streams.skip_silence else present
         pairs = batch_pairs(program.streams.nearest_lag_array, present, seen, tables["segment"])
         pairs_per_cell = pairs / max(1, present.sum())
+        trained = sum(weight > 0 for weight in program.streams.loss_weights)
 
         def flops(cells: float, targets: float) -> float:
-            return step_flops(program.config.model, cells, targets, pairs_per_cell * cells)
+            model, streams = program.config.model, program.streams
+            added = combine_flops(model, streams, [targets / trained] * streams.size)
+            return step_flops(model, cells, targets, pairs_per_cell * cells) + added
 
         return {
             "mfu": flops(counts["cells"], counts["targets"]),

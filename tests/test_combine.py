@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from runs import SILENCE, four_streams, make_program, place, random_tables
 
-from msllm.config import LossConfig, StreamsConfig
+from msllm.config import LossConfig
 from msllm.evals.score import likelihood, score
 from msllm.loss import mixture_loss, targets_and_weights
 from msllm.model.combine import next_logits
 from msllm.model.model import bind
-from msllm.streams import StreamSpec
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 BOTH = (("thought", "product", "user, thought"), ("output", "mixture", "thought, output, user"))

@@ -17,6 +17,7 @@ from runs import dictation
 
 from msllm import flow
 from msllm.cli.main import main
+from msllm.combine import Combine
 from msllm.config import StreamsConfig
 from msllm.decode.engine import FREE, DecodeOptions, Engine
 from msllm.errors import UserError
@@ -67,8 +68,11 @@ def spec_of(lag, token_lag=(), kinds=(), skip_silence=False, passing=()):
 
 
 @st.composite
-def graphs(draw, least=2, most=STREAMS, with_mail=False):
-    """A StreamSpec with a mix of missing edges, latent edges and edges through tokens."""
+def graphs(draw, least=2, most=STREAMS, with_rules=False):
+    """A StreamSpec with a mix of missing edges, latent edges and edges through tokens.
+
+    `with_rules`: with rules of mail and of combination.
+    """
     size = draw(st.integers(least, most))
     lag, token_lag = np.full((2, size, size), NEVER)
     passing = []
@@ -93,29 +97,34 @@ def graphs(draw, least=2, most=STREAMS, with_mail=False):
     pairs = [
         (reader, source)
         for reader, source in itertools.permutations(range(size), 2)
-        if with_mail and kinds[reader] == "input"
+        if with_rules and kinds[reader] == "input"
     ]
     mail = tuple(
         Mail(*pair, draw(st.integers(1, 3)), (range(0, ROWS),))
         for pair in pairs
         if draw(st.integers(0, 2)) == 0
     )
-    return dataclasses.replace(spec, mail=mail)
+    combine = tuple(
+        Combine(s, "mixture", tuple(draw(st.permutations(range(size)))[: draw(st.integers(1, 2))]))
+        for s, kind in enumerate(kinds)
+        if with_rules and kind != "input" and draw(st.integers(0, 2)) == 0
+    )
+    return dataclasses.replace(spec, mail=mail, combine=combine)
 
 
 def first_rows(spec, generated):
-    """[source, reader]: the rows until a token of the source changes the reader's hidden states.
+    """[source, reader]: the rows until a token of the source changes the reader's logits.
 
     Searches row by row which cells a change in row 0 reaches. -1: none.
     """
     size = spec.size
     rows = (3 + 1) * size + 1  # more than any path without a loop takes
-    token, hidden = np.zeros((2, rows, size, size), bool)  # [row, source, stream]
+    token, hidden, logits = np.zeros((3, rows, size, size), bool)  # [row, source, stream]
     token[0] = np.eye(size, dtype=bool)
     for row in range(rows):
         if generated and row:
             chosen = np.array([kind != "input" for kind in spec.kinds])
-            token[row] |= hidden[row - 1] & chosen
+            token[row] |= logits[row - 1] & chosen
         for rule in spec.mail if generated else ():
             if row >= rule.lag:
                 token[row, :, rule.reader] |= token[row - rule.lag, :, rule.source]
@@ -126,12 +135,15 @@ def first_rows(spec, generated):
                     last = row - int(lags[reader, source])
                     if last >= 0:
                         hidden[row, :, reader] |= seen[: last + 1, :, source].any(0)
-    return np.where(hidden.any(0), hidden.argmax(0), -1)
+        logits[row] = hidden[row]
+        for rule in spec.combine:
+            logits[row, :, rule.stream] |= hidden[row][:, list(rule.sources)].any(1)
+    return np.where(logits.any(0), logits.argmax(0), -1)
 
 
 @pytest.mark.parametrize("generated", [True, False])
 @hypothesis.settings(max_examples=200)
-@hypothesis.given(spec=graphs(with_mail=True))
+@hypothesis.given(spec=graphs(with_rules=True))
 def test_rows_equal_those_of_a_search_over_cells(generated, spec):
     expected = first_rows(spec, generated)
     found = flow.certificate(spec, VOCAB, generated=generated)
@@ -149,9 +161,13 @@ def least_cut(spec, source, reader, generated, bits):
     size = spec.size
     edges = [(("seen", s), ("hidden", s)) for s in range(size)]
     edges += [(("token", s), ("seen", s)) for s in range(size)]
+    edges += [(("hidden", s), ("logits", s)) for s in range(size)]
+    edges += [
+        (("hidden", s), ("logits", rule.stream)) for rule in spec.combine for s in rule.sources
+    ]
     if generated:
         chosen = [s for s in range(size) if spec.kinds[s] != "input"]
-        edges += [(("hidden", s), ("token", s)) for s in chosen]
+        edges += [(("logits", s), ("token", s)) for s in chosen]
         edges += [(("seen", rule.source), ("token", rule.reader)) for rule in spec.mail]
     sets = {(b, a): one.tokens for b, a, one in spec.passing}
     for b, a in itertools.product(range(size), repeat=2):
@@ -169,14 +185,14 @@ def least_cut(spec, source, reader, generated, bits):
         while more := {b for a, b in left if a in reached} - reached:
             reached |= more
         cost = sum(bits[element] for element in removed)
-        if ("hidden", reader) not in reached and (best is None or cost < best):
+        if ("logits", reader) not in reached and (best is None or cost < best):
             best = cost
     return best
 
 
 @pytest.mark.parametrize("generated", [True, False])
 @hypothesis.settings(max_examples=60)
-@hypothesis.given(spec=graphs(most=4, with_mail=True))
+@hypothesis.given(spec=graphs(most=4, with_rules=True))
 def test_bits_are_those_of_the_smallest_cut(generated, spec):
     bits = {("token", s): math.log2(VOCAB + 1) for s in range(spec.size)}
     for _, source, one in spec.passing:  # with silence and an absent cell
@@ -402,7 +418,7 @@ def run_command(monkeypatch):
     return main
 
 
-@hypothesis.given(spec=graphs())
+@hypothesis.given(spec=graphs(with_rules=True))
 def test_latent_influence_is_that_of_the_certificate(spec):
     found, latent = flow.certificate(spec, VOCAB), flow.latent_influence(spec)
     for a, b in itertools.permutations(range(spec.size), 2):

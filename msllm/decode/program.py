@@ -96,8 +96,8 @@ class RowInputs(NamedTuple):
     read_present: Array  # bool: the cells of the row that are not absent
     given: Array  # int32: tokens of the next row that are set and not sampled; FREE elsewhere
     penalty: Array  # float32: subtracted from the next row's logit of silence
-    # int32, in `run` of a model with mail: the cell, of this and earlier rows that the call samples,
-    # whose token the next row holds, as row * S + stream; FREE elsewhere
+    # int32, in `run` of a model with mail: the cell whose token the next row holds, as
+    # row * S + stream, where rows count from the first one that the call samples; FREE elsewhere
     mail: Array | None = None
 
 

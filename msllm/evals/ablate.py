@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from msllm.errors import UserError
 from msllm.evals.exact_match import streams_of_kind
 from msllm.evals.free_run import Examples, run
 from msllm.evals.score import likelihood, pack
@@ -97,6 +98,13 @@ def hide(model: LoadedModel, stream: int | str) -> LoadedModel:
     """The model with a stream that no other stream sees. Raises UserError if there is none."""
     spec = model.streams
     index = spec.index(stream) if isinstance(stream, str) else stream
+    for rule in spec.combine:
+        if index in rule.sources and index != rule.stream:
+            raise UserError(
+                f"stream {spec.names[index]!r} cannot be hidden: config.streams.combine predicts"
+                f" {spec.names[rule.stream]!r} from it; silence it (options.ablated) or name other"
+                " streams"
+            )
 
     def without(lags: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
         return tuple(

@@ -107,6 +107,12 @@ class _Tables:
     """The targets as arrays, and the losses of choices of tokens."""
 
     def __init__(self, model: LoadedModel, targets: Sequence[Target]):
+        if model.streams.combine:
+            rules = ", ".join(model.streams.names[rule.stream] for rule in model.streams.combine)
+            raise UserError(
+                f"config.streams.combine predicts {rules} from several streams: this attack follows"
+                " the logits of one hidden state, so it cannot be run on the model"
+            )
         counts = {len(target.attacked) for target in targets}
         if len(counts) != 1 or 0 in counts or not all(target.wanted for target in targets):
             raise UserError(

@@ -68,9 +68,7 @@ class Sources(NamedTuple):
         return jax.nn.logsumexp(joint, axis=-2)
 
 
-def sources(
-    model: MultiStreamLM, rule: Combine, hidden: jax.Array, present: jax.Array
-) -> Sources:
+def sources(model: MultiStreamLM, rule: Combine, hidden: jax.Array, present: jax.Array) -> Sources:
     """The sources of a rule, on every device along the mesh axis `stream`.
 
     Args:
@@ -150,8 +148,8 @@ def sources_of_device(
     model: MultiStreamLM, rule: Combine, hidden: jax.Array, present: jax.Array
 ) -> Sources:
     """This device's part, as in `part_of_device`, of the sources of a rule. See `sources`."""
-    found = (part_of_device(x, rule.sources) for x in (hidden, present))
-    return weigh(model, rule, *found, part_of_device(hidden, rule.stream))
+    states, here = (part_of_device(x, rule.sources) for x in (hidden, present))
+    return weigh(model, rule, states, here, part_of_device(hidden, rule.stream))
 
 
 def pool_products(model: MultiStreamLM, hidden: jax.Array, present: jax.Array) -> jax.Array:

@@ -5,6 +5,8 @@ Only the operations that the visibility rule requires count: no masked pairs, no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from msllm.config import ModelConfig
@@ -59,9 +61,28 @@ def batch_pairs(lag: np.ndarray, queries: np.ndarray, keys: np.ndarray, segment:
 
 def train_flops(config: ModelConfig, streams: StreamSpec, batch: int, rows: int) -> int:
     """`step_flops` of `batch` full tables of `rows` rows."""
-    trained = batch * rows * sum(weight > 0 for weight in streams.loss_weights)
+    targets = [batch * rows * (weight > 0) for weight in streams.loss_weights]
     pairs = batch * visible_pairs(streams.nearest_lag_array, rows)
-    return int(step_flops(config, batch * rows * streams.size, trained, pairs))
+    flops = step_flops(config, batch * rows * streams.size, sum(targets), pairs)
+    return int(flops + combine_flops(config, streams, targets))
+
+
+def combine_flops(config: ModelConfig, streams: StreamSpec, targets: Sequence[float]) -> float:
+    """What the rules of `streams.combine` add to `step_flops`.
+
+    These are the weights of the sources, and the logits of all sources of a mixture but one.
+
+    Args:
+      config: sizes of the model.
+      streams: the streams.
+      targets: for each stream, the cells with a target of positive weight.
+    """
+    flops, width = 0.0, config.d_model
+    for rule in streams.combine:
+        heads = len(rule.sources) - 1 if rule.mode == "mixture" else 0
+        weights = len(rule.sources) * width * (width + 2)
+        flops += 3 * 2 * targets[rule.stream] * (weights + heads * width * config.vocab_size)
+    return flops
 
 
 def step_flops(config: ModelConfig, cells: float, targets: float, pairs: float) -> float:

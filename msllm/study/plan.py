@@ -28,7 +28,7 @@ from msllm.errors import UserError
 from msllm.loss import targets_and_weights
 from msllm.model.model import abstract_model
 from msllm.runtime.files import read_object
-from msllm.runtime.flops import batch_pairs, step_flops
+from msllm.runtime.flops import batch_pairs, combine_flops, step_flops
 from msllm.streams import StreamSpec, resolve_visibility
 from msllm.study.definition import FACTS, Point, Study, folder_name
 from msllm.training import with_vocabulary
@@ -283,7 +283,8 @@ class Plan:
         loader = Loader(config.data, "train", spec)
         silence = loader.tokenizer.silence_id
         steps = spread(config.steps, COUNTED_BATCHES)
-        rows = cells = targets = pairs = 0
+        rows = cells = pairs = 0
+        targets = np.zeros(spec.size)
         for step in steps:
             batch = loader.batch(step)
             inside = batch["segment"] > 0
@@ -292,11 +293,12 @@ class Plan:
             weights = targets_and_weights(batch, spec.loss_weights)[2]
             rows += int(inside.sum())
             cells += int(present.sum())
-            targets += int((np.asarray(weights) > 0).sum())
+            targets += (np.asarray(weights) > 0).sum((0, 1))
             pairs += batch_pairs(spec.nearest_lag_array, present, seen, batch["segment"])
         scale = config.steps / len(steps)
-        flops = step_flops(config.model, cells, targets, pairs)
-        counted = {"rows": rows, "cells": cells, "targets": targets, "flops": flops}
+        flops = step_flops(config.model, cells, targets.sum(), pairs)
+        flops += combine_flops(config.model, spec, targets.tolist())
+        counted = {"rows": rows, "cells": cells, "targets": int(targets.sum()), "flops": flops}
         return {"steps": config.steps, **{name: x * scale for name, x in counted.items()}}
 
     def parameters(self, config: Config) -> int:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from msllm.combine import sources_of
 from msllm.flow import LATENT, Flow, certificate, count_rows, table
 from msllm.streams import NEVER, StreamSpec
 from msllm.view.cells import visible
@@ -187,6 +188,12 @@ def picture(spec: StreamSpec) -> tuple[list[Node], list[Arrow], float, float]:
             what = f"{nodes[reader].name} sees {nodes[source].name}{through}"
             what += f", lag {count_rows(int(lags[reader, source]))}"
             arrows.append(Arrow(line, kind, what, name, *_label_place(line)))
+    for stream, source in sources_of(spec.combine):
+        if source != stream:
+            what = (
+                f"{nodes[stream].name} is predicted from {nodes[source].name} as well, lag 0 rows"
+            )
+            arrows.append(Arrow(_arrow(points[source], points[stream]), "latent", what))
     for rule in spec.mail:
         reader, source = nodes[rule.reader].name, nodes[rule.source].name
         what = f"{reader} gets mail from {source}, lag {count_rows(rule.lag)}"

@@ -251,6 +251,11 @@ def to_hf(
             f"config.streams.rotations of {checkpoint} is {model.streams.rotations}: no Hugging"
             " Face family rotates embeddings by stream, so the model cannot be exported"
         )
+    if model.streams.combine:
+        raise UserError(
+            f"config.streams.combine of {checkpoint} is {model.run_config.streams.combine}: no"
+            " Hugging Face family predicts a stream from several, so the model cannot be exported"
+        )
     size = model.streams.size
     origin, note = _origin_folder(checkpoint, model.run_config, like)
     settings = hf.read_settings(origin) if origin else {}
@@ -382,7 +387,17 @@ def _rename_streams(old: StreamsConfig, new: StreamsConfig) -> StreamsConfig:
         (new_name.get(reader, reader), new_name.get(source, source), lag, rows)
         for reader, source, lag, rows in old.mail
     )
-    return dataclasses.replace(old, names=new.names, kinds=new.kinds, lags=lags, mail=mail)
+    combine = tuple(
+        (
+            new_name.get(stream, stream),
+            mode,
+            ",".join(new_name.get(name.strip(), name) for name in sources.split(",")),
+        )
+        for stream, mode, sources in old.combine
+    )
+    return dataclasses.replace(
+        old, names=new.names, kinds=new.kinds, lags=lags, mail=mail, combine=combine
+    )
 
 
 def _add_streams(source: Source, size: int) -> tuple[ModelConfig, dict[str, Any]]:

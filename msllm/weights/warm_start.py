@@ -26,6 +26,7 @@ from msllm.checkpoint import (
     read_description,
     refuse_patterns,
 )
+from msllm.combine import sources_of
 from msllm.config import (
     Config,
     ModelConfig,
@@ -35,7 +36,7 @@ from msllm.config import (
     to_json,
 )
 from msllm.errors import UserError
-from msllm.model.model import abstract_model, parameter_shardings
+from msllm.model.model import abstract_model, init_parameters, parameter_shardings
 from msllm.optim import path_name
 from msllm.runtime import processes
 from msllm.runtime.files import read_object
@@ -44,6 +45,7 @@ from msllm.streams import StreamSpec
 from msllm.tokenizer import FILE_NAMES, Tokenizer
 
 STREAM_EMBEDDING = "stream_embedding"
+COMBINE = "combine"
 # The folder inside an imported model for the files beside its weights. A run that starts from the
 # model keeps a copy in its workdir, and an export writes them again.
 ORIGIN = "hf"
@@ -157,8 +159,22 @@ def initial_parameters(
         sharding = program.state_shardings.parameters[STREAM_EMBEDDING]
         old = parameters.get(STREAM_EMBEDDING)
         parameters[STREAM_EMBEDDING] = jax.jit(vectors, out_shardings=sharding)(old)
+    if program.streams.combine and COMBINE not in parameters:
+        parameters[COMBINE] = _new_weights(program)
     log.info("starting from the parameters of %s, step %d", path, description["step"])
     return parameters
+
+
+def _new_weights(program: Program) -> dict[str, Any]:
+    """The initial weights of `config.streams.combine`, for a model that has none yet."""
+    log.info("the weights of config.streams.combine are new")
+
+    def weights() -> dict[str, Any]:
+        config = program.config
+        return init_parameters(config.model, program.streams, config.seed)[COMBINE]
+
+    shardings = program.state_shardings.parameters[COMBINE]
+    return jax.jit(weights, out_shardings=shardings)()
 
 
 def keep_origin(model: str | os.PathLike, workdir: epath.Path) -> None:
@@ -214,8 +230,10 @@ def _read_parameters(
             f"its config.model.block is {stored.model.block!r}, but that of the run is"
             f" {program.config.model.block!r}: both must be the same"
         )
-    _, shapes, axes = abstract_model(stored.model, StreamSpec.from_config(stored.streams))
+    streams = StreamSpec.from_config(stored.streams)
+    _, shapes, axes = abstract_model(stored.model, streams)
     _check_tokenizer(description["tokenizer"], tokenizer)
+    _check_combine(streams, program.streams)
     _check_shapes(shapes, program.abstract_state.parameters)
     abstract = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -241,6 +259,19 @@ def _check_tokenizer(stored: dict[str, Any] | None, tokenizer: Tokenizer) -> Non
         )
 
 
+def _check_combine(stored: StreamSpec, current: StreamSpec) -> None:
+    """Raises UserError if the weights of the streams' sources belong to other rules."""
+    there, here = (
+        [(streams.names[s], streams.names[c]) for s, c in sources_of(streams.combine)]
+        for streams in (stored, current)
+    )
+    if there and there != here:
+        raise UserError(
+            f"its config.streams.combine has the (stream, source) pairs {there}, and that of the"
+            f" run {here}: use the same, whose mode may differ"
+        )
+
+
 def _check_shapes(stored: dict[str, Any], current: dict[str, Any]) -> None:
     """Raises UserError unless the parameters have the same shapes, up to the number of streams."""
     there, here = _shapes_by_name(stored), _shapes_by_name(current)
@@ -251,7 +282,8 @@ def _check_shapes(stored: dict[str, Any], current: dict[str, Any]) -> None:
         elif there[name] != here[name] and name != STREAM_EMBEDDING:
             problems.append(f"{name} is {there[name]} there, {here[name]} here")
     for name in here:
-        if name not in there and name != STREAM_EMBEDDING:
+        is_new = name == STREAM_EMBEDDING or name.startswith(f"{COMBINE}/")
+        if name not in there and not is_new:
             problems.append(f"{name} is only here")
     if problems:
         raise UserError(
