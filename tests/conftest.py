@@ -106,7 +106,7 @@ def make_model():
             kinds = ("output",)
         fields = {
             field: settings.pop(field)
-            for field in ("visibility", "skip_silence", "delays", "combine", "combine_smoothing")
+            for field in ("visibility", "skip_silence", "delays", "lags", "combine")
             if field in settings
         }
         spec = StreamSpec.from_config(StreamsConfig(names=names, kinds=kinds, **fields))

@@ -1,5 +1,6 @@
 """Streams that follow from several streams: mixtures and products, in all that uses them."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -8,17 +9,26 @@ import numpy as np
 import pytest
 from runs import SILENCE, four_streams, make_program, place, random_tables
 
-from msllm.config import LossConfig
+from msllm.combine import Combine
+from msllm.config import LossConfig, StreamsConfig
+from msllm.decode.engine import DecodeOptions, Engine
+from msllm.errors import UserError
+from msllm.evals import adaptive
+from msllm.evals.ablate import hide
 from msllm.evals.score import likelihood, score
+from msllm.flow import certificate
 from msllm.loss import mixture_loss, targets_and_weights
 from msllm.model.combine import next_logits
-from msllm.model.model import bind
+from msllm.model.model import bind, init_parameters
+from msllm.streams import StreamSpec
+from msllm.weights.convert import to_hf
+from msllm.weights.warm_start import initial_parameters, write_model
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 BOTH = (("thought", "product", "user, thought"), ("output", "mixture", "thought, output, user"))
 
 
-@pytest.mark.parametrize("chunk, parts", [(7, 1), (1000, 3), (2, 1)])
+@pytest.mark.parametrize("chunk, parts", [(7, 1), (1000, 3)])
 def test_the_loss_of_a_mixture_and_its_gradients_equal_the_definition(chunk, parts):
     rng = np.random.default_rng(0)
     shape, sources, width, vocab = (2, 5), 3, 8, 12
@@ -29,6 +39,7 @@ def test_the_loss_of_a_mixture_and_its_gradients_equal_the_definition(chunk, par
     targets = jnp.int32(rng.integers(0, vocab, shape))
     weights = jnp.float32(rng.random(shape) * (rng.random(shape) < 0.7))
 
+    @jax.jit
     def dense(hidden, log_weights, head):
         log_p = jax.nn.log_softmax(hidden @ head.T)
         mixed = jax.nn.logsumexp(log_weights[..., None] + log_p, axis=-2)
@@ -37,6 +48,7 @@ def test_the_loss_of_a_mixture_and_its_gradients_equal_the_definition(chunk, par
 
     options = LossConfig(chunk_tokens=chunk, vocab_chunks=parts)
 
+    @jax.jit
     def ours(*arrays):
         return mixture_loss(*arrays, targets, weights, options)
 
@@ -52,11 +64,7 @@ def test_the_loss_of_a_mixture_and_its_gradients_equal_the_definition(chunk, par
 
 @pytest.mark.parametrize(
     "combine",
-    [
-        BOTH,
-        (("output", "mixture", "thought,user"), ("thought", "mixture", "output")),
-        (("output", "product", "thought,user"),),
-    ],
+    [BOTH, (("output", "mixture", "thought,user"), ("thought", "mixture", "output"))],
 )
 def test_the_probabilities_of_all_tables_sum_to_one(make_model, combine):
     model = make_model(combine=combine, vocab_size=3)
@@ -70,17 +78,16 @@ def test_the_probabilities_of_all_tables_sum_to_one(make_model, combine):
     logprob = likelihood(model, {"tokens": tokens, "present": present}, 0).logprob
     total = np.exp(np.float64(logprob[:, : rows - 1, 1:]).sum((1, 2))).sum()
     assert total == pytest.approx(1, abs=1e-5)
+    if combine is not BOTH:
+        return
     logits = score(model, {"tokens": tokens, "present": present}, 0).logits
     chosen = jax.nn.log_softmax(logits[:, :-1])
     chosen = np.take_along_axis(np.asarray(chosen), tokens[:, 1:, :, None], -1)[..., 0]
     np.testing.assert_allclose(logprob[:, :-1, 1:], chosen[..., 1:], atol=1e-5)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_the_gradients_of_a_step_equal_those_of_all_logits(parts):
-    config = four_streams(
-        **{"streams.combine": BOTH, "loss.vocab_chunks": parts, "streams.visibility": "isolated"}
-    )
+def test_the_gradients_of_a_step_equal_those_of_all_logits():
+    config = four_streams(**{"streams.combine": BOTH, "streams.visibility": "isolated"})
     program = make_program(config)
     parameters = program.init().parameters
     batch = place(program, random_tables(config))
@@ -104,3 +111,178 @@ def test_the_gradients_of_a_step_equal_those_of_all_logits(parts):
     # What is reported of a mixture is its loss as well.
     total = sums["nll"].sum() / sums["targets"].sum()
     assert float(total) == pytest.approx(float(value), abs=1e-5)
+
+
+COPIES = StreamsConfig(
+    names=("text", "copy1", "copy2"),
+    kinds=("output", "input", "input"),
+    visibility="isolated",
+    mail=(("copy1", "text", "0", "0:"), ("copy2", "text", "0", "0:")),
+)
+
+
+def parallel(make_model, mode, **settings):
+    """Three streams that read the same text and predict it together, as in ParScale."""
+    spec = StreamSpec.from_config(
+        dataclasses.replace(COPIES, combine=(("text", mode, "text,copy1,copy2"),))
+    )
+    model = make_model(3, combine=(("output", mode, "user,thought,output"),), **settings)
+    return dataclasses.replace(model, streams=spec)
+
+
+@pytest.mark.parametrize("mode", ["mixture", "product"])
+def test_parallel_copies_of_a_text(make_model, mode):
+    """All texts sum to one; decoding feeds the token to every copy and equals the forward pass."""
+    model = parallel(make_model, mode, vocab_size=4)
+    texts = np.array([(0, *rest) for rest in itertools.product(range(4), repeat=3)], np.int32)
+    tables = {"tokens": np.repeat(texts[:, :, None], 3, axis=2)}
+    logprob = likelihood(model, tables, 3).logprob[:, :-1, 0]
+    assert np.exp(np.float64(logprob).sum(1)).sum() == pytest.approx(1, abs=1e-5)
+    # Every copy matters: without one, or with a copy that reads something else, it is another text.
+    for stream in (1, 2):
+        changed = tables["tokens"].copy()
+        changed[:, 1:, stream] = (changed[:, 1:, stream] + 1) % 4
+        other = likelihood(model, {"tokens": changed}, 3).logprob[:, 1, 0]
+        assert not np.allclose(other, logprob[:, 1], atol=1e-3)
+
+    options = DecodeOptions(temperature=1.0, seed=3)
+    engine = Engine(model, sessions=2, window=32, silence_id=3)
+    session = engine.open(options)
+    shown = [session.step() for _ in range(3)] + session.run(10)
+    fork, snapshot = session.fork(), session.snapshot()
+    session.close()
+    other = engine.restore(snapshot)
+    more = fork.run(5)
+    np.testing.assert_array_equal([row.tokens for row in other.run(5)], [r.tokens for r in more])
+    tokens = fork.transcript().tokens
+    assert (tokens == tokens[:, :1]).all() and len(set(tokens[:, 0])) > 2
+    expected = likelihood(model, {"tokens": tokens[None]}, 3).logprob[0, :-1, 0]
+    found = [row.logprob[0] for row in [*shown, *more]][1:]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_packed_examples_equal_the_same_examples_alone(make_model):
+    model = make_model(combine=BOTH)
+    rng = np.random.default_rng(0)
+    tokens, segment = rng.integers(0, 32, (1, 8, 3)), np.repeat([[1, 2]], 4, axis=1)
+    packed = likelihood(model, {"tokens": tokens, "segment": segment}, 3).logprob[0]
+    for rows in (slice(0, 4), slice(4, 8)):
+        alone = likelihood(model, {"tokens": tokens[:, rows]}, 3).logprob[0]
+        np.testing.assert_allclose(packed[rows], alone, atol=1e-5)
+
+
+def test_what_the_certificate_excludes_changes_no_bit(make_model):
+    """A source influences what the stream says in the same row, but not its hidden states."""
+    combine = (("output", "mixture", "tool,output"), ("thought", "product", "tool,system"))
+    lags = (("system", "output", "0"), ("user", "thought", "2 tokens"))
+    model = make_model(5, visibility="isolated", lags=lags, combine=combine)
+    found = certificate(model.streams, 32, generated=False)
+    assert str(found.flow("tool", "output")) == "latent, 0 rows"
+    assert found.flow("output", "thought").path == ("output", "system", "thought")
+    assert found.flow("tool", "system") is None  # although the system sees the output's states
+    generated = certificate(model.streams, 32).flow("tool", "system")
+    assert (generated.medium, generated.rows, generated.cut) == ("tokens", 1, ("output",))
+    rng = np.random.default_rng(0)
+    tokens, first = rng.integers(4, 32, (1, 6, 5)), 2
+    logits = score(model, {"tokens": tokens}, 3).logits
+    for source, row in enumerate(found.flows):
+        changed = tokens.copy()
+        changed[0, first, source] = 4 + (changed[0, first, source] - 3) % 28
+        differs = (score(model, {"tokens": changed}, 3).logits != logits).any(-1)[0]
+        for reader, flow in enumerate(row):
+            if reader != source:
+                begin = 6 if flow is None else first + flow.rows
+                assert not differs[:begin, reader].any()
+                assert begin == 6 or differs[begin, reader]
+
+
+REFUSED = [
+    ({"combine": (("x", "mixture", "a"),)}, "names 'x': the streams are a, b, out"),
+    ({"combine": (("out", "mixture", "a,x"),)}, "names 'x'"),
+    ({"combine": (("out", "attend", "a"),)}, "the mode 'attend': must be one of own, mixture, pro"),
+    ({"combine": (("out", "own", "a"),)}, "the mode own with sources 'a': leave"),
+    ({"combine": (("out", "mixture", ""),)}, "the sources '': must be one or more"),
+    ({"combine": (("out", "product", "a,a"),)}, "the sources 'a,a': must be one or more"),
+    ({"combine": (("a", "mixture", "b"),)}, "'a', which is of kind input: inputs are given"),
+    ({"combine": (("out", "own", ""), ("out", "mixture", "a"))}, "names 'out' twice"),
+    (
+        {"combine": (("out", "mixture", "a,b"),), "lags": (("out", "b", "never"),)},
+        r"follow from the hidden states of 'b', and config.streams.lags lists the edge as 'never': "
+        r"remove the source, or list the edge as latent, such as \('out', 'b', '1'\)",
+    ),
+    (
+        {"combine": (("out", "product", "b"),), "lags": (("out", "b", "1 tokens"),)},
+        "lists the edge as '1 tokens'",
+    ),
+    (
+        {"combine": (("out", "mixture", "out,a"),), "visibility_medium": "tokens"},
+        "of 'a', and config.streams.visibility_medium=tokens",
+    ),
+]
+
+
+@pytest.mark.parametrize("fields, message", REFUSED)
+def test_rules_that_are_refused(fields, message):
+    streams = StreamsConfig(names=("a", "b", "out"), kinds=("input", "input", "output"), **fields)
+    with pytest.raises(UserError, match=message):
+        StreamSpec.from_config(streams)
+
+
+def test_a_rule_of_mode_own_changes_nothing():
+    streams = StreamsConfig(names=("a", "b"), kinds=("input", "output"))
+    own = dataclasses.replace(streams, combine=(("b", "own", ""),))
+    assert StreamSpec.from_config(own) == StreamSpec.from_config(streams)
+    latent = dataclasses.replace(
+        streams,
+        visibility_medium="tokens",
+        lags=(("b", "a", "1"),),
+        combine=(("b", "mixture", "b, a"),),
+    )
+    assert StreamSpec.from_config(latent).combine == (Combine(1, "mixture", (1, 0)),)
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("loss.objective", "a:b"),
+        ("loss.label_smoothing", 0.1),
+        ("loss.z_loss", 0.1),
+        ("penalty.function", "a:b"),
+        ("streams.combine_smoothing", 1.0),
+    ],
+)
+def test_settings_that_do_not_go_with_a_mixture(setting, value):
+    with pytest.raises(UserError, match=f"config.{setting} is {value!r}: "):
+        four_streams(**{"streams.combine": (("output", "mixture", "tool"),), setting: value})
+
+
+def test_what_needs_the_logits_of_one_hidden_state_is_refused(make_model, tmp_path):
+    model = make_model(combine=BOTH)
+    with pytest.raises(UserError, match="combine predicts thought, output from several streams"):
+        adaptive.search(model, [adaptive.Target(np.zeros((2, 3)), [(0, 0)], [(1, 2)])])
+    with pytest.raises(UserError, match="'user' cannot be hidden: .*predicts 'thought' from it"):
+        hide(model, "user")
+    config = four_streams(**{"streams.combine": (("output", "mixture", "tool"),)})
+    spec = StreamSpec.from_config(config.streams)
+    write_model(tmp_path / "model", config, init_parameters(config.model, spec, 0), None)
+    with pytest.raises(UserError, match="no Hugging Face family predicts a stream from several"):
+        to_hf(tmp_path / "model", tmp_path / "out")
+
+
+def test_a_run_may_start_from_a_model_without_rules(tmp_path):
+    old = four_streams()
+    spec = StreamSpec.from_config(old.streams)
+    write_model(tmp_path / "old", old, init_parameters(old.model, spec, 1), None)
+    program = make_program(four_streams(**{"streams.combine": BOTH}))
+    found = initial_parameters(tmp_path / "old", program, None)
+    np.testing.assert_array_equal(
+        found["embedding"], init_parameters(old.model, spec, 1)["embedding"]
+    )
+    assert np.any(found["combine"]["up"])
+    new = program.config
+    write_model(tmp_path / "new", new, found, None)
+    same = initial_parameters(tmp_path / "new", program, None)
+    np.testing.assert_array_equal(same["combine"]["up"], found["combine"]["up"])
+    other = make_program(four_streams(**{"streams.combine": (("output", "mixture", "tool"),)}))
+    with pytest.raises(UserError, match=r"combine has the \(stream, source\) pairs"):
+        initial_parameters(tmp_path / "new", other, None)
