@@ -11,7 +11,7 @@ Everything here concerns one row at a time. It runs inside `shard_map` and outsi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,7 @@ from msllm.model.layers import constant, gather_param, parameter
 from msllm.sharding import axis_index, axis_size, gather_streams
 from msllm.streams import StreamSpec
 
-if TYPE_CHECKING:
-    from msllm.model.model import MultiStreamLM
-
+MultiStreamLM: TypeAlias = Any  # of msllm/model/model.py, which imports this module
 _ABSENT = -1e30  # the log-weight of a source without a part; finite, so that gradients are
 
 
