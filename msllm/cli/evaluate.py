@@ -28,6 +28,7 @@ from msllm.cli.base import (
     Switch,
     comma_list,
     load_model,
+    non_negative_int,
     output_file,
     positive_int,
     write_json,
@@ -36,15 +37,19 @@ from msllm.cli.base import (
 from msllm.errors import UserError
 
 if TYPE_CHECKING:
+    from msllm.evals import exact_match
     from msllm.evals.intervene import Expected
     from msllm.weights.load import LoadedModel
 
 EXAMPLES = """
 msllm evaluate --checkpoint=runs/quickstart
 msllm evaluate --checkpoint=runs/gsm8k --after='####' --json=result.json
+msllm evaluate --checkpoint=runs/gsm8k --after='####' --votes=8 --temperature=0.7
 msllm evaluate --checkpoint=models/smollm2 --suite=sep --items=items.jsonl
 msllm evaluate --checkpoint=runs/quickstart --intervene='\\d' --ablate
 """
+VOTED = ("answers", "tokens")  # as in msllm/decode/vote.py
+VOTE_FLAGS = ("vote_on", "temperature", "seed")
 SUITE_FLAGS = ("suite_data", "roles", "template", "answer_rows", "items")
 
 
@@ -66,6 +71,28 @@ def define_flags(parser: Parser) -> None:
         default="",
         help="Compare only what an output says after the last occurrence of this text. "
         "Default: compare everything.",
+    )
+    parser.add_argument(
+        "--votes",
+        metavar="N",
+        type=positive_int,
+        help="Answer each example by a vote of this many sampled runs. Default: one run, with the "
+        "most likely tokens.",
+    )
+    parser.add_argument(
+        "--vote_on",
+        choices=VOTED,
+        help="What the runs vote on: whole answers, or each token of the outputs. Default: "
+        "answers.",
+    )
+    parser.add_argument(
+        "--temperature",
+        metavar="T",
+        type=float,
+        help="Temperature of the runs of a vote. Default: 1.",
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=non_negative_int, help="Seed of a vote. Default: 0."
     )
     parser.add_argument(
         "--suite", choices=("sep", "bipia", "struq"), help="Run this security suite."
@@ -132,6 +159,12 @@ def run(flags: argparse.Namespace) -> None:
     runs = [name for name in ("intervene", "ablate", "transcripts") if getattr(flags, name)]
     if flags.suite and runs:
         raise UserError(f"--suite={flags.suite} takes no --{runs[0]}: give it without --suite")
+    given = [name for name in VOTE_FLAGS if getattr(flags, name) is not None]
+    if given and flags.votes is None:
+        raise UserError(f"--{given[0]} is for a vote: give the number of runs by --votes")
+    if flags.votes and (flags.suite or runs):
+        other = "suite" if flags.suite else runs[0]
+        raise UserError(f"--votes does not go with --{other}: give one of the two")
     model = load_model(flags)
     for line in flow.summary(model.streams, model.config.vocab_size):
         print(line)
@@ -145,15 +178,32 @@ def run(flags: argparse.Namespace) -> None:
     print(by_turn.describe(predicted), end="\n\n")
     if exact_match.is_applicable(model):
         try:
-            exact = exact_match.evaluate(model, flags.data, flags.examples, flags.after)
+            exact = exact_match.evaluate(
+                model, flags.data, flags.examples, flags.after, _vote(flags)
+            )
             result |= dataclasses.asdict(exact)
+            if flags.votes:
+                print(f"by a vote of {flags.votes} runs on {flags.vote_on or 'answers'}:")
             print(exact_match.describe(exact))
         except exact_match.NoAnswers as error:
             print(error)
-    elif flags.after:
-        raise UserError("--after needs answers, and the model has no input and output stream")
+    elif flags.after or flags.votes:
+        name = "after" if flags.after else "votes"
+        raise UserError(f"--{name} needs answers, and the model has no input and output stream")
     result |= _free_runs(flags, model)
     write_json(flags.json, result)
+
+
+def _vote(flags: argparse.Namespace) -> exact_match.Vote | None:
+    """The vote that the flags ask for."""
+    from msllm.decode.script import DecodeOptions
+    from msllm.evals.exact_match import Vote
+
+    if flags.votes is None:
+        return None
+    temperature = 1.0 if flags.temperature is None else flags.temperature
+    options = DecodeOptions(temperature=temperature, seed=flags.seed or 0)
+    return Vote(flags.votes, flags.vote_on or "answers", options)
 
 
 def _run_suite(flags: argparse.Namespace, model: LoadedModel) -> None:

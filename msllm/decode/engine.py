@@ -863,6 +863,17 @@ class Session:
 
         return engine._add_session(script, fill)
 
+    def _amend(self, row: Row, tokens: Mapping[int, int]) -> Row:
+        """Replaces tokens of the last row, which the model has not read yet.
+
+        Args:
+          row: the last row.
+          tokens: {stream: token} of present cells.
+
+        Returns: the row with these tokens.
+        """
+        return self._require_open()._script.amend(row, tokens)
+
     def snapshot(self) -> Snapshot:
         """A copy of the session on the host, from which `Engine.restore` continues."""
         engine = self._require_open()._engine

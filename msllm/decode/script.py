@@ -294,6 +294,7 @@ class Script:
         ]
 
         self.rows, self.silent_rows = 0, 0
+        self._silent_before = 0  # `silent_rows` without the last row
         self.finished: str | None = None
         self.tokens, self.present = np.zeros(size, np.int32), np.zeros(size, bool)
         self.allowed: dict[int, np.ndarray] = {}
@@ -535,9 +536,32 @@ class Script:
                 for detokenizer, token, is_spoken in cells
             )
         # Last, so that a row whose text cannot be decoded is not shown.
+        self._silent_before = self.silent_rows
         self._append(tokens, present)
         self.silent_rows = 0 if np.count_nonzero(spoken) else self.silent_rows + 1
         return Row(self.rows - 1, tokens.copy(), present, logprob, entropy, text, logits)
+
+    def amend(self, row: Row, tokens: Mapping[int, int]) -> Row:
+        """See `Session._amend`."""
+        changed = dict(tokens)
+        changed |= {r: changed[s] for r, s in self._copied.items() if s in changed}
+        after, text = row.tokens.copy(), list(row.text or ())
+        for stream, token in changed.items():
+            old, after[stream] = int(row.tokens[stream]), token
+            if token == old or self._detokenizers is None:
+                continue
+            detokenizer = self._detokenizers[stream]
+            if old != self.silence_id:
+                detokenizer.undo()
+            text[stream] = detokenizer.add(token) if token != self.silence_id else ""
+        self.tokens[:] = after  # in place: the transcript shares this array
+        spoken = row.present & (after != self.silence_id)
+        self.silent_rows = 0 if np.count_nonzero(spoken) else self._silent_before + 1
+        return row._replace(
+            tokens=after,
+            text=None if row.text is None else tuple(text),
+            logprob=np.where(after == row.tokens, row.logprob, np.float32(np.nan)),
+        )
 
     def stop_reason(self, row: Row) -> str | None:
         """The condition of `stop` that the row, which is the last one, meets; None: none.
@@ -655,9 +679,11 @@ class _Detokenizer:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer, self._shown = tokenizer, ""
         self._tokens: list[int] = []
+        self._before = self._tokens, self._shown  # the state before the last token
 
     def add(self, token: int) -> str:
         """The text that this token adds."""
+        self._before = self._tokens.copy(), self._shown
         self._tokens.append(token)
         text = self._tokenizer.decode(self._tokens)
         # The bytes of an unfinished character decode to the replacement character.
@@ -669,7 +695,12 @@ class _Detokenizer:
             self._shown = self._tokenizer.decode(self._tokens)
         return new
 
+    def undo(self) -> None:
+        """Forgets the last token."""
+        self._tokens, self._shown = self._before
+
     def __deepcopy__(self, memo: dict) -> _Detokenizer:
         copied = _Detokenizer(self._tokenizer)
         copied._tokens, copied._shown = list(self._tokens), self._shown
+        copied._before = list(self._before[0]), self._before[1]
         return copied

@@ -19,7 +19,16 @@ import numpy as np
 from msllm.data.dictation import QUESTION_END, expected_answer, question_ends, work_out
 from msllm.data.loader import spread
 from msllm.data.tables import Table
-from msllm.decode.engine import FREE, generate
+from msllm.decode.engine import FREE, DecodeOptions, Engine, Row, generate
+from msllm.decode.script import check_number
+from msllm.decode.vote import (
+    check_about,
+    check_samples,
+    elect,
+    run_groups,
+    seeds,
+    streams_of_vote,
+)
 from msllm.errors import UserError
 from msllm.evals.held_out import examples as held_out_examples
 from msllm.evals.held_out import open_split
@@ -66,8 +75,27 @@ class ExactMatch:
     one_stream_rows: float | None
 
 
+class Vote(NamedTuple):
+    """How several sampled runs of an example decide on its answer (msllm/decode/vote.py).
+
+    Attributes:
+      votes: the number of runs.
+      about: answers: the most frequent answer of an example. tokens: in each row, the most frequent
+        token of each output.
+      options: of decoding. The seed of each run is derived from that of the options.
+    """
+
+    votes: int
+    about: str = "answers"
+    options: DecodeOptions = DecodeOptions(temperature=1.0)
+
+
 def evaluate(
-    model: LoadedModel, data: str = "", examples: int = 500, after: str = ""
+    model: LoadedModel,
+    data: str = "",
+    examples: int = 500,
+    after: str = "",
+    vote: Vote | None = None,
 ) -> ExactMatch:
     """Answers held-out examples and counts the exact answers.
 
@@ -77,6 +105,8 @@ def evaluate(
       examples: the most examples to use, spread evenly over the split.
       after: compare only the tokens of an output after the last occurrence of this text. Empty:
         compare all of them.
+      vote: answer each example by a vote of several runs. None: one run, with the most likely
+        tokens.
 
     Raises UserError if the data does not fit the model or has no inputs and outputs; NoAnswers if
     no example has an input and an answer.
@@ -98,10 +128,16 @@ def evaluate(
     if after:
         cases = [_only_after(case, after, model.require_tokenizer()) for case in cases]
     # All batches have the same shape, so decoding compiles once.
-    rows, size = max(len(case.prompt) for case in cases) + SLACK, min(BATCH, len(cases))
+    at_once = max(1, BATCH // vote.votes) if vote else BATCH
+    rows, size = max(len(case.prompt) for case in cases) + SLACK, min(at_once, len(cases))
     answers: list[list[Answer]] = []
+    voting = _Voting(model, vote, rows, size, after) if vote else None
     for start in range(0, len(cases), size):
-        answers += _answer(cases[start : start + size], model, rows, size, after)
+        part = cases[start : start + size]
+        if voting:
+            answers += voting.answer(part, start)
+        else:
+            answers += _answer(part, model, rows, size, after)
     turns = [turn for case in cases for turn in case.turns if turn.has_answer]
     given, by_turn = [], dict[int, list[bool]]()
     for case, of_case in zip(cases, answers):
@@ -364,6 +400,61 @@ def _answer(
     return judge(cases, generated.shown, generated.present, model, mark)
 
 
+class _Voting:
+    """Votes of batches of cases, with one engine."""
+
+    def __init__(self, model: LoadedModel, vote: Vote, rows: int, batch: int, mark: str):
+        """Makes the engine. The arguments are those of `_answer`. Raises UserError."""
+        check_about(vote.about)
+        check_number("votes", vote.votes, int, "[1, 2147483648)")
+        check_samples(vote.options, vote.votes)
+        self._model, self._vote, self._rows, self._mark = model, vote, rows, mark
+        self._batch, self._streams = batch, streams_of_vote(model.streams, ())
+        self._engine = Engine(model, sessions=batch * vote.votes, window=max(rows, 2))
+
+    def answer(self, cases: Sequence[Case], first: int) -> list[list[Answer]]:
+        """The answers of at most `batch` cases.
+
+        Args:
+          cases: the cases.
+          first: the number of the first one, which gives the seeds.
+        """
+        forced = forced_tables(cases, self._model, self._rows, self._batch)
+        votes, seed = self._vote.votes, self._vote.options.seed
+        groups = []
+        for number, table in enumerate(forced):
+            of_case = seeds(seeds(seed, first + number + 1)[-1], votes)
+            group = [
+                self._engine.open(dataclasses.replace(self._vote.options, seed=one))
+                for one in of_case
+            ]
+            for session in group:
+                for stream in range(self._model.streams.size):
+                    session.force(stream, table[:, stream].tolist())
+            groups.append(group)
+        found = run_groups(groups, self._rows, self._streams, self._vote.about)
+        for group in groups:
+            for session in group:
+                session.close()
+        return [self._elect(case, of_case) for case, of_case in zip(cases, found)]
+
+    def _elect(self, case: Case, runs: Sequence[Sequence[Row]]) -> list[Answer]:
+        """The answers of the run that won. A run with no answer has a vote as well."""
+        tokens = np.array([[row.tokens for row in run] for run in runs])
+        present = np.array([[row.present for row in run] for run in runs])
+        spoken = present & (tokens != self._model.require_tokenizer().silence_id)
+        turns = range(len(case.turns))
+        said = [
+            str([_said(case, turn, *run, self._model, self._mark)[1] for turn in turns])
+            for run in zip(tokens, spoken)
+        ]
+        winner, _ = elect(said)
+        return [
+            _judge(case, turn, tokens[winner], spoken[winner], self._model, self._mark)
+            for turn in turns
+        ]
+
+
 def judge(
     cases: Sequence[Case],
     tokens: np.ndarray,
@@ -410,7 +501,19 @@ def forced_tables(cases: Sequence[Case], model: LoadedModel, rows: int, batch: i
 def _judge(
     case: Case, number: int, tokens: np.ndarray, spoken: np.ndarray, model: LoadedModel, mark: str
 ) -> Answer:
-    """Compares generated tokens with the answer to turn `number` of a case.
+    """Compares generated tokens with the answer to turn `number` of a case. See `_said`."""
+    turn = case.turns[number]
+    rows, said = _said(case, number, tokens, spoken, model, mark)
+    if not all(len(at) for at in rows):
+        return Answer(said == turn.answer, None, None)
+    first, last = min(at[0] for at in rows), max(at[-1] for at in rows)
+    return Answer(said == turn.answer, int(first), int(last))
+
+
+def _said(
+    case: Case, number: int, tokens: np.ndarray, spoken: np.ndarray, model: LoadedModel, mark: str
+) -> tuple[list[np.ndarray], list[list[int]]]:
+    """The rows, from the end of the input, and the tokens of the answer of each output stream.
 
     Args:
       tokens: [T, S].
@@ -427,10 +530,7 @@ def _judge(
             at = at[_end_of_mark(tokens[at, s].tolist(), mark, model.require_tokenizer()) :]
         rows.append(at - turn.end)
         said.append(tokens[at, s].tolist())
-    if not all(len(at) for at in rows):
-        return Answer(said == turn.answer, None, None)
-    first, last = min(at[0] for at in rows), max(at[-1] for at in rows)
-    return Answer(said == turn.answer, int(first), int(last))
+    return rows, said
 
 
 def streams_of_kind(streams: StreamSpec, kind: str) -> list[int]:
