@@ -43,8 +43,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 msllm evaluate --checkpoint=runs/quickstart
-msllm evaluate --checkpoint=runs/gsm8k --after='####' --json=result.json
-msllm evaluate --checkpoint=runs/gsm8k --after='####' --votes=8 --temperature=0.7
+msllm evaluate --checkpoint=runs/gsm8k --after='####' --votes=8 --json=result.json
 msllm evaluate --checkpoint=models/smollm2 --suite=sep --items=items.jsonl
 msllm evaluate --checkpoint=runs/quickstart --intervene='\\d' --ablate
 """
