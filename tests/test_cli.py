@@ -85,6 +85,12 @@ def test_defaults_are_shown(capsys):
     assert re.search(r"--examples=N .*Default:\s+500\.", text, re.S)
     _, text, _ = output_of(capsys, "bench", "--help")
     assert "Default: 256 (train), 512 (decode)." in " ".join(text.split())
+    for name in COMMANDS:
+        _, text, _ = output_of(capsys, name, "--help")
+        for entry in re.split(r"\n  --", text):
+            shown = re.findall(r"Default: (\S+)", entry)
+            assert len(shown) == len(set(shown)), f"{name}: {entry}"
+            assert not any(value.startswith(("(", "[", "{", "<")) for value in shown), entry
 
 
 @pytest.mark.parametrize(
@@ -100,6 +106,20 @@ def test_defaults_are_shown(capsys):
             "'configs/quickstrat.py': there is no such file (configs holds quickstart.py",
         ),
         ("train --config=configs --workdir=x", "'configs': a folder, not a file (configs holds "),
+        (
+            "train --config=configs/quickstart --workdir=x",
+            "'configs/quickstart': there is no such file (configs holds quickstart.py",
+        ),
+        ("train --config=configs/quickstart.py --workdir=", "--workdir is empty: give a path"),
+        ("generate --checkpoint=", "--checkpoint is empty: give a path"),
+        ("inspect ''", "DIR is empty: give a path"),
+        ("inspect configs/gsm8k.py", "configs/gsm8k.py is a file, not a folder of prepared data"),
+        ("prepare configs/gsm8k.py", "--config must be given: did you mean --config=configs/gsm8k"),
+        ("generate --rows 5 runs/x", "must be given: did you mean --checkpoint=runs/x? (see"),
+        ("generate --rows 5", "--checkpoint must be given (see msllm generate --help)"),
+        ("train --steps=5", "unknown flag --steps: did you mean --config.steps? (msllm"),
+        ("train --lr=1e-3", "unknown flag --lr: did you mean --config.optim.lr? (msllm"),
+        ("generate --steps=5", "unknown flag --steps"),
         ("help trian", "unknown command 'trian': did you mean train?"),
         ("generate --checkpoint=x --rows=0", "--rows is 0: must be at least 1"),
         ("generate --checkpoint=x --rows=-1", "--rows is -1: must be at least 1"),
@@ -286,6 +306,27 @@ def test_exit_statuses(capsys, result, status):
     assert capsys.readouterr().err == (
         f"error: {result}\n" if isinstance(result, Exception) else ""
     )
+
+
+def test_ctrl_c_ends_a_command_in_one_line(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert base.execute(interrupted) == base.EXIT_INTERRUPTED == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C\n"
+
+
+def test_a_table_without_a_reader_ends_as_other_output_does():
+    code = (
+        "import sys; from msllm.cli import base; from msllm.view import cells\n"
+        "def show():\n"
+        "    for i in range(100_000): cells.console().print(i)\n"
+        "sys.exit(base.execute(show))"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == base.EXIT_BROKEN_PIPE
 
 
 def test_help_takes_the_name_of_a_command(capsys):

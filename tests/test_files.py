@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from msllm.runtime.files import write_atomically
+from msllm.runtime.files import describe_missing, write_atomically
 
 
 def test_writes_text_bytes_and_the_output_of_a_function(tmp_path):
@@ -58,3 +58,11 @@ def test_links_and_devices_are_written_through(tmp_path):
     (tmp_path / "null").symlink_to(os.devnull)
     write_atomically(tmp_path / "null", "lost")
     assert not os.path.isfile(os.devnull)
+
+
+def test_a_file_whose_ending_was_left_out_is_named_first(tmp_path):
+    for name in (*(f"a{i}.py" for i in range(9)), "my.py", "mys.py"):
+        (tmp_path / name).touch()
+    found = describe_missing(tmp_path / "my")
+    assert found == f"{tmp_path} holds my.py, a0.py, a1.py, a2.py, a3.py and 6 more"
+    assert "no folder" in describe_missing(tmp_path / "none" / "my")

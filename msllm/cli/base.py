@@ -24,7 +24,7 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from msllm.errors import RunError, UserError
@@ -34,13 +34,14 @@ if TYPE_CHECKING:
     from msllm.weights.load import LoadedModel
 
 EXIT_BROKEN_PIPE = 128 + 13  # as a shell reports SIGPIPE
+EXIT_INTERRUPTED = 128 + 2  # as a shell reports SIGINT
 
 
 def execute(command: Callable[[], int | None]) -> int:
     """Sets up logging, calls `command` and returns the exit status.
 
     A `UserError` prints one line on stderr and gives status 2. A `RunError` prints one line and
-    gives status 1.
+    gives status 1. Ctrl-C prints one line, unless the command handles it.
     """
     # Show the info messages of msllm, but only warnings of other libraries.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
@@ -54,6 +55,9 @@ def execute(command: Callable[[], int | None]) -> int:
         return 2 if isinstance(error, UserError) else 1
     except BrokenPipeError:  # the reader of the output has what it wanted, as with `| head`
         return EXIT_BROKEN_PIPE
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return EXIT_INTERRUPTED
     finally:
         _flush_stdout()
 
@@ -99,6 +103,7 @@ class Parser(argparse.ArgumentParser):
         self._positionals.title, self._optionals.title = "arguments", "flags"
         self.add_argument("--help", "-h", action="help", help="Show this text and exit.")
         self._takes_config = False
+        self._words: list[str] = []  # the arguments that are neither flags nor their values
 
     def add_config(self, *, required: bool = True) -> None:
         """Adds `--config=FILE` and its overrides, which `parse` turns into a `Config`.
@@ -184,9 +189,17 @@ class Parser(argparse.ArgumentParser):
         Raises UserError if the arguments are invalid.
         """
         self._refuse_unknown(arguments)
+        self._words = [
+            word
+            for before, word in zip(["", *arguments], arguments)
+            if not word.startswith("-") and ("=" in before or not before.startswith("--"))
+        ]
         flags, rest = self.parse_known_args([self._without_boolean(text) for text in arguments])
         for action in self._actions:
             value = getattr(flags, action.dest, None)
+            if action.metavar in ("DIR", "FILE") and value == "" != action.default:
+                name = (*action.option_strings, action.metavar)[0]
+                raise UserError(f"{name} is empty: give a path (see {self.prog} --help)")
             # A shell leaves the ~ of --name=~/path as it is.
             if action.metavar in ("DIR", "FILE") and isinstance(value, str):
                 setattr(flags, action.dest, os.path.expanduser(value))
@@ -211,7 +224,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises UserError. argparse calls this method for arguments that it cannot parse."""
         required = re.fullmatch("the following arguments are required: (.*)", message)
-        message = f"{required[1]} must be given" if required else message
+        if required:
+            message = f"{required[1]} must be given"
+            first = required[1].partition(",")[0]
+            if first.startswith("--") and len(self._words) == 1:
+                message += f": did you mean {first}={self._words[0]}?"
         message = re.sub("^argument ([^:]+): is ", r"\1 is ", message).removeprefix("argument ")
         raise UserError(f"{message} (see {self.prog} --help)")
 
@@ -223,7 +240,9 @@ class Parser(argparse.ArgumentParser):
             is_override = self._takes_config and re.match(r"--(no)?config\.", name)
             is_flag = re.match("--?[a-zA-Z]", name)  # not a negative number
             if is_flag and name not in known and not is_override:
-                hint = did_you_mean(name, known)
+                setting = _setting_named(name.lstrip("-")) if self._takes_config else ""
+                hint = f": did you mean --config.{setting}?" if setting else ""
+                hint = hint or did_you_mean(name, known)
                 raise UserError(f"unknown flag {name}{hint} ({self.prog} --help lists all flags)")
 
     def _without_boolean(self, text: str) -> str:
@@ -380,6 +399,23 @@ def write_text(file: str | pathlib.Path | None, text: str) -> None:
 
     if file:
         write_atomically(file, text)
+
+
+def _setting_named(word: str) -> str:
+    """Returns the path of the setting with this name, e.g. optim.lr for lr; "": not just one."""
+    from msllm.config import default_config
+
+    found = [path for path in _paths(default_config().to_dict()) if path.split(".")[-1] == word]
+    return word if word in found else found[0] if len(found) == 1 else ""
+
+
+def _paths(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted paths of the settings in nested dicts."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _paths(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 def _read_config(file: str, arguments: list[str]) -> tuple[Config, list[str]]:

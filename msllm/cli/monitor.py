@@ -41,7 +41,7 @@ def define_flags(parser: Parser) -> None:
         "--label",
         metavar="KEY",
         default="label",
-        help="Key of the label, which is true or false. Default: label.",
+        help="Key of the label, which is true or false.",
     )
     parser.add_argument(
         "--streams",

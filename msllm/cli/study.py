@@ -40,7 +40,7 @@ def define_flags(parser: Parser) -> None:
         "--shard",
         metavar="I/N",
         type=_shard,
-        default=(0, 1),
+        default="0/1",
         help="Only do part I of N of the points, I from 0. The call that finds all points done "
         "collects them.",
     )

@@ -124,6 +124,8 @@ def read_manifest(directory: str | pathlib.Path) -> dict[str, Any]:
         what = f"does not exist ({describe_missing(path.parent)})"
         if path.parent.is_dir():
             what = f"is unfinished or holds no prepared data (no {MANIFEST})"
+        elif path.parent.exists():
+            what = "is a file, not a folder of prepared data"
         raise UserError(
             f"{path.parent} {what}: prepare it with `msllm prepare --config=...`, or name the"
             " folder of other prepared data"

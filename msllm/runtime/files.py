@@ -53,8 +53,10 @@ def describe_missing(path: str | os.PathLike) -> str:
         return f"{where} cannot be read"
     if not names:
         return f"{where} is empty"
-    close = difflib.get_close_matches(pathlib.Path(path).name, names, n=_SHOWN_NAMES)
-    shown = [*close, *(name for name in names if name not in close)][:_SHOWN_NAMES]
+    wanted = pathlib.Path(path).name
+    close = [name for name in names if name.partition(".")[0] == wanted]  # but for its ending
+    close += difflib.get_close_matches(wanted, names, n=_SHOWN_NAMES)
+    shown = list(dict.fromkeys([*close, *names]))[:_SHOWN_NAMES]
     more = f" and {len(names) - len(shown):,} more" if len(names) > len(shown) else ""
     return f"{where} holds {', '.join(shown)}{more}"
 
