@@ -124,6 +124,39 @@ def test_the_site_shows_every_notebook():
     assert sorted(re.findall(r"^notebooks/(\w+).ipynb$", page, flags=re.M)) == names
 
 
+def test_the_page_lists_every_notebook_and_extra():
+    page = (ROOT / "docs/getting_started.md").read_text()
+    notebooks = {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert set(re.findall(r"^\| `(\w+\.ipynb)` \|", page, flags=re.M)) == notebooks
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", page.partition("## The quick")[0], flags=re.M)
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) == project["optional-dependencies"].keys()
+
+
+def test_the_extra_of_the_notebooks_is_enough():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+
+    def packages(extra):
+        nested = [re.fullmatch(r"msllm\[(\w+)\]", entry) for entry in extras[extra]]
+        found = {re.split("[<>=]", entry)[0] for entry in extras[extra]}
+        return found.union(*(packages(match[1]) for match in nested if match))
+
+    needed = {}
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        text = path.read_text()
+        assert set(re.findall(r"pip install -e [\\\"]+\.\[(.+?)\]", text)) <= {"notebooks"}
+        for module in re.findall(r"from (msllm\.[\w.]+) import", text):
+            file = (ROOT / module.replace(".", "/")).with_suffix(".py")
+            if file.exists():  # a module names the extras that its functions need
+                for extra in re.findall(r"msllm\[(\w+)\]", file.read_text()):
+                    needed[extra] = path.name
+    assert "monitor" in needed
+    for extra, name in needed.items():
+        assert packages(extra) <= packages("notebooks"), (name, extra)
+
+
 def test_extras_that_texts_name_exist():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
