@@ -185,6 +185,18 @@ def test_a_text_gets_the_options_with_which_the_data_of_the_checkpoint_was_prepa
     assert row_of_answer({"roles": {"bot": "output"}, "overlap": -3}) == 4
 
 
+def test_a_text_that_is_no_table_is_answered_with_an_example(chats, command, tmp_path):
+    """A model whose data was generated has no converter for texts."""
+    model = dataclasses.replace(chats, run_config=None)
+    text, example = tmp_path / "q.txt", '{"streams": {"user": "...", "output": "..."}}'
+    text.write_text("who are you\n")
+    status, _, error = command(model, f"--text={text}")
+    assert status == 2 and f"such as {example}" in error and error.count("\n") == 1
+    text.write_text(example.replace("...", "who are you"))
+    status, printed, _ = command(model, f"--text={text}")
+    assert status == 0 and "example 0" in printed
+
+
 def test_each_value_of_a_text_says_which_cell_it_belongs_to(chats, command, tmp_path):
     text, out = tmp_path / "mine.jsonl", tmp_path / "out.jsonl"
     turns = [{"role": "user", "content": "who are you"}, {"role": "bot", "content": "me me"}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 import pathlib
 import zipfile
@@ -256,10 +257,12 @@ def read_text(model: LoadedModel, path: str | os.PathLike, allow_code: bool = Fa
         raise UserError(f"--text={path}: there is no such file")
     run = model.run_config
     data = with_former_options(run.data) if run else DataConfig(converter="")
-    known = CONVERTERS.get(data.converter)
+    known, example = CONVERTERS.get(data.converter), ""
     if not data.converter or (known and not known.reads):
         converter = "single" if model.streams.size == 1 else "tables"
         data = DataConfig(converter=converter, rows=model.trained_rows or DataConfig().rows)
+        if converter == "tables":
+            example = json.dumps({"streams": dict.fromkeys(model.streams.names, "...")})
     elif not allow_code:
         for setting, code in code_named_by(data, "config.data").items():
             raise UserError(
@@ -274,7 +277,14 @@ def read_text(model: LoadedModel, path: str | os.PathLike, allow_code: bool = Fa
         bad_percent=0.0,
         vary=VaryConfig(),
     )
-    return pack(convert(Config(data=data), model.streams, tokenizer))
+    try:
+        return pack(convert(Config(data=data), model.streams, tokenizer))
+    except UserError as error:
+        if not example:
+            raise
+        raise UserError(
+            f"{error}; a record for this model is a line such as {example} (docs/data.md, tables)"
+        ) from error
 
 
 def check_tables(
