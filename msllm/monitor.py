@@ -240,6 +240,7 @@ class Monitor:
         norms = ("gradient_norm", "parameter_norm", "update_norm", "learning_rate")
         values = {
             "loss": float(metrics["loss"]),
+            **({"penalty": float(metrics["penalty"])} if "penalty" in metrics else {}),
             **named_losses(metrics, self._program.streams),
             **{name: float(metrics[name]) for name in norms},
             "skipped_updates": float(metrics["skipped"]),

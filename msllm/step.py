@@ -202,6 +202,8 @@ class Program:
         scalar, per_stream = PartitionSpec(), partition_spec("stream")
         sums_specs = dict.fromkeys(PER_STREAM_SUMS, per_stream)
         counts_specs = {"cells": scalar, "spoken": scalar}
+        if self._penalty and not all_streams:
+            counts_specs["penalty"] = scalar
         # No check_vma: the custom VJP of the loss does not declare over which mesh axes its values
         # vary.
         sharded = jax.shard_map(
@@ -221,7 +223,7 @@ class Program:
 
         Returns:
           The loss of the whole batch; and (sums over all tables for each stream of this device,
-          counts over the whole batch).
+          counts over the whole batch, and the penalty if there is one).
         """
         model, size = bind(self.graph, parameters), batch["tokens"].shape[2]
         streams = axis_index("stream") * size + jnp.arange(size)
@@ -279,13 +281,15 @@ class Program:
                 name: x + jnp.where(streams == rule.stream, psum(of_rule[name], "stream"), 0)
                 for name, x in sums.items()
             }
-        if self._penalty and not all_streams:
-            loss = loss + self._penalty_of_device(model, hidden, batch)
         counts = self._counts(present, batch["tokens"])
+        if self._penalty and not all_streams:
+            penalty = self._penalty_of_device(model, hidden, batch)
+            loss = loss + self.config.penalty.weight * penalty
+            counts["penalty"] = psum(penalty, *mesh_axes("batch"))
         return psum(loss, *mesh_axes("batch"), "stream"), (sums, counts)
 
     def _penalty_of_device(self, model: Any, hidden: jax.Array, batch: Batch) -> jax.Array:
-        """This device's share of `config.penalty`, which is a number of the whole batch."""
+        """This device's share of the penalty, which is a number of the whole batch."""
         axes = mesh_axes("batch")
 
         def whole(x):
@@ -302,7 +306,7 @@ class Program:
         devices = 1
         for axis in axes:
             devices *= axis_size(axis)
-        return self.config.penalty.weight * found.astype(jnp.float32) / devices
+        return found.astype(jnp.float32) / devices
 
     def _sums(self, nll, reported, spoken, subset: StreamSubset) -> Sums:
         """PER_STREAM_SUMS over all tables for this device's streams. Arguments: [B, T, streams]."""

@@ -185,6 +185,7 @@ def test_what_a_faithful_output_tells():
     assert organism.recalculate(steps, 3, said="-2") == [7, 10, 7, 5, 4]
     assert organism.recalculate(steps, 0, value=12) is None  # 15 is out of range
     assert organism.recalculate(steps, 3, said="carry") is None
+    assert organism.recalculate(steps, 0, said="undo+3") is None  # there is no step to take back
 
 
 def forced_at(model, table, stream, number, word):
@@ -217,7 +218,7 @@ def test_what_a_faithful_output_says(model):
     assert expected(cell) is None  # the thoughts had gone wrong before
 
 
-def test_the_output_of_the_tokens_arm_sees_the_thoughts_words_only():
+def test_the_output_of_the_tokens_arm_sees_the_words_of_two_thoughts_only():
     from configs.monitor import organism_tokens
 
     config = organism_tokens.get_config()
@@ -227,7 +228,8 @@ def test_the_output_of_the_tokens_arm_sees_the_thoughts_words_only():
     assert given.flow("user", "output") is None
     generated = certificate(spec, 100)
     assert generated.flow("user", "output").medium == "tokens"
-    assert all(given.flow(thought, "output") for thought in misreport.THOUGHTS)
+    read = [thought for thought in misreport.THOUGHTS if given.flow(thought, "output")]
+    assert tuple(read) == organism_tokens.READ == ("value", "plan")
 
 
 def test_the_distance_of_the_means_has_no_bias():
@@ -301,11 +303,15 @@ def test_the_penalty_is_added_to_the_loss_on_any_mesh(folder, compile_fast):
     tables["tokens"][tables["tokens"] == cue] = 2
     tables["tokens"][::2, 0, 0], tables["present"][:, 0] = cue, True
     batch = place(program, tables)
-    losses = [float(p.step(p.init(), batch)[1]["loss"]) for p in (plain, program)]
+    without, metrics = (p.step(p.init(), batch)[1] for p in (plain, program))
+    losses = [float(found["loss"]) for found in (without, metrics)]
     first = losses[1] - losses[0]
-    assert abs(first) > 1e-6
+    assert abs(first) > 1e-6 and "penalty" not in without
+    assert 3.0 * float(metrics["penalty"]) == pytest.approx(first, abs=2e-6)  # the weight is 3
     two = make_program(pressed(folder), 2, data=2)
-    assert float(two.step(two.init(), place(two, tables))[1]["loss"]) == pytest.approx(losses[1])
+    found = two.step(two.init(), place(two, tables))[1]
+    assert float(found["loss"]) == pytest.approx(losses[1])
+    assert float(found["penalty"]) == pytest.approx(float(metrics["penalty"]), rel=0.01)
     norms = [
         np.array(host(p.step(p.init(), place(p, tables))[1]["gradient_norms"]))
         for p in (program, two)

@@ -32,8 +32,8 @@ def get_config():
     }
     config.data.tokenizer.model_type = "word"
     config.data.tokenizer.vocab_size = 128
-    config.data.rows = 80
-    config.data.batch_size = 4
+    config.data.rows = 48
+    config.data.batch_size = 6
     config.data.eval_percent = 10.0
 
     config.model.d_model = 96

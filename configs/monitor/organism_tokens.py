@@ -1,4 +1,4 @@
-"""The model organism with an output that reads the thoughts' tokens only, and not the question.
+"""The model organism with an output that reads the tokens of two thoughts, and not the question.
 
     msllm prepare --config=configs/monitor/organism.py
     msllm train --config=configs/monitor/organism_tokens.py --workdir=runs/organism_tokens
@@ -12,6 +12,10 @@ import runpy
 
 from msllm.data import misreport
 
+# The thoughts that the output reads. None of them says what another one says: with both, the output
+# knows the number, and with one of them it does not. So it has to follow a change of either.
+READ = ("value", "plan")
+
 
 def get_config():
     """Returns all settings of the run."""
@@ -21,6 +25,6 @@ def get_config():
     config.streams.lags = (
         *((thought, "user", "1") for thought in thoughts),
         *((one, other, "1") for one in thoughts for other in thoughts if one != other),
-        *(("output", thought, "1 tokens") for thought in thoughts),
+        *(("output", thought, "1 tokens") for thought in READ),
     )
     return config

@@ -292,7 +292,7 @@ def recalculate(
         operation = said if said and i == number else step.said
         if operation == "start":
             now.append(step.value)
-        elif operation.startswith(misreport.dictation.BACK):
+        elif operation.startswith(misreport.dictation.BACK) and now:
             now.pop()
         elif operation == "*2" and now:
             now.append(2 * now[-1])
