@@ -26,6 +26,7 @@ from typing import Any
 import ml_collections
 
 from msllm.errors import UserError
+from msllm.groups import expand
 
 
 def _import_path(default: Any = "") -> Any:
@@ -95,10 +96,17 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StreamsConfig:
-    """Names, kinds and visibility of the S streams."""
+    """Names, kinds and visibility of the S streams.
+
+    An entry of `names` may be a group of interchangeable streams, such as "thread * 8" for
+    thread.0, ..., thread.7 (docs/groups.md). Settings "per stream" then have one item per entry.
+    """
 
     names: tuple[str, ...] = ("user", "thought", "output")
     kinds: tuple[str, ...] = ("input", "thought", "output")  # per stream: input | thought | output
+    # number of learned vectors that tell the members of a group apart; every training example draws
+    # distinct ones; 0: none, members are exactly interchangeable
+    identities: int = 0
     # per stream, its weight in the loss; empty: 0 for inputs, 1 for the others
     loss_weights: tuple[float, ...] = ()
     # the lag of every edge: block_causal (1 row) | same_row (0 rows) | isolated (own stream only) |
@@ -108,7 +116,9 @@ class StreamsConfig:
     # (docs/design.md)
     visibility_medium: str = "latent"
     # edges that differ from `visibility`, as (reader, source, lag); lag: "3" (rows), "3 tokens"
-    # (through tokens), "3 tokens:SET" (the tokens of a set pass) or "never"
+    # (through tokens), "3 tokens:SET" (the tokens of a set pass) or "never"; "1|2|4" in place of a
+    # number is drawn for every training batch, and elsewhere the first; reader and source may be
+    # groups, and members such as thread@0 or, for sources, thread@i+1 (docs/groups.md)
     lags: tuple[tuple[str, str, str], ...] = ()
     # {SET: tokens that pass an edge}; each is a text that is one token, or an id (docs/flow.md)
     token_sets: Mapping[str, tuple[str | int, ...]] = dataclasses.field(default_factory=dict)
@@ -569,6 +579,7 @@ _RANGES = {
     "model.rope_scaling.attention_factor": _NOT_NEGATIVE,
     "model.rope_scaling.original_max_position": _COUNT,
     "model.kv_parts": _COUNT,
+    "streams.identities": "[0, 4096]",
     "streams.loss_weights": _NOT_NEGATIVE,
     "streams.delays": _COUNT_OR_ZERO,
     "streams.token_sets": _COUNT_OR_ZERO,
@@ -718,11 +729,13 @@ def _validate_tokenizer(config: Config) -> None:
 
 def _validate_vary(config: Config) -> None:
     vary, names = config.data.vary, config.streams.names
+    roster = expand(names)
     rule = "must be one or more numbers of rows"
     _require(config, "data.vary.lead", vary.lead, rule)
     _require(config, "data.vary.pause_rows", vary.pause_rows, rule)
     rule = f"must be among streams.names={names}"
-    _require(config, "data.vary.permute", set(vary.permute) <= set(names), rule)
+    permuted = set(roster.members(vary.permute))
+    _require(config, "data.vary.permute", permuted <= set(roster.names), rule)
     fit = all(len(delays) == len(names) for delays in vary.delays)
     rule = f"each must be {len(names)} numbers of rows, one per stream"
     _require(config, "data.vary.delays", fit, rule)
@@ -745,7 +758,7 @@ def _validate_mixture(config: Config) -> None:
     steps = [0, *(step for step, _ in mixture.schedule)]
     increasing = all(a < b for a, b in itertools.pairwise(steps))
     _require(config, f"{path}.schedule", increasing, "its steps must be positive and increase")
-    names = config.streams.names
+    names = expand(config.streams.names).names
     rule = f"must be among streams.names={names}"
     _require(config, f"{path}.streams", set(mixture.streams) <= set(names), rule)
 

@@ -136,7 +136,10 @@ def certificate(spec: StreamSpec, vocab_size: int = 0, *, generated: bool = True
       vocab_size: the number of tokens, with silence. 0: unknown, so that bits are as well.
       generated: whether the model chooses the tokens of streams other than inputs, as in
         generation. Otherwise all tokens are given, as in training and scoring.
+
+    A lag that training draws counts with its smallest value.
     """
+    spec = spec.with_least_lags()
     edges = _edges(spec, generated)
     latent_edges = {
         node: [(other, rows) for other, rows in others if node[0] == "H"]

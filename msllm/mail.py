@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from msllm.errors import UserError
+from msllm.groups import Group, Roster
 
 MAX_ROWS = 1 << 31  # the devices count rows in int32
 _SETTING = "config.streams.mail"
@@ -56,17 +57,23 @@ class Conflict(ValueError):
 
 
 def parse_mail(
-    settings: Iterable[tuple[str, str, str, str]], names: Sequence[str], kinds: Sequence[str]
+    settings: Iterable[tuple[str, str, str, str]],
+    names: Sequence[str],
+    kinds: Sequence[str],
+    groups: Sequence[Group] = (),
 ) -> tuple[Mail, ...]:
     """Reads `config.streams.mail`. The order of the rules and of their rows does not matter.
 
     Args:
-      settings: (reader, source, lag, rows).
+      settings: (reader, source, lag, rows). Reader and source may refer to groups.
       names, kinds: those of the streams.
+      groups: the groups of streams.
 
     Raises UserError if a rule is invalid, or if two of them fill the same cell.
     """
-    mail = tuple(sorted((_parse(setting, names, kinds) for setting in settings), key=_order))
+    roster = Roster(tuple(names), tuple(groups))
+    parsed = [rule for setting in settings for rule in _parse(setting, roster, kinds)]
+    mail = tuple(sorted(parsed, key=_order))
     for reader in {rule.reader for rule in mail}:
         row = _common_row([rows for rule in mail if rule.reader == reader for rows in rule.rows])
         if row is not None:
@@ -85,28 +92,27 @@ def parse_mail(
     return mail
 
 
-def _parse(setting: tuple[str, str, str, str], names: Sequence[str], kinds: Sequence[str]) -> Mail:
+def _parse(setting: tuple[str, str, str, str], roster: Roster, kinds: Sequence[str]) -> list[Mail]:
+    """The rules of a setting: one for each pair of streams that it names."""
     reader, source, lag, rows = setting
-    for name in (reader, source):
-        if name not in names:
-            raise UserError(f"{_SETTING} names {name!r}: the streams are {', '.join(names)}")
-    kind = kinds[names.index(reader)]
-    if kind != "input":
-        raise UserError(
-            f"{_SETTING} has the reader {reader!r}, which is of kind {kind}: mail goes into input"
-            " streams; name an input, or change config.streams.kinds"
-        )
-    if reader == source:
-        raise UserError(
-            f"{_SETTING} copies {reader!r} into itself: name another stream as the source"
-        )
+    pairs = roster.pairs(reader, source, _SETTING)
+    for stream, other in pairs:
+        if kinds[stream] != "input":
+            raise UserError(
+                f"{_SETTING} has the reader {reader!r}, which is of kind {kinds[stream]}: mail goes"
+                " into input streams; name an input, or change config.streams.kinds"
+            )
+        if stream == other:
+            raise UserError(
+                f"{_SETTING} copies {reader!r} into itself: name another stream as the source"
+            )
     if not _NUMBER.fullmatch(lag) or not 0 <= int(lag) < MAX_ROWS:
         raise UserError(
             f"{_SETTING} holds lag {lag!r}: must be a number of rows in [0, {MAX_ROWS}); '1' copies"
             " from the row before, and '0' from the same row"
         )
     parsed = sorted((_parse_rows(part, int(lag)) for part in rows.split(",")), key=_start)
-    return Mail(names.index(reader), names.index(source), int(lag), tuple(parsed))
+    return [Mail(stream, other, int(lag), tuple(parsed)) for stream, other in pairs]
 
 
 def _start(rows: range) -> int:

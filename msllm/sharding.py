@@ -295,4 +295,7 @@ BATCH_AXES: dict[str, tuple[str, ...]] = {
     "present": ("batch", "row", "stream"),
     "segment": ("batch", "row"),
     "weights": ("batch", "row", "stream"),  # only of data with loss weights of cells
+    # drawn in the step (msllm/model/draws.py)
+    "identity": ("batch", "row", "replicated"),
+    "lag_draw": ("batch", "replicated"),
 }

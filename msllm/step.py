@@ -26,6 +26,7 @@ from msllm.loss import (
 from msllm.model.attention.dispatch import choose_backend
 from msllm.model.block import check_block
 from msllm.model.combine import part_of_device, pool_products, sources_of_device
+from msllm.model.draws import draw
 from msllm.model.layers import gather_weight
 from msllm.model.model import abstract_model, bind, init_parameters, parameter_shardings
 from msllm.model.relays import columns_of
@@ -116,7 +117,7 @@ class Program:
         self._loss_weights = streams.loss_weights + (0.0,) * absent
         columns = columns_of(streams, mesh.shape["stream"])
         self.backend = choose_backend(
-            config.model, columns.lag, config.data.rows, mesh, columns.relays
+            config.model, columns.lag_choices, config.data.rows, mesh, columns.relays
         )
         self.graph, shapes, axes = abstract_model(config.model, streams)
         paths = jax.tree_util.tree_leaves_with_path(shapes)
@@ -350,7 +351,8 @@ class Program:
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         optim, steps = self.config.optim, self.config.steps
-        gradients, loss, sums = self._gradients(state.parameters, batch)
+        drawn = draw(self.streams, self.config.seed, state.step, batch["segment"])
+        gradients, loss, sums = self._gradients(state.parameters, {**batch, **drawn})
         norms = leaf_norms(gradients)
         finite = jnp.isfinite(loss) & jnp.all(jnp.isfinite(norms))
         # A skipped update is an update by zero. Selecting between the new and the old parameters

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from msllm.combine import Combine, check_edges, parse_combine
 from msllm.config import Config, StreamsConfig, import_object
 from msllm.errors import UserError
+from msllm.groups import Group, Roster, expand
 from msllm.mail import Mail, parse_mail
 
 Array: TypeAlias = Any  # a NumPy array or a jax.Array: all functions here accept both
@@ -156,6 +157,20 @@ class Relay(NamedTuple):
     passing: tuple[int | str, ...] | None
 
 
+class DrawnLag(NamedTuple):
+    """A lag that training draws for every batch, and that all these edges share.
+
+    Attributes:
+      edges: pairs (reader, source).
+      medium: latent or tokens.
+      values: the lags in rows, of which one is drawn. Where none is drawn, the first one holds.
+    """
+
+    edges: tuple[tuple[int, int], ...]
+    medium: str
+    values: tuple[int, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class StreamSpec:
     """The S streams of a model: names, kinds, loss weights, lag matrix, delays and mail."""
@@ -175,6 +190,11 @@ class StreamSpec:
     passing: tuple[tuple[int, int, TokenSet], ...] = ()
     combine: tuple[Combine, ...] = ()  # streams that are predicted from several streams
     combine_smoothing: float = 0.0  # part of their weights that is spread evenly
+    groups: tuple[Group, ...] = ()  # the groups of streams that share their parameters
+    identities: int = 0  # K, the number of vectors that tell the members of a group apart
+    drawn_lags: tuple[DrawnLag, ...] = ()
+    # The settings that `from_config` resolved; None: the spec was made in another way.
+    settings: StreamsConfig | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @classmethod
     def from_config(cls, config: StreamsConfig) -> StreamSpec:
@@ -182,48 +202,96 @@ class StreamSpec:
 
         Raises UserError if a setting is invalid.
         """
-        names, kinds = config.names, config.kinds
-        size = len(names)
-        if not names or len(set(names)) != size:
+        roster, entries = expand(config.names), len(config.names)
+        names = roster.names
+        if not names or len({*names, *roster.class_names}) != len(names) + len(roster.groups):
             raise UserError(
-                f"config.streams.names is {names}: give at least one name, and each name once"
+                f"config.streams.names is {config.names}: give at least one name, and each name"
+                " once"
             )
         for field in ("kinds", "loss_weights", "delays", "rotations"):
             values = getattr(config, field)
-            if len(values) != size and (values or field == "kinds"):
+            if len(values) != entries and (values or field == "kinds"):
                 raise UserError(
-                    f"config.streams.{field} has {len(values)} items: names has {size}, give one "
-                    "per stream"
+                    f"config.streams.{field} has {len(values)} items: names has {entries}, give one"
+                    " per stream"
                 )
-        for kind in kinds:
+        for kind in config.kinds:
             if kind not in KINDS:
                 raise UserError(
                     f"config.streams.kinds holds {kind!r}: must be one of {', '.join(KINDS)}"
                 )
-        weights = config.loss_weights or tuple(float(kind != "input") for kind in kinds)
+        weights = config.loss_weights or tuple(float(kind != "input") for kind in config.kinds)
         if any(w < 0 for w in weights) or not any(weights):
             raise UserError(
                 f"config.streams.loss_weights is {weights}: must be >= 0, and one of them positive"
             )
         if any(d < 0 for d in config.delays):
             raise UserError(f"config.streams.delays is {config.delays}: must be >= 0 rows")
-        lag, token_lag, passing = _config_lags(config)
-        has_token_edges = bool((token_lag < NEVER).any())
+        _check_identities(config.identities, roster)
+        kinds = roster.per_stream(config.kinds)
+        edges = _config_lags(config, roster)
+        has_token_edges = bool((edges.token_lag < NEVER).any())
+        _check_combine(config, roster)
         combine = parse_combine(config.combine, names, kinds)
         check_edges(combine, names, config.lags, config.visibility_medium)
         return cls(
             names,
             kinds,
-            weights,
-            tuple(map(tuple, lag.tolist())),
+            roster.per_stream(weights),
+            tuple(map(tuple, edges.lag.tolist())),
             config.skip_silence,
-            config.delays or (0,) * size,
-            tuple(map(tuple, token_lag.tolist())) if has_token_edges else (),
-            parse_mail(config.mail, names, kinds),
-            config.rotations if any(config.rotations) else (),
-            passing,
+            roster.per_stream(config.delays) if config.delays else (0,) * len(names),
+            tuple(map(tuple, edges.token_lag.tolist())) if has_token_edges else (),
+            parse_mail(config.mail, names, kinds, roster.groups),
+            roster.per_stream(config.rotations) if any(config.rotations) else (),
+            edges.passing,
             combine,
             config.combine_smoothing if combine else 0.0,
+            roster.groups,
+            config.identities,
+            edges.drawn,
+            config,
+        )
+
+    @functools.cached_property
+    def roster(self) -> Roster:
+        """The names of the streams, with their groups."""
+        return Roster(self.names, self.groups)
+
+    @functools.cached_property
+    def classes(self) -> tuple[int, ...]:
+        """[S], the class of each stream. The members of a group are of one class."""
+        return self.roster.classes
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes: every stream in no group and every group is one."""
+        return self.classes[-1] + 1
+
+    @property
+    def largest_group(self) -> int:
+        """The number of members of the largest group; 0: there is none."""
+        return max((group.size for group in self.groups), default=0)
+
+    @property
+    def has_draws(self) -> bool:
+        """Whether training draws identities or lags."""
+        return bool(self.drawn_lags or (self.identities and self.groups))
+
+    def with_least_lags(self) -> StreamSpec:
+        """The spec in which every lag that is drawn has its smallest value."""
+        if not self.drawn_lags:
+            return self
+        lag, token_lag = self.lag_array, self.token_lag_array
+        for drawn in self.drawn_lags:
+            readers, sources = zip(*drawn.edges)
+            (token_lag if drawn.medium == "tokens" else lag)[readers, sources] = min(drawn.values)
+        return dataclasses.replace(
+            self,
+            lag=tuple(map(tuple, lag.tolist())),
+            token_lag=tuple(map(tuple, token_lag.tolist())) if self.token_lag else (),
+            drawn_lags=(),
         )
 
     @property
@@ -263,7 +331,7 @@ class StreamSpec:
 
     def check_token_sets(self, vocab_size: int) -> None:
         """Raises UserError unless the tokens that pass are ids below `vocab_size`."""
-        for _, _, (name, tokens) in self.passing:
+        for name, tokens in dict.fromkeys(one for _, _, one in self.passing):
             for token in tokens:
                 if isinstance(token, str):
                     raise UserError(
@@ -285,8 +353,16 @@ class StreamSpec:
     def index(self, name: str) -> int:
         """The index of the stream `name`. Raises UserError if there is none."""
         if name not in self.names:
-            raise UserError(f"there is no stream {name!r}: the streams are {', '.join(self.names)}")
+            raise UserError(f"there is no stream {name!r}: {self.roster.describe()}")
         return self.names.index(name)
+
+    def members(self, name: str) -> range:
+        """The streams that a name means: one stream, or the members of a group.
+
+        Raises UserError if there is neither.
+        """
+        group = None if name in self.names else self.roster.find_group(name)
+        return group.members if group else range(index := self.index(name), index + 1)
 
 
 def lag_matrix(visibility: str, size: int) -> np.ndarray:
@@ -324,14 +400,16 @@ def resolve_visibility(config: Config) -> Config:
         return config
     function = import_object(streams.visibility, "config.streams.visibility")
     StreamSpec.from_config(dataclasses.replace(streams, visibility=PRESETS[0]))  # checks the rest
-    lag = _read_lags(function(streams.names, streams.kinds), streams)
+    roster = expand(streams.names)
+    kinds = roster.per_stream(streams.kinds)
+    lag = _read_lags(function(roster.names, kinds), streams.visibility, roster.names)
     different = {preset: lag != lag_matrix(preset, len(lag)) for preset in PRESETS}
     # The preset that leaves the fewest edges to list.
     preset = min(PRESETS, key=lambda preset: different[preset].sum())
     lags = tuple(
         (
-            streams.names[reader],
-            streams.names[source],
+            roster.names[reader],
+            roster.names[source],
             "never" if lag[reader, source] == NEVER else str(lag[reader, source]),
         )
         for reader, source in np.argwhere(different[preset])
@@ -340,12 +418,12 @@ def resolve_visibility(config: Config) -> Config:
     return dataclasses.replace(config, streams=resolved)
 
 
-def _read_lags(matrix: Any, streams: StreamsConfig) -> np.ndarray:
+def _read_lags(matrix: Any, visibility: str, names: Sequence[str]) -> np.ndarray:
     """Converts what a visibility function returned to a lag matrix [S, S] int32.
 
     Raises UserError if it is not one.
     """
-    setting, size = f"config.streams.visibility is {streams.visibility!r}", len(streams.names)
+    setting, size = f"config.streams.visibility is {visibility!r}", len(names)
     remedy = f"return {size} x {size} lags (reader, source)"
     try:
         rows = [list(row) for row in matrix]
@@ -359,36 +437,41 @@ def _read_lags(matrix: Any, streams: StreamsConfig) -> np.ndarray:
         is_number = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if not (is_number and value >= 0 or isinstance(value, str) and value == "never"):
             raise UserError(
-                f"{setting}: its lag from {streams.names[reader]!r} to {streams.names[source]!r} "
+                f"{setting}: its lag from {names[reader]!r} to {names[source]!r} "
                 f"is {value!r}; return a number of rows >= 0, or 'never'"
             )
         lag[reader, source] = min(value, NEVER) if is_number else NEVER
     return lag
 
 
-def _config_lags(
-    config: StreamsConfig,
-) -> tuple[np.ndarray, np.ndarray, tuple[tuple[int, int, TokenSet], ...]]:
+class _Edges(NamedTuple):
+    """The edges of `StreamsConfig`, in the form of `StreamSpec`."""
+
+    lag: np.ndarray
+    token_lag: np.ndarray
+    passing: tuple[tuple[int, int, TokenSet], ...]
+    drawn: tuple[DrawnLag, ...]
+
+
+def _config_lags(config: StreamsConfig, roster: Roster) -> _Edges:
     """The lags of a preset with the edges that differ from it, latent and through tokens.
 
-    Returns: two lag matrices [S, S] int32, and the sets that pass as in `StreamSpec`. A pair has a
-      lag in one of the matrices at most.
-
-    Raises UserError if the settings are invalid.
+    A pair has a lag in one of the two matrices at most. Raises UserError if the settings are
+    invalid.
     """
-    names = config.names
     if ":" in config.visibility:
         raise UserError(
             f"config.streams.visibility is {config.visibility!r}: a function, which only a run's"
             " own config may name; call msllm.streams.resolve_visibility(config) first"
         )
-    lag = lag_matrix(config.visibility, len(names))
+    lag = lag_matrix(config.visibility, len(roster.names))
     token_lag = np.full_like(lag, NEVER)
     sets = _token_sets(config)
     passing: dict[tuple[int, int], TokenSet] = {}
+    drawn: dict[tuple[int, int], int] = {}  # the setting from which the edge has a drawn lag
     medium, _, chosen = config.visibility_medium.partition(":")
     if medium == "tokens":
-        others = ~np.eye(len(names), dtype=bool)
+        others = ~np.eye(len(lag), dtype=bool)
         token_lag[others], lag[others] = lag[others], NEVER
         if config.visibility_medium != medium:
             one = _find_set(sets, chosen, "visibility_medium", config.visibility_medium)
@@ -399,33 +482,88 @@ def _config_lags(
             f"config.streams.visibility_medium is {config.visibility_medium!r}: must be latent or"
             " tokens, or tokens:SET for the tokens of a set"
         )
-    for reader, source, value in config.lags:
-        for name in (reader, source):
-            if name not in names:
-                raise UserError(
-                    f"config.streams.lags names {name!r}: the streams are {', '.join(names)}"
-                )
-        rows, _, how = value.partition(" ")
+    for number, (reader, source, value) in enumerate(config.lags):
+        pairs = roster.pairs(reader, source, "config.streams.lags")
+        rows, how = _parse_lag(value)
         medium, _, chosen = how.partition(":")
-        is_number = rows.isdigit() and (how in ("", "latent") or medium == "tokens")
-        if value != "never" and not is_number:
-            raise UserError(
-                f"config.streams.lags holds lag {value!r}: must be a number of rows >= 0, or the"
-                " same with the medium, such as '1 tokens' or '1 tokens:SET', or 'never'"
-            )
-        if medium == "tokens" and reader == source:
+        if medium == "tokens" and any(a == b for a, b in pairs):
             raise UserError(
                 f"config.streams.lags holds {value!r} from {reader!r} to itself: a stream sees its"
                 " own cells, so this edge is latent"
             )
-        edge = names.index(reader), names.index(source)
-        lag[edge] = token_lag[edge] = NEVER
-        passing.pop(edge, None)
-        if value != "never":
-            (token_lag if medium == "tokens" else lag)[edge] = min(int(rows), NEVER)
-        if how != medium:
-            passing[edge] = _find_set(sets, chosen, "lags", value)
-    return lag, token_lag, tuple((r, s, one) for (r, s), one in sorted(passing.items()))
+        one = _find_set(sets, chosen, "lags", value) if how != medium else None
+        for edge in pairs:
+            lag[edge] = token_lag[edge] = NEVER
+            for found in (passing, drawn):
+                found.pop(edge, None)
+            if rows:
+                (token_lag if medium == "tokens" else lag)[edge] = rows[0]
+            if len(rows) > 1:
+                drawn[edge] = number
+            if one is not None:
+                passing[edge] = one
+    numbers = dict.fromkeys(sorted(drawn.values()))
+    return _Edges(
+        lag,
+        token_lag,
+        tuple((r, s, one) for (r, s), one in sorted(passing.items())),
+        tuple(_drawn_lag(config.lags[n][2], [e for e in drawn if drawn[e] == n]) for n in numbers),
+    )
+
+
+def _parse_lag(value: str) -> tuple[tuple[int, ...], str]:
+    """The rows of a lag, none for never, and its medium as text. Raises UserError."""
+    text, _, how = value.partition(" ")
+    rows = text.split("|")
+    is_medium = how in ("", "latent") or how.partition(":")[0] == "tokens"
+    if value == "never":
+        return (), ""
+    if not (is_medium and all(part.isdecimal() and part.isascii() for part in rows)):
+        raise UserError(
+            f"config.streams.lags holds lag {value!r}: must be a number of rows >= 0, or several"
+            " to draw from, such as '1|2|4', or the same with the medium, such as '1 tokens' or"
+            " '1 tokens:SET', or 'never'"
+        )
+    return tuple(min(int(part), NEVER) for part in rows), how
+
+
+def _drawn_lag(value: str, edges: list[tuple[int, int]]) -> DrawnLag:
+    """The draw of a setting for these edges. Raises UserError if it has lags without end."""
+    values, how = _parse_lag(value)
+    if max(values) >= NEVER:
+        raise UserError(
+            f"config.streams.lags holds lag {value!r}: lags that are drawn must be below {NEVER}"
+            " rows; leave that one out"
+        )
+    return DrawnLag(tuple(sorted(edges)), how.partition(":")[0] or "latent", values)
+
+
+def _check_identities(identities: int, roster: Roster) -> None:
+    """Raises UserError unless there are identities for all members of a group."""
+    if identities and not roster.groups:
+        raise UserError(
+            f"config.streams.identities is {identities}: they are for groups, and there is none in"
+            f" {', '.join(roster.names)}; name a group, such as 'thread * 8', or set it to 0"
+        )
+    for group in roster.groups:
+        if 0 < identities < group.size:
+            raise UserError(
+                f"config.streams.identities is {identities}, and the group {group.name!r} has"
+                f" {group.size} members: each needs an identity of its own; use at most"
+                f" {identities} members, or train with more identities"
+            )
+
+
+def _check_combine(config: StreamsConfig, roster: Roster) -> None:
+    """Raises UserError if `combine` names a group or a member of one."""
+    for stream, _, sources in config.combine:
+        for name in (stream, *map(str.strip, sources.split(","))):
+            is_member = name in roster.names and roster.group_of(roster.names.index(name))
+            if is_member or (name not in roster.names and roster.find_group(name)):
+                raise UserError(
+                    f"config.streams.combine names {name!r}, which is of a group: its weights"
+                    " belong to single streams; name streams that are in no group"
+                )
 
 
 def _token_sets(config: StreamsConfig) -> dict[str, TokenSet]:

@@ -93,7 +93,8 @@ def random_tables(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
     The tables hold different numbers of cells.
     """
     rng = np.random.default_rng(seed)
-    shape = (config.data.batch_size, config.data.rows, len(config.streams.names))
+    streams = StreamSpec.from_config(config.streams).size
+    shape = (config.data.batch_size, config.data.rows, streams)
     tokens = rng.integers(2, config.model.vocab_size, shape)
     tokens = np.where(rng.random(shape) < 0.3, SILENCE, tokens).astype(np.int32)
     row = np.arange(shape[1])

@@ -18,7 +18,7 @@ PACKAGE = pathlib.Path(msllm.__file__).parent
 # docs/architecture.md has the same list.
 LAYERS = """
 errors presets kernels
-runtime.files
+runtime.files groups
 config mail combine
 streams tokenizer optim sharding
 model.attention loss runtime flow

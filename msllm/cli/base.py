@@ -147,6 +147,13 @@ class Parser(argparse.ArgumentParser):
             help="Import code outside msllm that the checkpoint names, such as a layer. The code "
             "can do anything: use this flag only for checkpoints that you trust.",
         )
+        self.add_argument(
+            "--threads",
+            metavar="N|GROUP=N,...",
+            type=threads,
+            help="Number of members of the groups of interchangeable streams (docs/groups.md). "
+            "Default: as in the checkpoint.",
+        )
 
     def add_visibility(self) -> None:
         """Adds `--visibility` and `--skip_silence`, which `load_model` applies to the model."""
@@ -340,6 +347,21 @@ def comma_list(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return parse
 
 
+def threads(text: str) -> int | dict[str, int]:
+    """Flag type: a number of threads, or numbers by group, such as "thread=16,input=16"."""
+    if "=" not in text:
+        return positive_int(text)
+    sizes = dict[str, int]()
+    for part in text.split(","):
+        name, separator, size = part.strip().rpartition("=")
+        if not separator or name in sizes:
+            raise argparse.ArgumentTypeError(
+                f"is {text!r}: write a number, or one for each group, such as thread=16,input=16"
+            )
+        sizes[name] = positive_int(size)
+    return sizes
+
+
 def output_file(text: str) -> pathlib.Path:
     """Flag type: the path of a file to write, in a directory that exists."""
     path = pathlib.Path(text).expanduser()
@@ -374,6 +396,8 @@ def given_flags(
 def load_model(flags: argparse.Namespace, path: str = "") -> LoadedModel:
     """Loads the model that the flags of `add_checkpoint` and `add_visibility` describe.
 
+    The number of threads changes before the visibility does.
+
     Args:
       flags: the parsed flags.
       path: the checkpoint to load in place of `--checkpoint`.
@@ -381,6 +405,8 @@ def load_model(flags: argparse.Namespace, path: str = "") -> LoadedModel:
     from msllm.weights.load import load
 
     model = load(path or flags.checkpoint, flags.allow_code)
+    if flags.threads is not None:
+        model = model.with_threads(flags.threads)
     if "visibility" in flags and flags.visibility:
         model = model.with_visibility(flags.visibility)
     if "skip_silence" in flags and flags.skip_silence is not None:

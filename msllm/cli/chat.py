@@ -70,6 +70,10 @@ def open_player(flags: argparse.Namespace) -> Player:
             "or --replay=FILE, to see a recording"
         )
     if flags.replay is not None:
+        if flags.threads is not None:
+            raise UserError(
+                "--threads is for a model, and --replay shows a recording: leave it out"
+            )
         return Replay(Recording.load(flags.replay), 1.0 if flags.pace is None else flags.pace)
     model = load_model(flags)
     model.require_tokenizer()

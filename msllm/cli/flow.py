@@ -41,6 +41,10 @@ def run(flags: argparse.Namespace) -> None:
     """Prints the table and writes the files."""
     if (flags.config is None) == (flags.checkpoint is None):
         raise UserError("give either --config=FILE or --checkpoint=DIR (see msllm flow --help)")
+    if flags.config is not None and flags.threads is not None:
+        raise UserError(
+            "--threads is for a checkpoint: with --config, change --config.streams.names"
+        )
 
     from msllm.flow import as_json
     from msllm.streams import StreamSpec, resolve_visibility

@@ -61,7 +61,8 @@ def parse_values(
 ) -> tuple[Value, ...]:
     """One value for each stream, from arguments "value" (all streams) and "stream=value".
 
-    Later arguments win. Raises UserError for text that is not a number and for unknown streams.
+    The name of a group sets all its members. Later arguments win. Raises UserError for text that is
+    not a number and for unknown streams.
 
     Args:
       flag: the name of the flag, for error messages.
@@ -77,7 +78,8 @@ def parse_values(
                 f"--{flag}={argument}: {number!r} is not a number; write a value, or stream=value"
             ) from error
         if separator:
-            values[streams.index(name)] = value
+            for stream in streams.members(name):
+                values[stream] = value
         else:
             values = [value] * streams.size
     return tuple(values)

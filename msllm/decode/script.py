@@ -173,7 +173,8 @@ def per_stream(options: DecodeOptions, streams: StreamSpec) -> dict[str, np.ndar
             )
         arrays[name] = np.broadcast_to(array, (streams.size,))
     arrays["ablated"] = np.zeros(streams.size, bool)
-    arrays["ablated"][[streams.index(name) for name in options.ablated]] = True
+    for name in options.ablated:
+        arrays["ablated"][streams.members(name)] = True
     return arrays
 
 

@@ -19,7 +19,12 @@ from jax.sharding import Mesh
 from msllm.config import INPUT_ONLY, ModelConfig
 from msllm.errors import UserError
 from msllm.model.attention.backend import Backend
-from msllm.model.attention.dispatch import KEEP_OUTPUT, attention, portable_backend
+from msllm.model.attention.dispatch import (
+    KEEP_OUTPUT,
+    attention,
+    attention_of_draw,
+    portable_backend,
+)
 from msllm.model.block import Block, block_class, check_variables
 from msllm.model.combine import Weights
 from msllm.model.layers import (
@@ -68,8 +73,11 @@ class MultiStreamLM(nnx.Module):
         table_shape, table_axes = (config.vocab_size, config.d_model), ("vocab", "embed")
         self.embedding = parameter(rngs, table_shape, table_axes, 0.02)
         if config.stream_embedding:
-            shape, axes = (streams.size, config.d_model), ("replicated", "embed")
+            shape, axes = (streams.num_classes, config.d_model), ("replicated", "embed")
             self.stream_embedding = parameter(rngs, shape, axes, 0.02)
+        if streams.identities:
+            shape, axes = (streams.identities, config.d_model), ("replicated", "embed")
+            self.stream_embedding_identities = parameter(rngs, shape, axes, 0.02)
         self.blocks = block_class(config)(config, rngs)
         self.final_norm = constant(1.0, (config.d_model,), ("embed",))
         if not config.tie_embeddings:
@@ -86,7 +94,8 @@ class MultiStreamLM(nnx.Module):
         """Computes the hidden states of tables that start at row 0.
 
         Args:
-          tables: `tokens` [B, T, S] int32, `present` [B, T, S] bool and `segment` [B, T] int32.
+          tables: `tokens` [B, T, S] int32, `present` [B, T, S] bool and `segment` [B, T] int32; in
+            training also what was drawn, `identity` and `lag_draw` (msllm/model/draws.py).
           silence_id: the silence token. Needed only if the streams set `skip_silence`, or if only
             some tokens pass an edge.
           backend: as in `__call__`.
@@ -95,7 +104,9 @@ class MultiStreamLM(nnx.Module):
         """
         cells = self.cells(tables, silence_id)
         position = positions(tables["segment"])
-        return self(tables["tokens"], cells, position, backend, silence_id)
+        draw = tables["lag_draw"][0] if "lag_draw" in tables else None
+        identity = tables.get("identity")
+        return self(tables["tokens"], cells, position, backend, silence_id, identity, draw)
 
     def cells(self, tables: Mapping[str, jax.Array], silence_id: int | None) -> Cells:
         """The cells of tables, for attention. The arguments are those of `read`."""
@@ -109,6 +120,8 @@ class MultiStreamLM(nnx.Module):
         position: jax.Array,
         backend: Backend | None = None,
         silence_id: int | None = None,
+        identity: jax.Array | None = None,
+        lag_draw: jax.Array | None = None,
     ) -> jax.Array:
         """Computes the hidden states, from which the model predicts each stream's next cell.
 
@@ -119,6 +132,8 @@ class MultiStreamLM(nnx.Module):
           backend: the attention backend, from `choose_backend`. None means one that runs on every
             device.
           silence_id: the silence token. Needed only if some tokens do not pass an edge.
+          identity: [B, T, members] int32, the identity of the members of groups; None: 0, 1, ...
+          lag_draw: [draws] int32, which of its values each drawn lag has; None: the first.
 
         Returns: [B, T, S, D] after the final norm, in the compute dtype.
         """
@@ -130,28 +145,33 @@ class MultiStreamLM(nnx.Module):
         angles = rope_angles(position, config)
         graph, weights = nnx.split(self.blocks)
 
-        def attend(q, k, v):
+        def attend_by(q, k, v, lag, traced_lag=None):
             return attention(
                 q,
                 k,
                 v,
                 cells,
-                columns.lag,
+                lag,
                 chosen,
                 config.kv_parts,
                 config.kv_ring,
                 expanded.cells,
+                traced_lag,
             )
+
+        def attend(q, k, v):
+            return attention_of_draw(columns.lag_choices, lag_draw, chosen, attend_by, q, k, v)
 
         if config.remat in INPUT_ONLY:
             # Without this, the gathered keys and values stay in memory through the backward pass of
             # the MLP.
             attend = jax.checkpoint(attend, policy=KEEP_OUTPUT)
 
-        x = self.embed(*expanded[:2])
+        x = self.embed(expanded.tokens, expanded.streams, identity)
         relays = None
         if columns.relays and not config.block:
-            x, relays = x[:, :, : columns.streams], self._relay_keys(x, expanded, angles)
+            relays = self._relay_keys(x, expanded, angles, identity)
+            x = x[:, :, : columns.streams]
             angles = _take_columns(angles, slice(0, columns.streams))
 
         def layer(x, weights_and_relays):
@@ -170,7 +190,7 @@ class MultiStreamLM(nnx.Module):
         return self.finish(x[:, :, : columns.streams])
 
     def _relay_keys(
-        self, x: jax.Array, expanded: Expanded, angles: Angles
+        self, x: jax.Array, expanded: Expanded, angles: Angles, identity: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         """The keys and values of this device's relays in all layers, [layers, B, T, R, K, H].
 
@@ -178,6 +198,7 @@ class MultiStreamLM(nnx.Module):
           x: [B, T, M, D], the embeddings of all columns.
           expanded: the columns.
           angles: of all columns.
+          identity: as in `__call__`.
         """
         graph, weights = nnx.split(self.blocks)
         of_relays = slice(local_columns(self.streams).streams, None)
@@ -198,7 +219,12 @@ class MultiStreamLM(nnx.Module):
 
         # Each part gathers the weights once, if they are sharded.
         parts = RELAY_PARTS if axis_size("stream") * axis_size("fsdp") == 1 else 2
-        k, v = relay_keys(x[:, :, of_relays], expanded.tokens[:, :, of_relays], tower, parts)
+        tokens = expanded.tokens[:, :, of_relays]
+        if self.streams.identities and identity is not None:
+            # The embedding of a token depends on the identity, which changes between examples.
+            index = self._group_indices(expanded.streams[of_relays])
+            tokens += self.config.vocab_size * identity[:, :, jnp.maximum(index, 0)]
+        k, v = relay_keys(x[:, :, of_relays], tokens, tower, parts)
         return rotate(k, _take_columns(angles, of_relays)), v
 
     def layers(self) -> Iterator[Block]:
@@ -211,12 +237,15 @@ class MultiStreamLM(nnx.Module):
         """The final norm of the last block's output."""
         return rms_norm(x, gather_param(self.final_norm, jnp.float32), self.config.norm_eps)
 
-    def embed(self, tokens: jax.Array, streams: jax.Array) -> jax.Array:
+    def embed(
+        self, tokens: jax.Array, streams: jax.Array, identity: jax.Array | None = None
+    ) -> jax.Array:
         """Token plus stream embeddings, in the compute dtype.
 
         Args:
           tokens: [B, T, M] int32.
           streams: [M] int32, the stream of each column.
+          identity: as in `__call__`.
 
         Returns: [B, T, M, D].
         """
@@ -237,13 +266,25 @@ class MultiStreamLM(nnx.Module):
             ]
         if self.config.stream_embedding:
             stream_table = gather_param(self.stream_embedding, jnp.float32)
-            if len(stream_table) != self.streams.size:  # indexing would clamp without an error
+            if len(stream_table) != self.streams.num_classes:  # indexing would clamp in silence
                 raise UserError(
                     f"the parameters are those of {len(stream_table)} streams, and there are"
-                    f" {self.streams.size}: use the streams that the model was trained with"
+                    f" {self.streams.num_classes}: use the streams that the model was trained with"
                 )
-            x = x + stream_table[streams]
+            classes = jnp.asarray(self.streams.classes)[streams] if self.streams.groups else streams
+            x = x + stream_table[classes]
+        if self.streams.identities:
+            table = gather_param(self.stream_embedding_identities, jnp.float32)
+            index = self._group_indices(streams)
+            chosen = jnp.maximum(index, 0)
+            vectors = table[chosen if identity is None else identity[:, :, chosen]]
+            x = x + jnp.where((index >= 0)[:, None], vectors, 0)
         return x.astype(self.config.compute_dtype)
+
+    def _group_indices(self, streams: jax.Array) -> jax.Array:
+        """The index of each stream [M] in its group; -1: it is in no group."""
+        streams = jnp.minimum(streams, self.streams.size - 1)
+        return jnp.asarray(self.streams.roster.indices)[streams]
 
     @property
     def head_parameter(self) -> nnx.Param:
@@ -355,8 +396,8 @@ def check_parameters(config: ModelConfig, streams: StreamSpec, parameters: dict[
             has, needs = found.get(name, "missing"), needed.get(name, "not to exist")
             raise UserError(
                 f"the parameters are those of another model: {name} is {has} and has to be {needs}"
-                f" for {streams.size} streams: use the config and the streams that the model was"
-                " trained with"
+                f" for {streams.num_classes} streams: use the config and the streams that the model"
+                " was trained with"
             )
 
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msllm.errors import UserError
+from msllm.model.attention.backend import LagChoices
 from msllm.sharding import axis_index, axis_size, gather_streams, pmax_over_mesh
 from msllm.streams import NEVER, Cells, Relay, StreamSpec
 
@@ -38,6 +39,7 @@ class Columns(NamedTuple):
       passes: [relays, N + 1] bool, whether token i < N passes each relay, and last, whether all
         further tokens pass; None: every token passes every relay.
       lag: [M, M] int32, lag[reader, source] of all columns, in the order of the devices.
+      drawn: (pairs [M, M] bool, lags) of each lag that training draws: these pairs share it.
     """
 
     streams: int
@@ -45,11 +47,17 @@ class Columns(NamedTuple):
     sources: tuple[int, ...]
     lag: np.ndarray
     passes: np.ndarray | None = None
+    drawn: tuple[tuple[np.ndarray, tuple[int, ...]], ...] = ()
 
     @property
     def size(self) -> int:
         """Number of columns on each device."""
         return self.streams + self.relays
+
+    @property
+    def lag_choices(self) -> LagChoices:
+        """The lag matrices, of which training draws one for every batch."""
+        return LagChoices(self.lag, self.drawn)
 
 
 @functools.lru_cache(maxsize=64)
@@ -66,7 +74,18 @@ def columns_of(spec: StreamSpec, devices: int) -> Columns:
     for (reader, source), relay in spec.edge_relays.items():
         column = relay_columns[found.index(relay)]
         lag[stream_columns[reader], column] = spec.token_lag_array[reader, source]
-    return Columns(streams, relays, sources, lag, _passes(found, len(sources)))
+    drawn = []
+    for draw in spec.drawn_lags:
+        pairs = np.zeros(lag.shape, bool)
+        for edge in draw.edges:
+            if draw.medium == "tokens":
+                column = relay_columns[found.index(spec.edge_relays[edge])]
+            else:
+                column = stream_columns[edge[1]]
+            pairs[stream_columns[edge[0]], column] = True
+        drawn.append((pairs, draw.values))
+    passes = _passes(found, len(sources))
+    return Columns(streams, relays, sources, lag, passes, tuple(drawn))
 
 
 def _passes(found: tuple[Relay, ...], size: int) -> np.ndarray | None:
@@ -210,7 +229,7 @@ def relay_keys(
 
     Args:
       x: [B, T, R, D], the embeddings of the relays.
-      tokens: [B, T, R] int32.
+      tokens: [B, T, R] int32. Cells of a column with the same number have the same embedding.
       tower: (embeddings [B, T', R, D]) -> keys, not rotated, and values [layers, B, T', R, K, H].
       parts: the tokens of a column are divided into this many parts. Those that are not needed are
         skipped.

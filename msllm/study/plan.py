@@ -36,6 +36,8 @@ from msllm.training import with_vocabulary
 COUNTED_BATCHES = 64  # batches from which the cells of a run are estimated, if it has more
 # Settings that do not change what is learned.
 _IRRELEVANT = ("data.dir", "data.prefetch", "compilation_cache", "log_every", "monitor.")
+# Settings that were added later, with their defaults: runs from before them are the same runs.
+_ADDED = {"config.streams.identities": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,6 +354,7 @@ class Plan:
             key: value
             for key, value in found.items()
             if not key.removeprefix("config.").startswith(_IRRELEVANT)
+            and not (key in _ADDED and value == _ADDED[key])
         }
         found["data"] = training.data.id or self._manifest_ids(config)
         if training.before is not None:

@@ -214,8 +214,11 @@ def _changed_start(plan: Plan, training: Training, config: Config) -> pathlib.Pa
         raise UserError(f"study.start returned {new!r:.40}: must return a LoadedModel")
     assert model.run_config is not None
     streams = model.run_config.streams
-    if new.streams.names != streams.names:
+    if new.streams.names != model.streams.names:
         streams = StreamsConfig(names=new.streams.names, kinds=new.streams.kinds)
+        if new.streams.groups:  # from other numbers of threads
+            assert new.streams.settings is not None
+            streams = new.streams.settings
     write_model(
         target,
         dataclasses.replace(model.run_config, model=new.config, streams=streams),

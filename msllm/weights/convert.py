@@ -256,6 +256,12 @@ def to_hf(
             f"config.streams.combine of {checkpoint} is {model.run_config.streams.combine}: no"
             " Hugging Face family predicts a stream from several, so the model cannot be exported"
         )
+    if model.streams.groups:
+        groups = ", ".join(group.name for group in model.streams.groups)
+        raise UserError(
+            f"config.streams.names of {checkpoint} has groups ({groups}): in no Hugging Face family"
+            " streams share a vector, so the model cannot be exported"
+        )
     size = model.streams.size
     origin, note = _origin_folder(checkpoint, model.run_config, like)
     settings = hf.read_settings(origin) if origin else {}
@@ -272,7 +278,7 @@ def to_hf(
     if size > 1:
         streams = dataclasses.asdict(model.run_config.streams)
         # Earlier versions do not know these settings.
-        for name in ("visibility_medium", "token_sets", "mail", "rotations"):
+        for name in ("visibility_medium", "token_sets", "mail", "rotations", "identities"):
             if streams[name] == getattr(StreamsConfig(), name):
                 del streams[name]
         own: dict[str, Any] = {"streams": streams}

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,8 +18,10 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from msllm.config import Config, ModelConfig, code_named_by, from_config_dict
+from msllm.config import Config, ModelConfig, StreamsConfig, code_named_by, from_config_dict
 from msllm.errors import UserError
+from msllm.groups import resize
+from msllm.mail import Mail
 from msllm.model.model import abstract_model, check_parameters
 from msllm.runtime.environment import refuse_x64
 from msllm.streams import StreamSpec, lag_matrix
@@ -26,6 +29,9 @@ from msllm.tokenizer import FILE_NAMES, Tokenizer
 from msllm.weights import hf, hf_config
 
 log = logging.getLogger("msllm")
+
+# Settings of `config.streams` that `LoadedModel.with_streams` takes besides fields of `StreamSpec`.
+_SETTINGS = {"lags", "visibility", "visibility_medium", "token_sets"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +114,54 @@ class LoadedModel:
         return silence_id
 
     def with_streams(self, **changes: Any) -> LoadedModel:
-        """Returns the model with other fields of `StreamSpec`, e.g. `skip_silence=True`."""
-        return dataclasses.replace(self, streams=dataclasses.replace(self.streams, **changes))
+        """Returns the model with other streams.
+
+        Args:
+          changes: fields of `StreamSpec`, e.g. `skip_silence=True`; or the settings `lags`, `mail`
+            (as texts), `visibility`, `visibility_medium` and `token_sets` of `config.streams`.
+
+        Raises UserError if a setting is invalid, or if the parameters are of other classes of
+        streams.
+        """
+        settings = {name: changes.pop(name) for name in _SETTINGS & changes.keys()}
+        if any(not isinstance(rule, Mail) for rule in changes.get("mail", ())):
+            settings["mail"] = changes.pop("mail")
+        model = self
+        if settings:
+            model = self._with_settings(dataclasses.replace(self._settings(), **settings))
+        if {"lag", "token_lag"} & changes.keys():
+            changes = {"drawn_lags": ()} | changes
+        return dataclasses.replace(model, streams=dataclasses.replace(model.streams, **changes))
+
+    def with_threads(self, threads: int | Mapping[str, int]) -> LoadedModel:
+        """Returns the model with other numbers of interchangeable streams.
+
+        Args:
+          threads: the number of members of every group, or of some groups by name.
+
+        Raises UserError if the streams have no such group, if edges or mail name a single member of
+        a group that changes, if groups that are paired by index would have different numbers of
+        members, or if a group has more members than identities.
+        """
+        settings = self._settings()
+        references = [(edge[0], edge[1]) for edge in (*settings.lags, *settings.mail)]
+        names = resize(settings.names, references, threads)
+        return self._with_settings(dataclasses.replace(settings, names=names))
+
+    def _settings(self) -> StreamsConfig:
+        """The settings of the streams. Raises UserError if the streams have others by now."""
+        settings = self.streams.settings
+        if settings is None or StreamSpec.from_config(settings) != self.streams:
+            raise UserError(
+                "the streams of the model were changed, so that its settings do not describe them:"
+                " change settings and the number of threads first, before other fields"
+            )
+        return settings
+
+    def _with_settings(self, settings: StreamsConfig) -> LoadedModel:
+        run = self.run_config
+        run = run and dataclasses.replace(run, streams=settings)
+        return dataclasses.replace(self, streams=StreamSpec.from_config(settings), run_config=run)
 
     def with_visibility(self, preset: str) -> LoadedModel:
         """Returns the model with the visibility of a preset. Raises UserError."""

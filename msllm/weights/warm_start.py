@@ -36,6 +36,7 @@ from msllm.config import (
     to_json,
 )
 from msllm.errors import UserError
+from msllm.groups import expand
 from msllm.model.model import abstract_model, init_parameters, parameter_shardings
 from msllm.optim import path_name
 from msllm.runtime import processes
@@ -119,8 +120,8 @@ def initial_parameters(
 ) -> dict[str, Any]:
     """Returns the parameters of a checkpoint, sharded for the program's mesh.
 
-    In the stream embedding, a stream gets the vector of the stream with the same name. A stream
-    with a new name gets the mean of all vectors. All processes of a run call this together.
+    In the stream embedding, a stream or group gets the vector of the one with the same name. A
+    stream with a new name gets the mean of all vectors. All processes of a run call this together.
 
     Args:
       path: a checkpoint, or a workdir, whose newest checkpoint is used.
@@ -152,8 +153,8 @@ def initial_parameters(
     if program.config.model.stream_embedding:
         vectors = functools.partial(
             stream_vectors,
-            old_names=stored.streams.names,
-            names=program.streams.names,
+            old_names=expand(stored.streams.names).class_names,
+            names=program.streams.roster.class_names,
             d_model=program.config.model.d_model,
         )
         sharding = program.state_shardings.parameters[STREAM_EMBEDDING]
@@ -286,9 +287,11 @@ def _check_shapes(stored: dict[str, Any], current: dict[str, Any]) -> None:
         if name not in there and not is_new:
             problems.append(f"{name} is only here")
     if problems:
+        of_groups = any("stream_embedding_identities" in problem for problem in problems)
+        also = " and config.streams.identities" if of_groups else ""
         raise UserError(
-            f"its parameters are not those of config.model ({'; '.join(problems)}): use its"
-            " config.model, with msllm.weights.warm_start.fine_tune"
+            f"its parameters are not those of config.model{also} ({'; '.join(problems)}): use its"
+            f" config.model{also}, with msllm.weights.warm_start.fine_tune"
         )
 
 

@@ -37,6 +37,7 @@ from msllm.data.converters.layout import Choice, Convert, Layout, Recorder, each
 from msllm.data.sources import BadRecord, BadRecords, Part
 from msllm.data.tables import Table, check_weights, shift
 from msllm.errors import UserError
+from msllm.groups import expand
 from msllm.mail import Conflict, deliver_to_example
 from msllm.streams import StreamSpec
 from msllm.tokenizer import Tokenizer
@@ -228,7 +229,8 @@ def convert_part(
     """Yields the tables of one part of the input, as `convert` does."""
     data = config.data
     converter, options = get_converter(data.converter, data.options)
-    delays = data.vary.delays or (spec.delays,)
+    drawn_delays = tuple(map(spec.roster.per_stream, data.vary.delays))
+    delays = drawn_delays or (spec.delays,)
     rows = data.rows - max(map(max, delays))
     if rows < 2:
         raise UserError(
@@ -239,7 +241,7 @@ def convert_part(
     written = data_spec(config, spec)
     layout = Layout(written, tokenizer, rows, options, bad)
     columns = [written.index(name) for name in spec.names]
-    permuted = [spec.index(name) for name in data.vary.permute]
+    permuted = [stream for name in data.vary.permute for stream in spec.members(name)]
     for table in converter.function(layout, part):
         if converter.options is None:  # a user's converter
             _check_table(data.converter, layout, table)
@@ -320,13 +322,13 @@ def data_spec(config: Config, spec: StreamSpec) -> StreamSpec:
 
     Raises UserError if a stream of the model is not among them.
     """
-    names = config.data.streams
+    names = expand(config.data.streams).names
     if not names:
         return spec
     missing = [name for name in spec.names if name not in names]
     if missing:
         raise UserError(
-            f"config.data.streams is {names}: it lacks {', '.join(missing)} of"
+            f"config.data.streams is {config.data.streams}: it lacks {', '.join(missing)} of"
             " config.streams.names; add them (streams to which the converter does not write are"
             " silent)"
         )

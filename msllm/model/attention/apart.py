@@ -43,6 +43,7 @@ def attend_apart(
     key_cells: Cells,
     lag: np.ndarray,
     backend: Backend,
+    traced_lag: jax.Array | None = None,
 ) -> jax.Array:
     """Computes `dispatch.attention` for streams that `are_apart`.
 
@@ -53,6 +54,7 @@ def attend_apart(
       key_cells: the cells of the keys.
       lag: the lags of all columns, as in `relays.Columns`.
       backend: one with `any_cells` and `ring_parts`.
+      traced_lag: the lags to relays, if they are traced; see `dispatch.attention`.
 
     Returns: [B, T, S, N, H] in q's dtype.
     """
@@ -82,7 +84,8 @@ def attend_apart(
         present=gather_streams(key_cells.present[:, :, size:]),
         seen=gather_streams(key_cells.seen[:, :, size:]),
     )
-    others = Visibility(cells, relays, *_relay_lag(lag, size, columns), 0)
+    relay_lag, rows_of_streams = _relay_lag(lag, size, columns, traced_lag)
+    others = Visibility(cells, relays, relay_lag, rows_of_streams, 0)
 
     @jax.custom_vjp
     def attend(q, own_k, own_v, k, v, own, others):
@@ -106,7 +109,9 @@ def attend_apart(
     return attend(q, own_k, own_v, relay_k, relay_v, own, others)
 
 
-def _relay_lag(lag: np.ndarray, size: int, columns: int) -> tuple[np.ndarray, jax.Array]:
+def _relay_lag(
+    lag: np.ndarray, size: int, columns: int, traced_lag: jax.Array | None
+) -> tuple[Array, jax.Array]:
     """The lags from streams to relays, and the rows of this device's streams in them.
 
     Relays have the numbers 0, 1, ... as keys. Streams follow them, so that none of them takes a
@@ -115,7 +120,11 @@ def _relay_lag(lag: np.ndarray, size: int, columns: int) -> tuple[np.ndarray, ja
     Returns: [R + S of all devices, R] int32, and [S] int32.
     """
     is_stream = np.arange(len(lag)) % columns < size
-    to_relays = lag[np.ix_(is_stream, ~is_stream)]
-    relays = to_relays.shape[1]
-    padded = np.concatenate([np.full((relays, relays), NEVER, np.int32), to_relays])
+    pairs = np.ix_(is_stream, ~is_stream)
+    relays = int((~is_stream).sum())
+    hidden = np.full((relays, relays), NEVER, np.int32)
+    if traced_lag is None:
+        padded: Array = np.concatenate([hidden, lag[pairs]])
+    else:
+        padded = jnp.concatenate([hidden, traced_lag[pairs]])
     return padded, relays + axis_index("stream") * size + jnp.arange(size)

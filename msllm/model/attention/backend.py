@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +36,52 @@ def _declines_nothing(_: Case) -> str | None:
 
 def _no_options(_: Case) -> dict[str, Any]:
     return {}
+
+
+class LagChoices(NamedTuple):
+    """Lag matrices, of which training draws one for every batch.
+
+    Attributes:
+      lag: [S, S] int32, the matrix where nothing is drawn.
+      drawn: (pairs [S, S] bool, values) of each draw. These pairs get one of the values.
+    """
+
+    lag: np.ndarray
+    drawn: tuple[tuple[np.ndarray, tuple[int, ...]], ...] = ()
+
+    @property
+    def num_matrices(self) -> int:
+        """The number of matrices."""
+        return math.prod(len(values) for _, values in self.drawn)
+
+    def matrices(self) -> Iterator[np.ndarray]:
+        """All matrices, in the order of `number`."""
+        for chosen in itertools.product(*(values for _, values in self.drawn)):
+            lag = self.lag.copy()
+            for (pairs, _), value in zip(self.drawn, chosen):
+                lag[pairs] = value
+            yield lag
+
+    def number(self, draw: jax.Array) -> jax.Array:
+        """[] int32, the number of a matrix, from the place of each value, [draws] int32."""
+        number = jnp.zeros((), jnp.int32)
+        for place, (_, values) in enumerate(self.drawn):
+            number = number * len(values) + draw[place]
+        return number
+
+    def matrix(self, draw: jax.Array) -> jax.Array:
+        """[S, S] int32, traced: the matrix of the places [draws] int32 of the drawn values."""
+        lag = jnp.asarray(self.lag)
+        for place, (pairs, values) in enumerate(self.drawn):
+            lag = jnp.where(pairs, jnp.asarray(values, jnp.int32)[draw[place]], lag)
+        return lag
+
+    def largest(self) -> np.ndarray:
+        """[S, S] int32, the matrix of the largest values."""
+        lag = self.lag.copy()
+        for pairs, values in self.drawn:
+            lag[pairs] = max(values)
+        return lag
 
 
 class RingParts(NamedTuple):
@@ -67,6 +115,7 @@ class Backend:
         sizes.
       any_cells: `attend` and `ring_parts` take any rows, streams and lags, not only those of the
         case. See apart.py.
+      traced_lag: `attend` and `ring_parts` take a lag matrix that is traced. Others compile it in.
     """
 
     name: str
@@ -75,6 +124,7 @@ class Backend:
     declines: Callable[[Case], str | None] = _declines_nothing
     options: Callable[[Case], dict[str, Any]] = _no_options
     any_cells: bool = False
+    traced_lag: bool = False
 
     def with_options(self, **options: Any) -> Backend:
         """The backend with these keyword arguments bound to `attend` and `ring_parts`."""

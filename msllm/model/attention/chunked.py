@@ -354,4 +354,5 @@ BACKEND = Backend(
     chunked_attention,
     RingParts(forward_part, backward_part),
     any_cells=True,
+    traced_lag=True,
 )

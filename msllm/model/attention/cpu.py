@@ -147,4 +147,5 @@ BACKEND = Backend(
     RingParts(forward_part, backward_part),
     declines=declines,
     any_cells=True,
+    traced_lag=True,
 )

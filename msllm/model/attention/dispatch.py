@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from jax.sharding import Mesh
 from msllm.config import ModelConfig
 from msllm.errors import UserError
 from msllm.model.attention.apart import are_apart, attend_apart
-from msllm.model.attention.backend import Backend, Case
+from msllm.model.attention.backend import Backend, Case, LagChoices
 from msllm.model.attention.ring import ring_attention
 from msllm.sharding import axis_index, axis_size, gather_streams, mesh_axes
 from msllm.streams import Cells, Visibility, pad_lag
@@ -38,8 +40,16 @@ def get_backend(name: str) -> Backend:
     return importlib.import_module(f"msllm.model.attention.{name}").BACKEND
 
 
+# A backend that compiles lags in needs a kernel for each matrix from which lags are drawn.
+MAX_MATRICES = 16
+
+
 def choose_backend(
-    config: ModelConfig, lag: np.ndarray, rows: int, mesh: Mesh, relays: int = 0
+    config: ModelConfig,
+    lag: np.ndarray | LagChoices,
+    rows: int,
+    mesh: Mesh,
+    relays: int = 0,
 ) -> Backend:
     """Chooses the best backend for a model on a mesh, and sets its options.
 
@@ -47,18 +57,20 @@ def choose_backend(
 
     Args:
       config: the settings of the model.
-      lag: [S, S] int32, the lag matrix, or that of all columns (`relays.Columns`).
+      lag: [S, S] int32, the lag matrix, or that of all columns (`relays.Columns`); or the matrices
+        of which one is drawn.
       rows: T, the rows of a table.
       mesh: the mesh on which the model runs.
       relays: the columns of each device that have no queries.
 
     Raises UserError if the config names a backend that declines.
     """
-    case = _case(config, lag, rows, mesh, relays)
+    choices = lag if isinstance(lag, LagChoices) else LagChoices(lag)
+    case = _case(config, choices.lag, rows, mesh, relays)
     passed_over = ""
     candidates = [name for name in AUTO if BACKENDS[name] in (ANY, case.platform)]
     for name in candidates if config.attention == "auto" else (config.attention,):
-        reason = declines(name, case)
+        reason = declines(name, case) or _declines_choices(name, case, choices)
         if reason is None:
             log.info("attention: %s%s", name, passed_over)
             backend = get_backend(name)
@@ -84,6 +96,20 @@ def declines(name: str, case: Case) -> str | None:
     if case.ring and backend.ring_parts is None:
         return "it takes all keys at once, but with model.kv_ring they come in parts"
     return backend.declines(case)
+
+
+def _declines_choices(name: str, case: Case, choices: LagChoices) -> str | None:
+    """The reason why a backend cannot compute some of the lags that may be drawn, or None."""
+    if choices.num_matrices == 1 or get_backend(name).traced_lag:
+        return None
+    if choices.num_matrices > MAX_MATRICES:
+        return (
+            f"it compiles a kernel for each lag matrix that may be drawn, at most {MAX_MATRICES},"
+            f" and config.streams.lags gives {choices.num_matrices}"
+        )
+    padded = (pad_lag(lag, case.streams) for lag in choices.matrices())
+    reasons = (declines(name, case._replace(lag=lag)) for lag in padded)
+    return next((reason for reason in reasons if reason), None)
 
 
 def _case(config: ModelConfig, lag: np.ndarray, rows: int, mesh: Mesh, relays: int) -> Case:
@@ -116,6 +142,7 @@ def attention(
     kv_parts: int = 1,
     ring: bool = False,
     key_cells: Cells | None = None,
+    traced_lag: jax.Array | None = None,
 ) -> jax.Array:
     """Attends from every cell to the cells that it sees.
 
@@ -134,20 +161,22 @@ def attention(
       ring: passes keys and values around the devices of the mesh axis `stream` (ring.py) instead of
         gathering them.
       key_cells: the cells of the keys; None: those of the queries.
+      traced_lag: the lags, if they are traced, for a backend that takes such lags. `lag` then has
+        the largest values that they may have.
 
     Returns: [B, T, S, N, H] in q's dtype.
     """
     key_cells = cells if key_cells is None else key_cells
     lag = pad_lag(lag, k.shape[2] * axis_size("stream"))
     if backend.any_cells and are_apart(lag, q.shape[2], k.shape[2]):
-        return attend_apart(q, k, v, cells, key_cells, lag, backend)
+        return attend_apart(q, k, v, cells, key_cells, lag, backend, traced_lag)
     if ring and axis_size("stream") > 1:
-        return ring_attention(q, k, v, cells, key_cells, lag, backend)
+        return ring_attention(q, k, v, cells, key_cells, lag, backend, traced_lag)
     keys = key_cells._replace(
         present=gather_streams(key_cells.present), seen=gather_streams(key_cells.seen)
     )
     streams = axis_index("stream") * k.shape[2] + jnp.arange(q.shape[2])
-    visibility = Visibility(cells, keys, lag, streams)
+    visibility = Visibility(cells, keys, lag if traced_lag is None else traced_lag, streams)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return backend.attend(q, gather_streams(k), gather_streams(v), visibility)
@@ -164,3 +193,27 @@ def attention(
         (split(q), split(k), split(v)),
     )
     return jnp.moveaxis(out, 0, 3).reshape(q.shape)
+
+
+def attention_of_draw(
+    choices: LagChoices,
+    draw: jax.Array | None,
+    backend: Backend,
+    attend: Callable[..., jax.Array],
+    *arrays: jax.Array,
+) -> jax.Array:
+    """Attends by the lags that were drawn for a batch.
+
+    Args:
+      choices: the lag matrices of all columns.
+      draw: [draws] int32, the place of each drawn value; None: nothing is drawn.
+      backend: a backend that takes traced lags gets those of the draw. For another one, all
+        matrices are compiled, and one of them runs.
+      attend: (*arrays, lag=..., traced_lag=...) -> the result of `attention`.
+    """
+    if draw is None or not choices.drawn:
+        return attend(*arrays, lag=choices.lag)
+    if backend.traced_lag:
+        return attend(*arrays, lag=choices.largest(), traced_lag=choices.matrix(draw))
+    branches = [functools.partial(attend, lag=lag) for lag in choices.matrices()]
+    return jax.lax.switch(choices.number(draw), branches, *arrays)

@@ -45,4 +45,4 @@ def attention_weights(q: jax.Array, k: jax.Array, visibility: Visibility) -> jax
     return weights.reshape(batch, heads, *weights.shape[3:])
 
 
-BACKEND = Backend("reference", reference_attention)
+BACKEND = Backend("reference", reference_attention, traced_lag=True)

@@ -43,6 +43,7 @@ def ring_attention(
     key_cells: Cells,
     lag: Array,
     backend: Backend,
+    traced_lag: jax.Array | None = None,
 ) -> jax.Array:
     """Computes `dispatch.attention` on one device inside `shard_map`, without gathering.
 
@@ -53,6 +54,7 @@ def ring_attention(
       key_cells: the cells of the keys.
       lag: the lags of all columns, as in `relays.Columns`.
       backend: one that has `ring_parts`.
+      traced_lag: the lags, if they are traced; see `dispatch.attention`.
 
     Returns: [B, T, S, N, H] in q's dtype.
     """
@@ -68,7 +70,13 @@ def ring_attention(
         neighbours = [(i, (i + 1) % devices) for i in range(devices)]
         return jax.tree.map(lambda x: lax.ppermute(x, "stream", neighbours), arrays)
 
-    def with_queries(part: Callable, q: jax.Array, cells: Cells, *after: jax.Array) -> Callable:
+    def with_queries(
+        part: Callable,
+        q: jax.Array,
+        cells: Cells,
+        traced_lag: jax.Array | None,
+        *after: jax.Array,
+    ) -> Callable:
         """Binds one of `ring_parts` to the queries: a function of the keys and the turn.
 
         In turn i a device has the keys of the i-th device before it. The turn is None for its own
@@ -79,22 +87,23 @@ def ring_attention(
         """
         place = axis_index("stream")
         streams = place * size + jnp.arange(q.shape[2])
+        lags = lag if traced_lag is None else traced_lag
 
         def run(keys: _Keys, turn: jax.Array | None):
             offset = (place - turn) % devices * size if turn is not None else None
             key_cells = cells._replace(present=keys.present, seen=keys.seen)
             return part(
-                q, keys.k, keys.v, Visibility(cells, key_cells, lag, streams, offset), *after
+                q, keys.k, keys.v, Visibility(cells, key_cells, lags, streams, offset), *after
             )
 
         return run
 
     @jax.custom_vjp
-    def attend(q, k, v, cells, key_cells):
-        return forward(q, k, v, cells, key_cells)[0]
+    def attend(q, k, v, cells, key_cells, traced_lag):
+        return forward(q, k, v, cells, key_cells, traced_lag)[0]
 
-    def forward(q, k, v, cells, key_cells):
-        run = with_queries(parts.forward, q, cells)
+    def forward(q, k, v, cells, key_cells, traced_lag):
+        run = with_queries(parts.forward, q, cells, traced_lag)
         keys = _Keys(k, v, key_cells.present, key_cells.seen)
 
         # The last turn passes on keys that no device needs any more. A special last turn would
@@ -107,11 +116,11 @@ def ring_attention(
         start = (pass_on(keys), (out.astype(jnp.float32), lse))
         _, (out, lse) = lax.fori_loop(1, devices, turn, start)
         out, lse = (checkpoint_name(x, "attention") for x in (out.astype(q.dtype), lse))
-        return out, (q, k, v, cells, key_cells, out, lse)
+        return out, (q, k, v, cells, key_cells, traced_lag, out, lse)
 
     def backward(saved, d_out):
-        q, k, v, cells, key_cells, out, lse = saved
-        part = with_queries(parts.backward, q, cells, out, lse, d_out)
+        q, k, v, cells, key_cells, traced_lag, out, lse = saved
+        part = with_queries(parts.backward, q, cells, traced_lag, out, lse, d_out)
         keys = _Keys(k, v, key_cells.present, key_cells.seen)
 
         def run(keys, turn):
@@ -124,7 +133,7 @@ def ring_attention(
 
         d_q, *d_kv = run(keys, None)
         _, d_q, d_kv = lax.fori_loop(1, devices, turn, (pass_on(keys), d_q, pass_on(d_kv)))
-        return *(d.astype(x.dtype) for d, x in zip((d_q, *d_kv), (q, k, v))), None, None
+        return *(d.astype(x.dtype) for d, x in zip((d_q, *d_kv), (q, k, v))), None, None, None
 
     attend.defvjp(forward, backward)
-    return attend(q, k, v, cells, key_cells)
+    return attend(q, k, v, cells, key_cells, traced_lag)
