@@ -35,7 +35,8 @@ class Forward(NamedTuple):
     Attributes:
       hidden: [B, T, S, D] after the final norm, in the compute dtype.
       head: [V, D] in the compute dtype. The logits are their product.
-      batch: tokens [B, T, S], present [B, T, S] and segment [B, T]; optionally weights [B, T, S].
+      batch: tokens [B, T, S], present [B, T, S] and segment [B, T]; optionally weights [B, T, S],
+        and what the step has drawn (msllm/model/draws.py).
     """
 
     hidden: jax.Array

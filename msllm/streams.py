@@ -274,11 +274,6 @@ class StreamSpec:
         """The number of members of the largest group; 0: there is none."""
         return max((group.size for group in self.groups), default=0)
 
-    @property
-    def has_draws(self) -> bool:
-        """Whether training draws identities or lags."""
-        return bool(self.drawn_lags or (self.identities and self.groups))
-
     def with_least_lags(self) -> StreamSpec:
         """The spec in which every lag that is drawn has its smallest value."""
         if not self.drawn_lags:

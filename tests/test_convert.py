@@ -135,6 +135,16 @@ def test_the_round_trip_of_one_stream_is_exact(name, pieces, folder, tmp_path):
         assert there[key] == back[key]
 
 
+def test_an_import_may_have_a_group_of_streams(folder, tmp_path):
+    from_hf(folder("qwen3"), tmp_path / "out", streams="user,thread * 2=thought,output")
+    model = load(tmp_path / "out")
+    assert len(model.parameters["stream_embedding"]) == 3
+    names = ("user", "thread.0", "thread.1", "thread.2", "output")
+    assert model.with_threads(3).streams.names == names
+    with pytest.raises(UserError, match=r"has groups \(thread\): in no Hugging Face family"):
+        to_hf(tmp_path / "out", tmp_path / "hf")
+
+
 def test_the_round_trip_of_several_streams_is_exact_and_keeps_their_names(folder, tmp_path):
     from_hf(
         folder("qwen3", hf_models.VOCABULARY - 3),

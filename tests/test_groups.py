@@ -20,7 +20,7 @@ from msllm.data.converters import convert
 from msllm.data.packing import Packer
 from msllm.data.tables import Table
 from msllm.decode.arguments import parse_values
-from msllm.decode.engine import DecodeOptions, Engine
+from msllm.decode.engine import Engine
 from msllm.errors import UserError
 from msllm.evals.score import score
 from msllm.groups import Group, Roster, expand
@@ -28,7 +28,6 @@ from msllm.loss import targets_and_weights
 from msllm.model.attention.dispatch import get_backend
 from msllm.model.model import abstract_model, bind, init_parameters
 from msllm.streams import NEVER, StreamSpec, resolve_visibility
-from msllm.weights.convert import parse_streams, to_hf
 from msllm.weights.load import LoadedModel, load
 from msllm.weights.warm_start import write_model
 
@@ -84,16 +83,23 @@ def tables_of(size, seed=0, rows=8, absent=0.0):
     }
 
 
-def logits(model, tables, backend="reference"):
-    """The logits [B, T, S, V] of a forward pass, 0 at absent cells."""
+@functools.cache
+def compiled(spec, backend):
+    """The jitted logits of (parameters, tables)."""
+    graph = abstract_model(MODEL, spec)[0]
 
-    @jax.jit
     def run(parameters, tables):
-        bound = bind(model.graph, parameters)
+        bound = bind(graph, parameters)
         return bound.logits(bound.read(tables, SILENCE, get_backend(backend)))
 
+    return jax.jit(run)
+
+
+def logits(model, tables, backend="reference"):
+    """The logits [B, T, S, V] of a forward pass, 0 at absent cells."""
     with jax.default_matmul_precision("highest"):
-        return np.asarray(run(model.parameters, tables)) * tables["present"][..., None]
+        found = compiled(model.streams, backend)(model.parameters, tables)
+    return np.asarray(found) * tables["present"][..., None]
 
 
 # What a group means.
@@ -323,12 +329,12 @@ def test_cached_decoding_equals_a_full_pass_with_any_number_of_threads(threads):
     tables["segment"] = np.ones_like(tables["segment"])
     expected = score(model, tables, SILENCE).logits[0]
     engine = Engine(model, sessions=1, window=16, all_logits=True, silence_id=SILENCE)
-    session = engine.open(DecodeOptions(temperature=0.0), prefill=tables["tokens"][0, :4])
-    for row in range(4, 8):
-        for stream, token in zip(model.streams.names, tables["tokens"][0, row]):
-            session.force(stream, [int(token)])
-        found = session.step().logits
-        np.testing.assert_allclose(found, expected[row - 1], rtol=0, atol=2e-5)
+    session = engine.open()
+    for stream, tokens in zip(model.streams.names, tables["tokens"][0].T):
+        session.force(stream, tokens.tolist())
+    session.step()
+    for row in range(7):
+        np.testing.assert_allclose(session.step().logits, expected[row], rtol=0, atol=2e-5)
 
 
 def test_more_threads_than_in_an_example_are_absent():
@@ -426,8 +432,6 @@ def test_checkpoints_keep_groups(tmp_path, letters):
     for text in ("x", "thread=x", "thread=2,3", "thread=2,thread=3", "0"):
         with pytest.raises(UserError, match="--threads"):
             flags.parse([at, f"--threads={text}"])
-    with pytest.raises(UserError, match=r"has groups \(input, thread\): in no Hugging Face family"):
-        to_hf(tmp_path / "model", tmp_path / "hf")
 
 
 # Where else streams are named.
@@ -501,13 +505,6 @@ def test_converters_write_members_and_leave_others_absent(tmp_path, letters):
 def test_options_of_a_group_hold_for_its_members():
     spec = spec_of(2)
     assert parse_values("top_k", ["1", "thread=3", "thread.1=4"], spec, int, 0) == (1, 1, 3, 4, 1)
-
-
-def test_imports_may_have_groups():
-    streams = parse_streams("user,thread * 3=thought,output")
-    assert StreamSpec.from_config(streams).names == (
-        *("user", "thread.0", "thread.1", "thread.2", "output"),
-    )
 
 
 def test_a_roster_of_plain_names():
