@@ -69,6 +69,8 @@ def test_identities_are_distinct_and_belong_to_an_example():
     for number, first in ((1, 0), (2, 5), (3, 11)):
         of_example = found[:, :, SEGMENT[0] == number]
         assert (of_example == found[:, :, first : first + 1]).all()
+    assert (found[:, :, 0] != found[:, :, 5]).any(-1).mean() > 0.5
+    assert (found[:, 0] != found[:, 1]).any(-1).mean() > 0.5
     of_examples = found[:, :, [0, 5, 11]].reshape(-1, 2)
     # All 20 ordered pairs of 5 identities occur, and about equally often.
     counts = np.unique(of_examples @ [5, 1], return_counts=True)[1]

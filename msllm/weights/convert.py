@@ -278,7 +278,8 @@ def to_hf(
     if size > 1:
         streams = dataclasses.asdict(model.run_config.streams)
         # Earlier versions do not know these settings.
-        for name in ("visibility_medium", "token_sets", "mail", "rotations", "identities"):
+        later = ("visibility_medium", "token_sets", "mail", "rotations", "identities")
+        for name in (*later, "combine", "combine_smoothing"):
             if streams[name] == getattr(StreamsConfig(), name):
                 del streams[name]
         own: dict[str, Any] = {"streams": streams}
