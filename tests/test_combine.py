@@ -54,12 +54,69 @@ def test_the_loss_of_a_mixture_and_its_gradients_equal_the_definition(chunk, par
 
     arrays = hidden, log_weights, head
     np.testing.assert_allclose(ours(*arrays)[1], dense(*arrays)[1], rtol=1e-5)
-    (loss, nll), found = jax.value_and_grad(ours, (0, 1, 2), has_aux=True)(*arrays)
-    (value, each), expected = jax.value_and_grad(dense, (0, 1, 2), has_aux=True)(*arrays)
+
+    def twice(loss):
+        return jax.value_and_grad(
+            lambda *arrays: (2 * loss(*arrays)[0], loss(*arrays)[1]), (0, 1, 2), has_aux=True
+        )
+
+    (loss, nll), found = twice(ours)(*arrays)
+    (value, each), expected = twice(dense)(*arrays)
     np.testing.assert_allclose(loss, value, rtol=1e-5)
     np.testing.assert_allclose(nll, each, rtol=1e-5)
     for ours, theirs in zip(found, expected):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)
+
+
+def defined(model, tables):
+    """The log-probabilities [B, T, S, V] of the next tokens by the definition, in NumPy."""
+    bound = bind(model.graph, model.parameters)
+    segment = np.ones(tables["tokens"].shape[:2], np.int32)
+    hidden = np.asarray(bound.read({**tables, "segment": segment}, 3))
+    head, weights = np.asarray(bound.head_table()), model.parameters["combine"]
+    up, up_bias, down, down_bias = (
+        np.asarray(weights[name]) for name in ("up", "up_bias", "down", "down_bias")
+    )
+    part = model.streams.combine_smoothing
+    result, pair = log_softmax(hidden @ head.T), 0
+    for number, rule in enumerate(model.streams.combine):
+        pairs = range(pair, pair + len(rule.sources))
+        pair += len(rule.sources)
+        for row in np.ndindex(hidden.shape[:2]):
+            there = [
+                (s, one) for s, one in zip(rule.sources, pairs) if tables["present"][(*row, s)]
+            ]
+            if not there:
+                continue
+            states = np.array([hidden[(*row, s)] for s, _ in there])
+            x = sum(state @ up[one] for state, (_, one) in zip(states, there)) + up_bias[number]
+            x = x / (1 + np.exp(-x))
+            w = np.exp(log_softmax(np.array([x @ down[one] + down_bias[one] for _, one in there])))
+            w = (1 - part) * w + part / len(there)
+            each = log_softmax(states @ head.T)
+            log_p = np.log(w @ np.exp(each)) if rule.mode == "mixture" else log_softmax(w @ each)
+            result[(*row, rule.stream)] = log_p
+    return result
+
+
+def log_softmax(x):
+    x = np.float64(x) - np.max(x, axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+PRODUCTS = (("thought", "product", "user, thought"), ("output", "product", "thought, user"))
+
+
+@pytest.mark.parametrize("combine, smoothing", [(BOTH, 0.0), (PRODUCTS, 0.3)])
+def test_the_prediction_is_that_of_the_definition(make_model, combine, smoothing):
+    """Also where some or all sources are absent. An absent one has no influence at all."""
+    model = make_model(combine=combine, num_layers=1).with_streams(combine_smoothing=smoothing)
+    rng = np.random.default_rng(0)
+    tokens, present = rng.integers(0, 32, (2, 6, 3)), rng.random((2, 6, 3)) < 0.5
+    tables = {"tokens": np.int32(tokens * present), "present": present}
+    assert (~present[..., :2]).all(-1).any() and (~present).all(-1).any()
+    logits = score(model, tables, 3).logits
+    np.testing.assert_allclose(log_softmax(logits), defined(model, tables), atol=1e-5)
 
 
 @pytest.mark.parametrize(
