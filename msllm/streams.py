@@ -312,6 +312,19 @@ class StreamSpec:
         return np.minimum(self.lag_array, self.token_lag_array)
 
     @property
+    def prediction_lag_array(self) -> np.ndarray:
+        """[S, S] int32, the lag from which a stream's prediction sees the tokens of a source.
+
+        It is `nearest_lag_array`, except for streams that are predicted from others.
+        """
+        nearest = self.nearest_lag_array
+        result = nearest.copy()
+        np.fill_diagonal(nearest, 0)  # a source sees its own cell
+        for rule in self.combine:
+            result[rule.stream] = nearest[list(rule.sources)].min(0)
+        return result
+
+    @property
     def relays(self) -> tuple[Relay, ...]:
         """A relay for each stream that others see through tokens, and each set that passes."""
         found = set(self.edge_relays.values())

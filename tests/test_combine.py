@@ -20,7 +20,7 @@ from msllm.flow import certificate
 from msllm.loss import mixture_loss, targets_and_weights
 from msllm.model.combine import next_logits
 from msllm.model.model import bind, init_parameters
-from msllm.streams import StreamSpec
+from msllm.streams import NEVER, StreamSpec
 from msllm.weights.convert import to_hf
 from msllm.weights.warm_start import initial_parameters, write_model
 
@@ -285,6 +285,20 @@ def test_rules_that_are_refused(fields, message):
     streams = StreamsConfig(names=("a", "b", "out"), kinds=("input", "input", "output"), **fields)
     with pytest.raises(UserError, match=message):
         StreamSpec.from_config(streams)
+
+
+def test_a_prediction_sees_in_time_what_its_sources_see():
+    streams = StreamsConfig(
+        names=("a", "b", "out"),
+        kinds=("input", "input", "output"),
+        visibility="isolated",
+        lags=(("b", "a", "2"),),
+        combine=(("out", "mixture", "b"),),
+    )
+    spec = StreamSpec.from_config(streams)
+    assert spec.prediction_lag_array.tolist() == [[1, NEVER, NEVER], [2, 1, NEVER], [2, 0, NEVER]]
+    plain = dataclasses.replace(spec, combine=())
+    np.testing.assert_array_equal(plain.prediction_lag_array, spec.nearest_lag_array)
 
 
 def test_a_rule_of_mode_own_changes_nothing():

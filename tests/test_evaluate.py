@@ -6,7 +6,7 @@ import pytest
 from msllm.config import StreamsConfig
 from msllm.data.dictation import expected_answer
 from msllm.data.tables import Placement, make_table
-from msllm.decode.engine import FREE, Generated
+from msllm.decode.engine import FREE, Generated, Row
 from msllm.errors import UserError
 from msllm.evals import exact_match as evaluation
 from msllm.streams import StreamSpec
@@ -106,6 +106,20 @@ def test_a_wrong_short_or_long_answer_is_wrong(monkeypatch, answer):
     case = evaluation.streams_case(EXAMPLE, loaded)
     say(monkeypatch, make_table([placed(2, 6, answer)], 12, 3, SILENCE).tokens)
     assert not evaluation._answer([case], loaded, rows=20, batch=2)[0][0].right
+
+
+def test_the_most_frequent_answer_of_a_vote_counts():
+    """Whenever it comes: the rows are those of the first run that gave it."""
+    loaded = FakeLoaded(*STREAMS)
+    case = evaluation.streams_case(EXAMPLE, loaded)
+
+    def run(start, text):
+        tokens = make_table([placed(2, start, text)], 14, 3, SILENCE).tokens
+        return [Row(i, row, row >= 0, None, None, None, None) for i, row in enumerate(tokens)]
+
+    wrong, right = run(6, "that makes 3 ."), [run(at, "that makes 4 .") for at in (9, 7)]
+    assert evaluation._elected(case, [wrong, *right], loaded, "") == [(True, 9 - 4, 12 - 4)]
+    assert not evaluation._elected(case, [wrong, right[0], wrong], loaded, "")[0].right
 
 
 def test_each_turn_of_a_conversation_has_its_own_answer(monkeypatch):

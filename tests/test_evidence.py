@@ -295,3 +295,15 @@ def test_prepare_warns_of_too_few_rows_and_of_empty_splits(tmp_path, monkeypatch
     assert "eval: no examples are held out" in off and "WARNING: eval" not in off
     everything = output("all", "--config.data.eval_percent=99.99999")
     assert "WARNING: train: all 120 examples are held out" in everything
+
+
+def test_what_gets_mail_is_no_evidence():
+    """A copy of a stream in its own row does not say that the stream comes too late."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(2, 50, (40, 30))
+    tables = [
+        make_table([Placement(s, 0, row) for s in range(2)], 30, 2, SILENCE) for row in tokens
+    ]
+    kinds, lag = ("output", "input"), lag_matrix("isolated", 2)
+    assert estimate(tables, kinds, lag, SILENCE)[0].is_late
+    assert not estimate(tables, kinds, lag, SILENCE, [(1, 0)])[0].is_late

@@ -127,13 +127,13 @@ def test_an_evaluation_by_votes(loaded, monkeypatch):
 
     monkeypatch.setattr(exact_match, "_judge", record)
     results, tables = [], []
-    for seed, about in ((1, "answers"), (1, "answers"), (2, "answers"), (1, "tokens")):
+    for seed, about in ((1, "answers"), (1, "answers"), (1, "tokens")):
         options = DecodeOptions(temperature=1.0, seed=seed)
         results.append(exact_match.evaluate(loaded, examples=3, vote=Vote(3, about, options)))
         tables.append(judged[:])
         judged.clear()
     assert results[0] == results[1] and tables[0] == tables[1]
-    assert tables[2] != tables[0] != tables[3]
+    assert tables[2] != tables[0]
     with pytest.raises(UserError, match="temperature 0, so all runs would be the same"):
         exact_match.evaluate(loaded, examples=3, vote=Vote(3, "answers", DecodeOptions()))
 

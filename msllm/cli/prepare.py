@@ -85,4 +85,4 @@ def _targets_in_time(config: Config, out: str) -> list[str]:
     spec = StreamSpec.from_config(resolve_visibility(config).streams)
     manifest = read_manifest(out)
     filled = [split for split, part in manifest["splits"].items() if part["tables"]]
-    return targets_in_time(Split(out, filled[0]), spec.nearest_lag_array)
+    return targets_in_time(Split(out, filled[0]), spec.prediction_lag_array)

@@ -14,7 +14,7 @@ where the evidence is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -79,7 +79,11 @@ class Evidence(NamedTuple):
 
 
 def estimate(
-    examples: Iterable[Table], kinds: Sequence[str], lag: np.ndarray, silence_id: int
+    examples: Iterable[Table],
+    kinds: Sequence[str],
+    lag: np.ndarray,
+    silence_id: int,
+    copies: Collection[tuple[int, int]] = (),
 ) -> list[Evidence]:
     """Estimates for each stream that is not an input what its targets follow from.
 
@@ -89,12 +93,14 @@ def estimate(
       lag: [S, S] int, lag[reader, source].
       silence_id: the token of silence. Silent targets count as errors if they are predicted to
         speak.
+      copies: (reader, source) of mail. That a reader repeats what a stream has said, later or in
+        the same row, is no evidence for what the stream says.
     """
     size = len(kinds)
     limit = int(np.clip(MAX_WORK // max(1, size * (size - 1)), 2000, MAX_TARGETS))
     sample = _Sample(examples, size, limit, silence_id)
     return [
-        sample.evidence(stream, lag)
+        sample.evidence(stream, lag, {reader for reader, source in copies if source == stream})
         for stream, kind in enumerate(kinds)
         if kind != "input" and size > 1
     ]
@@ -129,8 +135,14 @@ class _Sample:
         self.tokens = tokens[:-2].reshape(stacked.shape) - 1  # the smallest id is _ABSENT
         self.example = np.concatenate(numbers)
 
-    def evidence(self, stream: int, lag: np.ndarray) -> Evidence:
-        """Compares the evidence for the targets of a stream."""
+    def evidence(self, stream: int, lag: np.ndarray, copies: Collection[int]) -> Evidence:
+        """Compares the evidence for the targets of a stream.
+
+        Args:
+          stream: the stream.
+          lag: [S, S] int.
+          copies: the streams that get its mail.
+        """
         own = self.tokens[:, stream]
         rows = np.flatnonzero((own[1:] != _ABSENT) & (own[:-1] != _ABSENT)) + 1
         said = int((own[rows] != self.silence).sum())
@@ -146,9 +158,11 @@ class _Sample:
             for distance in range(nearest, last + 1):
                 if source == stream and distance < first:
                     continue
+                if source in copies and distance < first:
+                    continue
                 clue = Clue(source, distance, guess.known(self.tokens[rows - distance, source]))
                 (visible if distance >= first else hidden).append(clue)
-        copied, late = self._copied(stream, rows, lag)
+        copied, late = self._copied(stream, rows, lag, copies)
         # The nearest visible rows and the latest hidden ones that need the shortest shift.
         shift = {clue: int(lag[stream, clue.source]) + 1 - clue.rows for clue in hidden}
         best = min(_best(hidden), key=shift.__getitem__) if hidden else None
@@ -183,7 +197,9 @@ class _Sample:
             return np.arange(len(rows)) >= len(rows) // 2
         return examples % 2 == 1
 
-    def _copied(self, stream: int, rows: np.ndarray, lag: np.ndarray) -> tuple[int, int]:
+    def _copied(
+        self, stream: int, rows: np.ndarray, lag: np.ndarray, copies: Collection[int]
+    ) -> tuple[int, int]:
         """Counts the tokens that equal a visible token of another stream, and a hidden one.
 
         In each example, they are compared at the distance at which the most tokens are equal. This
@@ -197,7 +213,8 @@ class _Sample:
             first = int(lag[stream, source]) + 1
             if source == stream or first > NEVER:
                 continue
-            for distance in range(-ROWS_AFTER, first + ROWS_SEEN):
+            nearest = first if source in copies else -ROWS_AFTER
+            for distance in range(nearest, first + ROWS_SEEN):
                 equal = self.tokens[said - distance, source] == target
                 counts = np.bincount(example, equal, number).astype(np.int64)
                 best = seen if distance >= first else unseen

@@ -54,7 +54,7 @@ def make_manifest(
         # Rows of lag from each reader to each source; null: never. The tables do not depend on it.
         "lag": [
             [None if rows == NEVER else rows for rows in row]
-            for row in spec.nearest_lag_array.tolist()
+            for row in spec.prediction_lag_array.tolist()
         ],
         "rows": config.data.rows,
         "tokenizer": {

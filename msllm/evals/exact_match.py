@@ -436,23 +436,23 @@ class _Voting:
         for group in groups:
             for session in group:
                 session.close()
-        return [self._elect(case, of_case) for case, of_case in zip(cases, found)]
+        return [_elected(*pair, self._model, self._mark) for pair in zip(cases, found)]
 
-    def _elect(self, case: Case, runs: Sequence[Sequence[Row]]) -> list[Answer]:
-        """The answers of the run that won. A run with no answer has a vote as well."""
-        tokens = np.array([[row.tokens for row in run] for run in runs])
-        present = np.array([[row.present for row in run] for run in runs])
-        spoken = present & (tokens != self._model.require_tokenizer().silence_id)
-        turns = range(len(case.turns))
-        said = [
-            str([_said(case, turn, *run, self._model, self._mark)[1] for turn in turns])
-            for run in zip(tokens, spoken)
-        ]
-        winner, _ = elect(said)
-        return [
-            _judge(case, turn, tokens[winner], spoken[winner], self._model, self._mark)
-            for turn in turns
-        ]
+
+def _elected(
+    case: Case, runs: Sequence[Sequence[Row]], model: LoadedModel, mark: str
+) -> list[Answer]:
+    """The answers of the run that won a vote. A run with no answer has a vote as well."""
+    tokens = np.array([[row.tokens for row in run] for run in runs])
+    present = np.array([[row.present for row in run] for run in runs])
+    spoken = present & (tokens != model.require_tokenizer().silence_id)
+    turns = range(len(case.turns))
+    said = [
+        str([_said(case, turn, *run, model, mark)[1] for turn in turns])
+        for run in zip(tokens, spoken)
+    ]
+    winner, _ = elect(said)
+    return [_judge(case, turn, tokens[winner], spoken[winner], model, mark) for turn in turns]
 
 
 def judge(

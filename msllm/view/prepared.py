@@ -92,7 +92,10 @@ def targets_in_time(data: Split, lag: np.ndarray | None = None) -> list[str]:
         lag = np.array([[NEVER if rows is None else rows for rows in row] for row in stored])
     elif lag is None:  # data of an earlier version
         lag, assumed = lag_matrix("block_causal", len(names)), ", assuming block_causal"
-    found = evidence.estimate(_sample(data), kinds, lag, data.columns.tokenizer.silence_id)
+    rules = data.manifest["streams"].get("mail", ())
+    copies = [(names.index(reader), names.index(source)) for reader, source, *_ in rules]
+    silence = data.columns.tokenizer.silence_id
+    found = evidence.estimate(_sample(data), kinds, lag, silence, copies)
     return evidence.describe(
         found, names, lag, f"an estimate from a sample of {data.split}{assumed}"
     )
