@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from msllm.errors import UserError
+from msllm.groups import Group, Roster
 
 MODES = ("own", "mixture", "product")
 _SETTING = "config.streams.combine"
@@ -21,26 +22,46 @@ class Combine(NamedTuple):
     stream: int
     mode: str  # mixture: of their distributions; product: of their logits
     sources: tuple[int, ...]  # in the order of the setting; may include the stream itself
+    # For each source, the name of the group to which it belongs, or "". Empty: none is in a group.
+    groups: tuple[str, ...] = ()
+
+    @property
+    def entries(self) -> tuple[int, ...]:
+        """For each source, its number in the setting, which the members of a group share."""
+        if not self.groups:
+            return tuple(range(len(self.sources)))
+        keys = [group or source for group, source in zip(self.groups, self.sources)]
+        return tuple(list(dict.fromkeys(keys)).index(key) for key in keys)
+
+    @property
+    def entry_groups(self) -> tuple[str, ...]:
+        """For each entry of the setting, the name of the group, or "" for a stream."""
+        groups = self.groups or ("",) * len(self.sources)
+        return tuple(dict(zip(self.entries, groups)).values())
 
 
 def parse_combine(
-    settings: Iterable[tuple[str, str, str]], names: Sequence[str], kinds: Sequence[str]
+    settings: Iterable[tuple[str, str, str]],
+    names: Sequence[str],
+    kinds: Sequence[str],
+    groups: Sequence[Group] = (),
 ) -> tuple[Combine, ...]:
     """Reads `config.streams.combine`. Rules of mode `own` are left out.
 
     Args:
       settings: (stream, mode, sources).
       names, kinds: those of the streams.
+      groups: the groups of streams. A source may be a group, which stands for all its members.
 
     Raises UserError if a rule is invalid.
     """
     rules: list[Combine] = []
     seen: set[str] = set()
+    roster = Roster(tuple(names), tuple(groups))
     for stream, mode, listed in settings:
         sources = [name.strip() for name in listed.split(",")] if listed.strip() else []
         for name in (stream, *sources):
-            if name not in names:
-                raise UserError(f"{_SETTING} names {name!r}: the streams are {', '.join(names)}")
+            _check_name(name, name != stream or name in sources, roster)
         if mode not in MODES:
             raise UserError(
                 f"{_SETTING} holds the mode {mode!r}: must be one of {', '.join(MODES)} (a stream"
@@ -67,15 +88,37 @@ def parse_combine(
                 f"{_SETTING} gives {stream!r} the sources {listed!r}: must be one or more"
                 " different streams with commas between"
             )
-        rules.append(Combine(names.index(stream), mode, tuple(map(names.index, sources))))
+        streams: list[int] = []
+        of_groups: list[str] = []
+        for name in sources:
+            group = roster.find_group(name)
+            members = list(group.members) if group else [names.index(name)]
+            streams += members
+            of_groups += [name if group else ""] * len(members)
+        found = tuple(of_groups) if any(of_groups) else ()
+        rules.append(Combine(names.index(stream), mode, tuple(streams), found))
     return tuple(sorted(rules))
 
 
+def _check_name(name: str, may_be_group: bool, roster: Roster) -> None:
+    """Raises UserError unless a rule may name this stream or group."""
+    if roster.find_group(name):
+        if not may_be_group:
+            raise UserError(
+                f"{_SETTING} gives the group {name!r} a rule: a rule is for a single stream, and a"
+                " group can be a source; name a stream that is in no group"
+            )
+    elif name not in roster.names:
+        raise UserError(f"{_SETTING} names {name!r}: {roster.describe()}")
+    elif group := roster.group_of(roster.names.index(name)):
+        raise UserError(
+            f"{_SETTING} names {name!r}, which is of a group: members are interchangeable; name the"
+            f" group {group.name!r} as a source, or a stream that is in no group"
+        )
+
+
 def check_edges(
-    rules: Iterable[Combine],
-    names: Sequence[str],
-    lags: Iterable[tuple[str, str, str]],
-    medium: str,
+    rules: Iterable[Combine], roster: Roster, lags: Iterable[tuple[str, str, str]], medium: str
 ) -> None:
     """Raises UserError if a rule reads a source whose edge the config excludes or narrows.
 
@@ -85,15 +128,21 @@ def check_edges(
 
     Args:
       rules: the rules.
-      names: the streams.
+      roster: the streams.
       lags: `config.streams.lags`.
       medium: `config.streams.visibility_medium`.
     """
-    listed = {(reader, source): value for reader, source, value in lags}
+    listed = {
+        pair: value
+        for reader, source, value in lags
+        for pair in roster.pairs(reader, source, "config.streams.lags")
+    }
     for rule in rules:
-        stream = names[rule.stream]
-        for source in (names[s] for s in rule.sources if s != rule.stream):
-            value = listed.get((stream, source))
+        stream = roster.names[rule.stream]
+        for s in rule.sources:
+            if s == rule.stream:
+                continue
+            source, value = roster.names[s], listed.get((rule.stream, s))
             if value is None:
                 if medium == "latent":
                     continue
@@ -110,10 +159,7 @@ def check_edges(
 
 
 def sources_of(rules: Iterable[Combine], mode: str = "") -> tuple[tuple[int, int], ...]:
-    """The (stream, source) pairs of all rules, or of those of a mode, in order.
-
-    The parameters of a combination have one entry for each pair of all rules.
-    """
+    """The (stream, source) pairs of all rules, or of those of a mode, in order."""
     return tuple(
         (rule.stream, source)
         for rule in rules

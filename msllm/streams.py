@@ -232,9 +232,8 @@ class StreamSpec:
         kinds = roster.per_stream(config.kinds)
         edges = _config_lags(config, roster)
         has_token_edges = bool((edges.token_lag < NEVER).any())
-        _check_combine(config, roster)
-        combine = parse_combine(config.combine, names, kinds)
-        check_edges(combine, names, config.lags, config.visibility_medium)
+        combine = parse_combine(config.combine, names, kinds, roster.groups)
+        check_edges(combine, roster, config.lags, config.visibility_medium)
         return cls(
             names,
             kinds,
@@ -560,18 +559,6 @@ def _check_identities(identities: int, roster: Roster) -> None:
                 f" {group.size} members: each needs an identity of its own; use at most"
                 f" {identities} members, or train with more identities"
             )
-
-
-def _check_combine(config: StreamsConfig, roster: Roster) -> None:
-    """Raises UserError if `combine` names a group or a member of one."""
-    for stream, _, sources in config.combine:
-        for name in (stream, *map(str.strip, sources.split(","))):
-            is_member = name in roster.names and roster.group_of(roster.names.index(name))
-            if is_member or (name not in roster.names and roster.find_group(name)):
-                raise UserError(
-                    f"config.streams.combine names {name!r}, which is of a group: its weights"
-                    " belong to single streams; name streams that are in no group"
-                )
 
 
 def _token_sets(config: StreamsConfig) -> dict[str, TokenSet]:

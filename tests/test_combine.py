@@ -22,6 +22,7 @@ from msllm.model.combine import next_logits
 from msllm.model.model import bind, init_parameters
 from msllm.streams import NEVER, StreamSpec
 from msllm.weights.convert import to_hf
+from msllm.weights.load import LoadedModel
 from msllm.weights.warm_start import initial_parameters, write_model
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -220,6 +221,45 @@ def test_parallel_copies_of_a_text(make_model, mode):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+GROUP = StreamsConfig(
+    names=("user", "thread * 2", "output"),
+    kinds=("input", "thought", "output"),
+    visibility="isolated",
+    combine=(("output", "mixture", "thread, output"),),
+)
+
+
+@pytest.mark.parametrize("mode", ["mixture", "product"])
+def test_a_group_of_threads_as_a_source(make_model, mode):
+    """Its members are interchangeable, and their number may be another one."""
+    config = dataclasses.replace(GROUP, combine=(("output", mode, "thread, output"),))
+    sizes = make_model(3, num_layers=1).config
+    spec = StreamSpec.from_config(config)
+    parameters = init_parameters(sizes, spec, 1)
+    leaves, tree = jax.tree.flatten(parameters)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [x + 0.5 * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves)]
+    model = LoadedModel(sizes, spec, jax.tree.unflatten(tree, noise))
+    assert parameters["combine"]["up"].shape[0] == 2 and "own" in parameters["combine"]
+
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 32, (1, 5, 6))
+    more = model.with_threads(4)
+    logits = score(more, {"tokens": tokens}, 3).logits[0, :, 5]
+    moved = score(more, {"tokens": tokens[:, :, [0, 3, 1, 4, 2, 5]]}, 3).logits[0, :, 5]
+    np.testing.assert_allclose(moved, logits, atol=1e-5)
+    # Members that are absent have no part: four of which two are absent are two.
+    present = np.ones(tokens.shape, bool)
+    present[:, :, 3:5] = False
+    four = score(more, {"tokens": tokens, "present": present}, 3).logits[0, :, [0, 1, 2, 5]]
+    two = score(model, {"tokens": tokens[:, :, [0, 1, 2, 5]]}, 3).logits[0].swapaxes(0, 1)
+    np.testing.assert_allclose(four, two, atol=1e-5)
+    # And members differ by what they hold.
+    same = tokens.copy()
+    same[:, :, 2] = same[:, :, 1]
+    assert not np.allclose(score(more, {"tokens": same}, 3).logits[0, :, 5], logits, atol=1e-3)
+
+
 def test_packed_examples_equal_the_same_examples_alone(make_model):
     model = make_model(combine=BOTH, num_layers=1)
     rng = np.random.default_rng(0)
@@ -274,6 +314,11 @@ REFUSED = [
         "lists the edge as '1 tokens'",
     ),
     (
+        {"names": ("a", "b * 2", "out"), "combine": (("out", "mixture", "b"),)}
+        | {"lags": (("out", "b@1", "never"),)},
+        "from the hidden states of 'b.1', and config.streams.lags lists the edge as 'never'",
+    ),
+    (
         {"combine": (("out", "mixture", "out,a"),), "visibility_medium": "tokens"},
         "of 'a', and config.streams.visibility_medium=tokens",
     ),
@@ -282,9 +327,9 @@ REFUSED = [
 
 @pytest.mark.parametrize("fields, message", REFUSED)
 def test_rules_that_are_refused(fields, message):
-    streams = StreamsConfig(names=("a", "b", "out"), kinds=("input", "input", "output"), **fields)
+    given = {"names": ("a", "b", "out"), "kinds": ("input", "input", "output")} | fields
     with pytest.raises(UserError, match=message):
-        StreamSpec.from_config(streams)
+        StreamSpec.from_config(StreamsConfig(**given))
 
 
 def test_a_prediction_sees_in_time_what_its_sources_see():

@@ -237,7 +237,7 @@ ERRORS = [
     ({"lags": (("a", "a@i", "1 tokens"),)}, "from 'a' to itself"),
     ({"mail": (("a", "b", "1", "5"),)}, "reader 'a', which is of kind output"),
     ({"combine": (("b", "mixture", "b, a.1"),)}, "combine names 'a.1', which is of a group"),
-    ({"combine": (("a", "own", ""),)}, "combine names 'a', which is of a group"),
+    ({"combine": (("a", "own", ""),)}, "combine gives the group 'a' a rule"),
     ({"identities": 1}, "identities is 1, and the group 'a' has 2 members"),
     ({"identities": 2, "names": ("a", "b")}, "they are for groups, and there is none in a, b"),
 ]

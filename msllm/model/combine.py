@@ -15,9 +15,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from msllm.combine import Combine, sources_of
+from msllm.combine import Combine
 from msllm.config import ModelConfig
 from msllm.model.layers import constant, gather_param, parameter
 from msllm.sharding import axis_index, axis_size, gather_streams
@@ -28,17 +29,31 @@ _ABSENT = -1e30  # the log-weight of a source without a part; finite, so that gr
 
 
 class Weights(nnx.Module):
-    """The parameters of the MLPs, of all rules. A pair is a source of a rule, in order."""
+    """The parameters of the MLPs, of all rules. A pair is an entry in the sources of a rule.
+
+    The members of a group are one entry: they share its parameters, and their mean is its hidden
+    state. For them `own` adds what tells the members of a group apart. So a group may have another
+    number of members than in training.
+    """
 
     def __init__(self, config: ModelConfig, streams: StreamSpec, rngs: nnx.Rngs | None):
         """Creates the parameters. Without `rngs` only their shapes are meaningful."""
-        rules, pairs, width = streams.combine, len(sources_of(streams.combine)), config.d_model
+        rules, width = streams.combine, config.d_model
+        entries = [rule.entry_groups for rule in rules]
+        pairs, grouped = sum(map(len, entries)), sum(map(_count_groups, entries))
         axes = ("replicated", "embed", "replicated")
-        most = max(len(rule.sources) for rule in rules)
+        most = max(map(len, entries))
         self.up = parameter(rngs, (pairs, width, width), axes, (most * width) ** -0.5)
         self.up_bias = constant(0.0, (len(rules), width), axes[:2])
         self.down = parameter(rngs, (pairs, width), axes[:2], width**-0.5)
         self.down_bias = constant(0.0, (pairs,), axes[:1])
+        if grouped:
+            self.own = parameter(rngs, (grouped, width, width), axes, width**-0.5)
+
+
+def _count_groups(groups: tuple[str, ...]) -> int:
+    """How many entries of a rule are groups."""
+    return sum(map(bool, groups))
 
 
 class Sources(NamedTuple):
@@ -99,15 +114,27 @@ def weigh(
       own: [..., D], the hidden state of the stream itself.
     """
     spec, weights, dtype = model.streams, model.combine, hidden.dtype
-    first = sources_of(spec.combine).index((rule.stream, rule.sources[0]))
-    pairs = slice(first, first + len(rule.sources))
     number = spec.combine.index(rule)
+    before = [other.entry_groups for other in spec.combine[:number]]
+    first = sum(map(len, before))
+    pairs = slice(first, first + len(rule.entry_groups))
+    entries = np.array(rule.entries)
     seen = jnp.where(present[..., None], hidden, 0)  # an absent source changes nothing
     up = gather_param(weights.up, dtype)[pairs]
-    x = jnp.einsum("...pd,pde->...e", seen, up, preferred_element_type=jnp.float32)
-    x = jax.nn.silu(x + gather_param(weights.up_bias, jnp.float32)[number])
-    down = gather_param(weights.down, jnp.float32)[pairs]
-    scores = jnp.einsum("...e,pe->...p", x, down) + weights.down_bias.get_value()[pairs]
+    of_entries = _means(seen, present, rule) if rule.groups else seen
+    x = jnp.einsum("...pd,pde->...e", of_entries, up, preferred_element_type=jnp.float32)
+    x = (x + gather_param(weights.up_bias, jnp.float32)[number])[..., None, :]
+    if rule.groups:
+        of_members = gather_param(weights.own, dtype)[sum(map(_count_groups, before)) :]
+        groups = [entry for entry, name in enumerate(rule.entry_groups) if name]
+        for place, entry in enumerate(groups):
+            members = jnp.asarray(entries == entry)[:, None]
+            added = jnp.einsum(
+                "...pd,de->...pe", seen, of_members[place], preferred_element_type=jnp.float32
+            )
+            x = x + jnp.where(members, added, 0)
+    down = gather_param(weights.down, jnp.float32)[pairs][entries]
+    scores = jnp.sum(jax.nn.silu(x) * down, axis=-1) + weights.down_bias.get_value()[pairs][entries]
 
     count = jnp.sum(present, axis=-1, keepdims=True)
     log_weights = jax.nn.log_softmax(jnp.where(present, scores, _ABSENT), axis=-1)
@@ -148,6 +175,20 @@ def sources_of_device(
     """This device's part, as in `part_of_device`, of the sources of a rule. See `sources`."""
     states, here = (part_of_device(x, rule.sources) for x in (hidden, present))
     return weigh(model, rule, states, here, part_of_device(hidden, rule.stream))
+
+
+def _means(seen: jax.Array, present: jax.Array, rule: Combine) -> jax.Array:
+    """The mean hidden state of the present sources of each entry, [..., E, D].
+
+    Args:
+      seen: [..., P, D], 0 where a source is absent.
+      present: [..., P] bool.
+      rule: the rule.
+    """
+    is_in = np.array(rule.entries)[:, None] == np.arange(len(rule.entry_groups))  # [P, E]
+    count = jnp.einsum("...p,pe->...e", present.astype(jnp.float32), is_in.astype(np.float32))
+    total = jnp.einsum("...pd,pe->...ed", seen.astype(jnp.float32), is_in.astype(np.float32))
+    return (total / jnp.maximum(count, 1)[..., None]).astype(seen.dtype)
 
 
 def pool_products(model: MultiStreamLM, hidden: jax.Array, present: jax.Array) -> jax.Array:

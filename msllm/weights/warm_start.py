@@ -26,7 +26,6 @@ from msllm.checkpoint import (
     read_description,
     refuse_patterns,
 )
-from msllm.combine import sources_of
 from msllm.config import (
     Config,
     ModelConfig,
@@ -263,9 +262,14 @@ def _check_tokenizer(stored: dict[str, Any] | None, tokenizer: Tokenizer) -> Non
 def _check_combine(stored: StreamSpec, current: StreamSpec) -> None:
     """Raises UserError if the weights of the streams' sources belong to other rules."""
     there, here = (
-        [(streams.names[s], streams.names[c]) for s, c in sources_of(streams.combine)]
+        [
+            (streams.names[rule.stream], group or streams.names[source])
+            for rule in streams.combine
+            for source, group in zip(rule.sources, rule.groups or ("",) * len(rule.sources))
+        ]
         for streams in (stored, current)
     )
+    there, here = list(dict.fromkeys(there)), list(dict.fromkeys(here))
     if there and there != here:
         raise UserError(
             f"its config.streams.combine has the (stream, source) pairs {there}, and that of the"
