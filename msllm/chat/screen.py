@@ -276,7 +276,10 @@ class ChatApp(App[None]):
     def show(self) -> None:
         """Draws the player's current state."""
         self.columns.follow()
-        self.query_one("#status", Static).update(self._status(), layout=False)
+        for status in self.query("#status").results(
+            Static
+        ):  # there is none while the screen closes
+            status.update(self._status(), layout=False)
 
     def action_send(self) -> None:
         if self._live and self._inputs:
