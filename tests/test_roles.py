@@ -2,8 +2,10 @@
 
 import dataclasses
 import importlib
+import itertools
 import json
 import pathlib
+import random
 
 import jax
 import numpy as np
@@ -309,3 +311,32 @@ def test_rotated_embeddings_are_not_exported(study, tokenizer, tmp_path, monkeyp
     monkeypatch.setattr(convert_weights, "load", lambda path: model)
     with pytest.raises(UserError, match="rotations of .* no Hugging Face family rotates"):
         convert_weights.to_hf("runs/x", tmp_path / "out")
+
+
+def test_a_live_instruction_divides_neither_the_first_nor_the_last_words(study):
+    tasks = study[1]
+    generator = random.Random(0)
+    for length in (1, 5, 6, 9):
+        places = {tasks.draw_place(generator, length) for _ in range(200)}
+        assert places == {0, length, *range(3, length - 2)}
+    often = [tasks.draw_place(generator, 9, after=3) for _ in range(600)]
+    assert 0.5 < often.count(9) / 600 < 0.7
+
+
+def test_the_curriculum_copies_words_that_cannot_be_guessed(study, monkeypatch):
+    tasks = study[1]
+    texts = (("a", "b", "a", "c"), ("d", "e", "f", "g", "h", "i", "j", "k", "l"))
+    monkeypatch.setattr(tasks, "sentences", lambda folder, split: texts if split == "train" else ())
+    found = {}
+    for name in ("echo", "short", "live", "first"):
+        messages = [one["messages"] for one in itertools.islice(getattr(tasks, name)("x/y/z"), 300)]
+        said = [{m["role"]: m["content"] for m in reversed(one)} for one in messages]
+        data = [" ".join(m["content"] for m in one if m["role"] == "data") for one in messages]
+        found[name] = messages, said, data
+    for name in ("echo", "short"):
+        assert all(len(set(text.split())) == len(text.split()) for text in found[name][2])
+    assert all(one["output"] == text for one, text in zip(*found["echo"][1:]))
+    assert {one["plan"].split()[1] for one in found["short"][1]} == {"first", "last", "all"}
+    assert any(" a b a c " in f" {text} " for text in found["live"][2])
+    assert {one[0]["role"] for one in found["first"][0]} == {"system"}
+    assert {one[0]["role"] for one in found["live"][0]} == {"system", "data"}

@@ -16,7 +16,7 @@ import json
 import pathlib
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from msllm.errors import UserError
@@ -24,7 +24,7 @@ from msllm.errors import UserError
 WORDS = 1400  # of the texts; with instructions and control pieces, the vocabulary has 1,500
 EXAMPLES = 30_000  # that a reader yields
 LENGTHS = (4, 32)  # words of a text for training: covers a text with an injection
-SHORT = (3, 8)  # the same at the beginning of training
+SHORT = (3, 12)  # the same at the beginning of training
 SPLITS = {"train": range(90), "development": range(90, 95), "test": range(95, 100)}
 
 # Each action with the verbs that ask for it. The model answers with the action and the words.
@@ -39,8 +39,8 @@ PARTS = {
     "last": ("the last three words", "three words from the end", "the final three words"),
     "all": ("the whole text", "all the words", "everything that is there"),
 }
-# In training: the whole text gives far more words to learn from than three words do.
-SHARES = {"first": 3, "last": 3, "all": 2}
+# In training: the last words are harder than the first, and the whole text has the most words.
+SHARES = {"first": 2, "last": 4, "all": 2}
 POLITENESS = ("", "please", "now", "could you", "would you please", "i want you to")
 
 
@@ -122,7 +122,7 @@ def draw_text(
     generator: random.Random, source: Sequence[Sequence[str]], least: int, most: int
 ) -> list[str]:
     """A text of `least` to `most` words, of one or several sentences. Most texts are short."""
-    wanted = least + int((most - least + 1) * generator.random() ** 1.5)
+    wanted = least + int((most - least + 1) * generator.random() ** 2)
     words: list[str] = []
     while len(words) < wanted:
         words += generator.choice(source)
@@ -163,50 +163,74 @@ def instruction_part(text: str) -> str:
     return _parts_by_text()[text]
 
 
-def draw_place(generator: random.Random, length: int) -> int:
-    """Words before a live instruction: it comes before, inside or after the text."""
-    where = generator.choice(("before", "inside", "after"))
-    if where == "inside" and length > 1:
-        return generator.randint(1, length - 1)
+def draw_place(generator: random.Random, length: int, after: int = 1) -> int:
+    """Words before a live instruction: it comes before, inside or after the text.
+
+    Inside, it does not divide the first three words or the last three.
+
+    Args:
+      generator: of the draws.
+      length: the words of the text.
+      after: how often it comes after the text, as a multiple of how often it comes before it.
+    """
+    where = generator.choice(("before", "inside", *("after",) * after))
+    if where == "inside" and length >= 6:
+        return generator.randint(3, length - 3)
     return length if where == "after" else 0
 
 
-def _examples(lengths: tuple[int, int], live: bool, parts: tuple[str, ...], file: str) -> Iterator:
-    """For `roles`: conversations with an instruction. `file` is that of Tatoeba.
+def _examples(
+    file: str,
+    shares: Mapping[str, int] = SHARES,
+    lengths: tuple[int, int] = LENGTHS,
+    after: int = 1,
+    real: bool = True,
+) -> Iterator[dict[str, Any]]:
+    """For `roles`: conversations with an instruction.
 
     Args:
+      file: that of Tatoeba; that of Taskmaster-4 is beside its folder.
+      shares: {part: how often instructions ask for it}.
       lengths: the fewest and the most words of a text.
-      live: the instruction comes before, inside or after the text. Otherwise it comes first.
-      parts: the parts of the text that the instructions ask for.
-      file: the file; that of Taskmaster-4 is beside its folder.
+      after: as in `draw_place`; 0: the instruction always comes first.
+      real: real texts. Otherwise random words, no word twice.
     """
     source = sentences(str(pathlib.Path(file).parents[1]), "train")
-    known = {part: [x for x in instructions() if x.trained and x.part == part] for part in parts}
-    shares = [SHARES[part] for part in parts]
-    generator = random.Random(f"{lengths} {live} {parts}")
+    every = sorted(set(itertools.chain.from_iterable(source)))
+    known = {part: [x for x in instructions() if x.trained and x.part == part] for part in shares}
+    generator = random.Random(f"{shares} {lengths} {after} {real}")
     for _ in range(EXAMPLES):
-        words = draw_text(generator, source, *lengths)
-        one = generator.choice(known[generator.choices(parts, shares)[0]])
-        place = draw_place(generator, len(words)) if live else 0
+        if real:
+            words = draw_text(generator, source, *lengths)
+        else:
+            words = generator.sample(every, generator.randint(*lengths))
+        one = generator.choice(known[generator.choices(list(shares), list(shares.values()))[0]])
+        place = draw_place(generator, len(words), after) if after else 0
         answer = select(one.part, words)
         yield {"messages": parts_of(words, place, one.text, one.action, answer)}
 
 
 def live(file: str) -> Iterator[dict[str, Any]]:
     """All tasks; the instruction comes before, inside or after the text."""
-    return _examples(LENGTHS, True, tuple(PARTS), file)
+    return _examples(file)
 
 
 def first(file: str) -> Iterator[dict[str, Any]]:
     """All tasks; the instruction always comes first."""
-    return _examples(LENGTHS, False, tuple(PARTS), file)
+    return _examples(file, after=0)
 
 
 def short(file: str) -> Iterator[dict[str, Any]]:
-    """The beginning of the curriculum: short texts."""
-    return _examples(SHORT, True, tuple(PARTS), file)
+    """The second step of the curriculum: all tasks with a few random words.
+
+    Of these, the last words before an instruction are the hardest, and the most frequent.
+    """
+    return _examples(file, {"first": 1, "last": 4, "all": 1}, SHORT, 3, False)
 
 
 def echo(file: str) -> Iterator[dict[str, Any]]:
-    """The first step of the curriculum: short texts, of which all is said."""
-    return _examples(SHORT, True, ("all",), file)
+    """The first step of the curriculum: a few random words, of which all are said.
+
+    Real texts can be guessed, and delay the copying of words by hundreds of steps.
+    """
+    return _examples(file, {"all": 1}, SHORT, 1, False)

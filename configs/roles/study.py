@@ -49,8 +49,8 @@ from msllm.study import Arm, Metric, Plot, Results, Small, Study
 
 TATOEBA = "data/translation_tatoeba/eng-swe.txt"
 RESERVED = ("<part>", "<system>", "<data>", "<plan>", "<output>")
-# With these the steps of all arms hold the same number of examples.
-TABLES = {"serial": 20, "beside": 13, "plan": 13}
+# With these the steps of all arms hold the same number of examples, within 2 %.
+TABLES = {"serial": 7, "beside": 6, "plan": 6}
 
 _MARKS = {"system": "<system>", "data": "<data>", "action": "<output>"}
 ONE = {
@@ -122,7 +122,7 @@ BASE = {
 def get_config():
     """Returns the settings that all runs share: those of one stream."""
     config = default_config()
-    config.steps = 450
+    config.steps = 800
     config.log_every = 50
     config.eval_every = 0
 
@@ -147,10 +147,11 @@ def get_config():
     config.model.d_ff = 384
     config.model.rope_theta = 1e4
 
-    config.optim.lr = 2e-3
-    config.optim.warmup_steps = 30
-    config.optim.b2 = 0.99
-    config.optim.weight_decay = 0.01
+    config.optim.optimizer = "muon"
+    config.optim.b1 = 0.95
+    config.optim.lr = 3e-3
+    config.optim.warmup_steps = 50
+    config.optim.final_lr_ratio = 0.02
     config.checkpoint.every = 0
     return config
 
@@ -160,18 +161,19 @@ def get_study() -> Study:
     arms = {
         name: Arm(settings, options={"live": name not in FIRSTS}) for name, settings in ARMS.items()
     }
-    curriculum = [("echo", 250), ("short", 450), ("live", 400)]
+    curriculum = [("echo", 400), ("short", 800), ("live", 700)]
     return Study(
         base=get_config(),
         arms=arms,
         seeds=(0, 1, 2),
         shared=tuple(
-            BASE | {"data.format": f"role_tasks:{reader}", "steps": steps}
+            BASE
+            | {"data.format": f"role_tasks:{reader}", "steps": steps, "optim.schedule": "constant"}
             for reader, steps in curriculum
         ),
         tokenizer=ONE,
         measure=measure,
-        measure_every=150,
+        measure_every=200,
         options={
             "split": "test",
             "attacks": 720,  # for each of 3 seeds
