@@ -211,6 +211,23 @@ def test_shards_give_the_same_results(file, folder, complete, capsys):
     assert results_of(out) == results_of(complete) and points_of(out) == points_of(complete)
 
 
+def test_the_seeds_that_are_done_are_collected_on_request(file, folder, complete, capsys):
+    out = copy(complete, folder, "partial", without=("tokens-1",))
+    command = ["study", str(file), f"--out={out}", "--jobs=0"]
+    assert main([*command, "--collect_only"]) == 0
+    table = (out / "partial.md").read_text()
+    assert "points are missing of seeds 1." in table and "4 arms, seeds 0;" in table
+    assert not (out / "results.jsonl").exists() and not (out / "points" / "tokens-1").exists()
+    found = capsys.readouterr().out
+    assert main(command) == 0
+    assert table.splitlines()[-1] in found and not (out / "partial.md").exists()
+    assert results_of(out) == results_of(complete)
+    shutil.rmtree(out / "points" / "tokens-1")
+    shutil.rmtree(out / "points" / "latent-0")
+    assert main([*command, "--collect_only"]) == 2
+    assert "no seed whose points are all measured (latent-0, tokens-1" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_processes_that_are_killed_give_the_same_results(file, folder):
     flags = os.environ["XLA_FLAGS"].replace("_device_count=8", "_device_count=1")

@@ -3,9 +3,10 @@
     msllm study configs/roles/study.py --out=runs/roles
 
 Every arm learns the same tasks from the same texts: the system asks for an action and a part of the
-data ("please send the first three words"). Training is benign. The measurement injects other
-instructions into the data, in the forms of StruQ (arXiv 2402.06363), and counts how often the model
-obeys them. As many ordinary words in the same place (sham) show what coincidence gives.
+data ("please send the first three words"). All arms of a seed start from a base that knows the
+tasks, but not the roles. Training is benign. The measurement injects other instructions into the
+data, in the forms of StruQ (arXiv 2402.06363), and counts how often the model obeys them. As many
+ordinary words in the same place (sham) show what coincidence gives.
 
 Arms:
 

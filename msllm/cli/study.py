@@ -70,6 +70,13 @@ def define_flags(parser: Parser) -> None:
         help="Measure again, without training.",
     )
     parser.add_argument(
+        "--collect_only",
+        action=Switch,
+        default=False,
+        help="Train and measure nothing. If points are missing, write a table of the seeds that "
+        "are done to DIR/partial.md.",
+    )
+    parser.add_argument(
         "--job",
         metavar="NAME",
         default="",
@@ -102,6 +109,7 @@ def run(flags: argparse.Namespace) -> int:
             only=flags.only,
             redo=flags.redo,
             remeasure=flags.remeasure,
+            collect_only=flags.collect_only,
         )
     except KeyboardInterrupt:
         raise RunError(

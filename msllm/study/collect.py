@@ -14,25 +14,47 @@ from msllm.study.definition import FACTS
 from msllm.study.plan import Plan, differing_settings, finite
 from msllm.study.results import POINTS, RESAMPLES, RESULTS, Estimate, Results
 
-SUMMARY, TABLE = "summary.json", "table.md"
+SUMMARY, TABLE, PARTIAL = "summary.json", "table.md", "partial.md"
 
 log = logging.getLogger("msllm")
 
 
-def collect(plan: Plan, name: str) -> Results:
-    """Writes the files of results of a study whose points are all done. Returns the results."""
+def collect(plan: Plan, name: str, seeds: Sequence[int] | None = None) -> Results:
+    """Writes the files of results of a study. Returns the results.
+
+    Args:
+      plan: the plan.
+      name: the file of the study, as a title.
+      seeds: the seeds whose points are all done; None: all. If there are others, only a table of
+        these seeds is written, to `PARTIAL`.
+    """
+    seeds = plan.study.seeds if seeds is None else seeds
+    others = [seed for seed in plan.study.seeds if seed not in seeds]
     records, points = [], []
     for arm, seed in plan.points():
+        if seed in others:
+            continue
         folder = plan.point_folder(arm, seed)
         for line in (folder / work.RECORDS).read_text().splitlines():
             records.append({"arm": arm, "seed": seed, **json.loads(line)})
         points.append(_point(plan, arm, seed))
     results = Results(records, points, plan.study.unit)
+    metrics = _metrics(plan, results)
+    laws = curves.fits(plan.study, results)
+    table = _table(plan, results, metrics, name, others)
+    if laws:
+        head = ["metric", "x", "power law [95 %]", "largest error"]
+        table += "\n".join(["", "## Fits", "", *markdown(head, curves.describe(laws)), ""])
+    report = ""
+    if plan.study.report is not None:
+        report = f"\n{plan.study.report(results).rstrip()}\n"
+    if others:
+        write_atomically(plan.out / PARTIAL, table + report)
+        print(f"{table}{report}\nwritten: {plan.out / PARTIAL}")
+        return results
     for file, lines in ((RESULTS, records), (POINTS, points)):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         write_atomically(plan.out / file, text)
-    metrics = _metrics(plan, results)
-    laws = curves.fits(plan.study, results)
     summary = {
         "study": name,
         "small": plan.small,
@@ -44,16 +66,12 @@ def collect(plan: Plan, name: str) -> Results:
     }
     write_atomically(plan.out / SUMMARY, json.dumps(summary, indent=1) + "\n")
     plots = _plots(plan, results)
-    table = _table(plan, results, metrics, name)
-    if laws:
-        head = ["metric", "x", "power law [95 %]", "largest error"]
-        table += "\n".join(["", "## Fits", "", *markdown(head, curves.describe(laws)), ""])
     if plots:
         pictures = [f"![{path.stem}]({path.relative_to(plan.out)})" for path in plots]
         table += "\n".join(["", "## Plots", "", *pictures, ""])
-    if plan.study.report is not None:
-        table += f"\n{plan.study.report(results).rstrip()}\n"
+    table += report
     write_atomically(plan.out / TABLE, table)
+    (plan.out / PARTIAL).unlink(missing_ok=True)
     print(table)
     written = [plan.out / name for name in (RESULTS, POINTS, SUMMARY, TABLE)] + plots
     print(f"written: {', '.join(map(str, written))}")
@@ -121,12 +139,21 @@ def _values(estimate: Estimate) -> dict[str, Any]:
     }
 
 
-def _table(plan: Plan, results: Results, rows: Sequence[Mapping[str, Any]], name: str) -> str:
+def _table(
+    plan: Plan,
+    results: Results,
+    rows: Sequence[Mapping[str, Any]],
+    name: str,
+    missing: Sequence[int],
+) -> str:
     study = plan.study
     seeds = ", ".join(map(str, results.seeds))
     lines = [f"# {name}", ""]
     if plan.small:
         lines += ["The small form of the study: its figures mean nothing.", ""]
+    if missing:
+        listed = ", ".join(map(str, missing))
+        lines += [f"**Not complete**: points are missing of seeds {listed}.", ""]
     lines += [
         f"{len(results.arms)} arms, seeds {seeds}; baseline: {study.baseline_arm}. Intervals hold"
         f" the middle 95 % of {RESAMPLES:,} resamples of seeds and of the values of `{study.unit}`;"

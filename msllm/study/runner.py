@@ -38,6 +38,7 @@ def run(
     only: Sequence[str] = (),
     redo: bool = False,
     remeasure: bool = False,
+    collect_only: bool = False,
 ) -> Results | None:
     """Runs a study, or the part of it that is not done yet.
 
@@ -50,6 +51,8 @@ def run(
       only: only train and measure these arms, and those from whose models they start.
       redo: delete and repeat finished runs whose settings have changed.
       remeasure: measure again all points of this call.
+      collect_only: train and measure nothing. If points are missing, collect the seeds whose points
+        are all done.
 
     Returns:
       The results, or None if points of other shards or arms are missing.
@@ -67,27 +70,49 @@ def run(
             error
         )
     _check_form(plan)
+    if collect_only:
+        return _collect_done(plan, str(file))
     runner = _Runner(plan, file, jobs)
     runner.run({f"data/{data.id}": needs for data, needs in _data_jobs(plan, points)})
     plan.check_same()
     _check_finished(plan, points, redo, remeasure)
     print(_overview(plan, points, shard))
     runner.run(_jobs(plan, points))
-    missing = [
-        point
-        for point in plan.points()
-        if not (plan.point_folder(*point) / work.MEASURED).is_file()
-    ]
+    missing = _missing(plan)
     if missing:
         listed = ", ".join(plan.point_folder(*point).name for point in missing[:5])
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         print(
             f"not collected, because points are missing: {listed}{more}; run the other shards and"
-            " arms, then the same command again"
+            " arms, then the same command again (--collect_only shows the seeds that are done)"
         )
         return None
     _warn_of_other_code(plan)
     return collect.collect(plan, str(file))
+
+
+def _missing(plan: Plan) -> list[tuple[str, int]]:
+    """The points that are not measured."""
+    return [
+        point
+        for point in plan.points()
+        if not (plan.point_folder(*point) / work.MEASURED).is_file()
+    ]
+
+
+def _collect_done(plan: Plan, name: str) -> Results:
+    """Collects the seeds whose points are all done. Raises UserError if there are none."""
+    missing = _missing(plan)
+    unfinished = {seed for _, seed in missing}
+    seeds = [seed for seed in plan.study.seeds if seed not in unfinished]
+    if not seeds:
+        listed = ", ".join(plan.point_folder(*point).name for point in missing[:5])
+        raise UserError(
+            f"{plan.out} has no seed whose points are all measured ({listed}, ... are missing): run"
+            " the study without --collect_only first"
+        )
+    _warn_of_other_code(plan)
+    return collect.collect(plan, name, seeds)
 
 
 def _check_form(plan: Plan) -> None:
@@ -193,11 +218,11 @@ def _is_current(plan: Plan, arm: str, seed: int) -> bool:
 
 
 def _warn_of_other_code(plan: Plan) -> None:
-    now = code_hash(plan.study.measure)
+    now, missing = code_hash(plan.study.measure), _missing(plan)
     stale = [
         plan.point_folder(*point).name
         for point in plan.points()
-        if (work.measured(plan, *point) or {}).get("code") != now
+        if point not in missing and (work.measured(plan, *point) or {}).get("code") != now
     ]
     if stale:
         log.warning(
