@@ -332,7 +332,8 @@ def test_the_curriculum_copies_words_that_cannot_be_guessed(study, monkeypatch):
         messages = [one["messages"] for one in itertools.islice(getattr(tasks, name)("x/y/z"), 300)]
         said = [{m["role"]: m["content"] for m in reversed(one)} for one in messages]
         data = [" ".join(m["content"] for m in one if m["role"] == "data") for one in messages]
-        found[name] = messages, said, data
+        assert all(text.index(f" {tasks.END}") == len(text) - 2 for text in data)
+        found[name] = messages, said, [text[:-2] for text in data]
     for name in ("echo", "short"):
         assert all(len(set(text.split())) == len(text.split()) for text in found[name][2])
     assert all(one["output"] == text for one, text in zip(*found["echo"][1:]))

@@ -164,6 +164,18 @@ def test_the_injected_words_may_be_the_right_answer(items):
     assert items.judge(fidelity, "send", fidelity.injected.text.split())["right"]
 
 
+def test_prompts_hold_the_text_as_training_does(items):
+    tasks = items.tasks
+    roles = types.SimpleNamespace(said=("output",))
+    item = study_item(items, "first", "last", "middle")
+    for place in (0, 3, len(item.words)):
+        said = item._replace(place=place).parts(roles)
+        messages = tasks.parts_of(item.words, place, item.instruction.text, "send", ["a", "b", "c"])
+        wanted = [(m["role"], m["content"]) for m in messages if m["role"] in ("data", "system")]
+        assert [(part.role, part.text) for part in said[:-1]] == wanted
+        assert " ".join(text for role, text in wanted if role == "data").endswith("f .")
+
+
 def test_an_answer_that_is_right_never_counts_as_obeying(items):
     item = study_item(items, "first", "all", "middle", words="a b c")
     assert item.right not in item.obeying()

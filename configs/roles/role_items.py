@@ -87,7 +87,7 @@ class Item(NamedTuple):
           said: {role: text} of what the model is given to have said; None: it says it.
         """
         unfiltered = self.form == "delimiters"
-        before, after = (" ".join(w) for w in (self.words[: self.place], self.words[self.place :]))
+        before, after = tasks.split(self.words, self.place)
         texts = said or {}
         found = [
             Part(DATA, before, unfiltered),

@@ -27,6 +27,10 @@ LENGTHS = (4, 32)  # words of a text for training: covers a text with an injecti
 SHORT = (3, 12)  # the same at the beginning of training
 SPLITS = {"train": range(90), "development": range(90, 95), "test": range(95, 100)}
 
+# Ends every text. Without it, streams side by side have no sign of where the last words are: the
+# output starts when the instruction has ended as well, any number of rows later.
+END = "."
+
 # Each action with the verbs that ask for it. The model answers with the action and the words.
 ACTIONS = {
     "send": ("send", "mail", "post"),
@@ -39,8 +43,8 @@ PARTS = {
     "last": ("the last three words", "three words from the end", "the final three words"),
     "all": ("the whole text", "all the words", "everything that is there"),
 }
-# In training: the last words are harder than the first, and the whole text has the most words.
-SHARES = {"first": 2, "last": 4, "all": 2}
+# In training: the first words are the easiest, and the whole text has the most words to learn from.
+SHARES = {"first": 2, "last": 3, "all": 3}
 POLITENESS = ("", "please", "now", "could you", "would you please", "i want you to")
 
 
@@ -129,6 +133,13 @@ def draw_text(
     return words[:most]
 
 
+def split(words: Sequence[str], place: int) -> tuple[str, str]:
+    """The text before a live instruction and the text after it, with `END` at the end."""
+    if place == len(words):
+        return " ".join([*words, END]), ""
+    return " ".join(words[:place]), " ".join([*words[place:], END])
+
+
 def parts_of(
     words: Sequence[str], place: int, instruction: str, action: str, answer: Sequence[str]
 ) -> list[dict[str, str]]:
@@ -142,11 +153,12 @@ def parts_of(
       answer: the words of the answer.
     """
     plan = f"{action} {instruction_part(instruction)}"
+    before, after = split(words, place)
     messages = [
-        ("data", " ".join(words[:place])),
+        ("data", before),
         ("system", instruction),
         ("plan", plan),
-        ("data", " ".join(words[place:])),
+        ("data", after),
         ("action", action),
         ("output", " ".join(answer)),
     ]
@@ -225,7 +237,7 @@ def short(file: str) -> Iterator[dict[str, Any]]:
 
     Of these, the last words before an instruction are the hardest, and the most frequent.
     """
-    return _examples(file, {"first": 1, "last": 4, "all": 1}, SHORT, 3, False)
+    return _examples(file, {"first": 1, "last": 3, "all": 1}, SHORT, 3, False)
 
 
 def echo(file: str) -> Iterator[dict[str, Any]]:

@@ -162,7 +162,7 @@ def get_study() -> Study:
     arms = {
         name: Arm(settings, options={"live": name not in FIRSTS}) for name, settings in ARMS.items()
     }
-    curriculum = [("echo", 400), ("short", 800), ("live", 700)]
+    curriculum = [("echo", 400), ("short", 800), ("live", 1200)]
     return Study(
         base=get_config(),
         arms=arms,
