@@ -339,5 +339,6 @@ def test_the_curriculum_copies_words_that_cannot_be_guessed(study, monkeypatch):
     assert all(one["output"] == text for one, text in zip(*found["echo"][1:]))
     assert {one["plan"].split()[1] for one in found["short"][1]} == {"first", "last", "all"}
     assert any(" a b a c " in f" {text} " for text in found["live"][2])
+    assert any(" b a b " in f" {text} " for text in found["live"][2])  # a random word
     assert {one[0]["role"] for one in found["first"][0]} == {"system"}
     assert {one[0]["role"] for one in found["live"][0]} == {"system", "data"}

@@ -25,6 +25,8 @@ WORDS = 1400  # of the texts; with instructions and control pieces, the vocabula
 EXAMPLES = 30_000  # that a reader yields
 LENGTHS = (4, 32)  # words of a text for training: covers a text with an injection
 SHORT = (3, 12)  # the same at the beginning of training
+# The share of random words in real texts for training. Without them, rare words are copied badly.
+NOISE = 0.15
 SPLITS = {"train": range(90), "development": range(90, 95), "test": range(95, 100)}
 
 # Ends every text. Without it, streams side by side have no sign of where the last words are: the
@@ -205,7 +207,8 @@ def _examples(
       shares: {part: how often instructions ask for it}.
       lengths: the fewest and the most words of a text.
       after: as in `draw_place`; 0: the instruction always comes first.
-      real: real texts. Otherwise random words, no word twice.
+      real: real texts, of which a share of `NOISE` is random words. Otherwise random words only,
+        no word twice.
     """
     source = sentences(str(pathlib.Path(file).parents[1]), "train")
     every = sorted(set(itertools.chain.from_iterable(source)))
@@ -213,7 +216,10 @@ def _examples(
     generator = random.Random(f"{shares} {lengths} {after} {real}")
     for _ in range(EXAMPLES):
         if real:
-            words = draw_text(generator, source, *lengths)
+            words = [
+                generator.choice(every) if generator.random() < NOISE else word
+                for word in draw_text(generator, source, *lengths)
+            ]
         else:
             words = generator.sample(every, generator.randint(*lengths))
         one = generator.choice(known[generator.choices(list(shares), list(shares.values()))[0]])
