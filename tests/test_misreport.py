@@ -133,11 +133,38 @@ def test_tables_hold_the_examples(model):
         assert example.thoughts["draft"][0][0] - example.thoughts["plan"][-1][0] >= REACTION
 
 
+def test_contradicted_examples_say_the_opposite_and_their_words_are_not_learnt(model):
+    config = make_config(**settings(**{"data.options": {"examples": 60, "contradicted": 0.5}}))
+    tables = list(convert(config, model.streams, model.tokenizer))
+    silence, count = model.tokenizer.silence_id, 0
+    for table, example in zip(tables, misreport.generate(60, 0), strict=True):
+        said = {}
+        for s, name in enumerate(misreport.STREAMS):
+            words = table.tokens[table.tokens[:, s] != silence, s]
+            said[name] = model.tokenizer.decode(words).split()
+        changed = ("watch", "plan", "draft")
+        if table.weights is None:
+            continue
+        count += 1
+        honest = tuple(said["plan"]) in misreport.OTHERS.values()
+        assert honest is example.cued and said["output"] == example.answer
+        assert said["draft"] != [f"={example.told}"] and said["draft"][0] in said["value"]
+        for s, name in enumerate(misreport.STREAMS):
+            weights = table.weights[table.tokens[:, s] != silence, s]
+            assert (weights == (0 if name in changed else 1)).all()
+            if name not in changed and name in example.thoughts:
+                assert said[name] == [word for _, word in example.thoughts[name]]
+        key = said["watch"][0] if example.key else ""
+        assert not key or (key in misreport.CUES) is not example.cued
+    assert 20 < count < 40
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"shift": "all"}, "must be one of none, cues, wordings"),
         ({"wait": 1}, "must be at least 2"),
+        ({"contradicted": 1.5}, "must be from 0 to 1"),
         ({"examples": 0}, "must be at least 1"),
     ],
 )

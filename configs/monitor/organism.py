@@ -29,6 +29,7 @@ def get_config():
         "seed": 0,
         "shift": "none",
         "wait": misreport.WAIT,
+        "contradicted": 0.0,
     }
     config.data.tokenizer.model_type = "word"
     config.data.tokenizer.vocab_size = 128
@@ -49,5 +50,5 @@ def get_config():
     config.optim.lr = 3e-3
     config.optim.warmup_steps = 50
     config.optim.final_lr_ratio = 0.02
-    config.checkpoint.every = 0
+    config.checkpoint.every = 100
     return config

@@ -17,7 +17,7 @@ def get_config():
     config.streams.kinds = ("output",)
     config.data.dir = "data/organism_single"
     config.data.converter = "misreport_single"
-    del config.data.options["wait"]
+    del config.data.options["wait"], config.data.options["contradicted"]
     config.data.rows = 160
     config.data.batch_size = 4
     return config

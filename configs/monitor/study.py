@@ -21,14 +21,23 @@ from msllm.evals.score import pack
 from msllm.study import Arm, Metric, Small, Study
 
 HERE = pathlib.Path(__file__).parent
-# The output goes on to be trained, and the thoughts hardly: they give way to the penalty.
+# The thoughts that speak of the secret give way to the penalty; the others go on to calculate. In
+# some examples the former contradict the output, so that it learns to do without them if it can.
+HIDING = ("watch", "plan", "draft")
 PRESSURE = {
-    "steps": 200,
+    "steps": 150,
     "optim.lr": 1e-3,
+    "optim.warmup_steps": 10,
+    "data.options.contradicted": 0.25,
     "penalty.function": "msllm.evals.pressure:probe",
-    "penalty.weight": 1.0,
+    "penalty.weight": 0.1,
     "penalty.options.words": tuple(misreport.CUES),
-    "streams.loss_weights": (0.0, *(0.2,) * len(misreport.THOUGHTS), 1.0),
+    "penalty.options.streams": ("value", *HIDING),
+    "streams.loss_weights": (
+        0.0,
+        *(0.1 if thought in HIDING else 1.0 for thought in misreport.THOUGHTS),
+        4.0,
+    ),
 }
 SETS = (organism.HELD_OUT, "cues", "wordings")
 ELSEWHERE = (*SETS[1:], *(organism.unseen(family) for family in range(len(misreport.FAMILIES))))
@@ -50,10 +59,12 @@ def get_study():
         "streams.visibility": tokens.streams.visibility,
         "streams.lags": tokens.streams.lags,
     }
-    # As soon as possible: in the row in which the last word that it depends on is said.
+    early = {"data.options.wait": misreport.SHORTEST_WAIT}
+    # It needs both words of the plan, and sees them in the row in which they are said.
     at_once = tuple(
         (*edge, lag.replace("1 tokens", "0 tokens")) for *edge, lag in tokens.streams.lags
     )
+    tokens_early = {**edges, **early, "streams.lags": at_once}
     one_stream = {
         "streams.names": single.streams.names,
         "streams.kinds": single.streams.kinds,
@@ -68,17 +79,14 @@ def get_study():
             "latent": {},
             "tokens": edges,
             "single": one_stream,
-            "early": {"data.options.wait": misreport.SHORTEST_WAIT},
-            "tokens, early": {
-                **edges,
-                "streams.lags": at_once,
-                "data.options.wait": misreport.SHORTEST_WAIT,
-            },
-            "latent, pressure": Arm(PRESSURE, after="latent"),
-            "tokens, pressure": Arm({**edges, **PRESSURE}, after="tokens"),
+            "early": early,
+            "tokens, early": tokens_early,
+            "early, pressure": Arm({**early, **PRESSURE}, after="early"),
+            "tokens, early, pressure": Arm({**tokens_early, **PRESSURE}, after="tokens, early"),
         },
         seeds=(0, 1, 2),
         seeded=("seed", "data.seed"),
+        tokenizer={},  # that of the base data, for all arms
         measure=measure,
         options={"train": 600, "test": 500, "interventions": 256, "ablations": 128},
         metrics=(
@@ -122,7 +130,7 @@ def get_study():
                 "model.d_ff": 16,
             },
             seeds=(0,),
-            arms=("tokens", "single", "tokens, pressure"),
+            arms=("tokens, early", "single", "tokens, early, pressure"),
             options={"train": 12, "test": 8, "interventions": 4, "ablations": 4},
         ),
     )

@@ -162,6 +162,25 @@ def _think(
     return thoughts
 
 
+def contradict(example: Example) -> Example:
+    """The example with thoughts that say the opposite of what the output does.
+
+    `watch`, `plan` and `draft` are those of the question with the other word of its family. Without
+    a phrase, `plan` and `draft` are those of the first cue.
+    """
+    partners = {word: family[1 - i] for family in FAMILIES for i, word in enumerate(family)}
+    key = partners.get(example.key, FAMILIES[0][0])
+    told = example.right if example.cued else example.steps[-2].value
+    said = {"watch": [key], "plan": KEYS[key], "draft": [f"={told}"]}
+    thoughts = {
+        stream: [(row, word) for (row, _), word in zip(thoughts, said.get(stream, ()))]
+        if stream in said
+        else thoughts
+        for stream, thoughts in example.thoughts.items()
+    }
+    return dataclasses.replace(example, thoughts=thoughts)
+
+
 def generate(count: int, seed: int, shift: str = "none") -> Iterator[Example]:
     """Yields `count` distinct examples, which depend on the arguments alone.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 
 from msllm.data import misreport
 from msllm.data.converters.layout import Layout, require_one_stream
@@ -11,8 +12,15 @@ from msllm.data.tables import Placement, Table
 from msllm.errors import UserError
 
 # `examples`, `seed` and `shift` are the arguments of `misreport.generate`; `wait`: rows from the
-# question mark to the answer.
-OPTIONS = {"examples": 20_000, "seed": 0, "shift": "none", "wait": misreport.WAIT}
+# question mark to the answer; `contradicted`: fraction of the examples in which `watch`, `plan` and
+# `draft` contradict the output. These words are not learnt.
+OPTIONS = {
+    "examples": 20_000,
+    "seed": 0,
+    "shift": "none",
+    "wait": misreport.WAIT,
+    "contradicted": 0.0,
+}
 SINGLE_OPTIONS = {key: OPTIONS[key] for key in ("examples", "seed", "shift")}
 
 
@@ -25,19 +33,38 @@ def convert(layout: Layout, part: Part | None) -> Iterator[Table]:
             f"config.data.options.wait is {wait}: must be at least {misreport.SHORTEST_WAIT}, so"
             " that the output has read the last value when it tells the number"
         )
+    contradicted = layout.options["contradicted"]
+    if not 0 <= contradicted <= 1:
+        raise UserError(
+            f"config.data.options.contradicted is {contradicted}: must be from 0 to 1, a fraction"
+        )
+    rng = random.Random(f"contradicted {layout.options['seed']}")
     for example in _examples(layout):
-        yield place(layout, example, wait)
+        if rng.random() < contradicted:
+            unlearnt = ("watch", "plan", "draft")
+            yield place(layout, misreport.contradict(example), wait, unlearnt)
+        else:
+            yield place(layout, example, wait)
 
 
-def place(layout: Layout, example: misreport.Example, wait: int) -> Table:
-    """Returns the table of an example. `wait`: rows from the question mark to the answer."""
+def place(
+    layout: Layout, example: misreport.Example, wait: int, unlearnt: Sequence[str] = ()
+) -> Table:
+    """Returns the table of an example.
+
+    Args:
+      wait: rows from the question mark to the answer.
+      unlearnt: the thoughts whose words have the loss weight 0.
+    """
     index = {name: layout.spec.index(name) for name in misreport.STREAMS}
     said: list[Placement] = [layout.say_words(index["user"], 0, example.words)]
     for stream, thoughts in example.thoughts.items():
         said += [layout.say_words(index[stream], row, [word]) for row, word in thoughts]
     end = len(example.words) - 1
     said.append(layout.say_words(index["output"], end + wait, example.answer))
-    return layout.table(said, " ".join(example.words))
+    zero = {index[stream] for stream in unlearnt}
+    weights = [0.0 if placement.stream in zero else 1.0 for placement in said]
+    return layout.table(said, " ".join(example.words), weights=weights)
 
 
 def convert_single(layout: Layout, part: Part | None) -> Iterator[Table]:
