@@ -276,9 +276,8 @@ class ChatApp(App[None]):
     def show(self) -> None:
         """Draws the player's current state."""
         self.columns.follow()
-        for status in self.query("#status").results(
-            Static
-        ):  # there is none while the screen closes
+        # While the screen closes, there is no status line any more.
+        for status in self.query("#status").results(Static):
             status.update(self._status(), layout=False)
 
     def action_send(self) -> None:
