@@ -27,9 +27,10 @@ def draw(spec: StreamSpec, seed: int, step: jax.Array, segment: jax.Array) -> di
       segment: [B, T] int32, of the global batch.
 
     Returns:
-      identity: [B, T, members] int32, the identity of the i-th member of each group. All groups
-        share the draw, so that members with the same index have the same identity.
-      lag_draw: [B, draws] int32, which of its values each drawn lag has: the same in all tables.
+      A dictionary. `identity`, [B, T, members] int32, is the identity of the i-th member of each
+      group. All groups share the draw, so that members with the same index have the same identity.
+      `lag_draw`, [B, draws] int32, says which of its values each drawn lag has: the same in all
+      tables.
     """
     key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
     found = {}

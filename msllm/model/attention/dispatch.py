@@ -209,7 +209,8 @@ def attention_of_draw(
       draw: [draws] int32, the place of each drawn value; None: nothing is drawn.
       backend: a backend that takes traced lags gets those of the draw. For another one, all
         matrices are compiled, and one of them runs.
-      attend: (*arrays, lag=..., traced_lag=...) -> the result of `attention`.
+      attend: gets `arrays` and the keywords `lag` and `traced_lag`, and returns the result of
+        `attention`.
     """
     if draw is None or not choices.drawn:
         return attend(*arrays, lag=choices.lag)
