@@ -13,6 +13,7 @@ from msllm.errors import UserError
 from msllm.groups import Group, Roster
 
 MODES = ("own", "mixture", "product")
+VOTED = ("answers", "tokens")  # what sampled runs vote on (msllm/decode/vote.py)
 _SETTING = "config.streams.combine"
 
 

@@ -47,13 +47,14 @@ msllm evaluate --checkpoint=runs/gsm8k --after='####' --votes=8 --json=result.js
 msllm evaluate --checkpoint=models/smollm2 --suite=sep --items=items.jsonl
 msllm evaluate --checkpoint=runs/quickstart --intervene='\\d' --ablate
 """
-VOTED = ("answers", "tokens")  # as in msllm/decode/vote.py
 VOTE_FLAGS = ("vote_on", "temperature", "seed")
 SUITE_FLAGS = ("suite_data", "roles", "template", "answer_rows", "items")
 
 
 def define_flags(parser: Parser) -> None:
     """Declares the flags of the command."""
+    from msllm.combine import VOTED
+
     parser.add_checkpoint()
     parser.add_data()
     parser.add_argument(

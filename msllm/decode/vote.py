@@ -14,12 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from msllm.combine import VOTED
 from msllm.decode.engine import Session
 from msllm.decode.script import DecodeOptions, Row, check_number
 from msllm.errors import UserError
 from msllm.streams import StreamSpec
-
-VOTED = ("answers", "tokens")  # what a vote is about
 
 
 class Voted(NamedTuple):
