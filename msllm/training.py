@@ -12,7 +12,7 @@ import logging
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 from etils import epath
@@ -86,7 +86,11 @@ def train(
     refuse_x64()
     config = resolve_visibility(config)
     workdir = open_workdir(workdir)
-    with processes.exclusive_workdir(workdir), contextlib.ExitStack() as stack:
+    with (
+        _without_empty_workdir(workdir),
+        processes.exclusive_workdir(workdir),
+        contextlib.ExitStack() as stack,
+    ):
         # Open the run: data, mesh, program, checkpoints.
         goodput = Goodput(workdir / "goodput.json", seconds_before)
         enable_compilation_cache(config.compilation_cache, workdir / "compiled")
@@ -232,6 +236,20 @@ def open_workdir(path: str | os.PathLike) -> epath.Path:
             f" with --config.init_from={path}"
         )
     return workdir
+
+
+@contextlib.contextmanager
+def _without_empty_workdir(workdir: epath.Path) -> Iterator[None]:
+    """Removes a workdir if the `with` block fails and has written nothing there."""
+    try:
+        yield
+    except BaseException:
+        if "://" not in str(workdir) and jax.process_count() == 1:
+            with contextlib.suppress(OSError):
+                if {file.name for file in workdir.iterdir()} <= {"lock"}:
+                    (workdir / "lock").unlink(missing_ok=True)
+                    workdir.rmdir()
+        raise
 
 
 def _open_data(config: Config, streams: StreamSpec) -> tuple[Loader, dict[str, Loader]]:

@@ -4,8 +4,10 @@ import asyncio
 import collections
 import dataclasses
 import json
+import os
 import pathlib
 import re
+import signal
 import sys
 
 import numpy as np
@@ -485,6 +487,21 @@ def test_a_running_session_can_be_left(engine, tmp_path, key):
         await until(lambda: app._exit)
 
     pilot(app, body)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_session_is_saved_when_the_terminal_closes(engine, tmp_path, number):
+    live = Live(engine, OPTIONS, 200.0)
+    app = ChatApp(live, str(tmp_path / "chat.npz"))
+
+    async def body(driver):
+        await press(driver, *"abc", "enter")
+        await until(lambda: live.rows > 3)
+        os.kill(os.getpid(), number)
+        await until(lambda: app._exit)
+
+    pilot(app, body)
+    assert Recording.load(tmp_path / "chat.npz").branches[0].rows > 3
 
 
 def test_silent_rows_after_saving_are_not_unsaved(engine, tmp_path):

@@ -5,9 +5,11 @@ It needs Textual (extra `chat`).
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import re
+import signal
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -271,6 +273,7 @@ class ChatApp(App[None]):
     def on_mount(self) -> None:
         self.action_target(0)
         self.player.on_change = self.show
+        self._save_at_hang_up()
         self.run_worker(self._play())
 
     def show(self) -> None:
@@ -347,6 +350,20 @@ class ChatApp(App[None]):
         """Whether the player supports the action. Textual calls it."""
         needs_live = any(bound.live and action in bound.names for bound in KEYS)
         return self._live is not None or not needs_live
+
+    def _save_at_hang_up(self) -> None:
+        """Saves an unsaved session and quits if the terminal closes or the process is to end."""
+
+        def leave() -> None:
+            try:
+                if self._live and self._progress() != self._saved:
+                    self._save()
+            finally:
+                self.exit()
+
+        for number in (signal.SIGHUP, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                asyncio.get_running_loop().add_signal_handler(number, leave)
 
     async def _play(self) -> None:
         try:
