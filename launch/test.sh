@@ -15,6 +15,7 @@ folder `shared` beside the repository.
   launch/test.sh                          all tests
   launch/test.sh tests/test_model.py      one file
   launch/test.sh -m "not slow"            only the quick ones
+  launch/test.sh --long -m long           those that take minutes, which run only with --long
   launch/test.sh -n 0 -x --pdb -k name    in one process, with the debugger
 
 PYTHON=/path/to/python selects the Python that .venv is made with.
@@ -23,4 +24,4 @@ EOF
 fi
 
 use_environment dev
-exec python -m pytest -q -rs -n 2 "$@"
+exec python -m pytest -q -rs -n 2 --dist worksteal "$@"

@@ -419,6 +419,7 @@ def run(*arguments, cwd):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_150_chats_give_a_model_that_answers_in_their_format(tmp_path):
     """All commands together take less than 5 CPU-minutes, unless the machine is very busy.
 

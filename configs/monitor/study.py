@@ -131,7 +131,13 @@ def get_study():
             },
             seeds=(0,),
             arms=("tokens, early", "single", "tokens, early, pressure"),
-            options={"train": 12, "test": 8, "interventions": 4, "ablations": 4},
+            options={
+                "train": 12,
+                "test": 8,
+                "interventions": 4,
+                "ablations": 4,
+                "ablated": ("value",),  # each stream takes programs of its own
+            },
         ),
     )
 
@@ -222,7 +228,7 @@ def faithful(model, examples, options):
                 "appeared": of_stream.appeared,
             }
     few = organism.as_tables(model, organism.sample(examples, options["ablations"]))
-    for worth in ablate(few).streams:
+    for worth in ablate(few, options.get("ablated", ())).streams:
         for table, silenced, hidden in zip(few.tables, worth.silenced_right, worth.hidden_right):
             yield {
                 "kind": "ablated",
