@@ -23,6 +23,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, Protocol
 
+import numpy as np
 import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
@@ -232,6 +233,23 @@ class Tokenizer:
             self._decode(list(run)) if known else "".join(map(self.piece, run))
             for known, run in runs
         )
+
+    @functools.cached_property
+    def piece_bytes(self) -> np.ndarray:
+        """[V] int32, the UTF-8 bytes of text that each id stands for.
+
+        0 for control symbols and for `unknown_id`. The bytes of the ids of a text add up to those
+        of the text, and one more if the vocabulary begins every text with a space.
+        """
+        counts = np.zeros(self.vocab_size, np.int32)
+        for token, piece in enumerate(self._pieces):
+            if token != self.unknown_id and piece not in self.control:
+                content = self._model.join([token])
+                if content is None:
+                    is_byte = re.fullmatch("<0x[0-9A-F]{2}>", piece)
+                    content = b"." if is_byte else piece.replace(SPACE, " ").encode()
+                counts[token] = len(content)
+        return counts
 
     def piece(self, token: int) -> str:
         """The vocabulary's spelling of one id; `<id N>` for ids that the tokenizer lacks."""

@@ -116,7 +116,7 @@ def test_intervals_and_differences():
     rng = np.random.default_rng(0)
     targets = rng.integers(1, 50, (400, 2)).astype(float)
     nll = targets * rng.normal((1.0, 3.0), 0.5, (400, 2))
-    units = Likelihoods(nll, targets, targets, nll, nll)
+    units = Likelihoods(nll, targets, targets, nll, nll, 2 * targets)
     result = report(units, ("a", "b"))
     for s, name in enumerate("ab"):
         mean = nll[:, s].sum() / targets[:, s].sum()
@@ -127,6 +127,8 @@ def test_intervals_and_differences():
         assert result[name]["high"] == pytest.approx(mean + 1.96 * error, abs=0.3 * error)
     assert result["row"]["nll"] == pytest.approx(result["a"]["nll"] + result["b"]["nll"])
     assert result["all"]["nll"] == pytest.approx(nll.sum() / targets.sum())
+    expected = nll.sum() / np.log(2) / (2 * targets.sum())
+    assert result["all"]["bits_per_byte"] == pytest.approx(expected)
     assert "a      " in describe(result) and len(describe(result).splitlines()) == 5
 
     # A small difference has a narrow interval if it is the same in every unit.

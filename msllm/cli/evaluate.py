@@ -149,7 +149,9 @@ def define_flags(parser: Parser) -> None:
 def run(flags: argparse.Namespace) -> None:
     """Evaluates the checkpoint and prints the result."""
     from msllm import flow
+    from msllm.decode.lanes import find_lanes
     from msllm.evals import by_turn, exact_match
+    from msllm.evals.lanes import text_likelihood
 
     given = [name for name in SUITE_FLAGS if getattr(flags, name) is not None]
     if given and not flags.suite:
@@ -176,6 +178,14 @@ def run(flags: argparse.Namespace) -> None:
     step = "" if model.step is None else f"step {model.step}: "
     print(f"{step}what each stream says, given the rows before")
     print(by_turn.describe(predicted), end="\n\n")
+    if find_lanes(model):
+        text = text_likelihood(model, flags.data)
+        low, high = text.interval()
+        result["bits_per_byte"] = {"mean": text.bits_per_byte, "low": low, "high": high}
+        print(
+            f"{text.bits_per_byte:.4f} bits per byte of the joined text (95 % interval"
+            f" {low:.4f} .. {high:.4f}, {int(text.bytes.sum()):,} bytes)"
+        )
     if exact_match.is_applicable(model):
         try:
             exact = exact_match.evaluate(

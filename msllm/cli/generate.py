@@ -2,6 +2,9 @@
 
 Prints one line per row and one column per stream. Each input text is fed one
 token per row, starting with the first row. A middle dot stands for silence.
+
+A model that was trained on lanes stops at the end of its text, and the text is
+printed as well, joined from its parts.
 """
 
 from __future__ import annotations
@@ -40,7 +43,11 @@ def define_flags(parser: Parser) -> None:
         help="Text that a stream of any kind says, from the first row on. Repeatable.",
     )
     parser.add_argument(
-        "--rows", metavar="N", type=positive_int, default=64, help="Number of rows to generate."
+        "--rows",
+        metavar="N",
+        type=positive_int,
+        help="Number of rows to generate. Default: 64; of a model of lanes, those of the tables "
+        "that it was trained on.",
     )
     define_sampling_flags(parser)
 
@@ -87,6 +94,8 @@ def sampling_options(flags: argparse.Namespace, streams: StreamSpec) -> DecodeOp
 def run(flags: argparse.Namespace) -> None:
     """Generates a table and prints it."""
     from msllm.decode.arguments import parse_inputs, parse_texts
+    from msllm.decode.lanes import find_lanes
+    from msllm.decode.script import default_window
     from msllm.view import cells
     from msllm.view.generation import print_generation
 
@@ -94,4 +103,5 @@ def run(flags: argparse.Namespace) -> None:
     inputs = parse_inputs(flags.input, model.streams)
     forced = parse_texts("force", flags.force, model.streams)
     options = sampling_options(flags, model.streams)
-    print_generation(model, inputs, flags.rows, options, cells.console(), forced)
+    rows = flags.rows or (default_window(model) if find_lanes(model) else 64)
+    print_generation(model, inputs, rows, options, cells.console(), forced)

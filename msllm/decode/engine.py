@@ -770,6 +770,14 @@ class Session:
         """
         self._require_open()._script.force(stream, tokens)
 
+    def end(self, stream: str | int) -> None:
+        """Ends a stream: it is absent from the last row on, which the model has not read yet.
+
+        The row that was shown keeps its cell. An absent cell is not seen by any other. Raises
+        UserError.
+        """
+        self._require_open()._script.end(stream)
+
     def allow(self, stream: str | int, tokens: Sequence[int] | str | None) -> None:
         """Restricts a stream to these tokens from the next row on; None: all. Raises UserError."""
         script, engine = self._require_open()._script, self._engine

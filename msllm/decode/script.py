@@ -21,7 +21,7 @@ from msllm.decode.sampling import FREE
 from msllm.errors import UserError
 from msllm.flow import latent_influence
 from msllm.mail import Cell, mail_in
-from msllm.streams import StreamSpec
+from msllm.streams import NEVER, StreamSpec
 from msllm.tokenizer import Tokenizer
 from msllm.weights.load import LoadedModel
 
@@ -286,6 +286,9 @@ class Script:
         self._tokenizer, self._vocab_size = model.tokenizer, model.config.vocab_size
         self._is_input = np.array([kind == "input" for kind in self.streams.kinds])
         self._delays = np.array(self.streams.delays or (0,) * size)
+        # [S], the row from which a stream that has ended is absent. Replaced, not modified, because
+        # copies share it.
+        self._ends = np.full(size, NEVER)
         self._stop_tokens = [
             (
                 self.streams.index(name),
@@ -374,6 +377,15 @@ class Script:
             )
         self.allowed[index] = np.array(sorted(set(tokens)))
 
+    def end(self, stream: str | int) -> None:
+        """See `Session.end`."""
+        index, last = self._index(stream), max(self.rows - 1, 0)
+        if self._ends[index] <= last:
+            return
+        self._ends = np.where(np.arange(self.streams.size) == index, last, self._ends)
+        # In place: the transcript shares these arrays.
+        self.tokens[index], self.present[index] = 0, False
+
     def copy(self) -> Script:
         """An independent copy."""
         copied = copy.copy(self)
@@ -433,7 +445,7 @@ class Script:
                 read[reader] = read[source]
         copied = self._copied
         for row in range(self.rows, self.rows + count):
-            here = row >= self._delays
+            here = (row >= self._delays) & (row < self._ends)
             tokens = np.full(size, FREE, np.int32)
             starts = here & ~last_present  # a stream starts with silence
             is_fed = np.zeros(size, bool)
@@ -540,7 +552,8 @@ class Script:
         self._silent_before = self.silent_rows
         self._append(tokens, present)
         self.silent_rows = 0 if np.count_nonzero(spoken) else self.silent_rows + 1
-        return Row(self.rows - 1, tokens.copy(), present, logprob, entropy, text, logits)
+        shown = tokens.copy(), present.copy()
+        return Row(self.rows - 1, *shown, logprob, entropy, text, logits)
 
     def amend(self, row: Row, tokens: Mapping[int, int]) -> Row:
         """See `Session._amend`."""

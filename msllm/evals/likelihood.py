@@ -40,6 +40,7 @@ class Likelihoods(NamedTuple):
       nll_spoken: negative log-likelihood of the targets that are not silence, nats.
       nll_words: negative log-likelihood of the same targets, given that they are not silence, nats.
         It measures what a stream says, and not when.
+      bytes: UTF-8 bytes of the targets (`Tokenizer.piece_bytes`).
     """
 
     nll: np.ndarray
@@ -47,6 +48,7 @@ class Likelihoods(NamedTuple):
     targets_spoken: np.ndarray
     nll_spoken: np.ndarray
     nll_words: np.ndarray
+    bytes: np.ndarray
 
 
 def evaluate(
@@ -64,7 +66,8 @@ def evaluate(
     Raises UserError if the data does not fit the model, or if it holds no example of two rows.
     """
     loader = open_split(model, data, split)
-    silence = model.require_tokenizer().silence_id
+    tokenizer = model.require_tokenizer()
+    silence, piece_bytes = tokenizer.silence_id, tokenizer.piece_bytes
     units: list[np.ndarray] = []
     for step in range(loader.num_batches):
         batch = loader.batch(step)
@@ -74,7 +77,9 @@ def evaluate(
             np.asarray, _nll(model.graph, silence, model.parameters, batch)
         )
         spoken = counted & (targets != silence)
-        values = [nll * counted, counted, spoken, nll * spoken, np.where(spoken, words, 0)]
+        spelled = np.where(counted, piece_bytes[targets], 0)
+        said = np.where(spoken, words, 0)
+        values = [nll * counted, counted, spoken, nll * spoken, said, spelled]
         stacked = np.stack(values, axis=2).astype(np.float64)  # [B, T, fields of Likelihoods, S]
         for b in range(filled):
             units += [stacked[b, rows].sum(0) for rows in _units(batch["segment"][b], block)]
@@ -164,10 +169,11 @@ def report(
       resamples: how often the units are resampled.
 
     Returns:
-      {name: {"nll", "low", "high", "targets", "nll_spoken", "nll_words"}}. low and high bound the
-      interval of nll. There is an entry for each stream, and two more. "all" is the mean over the
-      targets of all streams. "row" is the sum of the streams' means, which is the nats per row if
-      every row has a target in every stream.
+      {name: {"nll", "low", "high", "targets", "nll_spoken", "nll_words", "bits_per_byte"}}. low and
+      high bound the interval of nll. bits_per_byte is the sum of nll, in bits, over the bytes of
+      the targets; it is missing if these have none. There is an entry for each stream, and two
+      more. "all" is the mean over the targets of all streams. "row" is the sum of the streams'
+      means, which is the nats per row if every row has a target in every stream.
     """
     count = len(units.nll)
     generator = np.random.default_rng(SEED)
@@ -195,6 +201,7 @@ def _entry(
 ) -> dict[str, float]:
     low, high = np.percentile(resampled, (2.5, 97.5))
     spoken = units.targets_spoken[:, streams].sum()
+    nll_sum, spelled = units.nll[:, streams].sum(), units.bytes[:, streams].sum()
     values = {
         "nll": nll,
         "low": low,
@@ -203,6 +210,8 @@ def _entry(
         "nll_spoken": _mean(units.nll_spoken[:, streams].sum(), spoken),
         "nll_words": _mean(units.nll_words[:, streams].sum(), spoken),
     }
+    if spelled:
+        values["bits_per_byte"] = nll_sum / np.log(2) / spelled
     return {name: float(value) for name, value in values.items()}
 
 
@@ -225,11 +234,16 @@ def difference(units: Likelihoods, other: Likelihoods) -> Likelihoods:
 def describe(result: dict[str, dict[str, float]]) -> str:
     """A report as lines of text."""
     width = max(len(name) for name in result)
-    columns = "nats per target  95 % interval         targets  without silence  words alone"
+    columns = (
+        "nats per target  95 % interval         targets  without silence  words alone"
+        "  bits per byte"
+    )
     lines = [f"{'':{width}}  {columns}"]
     for name, entry in result.items():
         interval = f"{entry['low']:.4f} .. {entry['high']:.4f}"
         words = "" if name == "row" else f"{entry['nll_spoken']:15.4f}  {entry['nll_words']:11.4f}"
+        if name != "row" and "bits_per_byte" in entry:
+            words += f"  {entry['bits_per_byte']:13.4f}"
         line = (
             f"{name:{width}}  {entry['nll']:15.4f}  {interval:19}  {int(entry['targets']):9,}"
             f"  {words}"

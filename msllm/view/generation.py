@@ -10,6 +10,7 @@ import rich.console
 import rich.text
 
 from msllm.decode.engine import DecodeOptions, Engine, Session
+from msllm.decode.lanes import LaneSession, find_lanes
 from msllm.decode.script import default_window
 from msllm.errors import UserError
 from msllm.tokenizer import list_words
@@ -38,7 +39,9 @@ def print_generation(
       options: how rows are sampled.
       console: where to print.
       forced: {stream: text} that streams of any kind must say, at one token per row from the first
-        row on.
+        row on; in a model of lanes, from the row after it on.
+
+    A model of lanes ends its text, and the joined text is printed as well.
 
     Logs a warning if there are too few rows for a text, or if the tokenizer does not know a word.
     Raises UserError if the model has no tokenizer.
@@ -47,28 +50,38 @@ def print_generation(
     if rows < 1:
         raise UserError(f"--rows={rows}: must be at least 1")
     session = Engine(model, window=min(max(rows, 2), default_window(model))).open(options)
-    for name, text in inputs.items():
-        session.feed(name, text)
-    for name, text in (forced or {}).items():
-        session.force(name, text)
+    text = LaneSession(model, session) if find_lanes(model) else None
+    for name, said in inputs.items():
+        session.feed(name, said)
+    for name, said in (forced or {}).items():
+        (text or session).force(name, said)
     streams, widths = model.streams, [5] + [WIDTH] * model.streams.size
     header = [rich.text.Text(name, style="bold") for name in ("row", *streams.names)]
     cells.print_line(console, header, widths)
     shown = []
     for _ in range(rows):
         row = session.step()
+        if text:
+            row = text.add(row)
         shown.append(row)
         texts = [
             cells.cell(tokenizer, int(row.tokens[stream]), bool(row.present[stream]), kind)
             for stream, kind in enumerate(streams.kinds)
         ]
         cells.print_line(console, [rich.text.Text(str(row.index), style="dim"), *texts], widths)
+        if text and text.finished:
+            break
     tokens = np.array([row.tokens for row in shown])
     present = np.array([row.present for row in shown])
     console.print()
     cells.print_texts(console, tokenizer, streams.names, tokens, present)
-    for name, text in [*inputs.items(), *(forced or {}).items()]:
-        if words := tokenizer.unknown_words(text):
+    if text:
+        joined = text.result()
+        ended = "the text" if joined.ended else "the text, which has no end yet: use more rows"
+        console.print(rich.text.Text(f"\n{ended}", style="bold"))
+        console.print(rich.text.Text(joined.text), soft_wrap=True)
+    for name, said in [*inputs.items(), *(forced or {}).items()]:
+        if words := tokenizer.unknown_words(said):
             log.warning("%s: unknown to the model: %s", name, list_words(words))
     _warn_of_rest(session, rows)
 

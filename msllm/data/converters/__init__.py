@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from msllm.data.converters import (
     chat,
     dictation,
     gsm8k,
+    lanes,
     misreport,
     parallel_documents,
     roles,
@@ -52,6 +53,8 @@ class Converter(NamedTuple):
     pieces: bool = False  # divide tables of more than T rows into pieces instead of cutting them
     # The columns of csv and tsv files that do not name them; with a dot: the values of options.
     columns: tuple[str, ...] = ()
+    # Raises UserError if other settings, or these streams of the model, do not fit the converter.
+    check: Callable[[Config, StreamSpec, Mapping[str, Any]], None] | None = None
 
 
 _EXAMPLE = re.compile("[0-9a-f]+")
@@ -74,6 +77,9 @@ CONVERTERS = {
         reads="text",
         pieces=True,
         columns=(".key",),
+    ),
+    "lanes": Converter(
+        lanes.convert, lanes.OPTIONS, reads="text", columns=(".key",), check=lanes.check
     ),
     "gsm8k": Converter(gsm8k.convert, gsm8k.OPTIONS, columns=("question", "answer")),
     "tables": Converter(tables.convert, tables.OPTIONS),
@@ -176,10 +182,12 @@ def _columns(converter: Converter, options: Mapping[str, Any]) -> list[str]:
 
 
 def check_streams(config: Config, spec: StreamSpec) -> None:
-    """Raises UserError if an option of the converter names a stream that does not exist."""
+    """Raises UserError if the streams do not fit the converter, or an option names no stream."""
     converter, options = get_converter(config.data.converter, config.data.options)
     if converter.options is None:
         return  # the options of a user's converter may mean anything
+    if converter.check is not None:
+        converter.check(config, spec, options)
     names = data_spec(config, spec).names
     for option in _STREAM_OPTIONS:
         value = options.get(option) or {}

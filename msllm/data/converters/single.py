@@ -31,8 +31,10 @@ def convert(layout: Layout, part: Part) -> Iterator[Table]:
             yield table._replace(source=where)
 
 
-def pieces(layout: Layout, blocks: Iterable[str], where: str) -> Iterator[Sequence[int]]:
-    """Yields the tokens of a text in pieces of T tokens (the last: fewer) that overlap by one.
+def pieces(
+    layout: Layout, blocks: Iterable[str], where: str, size: int = 0, overlap: int = 1
+) -> Iterator[Sequence[int]]:
+    """Yields the tokens of a text in pieces of `size` tokens (the last: fewer).
 
     The rest of a text that cannot be used is left out, and the text is counted as a bad record.
 
@@ -40,7 +42,10 @@ def pieces(layout: Layout, blocks: Iterable[str], where: str) -> Iterator[Sequen
       layout: encodes the text.
       blocks: the text.
       where: the place of the text.
+      size: the number of tokens of a piece; 0: T.
+      overlap: the number of tokens with which a piece repeats the end of the piece before it.
     """
+    size = size or layout.rows
     tokens: list[int] = []
     first = True
     try:
@@ -48,13 +53,13 @@ def pieces(layout: Layout, blocks: Iterable[str], where: str) -> Iterator[Sequen
             tokens += layout.encode(block, first)
             first = False
             start = 0
-            while len(tokens) - start >= layout.rows:
-                yield tokens[start : start + layout.rows]
-                start += layout.rows - 1
+            while len(tokens) - start >= size:
+                yield tokens[start : start + size]
+                start += size - overlap
             tokens = tokens[start:]
     except TextError as error:
         layout.bad.add(BadRecord(f"{where}: {error}"))
     except NotUtf8 as error:  # names the line
         layout.bad.add(BadRecord(str(error)))
-    if len(tokens) > 1:
+    if len(tokens) > overlap:
         yield tokens
