@@ -214,7 +214,7 @@ def outcomes(rows, delays, size, silence):
     "lanes, rows, options",
     [
         ((0, 1), 5, {"visibility": "block_causal"}),
-        ((0, 0, 0), 3, {"visibility": "same_row", "visibility_medium": "tokens"}),
+        ((0, 0), 4, {"visibility": "same_row", "visibility_medium": "tokens"}),
     ],
 )
 def test_the_probabilities_of_all_tables_sum_to_one(make_model, lanes, rows, options):
@@ -288,7 +288,7 @@ def test_generated_texts_have_the_likelihood_of_their_tables(make_lanes, delays)
 
 
 def test_a_text_that_is_forced_has_its_likelihood(make_lanes):
-    model = make_lanes(3, (0, 2, 2))
+    model = make_lanes(3, (0, 0, 2))
     config = model.run_config
     engine = Engine(model, sessions=3, window=16)
     for table in list(convert(config, model.streams, model.tokenizer))[-3:]:
