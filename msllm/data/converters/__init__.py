@@ -101,8 +101,10 @@ def get_converter(name: str, options: Mapping[str, Any]) -> tuple[Converter, dic
     Raises UserError if there is no such converter, or it does not accept the options.
     """
     if ":" in name:
-        function = each_record(import_object(name, "config.data.converter"))
-        return Converter(function, options=None), dict(options)
+        function = import_object(name, "config.data.converter")
+        if not getattr(function, "reads_files", True):  # made by `generator`
+            return Converter(function, options=None, reads=""), dict(options)
+        return Converter(each_record(function), options=None), dict(options)
     if name not in CONVERTERS:
         raise UserError(
             f"config.data.converter is {name!r}: must be one of {', '.join(CONVERTERS)}, or"

@@ -306,6 +306,22 @@ def each_record(function: Callable[[Layout, Record], Iterable[Table]]) -> Conver
     return convert
 
 
+def generator(function: Callable[[Layout], Iterable[Table]]) -> Convert:
+    """Turns a function that makes tables from its options alone into a converter.
+
+    `config.data.path` stays empty. Example ids must follow from the contents of the tables, so that
+    no example is both trained on and held out.
+    """
+
+    @functools.wraps(function)
+    def convert(layout: Layout, part: Part | None) -> Iterator[Table]:
+        del part  # reads no files
+        yield from function(layout)
+
+    convert.reads_files = False  # type: ignore[attr-defined]
+    return convert
+
+
 def bad_record(error: UserError, record: Record) -> BadRecord:
     """Returns an error as a BadRecord whose message begins with the place of the record."""
     if isinstance(error, BadRecord) and str(error).startswith(record.file):
