@@ -143,18 +143,19 @@ def test_threads_share_the_pointers_of_a_row(threads, rows):
     )
     items, advance = thread_chase.ITEMS, 8 // rows
     for table in found:
-        pointers, item = table[: len(items), 0], table[len(items), 0]
+        size = len(items)
+        assert sorted(table[:size, 0]) == sorted(items)
+        pointers, item = dict(table[:size, :2]), table[size, 1]
+        assert set(table[size + 1, 2:]) == {item} and set(table[: size + 1, 2:].flat) == {""}
         for row in range(rows):
             passed = []
             for _ in range(advance):
-                item = pointers[items.index(item)]
+                item = pointers[item]
                 passed.append(item)
-            said = list(table[len(items) + 1 + row, 1:])
-            share = max(advance // threads, 1)
-            assert said == [
-                passed[max((i + 1) * advance // threads, 1) - 1] for i in range(threads)
-            ]
-            assert said[-1] == item and said[:: len(said)] == [passed[share - 1]]
+            said = list(table[size + 2 + row, 2:])
+            shares = [max((i + 1) * advance // threads, 1) for i in range(threads)]
+            assert said == [passed[share - 1] for share in shares] and said[-1] == item
+    assert len({tuple(table[:, 0]) for table in found}) == len(found)
 
 
 def test_rows_that_do_not_divide_the_pointers_are_refused():

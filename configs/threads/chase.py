@@ -33,8 +33,8 @@ def get_arms() -> dict[str, Arm]:
             options = {"rows": rows}
             found[f"{threads} in {rows} rows"] = Arm(
                 {
-                    "streams.names": ("input", *names),
-                    "streams.kinds": ("input", *["output"] * threads),
+                    "streams.names": ("from", "to", *names),
+                    "streams.kinds": ("input", "input", *["output"] * threads),
                     "data.options": options,
                     "data.rows": thread_chase.rows_of(options),
                 },
@@ -56,9 +56,9 @@ def measure(model, point) -> Iterator[dict[str, Any]]:
     """A record per problem: whether the answer is right, and the share of cells that are."""
     tables = list(examples(open_split(model)))[: point.options["problems"]]
     said = thread_runs.run_freely(model, tables)
-    begin = len(thread_chase.ITEMS) + 1
+    begin = len(thread_chase.ITEMS) + 2
     for i, (table, run) in enumerate(zip(tables, said)):
-        right = (run == table.tokens)[begin:, 1:]
+        right = (run == table.tokens)[begin:, 2:]
         yield {
             "item": i,
             "threads": point.options["threads"],
@@ -76,8 +76,8 @@ def get_study() -> Study:
         arms=get_arms(),
         seeds=(0, 1, 2),
         tokenizer={
-            "streams.names": ("input", "thread0"),
-            "streams.kinds": ("input", "output"),
+            "streams.names": ("from", "to", "thread0"),
+            "streams.kinds": ("input", "input", "output"),
             "data.options": {"examples": 20},
             "data.rows": thread_chase.rows_of({"rows": 8}),
         },

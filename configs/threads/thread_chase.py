@@ -1,11 +1,12 @@
 """Chase: follow a chain of pointers, one after the other. More threads cannot help.
 
-A table of ITEMS pointers is read first, one a row: row t holds the item to which item t points.
-Then comes the item to start from. From the next row on, the threads follow the pointers. If a row
-is to advance by several pointers, they share them: of 4 pointers a row, 4 threads say the first,
-the second, the third and the fourth item, and 2 threads the second and the fourth.
-The answer is what the last thread says in the last row. Every item depends on the one before, and
-threads that speak in the same row cannot hear one another.
+First come the pointers, one a row, in any order: in one row, the stream `from` holds an item and
+the stream `to` the item that it points to. Then `to` holds the item to start from, and the threads
+repeat it. From the next row on, they follow the pointers. If a row is to advance by several
+pointers, they share them: of 4 pointers a row, 4 threads say the first, the second, the third and
+the fourth item, and 2 threads the second and the fourth. The answer is what the last thread says in
+the last row. Every item depends on the one before, and threads that speak in the same row cannot
+hear one another.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ _CHUNK = 1024  # examples that are drawn at a time
 
 
 def rows_of(options: Mapping[str, Any]) -> int:
-    """T: the pointers, the start, and the rows of the threads."""
-    return len(ITEMS) + 1 + options["rows"]
+    """T: the pointers, the start, its repetition, and the rows of the threads."""
+    return len(ITEMS) + 2 + options["rows"]
 
 
 def solve(
@@ -75,7 +76,7 @@ def tables(
 
     Args:
       options: as in OPTIONS; missing ones have their defaults.
-      spec: the stream `input`, and the threads.
+      spec: the streams `from` and `to`, and the threads.
       ids: the token of every word.
       silence: the silence token.
       count: the number of problems.
@@ -86,11 +87,14 @@ def tables(
     threads = [s for s, kind in enumerate(spec.kinds) if kind != "input"]
     for begin in range(0, count, _CHUNK):
         now, size = min(_CHUNK, count - begin), len(ITEMS)
+        order = rng.permuted(np.tile(np.arange(size), (now, 1)), axis=1)
         pointers, starts = rng.integers(0, size, (now, size)), rng.integers(0, size, now)
         cells = np.full((now, rows_of(options), spec.size), silence, np.int32)
-        cells[:, :size, spec.index("input")] = token[pointers]
-        cells[:, size, spec.index("input")] = token[starts]
-        cells[:, size + 1 :, threads] = token[solve(pointers, starts, len(threads), options)]
+        cells[:, :size, spec.index("from")] = token[order]
+        cells[:, :size, spec.index("to")] = token[np.take_along_axis(pointers, order, 1)]
+        cells[:, size, spec.index("to")] = token[starts]
+        cells[:, size + 1, threads] = token[starts][:, None]
+        cells[:, size + 2 :, threads] = token[solve(pointers, starts, len(threads), options)]
         present = np.ones(cells.shape[1:], bool)
         for problem, start, table in zip(pointers, starts, cells):
             yield Table(table, present, example_hash(f"{problem.tolist()} {start}"))
