@@ -42,7 +42,7 @@ LENGTH, THREADS = 64, (1, 2, 4, 8)
 EDGES = {"none": "never", "tokens": "0 tokens", "latent": "0"}
 LATE = 2
 THOUGHTS = {"said": 0, "late": LATE, "blank": -1}
-STEPS = {"said": 250, "late": 60, "blank": 60}
+STEPS = {"said": 160, "late": 40, "blank": 40}
 
 
 def streams(threads: int, edges: str) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def edges(topology: str, lag: str) -> tuple[tuple[str, str, str], ...]:
 def get_config():
     """Returns the settings that all arms share."""
     config = thread_runs.get_config()
-    config.steps = 400
+    config.steps = 300
     names = [f"thread{i}" for i in range(thread_sum.THREADS)]
     config.streams.names = (f"input * {thread_sum.THREADS}", *names)
     config.streams.kinds = ("input", *["output"] * len(names))
