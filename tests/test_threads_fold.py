@@ -175,13 +175,20 @@ def test_sequences_that_cannot_be_cut_are_refused():
 def test_arms_differ_only_in_what_they_should():
     fold = load_study(FOLDER / "fold.py")
     for threads in (2, 4, 8):
-        for thoughts in ("said", "late", "blank"):
+        for thoughts in ("short", "said", "late", "blank"):
             arms = [fold.arm(f"{threads} {e} {thoughts}") for e in ("none", "tokens", "latent")]
             for arm in arms[1:]:
                 differing = {
                     key for key, value in arm.settings.items() if value != arms[0].settings[key]
                 }
                 assert differing == {"streams.lags"}
+            assert {arm.after for arm in arms} == {
+                f"{threads} {edges} {before}" if before else ""
+                for edges in ("none", "tokens", "latent")
+                for before in [
+                    {"short": "", "said": "short", "late": "said", "blank": "late"}[thoughts]
+                ]
+            }
         flow = sys.modules[fold.measure.__module__].flow
         assert flow(threads, "none") == "nothing"
         assert "bits" in flow(threads, "tokens") and "latent" in flow(threads, "latent")
@@ -191,7 +198,7 @@ def test_arms_differ_only_in_what_they_should():
 def test_the_small_studies_run(tmp_path):
     run_small_study(FOLDER / "fold.py", tmp_path / "fold")
     found = load_results(tmp_path / "fold")
-    assert found.arms == ("2 tokens said", "2 latent said")
+    assert found.arms == ("2 tokens short", "2 latent short")
     facts = [(point["parameters"], point["cells"], point["steps"]) for point in found.points]
     assert len(set(facts)) == 1
     assert "- 8 none: nothing" in (tmp_path / "fold" / "table.md").read_text()

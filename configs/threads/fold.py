@@ -13,9 +13,10 @@ Arms, for S = 2, 4 and 8:
 - thoughts: `said` supervises every product, in every row. In `late`, the first LATE products are
   silent and not supervised. In `blank`, only the answer is.
 
-All thoughts go through the same curriculum, said, late, blank, with the same problems. Arms are
-named after its last step: `late` starts from the parameters of `said`, and `blank` from those of
-`late`, so that they are trained for longer.
+All arms go through the same curriculum with the same problems. Its first step is `short`: each
+input holds SHORT permutations, and all products are supervised. Merges are learned there in half
+the rows. Arms are named after their last step: `said` starts from the parameters of `short`, `late`
+from those of `said`, and `blank` from those of `late`. Blank thoughts are thus trained for longer.
 
 Baselines: one thread with one input (65 rows), and one thread that reads 8 inputs (12 rows, as with
 8 threads; all cells see all others of their row).
@@ -40,9 +41,9 @@ from msllm.study import Arm, Metric, Plot, Results, Small, Study
 
 LENGTH, THREADS = 64, (1, 2, 4, 8)
 EDGES = {"none": "never", "tokens": "0 tokens", "latent": "0"}
-LATE = 2
-THOUGHTS = {"said": 0, "late": LATE, "blank": -1}
-STEPS = {"said": 160, "late": 40, "blank": 40}
+SHORT, LATE = 2, 2
+THOUGHTS = {"short": 0, "said": 0, "late": LATE, "blank": -1}
+STEPS = {"short": 300, "said": 100, "late": 40, "blank": 40}
 
 
 def streams(threads: int, edges: str) -> dict[str, Any]:
@@ -85,10 +86,10 @@ def get_arms() -> dict[str, Arm]:
         before = ""
         for thoughts, silent in THOUGHTS.items():
             options = {
-                "length": LENGTH,
+                "length": SHORT * inputs if thoughts == "short" else LENGTH,
                 "silent": silent,
                 "wait": wait,
-                "examples": 12_800,
+                "examples": 64 * STEPS[thoughts] + 1000,
             }
             found[f"{name} {thoughts}"] = Arm(
                 settings
@@ -163,7 +164,7 @@ def get_study() -> Study:
                 "model.num_layers": 1,
                 "log_every": 1,
             },
-            arms=("2 tokens said", "2 latent said"),
+            arms=("2 tokens short", "2 latent short"),
             options={"problems": 4},
         ),
     )
