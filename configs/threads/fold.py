@@ -43,7 +43,7 @@ LENGTH, THREADS = 64, (1, 2, 4, 8)
 EDGES = {"none": "never", "tokens": "0 tokens", "latent": "0"}
 SHORT, LATE = 2, 2
 THOUGHTS = {"short": 0, "said": 0, "late": LATE, "blank": -1}
-STEPS = {"short": 300, "said": 100, "late": 40, "blank": 40}
+STEPS = {"short": 400, "said": 100, "late": 40, "blank": 40}
 
 
 def streams(threads: int, edges: str) -> dict[str, Any]:
@@ -85,16 +85,19 @@ def get_arms() -> dict[str, Arm]:
         wait = 3 if name == "1 reads 8" else 0
         before = ""
         for thoughts, silent in THOUGHTS.items():
+            # As many threads in a step, and merges of each kind, for all numbers of threads.
+            batch = 512 // inputs if thoughts == "short" else 64
             options = {
                 "length": SHORT * inputs if thoughts == "short" else LENGTH,
                 "silent": silent,
                 "wait": wait,
-                "examples": 64 * STEPS[thoughts] + 1000,
+                "examples": batch * STEPS[thoughts] + 1000,
             }
             found[f"{name} {thoughts}"] = Arm(
                 settings
                 | {
                     "steps": STEPS[thoughts],
+                    "data.batch_size": batch,
                     "data.options": options,
                     "data.rows": thread_fold.rows_of(options, inputs, threads),
                 },
