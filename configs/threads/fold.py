@@ -14,9 +14,9 @@ Arms, for S = 2, 4 and 8:
   silent and not supervised. In `blank`, only the answer is.
 
 All arms go through the same curriculum with the same problems. Its first step is `short`: each
-input holds SHORT permutations, and all products are supervised. Merges are learned there in half
-the rows. Arms are named after their last step: `said` starts from the parameters of `short`, `late`
-from those of `said`, and `blank` from those of `late`. Blank thoughts are thus trained for longer.
+input holds SHORT permutations, and all products are supervised. Arms are named after their last
+step: `said` starts from the parameters of `short`, `late` from those of `said`, and `blank` from
+those of `late`. Blank thoughts are thus trained for longer.
 
 Baselines: one thread with one input (65 rows), and one thread that reads 8 inputs (12 rows, as with
 8 threads; all cells see all others of their row).
