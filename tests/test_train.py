@@ -250,6 +250,7 @@ def test_a_command_that_cannot_run_prints_one_line(config, data_dir, tmp_path):
     assert done.returncode == 2 and done.stdout == ""
     message = f"{shard} is missing (manifest.json lists it): restore it, or {AGAIN}"
     assert done.stderr == f"error: {message}\n"
+    assert not (tmp_path / "run").exists()
 
     line.append("--config.optim.lrr=1")
     done = subprocess.run(line, capture_output=True, text=True, timeout=120)
@@ -296,6 +297,7 @@ def test_damaged_data_stops_the_run_before_it_starts(config, data_dir, tmp_path,
     change(data)
     with pytest.raises(UserError, match=message):
         train(replace(config, "data", dir=str(data)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
