@@ -61,7 +61,7 @@ def get_study():
     }
     early = {"data.options.wait": misreport.SHORTEST_WAIT}
     # From random parameters, the early answer is not learned in as many steps.
-    adapted = {"steps": 200, "optim.lr": 2e-3, "optim.warmup_steps": 10}
+    adapted = {"steps": 500, "optim.lr": 2e-3, "optim.warmup_steps": 10}
     one_stream = {
         "streams.names": single.streams.names,
         "streams.kinds": single.streams.kinds,
