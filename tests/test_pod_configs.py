@@ -104,6 +104,7 @@ def test_the_stored_report_matches_its_budget_and_config():
 
 @needs_libtpu
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_pod_config_compiles_within_its_budget(tmp_path):
     """Compiles the largest config that takes two minutes. `launch/check_budgets.sh` checks all."""
     name = "8b_v5e_256"
