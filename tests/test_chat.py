@@ -500,7 +500,11 @@ def test_a_session_is_saved_when_the_terminal_closes(engine, tmp_path, number):
         os.kill(os.getpid(), number)
         await until(lambda: app._exit)
 
-    pilot(app, body)
+    before = signal.signal(number, signal.SIG_DFL)  # `nohup` ignores SIGHUP, and so does the chat
+    try:
+        pilot(app, body)
+    finally:
+        signal.signal(number, before)
     assert Recording.load(tmp_path / "chat.npz").branches[0].rows > 3
 
 
