@@ -8,6 +8,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import types
 from typing import Any
 
 import jax
@@ -205,6 +206,22 @@ def write_config_file(path: pathlib.Path, config: Config) -> str:
         f"    return to_config_dict(from_config_dict(json.loads({to_json(config)!r})))\n"
     )
     return str(path)
+
+
+def module_of(file: pathlib.Path) -> types.ModuleType:
+    """Imports a Python file that is in no package."""
+    spec = importlib.util.spec_from_file_location(f"{file.parent.name}_{file.stem}", file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def streams_with(base: ml_collections.ConfigDict, settings: dict[str, Any]) -> StreamSpec:
+    """The streams of a config with changes."""
+    config = base.copy_and_resolve_references()
+    config.update_from_flattened_dict(settings)
+    return StreamSpec.from_config(from_config_dict(config).streams)
 
 
 def run_small_study(file: pathlib.Path, out: pathlib.Path) -> None:

@@ -1,11 +1,10 @@
 """The study of configs/combine: what its arms cost, its fit, and its small form."""
 
-import importlib.util
 import pathlib
 
 import numpy as np
 import pytest
-from runs import run_small_study
+from runs import module_of, run_small_study
 
 from msllm.streams import StreamSpec
 from msllm.study import load_results
@@ -16,10 +15,7 @@ STUDY = pathlib.Path(__file__).parents[1] / "configs/combine/study.py"
 @pytest.fixture(scope="module")
 def study():
     """The module of the study."""
-    spec = importlib.util.spec_from_file_location("combine_study", STUDY)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of(STUDY)
 
 
 def test_arms_of_a_number_of_copies_cost_the_same(study):

@@ -1,12 +1,11 @@
 """The study of configs/lanes: what its arms read, its tax, and its small form."""
 
-import importlib.util
 import pathlib
 
 import jax
 import numpy as np
 import pytest
-from runs import run_small_study
+from runs import module_of, run_small_study
 
 from msllm.config import from_config_dict
 from msllm.data.converters import convert
@@ -22,10 +21,7 @@ STUDY = pathlib.Path(__file__).parents[1] / "configs/lanes/study.py"
 @pytest.fixture(scope="module")
 def study():
     """The module of the study."""
-    spec = importlib.util.spec_from_file_location("lanes_study", STUDY)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of(STUDY)
 
 
 def make_config(study, name, **dotted):

@@ -276,7 +276,7 @@ def test_kernels_for_older_cpus_give_the_same_tokens(decoded, tmp_path, cpu):
     real = os.environ.get("CXX", "c++")
     compiler.write_text(
         f'#!/bin/bash\narguments=("${{@/-march=native/-march={cpu}}}")\n'
-        f'exec {real} "${{arguments[@]/-O3/-O0}}"\n'  # compiles in half the time
+        f'exec {real} "${{arguments[@]/-O3/-O0}}"\n'  # compiles sooner
     )
     compiler.chmod(0o755)
     tokens, log = decode(tmp_path, CXX=str(compiler))

@@ -6,12 +6,10 @@ import sys
 
 import numpy as np
 import pytest
-from runs import run_small_study
+from runs import run_small_study, streams_with
 
-from msllm.config import from_config_dict
 from msllm.data.files import shared_file
 from msllm.errors import UserError
-from msllm.streams import StreamSpec
 from msllm.study import load_results
 from msllm.study.definition import load_study
 
@@ -23,13 +21,6 @@ import thread_graph  # noqa: E402
 import thread_sum  # noqa: E402
 
 PROSQA = shared_file("data/prosqa/prosqa_valid.json", str(FOLDER / "graph.py"))
-
-
-def spec_of(study, settings=None) -> StreamSpec:
-    """The streams of a study with changes."""
-    config = study.base.copy_and_resolve_references()
-    config.update_from_flattened_dict(settings or {})
-    return StreamSpec.from_config(from_config_dict(config).streams)
 
 
 def as_words(words, make):
@@ -78,7 +69,7 @@ def test_exactly_one_choice_follows_and_both_are_ends_of_chains():
 
 def test_threads_say_what_follows_and_the_output_says_the_answer_once_it_is_known():
     study = load_study(FOLDER / "graph.py")
-    spec, rows = spec_of(study), thread_graph.rows_of(8)
+    spec, rows = streams_with(study.base, {}), thread_graph.rows_of(8)
     problems = list(thread_graph.draw({}, 20, seed=7))
     for said in (True, False):
         found = as_words(
@@ -136,7 +127,7 @@ def test_what_is_missing_or_impossible_is_named():
 def test_threads_share_the_pointers_of_a_row(threads, rows):
     study = load_study(FOLDER / "chase.py")
     arm = study.arm(f"{threads} in {rows} rows")
-    spec, options = spec_of(study, arm.settings), arm.settings["data.options"]
+    spec, options = streams_with(study.base, arm.settings), arm.settings["data.options"]
     found = as_words(
         thread_chase.ITEMS,
         lambda ids, silence: thread_chase.tables(options, spec, ids, silence, 20, 1),
@@ -172,7 +163,7 @@ def test_rows_that_do_not_divide_the_pointers_are_refused():
 def test_sums_follow_from_what_the_edges_let_threads_hear(topology):
     study = load_study(FOLDER / "lags.py")
     arms = [study.arm(f"{topology}, lag {lag}") for lag in ("1", "8", "drawn")]
-    spec = spec_of(study, arms[1].settings)
+    spec = streams_with(study.base, arms[1].settings)
     found = as_words(
         thread_sum.WORDS,
         lambda ids, silence: thread_sum.tables(topology, spec, ids, silence, 30, 2),
@@ -205,7 +196,7 @@ def test_sums_follow_from_what_the_edges_let_threads_hear(topology):
                     "ring": (own + visible[0]) % 5,
                 }
                 assert int(said[row + 1, i]) == expected[topology]
-    drawn = spec_of(study, arms[2].settings).drawn_lags
+    drawn = streams_with(study.base, arms[2].settings).drawn_lags
     assert drawn and {
         key for key, value in arms[2].settings.items() if value != arms[0].settings[key]
     } == {"streams.lags"}

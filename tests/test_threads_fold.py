@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from runs import run_small_study
+from runs import run_small_study, streams_with
 
 from msllm.config import from_config_dict
 from msllm.data.loader import Loader
@@ -23,13 +23,6 @@ sys.path.insert(0, str(FOLDER))
 import thread_fold  # noqa: E402
 
 SILENCE = 0
-
-
-def spec_of(base, settings=None) -> StreamSpec:
-    """The streams of a config with changes."""
-    config = base.copy_and_resolve_references()
-    config.update_from_flattened_dict(settings or {})
-    return StreamSpec.from_config(from_config_dict(config).streams)
 
 
 def cells(options, spec, count=20) -> np.ndarray:
@@ -62,7 +55,7 @@ def test_the_groups_are_closed_and_complete(group, size):
 def test_a_tree_of_threads_says_all_products(threads):
     fold = load_study(FOLDER / "fold.py")
     arm = fold.arm(f"{threads} {'tokens' if threads > 1 else 'none'} said")
-    spec, share = spec_of(fold.base, arm.settings), 64 // threads
+    spec, share = streams_with(fold.base, arm.settings), 64 // threads
     found = cells(arm.settings["data.options"], spec)
     assert found.shape == (20, arm.settings["data.rows"], 2 * threads)
     for table in found:
@@ -90,7 +83,7 @@ def test_mail_carries_what_a_thread_needs_to_merge():
             "streams.names": (f"input * {threads}", f"thread * {threads}"),
             "streams.mail": sys.modules[mail.measure.__module__].mail(threads, share),
         }
-        spec = spec_of(mail.base, settings)
+        spec = streams_with(mail.base, settings)
         found = cells(options | {"length": threads * share}, spec, 5)
         rounds = threads.bit_length() - 1
         assert found.shape[1:] == (share + rounds + 1, 2 * threads)
@@ -111,7 +104,7 @@ def test_mail_carries_what_a_thread_needs_to_merge():
 def test_one_thread_that_reads_eight_inputs_answers_in_as_many_rows_as_eight_threads():
     fold = load_study(FOLDER / "fold.py")
     arm = fold.arm("1 reads 8 said")
-    found = cells(arm.settings["data.options"], spec_of(fold.base, arm.settings), 5)
+    found = cells(arm.settings["data.options"], streams_with(fold.base, arm.settings), 5)
     assert found.shape[1:] == (12, 9)
     assert arm.settings["data.rows"] == fold.arm("8 latent said").settings["data.rows"]
     for table in found:
@@ -125,7 +118,7 @@ def test_a_curriculum_silences_thoughts_and_changes_nothing_else():
     fold = load_study(FOLDER / "fold.py")
     for shape in ("1 none", "8 latent", "1 reads 8"):
         said, late, blank = (
-            cells(arm.settings["data.options"], spec_of(fold.base, arm.settings), 5)
+            cells(arm.settings["data.options"], streams_with(fold.base, arm.settings), 5)
             for arm in (fold.arm(f"{shape} {thoughts}") for thoughts in ("said", "late", "blank"))
         )
         threads = slice(said.shape[2] - (8 if shape[0] == "8" else 1), None)

@@ -3,7 +3,8 @@
     msllm study configs/monitor/study.py --out=runs/monitor
     msllm study configs/monitor/study.py --out=/tmp/monitor --small    # two CPU-minutes
 
-docs/monitoring.md describes the arms. Cost: about an hour and a half of CPU time for 3 seeds.
+docs/monitoring.md describes the arms. Cost: 45 CPU-minutes of training for 3 seeds, and
+an estimated 25 of measuring.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def get_study():
         seeded=("seed", "data.seed"),
         tokenizer={},  # that of the base data, for all arms
         measure=measure,
-        options={"train": 600, "test": 500, "interventions": 256, "ablations": 128},
+        options={"train": 600, "test": 500, "interventions": 256, "ablations": 128, "ablated": ()},
         metrics=(
             Metric("as taught", "as_taught", {"kind": "behaviour"}, by=("set",)),
             Metric("misreports", "misreported", {"kind": "behaviour"}, by=("set", "cued")),
@@ -224,7 +225,7 @@ def faithful(model, examples, options):
                 "appeared": of_stream.appeared,
             }
     few = organism.as_tables(model, organism.sample(examples, options["ablations"]))
-    for worth in ablate(few, options.get("ablated", ())).streams:
+    for worth in ablate(few, options["ablated"]).streams:
         for table, silenced, hidden in zip(few.tables, worth.silenced_right, worth.hidden_right):
             yield {
                 "kind": "ablated",

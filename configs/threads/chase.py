@@ -45,14 +45,9 @@ def get_arms() -> dict[str, Arm]:
 
 def get_config():
     """Returns the settings that all arms share: all cells see all others of their row."""
-    config = thread_runs.get_config()
+    config = thread_runs.get_narrow_config()
     config.steps = 400
     config.data.batch_size = 32
-    config.model.d_model = 64
-    config.model.num_heads = 2
-    config.model.num_kv_heads = 2
-    config.model.d_ff = 192
-    config.optim.lr = 2e-3
     config.streams.visibility = "same_row"
     config.data.converter = "thread_chase:convert"
     return config
@@ -96,14 +91,7 @@ def get_study() -> Study:
         plots=(Plot("threads", "answers", by="rows"),),
         same=("steps",),
         small=Small(
-            settings={
-                "steps": 2,
-                "data.batch_size": 4,
-                "data.max_examples": 100,
-                "data.eval_percent": 10.0,
-                "model.num_layers": 1,
-                "log_every": 1,
-            },
+            settings=thread_runs.SMALL | {"data.max_examples": 100},
             arms=("1 in 2 rows", "4 in 2 rows"),
             options={"problems": 4},
         ),

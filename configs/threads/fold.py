@@ -159,14 +159,7 @@ def get_study() -> Study:
         plots=(Plot("cpu_seconds", "answers", by="edges"),),
         report=report,
         small=Small(
-            settings={
-                "steps": 2,
-                "data.batch_size": 4,
-                "data.eval_percent": 10.0,
-                "data.max_examples": 100,
-                "model.num_layers": 1,
-                "log_every": 1,
-            },
+            settings=thread_runs.SMALL | {"data.max_examples": 100},
             arms=("2 tokens short", "2 latent short"),
             options={"problems": 4},
         ),

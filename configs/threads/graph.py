@@ -60,7 +60,7 @@ AT_ONCE = 50  # problems that are run together
 
 def get_config():
     """Returns the settings that all arms share."""
-    config = thread_runs.get_config()
+    config = thread_runs.get_narrow_config()
     config.streams.names = ("fact * 40", "thread * 40", "question", "output")
     config.streams.kinds = ("input", "thought", "input", "output")
     config.streams.loss_weights = (0.0, 1.0, 0.0, 8.0)
@@ -69,12 +69,7 @@ def get_config():
     config.data.options = {"examples": 5_000}
     config.data.rows = thread_graph.rows_of(8)
     config.data.batch_size = 8
-    config.model.d_model = 64
     config.model.num_layers = 4
-    config.model.num_heads = 2
-    config.model.num_kv_heads = 2
-    config.model.d_ff = 192
-    config.optim.lr = 2e-3
     return config
 
 
@@ -148,15 +143,11 @@ def get_study() -> Study:
         ),
         same=("parameters", "steps"),
         small=Small(
-            settings={
-                "steps": 2,
-                "data.batch_size": 4,
+            settings=thread_runs.SMALL
+            | {
                 "data.options": SMALL["data.options"] | {"examples": 60},
                 "data.rows": SMALL["data.rows"],
                 "streams.names": SMALL["streams.names"],
-                "data.eval_percent": 10.0,
-                "model.num_layers": 1,
-                "log_every": 1,
             },
             arms=("tokens", "latent"),
             options={"sets": {"small": {"nodes": (8, 12), "steps": (2,), "shares": (1,)}}}

@@ -43,7 +43,7 @@ def edges(topology: str, lag: str) -> tuple[tuple[str, str, str], ...]:
 
 def get_config():
     """Returns the settings that all arms share."""
-    config = thread_runs.get_config()
+    config = thread_runs.get_narrow_config()
     config.steps = 300
     names = [f"thread{i}" for i in range(thread_sum.THREADS)]
     config.streams.names = (f"input * {thread_sum.THREADS}", *names)
@@ -51,11 +51,6 @@ def get_config():
     config.streams.visibility = "isolated"
     config.data.converter = "thread_sum:convert"
     config.data.batch_size = 32
-    config.model.d_model = 64
-    config.model.num_heads = 2
-    config.model.num_kv_heads = 2
-    config.model.d_ff = 192
-    config.optim.lr = 2e-3
     return config
 
 
@@ -107,14 +102,7 @@ def get_study() -> Study:
         same=("parameters", "steps"),
         report=report,
         small=Small(
-            settings={
-                "steps": 2,
-                "data.batch_size": 4,
-                "data.max_examples": 100,
-                "data.eval_percent": 10.0,
-                "model.num_layers": 1,
-                "log_every": 1,
-            },
+            settings=thread_runs.SMALL | {"data.max_examples": 100},
             arms=("all, lag 4", "all, lag drawn"),
             options={"problems": 4, "lags": (1, 4)},
         ),

@@ -106,14 +106,8 @@ def get_study() -> Study:
             Metric("products of shares", "own", by=("threads", "length")),
         ),
         small=Small(
-            settings={
-                "steps": 2,
-                "data.batch_size": 4,
-                "data.options": {"group": "S3", "length": 64, "merge": "mail", "examples": 200},
-                "data.eval_percent": 10.0,
-                "model.num_layers": 1,
-                "log_every": 1,
-            },
+            settings=thread_runs.SMALL
+            | {"data.options": {"group": "S3", "length": 64, "merge": "mail", "examples": 200}},
             options={"shapes": ((4, 2), (8, 3)), "problems": 4},
         ),
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,15 @@ from msllm.data.tables import Table
 from msllm.decode.engine import FREE, generate
 from msllm.mail import is_mailed
 from msllm.weights.load import LoadedModel
+
+# The settings of all small forms.
+SMALL: Mapping[str, Any] = {
+    "steps": 2,
+    "data.batch_size": 4,
+    "data.eval_percent": 10.0,
+    "model.num_layers": 1,
+    "log_every": 1,
+}
 
 
 def get_config():
@@ -38,6 +48,17 @@ def get_config():
     config.optim.weight_decay = 0.01
     config.optim.warmup_steps = 30
     config.checkpoint.every = 0
+    return config
+
+
+def get_narrow_config():
+    """Returns the same settings with half the width."""
+    config = get_config()
+    config.model.d_model = 64
+    config.model.num_heads = 2
+    config.model.num_kv_heads = 2
+    config.model.d_ff = 192
+    config.optim.lr = 2e-3
     return config
 
 
