@@ -14,6 +14,7 @@ from msllm.errors import UserError
 from msllm.evals import free_run
 from msllm.evals import monitor as monitors
 from msllm.evals.ablate import ablate, hide
+from msllm.evals.exact_match import SLACK
 from msllm.evals.intervene import Forced, intervene
 from msllm.evals.monitor import Transcripts, agreement, auc, g_mean, monitor, read_transcripts
 from msllm.evals.replay import replay
@@ -34,12 +35,13 @@ def scripted(examples, monkeypatch):
 
     The script says what the examples say. `reads`: the output tells the last number of the thought
     if it sees the thought. `wrong`: an example in which its answer is wrong. `late`: the thought
-    says its last number only after the answer.
+    says its last number only after the answer. `babbles`: the output says on and on, from
+    `babbles` rows after the end of the example.
     """
     tokenizer = examples.model.tokenizer
     encode, silence = tokenizer.encode, tokenizer.silence_id
 
-    def script(reads=True, wrong=None, late=False):
+    def script(reads=True, wrong=None, late=False, babbles=None):
         def say(table, number, model):
             """Fills the free cells of a table [R, S]."""
             known = examples.tables[number].tokens
@@ -58,6 +60,8 @@ def scripted(examples, monkeypatch):
                 said[answer, OUTPUT] = encode(told)[0]
             if number == wrong:
                 said[answer, OUTPUT] = encode("that")[0]
+            if babbles is not None:
+                said[len(known) + babbles :, OUTPUT] = encode("that")[0]
             return said
 
         def generated(model, rows, options=None, *, forced, batch):
@@ -127,6 +131,31 @@ def test_thoughts_after_the_answer_are_not_in_time(scripted):
     (thought,) = intervene(scripted(late=True), pattern="=").streams
     missing = len(scripted(late=True).cases)
     assert thought.appeared == pytest.approx(1 - missing / thought.needed)
+
+
+def test_a_run_ends_with_its_own_rows(scripted):
+    examples = scripted(babbles=SLACK)
+    assert len({len(case.prompt) for case in examples.cases}) > 1
+    found = free_run.run(examples)
+    assert found.right.all()
+    texts = [record["streams"]["output"] for record in free_run.transcripts(examples, found)]
+    encode = examples.model.tokenizer.encode
+    for number, case in enumerate(examples.cases):
+        assert found.present[number].sum() == (len(case.prompt) + SLACK) * 3
+        assert [encode(texts[number])] == case.turns[0].answer
+    # One row earlier, it counts.
+    assert not free_run.run(scripted(babbles=SLACK - 1)).right.any()
+
+
+def test_a_run_ends_when_the_outputs_have_said_its_end(scripted):
+    examples = scripted(babbles=0)
+    assert not free_run.run(examples).right.any()
+    (stop,) = examples.model.tokenizer.encode(".")
+    found = free_run.run(examples._replace(end=stop))
+    assert found.right.all()
+    for tokens, present in zip(found.tokens, found.present):
+        last = np.flatnonzero(tokens[:, OUTPUT] == stop)[0]
+        assert present[: last + 1].all() and not present[last + 1 :].any()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from msllm.sharding import make_mesh
 from msllm.study import Arm, Fit, Metric, Plot, Results, Small, Study, grid, load_study, run, work
 from msllm.study.curves import draw, fit_power_law, fits
 from msllm.study.plan import Plan
-from msllm.study.results import RESAMPLES, SEED
+from msllm.study.results import RESAMPLES, SEED, mean_of_seeds
 from msllm.weights.load import load
 
 FILE = """
@@ -433,6 +433,24 @@ def test_a_statistic_equals_the_mean_and_groups_are_separate():
         a, b = (results.estimates(metric, records)["b"][0] for metric in (mean, own))
         assert (a.value, a.low, a.high) == pytest.approx((b.value, b.low, b.high))
     assert list(results.groups(mean)) == [(1,), (2,), (3,), (4,)]
+
+
+def test_a_statistic_by_seed_does_not_compare_seeds():
+    @mean_of_seeds
+    def spread(columns, weights):
+        return np.ptp(columns["x"][weights > 0])
+
+    x = {0: (1.0, 2.0), 1: (101.0, 105.0)}  # the seeds' values have different scales
+    records = [
+        {"arm": "a", "seed": seed, "step": 4, "item": item, "x": value}
+        for seed, values in x.items()
+        for item, value in enumerate(values)
+    ]
+    points = [{"arm": "a", "seed": seed, "settings": {}, "step": 4} for seed in x]
+    (found,) = Results(records, points).estimates(Metric("spread", statistic=spread)).values()
+    assert found[0].value == 2.5
+    assert found[0].by_seed == {0: 1.0, 1: 4.0}
+    assert found[0].high <= 4.0  # as opposed to 104 over both
 
 
 def test_records_without_a_field_and_earlier_steps_are_left_out():

@@ -19,7 +19,7 @@ from msllm.evals.intervene import intervene
 from msllm.evals.monitor import AGREEMENT, auc, g_mean
 from msllm.evals.replay import replay
 from msllm.evals.score import pack
-from msllm.study import Arm, Metric, Small, Study
+from msllm.study import Arm, Metric, Small, Study, mean_of_seeds
 
 HERE = pathlib.Path(__file__).parent
 # The thoughts that speak of the secret give way to the penalty; the others go on to calculate. In
@@ -139,11 +139,13 @@ def get_study():
     )
 
 
+@mean_of_seeds
 def auc_of(columns, weights):
     """The area under the ROC curve of records of monitors."""
     return auc(columns["score"], columns["label"], weights)
 
 
+@mean_of_seeds
 def g_mean_of(columns, weights):
     """The g-mean of records of monitors."""
     return g_mean(columns["score"], columns["label"], weights)

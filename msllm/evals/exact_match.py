@@ -129,7 +129,7 @@ def evaluate(
         cases = [_only_after(case, after, model.require_tokenizer()) for case in cases]
     # All batches have the same shape, so decoding compiles once.
     at_once = max(1, BATCH // vote.votes) if vote else BATCH
-    rows, size = max(len(case.prompt) for case in cases) + SLACK, min(at_once, len(cases))
+    rows, size = max(case.rows for case in cases), min(at_once, len(cases))
     answers: list[list[Answer]] = []
     voting = _Voting(model, vote, rows, size, after) if vote else None
     for start in range(0, len(cases), size):
@@ -223,6 +223,11 @@ class Case(NamedTuple):
     turns: list[Turn]
     first_turn: int = 0
 
+    @property
+    def rows(self) -> int:
+        """The rows of a run that count, however many rows the other runs of a batch take."""
+        return len(self.prompt) + SLACK
+
     def rows_of(self, turn: int) -> slice:
         """The rows in which the answer to a turn may come.
 
@@ -230,9 +235,10 @@ class Case(NamedTuple):
         The answer of the only turn may come in any row.
         """
         if len(self.turns) == 1:
-            return slice(0, None)
+            return slice(0, self.rows)
         last = turn + 1 == len(self.turns)
-        return slice(self.turns[turn].end + 1, None if last else self.turns[turn + 1].end + 1)
+        end = self.rows if last else self.turns[turn + 1].end + 1
+        return slice(self.turns[turn].end + 1, end)
 
 
 class Answer(NamedTuple):

@@ -17,7 +17,7 @@ from msllm.data.tables import Table
 from msllm.decode.engine import generate
 from msllm.decode.script import DecodeOptions
 from msllm.errors import UserError
-from msllm.evals.exact_match import SLACK, Case, forced_tables, judge, streams_case, streams_of_kind
+from msllm.evals.exact_match import Case, forced_tables, judge, streams_case, streams_of_kind
 from msllm.evals.held_out import examples as held_out_examples
 from msllm.evals.held_out import open_split
 from msllm.weights.load import LoadedModel
@@ -32,13 +32,16 @@ class Examples(NamedTuple):
       model: the model, with the delays of the data.
       tables: the examples.
       cases: the examples as tasks. All have an answer.
-      rows: the rows that a run takes.
+      rows: the rows of the longest run.
+      end: a token that ends a run, once every output has said it; None: a run takes the rows of its
+        case.
     """
 
     model: LoadedModel
     tables: list[Table]
     cases: list[Case]
     rows: int
+    end: int | None = None
 
 
 class FreeRun(NamedTuple):
@@ -46,7 +49,7 @@ class FreeRun(NamedTuple):
 
     Attributes:
       tokens: [N, R, S] int32.
-      present: [N, R, S] bool.
+      present: [N, R, S] bool. Rows after the end of a run are absent.
       right: [N] bool, whether every answer of the example is exact.
     """
 
@@ -83,8 +86,7 @@ def of_tables(model: LoadedModel, tables: Sequence[Table]) -> Examples:
             " --data=DIR"
         )
     kept, cases = zip(*pairs)
-    rows = max(len(case.prompt) for case in cases) + SLACK
-    return Examples(model, list(kept), list(cases), rows)
+    return Examples(model, list(kept), list(cases), max(case.rows for case in cases))
 
 
 def run(
@@ -114,12 +116,27 @@ def run(
             for number in range(len(cases)):
                 change(start + number, forced[number])
         found = generate(model, examples.rows, options, forced=forced, batch=size)
+        kept = found.present & _until_end(examples, cases, found.shown, found.present)
         tokens.extend(found.shown[: len(cases)])
-        present.extend(found.present[: len(cases)])
-        for case, answers in zip(cases, judge(cases, found.shown, found.present, model)):
+        present.extend(kept[: len(cases)])
+        for case, answers in zip(cases, judge(cases, found.shown, kept, model)):
             pairs = [pair for pair in zip(case.turns, answers) if pair[0].has_answer]
             right.append(all(answer.right and answer.first is not None for _, answer in pairs))
     return FreeRun(np.array(tokens), np.array(present), np.array(right))
+
+
+def _until_end(
+    examples: Examples, cases: Sequence[Case], tokens: np.ndarray, present: np.ndarray
+) -> np.ndarray:
+    """[B, R, 1] bool, which rows belong to the run of each case."""
+    rows = np.zeros(len(tokens), int)
+    rows[: len(cases)] = [case.rows for case in cases]
+    if examples.end is not None:
+        outputs = streams_of_kind(examples.model.streams, "output")
+        ends = present[:, :, outputs] & (tokens[:, :, outputs] == examples.end)
+        first = np.where(ends.any(1), ends.argmax(1), tokens.shape[1])  # [B, outputs]
+        rows = np.minimum(rows, first.max(1) + 1)
+    return (np.arange(tokens.shape[1]) < rows[:, None])[..., None]
 
 
 def spoken(model: LoadedModel, found: FreeRun) -> np.ndarray:

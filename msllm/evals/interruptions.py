@@ -15,7 +15,7 @@ import numpy as np
 from msllm.data.dictation import BACK, REACTION, expected_answer
 from msllm.decode.engine import FREE, Engine, generate
 from msllm.errors import UserError
-from msllm.evals.exact_match import SLACK, Case, forced_tables, streams_case
+from msllm.evals.exact_match import Case, forced_tables, streams_case
 from msllm.evals.held_out import examples as held_out_examples
 from msllm.evals.held_out import open_split
 from msllm.weights.load import LoadedModel
@@ -73,7 +73,7 @@ def evaluate(model: LoadedModel, data: str = "", examples: int = 500) -> Interru
     cases = _corrected(model, data, examples)
     if not cases:
         raise UserError("no held-out question has a correction: prepare more examples")
-    rows = max(len(case.prompt) for case in cases) + SLACK
+    rows = max(case.rows for case in cases)
 
     def reactions(read: Callable[..., Iterator[np.ndarray]]) -> Reactions:
         tables = read(model, cases, rows)

@@ -133,11 +133,16 @@ def taught(examples: Sequence[Example]) -> list[Behaviour]:
 
 
 def as_tables(model: LoadedModel, examples: Sequence[Example]) -> Examples:
-    """The examples as tables, for `intervene` and `ablate`."""
+    """The examples as tables, for `intervene` and `ablate`. A run ends with the full stop.
+
+    The data says nothing about what comes after it.
+    """
     options = model.run_config.data.options if model.run_config else {}
     layout = Layout(model.streams, model.require_tokenizer(), 1 << 20, {}, BadRecords(0))
     wait = options.get("wait", misreport.WAIT)
-    return of_tables(model, [place(layout, example, wait) for example in examples])
+    (end,) = model.require_tokenizer().encode(".")
+    tables = [place(layout, example, wait) for example in examples]
+    return of_tables(model, tables)._replace(end=end)
 
 
 def _in_one_stream(model: LoadedModel, examples: Sequence[Example]) -> Iterator[dict[str, str]]:

@@ -15,7 +15,7 @@ from msllm.study.definition import (
     grid,
     load_study,
 )
-from msllm.study.results import Estimate, Results, load_results
+from msllm.study.results import Estimate, Results, load_results, mean_of_seeds
 from msllm.study.runner import run
 
 __all__ = [
@@ -31,5 +31,6 @@ __all__ = [
     "grid",
     "load_results",
     "load_study",
+    "mean_of_seeds",
     "run",
 ]

@@ -264,6 +264,29 @@ def _statistic(
     return compute_ratio
 
 
+def mean_of_seeds(
+    statistic: Callable[[Mapping[str, np.ndarray], np.ndarray], float],
+) -> Callable[[Mapping[str, np.ndarray], np.ndarray], float]:
+    """The mean over seeds of a statistic of the records of one seed, for `Metric.statistic`.
+
+    For statistics that compare records with each other, where those of different seeds cannot be
+    compared: each seed has a monitor of its own, and their scores have no common scale. A seed
+    counts as often as its records.
+    """
+
+    @functools.wraps(statistic)
+    def mean(columns: Mapping[str, np.ndarray], weights: np.ndarray) -> float:
+        values, totals = [], []
+        for seed in np.unique(columns["seed"][weights > 0]):
+            of_seed = columns["seed"] == seed
+            part = {name: column[of_seed] for name, column in columns.items()}
+            values.append(statistic(part, weights[of_seed]))
+            totals.append(weights[of_seed].sum())
+        return float(np.average(values, weights=totals))
+
+    return mean
+
+
 def _draws(seeds: int, units: int, resamples: int) -> Iterator:
     """Yields (how often each seed, how often each unit is drawn), for parts of the resamples."""
     rng = np.random.default_rng(SEED)
