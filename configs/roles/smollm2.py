@@ -53,10 +53,12 @@ def get_config(form="streams"):
             "marks": MARKS,
         }
     else:
+        config.streams.visibility = "block_causal"  # an import is isolated until it is trained
         config.streams.skip_silence = True
         config.data.options = {"roles": {"action": "output", "plan": None}, "marks": MARKS}
         if form == "streams":
             config.data.options["beside"] = ("data",)
+            config.data.rows = 104  # the examples are shorter, and a step holds as many of them
 
     config.optim.lr = 1e-4
     config.optim.warmup_steps = 20
