@@ -12,8 +12,8 @@ from msllm.streams import StreamSpec
 from msllm.tokenizer import train
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs/data.md"
-GENERATED = {"dictation", "misreport"}
-SINGLE = {f"{name}_single" for name in GENERATED}  # no sections of their own
+GENERATED = {"dictation", "misreport", "shuffles"}
+SINGLE = {f"{name}_single" for name in ("dictation", "misreport")}  # no sections of their own
 INPUTS = re.compile("user|result.*")
 
 
@@ -90,7 +90,7 @@ def test_the_page_has_a_table_for_each_converter():
 def test_the_page_draws_the_tables_of_the_converter(tmp_path, converter):
     records, settings, tables = examples()[converter]
     if converter in GENERATED:
-        settings = {"options": {"examples": 100}}
+        settings = {"options": settings.get("options", {}) | {"examples": 100}}
     found = converted(tmp_path, converter, records, settings, tuple(tables[0]))
     if converter in GENERATED:
         assert tables[0] in found

@@ -27,6 +27,7 @@ from msllm.data.converters import (
     misreport,
     parallel_documents,
     roles,
+    shuffles,
     single,
     tables,
     timed,
@@ -87,6 +88,7 @@ CONVERTERS = {
     "dictation_single": Converter(dictation.convert_single, dictation.OPTIONS, reads=""),
     "misreport": Converter(misreport.convert, misreport.OPTIONS, reads=""),
     "misreport_single": Converter(misreport.convert_single, misreport.SINGLE_OPTIONS, reads=""),
+    "shuffles": Converter(shuffles.convert, shuffles.OPTIONS, reads=""),
 }
 
 
