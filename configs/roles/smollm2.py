@@ -33,7 +33,7 @@ MARKS = {
 def get_config(form="streams"):
     """Returns all settings of the run."""
     config = fine_tune(BASES.get(form, "models/smollm2_roles"))
-    config.steps = 300
+    config.steps = 200
     config.log_every = 5
     config.eval_every = 0
 
