@@ -29,7 +29,9 @@ weights
 decode hooks
 training
 evals view
-pod chat bench starter study
+pod chat starter study
+serve
+bench
 cli
 """
 LEVEL = {name: level for level, line in enumerate(LAYERS.split("\n")) for name in line.split()}

@@ -71,7 +71,9 @@ def test_imported_packages_are_required():
         return re.sub(r"[-_.]+", "-", re.split(r"[\[<>=!~ ]", name)[0]).lower()
 
     required = {canonical(name) for name in PROJECT["dependencies"]}
-    optional = {"matplotlib", "textual", "torch", "transformers"}  # of modules that need an extra
+    # Of modules that need an extra.
+    optional = {"matplotlib", "textual", "torch", "transformers"}
+    optional |= {"msgspec", "prometheus_client", "starlette", "uvicorn"}
     distributions = importlib.metadata.packages_distributions()
     imported = set()
     for path in (ROOT / "msllm").rglob("*.py"):

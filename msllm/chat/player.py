@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from msllm.chat.events import act, record_row
 from msllm.chat.recording import Branch, Recording
 from msllm.decode.engine import DecodeOptions, Engine, Snapshot
 from msllm.errors import UserError
@@ -313,18 +314,15 @@ class Live(Player):
         self._session.close()
 
     def _feed(self, stream: str, text: str) -> None:
-        self._session.feed(stream, text)
-        self.current.add_event("feed", stream=stream, text=text)
+        act(self._session, self.current, "feed", stream=stream, text=text)
 
     def _drop(self) -> None:
-        if any(self._session.drop().values()):
-            self.current.add_event("drop")
+        if any(self.waiting.values()):
+            act(self._session, self.current, "drop")
 
     def _mute(self, stream: str) -> None:
-        muted = self.muted ^ {stream}
-        ablated = tuple(sorted(muted))
-        self._session.options = dataclasses.replace(self._session.options, ablated=ablated)
-        self.current.add_event("mute" if stream in muted else "unmute", stream=stream)
+        what = "unmute" if stream in self.muted else "mute"
+        act(self._session, self.current, what, stream=stream)
 
     def _fork(self) -> None:
         self._snapshots[self.branch] = self._session.snapshot()
@@ -356,9 +354,7 @@ class Live(Player):
     async def _advance(self) -> None:
         await self._session.next()
         now = self.clock()
-        # Also write the row before: text that was fed after it was shown has changed its inputs.
-        for row, tokens, present in zip(*self._session.transcript(2), strict=True):
-            self.current.put(int(row), tokens, present, now - self._since)
+        record_row(self._session, self.current, now - self._since)
         self._since = now
 
 

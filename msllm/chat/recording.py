@@ -174,6 +174,20 @@ class Recording:
         Raises:
           UserError: there is no row yet, the file exists, or it cannot be written.
         """
+        content = self.to_bytes()
+        try:
+            write_atomically(path, content, overwrite=False)
+        except FileExistsError as error:
+            raise UserError(
+                f"{path} exists already, and nothing is overwritten: name another file"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be written ({error.strerror}): name another file"
+            ) from error
+
+    def to_bytes(self) -> bytes:
+        """The content of the file. Raises UserError if there is no row yet."""
         if not any(branch.rows for branch in self.branches):
             raise UserError("nothing to save: there is no row yet; wait for the first one")
         data = io.BytesIO()
@@ -183,16 +197,13 @@ class Recording:
             about=np.array(json.dumps(self._about())),
             tokenizer=np.frombuffer(self.tokenizer.to_bytes(), np.uint8),
         )
-        try:
-            write_atomically(path, data.getvalue(), overwrite=False)
-        except FileExistsError as error:
-            raise UserError(
-                f"{path} exists already, and nothing is overwritten: name another file"
-            ) from error
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be written ({error.strerror}): name another file"
-            ) from error
+        return data.getvalue()
+
+    def copy(self) -> Recording:
+        """An independent copy, which can be saved in another thread while this one grows."""
+        copied = copy.copy(self)
+        copied.branches = copy.deepcopy(self.branches)
+        return copied
 
     def _arrays(self) -> dict[str, Any]:
         """tokens and present [B, T, S], segment and time [B, T], padded to the longest branch."""

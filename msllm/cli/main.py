@@ -37,6 +37,7 @@ COMMANDS = {
     "score": "score",
     "generate": "generate",
     "chat": "chat",
+    "serve": "serve",
     "convert": "convert",
     "aot": "aot",
     "bench": "bench",

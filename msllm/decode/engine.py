@@ -223,6 +223,31 @@ class Engine:
             session._log_error()
         return [session._take_row() for session in sessions]
 
+    async def advance(self, sessions: Sequence[Session]) -> dict[Session, Row | Exception]:
+        """Computes the next row of each session in one step, while the event loop goes on.
+
+        Other tasks may feed and force tokens meanwhile. They must not call anything else of these
+        sessions before the step is done. If the call is cancelled, the next one returns the rows.
+
+        Returns:
+          {session: its row, or why it has none}. An error concerns its session alone.
+
+        Raises UserError if a session cannot advance now, and RunError if the device failed.
+        """
+        sessions = self._checked_sessions(sessions)
+        self._enter_loop()
+        errors: dict[Session, Exception] = {}
+        await self._fly([session for session in sessions if not session._row], errors)
+        result: dict[Session, Row | Exception] = {}
+        for session in sessions:
+            if session._row:
+                session._judge(session._row)
+                session._log_error()
+                result[session] = session._take_row()
+            else:
+                result[session] = errors.get(session) or UserError(session._why_closed)
+        return result
+
     def run(self, rows: int, sessions: Sequence[Session] | None = None) -> list[list[Row]]:
         """Computes the next `rows` rows of each session without returning to the host in between.
 

@@ -315,9 +315,9 @@ class Script:
             maxlen=max((rule.lag for rule in self._mail), default=0)
         )
         self._last_fed_row = -1  # the row of the last fed token that is not silence
-        self._detokenizers: list[_Detokenizer] | None = None
+        self._detokenizers: list[Detokenizer] | None = None
         if model.tokenizer:
-            self._detokenizers = [_Detokenizer(model.tokenizer) for _ in range(size)]
+            self._detokenizers = [Detokenizer(model.tokenizer) for _ in range(size)]
         self.set_options(options)
 
     def set_options(self, options: DecodeOptions) -> None:
@@ -683,7 +683,7 @@ def check_tokens(what: str, tokens: np.ndarray, vocab_size: int, least: int = 0)
         raise UserError(f"{what} holds token {bad}: the vocabulary has ids 0 to {vocab_size - 1}")
 
 
-class _Detokenizer:
+class Detokenizer:
     """Decodes the tokens of one stream one at a time.
 
     The text of a token may depend on the tokens before it. A token that ends inside a character
@@ -713,8 +713,8 @@ class _Detokenizer:
         """Forgets the last token."""
         self._tokens, self._shown = self._before
 
-    def __deepcopy__(self, memo: dict) -> _Detokenizer:
-        copied = _Detokenizer(self._tokenizer)
+    def __deepcopy__(self, memo: dict) -> Detokenizer:
+        copied = Detokenizer(self._tokenizer)
         copied._tokens, copied._shown = list(self._tokens), self._shown
         copied._before = list(self._before[0]), self._before[1]
         return copied

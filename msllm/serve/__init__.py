@@ -1,0 +1,1 @@
+"""A server for sessions that many people use at once: `msllm serve`."""
