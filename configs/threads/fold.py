@@ -43,20 +43,21 @@ LENGTH, THREADS = 64, (1, 2, 4, 8)
 EDGES = {"none": "never", "tokens": "0 tokens", "latent": "0"}
 SHORT, LATE = 2, 2
 THOUGHTS = {"short": 0, "said": 0, "late": LATE, "blank": -1}
-STEPS = {"short": 400, "said": 100, "late": 40, "blank": 40}
+STEPS = {"short": 500, "said": 100, "late": 40, "blank": 40}
 
 
 def streams(threads: int, edges: str) -> dict[str, Any]:
     """The settings of some threads, each with an input."""
-    names = [f"thread{i}" for i in range(threads)]
+    names = [f"{('left', 'right')[i % 2]}@{i // 2}" for i in range(threads)]
     lags = [(name, f"input@{i}", "0") for i, name in enumerate(names)]
     for i, name in enumerate(names):
         for source in (2 * i % threads, (2 * i + 1) % threads):
             if source != i:
                 lags.append((name, names[source], EDGES[edges]))
+    groups = [f"{name} * {(threads + 1) // 2}" for name in ("left", "right")[:threads]]
     return {
-        "streams.names": (f"input * {threads}", *names),
-        "streams.kinds": ("input", *["output"] * threads),
+        "streams.names": (f"input * {threads}", *groups),
+        "streams.kinds": ("input", *["output"] * len(groups)),
         "streams.visibility": "isolated",
         "streams.lags": tuple(lags),
     }
@@ -66,7 +67,7 @@ def one_reads(inputs: int) -> dict[str, Any]:
     """The settings of one thread with several inputs."""
     names = [f"input{i}" for i in range(inputs)]
     return {
-        "streams.names": (*names, "thread0"),
+        "streams.names": (*names, "left"),
         "streams.kinds": (*["input"] * inputs, "output"),
         "streams.visibility": "same_row",
     }
@@ -116,6 +117,10 @@ def get_config():
     """Returns the settings that all arms share."""
     config = thread_runs.get_config()
     config.data.converter = "thread_fold:convert"
+    config.optim.optimizer = "muon"
+    config.optim.b1 = 0.95
+    config.optim.lr = 3e-3
+    config.optim.final_lr_ratio = 0.02
     return config
 
 
@@ -143,7 +148,7 @@ def get_study() -> Study:
         arms=get_arms(),
         seeds=(0, 1, 2),
         tokenizer={
-            "streams.names": ("input * 1", "thread0"),
+            "streams.names": ("input * 1", "left * 1"),
             "streams.kinds": ("input", "output"),
             "streams.visibility": "isolated",
             "data.options": {"length": 1},
@@ -178,7 +183,7 @@ def report(results: Results) -> str:
     for shape in shapes:
         cells = [answers.get(f"{shape} {thoughts}") for thoughts in THOUGHTS]
         lines.append(f"| {shape} | {' | '.join('' if c is None else str(c) for c in cells)} |")
-    lines += ["", "Chance is 1 in 24. What thread0 can learn of the input of the last thread:", ""]
+    lines += ["", "Chance is 1 in 24. What the first thread can learn of the input of the last one:", ""]
     for threads in THREADS[1:]:
         for edges in EDGES:
             lines.append(f"- {threads} {edges}: {flow(threads, edges)}")
@@ -191,5 +196,5 @@ def flow(threads: int, edges: str) -> str:
     config.update_from_flattened_dict(streams(threads, edges))
     spec = StreamSpec.from_config(from_config_dict(config).streams)
     size = len(thread_fold.words_of({})) + 1
-    found = certificate(spec, size).flow(f"input.{threads - 1}", "thread0")
+    found = certificate(spec, size).flow(f"input.{threads - 1}", "left.0")
     return "nothing" if found is None else str(found)

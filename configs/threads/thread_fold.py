@@ -78,9 +78,14 @@ def table_of(group: str) -> np.ndarray:
 
 
 def shape_of(spec: StreamSpec) -> tuple[list[int], list[int]]:
-    """The input streams and the threads."""
+    """The input streams and the threads, in the order of their shares.
+
+    The threads of several groups take turns: the first ones of all groups, the second ones, ...
+    """
     inputs = [s for s, kind in enumerate(spec.kinds) if kind == "input"]
-    return inputs, [s for s in range(spec.size) if s not in inputs]
+    place = {s: i for group in spec.groups for i, s in enumerate(group.members)}
+    threads = [s for s in range(spec.size) if s not in inputs]
+    return inputs, sorted(threads, key=lambda s: (place.get(s, s), s))
 
 
 def rows_of(options: Mapping[str, Any], columns: int, threads: int) -> int:
