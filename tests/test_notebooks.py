@@ -96,4 +96,5 @@ def test_what_counts_as_a_definition():
 
 
 def test_the_notebooks_are_found():
-    assert {"streams", "train", "live", "base_model", "pod_report", "data", "flow"} <= set(NAMES)
+    expected = {"streams", "train", "study", "live", "base_model", "pod_report", "data", "flow"}
+    assert expected <= set(NAMES)
