@@ -25,7 +25,7 @@ Arms:
 
 Data: data/translation_tatoeba and data/dialogue_taskmaster4 in the folder that MSLLM_SHARED names
 (default: `shared` beside the repository).
-Cost: 0.8 M parameters. An estimate for 3 seeds: two CPU-hours of training, one of measuring.
+Cost: 0.8 M parameters. For 3 seeds, 78 CPU-minutes of training and 50 of measuring.
 """
 
 from __future__ import annotations
