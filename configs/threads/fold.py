@@ -183,7 +183,11 @@ def report(results: Results) -> str:
     for shape in shapes:
         cells = [answers.get(f"{shape} {thoughts}") for thoughts in THOUGHTS]
         lines.append(f"| {shape} | {' | '.join('' if c is None else str(c) for c in cells)} |")
-    lines += ["", "Chance is 1 in 24. What the first thread can learn of the input of the last one:", ""]
+    lines += [
+        "",
+        "Chance is 1 in 24. What the first thread can learn of the input of the last one:",
+        "",
+    ]
     for threads in THREADS[1:]:
         for edges in EDGES:
             lines.append(f"- {threads} {edges}: {flow(threads, edges)}")
