@@ -173,6 +173,17 @@ def test_tokenizer_compares_types_on_corpora(tmp_path):
     assert status == 2 and "none.txt" in errors
 
 
+def test_serve_measures_rows_over_loopback():
+    sizes = ("--d_model=16", "--d_ff=32", "--num_layers=1", "--head_dim=8", "--vocab_size=512")
+    load = ("--sessions=3", "--window=8", "--beat_ms=50", "--seconds=3", "--churn=6000")
+    lines, errors, status = bench("serve", *load, *sizes)
+    assert status == 0, errors
+    (line,) = lines
+    assert line["rows"] > 30 and 0 <= line["on_time"] <= 1 and line["late_p99_ms"] > 0
+    assert line["opened"] > 3 and line["dropped"] == 0  # sessions of a second each
+    assert 0 <= line["latency_p50_ms"] <= line["latency_p99_ms"]
+
+
 def test_decode_measures_each_data_type_of_the_cache():
     cases = make_cases("decode", {"cache_dtype": ["int8", "float32"]})
     assert [case["cache_dtype"] for case in cases] == ["int8", "float32"]

@@ -361,6 +361,14 @@ def test_bad_frames_are_refused_by_name(serve):
         other = await site.open(events=bad)
         assert await other.closed() == ("failed", 1011) and len(other.rows) == 2
         assert len(site.server.sessions.engine.sessions) == 1
+        for _ in range(2 * SESSIONS):  # sessions whose last frames nobody fetches
+            other = await site.open()
+            await other.send("close")
+            other.socket.transport.abort()
+        while (
+            len(site.server.sessions.open_ones) > 1 or len(site.server.sessions.all) > SESSIONS + 1
+        ):
+            await asyncio.sleep(0.02)
 
     serve(body, frames_at_once=1000)
 
@@ -540,6 +548,10 @@ def test_who_may_connect(serve):
         status, _, body = await site.get("/metrics", **bearer)
         assert status == 200 and "msllm_sessions 2.0" in body and TOKEN not in body
         assert (await site.get("/healthz"))[0] == (await site.get("/readyz"))[0] == 200
+        status, headers, body = await site.get("/")
+        assert status == 200 and "script-src 'sha256-" in headers["content-security-policy"]
+        # Nothing that comes from a model can become HTML.
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval", body)
         for path in ("/../setup.py", "/%2e%2e/setup.py", "/etc/passwd"):
             assert (await site.get(path))[0] == 404
 

@@ -31,6 +31,7 @@ _MEASURE = {
     "prepare": "msllm.bench.prepare:prepare_case",
     "loader": "msllm.bench.loader:loader_case",
     "tokenizer": "msllm.bench.tokenizer:tokenizer_case",
+    "serve": "msllm.bench.serve:serve_case",
 }
 # The settings of each benchmark and their defaults. A list has one value for each case.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -59,6 +60,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prepare": {"size_mb": [64, 256], "converter": "chat", "processes": 2},
     "loader": {"tables": 4000, "sources": 1, "silence": 60, "epochs": 4},
     "tokenizer": {"texts": [], "model_types": ["unigram", "bpe"], "vocab_sizes": [4096, 0]},
+    "serve": {
+        **_SIZES,
+        # 5.3 M parameters.
+        **{"streams": 3, "sessions": 100, "window": 512, "beat_ms": 100.0},
+        **{"seconds": 60.0, "churn": 10.0},
+    },
     "gpu": {"small": False, "parts": list(gpu.PARTS), "minutes": 8.5, "json": "gpu_bench.json"},
 }
 
@@ -78,7 +85,7 @@ def make_cases(benchmark: str, given: Mapping[str, Any]) -> list[dict[str, Any]]
         _check_torch(settings)
     if benchmark == "prepare":
         return [{**settings, "size_mb": size} for size in settings["size_mb"]]
-    if benchmark == "gpu":
+    if benchmark in ("gpu", "serve"):
         return [settings]
     if benchmark == "tokenizer":
         from msllm.bench import texts  # here, because train times its imports

@@ -8,6 +8,7 @@ loader     reading prepared tables from disk into batches (T = 512, B = 32,
            S = 1, 3 and 10)
 tokenizer  types of tokenizers on corpora of different kinds: tokens per word,
            and how well a trigram model predicts held-out text
+serve      many sessions of `msllm serve` over loopback: rows on time, latency
 gpu        one NVIDIA GPU in one command, within --minutes: numerics of the
            attention kernels, training of 1.7 B parameters beside cuDNN and
            a dense mask, and decoding; one line per part, results in --json
@@ -105,6 +106,11 @@ _FLAGS = {
         "Sizes of their vocabularies; 0 fits the corpus.", "N,...", comma_list(non_negative_int)
     ),
     "epochs": _Flag("Measured epochs, after a warm-up.", "N", positive_int),
+    "sessions": _Flag("Sessions, each with a client.", "N", positive_int),
+    "window": _Flag("Rows that a session sees.", "ROWS", positive_int),
+    "beat_ms": _Flag("Time from one row to the next.", "MS", float),
+    "seconds": _Flag("Measured time.", "N", float),
+    "churn": _Flag("Share of sessions that is replaced each minute.", "PERCENT", float),
     "small": _Flag("Smallest sizes, to try the command. They need no GPU."),
     "parts": _Flag("Parts to run.", "NAME,...", comma_list(str)),
     "minutes": _Flag("Parts that do not fit into this time are left out.", "N", float),

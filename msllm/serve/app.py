@@ -18,11 +18,14 @@ from msllm.decode.engine import Engine
 from msllm.serve import metrics as metrics_lib
 from msllm.serve.access import Access, Guard
 from msllm.serve.beat import Beat
+from msllm.serve.completions import Completions
 from msllm.serve.connection import Connection
 from msllm.serve.limits import Limits
 from msllm.serve.log import LogFolder
 from msllm.serve.metrics import Metrics
+from msllm.serve.page import page_response
 from msllm.serve.protocol import Refused
+from msllm.serve.realtime import Realtime
 from msllm.serve.sessions import Sessions
 
 logger = logging.getLogger("msllm")
@@ -60,10 +63,15 @@ class Server:
         self.sessions = Sessions(engine, limits or Limits(), self.metrics, beat_seconds, logs)
         self.beat = Beat(self.sessions)
         self._access, self._connections = access or Access(), 0
-        self._most_connections = len(engine._slots) + self.sessions.limits.spare_connections
+        self._most_connections = engine.free + self.sessions.limits.spare_connections
+        completions = Completions(self.sessions, self.beat, self._access)
         self.app = Starlette(
             routes=[
+                Route("/", self._page),
                 WebSocketRoute("/v1/sessions", self._session),
+                Route("/v1/chat/completions", completions.complete, methods=["POST"]),
+                Route("/v1/models", completions.models),
+                WebSocketRoute("/v1/realtime", self._realtime),
                 Route("/metrics", self._show_metrics),
                 Route("/healthz", self._health),
                 Route("/readyz", self._ready),
@@ -107,19 +115,37 @@ class Server:
         await self.beat.run()
 
     async def _session(self, websocket: WebSocket) -> None:
-        if self._connections >= self._most_connections:
-            retry = f"{self.sessions.limits.retry_s:.0f}"
-            response = PlainTextResponse(
-                "too many connections\n", 503, headers={"retry-after": retry}
-            )
+        async with self._admitted(websocket) as admitted:
+            if admitted:
+                await Connection(websocket, self.sessions, self.beat, self._access).run()
+
+    async def _realtime(self, websocket: WebSocket) -> None:
+        if not self._access.admits_header(websocket.headers):
+            response = PlainTextResponse("the token is missing or wrong\n", 401)
             return await websocket.send_denial_response(response)
+        async with self._admitted(websocket) as admitted:
+            if admitted:
+                await Realtime(websocket, self.sessions, self.beat).run()
+
+    @contextlib.asynccontextmanager
+    async def _admitted(self, websocket: WebSocket) -> AsyncIterator[bool]:
+        """Counts a connection, or refuses it and yields False if there are too many."""
+        if self._connections >= self._most_connections:
+            headers = {"retry-after": f"{self.sessions.limits.retry_s:.0f}"}
+            response = PlainTextResponse("too many connections\n", 503, headers=headers)
+            await websocket.send_denial_response(response)
+            yield False
+            return
         self._connections += 1
         self.metrics.connections.inc()
         try:
-            await Connection(websocket, self.sessions, self.beat, self._access).run()
+            yield True
         finally:
             self._connections -= 1
             self.metrics.connections.dec()
+
+    async def _page(self, request: Request) -> Response:
+        return page_response()
 
     async def _show_metrics(self, request: Request) -> Response:
         if not self._access.admits_header(request.headers):

@@ -37,6 +37,7 @@ class Served:
       name: what the server calls it; not a secret.
       key: the client's key to it; a secret.
       session: the session of the engine.
+      streams: the streams of the model.
       log: its log.
       outbox: the frames for the client.
       show: what rows show besides the text.
@@ -63,11 +64,11 @@ class Served:
         self.last_frame = self.since = time.monotonic()
         self.without_client: float | None = self.since  # since when there is no connection
         self._sessions, self._metrics = sessions, sessions.metrics
-        self._streams = session_streams = sessions.engine.streams
+        self.streams = streams = sessions.engine.streams
         self._texts = texts or CellTexts(sessions.engine)
         self._rows_until_pause = 0
         self._unanswered: int | None = None  # the row of the first input without an answer
-        self._outputs = [i for i, kind in enumerate(session_streams.kinds) if kind == "output"]
+        self._outputs = [i for i, kind in enumerate(streams.kinds) if kind == "output"]
 
     @property
     def branch(self) -> Branch:
@@ -81,7 +82,7 @@ class Served:
 
     def granted(self) -> protocol.Granted:
         """The frame that tells a client about the session."""
-        sessions, streams = self._sessions, self._streams
+        sessions, streams = self._sessions, self.streams
         return protocol.Granted(
             session=self.key,
             name=self.name,
@@ -105,12 +106,12 @@ class Served:
             case protocol.Drop():
                 self._act("drop", stream=frame.stream)
             case protocol.Mute():
-                self._streams.members(frame.stream)
+                self.streams.members(frame.stream)
                 what = "mute" if frame.muted else "unmute"
                 self._act(what, stream=frame.stream)
             case protocol.Sample():
                 before = self.session.options
-                self._act_options(changed_options(before, frame.sampling, self._streams))
+                self._act_options(changed_options(before, frame.sampling, self.streams))
             case protocol.Show():
                 self.show = checked_details(frame.show)
             case protocol.Fork():
@@ -154,7 +155,7 @@ class Served:
         )
         if late > beat_seconds:
             frame.late_ms = round(1e3 * late, 1)
-        names = self._streams.names
+        names = self.streams.names
         if not row.present.all():
             frame.absent = [names[s] for s in np.flatnonzero(~row.present)]
         if self.show:
@@ -179,7 +180,7 @@ class Served:
             self.paused = not self._rows_until_pause
 
     def _measure_response(self, row: int, before: Mapping, text: Mapping) -> None:
-        names, kinds = self._streams.names, self._streams.kinds
+        names, kinds = self.streams.names, self.streams.kinds
         if self._unanswered is not None and any(names[s] in text for s in self._outputs):
             self._metrics.response_rows.observe(row - self._unanswered)
             self._unanswered = None
@@ -295,6 +296,7 @@ class Sessions:
         self.beat_seconds = beat_seconds
         self.draining, self.ready = False, False
         self._logs = logs
+        self._most = engine.free  # sessions that have ended and are kept
         self._by_key: dict[bytes, Served] = {}
         self._saving: set[asyncio.Future[None]] = set()
 
@@ -411,6 +413,9 @@ class Sessions:
     def sweep(self) -> None:
         """Ends sessions that nobody uses, and forgets those that have ended."""
         now, limits = time.monotonic(), self.limits
+        # Clients that end many sessions and leave must not fill the memory.
+        for served in [served for served in self.all if served.ended][: -self._most]:
+            self._by_key.pop(_digest(served.key), None)
         for served in self.all:
             gone = served.without_client
             if gone is not None and now - gone > limits.grace_s:
