@@ -84,7 +84,7 @@ def test_defaults_are_shown(capsys):
     _, text, _ = output_of(capsys, "evaluate", "--help")
     assert re.search(r"--examples=N .*Default:\s+500\.", text, re.S)
     _, text, _ = output_of(capsys, "bench", "--help")
-    assert "Default: 256 (train), 512 (decode)." in " ".join(text.split())
+    assert "Default: 256 (train, serve), 512 (decode)." in " ".join(text.split())
     for name in COMMANDS:
         _, text, _ = output_of(capsys, name, "--help")
         for entry in re.split(r"\n  --", text):
@@ -117,6 +117,7 @@ def test_defaults_are_shown(capsys):
         ("prepare configs/gsm8k.py", "--config must be given: did you mean --config=configs/gsm8k"),
         ("generate --rows 5 runs/x", "must be given: did you mean --checkpoint=runs/x? (see"),
         ("generate --rows 5", "--checkpoint must be given (see msllm generate --help)"),
+        ("generate --rows 5 'a\nb'", "--checkpoint must be given (see msllm generate --help)"),
         ("train --steps=5", "unknown flag --steps: did you mean --config.steps? (msllm"),
         ("train --lr=1e-3", "unknown flag --lr: did you mean --config.optim.lr? (msllm"),
         ("generate --steps=5", "unknown flag --steps"),

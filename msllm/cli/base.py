@@ -234,7 +234,8 @@ class Parser(argparse.ArgumentParser):
         if required:
             message = f"{required[1]} must be given"
             first = required[1].partition(",")[0]
-            if first.startswith("--") and len(self._words) == 1:
+            # A word with a line break or an invisible character says nothing as a suggestion.
+            if first.startswith("--") and len(self._words) == 1 and self._words[0].isprintable():
                 message += f": did you mean {first}={self._words[0]}?"
         message = re.sub("^argument ([^:]+): is ", r"\1 is ", message).removeprefix("argument ")
         raise UserError(f"{message} (see {self.prog} --help)")

@@ -123,7 +123,7 @@ def define_flags(parser: Parser) -> None:
     from msllm.bench import runner
 
     names = list(runner.SETTINGS)
-    parser.add_argument("benchmark", metavar="|".join(names), choices=names, help="Benchmark.")
+    parser.add_argument("benchmark", metavar="BENCHMARK", choices=names, help="One of the above.")
     for name, flag in _FLAGS.items():
         options: dict[str, Any] = {"help": f"{flag.help} {_defaults(name)}"}
         if flag.choices:
