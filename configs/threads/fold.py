@@ -43,7 +43,7 @@ LENGTH, THREADS = 64, (1, 2, 4, 8)
 EDGES = {"none": "never", "tokens": "0 tokens", "latent": "0"}
 SHORT, LATE = 2, 2
 THOUGHTS = {"short": 0, "said": 0, "late": LATE, "blank": -1}
-STEPS = {"short": 500, "said": 100, "late": 40, "blank": 40}
+STEPS = {"short": 500, "said": 250, "late": 40, "blank": 40}
 
 
 def streams(threads: int, edges: str) -> dict[str, Any]:
